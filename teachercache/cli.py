@@ -1,0 +1,187 @@
+"""The command `tc`: reads options, calls one function, prints. It computes nothing; imports wait until needed."""
+
+import json as jsonlib
+import os
+from pathlib import Path
+
+import click
+
+from teachercache.names import UserError
+from teachercache.runtime import run_command, say
+
+DEMO_DATA = "data/demo"
+
+
+def default_cache(data: str, teacher: str) -> Path:
+    """caches/<data>/<teacher>.zarr"""
+    name = Path(teacher).name if Path(teacher).is_dir() else teacher.replace("/", "-").replace(":", "-")
+    return Path("caches", Path(os.path.normpath(data)).name.split(".")[0], f"{name}.zarr")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+def tc() -> None:
+    """Run a frozen vision-language teacher once and keep what it said.
+
+    \b
+    tc build --teacher clip-lite          embeddings of data/demo into caches/demo/clip-lite.zarr
+    tc index caches/demo/clip-lite.zarr   then search in them:
+    tc search caches/demo/clip-lite.zarr "a red bird"
+    """
+
+
+@tc.command()
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+def teachers(as_json: bool) -> None:
+    """List the teachers that `--teacher` takes."""
+    from teachercache.teachers import TEACHERS
+
+    if as_json:
+        print(jsonlib.dumps({name: {"doc": e.doc, "outputs": e.outputs} for name, e in TEACHERS.items()}))
+        return
+    for name, entry in TEACHERS.items():
+        print(f"{name:18} {entry.doc}  [{', '.join(entry.outputs)}]")
+    print("and open_clip:MODEL/TAG, hf:ORG/NAME, a local open_clip folder, or package.module:entry")
+
+
+@tc.command()
+@click.option("--teacher", "name", required=True, help="A name of `tc teachers`.")
+@click.option("--data", default=DEMO_DATA, show_default=True,
+              help="A folder of pictures with captions beside them, webdataset .tar files, COCO captions .json, "
+                   ".csv/.tsv with a header, or a manifest .parquet.")  # fmt: skip
+@click.option("--out", type=Path, help="The cache; default caches/<data>/<teacher>.zarr.")
+@click.option("--outputs", default="embeddings", show_default=True, help="What to keep, comma-separated.")
+@click.option("--weights", default="pretrained", show_default=True,
+              help="pretrained, a checkpoint file or open_clip folder, or random:SEED (knows nothing).")  # fmt: skip
+@click.option("--batch-size", default=32, show_default=True, type=click.IntRange(1))
+@click.option("--workers", type=click.IntRange(0), help="Decoding processes; default: spare cores, at most 8.")
+@click.option("--precision", default="auto", show_default=True, help="auto, fp32, bf16 or fp16.")
+@click.option("--device", default="auto", show_default=True)
+@click.option("--limit", type=click.IntRange(1), help="Only the first N rows.")
+def build(name, data, out, outputs, weights, batch_size, workers, precision, device, limit) -> None:
+    """Run a teacher over data and write a cache. Killed at any time, the same command goes on.
+
+    \b
+    tc build --teacher clip-lite
+    tc build --teacher clip-vit-b16 --data photos/ --out caches/photos.zarr
+    tc build --teacher clip-vit-b16 --weights random:0 --limit 100
+    torchrun --nproc-per-node 8 -m teachercache build --teacher clip-vit-l14 --data shards/
+    """
+    from teachercache import runtime
+    from teachercache.readers import read_manifest
+    from teachercache.teachers import find
+
+    wanted = tuple(part.strip() for part in outputs.split(",") if part.strip())
+    find(name)
+    device = runtime.pick_device(device)
+    dtype = runtime.pick_precision(precision, device)
+    manifest = read_manifest(data, limit=limit)
+    if weights.startswith("random:"):
+        say(f"WARNING: --weights {weights}: the true architecture of {name} with random weights; it knows nothing")
+
+    from teachercache.build import announce
+    from teachercache.build import build as run
+    from teachercache.teachers import load
+
+    teacher = load(name, weights=weights, outputs=wanted)
+    say(f"{name} on {device} in {dtype.dtype} ({dtype.reason}); {len(manifest):,} rows of {manifest.data}")
+    workers = runtime.default_workers() if workers is None else workers
+    out = out or default_cache(data, name)
+    announce(run(teacher, manifest, out, batch_size=batch_size, workers=workers, device=device, precision=dtype))
+
+
+@tc.command()
+@click.argument("cache", type=Path)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+def info(cache: Path, as_json: bool) -> None:
+    """Say what a cache holds: teacher, fields, rows, how much of it is done."""
+    from teachercache import store
+    from teachercache.spec import to_dict
+
+    opened = store.open_cache(cache)
+    meta, done = opened.meta, store.done_blocks(opened)
+    invalid = [entry for block in sorted(done) for entry in store.done_record(opened, block)["invalid"]]
+    size = sum(path.stat().st_size for path in cache.rglob("*") if path.is_file())
+    if as_json:
+        facts = {"blocks_done": len(done), "blocks": meta.num_blocks, "quarantined": len(invalid), "bytes": size}
+        print(jsonlib.dumps({**to_dict(meta), **facts}))
+        return
+    print(f"teacher    {meta.spec.name} ({meta.spec.weights}), weights {meta.spec.digest[:12]}, {meta.precision}")
+    print(f"data       {meta.data}, {meta.rows:,} rows, {meta.texts} texts a row")
+    print(f"blocks     {len(done)} of {meta.num_blocks} done, {meta.block_rows:,} rows each, {size / 1e6:,.1f} MB")
+    print(f"unusable   {len(invalid)}")
+    for field in opened.fields.values():
+        shape = "x".join(map(str, field.array_shape(meta.rows, meta.texts)))
+        print(f"  {field.name:12} {shape:>18} {field.dtype:8} {field.doc}")
+    for name, value in meta.spec.constants.items():
+        print(f"  {name:12} {value:.6g}")
+
+
+@tc.command()
+@click.argument("cache", type=Path)
+@click.option("--samples", default=64, show_default=True, type=click.IntRange(0),
+              help="Rows to compute again with the live teacher; 0 checks the files alone.")  # fmt: skip
+@click.option("--data", help="Where the data lies now; default: where it was.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+def verify(cache: Path, samples: int, data: str | None, as_json: bool) -> None:
+    """Check every file's checksum, and some rows against the live teacher (cosine at least 0.999).
+
+    A damaged block is named and forgotten, so that the next `tc build` writes it again.
+    """
+    from teachercache.live import verify_cache
+
+    report = verify_cache(cache, samples=samples, data=data)
+    if as_json:
+        print(jsonlib.dumps(report))
+    else:
+        for block, reason in report["damaged"].items():
+            print(f"block {block}: {reason}")
+        for name, values in report["cosine"].items():
+            print(f"{name}: cosine to the live teacher min {values['min']:.6f}, mean {values['mean']:.6f}")
+    if report["damaged"]:
+        raise UserError(f"{len(report['damaged'])} damaged blocks, forgotten now: run `{report['command']}` to mend them")
+    if not report["ok"]:
+        raise UserError("the live teacher says something else: was the data or the teacher changed?")
+    say(f"{cache} is whole")
+
+
+@tc.command()
+@click.argument("cache", type=Path)
+@click.option("--field", default="image_emb", show_default=True)
+@click.option("--kind", default="auto", show_default=True, help="auto, flat, ivf or hnsw.")
+def index(cache: Path, field: str, kind: str) -> None:
+    """Build a FAISS index over a field, beside the cache."""
+    from teachercache.index import build_index
+    from teachercache.store import open_complete
+
+    path, facts = build_index(open_complete(cache), field=field, kind=kind)
+    say(f"{path}: {facts['vectors']:,} vectors, {facts['kind']}")
+
+
+@tc.command()
+@click.argument("cache", type=Path)
+@click.argument("text", required=False)
+@click.option("--image", type=Path, help="Search by a picture instead of a text.")
+@click.option("--top", default=10, show_default=True, type=click.IntRange(1))
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+def search(cache: Path, text: str | None, image: Path | None, top: int, as_json: bool) -> None:
+    """Find the pictures nearest to a text or to a picture.
+
+    \b
+    tc search caches/demo/clip-lite.zarr "a bird"
+    tc search caches/demo/clip-lite.zarr --image cat.jpg --top 5
+    """
+    from teachercache.live import search_cache
+
+    if (text is None) == (image is None):
+        raise UserError('give a text or --image FILE: tc search CACHE "a red bird"')
+    found = search_cache(cache, text=text, image=image, top=top)
+    if as_json:
+        print(jsonlib.dumps({"query": text or str(image), "results": found}))
+        return
+    for result in found:
+        print(f"{result['score']:.3f}  {result['image'] or result['key']}  {'; '.join(result['texts'])}")
+
+
+def main(args: list[str] | None = None) -> int:
+    """Entry point: exit code 0, or 2 with one `error:` line."""
+    return run_command(tc, args)

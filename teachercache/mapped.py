@@ -1,0 +1,69 @@
+"""Many raw chunk files as one numpy array, through the page cache alone. Not for compressed chunks or remote stores.
+
+Address space for the whole array is reserved once, then every chunk file is mapped at its place in it
+(MAP_FIXED), so scattered rows cost what they cost in one np.memmap (LOG.md, "mapped chunks"). A chunk whose bytes
+are not a multiple of the page size cannot be laid end to end; `can_map` says so and the caller reads through zarr.
+"""
+
+import ctypes
+import functools
+import mmap
+import os
+import sys
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+MAP_FIXED = 0x10
+MAP_FAILED = ctypes.c_void_p(-1).value
+
+
+def can_map(chunk_bytes: int) -> bool:
+    """Whether chunk files of that size can be mapped side by side here."""
+    return sys.platform == "linux" and sys.byteorder == "little" and chunk_bytes % mmap.PAGESIZE == 0
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = (
+        ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long,
+    )  # fmt: skip
+    libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+    return libc
+
+
+def _mmap(address: int | None, size: int, flags: int, descriptor: int) -> int:
+    protection = mmap.PROT_READ if descriptor >= 0 else 0
+    found = _libc().mmap(address, size, protection, flags, descriptor, 0)
+    if found == MAP_FAILED:
+        number = ctypes.get_errno()
+        raise OSError(number, f"mmap of a cache: {os.strerror(number)}")
+    return found
+
+
+def map_chunks(files: Sequence[Path], *, chunk_shape: tuple[int, ...], rows: int, dtype: str) -> np.ndarray:
+    """A read-only array [rows, ...] over chunk files of `chunk_shape`, in order; each may have bytes behind it."""
+    chunk_bytes = int(np.prod(chunk_shape)) * np.dtype(dtype).itemsize
+    total = chunk_bytes * len(files)
+    base = _mmap(None, total, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1)
+    try:
+        for i, file in enumerate(files):
+            descriptor = os.open(file, os.O_RDONLY)
+            try:
+                if os.fstat(descriptor).st_size < chunk_bytes:
+                    raise OSError(5, "a chunk file is too short; run `tc verify`", str(file))
+                _mmap(base + i * chunk_bytes, chunk_bytes, mmap.MAP_SHARED | MAP_FIXED, descriptor)
+            finally:
+                os.close(descriptor)
+    except OSError:
+        _libc().munmap(base, total)
+        raise
+    buffer = (ctypes.c_char * total).from_address(base)
+    weakref.finalize(buffer, _libc().munmap, base, total)  # numpy keeps the buffer alive as long as any view
+    array = np.frombuffer(buffer, dtype=dtype).reshape(len(files) * chunk_shape[0], *chunk_shape[1:])[:rows]
+    array.flags.writeable = False
+    return array

@@ -1,0 +1,216 @@
+"""From what lies on disk to a manifest: image folders, COCO captions, webdataset tars, CSV and TSV, Parquet.
+
+One function per format yields Samples; `read_manifest` picks by looking at the path. Nothing is unpacked.
+"""
+
+import csv
+import json
+import os
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from teachercache.names import UserError
+from teachercache.samples import Manifest, Sample, load_manifest, make_manifest
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+SPLITS = ("train", "val", "validation", "test")
+IMAGE_COLUMNS = ("image", "image_path", "filepath", "file_name", "filename", "path")
+TEXT_COLUMNS = ("text", "caption", "title", "texts", "captions")
+
+
+def read_manifest(data: str, *, limit: int | None = None) -> Manifest:
+    """The manifest of a folder or file, by its form; UserError says which forms there are."""
+    path = Path(data)
+    if not path.exists():
+        raise UserError(f"no data at {data}: pass --data FOLDER, or make the demo data with `bash scripts/demo`")
+    if path.is_dir():
+        tars = sorted(path.glob("*.tar"))
+        reader = read_tars(path, tars) if tars else read_folder(path)
+        return make_manifest(data, path, reader, limit=limit)
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
+        manifest = load_manifest(path)
+        if limit is None or limit >= len(manifest):
+            return manifest
+        samples = (manifest.row(i) for i in range(limit))
+        return make_manifest(data, manifest.root, samples)
+    readers = {".tar": lambda: read_tars(path.parent, [path]), ".json": lambda: read_coco(path)}
+    readers[".csv"] = readers[".tsv"] = lambda: read_table(path)
+    if suffix not in readers:
+        raise UserError(
+            f"cannot read {data}: a folder of pictures, .tar, .parquet, .csv, .tsv or a COCO captions .json is expected"
+        )
+    return make_manifest(data, path.parent, readers[suffix](), limit=limit)
+
+
+# ----------------------------------------------------------------------------------------------------
+# A folder of pictures, captions in a .txt or .json of the same name
+
+
+def read_folder(root: Path) -> Iterator[Sample]:
+    """Pictures below `root` in sorted order; the folders above a picture are its split and its label."""
+    for folder, names, files in os.walk(root):
+        names.sort()
+        present, stems = set(files), set()
+        for name in sorted(files):
+            if not name.lower().endswith(IMAGE_SUFFIXES):
+                continue
+            path = Path(folder, name)
+            relative = path.relative_to(root)
+            parts = relative.parts[:-1]
+            split = parts[0] if parts and parts[0] in SPLITS else ""
+            yield Sample(
+                key=str(relative if path.stem in stems else relative.with_suffix("")),
+                image=str(relative),
+                texts=_captions_beside(path, present),
+                label="/".join(parts[1:] if split else parts),
+                split=split,
+                size=path.stat().st_size,
+            )
+            stems.add(path.stem)
+
+
+def _captions_beside(path: Path, present: set[str]) -> tuple[str, ...]:
+    """Lines of the .txt, or `caption` / `captions` of the .json, beside a picture."""
+    if f"{path.stem}.txt" in present:
+        return tuple(path.with_suffix(".txt").read_text(encoding="utf-8", errors="replace").splitlines())
+    if f"{path.stem}.json" in present:
+        return captions_of_json(path.with_suffix(".json").read_bytes(), str(path.with_suffix(".json")))
+    return ()
+
+
+def captions_of_json(content: bytes, where: str) -> tuple[str, ...]:
+    """`captions` (a list) or `caption` / `text` (a string) of a JSON object."""
+    try:
+        values = json.loads(content)
+    except ValueError as error:
+        raise UserError(f"{where} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{where} is not a JSON object with `caption` or `captions`")
+    found = values.get("captions") or values.get("caption") or values.get("text") or ()
+    return (found,) if isinstance(found, str) else tuple(str(text) for text in found)
+
+
+# ----------------------------------------------------------------------------------------------------
+# COCO captions: {"images": [...], "annotations": [{"image_id", "caption"}]}
+
+
+def read_coco(path: Path) -> Iterator[Sample]:
+    """Rows in the order of `images`, captions in the order of their ids; pictures near the JSON."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        images, annotations = values["images"], values["annotations"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not a COCO captions file (`images` and `annotations`): {error}") from error
+    captions: dict[int, list[tuple[int, str]]] = {}
+    for i, annotation in enumerate(annotations):
+        captions.setdefault(annotation["image_id"], []).append((annotation.get("id", i), annotation["caption"]))
+    folder = _image_folder(path, images[0]["file_name"]) if images else ""
+    for image in images:
+        name = os.path.join(folder, image["file_name"])
+        texts = tuple(caption.strip() for _, caption in sorted(captions.get(image["id"], [])))
+        yield Sample(key=str(image["id"]), image=name, texts=texts, size=_size(path.parent / name))
+
+
+def _image_folder(path: Path, name: str) -> str:
+    """Where COCO's pictures lie, seen from the JSON: beside it, in ../<split>, or in ../images."""
+    split = path.stem.split("_")[-1]
+    for folder in ("", split, "images", f"../{split}", "../images", f"../images/{split}"):
+        if (path.parent / folder / name).exists():
+            return folder
+    raise UserError(f"no picture {name} near {path}: put the pictures into {path.parent.parent / split}")
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0  # the build quarantines the row with its reason
+
+
+# ----------------------------------------------------------------------------------------------------
+# webdataset tars: members <key>.jpg, <key>.txt, <key>.json, <key>.cls; offsets are recorded
+
+
+def read_tars(root: Path, tars: list[Path]) -> Iterator[Sample]:
+    """Rows in the order of the members; a member's name is a key and never a path to write to."""
+    for tar in tars:
+        shard = str(tar.relative_to(root))
+        group: dict[str, tuple[int, int, bytes | None]] = {}
+        stem = None
+        for member_stem, suffix, entry in _members(tar):
+            if member_stem != stem and group:
+                yield _tar_sample(shard, stem, group)
+                group = {}
+            stem = member_stem
+            group[suffix] = entry
+        if group:
+            yield _tar_sample(shard, stem, group)
+
+
+def _members(tar: Path) -> Iterator[tuple[str, str, tuple[int, int, bytes | None]]]:
+    try:
+        with tarfile.open(tar, "r:") as archive:
+            for member in archive:
+                if not member.isfile():
+                    continue
+                folder, _, name = member.name.rpartition("/")
+                stem, _, suffix = name.partition(".")
+                small = f".{suffix}".lower() in (".txt", ".json", ".cls")
+                content = archive.extractfile(member).read() if small else None
+                yield f"{folder}/{stem}".lstrip("/"), f".{suffix}".lower(), (
+                    member.offset_data, member.size, content)  # fmt: skip
+    except tarfile.TarError as error:
+        raise UserError(f"{tar} is not a plain (uncompressed) tar file: {error}") from error
+
+
+def _tar_sample(shard: str, stem: str, group: dict[str, tuple[int, int, bytes | None]]) -> Sample:
+    image = next((suffix for suffix in IMAGE_SUFFIXES if suffix in group), None)
+    texts: tuple[str, ...] = ()
+    if ".txt" in group:
+        texts = tuple(group[".txt"][2].decode("utf-8", "replace").splitlines())
+    elif ".json" in group:
+        texts = captions_of_json(group[".json"][2], f"{shard}/{stem}.json")
+    label = group[".cls"][2].decode("utf-8", "replace").strip() if ".cls" in group else ""
+    offset, size, _ = group[image] if image else (-1, 0, None)
+    key = f"{shard.removesuffix('.tar')}/{stem}"
+    return Sample(key=key, image=shard if image else "", texts=texts, label=label, offset=offset, size=size)
+
+
+# ----------------------------------------------------------------------------------------------------
+# CSV and TSV with a header
+
+
+def read_table(path: Path) -> Iterator[Sample]:
+    """One row per picture; lines that name the same picture are its several captions."""
+    with open(path, newline="", encoding="utf-8") as file:
+        sample = file.readline()
+        file.seek(0)
+        delimiter = "\t" if "\t" in sample else ","
+        lines = csv.DictReader(file, delimiter=delimiter)
+        columns = lines.fieldnames or []
+        image_column = next((name for name in IMAGE_COLUMNS if name in columns), None)
+        text_column = next((name for name in TEXT_COLUMNS if name in columns), None)
+        if image_column is None:
+            raise UserError(
+                f"{path} has no column for the picture: name one of {', '.join(IMAGE_COLUMNS)} in its header"
+            )
+        groups: dict[str, dict] = {}
+        for line in lines:
+            name = line[image_column] or ""
+            key = line.get("key") or str(Path(name).with_suffix(""))
+            group = groups.setdefault(key, {"image": name, "texts": []} | line)
+            if group["image"] != name:
+                raise UserError(f"key '{key}' stands for two pictures in {path}: {group['image']} and {name}")
+            if text_column is not None:
+                group["texts"].append(line[text_column] or "")
+    for key, group in groups.items():
+        yield Sample(
+            key=key,
+            image=group["image"],
+            texts=tuple(group["texts"]),
+            label=group.get("label") or "",
+            split=group.get("split") or "",
+            size=_size(path.parent / group["image"]),
+        )

@@ -1,0 +1,120 @@
+"""What a cache promises: fields, the teacher's identity, the layout. Frozen records that were checked; no arrays."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from teachercache.names import UserError
+
+FORMAT = 1
+DTYPES = ("float16", "float32", "int16", "int32", "int64", "bool")
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """One array of a cache: [rows, *shape], or [rows, texts, *shape] where `per` is "text"."""
+
+    name: str
+    shape: tuple[int, ...]
+    per: str  # "image" or "text"
+    dtype: str
+    doc: str
+
+    def __post_init__(self):
+        if self.per not in ("image", "text"):
+            raise ValueError(f"field {self.name}: `per` is 'image' or 'text', not {self.per!r}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"field {self.name}: dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
+        if not self.name.isidentifier():
+            raise ValueError(f"field name {self.name!r} is not an identifier")
+
+    def array_shape(self, rows: int, texts: int) -> tuple[int, ...]:
+        """The shape of the whole array for that many rows and texts per row."""
+        return (rows, texts, *self.shape) if self.per == "text" else (rows, *self.shape)
+
+    def dims(self) -> tuple[str, ...]:
+        """Dimension names, as written into the Zarr metadata."""
+        inner = ("dim",) if len(self.shape) == 1 else tuple(f"dim{i}" for i in range(len(self.shape)))
+        return ("row", "text", *inner) if self.per == "text" else ("row", *inner)
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherSpec:
+    """A teacher's identity: two teachers with equal specs say the same about the same row."""
+
+    name: str
+    weights: str  # what `--weights` was: pretrained, random:SEED or a path
+    digest: str  # sha256 of the state dict's names and bytes
+    outputs: tuple[str, ...]
+    fields: tuple[Field, ...]
+    view: Mapping[str, Any]  # how a picture becomes a tensor (open_clip preprocess_cfg)
+    tokenizer: Mapping[str, Any]
+    constants: Mapping[str, float]  # logit_scale (the parameter, before exp), logit_bias
+
+    def field(self, name: str) -> Field:
+        """The field of that name; UserError names those there are."""
+        for field in self.fields:
+            if field.name == name:
+                return field
+        names = ", ".join(field.name for field in self.fields)
+        raise UserError(f"teacher {self.name} has no field '{name}': choose from {names}")
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheMeta:
+    """The attributes of a cache's Zarr group; nothing in it depends on when or where it was built."""
+
+    spec: TeacherSpec
+    data: str  # what `--data` was
+    manifest: str  # digest of keys, texts and picture files
+    rows: int
+    texts: int  # texts per row, 0 for pictures alone
+    block_rows: int
+    precision: str  # dtype that the teacher computed in
+    versions: Mapping[str, str]
+    format: int = FORMAT
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks that the rows fill, the last one perhaps in part."""
+        return -(-self.rows // self.block_rows)
+
+    def block(self, index: int) -> range:
+        """The rows of one block."""
+        return range(index * self.block_rows, min((index + 1) * self.block_rows, self.rows))
+
+
+def to_dict(record: Any) -> dict[str, Any]:
+    """A plain dict of JSON types."""
+    return json.loads(json.dumps(dataclasses.asdict(record)))
+
+
+def meta_from_dict(values: Mapping[str, Any]) -> CacheMeta:
+    """The CacheMeta that `to_dict` wrote; UserError where the format is not ours."""
+    if values.get("format") != FORMAT:
+        raise UserError(
+            f"cache format {values.get('format')!r} is not the format {FORMAT} that this version reads: "
+            "build the cache again with `tc build`"
+        )
+    spec = dict(values["spec"])
+    spec["fields"] = tuple(Field(**{**field, "shape": tuple(field["shape"])}) for field in spec["fields"])
+    spec["outputs"] = tuple(spec["outputs"])
+    return CacheMeta(**{**values, "spec": TeacherSpec(**spec)})
+
+
+def differences(old: Any, new: Any, *, ignore: tuple[str, ...] = ()) -> list[str]:
+    """Names of top-level entries in which two records differ, each with both values, shortened."""
+    left, right = to_dict(old), to_dict(new)
+    short = lambda value: text if len(text := json.dumps(value)) <= 60 else text[:57] + "..."  # noqa: E731
+    return [
+        f"{name}: {short(left[name])} there, {short(right[name])} asked"
+        for name in left
+        if name not in ignore and left[name] != right[name]
+    ]
+
+
+def fingerprint(record: Any) -> str:
+    """sha256 of a record's canonical JSON, 16 hex digits."""
+    return hashlib.sha256(json.dumps(to_dict(record), sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,83 @@
+"""Teachers by name: an ordinary dict. One file per kind; heavy imports wait until a teacher is loaded."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from teachercache.names import UserError, resolve
+from teachercache.spec import TeacherSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+    """A loaded teacher. `encode` never decides about gradients: the caller does."""
+
+    spec: TeacherSpec
+    module: "nn.Module"
+    encode: "Callable[[nn.Module, Mapping[str, Tensor]], dict[str, Tensor]]"
+    view: "Callable[[Any], Tensor]"  # RGB picture -> [3, height, width]
+    tokenize: "Callable[[list[str]], Tensor]"  # texts -> ids [texts, length]
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A name in the table: what `tc teachers` says of it, and how it is loaded."""
+
+    doc: str
+    load: Callable[..., Teacher]  # load(name, weights=..., outputs=...)
+    outputs: tuple[str, ...] = ("embeddings",)
+
+
+def _clip(architecture: str, tag: str) -> Callable[..., Teacher]:
+    def load(name: str, *, weights: str, outputs: tuple[str, ...]) -> Teacher:
+        from teachercache.teachers.clip import load_clip
+
+        return load_clip(name, architecture=architecture, tag=tag, weights=weights, outputs=outputs)
+
+    return load
+
+
+def _clip_lite(name: str, *, weights: str, outputs: tuple[str, ...]) -> Teacher:
+    from teachercache.teachers.clip_lite import load_clip_lite
+
+    return load_clip_lite(name, weights=weights, outputs=outputs)
+
+
+TEACHERS: dict[str, Entry] = {
+    "clip-vit-b16": Entry("OpenAI CLIP ViT-B/16, 512-d", _clip("ViT-B-16-quickgelu", "openai")),
+    "clip-vit-b32": Entry("OpenAI CLIP ViT-B/32, 512-d", _clip("ViT-B-32-quickgelu", "openai")),
+    "clip-vit-l14": Entry("OpenAI CLIP ViT-L/14, 768-d", _clip("ViT-L-14-quickgelu", "openai")),
+    "clip-vit-l14-336": Entry("OpenAI CLIP ViT-L/14 at 336 px, 768-d", _clip("ViT-L-14-336-quickgelu", "openai")),
+    "clip-rn50": Entry("OpenAI CLIP ResNet-50, 1024-d", _clip("RN50-quickgelu", "openai")),
+    "clip-rn50x16": Entry("OpenAI CLIP RN50x16, 768-d", _clip("RN50x16-quickgelu", "openai")),
+    "clip-lite": Entry("EfficientNet-Lite0 + MiniLM with heads aligned by `bash scripts/demo`, 512-d", _clip_lite),
+    "clip-lite-towers": Entry("the two towers of clip-lite before any alignment, 1280-d and 384-d", _clip_lite),
+}
+
+
+def find(name: str) -> Entry:
+    """The entry of a teacher's name, of `open_clip:MODEL/TAG`, `hf:ORG/NAME`, or of a local folder."""
+    from pathlib import Path
+
+    if name.startswith("open_clip:"):
+        architecture, slash, tag = name.removeprefix("open_clip:").partition("/")
+        if not slash:
+            raise UserError(f"--teacher {name}: write open_clip:MODEL/TAG, for example open_clip:ViT-B-32/laion2b_s34b_b79k")
+        return Entry(f"open_clip {architecture}, {tag}", _clip(architecture, tag))
+    if name.startswith("hf:"):
+        return Entry(f"{name} on the Hugging Face hub", _clip(f"hf-hub:{name.removeprefix('hf:')}", ""))
+    if name not in TEACHERS and Path(name).is_dir():
+        return Entry(f"the open_clip folder {name}", _clip(f"local-dir:{name}", ""))
+    return resolve(name, TEACHERS, kind="teacher")
+
+
+def load(name: str, *, weights: str = "pretrained", outputs: tuple[str, ...] = ("embeddings",)) -> Teacher:
+    """A teacher in float32 on the CPU, in evaluation mode, its parameters frozen."""
+    entry = find(name)
+    for output in outputs:
+        if output not in entry.outputs:
+            raise UserError(f"teacher {name} has no output '{output}': choose from {', '.join(entry.outputs)}")
+    return entry.load(name, weights=weights, outputs=outputs)

@@ -1,0 +1,187 @@
+"""CLIP teachers through open_clip: by name and tag, from the hub, from a folder or a file, or at random.
+
+Only safetensors and weights_only loading. Not for preprocessing of our own: the view is the checkpoint's.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import open_clip
+import torch
+from jaxtyping import Float
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from teachercache.names import UserError
+from teachercache.spec import Field, TeacherSpec
+from teachercache.teachers import Teacher
+from teachercache.views import describe_view, image_view
+
+
+def load_clip(name: str, *, architecture: str, tag: str, weights: str, outputs: tuple[str, ...]) -> Teacher:
+    """A CLIP teacher: pretrained (by tag), `random:SEED`, or weights from a file or folder."""
+    source = f"local-dir:{weights}" if Path(weights).is_dir() else architecture
+    if source.startswith("local-dir:"):
+        module, preprocess = open_folder(source.removeprefix("local-dir:"))
+    elif weights.startswith("random:"):
+        module, preprocess = _random(architecture, weights)
+    else:
+        module, preprocess = _pretrained(name, architecture, tag, weights)
+    tokenizer = _tokenizer(source)
+    return make_teacher(name, module, preprocess, tokenizer, weights=weights, outputs=outputs)
+
+
+def make_teacher(name: str, module: nn.Module, preprocess: Mapping[str, Any], tokenizer: Any, *,
+                 weights: str, outputs: tuple[str, ...]) -> Teacher:  # fmt: skip
+    """A Teacher around any module with `encode_image`, `encode_text` and perhaps `logit_scale`."""
+    module = module.eval().requires_grad_(False)
+    view = describe_view(preprocess)
+    constants = {
+        key: float(getattr(module, key)) for key in ("logit_scale", "logit_bias") if getattr(module, key, None) is not None
+    }
+    image_dim, text_dim = _dims(module, image_view(view), tokenizer)
+    fields = (
+        Field("image_emb", (image_dim,), "image", "float16", "image embedding, not normalised"),
+        Field("text_emb", (text_dim,), "text", "float16", "text embedding, not normalised"),
+    )
+    spec = TeacherSpec(
+        name=name,
+        weights=weights,
+        digest=digest_weights(module),
+        outputs=outputs,
+        fields=fields,
+        view=view,
+        tokenizer={
+            "kind": type(tokenizer).__name__,
+            "context_length": tokenizer.context_length,
+            "vocab_size": len(getattr(tokenizer, "tokenizer", None) or tokenizer.encoder),
+        },
+        constants=constants,
+    )
+    return Teacher(spec, module, encode, image_view(view), tokenizer)
+
+
+def encode(module: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Float[Tensor, "rows dim"]]:
+    """Pictures [n, 3, H, W] and token ids [m, length] to raw embeddings, of whichever is given."""
+    fields = {}
+    if "image" in inputs:
+        fields["image_emb"] = module.encode_image(inputs["image"])
+    if "text" in inputs:
+        fields["text_emb"] = module.encode_text(inputs["text"])
+    return fields
+
+
+def digest_weights(module: nn.Module) -> str:
+    """sha256 over the names, shapes and bytes of the state dict."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def open_folder(folder: str) -> tuple[nn.Module, dict[str, Any]]:
+    """Module and preprocess_cfg of an open_clip folder (open_clip_config.json, open_clip_model.safetensors).
+
+    A text tower from transformers finds its config.json in the same folder, wherever that was moved.
+    """
+    config_path, weights_path = Path(folder, "open_clip_config.json"), Path(folder, "open_clip_model.safetensors")
+    try:
+        config = json.loads(config_path.read_text())
+        state = load_file(weights_path)
+        model_cfg = config["model_cfg"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"{folder} is not an open_clip folder with open_clip_config.json and open_clip_model.safetensors: {error}"
+        ) from error
+    module, preprocess = build_module(model_cfg, config.get("preprocess_cfg", {}), folder=folder)
+    if state["logit_scale"].ndim:  # trained as a vector of one
+        state["logit_scale"] = state["logit_scale"].reshape(module.logit_scale.shape)
+    module.load_state_dict(state)
+    return module, preprocess
+
+
+def build_module(model_cfg: Mapping[str, Any], preprocess_cfg: Mapping[str, Any], *,
+                 folder: str = "") -> tuple[nn.Module, dict[str, Any]]:  # fmt: skip
+    """An open_clip model from its configuration, at random, and its complete preprocess_cfg."""
+    from open_clip.transform import PreprocessCfg, merge_preprocess_dict
+
+    model_cfg = json.loads(json.dumps(model_cfg))  # a deep copy that open_clip may change
+    custom = model_cfg.pop("custom_text", False)
+    if "hf_model_name" in model_cfg["text_cfg"]:
+        custom = True
+        model_cfg["text_cfg"]["hf_model_pretrained"] = False
+        if folder and Path(folder, "config.json").exists():
+            model_cfg["text_cfg"]["hf_model_name"] = folder
+    if "timm_model_name" in model_cfg["vision_cfg"]:
+        model_cfg["vision_cfg"]["timm_model_pretrained"] = False
+    module = (open_clip.CustomTextCLIP if custom else open_clip.CLIP)(**model_cfg)
+    preprocess = merge_preprocess_dict(PreprocessCfg(), dict(preprocess_cfg))
+    return module, {**preprocess, "size": module.visual.image_size}
+
+
+def _random(architecture: str, weights: str) -> tuple[nn.Module, dict[str, Any]]:
+    seed = weights.removeprefix("random:")
+    if not seed.isdigit():
+        raise UserError(f"--weights {weights}: write random:SEED, for example random:0")
+    if architecture.startswith("hf-hub:"):
+        raise UserError(f"--weights {weights} needs an architecture that is known here: try --teacher clip-vit-b16")
+    model_cfg = open_clip.get_model_config(architecture)
+    if model_cfg is None:
+        raise UserError(f"open_clip knows no model '{architecture}': see `python -c 'import open_clip; print(open_clip.list_models())'`")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(seed))
+        return build_module(model_cfg, {})
+
+
+def _pretrained(name: str, architecture: str, tag: str, weights: str) -> tuple[nn.Module, dict[str, Any]]:
+    """Weights by tag through open_clip (a download the first time), or from a checkpoint file."""
+    if weights != "pretrained" and not Path(weights).is_file():
+        raise UserError(f"--weights {weights}: no such file or folder (or write pretrained, or random:SEED)")
+    logging.getLogger().setLevel(logging.CRITICAL)  # open_clip logs its failures to the root logger
+    offline = huggingface_hub.constants.HF_HUB_OFFLINE
+    huggingface_hub.constants.HF_HUB_OFFLINE = offline or not _hub_answers()
+    try:
+        module = open_clip.create_model(
+            architecture,
+            pretrained=tag if weights == "pretrained" else weights,
+            require_pretrained=True,
+        )
+    except Exception as error:
+        reason = str(error).splitlines()[0][:120]
+        raise UserError(
+            f"cannot get the weights of {name} ({type(error).__name__}: {reason}). Pass --weights PATH (a checkpoint you "
+            "have), --weights random:0 (the true architecture that knows nothing), or --teacher clip-lite"
+        ) from error
+    finally:
+        logging.getLogger().setLevel(logging.WARNING)
+        huggingface_hub.constants.HF_HUB_OFFLINE = offline
+    return module, module.visual.preprocess_cfg
+
+
+def _hub_answers() -> bool:
+    """Whether the hub can be reached: asked once, since its client would retry for a minute."""
+    try:
+        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=5)
+    except Exception:
+        return False
+    return True
+
+
+def _tokenizer(source: str) -> Any:
+    return open_clip.get_tokenizer(source)
+
+
+def _dims(module: nn.Module, view: Any, tokenizer: Any) -> tuple[int, int]:
+    """Widths of both embeddings, by asking the module once."""
+    from PIL import Image
+
+    inputs = {"image": view(Image.new("RGB", (32, 32)))[None], "text": tokenizer(["a"])}
+    with torch.inference_mode():
+        fields = encode(module, inputs)
+    return fields["image_emb"].shape[1], fields["text_emb"].shape[1]
