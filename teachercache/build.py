@@ -124,9 +124,9 @@ def _batches(cache: store.Cache, todo: list[int], claim: Any, batch_size: int) -
 class Rows(torch.utils.data.Dataset):
     """Batches of decoded rows; a row that cannot be used comes as zeros with its reason."""
 
-    def __init__(self, teacher: Teacher, manifest: Manifest):
-        self.manifest, self.view, self.tokenize = manifest, teacher.view, teacher.tokenize
-        self.size, self.texts = tuple(teacher.spec.view["size"]), manifest.texts
+    def __init__(self, manifest: Manifest, *, view: Any, size: tuple[int, int], tokenize: Any = None):
+        self.manifest, self.view, self.size, self.tokenize = manifest, view, size, tokenize
+        self.texts = manifest.texts if tokenize is not None else 0  # without a tokenizer: pictures alone
         self.has_images = any(manifest.column("image"))
 
     def __len__(self) -> int:
@@ -166,9 +166,14 @@ class Rows(torch.utils.data.Dataset):
         return batch
 
 
+def rows_for(teacher: Teacher, manifest: Manifest) -> Rows:
+    """Rows as the teacher sees them."""
+    return Rows(manifest, view=teacher.view, size=tuple(teacher.spec.view["size"]), tokenize=teacher.tokenize)
+
+
 def _loader(teacher: Teacher, manifest: Manifest, batches: Iterator[list[int]], workers: int) -> DataLoader:
     return DataLoader(
-        Rows(teacher, manifest),
+        rows_for(teacher, manifest),
         batch_sampler=batches,
         num_workers=workers,
         collate_fn=_as_it_is,

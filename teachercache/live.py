@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from teachercache import index, store
-from teachercache.build import Rows
+from teachercache.build import rows_for
 from teachercache.names import UserError
 from teachercache.readers import read_manifest
 from teachercache.samples import decode_image, load_manifest
@@ -52,7 +52,7 @@ def _live_cosines(cache: store.Cache, samples: int, data: str | None) -> dict[st
     if not len(usable):
         raise UserError(f"no usable row in {cache.path}: see {cache.path / 'quarantine.jsonl'}")
     rows = usable[np.linspace(0, len(usable) - 1, min(samples, len(usable))).round().astype(int)]
-    batch = Rows(teacher, manifest).__getitems__(rows.tolist())
+    batch = rows_for(teacher, manifest).__getitems__(rows.tolist())
     inputs = {name: batch[name] for name in ("image", "text") if name in batch}
     with torch.inference_mode():
         outputs = {name: tensor.float().numpy() for name, tensor in teacher.encode(teacher.module, inputs).items()}

@@ -1,0 +1,1 @@
+"""Measures anything that encodes pictures and texts. It never imports `student`."""

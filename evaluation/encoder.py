@@ -1,0 +1,67 @@
+"""What an evaluation sees of a model: pictures and texts to embeddings. Not for loading models."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from teachercache.build import Rows
+from teachercache.runtime import default_workers, ticker
+from teachercache.samples import Manifest
+from teachercache.teachers import Teacher
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoder:
+    """A model under evaluation; a task knows nothing else of it."""
+
+    name: str
+    pretrained: str
+    size: tuple[int, int]
+    view: Callable[[Any], Tensor]  # RGB picture -> [3, *size]
+    tokenize: Callable[[list[str]], Tensor]
+    encode_image: Callable[[Tensor], Tensor]
+    encode_text: Callable[[Tensor], Tensor]
+
+
+def of_teacher(teacher: Teacher) -> Encoder:
+    """A teacher as an Encoder."""
+    return Encoder(
+        name=teacher.spec.name,
+        pretrained=teacher.spec.weights,
+        size=tuple(teacher.spec.view["size"]),
+        view=teacher.view,
+        tokenize=teacher.tokenize,
+        encode_image=lambda images: teacher.encode(teacher.module, {"image": images})["image_emb"],
+        encode_text=lambda ids: teacher.encode(teacher.module, {"text": ids})["text_emb"],
+    )
+
+
+def embed_images(encoder: Encoder, manifest: Manifest, rows: list[int], *,
+                 batch: int = 64) -> tuple[Float[Tensor, "n dim"], list[int], list[dict]]:  # fmt: skip
+    """Unit embeddings of the rows whose picture can be read, those rows, and the others with their reason."""
+    chunks = [rows[i : i + batch] for i in range(0, len(rows), batch)]
+    decoded = Rows(manifest, view=encoder.view, size=encoder.size)
+    loader = DataLoader(decoded, batch_sampler=chunks, num_workers=default_workers(), collate_fn=lambda part: part)
+    embeddings, kept, skipped = [], [], []
+    with torch.inference_mode(), ticker(len(rows), "pictures", encoder.name) as tick:
+        for part in loader:
+            usable = torch.from_numpy(part["valid"])
+            embeddings.append(encoder.encode_image(part["image"])[usable].float())
+            kept += [row for row, good in zip(part["rows"], usable.tolist(), strict=True) if good]
+            skipped += part["reasons"]
+            tick.step(len(part["rows"]))
+    return torch.nn.functional.normalize(torch.cat(embeddings), dim=1), kept, skipped
+
+
+def embed_texts(encoder: Encoder, texts: list[str], *, batch: int = 256) -> Float[Tensor, "n dim"]:
+    """Unit embeddings of texts."""
+    with torch.inference_mode():
+        parts = [
+            encoder.encode_text(encoder.tokenize(texts[i : i + batch])).float() for i in range(0, len(texts), batch)
+        ]
+    return torch.nn.functional.normalize(torch.cat(parts), dim=1)

@@ -1,0 +1,59 @@
+"""Zero-shot classification: the folder (or label column) is the class, templates are ensembled (CLIP, section 3.1)."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.functional import normalize
+
+from evaluation.encoder import Encoder, embed_images, embed_texts
+from evaluation.metrics import mean_per_class, recall_at, strict_ranks
+from teachercache.names import UserError
+from teachercache.samples import Manifest
+
+TEMPLATES = ("a picture of {}.", "a photo of {}.", "a drawing of {}.", "{}.")
+
+
+def evaluate(encoder: Encoder, manifest: Manifest) -> dict[str, Any]:
+    """acc1, acc5 and mean_per_class_recall over the test split; keys as clip-benchmark writes them."""
+    labels = manifest.column("label")
+    rows = [row for row in manifest.rows_of_split("test") if labels[row]]
+    if not rows:
+        raise UserError(f"{manifest.data} has no labels: zero-shot classification needs a folder per class")
+    names = class_names(manifest)
+    classes = sorted(names)
+    images, kept, skipped = embed_images(encoder, manifest, rows)
+    scores = images @ classifier(encoder, [names[label] for label in classes]).T  # [n, classes]
+    target = torch.tensor([classes.index(labels[row]) for row in kept])
+    positive = torch.nn.functional.one_hot(target, len(classes)).bool()
+    ranks, ties = strict_ranks(scores, positive)
+    return {
+        "acc1": recall_at(ranks, 1),
+        "acc5": recall_at(ranks, 5) if len(classes) > 5 else None,
+        "mean_per_class_recall": mean_per_class(ranks < 1, target),
+        "tie_rate": float(ties.double().mean()),
+        "num_images": len(images),
+        "num_classes": len(classes),
+        "num_skipped": len(skipped),
+    }
+
+
+def classifier(encoder: Encoder, names: list[str]) -> torch.Tensor:
+    """One unit vector per class: the mean over templates of unit text embeddings, normalised again."""
+    texts = [template.format(name) for name in names for template in TEMPLATES]
+    embeddings = embed_texts(encoder, texts).reshape(len(names), len(TEMPLATES), -1)
+    return normalize(embeddings.mean(1), dim=1)
+
+
+def class_names(manifest: Manifest) -> dict[str, str]:
+    """Label to words: lines `label<TAB>name` of classnames.txt beside the data, else the label itself."""
+    labels = sorted(set(manifest.column("label")) - {""})
+    names = {label: label.split("/")[-1].replace("_", " ") for label in labels}
+    path = Path(manifest.root, "classnames.txt")
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            label, tab, name = line.partition("\t")
+            if label not in names or not tab:
+                raise UserError(f"{path}: '{line}' is not `label<TAB>name` of a class that occurs")
+            names[label] = name
+    return names

@@ -1,0 +1,1 @@
+"""Phase 2: train students on what a teacher said, one recipe per paper. Not for running teachers: see `teachercache`."""

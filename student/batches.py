@@ -1,0 +1,187 @@
+"""From a manifest and a cache to batches: step s of a run is a pure function of (seed, s), so any step can be resumed.
+
+Caches join by key; rows that cannot be used are skipped. Every rank draws the same global batch and keeps its own
+rows. Not for losses, devices or gradients.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from teachercache import store
+from teachercache.names import UserError
+from teachercache.runtime import say, ticker
+from teachercache.samples import BadSample, Manifest, load_manifest, read_image
+
+WINDOW_BLOCKS = 64  # blocks whose rows are mixed; a mapped cache of up to 64 blocks is shuffled as a whole
+
+
+def epoch_order(rows: np.ndarray, *, seed: int, epoch: int, block_rows: int, window: int = WINDOW_BLOCKS) -> np.ndarray:
+    """Rows in this epoch's order: blocks shuffled, then rows shuffled within windows of `window` blocks.
+
+    Reading stays within a window of files, so a cache larger than memory is read at disk speed; blocks mix freely.
+    """
+    random = np.random.default_rng([seed, epoch])
+    blocks = rows // block_rows
+    place = random.permutation(int(blocks.max()) + 1)  # a block's place in this epoch
+    group = place[blocks] // window
+    shuffle = random.permutation(len(rows))
+    return rows[shuffle[np.argsort(group[shuffle], kind="stable")]]
+
+
+class Batches(Dataset):
+    """Item s is this rank's part of the batch of step s: pictures, token ids and the cached fields of its rows."""
+
+    def __init__(self, manifest: Manifest, rows: np.ndarray, *, student: Any, cache: store.Cache | None,
+                 reads: tuple[str, ...], batch: int, steps: int, seed: int, live: Any = None,
+                 rank: int = 0, world: int = 1):  # fmt: skip
+        self.manifest, self.student, self.live = manifest, student, live
+        self.batch, self.steps, self.seed, self.rank, self.world = batch, steps, seed, rank, world
+        self.block_rows = cache.meta.block_rows if cache else len(manifest)
+        self.per_epoch = len(rows) // batch
+        if not self.per_epoch:
+            raise UserError(f"{len(rows)} usable training rows are fewer than --batch-size {batch}")
+        self.texts = manifest.column("texts")
+        self.samples = {row: manifest.row(row) for row in rows.tolist()}
+        self.rows, self.at = rows, {}
+        self.fields = {} if cache is None or live is not None else {name: store.read_field(cache, name) for name in reads}
+        self.per_text = {name: cache.fields[name].per == "text" for name in self.fields}
+        if cache is not None:
+            self.at = dict(zip(rows.tolist(), store.join(cache, [self.samples[r].key for r in rows.tolist()]), strict=True))
+        scale = (live.spec if live else cache.meta.spec).constants if (live or cache) else {}
+        self.constants = {"logit_scale": scale["logit_scale"]} if "logit_scale" in scale else {}
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def rows_of(self, step: int) -> np.ndarray:
+        """Manifest rows of the global batch of a step; the last incomplete batch of an epoch is dropped."""
+        epoch, place = divmod(step, self.per_epoch)
+        order = epoch_order(self.rows, seed=self.seed, epoch=epoch, block_rows=self.block_rows)
+        return order[place * self.batch : (place + 1) * self.batch]
+
+    def __getitem__(self, step: int) -> dict[str, Any]:
+        """The rows of this rank."""
+        share = self.batch // self.world
+        rows = self.rows_of(step)[self.rank * share : (self.rank + 1) * share].tolist()
+        epoch = step // self.per_epoch
+        chosen = [self._text(row, epoch) for row in rows]
+        batch: dict[str, Any] = {name: torch.tensor(value) for name, value in self.constants.items()}
+        for name, values in self.fields.items():
+            at = np.array([self.at[row] for row in rows])
+            picked = values[at, chosen] if self.per_text[name] else values[at]
+            batch[name] = torch.from_numpy(np.ascontiguousarray(picked)).float()
+        texts = [self.texts[row][k] for row, k in zip(rows, chosen, strict=True)]
+        views = {"image": self.student.view} if "image" in self.student.inputs else {}
+        if self.live is not None:
+            views["teacher_image"] = self.live.view
+            batch["teacher_text"] = self.live.tokenize(texts)
+        if views:
+            pictures = [read_image(self.manifest, self.samples[row]) for row in rows]
+            batch |= {name: torch.stack([view(picture) for picture in pictures]) for name, view in views.items()}
+        if "text" in self.student.inputs:
+            batch["text"] = self.student.tokenizer(texts)
+        return batch
+
+    def _text(self, row: int, epoch: int) -> int:
+        """Which of a row's usable texts this epoch shows."""
+        usable = [k for k, text in enumerate(self.texts[row]) if text.strip()]
+        return usable[np.random.default_rng([self.seed, epoch, row]).integers(len(usable))] if len(usable) > 1 else usable[0]
+
+
+def training_rows(manifest: Manifest, cache: store.Cache | None) -> np.ndarray:
+    """Rows of the training split that have a text and that the cache holds and calls usable."""
+    texts = manifest.column("texts")
+    rows = np.array([row for row in manifest.rows_of_split("train") if any(text.strip() for text in texts[row])], int)
+    if not len(rows):
+        raise UserError(f"{manifest.data} has no training rows with a text")
+    if cache is None:
+        return rows
+    keys = manifest.column("key")
+    at = store.join(cache, [keys[row] for row in rows])
+    if (at < 0).any():
+        raise UserError(
+            f"{(at < 0).sum()} of {len(rows)} training rows of {manifest.data} are not in {cache.path}, the first is "
+            f"'{keys[rows[int(np.argmax(at < 0))]]}': run `tc build --teacher {cache.meta.spec.name} --data {manifest.data}`"
+        )
+    _same_rows(manifest, cache, rows, at)
+    return rows[np.asarray(store.read_field(cache, "valid"))[at]]
+
+
+def _same_rows(manifest: Manifest, cache: store.Cache, rows: np.ndarray, at: np.ndarray) -> None:
+    """Refuse a cache whose rows of the same keys had other texts or another picture file."""
+    if manifest.digest == cache.meta.manifest:
+        return
+    then = load_manifest(cache.path / "manifest.parquet").table.take(at)
+    now = manifest.table.take(rows)
+    for name in ("texts", "size"):
+        changed = [i for i, (a, b) in enumerate(zip(then[name].to_pylist(), now[name].to_pylist(), strict=True)) if a != b]
+        if changed:
+            raise UserError(
+                f"{len(changed)} rows of {manifest.data} changed since {cache.path} was built, the first is "
+                f"'{now['key'][changed[0]].as_py()}': remove the cache and run `{cache.command()}`"
+            )
+
+
+def same_data_cache(folder: str, manifest: Manifest) -> store.Cache | None:
+    """Any finished cache of exactly this data: it knows which rows can be read."""
+    for entry in sorted(Path(folder).glob("*.zarr/zarr.json")):
+        cache = store.open_cache(entry.parent)
+        if cache.meta.manifest == manifest.digest and len(store.done_blocks(cache)) == cache.meta.num_blocks:
+            return cache
+    return None
+
+
+def readable_rows(manifest: Manifest, rows: np.ndarray) -> np.ndarray:
+    """Rows whose picture can be read, by reading each once; the others are named with their reason."""
+    kept = []
+    with ticker(len(rows), "pictures", "checking pictures") as tick:
+        for row in rows.tolist():
+            sample = manifest.row(row)
+            try:
+                read_image(manifest, sample)
+            except BadSample as error:
+                say(f"left out {sample.key}: {error}")
+            else:
+                kept.append(row)
+            tick.step(1)
+    return np.array(kept, int)
+
+
+def loader(batches: Batches, *, start: int, workers: int) -> DataLoader:
+    """Batches from step `start` on, decoded ahead by `workers` processes."""
+    return DataLoader(
+        batches,
+        batch_size=None,
+        sampler=range(start, len(batches)),
+        num_workers=workers,
+        prefetch_factor=4 if workers else None,
+    )
+
+
+# ----------------------------------------------------------------------------------------------------
+# Which cache
+
+
+def find_cache(folder: str, reads: tuple[str, ...], build_hint: str) -> store.Cache:
+    """The cache at `folder`, or the one inside it that holds what the recipe reads; trained teachers before random."""
+    path = Path(folder)
+    if (path / "zarr.json").exists():
+        cache = store.open_complete(path)
+        missing = [name for name in reads if name not in cache.fields]
+        if missing:
+            raise UserError(f"{path} has no field {', '.join(missing)}: run `{build_hint}`")
+        return cache
+    found = [store.open_cache(entry.parent) for entry in sorted(path.glob("*.zarr/zarr.json"))]
+    found = [cache for cache in found if all(name in cache.fields for name in reads)]
+    found = [cache for cache in found if not cache.meta.spec.weights.startswith("random:")] or found
+    if not found:
+        raise UserError(f"no cache with {', '.join(reads)} in {folder}: run `{build_hint}`")
+    if len(found) > 1:
+        names = ", ".join(str(cache.path) for cache in found)
+        raise UserError(f"several caches fit, pass one as --cache: {names}")
+    return store.open_complete(found[0].path)
+

@@ -1,0 +1,147 @@
+"""Save, resume and export. A checkpoint is written aside and renamed: the newest one is always whole.
+
+    <run>/checkpoints/step-00000500/   DeepSpeed's files, with RNG and step in the client state
+    <run>/model.safetensors            the student alone, in open_clip's names: what eval and export read
+"""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from student.models import build_student
+from student.models.two_tower import TwoTower, open_clip_state
+from teachercache.names import UserError
+from teachercache.runtime import rank
+from teachercache.store import write_atomic
+from teachercache.views import describe_view
+
+
+def save(engine: Any, run: Path, step: int) -> None:
+    """A checkpoint of everything that the next step depends on; older ones go once it is whole."""
+    tag = f"step-{step:08d}"
+    state = {"step": step, "rng": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda_rng"] = torch.cuda.get_rng_state()
+    folder, partial = run / "checkpoints", run / "checkpoints.partial"
+    if rank() == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+    dist.barrier()
+    engine.save_checkpoint(str(partial), tag=tag, client_state=state, save_latest=False)
+    dist.barrier()
+    if rank() == 0:
+        folder.mkdir(exist_ok=True)
+        shutil.rmtree(folder / tag, ignore_errors=True)
+        os.replace(partial / tag, folder / tag)
+        shutil.rmtree(partial)
+        for old in sorted(folder.glob("step-*"))[:-1]:
+            shutil.rmtree(old)
+    dist.barrier()
+
+
+def last_checkpoint(run: Path) -> Path | None:
+    """The newest checkpoint of a run."""
+    found = sorted((run / "checkpoints").glob("step-*"))
+    return found[-1] if found else None
+
+
+def resume(engine: Any, checkpoint: Path) -> int:
+    """Load a checkpoint into the engine; the number of steps that were done."""
+    with only_weights():
+        path, state = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+    if path is None:
+        raise UserError(f"{checkpoint} cannot be loaded: remove it to go on from the one before")
+    torch.set_rng_state(state["rng"])
+    if "cuda_rng" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda_rng"])
+    return state["step"]
+
+
+@contextlib.contextmanager
+def only_weights() -> Iterator[None]:
+    """DeepSpeed loads with weights_only=False; inside this no checkpoint can run code."""
+    before = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    try:
+        with torch.serialization.safe_globals(_deepspeed_types()):
+            yield
+    finally:
+        os.environ.pop("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
+        if before is not None:
+            os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = before
+
+
+def _deepspeed_types() -> list[Any]:
+    return []
+
+
+def save_student(student: nn.Module, path: Path) -> None:
+    """The deployable student, float32, written aside and renamed."""
+    state = open_clip_state(student) if isinstance(student, TwoTower) else {
+        name: tensor.detach().cpu().contiguous() for name, tensor in student.state_dict().items()
+    }  # fmt: skip
+    if rank() == 0:
+        partial = path.with_name(path.name + ".partial")
+        save_file(state, partial)
+        os.replace(partial, path)
+
+
+def load_student(run: Path) -> TwoTower:
+    """The trained student of a run folder."""
+    try:
+        facts = json.loads((run / "run.json").read_text())
+        state = load_file(run / "model.safetensors")
+    except FileNotFoundError as error:
+        raise UserError(f"{run} is not a finished run ({Path(error.filename).name} is missing): `student train --resume`") from error
+    constants = facts["recipe"]["constants"]
+    student = build_student(constants["model"], constants["init"])
+    if not isinstance(student, TwoTower):
+        raise UserError(f"{run} trained {constants['model']}, which is no model of its own: see scripts/build_clip_lite.py")
+    state["logit_scale"] = state["logit_scale"].reshape(1)
+    student.model.load_state_dict(state)
+    return student.eval()
+
+
+def export_open_clip(run: Path, out: Path) -> Path:
+    """An open_clip folder of the run's student; distillation heads stay behind."""
+    student = load_student(run)
+    facts = json.loads((run / "run.json").read_text())
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    save_file(open_clip_state(student), partial / "open_clip_model.safetensors")
+    view = describe_view(student.preprocess)
+    preprocess = {**view, "size": view["size"][0] if view["size"][0] == view["size"][1] else view["size"]}
+    config = {"model_cfg": student.model_cfg, "preprocess_cfg": preprocess}
+    write_atomic(partial / "open_clip_config.json", json.dumps(config, indent=2) + "\n")
+    write_atomic(partial / "README.md", _model_card(facts, run))
+    if out.exists():
+        raise UserError(f"{out} exists: pass another --out, or remove it")
+    os.replace(partial, out)
+    return out
+
+
+def _model_card(facts: dict[str, Any], run: Path) -> str:
+    """A model card with what the run recorded."""
+    recipe, teacher = facts["recipe"], facts.get("teacher") or {}
+    lines = [
+        "---", "library_name: open_clip", "pipeline_tag: zero-shot-image-classification", "---", "",
+        f"# {recipe['constants']['model']} trained by `{recipe['name']}`", "",
+        f"Recipe: {recipe['paper']}", f"Data: {facts['run']['data']}",
+        f"Teacher: {teacher.get('name', 'none')} ({teacher.get('digest', '')[:12]})",
+        f"Steps: {recipe['steps']}, batch {recipe['batch']}, seed {facts['run']['seed']}", "",
+    ]  # fmt: skip
+    results = sorted((run / "eval").glob("*.json"))
+    for path in results:
+        metrics = json.loads(path.read_text())["metrics"]
+        lines += [f"## {path.stem}", "", "| metric | value |", "|---|---|"]
+        lines += [f"| {name} | {value} |" for name, value in metrics.items()] + [""]
+    return "\n".join(lines) + "\n"

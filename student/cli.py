@@ -1,0 +1,173 @@
+"""The command `student`: reads options, calls one function, prints. The only place where training and evaluation meet."""
+
+import dataclasses
+import json as jsonlib
+import os
+import time
+from pathlib import Path
+
+import click
+
+from teachercache.names import UserError
+from teachercache.runtime import rank, run_command, say
+
+DEMO_DATA = "data/demo"
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+def student() -> None:
+    """Train students on what a teacher said, measure them, hand them on.
+
+    \b
+    student train --recipe clip_kd        on the cache of data/demo
+    student eval runs/NAME --task retrieval
+    student export runs/NAME --format open_clip
+    """
+
+
+@student.command()
+@click.argument("name", required=False)
+def recipes(name: str | None) -> None:
+    """List the recipes, or show one: equations, constants, the `tc build` command that it needs."""
+    import sys
+
+    from student.recipes import RECIPES, find
+
+    if name is None:
+        for recipe in RECIPES.values():
+            print(f"{recipe.name:10} {recipe.doc}  [{recipe.paper}]")
+        return
+    recipe = find(name)
+    print(sys.modules[recipe.loss.__module__].__doc__.strip(), end="\n\n")
+    for field in dataclasses.fields(recipe.constants):
+        print(f"  --set {field.name}={getattr(recipe.constants, field.name)}")
+    for field in dataclasses.fields(recipe.optim):
+        print(f"  --set optim.{field.name}={getattr(recipe.optim, field.name)}")
+    print(f"  --steps {recipe.steps} --batch-size {recipe.batch}")
+
+
+@student.command()
+@click.option("--recipe", "name", required=True, help="A name of `student recipes`, or package.module:RECIPE.")
+@click.option("--data", default=DEMO_DATA, show_default=True, help="What `tc build --data` took.")
+@click.option("--cache", help="A cache, or a folder of caches; default caches/<data>.")
+@click.option("--out", help="The run folder; default runs/<recipe>-<time>.")
+@click.option("--steps", type=click.IntRange(1), help="Training steps.")
+@click.option("--batch-size", type=click.IntRange(2), help="Pairs per step, over all processes.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--resume", is_flag=True, help="Go on from the last checkpoint of --out (default: the recipe's newest run).")
+@click.option("--live", is_flag=True, help="Run the cache's teacher in this process instead of reading its fields.")
+@click.option("--dry-run", is_flag=True, help="Check everything, take one step, say how long all will take, leave nothing.")
+@click.option("--print-config", is_flag=True, help="Print the resolved recipe and run as JSON and leave.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="A constant, optim.NAME or run.NAME; repeatable.")
+def train(name, data, cache, out, steps, batch_size, seed, resume, live, dry_run, print_config, settings) -> None:
+    """Train a student by a recipe.
+
+    \b
+    student train --recipe clip_kd
+    student train --recipe clip_kd --set fd=1000 --set model=ViT-S-16 --steps 10000
+    student train --recipe clip_kd --resume --out runs/clip_kd-20260101-120000
+    torchrun --nproc-per-node 4 -m student train --recipe clip_kd --out runs/four
+    """
+    from student.recipe import Run, override
+    from student.recipes import find
+
+    recipe = find(name)
+    recipe = dataclasses.replace(recipe, steps=steps or recipe.steps, batch=batch_size or recipe.batch)
+    cache = cache or str(Path("caches", Path(os.path.normpath(data)).name.split(".")[0]))
+    run = Run(data=data, cache=cache, out=out or _run_folder(recipe.name, resume), seed=seed, live=live)
+    recipe, run = override(recipe, run, settings)
+    if print_config:
+        known = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
+        known = {key: value for key, value in known.items() if not callable(value)}
+        plain = {k: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for k, v in known.items()}
+        print(jsonlib.dumps({"recipe": plain, "run": dataclasses.asdict(run)}, indent=1))
+        return
+
+    from teachercache.runtime import default_workers, pick_device
+
+    device = pick_device("auto" if run.device == "cpu" else run.device)
+    run = dataclasses.replace(run, device=device, workers=run.workers if run.workers >= 0 else default_workers())
+    from student.train import train as run_training
+
+    folder = run_training(recipe, run, resume=resume, dry_run=dry_run)
+    if rank() == 0 and not dry_run:
+        say(f"next: student eval {folder} --task retrieval")
+
+
+def _run_folder(recipe: str, resume: bool) -> str:
+    """The newest run of the recipe to resume, or a new folder named by the time."""
+    if not resume:
+        return str(Path("runs", f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}"))
+    runs = sorted(Path("runs").glob(f"{recipe}-*/run.json"), key=lambda path: path.stat().st_mtime)
+    if not runs:
+        raise UserError(f"no run of {recipe} in runs/: pass --out RUN, or leave --resume away")
+    return str(runs[-1].parent)
+
+
+@student.command("eval")
+@click.argument("model")
+@click.option("--task", required=True, help="zeroshot_classification or zeroshot_retrieval (short: zeroshot, retrieval).")
+@click.option("--data", default=DEMO_DATA, show_default=True, help="Its test split, or all of it where it has no splits.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+def evaluate(model: str, task: str, data: str, as_json: bool) -> None:
+    """Measure a run, an exported open_clip folder, or a teacher by its name.
+
+    \b
+    student eval runs/NAME --task retrieval
+    student eval clip-lite --task zeroshot
+    """
+    from evaluation.report import run_task, table
+    from evaluation.tasks import find
+
+    find(task)
+    encoder, folder = _encoder(model)
+    result = run_task(task, encoder, data)
+    if folder is not None:
+        from teachercache.store import write_atomic
+
+        path = folder / "eval" / f"{result['dataset']}_{result['task']}.json"
+        path.parent.mkdir(exist_ok=True)
+        write_atomic(path, jsonlib.dumps(result) + "\n")
+    print(jsonlib.dumps(result) if as_json else table([result]))
+
+
+def _encoder(model: str):
+    """An Encoder for a run, a folder or a teacher; and the run folder where results are kept."""
+    from evaluation.encoder import Encoder, of_teacher
+    from teachercache.teachers import load
+
+    path = Path(model)
+    if (path / "run.json").exists():
+        from student.checkpoint import load_student
+        from teachercache.views import describe_view
+
+        trained = load_student(path)
+        encoder = Encoder(
+            name=path.name,
+            pretrained=str(path),
+            size=tuple(describe_view(trained.preprocess)["size"]),
+            view=trained.view,
+            tokenize=trained.tokenizer,
+            encode_image=trained.model.encode_image,
+            encode_text=trained.model.encode_text,
+        )
+        return encoder, path
+    return of_teacher(load(model)), None
+
+
+@student.command()
+@click.argument("run", type=Path)
+@click.option("--format", "form", required=True, type=click.Choice(["open_clip"]), help="What it loads with.")
+@click.option("--out", type=Path, help="Default exports/<run>-<format>.")
+def export(run: Path, form: str, out: Path | None) -> None:
+    """Write a trained student as a folder that open_clip loads; distillation heads stay behind."""
+    from student.checkpoint import export_open_clip
+
+    out = export_open_clip(run, out or Path("exports", f"{run.name}-{form}"))
+    say(f"{out}: open_clip.create_model_and_transforms('local-dir:{out}')")
+    print(out)
+
+
+def main(args: list[str] | None = None) -> int:
+    """Entry point: exit code 0, or 2 with one `error:` line."""
+    return run_command(student, args)

@@ -1,0 +1,117 @@
+"""DeepSpeed around a TrainStep: parameter groups, schedule, the generated configuration. One process needs no launcher."""
+
+import contextlib
+import math
+import os
+import socket
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from student.recipe import Optim, Run
+from teachercache.names import UserError
+
+MAX_LOG_SCALE = math.log(100)  # CLIP: logit scales are clamped to this after each step
+
+
+def parameter_groups(step: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Decay on matrices; none on biases, norms, scales and embeddings of one dimension."""
+    parameters = [parameter for parameter in step.parameters() if parameter.requires_grad]
+    decayed = [parameter for parameter in parameters if parameter.ndim > 1]
+    plain = [parameter for parameter in parameters if parameter.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def learning_rate(optim: Optim, step: int, steps: int) -> float:
+    """Linear warm-up over a share of the steps, then a cosine to zero."""
+    warmup = max(1, round(optim.warmup * steps))
+    if step < warmup:
+        return optim.lr * (step + 1) / warmup
+    return optim.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def deepspeed_config(run: Run, optim: Optim, rows_per_rank: int) -> dict[str, Any]:
+    """The whole configuration; every default of DeepSpeed that would change the mathematics is set."""
+    return {
+        "train_micro_batch_size_per_gpu": rows_per_rank,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": optim.clip,  # DeepSpeed's own default is 1.0
+        "zero_optimization": {"stage": run.zero},
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": run.precision == "bfloat16"},
+        "steps_per_print": 10**9,
+        "wall_clock_breakdown": False,
+    }
+
+
+def start_distributed(device: str) -> None:
+    """Join the process group, or make one of a single process."""
+    import torch.distributed as dist
+
+    if "RANK" not in os.environ:
+        with socket.socket() as sock:
+            sock.bind(("127.0.0.1", 0))
+            port = sock.getsockname()[1]
+        single = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os.environ.update(single)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+
+
+def start_engine(step: nn.Module, optim: Optim, run: Run, rows_per_rank: int) -> Any:
+    """A DeepSpeed engine over the step; torch's own AdamW."""
+    if run.zero not in (0, 1, 2, 3):
+        raise UserError(f"--set run.zero={run.zero}: choose 0, 1, 2 or 3")
+    start_distributed(run.device)
+    with quiet_deepspeed():
+        deepspeed = _import_deepspeed(run.device)
+        optimizer = torch.optim.AdamW(
+            parameter_groups(step, optim.weight_decay), lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps
+        )
+        engine, *_ = deepspeed.initialize(
+            model=step, optimizer=optimizer, config=deepspeed_config(run, optim, rows_per_rank), dist_init_required=False
+        )
+    return engine
+
+
+def _import_deepspeed(device: str) -> Any:
+    """Import DeepSpeed without its noise; on the CPU without the op it would compile for a minute (gloo serves)."""
+    if device == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    if device == "cpu":
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+@contextlib.contextmanager
+def quiet_deepspeed() -> Iterator[None]:
+    """DeepSpeed's own lines go to stderr and below warnings nowhere: stdout belongs to the user."""
+    import logging
+    import warnings
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore", DeprecationWarning)
+        yield
+
+
+def clamp_scales(engine: Any) -> None:
+    """Logit scales at most ln 100, after each step, at any ZeRO stage."""
+    for name, parameter in engine.module.named_parameters():
+        if not name.endswith("logit_scale") or not parameter.requires_grad:
+            continue
+        if hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id"):
+            from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
+
+            value = safe_get_full_fp32_param(parameter)
+            if value is not None and bool((value > MAX_LOG_SCALE).any()):
+                safe_set_full_fp32_param(parameter, value.clamp(max=MAX_LOG_SCALE))
+        with torch.no_grad():
+            parameter.data.clamp_(max=MAX_LOG_SCALE)

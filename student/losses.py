@@ -1,0 +1,67 @@
+"""The losses of the papers as pure functions of embeddings. They know no ranks, files or modules.
+
+Legend: V, S student image and text embeddings; V_T, S_T the teacher's; rows are L2-normalised by the caller and row i
+of each belongs to pair i; a = `scale` multiplies cosines (it is exp(logit_scale)). Everything is computed in float32 at
+least (float64 in, float64 out) and returned as a scalar. Teacher tensors may come without gradient.
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+Scale = Float[Tensor, "..."] | float
+
+
+def _wide(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Each tensor in float32, or as it is where it is wider."""
+    return tuple(tensor if tensor.dtype == torch.float64 else tensor.float() for tensor in tensors)
+
+
+def _diagonal_ce(logits: Float[Tensor, "n n"]) -> Float[Tensor, ""]:
+    """Row-wise cross-entropy against the diagonal, mean over rows."""
+    return F.cross_entropy(logits, torch.arange(len(logits), device=logits.device))
+
+
+def _kl_rows(teacher: Float[Tensor, "n m"], student: Float[Tensor, "n m"]) -> Float[Tensor, ""]:
+    """KL(sm(teacher) || sm(student)), mean over rows."""
+    return F.kl_div(student.log_softmax(1), teacher.log_softmax(1), log_target=True, reduction="batchmean")
+
+
+def clip_loss(image: Float[Tensor, "n d"], text: Float[Tensor, "n d"], scale: Scale) -> Float[Tensor, ""]:
+    """Symmetric InfoNCE, 1/2 [CE(a V S^T, I) + CE(a S V^T, I)] (CLIP; CLIP-KD's task loss)."""
+    V, S = _wide(image, text)
+    logits = scale * V @ S.T  # [n, n]
+    return (_diagonal_ce(logits) + _diagonal_ce(logits.T)) / 2
+
+
+def crd_loss(image: Float[Tensor, "n d"], text: Float[Tensor, "n d"], scale: Scale, t_image: Float[Tensor, "n e"],
+             t_text: Float[Tensor, "n e"], t_scale: Scale) -> Float[Tensor, ""]:  # fmt: skip
+    """Contrastive relational distillation (CLIP-KD): KL of the teacher's to the student's contrastive softmax.
+
+    1/2 [KL(sm(a_T V_T S_T^T) || sm(a_S V S^T)) + KL(sm(a_T S_T V_T^T) || sm(a_S S V^T))], each with its own scale.
+    """
+    V, S, V_T, S_T = _wide(image, text, t_image, t_text)
+    student = scale * V @ S.T  # [n, n]
+    teacher = t_scale * V_T @ S_T.T  # [n, n]
+    return (_kl_rows(teacher, student) + _kl_rows(teacher.T, student.T)) / 2
+
+
+def fd_loss(image: Float[Tensor, "n d"], text: Float[Tensor, "n d"], t_image: Float[Tensor, "n d"],
+            t_text: Float[Tensor, "n d"]) -> Float[Tensor, ""]:  # fmt: skip
+    """Feature distillation (CLIP-KD): mean over pairs and dims of (V' - V_T)^2, plus the same for text.
+
+    For unit rows it is 2/d (1 - cos) per modality, so a weight means something only beside d.
+    """
+    V, S, V_T, S_T = _wide(image, text, t_image, t_text)
+    return F.mse_loss(V, V_T) + F.mse_loss(S, S_T)
+
+
+def icl_loss(image: Float[Tensor, "n d"], text: Float[Tensor, "n d"], t_image: Float[Tensor, "n d"],
+             t_text: Float[Tensor, "n d"], scale: Scale) -> Float[Tensor, ""]:  # fmt: skip
+    """Interactive contrastive learning (CLIP-KD): the student's rows against the teacher's other modality.
+
+    1/2 [CE(g V' S_T^T, I) + CE(g S' V_T^T, I)], g a learnable scale of its own.
+    """
+    V, S, V_T, S_T = _wide(image, text, t_image, t_text)
+    return (_diagonal_ce(scale * V @ S_T.T) + _diagonal_ce(scale * S @ V_T.T)) / 2

@@ -1,0 +1,111 @@
+"""What a recipe and a run are, and how `--set key=value` changes one. Frozen records; no torch."""
+
+import ast
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+from teachercache.names import UserError, closest
+
+
+@dataclasses.dataclass(frozen=True)
+class Optim:
+    """AdamW and its schedule: linear warm-up, then cosine to zero."""
+
+    lr: float = 1e-3
+    beta1: float = 0.9
+    beta2: float = 0.98
+    eps: float = 1e-6
+    weight_decay: float = 0.1  # on matrices; never on biases, norms and scales
+    warmup: float = 0.1  # share of the steps
+    clip: float = 0.0  # largest gradient norm, 0 for none
+
+
+class Now(NamedTuple):
+    """Where training is, for schedules inside a loss."""
+
+    step: int
+    steps: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """One paper's training. See README, "A recipe in one page"."""
+
+    name: str
+    paper: str
+    doc: str
+    constants: Any  # the paper's own frozen dataclass; `model` and `init` are in it
+    build: Callable[[Any], Any]  # constants -> student model
+    heads: Callable[[Any, Any, dict], Any] | None  # constants, student, shapes of fields -> module, or None
+    loss: Callable[[dict, dict, Any, Now], tuple[dict, dict]]  # outputs, batch, constants, now -> terms, notes
+    reads: tuple[str, ...] = ()  # teacher fields in the batch
+    across: tuple[str, ...] = ()  # outputs and fields whose rows the loss compares over the whole batch
+    optim: Optim = Optim()
+    steps: int = 500
+    batch: int = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Where and how one training happens; nothing in it is in the paper."""
+
+    data: str
+    cache: str  # "" where no teacher field is read
+    out: str
+    device: str = "cpu"
+    precision: str = "float32"
+    seed: int = 0
+    zero: int = 0  # DeepSpeed's ZeRO stage
+    workers: int = -1  # decoding processes; -1 for the spare cores
+    live: bool = False
+    save_every: int = 500
+    log_every: int = 10
+
+
+def override(recipe: Recipe, run: Run, settings: Iterable[str]) -> tuple[Recipe, Run]:
+    """Apply `key=value` settings: a constant by its name, `optim.NAME`, or `run.NAME`."""
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals:
+            raise UserError(f"--set {setting}: write KEY=VALUE")
+        group, dot, name = key.strip().rpartition(".")
+        if group == "optim":
+            recipe = dataclasses.replace(recipe, optim=_replace(recipe.optim, name, text, key, recipe))
+        elif group == "run":
+            run = _replace(run, name, text, key, recipe)
+        elif not dot:
+            recipe = dataclasses.replace(recipe, constants=_replace(recipe.constants, key, text, key, recipe))
+        else:
+            raise UserError(f"--set {key}: {_choices(key, recipe)}")
+    return recipe, run
+
+
+def _replace(record: Any, name: str, text: str, key: str, recipe: Recipe) -> Any:
+    fields = {field.name: field.type for field in dataclasses.fields(record)}
+    if name not in fields:
+        raise UserError(f"--set {key}: {_choices(key, recipe)}")
+    try:
+        value = _parse(text.strip(), fields[name])
+    except (ValueError, SyntaxError) as error:
+        raise UserError(f"--set {key}={text}: a value of type {fields[name].__name__} is expected") from error
+    return dataclasses.replace(record, **{name: value})
+
+
+def _parse(text: str, kind: type) -> Any:
+    if kind is str:
+        return text
+    value = {"true": True, "false": False}.get(text.lower())
+    value = ast.literal_eval(text) if value is None else value
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:
+        raise ValueError(text)
+    return value
+
+
+def _choices(key: str, recipe: Recipe) -> str:
+    names = [field.name for field in dataclasses.fields(recipe.constants)]
+    names += [f"optim.{field.name}" for field in dataclasses.fields(Optim)]
+    names += [f"run.{name}" for name in ("zero", "workers", "precision", "save_every", "log_every")]
+    return f"no such setting of {recipe.name}; {closest(key, names)}choose from {', '.join(names)}"

@@ -1,0 +1,46 @@
+"""What DeepSpeed wraps: student and distillation heads, their outputs gathered, the recipe's loss. Knows no files."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from student.distributed import gather
+from student.recipe import Now, Recipe
+
+
+class TrainStep(nn.Module):
+    """One forward: batch of this rank -> loss of the global batch.
+
+    A live teacher is a plain attribute, not a submodule: never trained, sharded or saved.
+    """
+
+    def __init__(self, recipe: Recipe, student: nn.Module, heads: nn.Module | None, live: Any = None):
+        super().__init__()
+        self.recipe, self.student, self.heads = recipe, student, heads
+        self.__dict__["live"] = live
+
+    def forward(self, batch: Mapping[str, Tensor], now: Now) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+        """Loss to minimise, its weighted terms, and notes; the batch's fields come from a cache or a live teacher."""
+        if self.live is not None:
+            batch = {**batch, **live_fields(self.live, batch, self.recipe.reads)}
+        outputs = self.student(batch)
+        if self.heads is not None:
+            outputs |= self.heads(outputs)
+        fields = {name: batch[name] for name in (*self.recipe.reads, "logit_scale") if name in batch}
+        outputs, fields = (
+            {name: gather(rows) if name in self.recipe.across else rows for name, rows in part.items()}
+            for part in (outputs, fields)
+        )
+        terms, notes = self.recipe.loss(outputs, fields, self.recipe.constants, now)
+        total = torch.stack([term.reshape(()) for term in terms.values()]).sum()
+        return total, terms, notes
+
+
+def live_fields(teacher: Any, batch: Mapping[str, Tensor], names: tuple[str, ...]) -> dict[str, Tensor]:
+    """The fields that a cache would have handed over, computed now, without gradient."""
+    inputs = {"image": batch["teacher_image"], "text": batch["teacher_text"]}
+    with torch.no_grad():
+        outputs = teacher.encode(teacher.module, inputs)
+    return {name: outputs[name].float() for name in names}
