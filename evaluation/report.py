@@ -27,7 +27,9 @@ def table(results: list[dict[str, Any]]) -> str:
     header = ["metric", *(result["model"] for result in results)]
     lines = [header, *([name, *(_cell(result["metrics"].get(name)) for result in results)] for name in names)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
 
 
 def _cell(value: Any) -> str:

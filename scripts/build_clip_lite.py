@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from teachercache.teachers.clip_lite import assemble
 
-STEPS, BATCH, RATE = 640, 512, 1e-3
+STEPS, BATCH, RATE, DECAY = 320, 512, 1e-3, 0.5  # LOG.md, "clip-lite"
 
 
 def main() -> None:
@@ -32,7 +32,12 @@ def main() -> None:
     command("teachercache", "build", "--teacher", "clip-lite-towers", "--data", options.data, "--out", cache)
     if not (run / "model.safetensors").exists():
         shutil.rmtree(run, ignore_errors=True)
-        settings = ["model=clip-lite-heads", f"optim.lr={RATE}", "run.workers=0", "run.save_every=100000"]
+        settings = [
+            "model=clip-lite-heads",
+            f"optim.lr={RATE}",
+            f"optim.weight_decay={DECAY}",
+            "run.workers=0",
+        ]
         chosen = [word for setting in settings for word in ("--set", setting)]
         command("student", "train", "--recipe", "clip", "--data", options.data, "--cache", cache, "--out", run,
                 "--steps", STEPS, "--batch-size", BATCH, *chosen)  # fmt: skip

@@ -47,10 +47,18 @@ class Batches(Dataset):
         self.texts = manifest.column("texts")
         self.samples = {row: manifest.row(row) for row in rows.tolist()}
         self.rows, self.at = rows, {}
-        self.fields = {} if cache is None or live is not None else {name: store.read_field(cache, name) for name in reads}
+        self.fields = (
+            {} if cache is None or live is not None else {name: store.read_field(cache, name) for name in reads}
+        )
         self.per_text = {name: cache.fields[name].per == "text" for name in self.fields}
         if cache is not None:
-            self.at = dict(zip(rows.tolist(), store.join(cache, [self.samples[r].key for r in rows.tolist()]), strict=True))
+            self.at = dict(
+                zip(
+                    rows.tolist(),
+                    store.join(cache, [self.samples[r].key for r in rows.tolist()]),
+                    strict=True,
+                )
+            )
         scale = (live.spec if live else cache.meta.spec).constants if (live or cache) else {}
         self.constants = {"logit_scale": scale["logit_scale"]} if "logit_scale" in scale else {}
 
@@ -89,7 +97,11 @@ class Batches(Dataset):
     def _text(self, row: int, epoch: int) -> int:
         """Which of a row's usable texts this epoch shows."""
         usable = [k for k, text in enumerate(self.texts[row]) if text.strip()]
-        return usable[np.random.default_rng([self.seed, epoch, row]).integers(len(usable))] if len(usable) > 1 else usable[0]
+        return (
+            usable[np.random.default_rng([self.seed, epoch, row]).integers(len(usable))]
+            if len(usable) > 1
+            else usable[0]
+        )
 
 
 def training_rows(manifest: Manifest, cache: store.Cache | None) -> np.ndarray:
@@ -105,7 +117,8 @@ def training_rows(manifest: Manifest, cache: store.Cache | None) -> np.ndarray:
     if (at < 0).any():
         raise UserError(
             f"{(at < 0).sum()} of {len(rows)} training rows of {manifest.data} are not in {cache.path}, the first is "
-            f"'{keys[rows[int(np.argmax(at < 0))]]}': run `tc build --teacher {cache.meta.spec.name} --data {manifest.data}`"
+            f"'{keys[rows[int(np.argmax(at < 0))]]}': "
+            f"run `tc build --teacher {cache.meta.spec.name} --data {manifest.data}`"
         )
     _same_rows(manifest, cache, rows, at)
     return rows[np.asarray(store.read_field(cache, "valid"))[at]]
@@ -118,7 +131,9 @@ def _same_rows(manifest: Manifest, cache: store.Cache, rows: np.ndarray, at: np.
     then = load_manifest(cache.path / "manifest.parquet").table.take(at)
     now = manifest.table.take(rows)
     for name in ("texts", "size"):
-        changed = [i for i, (a, b) in enumerate(zip(then[name].to_pylist(), now[name].to_pylist(), strict=True)) if a != b]
+        changed = [
+            i for i, (a, b) in enumerate(zip(then[name].to_pylist(), now[name].to_pylist(), strict=True)) if a != b
+        ]
         if changed:
             raise UserError(
                 f"{len(changed)} rows of {manifest.data} changed since {cache.path} was built, the first is "
@@ -184,4 +199,3 @@ def find_cache(folder: str, reads: tuple[str, ...], build_hint: str) -> store.Ca
         names = ", ".join(str(cache.path) for cache in found)
         raise UserError(f"several caches fit, pass one as --cache: {names}")
     return store.open_complete(found[0].path)
-

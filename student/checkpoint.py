@@ -1,7 +1,7 @@
 """Save, resume and export. A checkpoint is written aside and renamed: the newest one is always whole.
 
-    <run>/checkpoints/step-00000500/   DeepSpeed's files, with RNG and step in the client state
-    <run>/model.safetensors            the student alone, in open_clip's names: what eval and export read
+<run>/checkpoints/step-00000500/   DeepSpeed's files, with RNG and step in the client state
+<run>/model.safetensors            the student alone, in open_clip's names: what eval and export read
 """
 
 import contextlib
@@ -100,11 +100,15 @@ def load_student(run: Path) -> TwoTower:
         facts = json.loads((run / "run.json").read_text())
         state = load_file(run / "model.safetensors")
     except FileNotFoundError as error:
-        raise UserError(f"{run} is not a finished run ({Path(error.filename).name} is missing): `student train --resume`") from error
+        raise UserError(
+            f"{run} is not a finished run ({Path(error.filename).name} is missing): `student train --resume`"
+        ) from error
     constants = facts["recipe"]["constants"]
     student = build_student(constants["model"], constants["init"])
     if not isinstance(student, TwoTower):
-        raise UserError(f"{run} trained {constants['model']}, which is no model of its own: see scripts/build_clip_lite.py")
+        raise UserError(
+            f"{run} trained {constants['model']}, which is no model of its own: see scripts/build_clip_lite.py"
+        )
     state["logit_scale"] = state["logit_scale"].reshape(1)
     student.model.load_state_dict(state)
     return student.eval()

@@ -1,4 +1,4 @@
-"""The command `student`: reads options, calls one function, prints. The only place where training and evaluation meet."""
+"""The command `student`: reads options, calls one function, prints. Training and evaluation meet here alone."""
 
 import dataclasses
 import json as jsonlib
@@ -16,7 +16,7 @@ DEMO_DATA = "data/demo"
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 def student() -> None:
-    """Train students on what a teacher said, measure them, hand them on.
+    r"""Train students on what a teacher said, measure them, hand them on.
 
     \b
     student train --recipe clip_kd        on the cache of data/demo
@@ -54,13 +54,27 @@ def recipes(name: str | None) -> None:
 @click.option("--steps", type=click.IntRange(1), help="Training steps.")
 @click.option("--batch-size", type=click.IntRange(2), help="Pairs per step, over all processes.")
 @click.option("--seed", default=0, show_default=True)
-@click.option("--resume", is_flag=True, help="Go on from the last checkpoint of --out (default: the recipe's newest run).")
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="Go on from the last checkpoint of --out (default: the recipe's newest run).",
+)
 @click.option("--live", is_flag=True, help="Run the cache's teacher in this process instead of reading its fields.")
-@click.option("--dry-run", is_flag=True, help="Check everything, take one step, say how long all will take, leave nothing.")
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Check everything, take one step, say how long all will take, leave nothing.",
+)
 @click.option("--print-config", is_flag=True, help="Print the resolved recipe and run as JSON and leave.")
-@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="A constant, optim.NAME or run.NAME; repeatable.")
+@click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="A constant, optim.NAME or run.NAME; repeatable.",
+)
 def train(name, data, cache, out, steps, batch_size, seed, resume, live, dry_run, print_config, settings) -> None:
-    """Train a student by a recipe.
+    r"""Train a student by a recipe.
 
     \b
     student train --recipe clip_kd
@@ -106,11 +120,20 @@ def _run_folder(recipe: str, resume: bool) -> str:
 
 @student.command("eval")
 @click.argument("model")
-@click.option("--task", required=True, help="zeroshot_classification or zeroshot_retrieval (short: zeroshot, retrieval).")
-@click.option("--data", default=DEMO_DATA, show_default=True, help="Its test split, or all of it where it has no splits.")
+@click.option(
+    "--task",
+    required=True,
+    help="zeroshot_classification or zeroshot_retrieval (short: zeroshot, retrieval).",
+)
+@click.option(
+    "--data",
+    default=DEMO_DATA,
+    show_default=True,
+    help="Its test split, or all of it where it has no splits.",
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def evaluate(model: str, task: str, data: str, as_json: bool) -> None:
-    """Measure a run, an exported open_clip folder, or a teacher by its name.
+    r"""Measure a run, an exported open_clip folder, or a teacher by its name.
 
     \b
     student eval runs/NAME --task retrieval

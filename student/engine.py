@@ -1,4 +1,4 @@
-"""DeepSpeed around a TrainStep: parameter groups, schedule, the generated configuration. One process needs no launcher."""
+"""DeepSpeed around a TrainStep: parameter groups, schedule, configuration. One process needs no launcher."""
 
 import contextlib
 import math
@@ -56,7 +56,13 @@ def start_distributed(device: str) -> None:
         with socket.socket() as sock:
             sock.bind(("127.0.0.1", 0))
             port = sock.getsockname()[1]
-        single = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        single = {
+            "RANK": "0",
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
         os.environ.update(single)
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
@@ -69,11 +75,14 @@ def start_engine(step: nn.Module, optim: Optim, run: Run, rows_per_rank: int) ->
     start_distributed(run.device)
     with quiet_deepspeed():
         deepspeed = _import_deepspeed(run.device)
-        optimizer = torch.optim.AdamW(
-            parameter_groups(step, optim.weight_decay), lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps
-        )
+        groups = parameter_groups(step, optim.weight_decay)
+        betas = (optim.beta1, optim.beta2)
+        optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=betas, eps=optim.eps, fused=True)
         engine, *_ = deepspeed.initialize(
-            model=step, optimizer=optimizer, config=deepspeed_config(run, optim, rows_per_rank), dist_init_required=False
+            model=step,
+            optimizer=optimizer,
+            config=deepspeed_config(run, optim, rows_per_rank),
+            dist_init_required=False,
         )
     return engine
 

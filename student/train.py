@@ -45,7 +45,8 @@ def train(recipe: Recipe, run: Run, *, resume: bool, dry_run: bool = False) -> P
     facts = describe(recipe, run, prepared.cache)
     if not dry_run:
         open_run(out, facts, resume)
-    say(f"{recipe.name}: {count(prepared.step)}; {len(prepared.batches.rows):,} rows, {recipe.steps} steps of {recipe.batch}")
+    rows = len(prepared.batches.rows)
+    say(f"{recipe.name}: {count(prepared.step)}; {rows:,} rows, {recipe.steps} steps of {recipe.batch}")
 
     # ---- engine, and the checkpoint to go on from
     engine = start_engine(prepared.step.to(run.device), recipe.optim, run, recipe.batch // world_size())
@@ -73,7 +74,12 @@ def train(recipe: Recipe, run: Run, *, resume: bool, dry_run: bool = False) -> P
                 engine.step()
             clamp_scales(engine)
             seen += 1
-            values = plain({"loss": mean_over_ranks(loss.detach()), **{k: mean_over_ranks(v.detach()) for k, v in terms.items()}})
+            values = plain(
+                {
+                    "loss": mean_over_ranks(loss.detach()),
+                    **{k: mean_over_ranks(v.detach()) for k, v in terms.items()},
+                }
+            )
             refuse_nan(values["loss"], step)
             if metrics is not None:
                 metrics.write({"step": step, **values, "lr": group["lr"], **plain(notes)})
@@ -89,7 +95,8 @@ def train(recipe: Recipe, run: Run, *, resume: bool, dry_run: bool = False) -> P
     speed = {"seconds_per_step": elapsed / max(seen, 1), "samples_per_second": seen * recipe.batch / elapsed,
              "data_wait": waited / elapsed}  # fmt: skip
     if dry_run:
-        say(f"one step took {elapsed:.2f} s; {recipe.steps} steps take about {elapsed * recipe.steps / 60:.1f} min; nothing was written")
+        minutes = elapsed * recipe.steps / 60
+        say(f"one step took {elapsed:.2f} s; {recipe.steps} steps take about {minutes:.1f} min; nothing was written")
         return out
     if seen:
         checkpoint.save(engine, out, step + 1)
@@ -159,7 +166,10 @@ def open_run(out: Path, facts: dict[str, Any], resume: bool) -> None:
             raise UserError(f"{out} exists: go on with --resume, or pass another --out")
         then = json.loads(path.read_text())
         changed = [f"{a}: {then[a]} there, {facts[a]} asked" for a in ("cache",) if then[a] != facts[a]]
-        for group, ignored in (("recipe", ()), ("run", ("cache", "workers", "save_every", "log_every", "out", "data"))):
+        for group, ignored in (
+            ("recipe", ()),
+            ("run", ("cache", "workers", "save_every", "log_every", "out", "data")),
+        ):
             changed += [
                 f"{name}: {then[group].get(name)} there, {value} asked"
                 for name, value in facts[group].items()

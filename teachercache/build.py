@@ -43,7 +43,7 @@ def build(teacher: Teacher, manifest: Manifest, out: Path, *, batch_size: int, w
     meta = plan(teacher, manifest, precision, block_rows)
     cache = store.create(out, meta, manifest)
     dtype = getattr(torch, precision.dtype)
-    module = teacher.module.to(device=device, dtype=dtype, memory_format=torch.channels_last)
+    module = teacher.module.to(device, dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     rows = 0
     with claims(cache) as claim, ThreadPoolExecutor(1, "write") as writer:
         todo = [b for b in range(rank(), meta.num_blocks, world_size()) if b not in store.done_blocks(cache)]
@@ -226,12 +226,17 @@ def _store_precision(arrays: dict[str, np.ndarray], batch: dict[str, Any], cache
             batch["valid"][i] = False
             values[i] = 0
             batch["reasons"].append(
-                {"row": batch["rows"][i], "key": batch["key"][i], "reason": f"the teacher's {name} is not finite"}
+                {
+                    "row": batch["rows"][i],
+                    "key": batch["key"][i],
+                    "reason": f"the teacher's {name} is not finite",
+                }
             )
         limit = np.finfo(field.dtype).max
         if np.abs(values).max(initial=0) > limit:
-            i = int(np.flatnonzero((np.abs(values.reshape(rows, -1)) > limit).any(axis=1))[0])
-            raise UserError(f"{name} of row '{batch['key'][i]}' is above {limit:g} and does not fit into {field.dtype}")
+            worst = int(np.flatnonzero((np.abs(values.reshape(rows, -1)) > limit).any(axis=1))[0])
+            key = batch["key"][worst]
+            raise UserError(f"{name} of row '{key}' is above {limit:g} and does not fit into {field.dtype}")
         arrays[name] = values.astype(field.dtype)
 
 

@@ -20,7 +20,7 @@ def default_cache(data: str, teacher: str) -> Path:
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 def tc() -> None:
-    """Run a frozen vision-language teacher once and keep what it said.
+    r"""Run a frozen vision-language teacher once and keep what it said.
 
     \b
     tc build --teacher clip-lite          embeddings of data/demo into caches/demo/clip-lite.zarr
@@ -58,7 +58,7 @@ def teachers(as_json: bool) -> None:
 @click.option("--device", default="auto", show_default=True)
 @click.option("--limit", type=click.IntRange(1), help="Only the first N rows.")
 def build(name, data, out, outputs, weights, batch_size, workers, precision, device, limit) -> None:
-    """Run a teacher over data and write a cache. Killed at any time, the same command goes on.
+    r"""Run a teacher over data and write a cache. Killed at any time, the same command goes on.
 
     \b
     tc build --teacher clip-lite
@@ -102,7 +102,12 @@ def info(cache: Path, as_json: bool) -> None:
     invalid = [entry for block in sorted(done) for entry in store.done_record(opened, block)["invalid"]]
     size = sum(path.stat().st_size for path in cache.rglob("*") if path.is_file())
     if as_json:
-        facts = {"blocks_done": len(done), "blocks": meta.num_blocks, "quarantined": len(invalid), "bytes": size}
+        facts = {
+            "blocks_done": len(done),
+            "blocks": meta.num_blocks,
+            "quarantined": len(invalid),
+            "bytes": size,
+        }
         print(jsonlib.dumps({**to_dict(meta), **facts}))
         return
     print(f"teacher    {meta.spec.name} ({meta.spec.weights}), weights {meta.spec.digest[:12]}, {meta.precision}")
@@ -138,7 +143,9 @@ def verify(cache: Path, samples: int, data: str | None, as_json: bool) -> None:
         for name, values in report["cosine"].items():
             print(f"{name}: cosine to the live teacher min {values['min']:.6f}, mean {values['mean']:.6f}")
     if report["damaged"]:
-        raise UserError(f"{len(report['damaged'])} damaged blocks, forgotten now: run `{report['command']}` to mend them")
+        raise UserError(
+            f"{len(report['damaged'])} damaged blocks, forgotten now: run `{report['command']}` to mend them"
+        )
     if not report["ok"]:
         raise UserError("the live teacher says something else: was the data or the teacher changed?")
     say(f"{cache} is whole")
@@ -164,7 +171,7 @@ def index(cache: Path, field: str, kind: str) -> None:
 @click.option("--top", default=10, show_default=True, type=click.IntRange(1))
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def search(cache: Path, text: str | None, image: Path | None, top: int, as_json: bool) -> None:
-    """Find the pictures nearest to a text or to a picture.
+    r"""Find the pictures nearest to a text or to a picture.
 
     \b
     tc search caches/demo/clip-lite.zarr "a bird"

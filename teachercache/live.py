@@ -22,7 +22,8 @@ def load_teacher(cache: store.Cache) -> Teacher:
     teacher = load(spec.name, weights=spec.weights, outputs=spec.outputs)
     if teacher.spec.digest != spec.digest:
         raise UserError(
-            f"{cache.path} was built by other weights of {spec.name} than there are now: remove it and run `{cache.command()}`"
+            f"{cache.path} was built by other weights of {spec.name} than there are now: "
+            f"remove it and run `{cache.command()}`"
         )
     return teacher
 
@@ -33,7 +34,7 @@ def verify_cache(path: Path, *, samples: int, data: str | None = None) -> dict[s
     damaged = store.damaged_blocks(cache)
     for block in damaged:
         store.forget_block(cache, block)
-    report = {"damaged": damaged, "cosine": {}, "command": cache.command(), "ok": not damaged}
+    report: dict[str, Any] = {"damaged": damaged, "cosine": {}, "command": cache.command(), "ok": not damaged}
     if damaged or not samples:
         return report
     cosines = _live_cosines(store.open_complete(path), samples, data)
@@ -53,7 +54,7 @@ def _live_cosines(cache: store.Cache, samples: int, data: str | None) -> dict[st
         raise UserError(f"no usable row in {cache.path}: see {cache.path / 'quarantine.jsonl'}")
     rows = usable[np.linspace(0, len(usable) - 1, min(samples, len(usable))).round().astype(int)]
     batch = rows_for(teacher, manifest).__getitems__(rows.tolist())
-    inputs = {name: batch[name] for name in ("image", "text") if name in batch}
+    inputs: dict[str, torch.Tensor] = {name: batch[name] for name in ("image", "text") if name in batch}
     with torch.inference_mode():
         outputs = {name: tensor.float().numpy() for name, tensor in teacher.encode(teacher.module, inputs).items()}
     cosines = {}
@@ -77,7 +78,7 @@ def search_cache(path: Path, *, text: str | None, image: Path | None, top: int) 
         if image is not None:
             inputs = {"image": teacher.view(decode_image(image.read_bytes()))[None]}
         else:
-            inputs = {"text": teacher.tokenize([text])}
+            inputs = {"text": teacher.tokenize([text or ""])}
         query = teacher.encode(teacher.module, inputs)["text_emb" if image is None else "image_emb"]
     if query.shape[1] != cache.fields["image_emb"].shape[0]:
         raise UserError(f"{cache.meta.spec.name} has texts and pictures in different spaces: search with --image FILE")

@@ -4,6 +4,7 @@ One function per format yields Samples; `read_manifest` picks by looking at the 
 """
 
 import csv
+import itertools
 import json
 import os
 import tarfile
@@ -14,6 +15,7 @@ from teachercache.names import UserError
 from teachercache.samples import Manifest, Sample, load_manifest, make_manifest
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+Entry = tuple[int, int, bytes]  # a tar member: where its bytes start, how many they are, and they themselves if text
 SPLITS = ("train", "val", "validation", "test")
 IMAGE_COLUMNS = ("image", "image_path", "filepath", "file_name", "filename", "path")
 TEXT_COLUMNS = ("text", "caption", "title", "texts", "captions")
@@ -137,19 +139,11 @@ def read_tars(root: Path, tars: list[Path]) -> Iterator[Sample]:
     """Rows in the order of the members; a member's name is a key and never a path to write to."""
     for tar in tars:
         shard = str(tar.relative_to(root))
-        group: dict[str, tuple[int, int, bytes | None]] = {}
-        stem = None
-        for member_stem, suffix, entry in _members(tar):
-            if member_stem != stem and group:
-                yield _tar_sample(shard, stem, group)
-                group = {}
-            stem = member_stem
-            group[suffix] = entry
-        if group:
-            yield _tar_sample(shard, stem, group)
+        for stem, members in itertools.groupby(_members(tar), key=lambda member: member[0]):
+            yield _tar_sample(shard, stem, {suffix: entry for _, suffix, entry in members})
 
 
-def _members(tar: Path) -> Iterator[tuple[str, str, tuple[int, int, bytes | None]]]:
+def _members(tar: Path) -> Iterator[tuple[str, str, Entry]]:
     try:
         with tarfile.open(tar, "r:") as archive:
             for member in archive:
@@ -158,14 +152,15 @@ def _members(tar: Path) -> Iterator[tuple[str, str, tuple[int, int, bytes | None
                 folder, _, name = member.name.rpartition("/")
                 stem, _, suffix = name.partition(".")
                 small = f".{suffix}".lower() in (".txt", ".json", ".cls")
-                content = archive.extractfile(member).read() if small else None
+                file = archive.extractfile(member) if small else None
+                content = file.read() if file else b""
                 yield f"{folder}/{stem}".lstrip("/"), f".{suffix}".lower(), (
                     member.offset_data, member.size, content)  # fmt: skip
     except tarfile.TarError as error:
         raise UserError(f"{tar} is not a plain (uncompressed) tar file: {error}") from error
 
 
-def _tar_sample(shard: str, stem: str, group: dict[str, tuple[int, int, bytes | None]]) -> Sample:
+def _tar_sample(shard: str, stem: str, group: dict[str, Entry]) -> Sample:
     image = next((suffix for suffix in IMAGE_SUFFIXES if suffix in group), None)
     texts: tuple[str, ...] = ()
     if ".txt" in group:
@@ -173,7 +168,7 @@ def _tar_sample(shard: str, stem: str, group: dict[str, tuple[int, int, bytes | 
     elif ".json" in group:
         texts = captions_of_json(group[".json"][2], f"{shard}/{stem}.json")
     label = group[".cls"][2].decode("utf-8", "replace").strip() if ".cls" in group else ""
-    offset, size, _ = group[image] if image else (-1, 0, None)
+    offset, size, _ = group[image] if image else (-1, 0, b"")
     key = f"{shard.removesuffix('.tar')}/{stem}"
     return Sample(key=key, image=shard if image else "", texts=texts, label=label, offset=offset, size=size)
 

@@ -86,7 +86,8 @@ class Ticker:
     def __init__(self, total: int, unit: str, *, every: float = 10.0):
         self.total, self.unit, self.every = total, unit, every
         self.done, self.start, self.last = 0, time.monotonic(), time.monotonic()
-        self.bar, self.task = None, None
+        self.bar: Any = None  # a rich Progress on a terminal
+        self.task: Any = None
 
     def step(self, count: int, note: str = "") -> None:
         """Count `count` more units done; `note` is shown behind the rate."""
@@ -133,7 +134,8 @@ def run_command(group: Any, args: list[str] | None = None) -> int:
         print(help_text.format_message(), file=sys.stderr)
         return 2
     except click.ClickException as error:
-        hint = f" (see `{error.ctx.command_path} --help`)" if getattr(error, "ctx", None) else ""
+        context = getattr(error, "ctx", None)
+        hint = f" (see `{context.command_path} --help`)" if context else ""
         message = f"{error.format_message()}{hint}"
     except UserError as error:
         message = str(error)

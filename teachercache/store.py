@@ -1,10 +1,10 @@
 """A cache on disk: create, open, write a block, read fields, join by key. Format version 1; not for computing.
 
-    <cache>/zarr.json                 attributes: CacheMeta
-    <cache>/<field>/c/<block>/...     one chunk file per block and field: raw little-endian bytes, then their crc32c
-    <cache>/done/<block>.json         the block's rows, file checksums and unusable rows; written last
-    <cache>/manifest.parquet          keys, texts, labels: a cache explains itself without the data
-    <cache>/quarantine.jsonl          every unusable row with its reason, once all blocks are done
+<cache>/zarr.json                 attributes: CacheMeta
+<cache>/<field>/c/<block>/...     one chunk file per block and field: raw little-endian bytes, then their crc32c
+<cache>/done/<block>.json         the block's rows, file checksums and unusable rows; written last
+<cache>/manifest.parquet          keys, texts, labels: a cache explains itself without the data
+<cache>/quarantine.jsonl          every unusable row with its reason, once all blocks are done
 """
 
 import dataclasses
@@ -166,14 +166,13 @@ def write_block(cache: Cache, block: int, arrays: Mapping[str, np.ndarray], inva
     expected = {*cache.fields, "key"}
     if set(arrays) != expected:
         raise ValueError(f"block needs {sorted(expected)}, got {sorted(arrays)}")
-    group = zarr.open_group(cache.path, mode="r+", zarr_format=3)
     files = {}
     with zarr.config.set({"array.write_empty_chunks": True}):
         for name in sorted(arrays):
             path = chunk_path(cache, name, block)
             for left in [*path.parent.glob(f"{path.name}*.partial")]:
                 left.unlink()
-            group[name][rows.start : rows.stop] = arrays[name]
+            zarr.open_array(cache.path / name, mode="r+")[rows.start : rows.stop] = arrays[name]
             content = path.read_bytes()
             files[str(path.relative_to(cache.path))] = [len(content), zlib.crc32(content)]
             _fsync(path)
@@ -246,12 +245,12 @@ def read_field(cache: Cache, name: str) -> np.ndarray:
     if can_map(int(np.prod(chunk)) * np.dtype(field.dtype).itemsize):
         files = [chunk_path(cache, name, block) for block in range(cache.meta.num_blocks)]
         return map_chunks(files, chunk_shape=chunk, rows=shape[0], dtype=field.dtype)
-    return zarr.open_array(cache.path / name, mode="r")[:]
+    return np.asarray(zarr.open_array(cache.path / name, mode="r")[:])
 
 
 def read_keys(cache: Cache) -> np.ndarray:
     """All keys in row order."""
-    return zarr.open_array(cache.path / "key", mode="r")[:]
+    return np.asarray(zarr.open_array(cache.path / "key", mode="r")[:])
 
 
 def join(cache: Cache, keys: list[str]) -> np.ndarray:

