@@ -20,7 +20,7 @@ from student.recipe import Now, Recipe, Run
 from student.step import TrainStep
 from teachercache.names import UserError
 from teachercache.readers import read_manifest
-from teachercache.runtime import rank, say, ticker, world_size
+from teachercache.runtime import keep_memory, rank, say, ticker, world_size
 from teachercache.spec import fingerprint, to_dict
 from teachercache.store import Cache, write_atomic
 
@@ -40,6 +40,7 @@ def train(recipe: Recipe, run: Run, *, resume: bool, dry_run: bool = False) -> P
         raise UserError(f"--batch-size {recipe.batch} is not divisible by {world_size()} processes")
 
     # ---- the same start for everybody
+    keep_memory()
     start_distributed(run.device)
     prepared = prepare(recipe, run)
     facts = describe(recipe, run, prepared.cache)

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 from teachercache import store
 from teachercache.names import UserError
-from teachercache.runtime import Precision, rank, say, ticker, world_size
+from teachercache.runtime import Precision, keep_memory, rank, say, ticker, world_size
 from teachercache.samples import BadSample, Manifest, clean_texts, read_image
 from teachercache.spec import CacheMeta
 from teachercache.teachers import Teacher
@@ -43,6 +43,7 @@ def build(teacher: Teacher, manifest: Manifest, out: Path, *, batch_size: int, w
     meta = plan(teacher, manifest, precision, block_rows)
     cache = store.create(out, meta, manifest)
     dtype = getattr(torch, precision.dtype)
+    keep_memory()
     module = teacher.module.to(device, dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     rows = 0
     with claims(cache) as claim, ThreadPoolExecutor(1, "write") as writer:

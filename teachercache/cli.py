@@ -125,16 +125,15 @@ def info(cache: Path, as_json: bool) -> None:
 @click.argument("cache", type=Path)
 @click.option("--samples", default=64, show_default=True, type=click.IntRange(0),
               help="Rows to compute again with the live teacher; 0 checks the files alone.")  # fmt: skip
-@click.option("--data", help="Where the data lies now; default: where it was.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
-def verify(cache: Path, samples: int, data: str | None, as_json: bool) -> None:
+def verify(cache: Path, samples: int, as_json: bool) -> None:
     """Check every file's checksum, and some rows against the live teacher (cosine at least 0.999).
 
     A damaged block is named and forgotten, so that the next `tc build` writes it again.
     """
     from teachercache.live import verify_cache
 
-    report = verify_cache(cache, samples=samples, data=data)
+    report = verify_cache(cache, samples=samples)
     if as_json:
         print(jsonlib.dumps(report))
     else:

@@ -28,7 +28,7 @@ def load_teacher(cache: store.Cache) -> Teacher:
     return teacher
 
 
-def verify_cache(path: Path, *, samples: int, data: str | None = None) -> dict[str, Any]:
+def verify_cache(path: Path, *, samples: int) -> dict[str, Any]:
     """Damaged blocks (whose done records are removed) and the cosine of some rows to the live teacher."""
     cache = store.open_cache(path)
     damaged = store.damaged_blocks(cache)
@@ -37,15 +37,15 @@ def verify_cache(path: Path, *, samples: int, data: str | None = None) -> dict[s
     report: dict[str, Any] = {"damaged": damaged, "cosine": {}, "command": cache.command(), "ok": not damaged}
     if damaged or not samples:
         return report
-    cosines = _live_cosines(store.open_complete(path), samples, data)
+    cosines = _live_cosines(store.open_complete(path), samples)
     report["cosine"] = {name: {"min": float(c.min()), "mean": float(c.mean())} for name, c in cosines.items()}
     report["ok"] = all(values["min"] >= BAR for values in report["cosine"].values())
     return report
 
 
-def _live_cosines(cache: store.Cache, samples: int, data: str | None) -> dict[str, np.ndarray]:
+def _live_cosines(cache: store.Cache, samples: int) -> dict[str, np.ndarray]:
     """Cosine of stored to recomputed rows, over evenly spread usable rows."""
-    manifest = read_manifest(data or cache.meta.data, limit=cache.meta.rows)
+    manifest = read_manifest(cache.meta.data, limit=cache.meta.rows)
     if manifest.digest != cache.meta.manifest:
         raise UserError(f"{manifest.data} is not the data of {cache.path} any more: run `{cache.command()}`")
     teacher = load_teacher(cache)

@@ -35,7 +35,10 @@ class Constants:
 def heads(constants, student, shapes):
     """Linear maps to the teacher's widths where they differ, and ICL's own scale g."""
     from student.models.projection import TeacherSpace
+    from teachercache.runtime import say
 
+    dim = shapes["image_emb"][-1]
+    say(f"fd={constants.fd:g} over {dim} dimensions weighs {2 * constants.fd / dim:.3g} (1 - cos) per modality")
     return TeacherSpace(student.widths, (shapes["image_emb"][-1], shapes["text_emb"][-1]))
 
 
