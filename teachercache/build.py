@@ -42,6 +42,7 @@ def build(teacher: Teacher, manifest: Manifest, out: Path, *, batch_size: int, w
     """Run the teacher over every block that is not done yet and that no other process writes."""
     meta = plan(teacher, manifest, precision, block_rows)
     cache = store.create(out, meta, manifest)
+    meta = cache.meta  # block_rows are those that are there
     dtype = getattr(torch, precision.dtype)
     keep_memory()
     module = teacher.module.to(device, dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -31,7 +31,7 @@ def build_index(cache: store.Cache, *, field: str = "image_emb", kind: str = "au
         raise UserError(f"no usable row in {cache.path}: see {cache.path / 'quarantine.jsonl'}")
     if kind == "auto":
         kind = "flat" if len(vectors) <= FLAT_UP_TO else "ivf"
-    lists = int(4 * np.sqrt(len(vectors)))
+    lists = min(int(4 * np.sqrt(len(vectors))), len(vectors))
     factory = {"flat": "Flat", "ivf": f"IVF{lists},SQfp16", "hnsw": "HNSW32"}[kind]
     index = faiss.index_factory(vectors.shape[1], f"IDMap2,{factory}", faiss.METRIC_INNER_PRODUCT)
     index.train(vectors)
@@ -63,12 +63,15 @@ def unit_vectors(cache: store.Cache, name: str) -> tuple[Float[np.ndarray, "n di
 def check_index(cache: store.Cache, field: str) -> dict[str, Any]:
     """The facts of the index beside a cache; UserError where it is missing or of another build."""
     path = index_path(cache, field)
+    command = f"run `tc index {cache.path} --field {field}`"
     try:
         facts = json.loads(path.with_name(path.name + ".json").read_text())
     except FileNotFoundError as error:
-        raise UserError(f"no index of '{field}' yet: run `tc index {cache.path} --field {field}`") from error
+        raise UserError(f"no index of '{field}' yet: {command}") from error
+    except ValueError as error:
+        raise UserError(f"{path}.json is damaged: {command}") from error
     if facts["cache"] != fingerprint(cache.meta):
-        raise UserError(f"{path} was made for another build of this cache: run `tc index {cache.path} --field {field}`")
+        raise UserError(f"{path} was made for another build of this cache: {command}")
     return facts
 
 
@@ -77,7 +80,10 @@ def search(cache: store.Cache, query: Float[np.ndarray, " dim"], *, field: str =
     """The `top` nearest ids by cosine, best first; uses the index beside the cache, which must be of this cache."""
     faiss = _faiss()
     facts = check_index(cache, field)
-    index = faiss.read_index(str(index_path(cache, field)))
+    try:
+        index = faiss.read_index(str(index_path(cache, field)))
+    except RuntimeError as error:
+        raise UserError(f"the index is damaged or gone: run `tc index {cache.path} --field {field}`") from error
     if facts["kind"] == "ivf":
         faiss.extract_index_ivf(index).nprobe = 8
     query = (query / max(float(np.linalg.norm(query)), 1e-12)).astype(np.float32)[None]

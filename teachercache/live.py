@@ -10,7 +10,7 @@ from teachercache import index, store
 from teachercache.build import rows_for
 from teachercache.names import UserError
 from teachercache.readers import read_manifest
-from teachercache.samples import decode_image, load_manifest
+from teachercache.samples import BadSample, decode_image, load_manifest
 from teachercache.teachers import Teacher, load
 
 BAR = 0.999  # cosine of a float16 row to the live teacher
@@ -76,7 +76,11 @@ def search_cache(path: Path, *, text: str | None, image: Path | None, top: int) 
     teacher = load_teacher(cache)
     with torch.inference_mode():
         if image is not None:
-            inputs = {"image": teacher.view(decode_image(image.read_bytes()))[None]}
+            try:
+                picture = decode_image(image.read_bytes())
+            except BadSample as error:
+                raise UserError(f"--image {image}: {error}") from error
+            inputs = {"image": teacher.view(picture)[None]}
         else:
             inputs = {"text": teacher.tokenize([text or ""])}
         query = teacher.encode(teacher.module, inputs)["text_emb" if image is None else "image_emb"]

@@ -64,6 +64,5 @@ def map_chunks(files: Sequence[Path], *, chunk_shape: tuple[int, ...], rows: int
         raise
     buffer = (ctypes.c_char * total).from_address(base)
     weakref.finalize(buffer, _libc().munmap, base, total)  # numpy keeps the buffer alive as long as any view
-    array = np.frombuffer(memoryview(buffer), dtype=dtype).reshape(len(files) * chunk_shape[0], *chunk_shape[1:])[:rows]
-    array.flags.writeable = False
-    return array
+    flat = np.frombuffer(memoryview(buffer).toreadonly(), dtype=dtype)
+    return flat.reshape(len(files) * chunk_shape[0], *chunk_shape[1:])[:rows]

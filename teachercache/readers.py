@@ -68,7 +68,7 @@ def read_folder(root: Path) -> Iterator[Sample]:
                 texts=_captions_beside(path, present),
                 label="/".join(parts[1:] if split else parts),
                 split=split,
-                size=path.stat().st_size,
+                size=_size(path),
             )
             stems.add(path.stem)
 
@@ -76,10 +76,16 @@ def read_folder(root: Path) -> Iterator[Sample]:
 def _captions_beside(path: Path, present: set[str]) -> tuple[str, ...]:
     """Lines of the .txt, or `caption` / `captions` of the .json, beside a picture."""
     if f"{path.stem}.txt" in present:
-        return tuple(path.with_suffix(".txt").read_text(encoding="utf-8", errors="replace").splitlines())
+        return lines_of(path.with_suffix(".txt").read_bytes())
     if f"{path.stem}.json" in present:
         return captions_of_json(path.with_suffix(".json").read_bytes(), str(path.with_suffix(".json")))
     return ()
+
+
+def lines_of(content: bytes) -> tuple[str, ...]:
+    """Lines of a caption file; str.splitlines would cut at U+2028 and form feeds, which captions hold."""
+    text = content.decode("utf-8", "replace").replace("\r\n", "\n").removesuffix("\n")
+    return tuple(text.split("\n")) if text else ()
 
 
 def captions_of_json(content: bytes, where: str) -> tuple[str, ...]:
@@ -91,6 +97,8 @@ def captions_of_json(content: bytes, where: str) -> tuple[str, ...]:
     if not isinstance(values, dict):
         raise UserError(f"{where} is not a JSON object with `caption` or `captions`")
     found = values.get("captions") or values.get("caption") or values.get("text") or ()
+    if not isinstance(found, (str, list, tuple)):
+        raise UserError(f"{where} is not a JSON object with `caption` (a string) or `captions` (a list)")
     return (found,) if isinstance(found, str) else tuple(str(text) for text in found)
 
 
@@ -102,26 +110,26 @@ def read_coco(path: Path) -> Iterator[Sample]:
     """Rows in the order of `images`, captions in the order of their ids; pictures near the JSON."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        images, annotations = values["images"], values["annotations"]
+        images = [(image["id"], image["file_name"]) for image in values["images"]]
+        captions: dict[int, list[tuple[int, str]]] = {}
+        for i, annotation in enumerate(values["annotations"]):
+            captions.setdefault(annotation["image_id"], []).append((annotation.get("id", i), annotation["caption"]))
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not a COCO captions file (`images` and `annotations`): {error}") from error
-    captions: dict[int, list[tuple[int, str]]] = {}
-    for i, annotation in enumerate(annotations):
-        captions.setdefault(annotation["image_id"], []).append((annotation.get("id", i), annotation["caption"]))
-    folder = _image_folder(path, images[0]["file_name"]) if images else ""
-    for image in images:
-        name = os.path.join(folder, image["file_name"])
-        texts = tuple(caption.strip() for _, caption in sorted(captions.get(image["id"], [])))
-        yield Sample(key=str(image["id"]), image=name, texts=texts, size=_size(path.parent / name))
+    folder = _image_folder(path, [name for _, name in images[:100]]) if images else ""
+    for number, file_name in images:
+        name = os.path.join(folder, file_name)
+        texts = tuple(caption.strip() for _, caption in sorted(captions.get(number, [])))
+        yield Sample(key=str(number), image=name, texts=texts, size=_size(path.parent / name))
 
 
-def _image_folder(path: Path, name: str) -> str:
+def _image_folder(path: Path, names: list[str]) -> str:
     """Where COCO's pictures lie, seen from the JSON: beside it, in ../<split>, or in ../images."""
     split = path.stem.split("_")[-1]
     for folder in ("", split, "images", f"../{split}", "../images", f"../images/{split}"):
-        if (path.parent / folder / name).exists():
+        if any((path.parent / folder / name).exists() for name in names):
             return folder
-    raise UserError(f"no picture {name} near {path}: put the pictures into {path.parent.parent / split}")
+    raise UserError(f"no picture {names[0]} near {path}: put the pictures into {path.parent.parent / split}")
 
 
 def _size(path: Path) -> int:
@@ -151,6 +159,8 @@ def _members(tar: Path) -> Iterator[tuple[str, str, Entry]]:
                     continue
                 folder, _, name = member.name.rpartition("/")
                 stem, _, suffix = name.partition(".")
+                if not stem or not suffix:  # "._a.jpg" of macOS, README: not samples, as webdataset has it
+                    continue
                 small = f".{suffix}".lower() in (".txt", ".json", ".cls")
                 file = archive.extractfile(member) if small else None
                 content = file.read() if file else b""
@@ -164,7 +174,7 @@ def _tar_sample(shard: str, stem: str, group: dict[str, Entry]) -> Sample:
     image = next((suffix for suffix in IMAGE_SUFFIXES if suffix in group), None)
     texts: tuple[str, ...] = ()
     if ".txt" in group:
-        texts = tuple(group[".txt"][2].decode("utf-8", "replace").splitlines())
+        texts = lines_of(group[".txt"][2])
     elif ".json" in group:
         texts = captions_of_json(group[".json"][2], f"{shard}/{stem}.json")
     label = group[".cls"][2].decode("utf-8", "replace").strip() if ".cls" in group else ""
@@ -179,33 +189,41 @@ def _tar_sample(shard: str, stem: str, group: dict[str, Entry]) -> Sample:
 
 def read_table(path: Path) -> Iterator[Sample]:
     """One row per picture; lines that name the same picture are its several captions."""
-    with open(path, newline="", encoding="utf-8") as file:
-        sample = file.readline()
-        file.seek(0)
-        delimiter = "\t" if "\t" in sample else ","
-        lines = csv.DictReader(file, delimiter=delimiter)
-        columns = lines.fieldnames or []
-        image_column = next((name for name in IMAGE_COLUMNS if name in columns), None)
-        text_column = next((name for name in TEXT_COLUMNS if name in columns), None)
-        if image_column is None:
-            raise UserError(
-                f"{path} has no column for the picture: name one of {', '.join(IMAGE_COLUMNS)} in its header"
-            )
-        groups: dict[str, dict] = {}
-        for line in lines:
-            name = line[image_column] or ""
-            key = line.get("key") or str(Path(name).with_suffix(""))
-            group = groups.setdefault(key, {"image": name, "texts": []} | line)
-            if group["image"] != name:
-                raise UserError(f"key '{key}' stands for two pictures in {path}: {group['image']} and {name}")
-            if text_column is not None:
-                group["texts"].append(line[text_column] or "")
-    for key, group in groups.items():
+    columns, lines = _table_lines(path)
+    image_column = next((name for name in IMAGE_COLUMNS if name in columns), None)
+    text_column = next((name for name in TEXT_COLUMNS if name in columns), None)
+    if image_column is None:
+        raise UserError(f"{path} has no column for the picture: name one of {', '.join(IMAGE_COLUMNS)} in its header")
+    first: dict[str, dict[str, str | None]] = {}
+    texts: dict[str, list[str]] = {}
+    for number, line in enumerate(lines, start=1):
+        name = line[image_column] or ""
+        key = line.get("key") or os.path.splitext(name)[0]
+        if not key:
+            raise UserError(f"row {number} of {path} has neither a picture nor a key: add a column `key`")
+        other = first.setdefault(key, line)[image_column] or ""
+        if other != name:
+            raise UserError(f"key '{key}' stands for two pictures in {path}: {other} and {name}")
+        texts.setdefault(key, []).extend([] if text_column is None else [line[text_column] or ""])
+    for key, line in first.items():
+        image = line[image_column] or ""
         yield Sample(
             key=key,
-            image=group["image"],
-            texts=tuple(group["texts"]),
-            label=group.get("label") or "",
-            split=group.get("split") or "",
-            size=_size(path.parent / group["image"]),
+            image=image,
+            texts=tuple(texts[key]),
+            label=line.get("label") or "",
+            split=line.get("split") or "",
+            size=_size(path.parent / image) if image else 0,
         )
+
+
+def _table_lines(path: Path) -> tuple[list[str], list[dict[str, str | None]]]:
+    """Header and lines; a byte order mark (Excel) is skipped, a tab in the header means TSV."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            delimiter = "\t" if "\t" in file.readline() else ","
+            file.seek(0)
+            lines = csv.DictReader(file, delimiter=delimiter)
+            return list(lines.fieldnames or []), list(lines)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path} is not a CSV or TSV file in UTF-8: {error}") from error

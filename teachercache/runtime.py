@@ -28,8 +28,8 @@ def pick_device(name: str = "auto") -> str:
         if name.startswith("cuda") and not torch.cuda.is_available():
             raise UserError(f"--device {name}: no CUDA device here; try --device cpu")
         try:
-            torch.device(name)
-        except RuntimeError as error:
+            torch.empty(1, device=name)
+        except (RuntimeError, AssertionError) as error:
             raise UserError(f"--device {name}: not a device; try cpu, cuda or cuda:0") from error
         return name
     return f"cuda:{local_rank()}" if torch.cuda.is_available() else "cpu"

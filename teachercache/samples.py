@@ -102,6 +102,8 @@ def make_manifest(data: str, root: Path, samples: Iterable[Sample], *, limit: in
         if row["key"] in seen:
             raise UserError(f"key '{row['key']}' comes twice in {data}: give every row its own key or file name")
         seen.add(row["key"])
+        if any(name.encode("utf-8", "replace").decode() != name for name in (row["key"], row["image"])):
+            raise UserError(f"{row['image']!r} in {data} has a name that is not UTF-8: rename it")
     table = pa.Table.from_pylist(rows, schema=schema())
     return Manifest(os.path.normpath(data), root, table, digest_rows(table))
 
@@ -169,17 +171,19 @@ def decode_image(content: bytes) -> "Image.Image":
         raise BadSample("the picture has no bytes")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            warnings.simplefilter("ignore")  # PIL warns of every odd tag; what cannot be read gets its reason below
             image = Image.open(io.BytesIO(content))
-        if image.width * image.height > MAX_PIXELS:
-            raise BadSample(f"{image.width} x {image.height} pixels are more than the limit of {MAX_PIXELS:,}")
-        image.load()
-        return _flatten(ImageOps.exif_transpose(image))
+            if image.width * image.height > MAX_PIXELS:
+                raise BadSample(f"{image.width} x {image.height} pixels are more than the limit of {MAX_PIXELS:,}")
+            image.load()
+            return _flatten(ImageOps.exif_transpose(image))
+    except BadSample:
+        raise
     except UnidentifiedImageError as error:
         raise BadSample("not a picture in a known format") from error
     except Image.DecompressionBombError as error:
         raise BadSample("far more pixels than a picture has (decompression bomb)") from error
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError) as error:
+    except Exception as error:  # fuzzed files make PIL raise RuntimeError, struct.error and more
         raise BadSample(f"the picture is damaged: {error}") from error
 
 
@@ -191,7 +195,8 @@ def _flatten(image: "Image.Image") -> "Image.Image":
         import numpy as np
 
         values = np.asarray(image, dtype=np.float64)
-        scale = 257.0 if image.mode.startswith("I") and values.max(initial=0) > 255 else 1.0
+        wide = image.mode.startswith("I;16") or (image.mode == "I" and values.max(initial=0) > 255)
+        scale = 257.0 if wide else 1.0
         image = Image.fromarray(np.clip(values / scale, 0, 255).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")

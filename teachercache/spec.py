@@ -105,14 +105,20 @@ def meta_from_dict(values: Mapping[str, Any]) -> CacheMeta:
 
 
 def differences(old: Any, new: Any, *, ignore: tuple[str, ...] = ()) -> list[str]:
-    """Names of top-level entries in which two records differ, each with both values, shortened."""
-    left, right = to_dict(old), to_dict(new)
-    short = lambda value: text if len(text := json.dumps(value)) <= 60 else text[:57] + "..."  # noqa: E731
+    """Names of entries in which two records differ (`spec.digest`), each with both values, shortened."""
+    left, right = ({**values, **{f"spec.{k}": v for k, v in values.pop("spec", {}).items()}}
+                   for values in (to_dict(old), to_dict(new)))  # fmt: skip
+    short = lambda value: text if len(text := json.dumps(_names(value))) <= 60 else text[:57] + "..."  # noqa: E731
     return [
         f"{name}: {short(left[name])} there, {short(right[name])} asked"
         for name in left
         if name not in ignore and left[name] != right[name]
     ]
+
+
+def _names(value: Any) -> Any:
+    """A list of records as their names alone."""
+    return [item["name"] for item in value] if value and isinstance(value, list) and "name" in value[0] else value
 
 
 def fingerprint(record: Any) -> str:

@@ -7,10 +7,13 @@
 <cache>/quarantine.jsonl          every unusable row with its reason, once all blocks are done
 """
 
+import contextlib
 import dataclasses
 import json
 import os
+import shlex
 import shutil
+import uuid
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -47,8 +50,12 @@ class Cache:
     def command(self) -> str:
         """The command that builds this cache."""
         spec = self.meta.spec
-        weights = "" if spec.weights == "pretrained" else f" --weights {spec.weights}"
-        return f"tc build --teacher {spec.name}{weights} --data {self.meta.data} --out {self.path}"
+        precision = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[self.meta.precision]
+        options = {"--teacher": spec.name, "--weights": spec.weights, "--data": self.meta.data, "--out": str(self.path),
+                   "--precision": precision, "--limit": str(self.meta.rows)}  # fmt: skip
+        if spec.weights == "pretrained":
+            del options["--weights"]
+        return shlex.join(["tc", "build", *(word for option in options.items() for word in option)])
 
 
 def block_rows_for(fields: tuple[Field, ...], rows: int, texts: int) -> int:
@@ -57,6 +64,8 @@ def block_rows_for(fields: tuple[Field, ...], rows: int, texts: int) -> int:
     size = MIN_BLOCK_ROWS
     while size < rows / 64 and 2 * size * widest <= MAX_BLOCK_BYTES:
         size *= 2
+    while size > 1 and size * widest > MAX_BLOCK_BYTES:
+        size //= 2
     return size
 
 
@@ -66,7 +75,9 @@ def block_rows_for(fields: tuple[Field, ...], rows: int, texts: int) -> int:
 
 def create(path: Path, meta: CacheMeta, manifest: Manifest) -> Cache:
     """An empty cache, or the one that is there if it was made for the same teacher and data."""
-    if path.exists():
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        if not (path / "zarr.json").exists():
+            raise UserError(f"{path} is there and is no cache: pass another --out")
         cache = open_cache(path)
         changed = differences(cache.meta, meta, ignore=("data", "versions", "block_rows"))
         if changed:
@@ -93,7 +104,7 @@ def create(path: Path, meta: CacheMeta, manifest: Manifest) -> Cache:
             )
         group.create_array("key", shape=(meta.rows,), chunks=(meta.block_rows,), dtype=str,
                            dimension_names=("row",))  # fmt: skip
-    write_manifest(dataclasses.replace(manifest, root=Path(meta.data)), partial / "manifest.parquet")
+    write_manifest(manifest, partial / "manifest.parquet")
     (partial / "done").mkdir()
     (partial / LOCK).touch()
     try:
@@ -167,10 +178,13 @@ def write_block(cache: Cache, block: int, arrays: Mapping[str, np.ndarray], inva
     if set(arrays) != expected:
         raise ValueError(f"block needs {sorted(expected)}, got {sorted(arrays)}")
     files = {}
+    lengths = {name: len(array) for name, array in arrays.items() if len(array) != len(rows)}
+    if lengths:
+        raise ValueError(f"block {block} has {len(rows)} rows, got {lengths}")
     with zarr.config.set({"array.write_empty_chunks": True}):
         for name in sorted(arrays):
             path = chunk_path(cache, name, block)
-            for left in [*path.parent.glob(f"{path.name}*.partial")]:
+            for left in [*path.parent.glob(f"{path.name}.*.partial")]:
                 left.unlink()
             zarr.open_array(cache.path / name, mode="r+")[rows.start : rows.stop] = arrays[name]
             content = path.read_bytes()
@@ -180,9 +194,9 @@ def write_block(cache: Cache, block: int, arrays: Mapping[str, np.ndarray], inva
     write_atomic(_record_path(cache, block), json.dumps(record, indent=1) + "\n")
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Write aside, flush to the disk, rename: the file is whole or not there."""
-    partial = path.with_name(path.name + ".partial")
+def write_atomic(path: Path, text: str, *, tag: str = "") -> None:
+    """Write aside, flush to the disk, rename: the file is whole or not there. A `tag` where several may write it."""
+    partial = path.with_name(f"{path.name}{tag}.partial")
     with open(partial, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
@@ -201,7 +215,11 @@ def _fsync(path: Path) -> None:
 def finish(cache: Cache) -> list[dict[str, Any]]:
     """Write quarantine.jsonl from the done records of a whole cache; its entries."""
     entries = [entry for block in range(cache.meta.num_blocks) for entry in done_record(cache, block)["invalid"]]
-    write_atomic(cache.path / "quarantine.jsonl", "".join(json.dumps(entry) + "\n" for entry in entries))
+    with contextlib.suppress(FileNotFoundError):  # another builder finished first, with the same bytes
+        text = "".join(json.dumps(entry) + "\n" for entry in entries)
+        write_atomic(cache.path / "quarantine.jsonl", text, tag=f".{uuid.uuid4().hex}")
+    for left in cache.path.glob("quarantine.jsonl.*.partial"):  # of a builder that was killed here
+        left.unlink(missing_ok=True)
     return entries
 
 
@@ -211,7 +229,7 @@ def damaged_blocks(cache: Cache) -> dict[int, str]:
     for block in sorted(done_blocks(cache)):
         try:
             files = done_record(cache, block)["files"]
-        except (json.JSONDecodeError, KeyError):
+        except (ValueError, KeyError, TypeError):
             damaged[block] = "its done record is damaged"
             continue
         for name, (size, checksum) in files.items():

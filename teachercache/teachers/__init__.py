@@ -73,12 +73,17 @@ def find(name: str) -> Entry:
         return Entry(f"{name} on the Hugging Face hub", _clip(f"hf-hub:{name.removeprefix('hf:')}", ""))
     if name not in TEACHERS and Path(name).is_dir():
         return Entry(f"the open_clip folder {name}", _clip(f"local-dir:{name}", ""))
-    return resolve(name, TEACHERS, kind="teacher")
+    entry = resolve(name, TEACHERS, kind="teacher")
+    if not isinstance(entry, Entry):
+        raise UserError(f"--teacher {name} is a {type(entry).__name__} and not a teachercache.teachers.Entry")
+    return entry
 
 
 def load(name: str, *, weights: str = "pretrained", outputs: tuple[str, ...] = ("embeddings",)) -> Teacher:
     """A teacher in float32 on the CPU, in evaluation mode, its parameters frozen."""
     entry = find(name)
+    if not outputs:
+        raise UserError(f"--outputs names nothing: choose from {', '.join(entry.outputs)}")
     for output in outputs:
         if output not in entry.outputs:
             raise UserError(f"teacher {name} has no output '{output}': choose from {', '.join(entry.outputs)}")

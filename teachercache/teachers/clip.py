@@ -26,6 +26,8 @@ from teachercache.views import describe_view, image_view
 def load_clip(name: str, *, architecture: str, tag: str, weights: str, outputs: tuple[str, ...]) -> Teacher:
     """A CLIP teacher: pretrained (by tag), `random:SEED`, or weights from a file or folder."""
     source = f"local-dir:{weights}" if Path(weights).is_dir() else architecture
+    if architecture.startswith("local-dir:") and weights != "pretrained":
+        raise UserError(f"--weights {weights}: the folder {name} brings its own weights; leave --weights away")
     if source.startswith("local-dir:"):
         module, preprocess = open_folder(source.removeprefix("local-dir:"))
     elif weights.startswith("random:"):
