@@ -144,6 +144,8 @@ class Rows(torch.utils.data.Dataset):
             pictures = torch.zeros(len(rows), 3, *self.size)
             for i, sample in enumerate(samples):
                 try:
+                    if sample.problem:
+                        raise BadSample(sample.problem)
                     if not sample.image:
                         raise BadSample("the row has no picture")
                     pictures[i] = self.view(read_image(self.manifest, sample))
@@ -157,11 +159,13 @@ class Rows(torch.utils.data.Dataset):
             for i, sample in enumerate(samples):
                 for k, (text, usable) in enumerate(clean_texts(sample)):
                     texts[i][k], text_valid[i, k] = text, usable
-                    if not usable:
-                        reasons.append({"row": rows[i], "key": sample.key, "text": k, "reason": "empty text"})
                 if not text_valid[i].any():
                     valid[i] = False
-                    reasons.append({"row": rows[i], "key": sample.key, "reason": "the row has no text"})
+                    reason = sample.problem or "the row has no text that is not empty"
+                    reasons.append({"row": rows[i], "key": sample.key, "reason": reason})
+                else:
+                    empty = [k for k, (_, usable) in enumerate(clean_texts(sample)) if not usable]
+                    reasons += [{"row": rows[i], "key": sample.key, "text": k, "reason": "empty text"} for k in empty]
             batch["text"] = self.tokenize([text for row in texts for text in row])
             batch["text_valid"] = text_valid
         batch["valid"] = valid
@@ -216,30 +220,26 @@ def _forward_block(teacher: Teacher, module: torch.nn.Module, cache: store.Cache
 
 
 def _store_precision(arrays: dict[str, np.ndarray], batch: dict[str, Any], cache: store.Cache) -> None:
-    """Cast in place to the stored dtype; NaN quarantines a row, float16 overflow is an error that names it."""
+    """Cast in place to the stored dtype; NaN quarantines a row or text, float16 overflow is an error naming the row."""
     rows = len(batch["rows"])
     for name, values in arrays.items():
         field = cache.fields[name]
         values = values.reshape(field.array_shape(rows, cache.meta.texts))
-        usable = batch["text_valid"] if field.per == "text" else batch["valid"]
+        usable = batch["text_valid" if field.per == "text" else "valid"]  # [rows] or [rows, texts]
         values[~usable] = 0
-        wrong = ~np.isfinite(values.reshape(rows, -1)).all(axis=1)
-        for i in np.flatnonzero(wrong):
-            batch["valid"][i] = False
-            values[i] = 0
-            batch["reasons"].append(
-                {
-                    "row": batch["rows"][i],
-                    "key": batch["key"][i],
-                    "reason": f"the teacher's {name} is not finite",
-                }
-            )
+        inner = tuple(range(usable.ndim, values.ndim))
+        for place in np.argwhere(~np.isfinite(values).all(axis=inner)).tolist():
+            usable[tuple(place)] = False
+            values[tuple(place)] = 0
+            entry = {"row": batch["rows"][place[0]], "key": batch["key"][place[0]], "reason": f"{name} is not finite"}
+            batch["reasons"].append(entry | ({"text": place[1]} if field.per == "text" else {}))
         limit = np.finfo(field.dtype).max
-        if np.abs(values).max(initial=0) > limit:
-            worst = int(np.flatnonzero((np.abs(values.reshape(rows, -1)) > limit).any(axis=1))[0])
-            key = batch["key"][worst]
+        for place in np.argwhere((np.abs(values) > limit).any(axis=inner)).tolist():
+            key = batch["key"][place[0]]
             raise UserError(f"{name} of row '{key}' is above {limit:g} and does not fit into {field.dtype}")
         arrays[name] = values.astype(field.dtype)
+    if "text_valid" in batch:
+        batch["valid"] &= batch["text_valid"].any(1)
 
 
 def announce(summary: Summary) -> None:

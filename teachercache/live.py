@@ -10,7 +10,7 @@ from teachercache import index, store
 from teachercache.build import rows_for
 from teachercache.names import UserError
 from teachercache.readers import read_manifest
-from teachercache.samples import BadSample, decode_image, load_manifest
+from teachercache.samples import BadSample, decode_image, digest_rows, load_manifest
 from teachercache.teachers import Teacher, load
 
 BAR = 0.999  # cosine of a float16 row to the live teacher
@@ -32,6 +32,8 @@ def verify_cache(path: Path, *, samples: int) -> dict[str, Any]:
     """Damaged blocks (whose done records are removed) and the cosine of some rows to the live teacher."""
     cache = store.open_cache(path)
     damaged = store.damaged_blocks(cache)
+    if digest_rows(load_manifest(cache.path / "manifest.parquet").table) != cache.meta.manifest:
+        raise UserError(f"{path}/manifest.parquet is damaged: remove {path} and run `{cache.command()}`")
     for block in damaged:
         store.forget_block(cache, block)
     report: dict[str, Any] = {"damaged": damaged, "cosine": {}, "command": cache.command(), "ok": not damaged}
@@ -47,7 +49,9 @@ def _live_cosines(cache: store.Cache, samples: int) -> dict[str, np.ndarray]:
     """Cosine of stored to recomputed rows, over evenly spread usable rows."""
     manifest = read_manifest(cache.meta.data, limit=cache.meta.rows)
     if manifest.digest != cache.meta.manifest:
-        raise UserError(f"{manifest.data} is not the data of {cache.path} any more: run `{cache.command()}`")
+        raise UserError(
+            f"{manifest.data} is not the data of {cache.path} any more: remove it and run `{cache.command()}`"
+        )
     teacher = load_teacher(cache)
     usable = np.flatnonzero(store.read_field(cache, "valid"))
     if not len(usable):

@@ -28,6 +28,8 @@ def read_manifest(data: str, *, limit: int | None = None) -> Manifest:
         raise UserError(f"no data at {data}: pass --data FOLDER, or make the demo data with `bash scripts/demo`")
     if path.is_dir():
         tars = sorted(path.glob("*.tar"))
+        if tars and any(entry.suffix.lower() in IMAGE_SUFFIXES for entry in path.iterdir()):
+            raise UserError(f"{data} holds both .tar files and loose pictures: move one kind into a folder of its own")
         reader = read_tars(path, tars) if tars else read_folder(path)
         return make_manifest(data, path, reader, limit=limit)
     suffix = path.suffix.lower()
@@ -62,10 +64,12 @@ def read_folder(root: Path) -> Iterator[Sample]:
             relative = path.relative_to(root)
             parts = relative.parts[:-1]
             split = parts[0] if parts and parts[0] in SPLITS else ""
+            texts, problem = _captions_beside(path, present)
             yield Sample(
                 key=str(relative if path.stem in stems else relative.with_suffix("")),
                 image=str(relative),
-                texts=_captions_beside(path, present),
+                texts=texts,
+                problem=problem,
                 label="/".join(parts[1:] if split else parts),
                 split=split,
                 size=_size(path),
@@ -73,13 +77,13 @@ def read_folder(root: Path) -> Iterator[Sample]:
             stems.add(path.stem)
 
 
-def _captions_beside(path: Path, present: set[str]) -> tuple[str, ...]:
-    """Lines of the .txt, or `caption` / `captions` of the .json, beside a picture."""
+def _captions_beside(path: Path, present: set[str]) -> tuple[tuple[str, ...], str]:
+    """Lines of the .txt, or `caption` / `captions` of the .json, beside a picture; and what is wrong with them."""
     if f"{path.stem}.txt" in present:
-        return lines_of(path.with_suffix(".txt").read_bytes())
+        return lines_of(path.with_suffix(".txt").read_bytes()), ""
     if f"{path.stem}.json" in present:
-        return captions_of_json(path.with_suffix(".json").read_bytes(), str(path.with_suffix(".json")))
-    return ()
+        return captions_of_json(path.with_suffix(".json").read_bytes())
+    return (), ""
 
 
 def lines_of(content: bytes) -> tuple[str, ...]:
@@ -88,18 +92,20 @@ def lines_of(content: bytes) -> tuple[str, ...]:
     return tuple(text.split("\n")) if text else ()
 
 
-def captions_of_json(content: bytes, where: str) -> tuple[str, ...]:
-    """`captions` (a list) or `caption` / `text` (a string) of a JSON object."""
+def captions_of_json(content: bytes) -> tuple[tuple[str, ...], str]:
+    """`captions` (a list) or `caption` / `text` (a string) of a JSON object; and what is wrong with it."""
     try:
         values = json.loads(content)
     except ValueError as error:
-        raise UserError(f"{where} is not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{where} is not a JSON object with `caption` or `captions`")
-    found = values.get("captions") or values.get("caption") or values.get("text") or ()
-    if not isinstance(found, (str, list, tuple)):
-        raise UserError(f"{where} is not a JSON object with `caption` (a string) or `captions` (a list)")
-    return (found,) if isinstance(found, str) else tuple(str(text) for text in found)
+        return (), f"the caption file is not JSON: {error}"
+    found = (
+        (values.get("captions") or values.get("caption") or values.get("text") or ()) if isinstance(values, dict) else 0
+    )
+    if isinstance(found, str):
+        return (found,), ""
+    if not isinstance(found, (list, tuple)):
+        return (), "the caption file is not a JSON object with `caption` (a string) or `captions` (a list)"
+    return tuple(str(text) for text in found), ""
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -173,14 +179,16 @@ def _members(tar: Path) -> Iterator[tuple[str, str, Entry]]:
 def _tar_sample(shard: str, stem: str, group: dict[str, Entry]) -> Sample:
     image = next((suffix for suffix in IMAGE_SUFFIXES if suffix in group), None)
     texts: tuple[str, ...] = ()
+    problem = ""
     if ".txt" in group:
         texts = lines_of(group[".txt"][2])
     elif ".json" in group:
-        texts = captions_of_json(group[".json"][2], f"{shard}/{stem}.json")
+        texts, problem = captions_of_json(group[".json"][2])
     label = group[".cls"][2].decode("utf-8", "replace").strip() if ".cls" in group else ""
     offset, size, _ = group[image] if image else (-1, 0, b"")
     key = f"{shard.removesuffix('.tar')}/{stem}"
-    return Sample(key=key, image=shard if image else "", texts=texts, label=label, offset=offset, size=size)
+    where = shard if image else ""
+    return Sample(key, where, texts=texts, label=label, offset=offset, size=size, problem=problem)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -202,8 +210,11 @@ def read_table(path: Path) -> Iterator[Sample]:
         if not key:
             raise UserError(f"row {number} of {path} has neither a picture nor a key: add a column `key`")
         other = first.setdefault(key, line)[image_column] or ""
-        if other != name:
+        if other != name and line.get("key"):
             raise UserError(f"key '{key}' stands for two pictures in {path}: {other} and {name}")
+        if other != name:  # a.jpg and a.png
+            key = name
+            first.setdefault(key, line)
         texts.setdefault(key, []).extend([] if text_column is None else [line[text_column] or ""])
     for key, line in first.items():
         image = line[image_column] or ""

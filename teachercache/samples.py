@@ -35,6 +35,7 @@ class Sample:
     split: str = ""
     offset: int = -1
     size: int = 0  # bytes of the picture
+    problem: str = ""  # why the row cannot be used, where its reader found out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +85,7 @@ def schema() -> "pa.Schema":
             ("split", pa.string()),
             ("offset", pa.int64()),
             ("size", pa.int64()),
+            ("problem", pa.string()),
         ]
     )
 

@@ -13,6 +13,7 @@ import json
 import os
 import shlex
 import shutil
+import socket
 import uuid
 import zlib
 from collections.abc import Mapping
@@ -85,7 +86,7 @@ def create(path: Path, meta: CacheMeta, manifest: Manifest) -> Cache:
                 f"{path} holds another build ({'; '.join(changed)}): pass another --out, or remove that folder"
             )
         return cache
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.partial")
     partial.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(path)
     with zarr.config.set({"array.write_empty_chunks": True}):
@@ -116,10 +117,13 @@ def create(path: Path, meta: CacheMeta, manifest: Manifest) -> Cache:
 
 
 def _remove_abandoned(path: Path) -> None:
-    """Remove the half-made folders of builders that were killed while they created this cache."""
-    for folder in path.parent.glob(f"{path.name}.*.partial"):
-        process = folder.name.split(".")[-2]
-        if process.isdigit() and not Path("/proc", process).exists():
+    """Remove the half-made folders of builders of this machine that were killed while they created this cache."""
+    for folder in path.parent.glob(f"{path.name}.{socket.gethostname()}-*.partial"):
+        try:
+            os.kill(int(folder.name.split("-")[-1].removesuffix(".partial")), 0)
+        except (ValueError, PermissionError):
+            continue
+        except ProcessLookupError:
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -160,6 +164,10 @@ def done_blocks(cache: Cache) -> set[int]:
     return {int(path.stem) for path in (cache.path / "done").glob("*.json")}
 
 
+def _record_checksum(record: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps({name: value for name, value in record.items() if name != "checksum"}).encode())
+
+
 def done_record(cache: Cache, block: int) -> dict[str, Any]:
     """The done record of a block."""
     return json.loads(_record_path(cache, block).read_text())
@@ -191,6 +199,7 @@ def write_block(cache: Cache, block: int, arrays: Mapping[str, np.ndarray], inva
             files[str(path.relative_to(cache.path))] = [len(content), zlib.crc32(content)]
             _fsync(path)
     record = {"block": block, "rows": [rows.start, rows.stop], "files": files, "invalid": invalid}
+    record["checksum"] = _record_checksum(record)
     write_atomic(_record_path(cache, block), json.dumps(record, indent=1) + "\n")
 
 
@@ -228,7 +237,10 @@ def damaged_blocks(cache: Cache) -> dict[int, str]:
     damaged = {}
     for block in sorted(done_blocks(cache)):
         try:
-            files = done_record(cache, block)["files"]
+            record = done_record(cache, block)
+            files = record["files"]
+            if record["checksum"] != _record_checksum(record):
+                raise ValueError("checksum")
         except (ValueError, KeyError, TypeError):
             damaged[block] = "its done record is damaged"
             continue

@@ -1,17 +1,26 @@
 """Small data and a small teacher that every test can afford."""
 
+import contextlib
 import json
+import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+# Before torch is imported, here and in children: with tiny tensors two threads of a busy machine wait for each other
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 TINY_CFG = {
     "embed_dim": 16,
     "vision_cfg": {"image_size": 16, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8},
     "text_cfg": {"context_length": 8, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
 }
+
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def make_folder(root: Path, rows: int = 40, *, texts: int = 1, splits: bool = False) -> Path:
@@ -50,3 +59,76 @@ def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     return make_folder(tmp_path / "squares")
+
+
+# ----------------------------------------------------------------------------------------------------
+# Phase 2: a cache, runs in this process and in others
+
+
+@pytest.fixture(scope="session")
+def squares(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """48 training and 16 test rows of two captions each, in three classes."""
+    return make_folder(tmp_path_factory.mktemp("data") / "squares", 64, texts=2, splits=True)
+
+
+@pytest.fixture(scope="session")
+def cache(squares: Path, teacher_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the tiny teacher (16 wide) says of `squares`."""
+    return build_cache(squares, teacher_folder, tmp_path_factory.mktemp("caches") / "tiny.zarr")
+
+
+@pytest.fixture(scope="session")
+def finished_run(squares: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four steps of clip_kd; read it, change nothing in it."""
+    out = tmp_path_factory.mktemp("runs") / "finished"
+    assert train_here(squares, cache, out, "--steps", 4) == 0
+    return out
+
+
+def build_cache(data: Path, teacher: Path, out: Path, *, block_rows: int | None = None) -> Path:
+    """`tc build` in this process."""
+    from teachercache.build import build
+    from teachercache.readers import read_manifest
+    from teachercache.runtime import Precision
+    from teachercache.teachers import load
+
+    loaded = load(str(teacher), weights="pretrained", outputs=("embeddings",))
+    build(loaded, read_manifest(str(data)), out, batch_size=16, workers=0, device="cpu",
+          precision=Precision("float32", "a test"), block_rows=block_rows)  # fmt: skip
+    return out
+
+
+def train_words(data: Path, cache: Path, out: Path, *words: object, recipe: str = "clip_kd") -> list[str]:
+    """The words behind `student` of a small training; later words win over these."""
+    start = ["train", "--recipe", recipe, "--data", data, "--cache", cache, "--out", out, "--batch-size", 8]
+    sizes = [] if ":" in recipe else ["--set", "model=vit-micro"]
+    return [str(word) for word in (*start, *sizes, "--set", "run.workers=0", *words)]
+
+
+def train_here(data: Path, cache: Path, out: Path, *words: object, recipe: str = "clip_kd") -> int:
+    """`student train` in this process: its exit code. Its signal handlers and rank variables are undone."""
+    from student.cli import main
+
+    with contained():
+        return main(train_words(data, cache, out, *words, recipe=recipe))
+
+
+@contextlib.contextmanager
+def contained() -> Iterator[None]:
+    """Undo what a training leaves in its process, so that later tests and their children see none of it."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for name in RANK_VARIABLES:
+            os.environ.pop(name, None)
+            if name in before:
+                os.environ[name] = before[name]
+
+
+def read_lines(run: Path) -> list[dict]:
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -1,4 +1,4 @@
-"""Distillation-only parameters that stay inside the trained module: synchronised, sharded, checkpointed, not exported."""
+"""Distillation-only parameters: trained, synchronised, sharded and checkpointed with the student, never exported."""
 
 from collections.abc import Mapping
 
