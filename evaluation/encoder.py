@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from teachercache.build import Rows
+from teachercache.names import UserError
 from teachercache.runtime import default_workers, ticker
 from teachercache.samples import Manifest
 from teachercache.teachers import Teacher
@@ -26,10 +27,12 @@ class Encoder:
     tokenize: Callable[[list[str]], Tensor]
     encode_image: Callable[[Tensor], Tensor]
     encode_text: Callable[[Tensor], Tensor]
+    device: str = "cpu"  # where both expect their input
 
 
-def of_teacher(teacher: Teacher) -> Encoder:
+def of_teacher(teacher: Teacher, *, device: str = "cpu") -> Encoder:
     """A teacher as an Encoder."""
+    teacher.module.to(device)
     return Encoder(
         name=teacher.spec.name,
         pretrained=teacher.spec.weights,
@@ -38,6 +41,7 @@ def of_teacher(teacher: Teacher) -> Encoder:
         tokenize=teacher.tokenize,
         encode_image=lambda images: teacher.encode(teacher.module, {"image": images})["image_emb"],
         encode_text=lambda ids: teacher.encode(teacher.module, {"text": ids})["text_emb"],
+        device=device,
     )
 
 
@@ -51,17 +55,18 @@ def embed_images(encoder: Encoder, manifest: Manifest, rows: list[int], *,
     with torch.inference_mode(), ticker(len(rows), "pictures", encoder.name) as tick:
         for part in loader:
             usable = torch.from_numpy(part["valid"])
-            embeddings.append(encoder.encode_image(part["image"])[usable].float())
+            embeddings.append(encoder.encode_image(part["image"].to(encoder.device))[usable].float().cpu())
             kept += [row for row, good in zip(part["rows"], usable.tolist(), strict=True) if good]
             skipped += part["reasons"]
             tick.step(len(part["rows"]))
+    if not kept:
+        raise UserError(f"no picture of {manifest.data} can be read, the first because: {skipped[0]['reason']}")
     return torch.nn.functional.normalize(torch.cat(embeddings), dim=1), kept, skipped
 
 
 def embed_texts(encoder: Encoder, texts: list[str], *, batch: int = 256) -> Float[Tensor, "n dim"]:
     """Unit embeddings of texts."""
     with torch.inference_mode():
-        parts = [
-            encoder.encode_text(encoder.tokenize(texts[i : i + batch])).float() for i in range(0, len(texts), batch)
-        ]
+        chunks = [encoder.tokenize(texts[i : i + batch]).to(encoder.device) for i in range(0, len(texts), batch)]
+        parts = [encoder.encode_text(ids).float().cpu() for ids in chunks]
     return torch.nn.functional.normalize(torch.cat(parts), dim=1)

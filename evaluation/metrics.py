@@ -9,8 +9,11 @@ def strict_ranks(scores: Float[Tensor, "queries items"], positive: Bool[Tensor, 
                  ) -> tuple[Int[Tensor, " queries"], Bool[Tensor, " queries"]]:  # fmt: skip
     """Rank (from 0) of each query's best positive, and whether a negative ties with it.
 
-    Every negative that scores at least as high comes first: a model that says the same of everything is last.
+    Every negative that scores at least as high comes first: a model that says the same of everything is last, and so
+    is one that says NaN.
     """
+    unknown = scores.isnan()
+    scores = scores.masked_fill(unknown & positive, -torch.inf).masked_fill(unknown & ~positive, torch.inf)
     best = scores.masked_fill(~positive, -torch.inf).amax(1, keepdim=True)
     negatives = ~positive
     ranks = ((scores >= best) & negatives).sum(1)

@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from student.distributed import from_all_ranks
 from teachercache import store
 from teachercache.names import UserError
-from teachercache.runtime import say, ticker
-from teachercache.samples import BadSample, Manifest, load_manifest, read_image
+from teachercache.runtime import rank, say, ticker, world_size
+from teachercache.samples import BadSample, Manifest, Sample, clean_texts, load_manifest, read_image
 
 WINDOW_BLOCKS = 64  # blocks whose rows are mixed; a mapped cache of up to 64 blocks is shuffled as a whole
 
@@ -38,29 +39,24 @@ class Batches(Dataset):
     def __init__(self, manifest: Manifest, rows: np.ndarray, *, student: Any, cache: store.Cache | None,
                  reads: tuple[str, ...], batch: int, steps: int, seed: int, live: Any = None,
                  rank: int = 0, world: int = 1):  # fmt: skip
-        self.manifest, self.student, self.live = manifest, student, live
+        self.manifest, self.rows, self.student, self.live = manifest, rows, student, live
         self.batch, self.steps, self.seed, self.rank, self.world = batch, steps, seed, rank, world
         self.block_rows = cache.meta.block_rows if cache else len(manifest)
         self.per_epoch = len(rows) // batch
         if not self.per_epoch:
             raise UserError(f"{len(rows)} usable training rows are fewer than --batch-size {batch}")
-        self.texts = manifest.column("texts")
-        self.samples = {row: manifest.row(row) for row in rows.tolist()}
-        self.rows, self.at = rows, {}
-        self.fields = (
-            {} if cache is None or live is not None else {name: store.read_field(cache, name) for name in reads}
-        )
-        self.per_text = {name: cache.fields[name].per == "text" for name in self.fields}
-        if cache is not None:
-            self.at = dict(
-                zip(
-                    rows.tolist(),
-                    store.join(cache, [self.samples[r].key for r in rows.tolist()]),
-                    strict=True,
-                )
-            )
-        scale = (live.spec if live else cache.meta.spec).constants if (live or cache) else {}
-        self.constants = {"logit_scale": scale["logit_scale"]} if "logit_scale" in scale else {}
+        self.fields: dict[str, np.ndarray] = {}
+        self.constants: dict[str, float] = {}
+        self.text_valid: np.ndarray | None = None
+        self.order = (-1, rows)  # the epoch that was shuffled last
+        if cache is None:
+            return
+        self.at = np.full(len(manifest), -1)  # manifest row -> cache row
+        self.at[rows] = store.join(cache, manifest.table["key"].take(rows).to_pylist())
+        self.fields = {} if live is not None else {name: store.read_field(cache, name) for name in reads}
+        self.per_text = {name: cache.fields[name].per == "text" for name in reads}
+        self.constants = dict(cache.meta.spec.constants)
+        self.text_valid = store.read_field(cache, "text_valid")
 
     def __len__(self) -> int:
         return self.steps
@@ -68,40 +64,47 @@ class Batches(Dataset):
     def rows_of(self, step: int) -> np.ndarray:
         """Manifest rows of the global batch of a step; the last incomplete batch of an epoch is dropped."""
         epoch, place = divmod(step, self.per_epoch)
-        order = epoch_order(self.rows, seed=self.seed, epoch=epoch, block_rows=self.block_rows)
-        return order[place * self.batch : (place + 1) * self.batch]
+        if self.order[0] != epoch:
+            self.order = (epoch, epoch_order(self.rows, seed=self.seed, epoch=epoch, block_rows=self.block_rows))
+        return self.order[1][place * self.batch : (place + 1) * self.batch]
 
     def __getitem__(self, step: int) -> dict[str, Any]:
         """The rows of this rank."""
         share = self.batch // self.world
-        rows = self.rows_of(step)[self.rank * share : (self.rank + 1) * share].tolist()
-        epoch = step // self.per_epoch
-        chosen = [self._text(row, epoch) for row in rows]
+        rows = self.rows_of(step)[self.rank * share : (self.rank + 1) * share]
+        samples = [self.manifest.row(row) for row in rows.tolist()]
+        chosen = [self._text(sample, row, step // self.per_epoch) for sample, row in zip(samples, rows, strict=True)]
         batch: dict[str, Any] = {name: torch.tensor(value) for name, value in self.constants.items()}
         for name, values in self.fields.items():
-            at = np.array([self.at[row] for row in rows])
-            picked = values[at, chosen] if self.per_text[name] else values[at]
-            batch[name] = torch.from_numpy(np.ascontiguousarray(picked)).float()
-        texts = [self.texts[row][k] for row, k in zip(rows, chosen, strict=True)]
+            picked = values[self.at[rows], chosen] if self.per_text[name] else values[self.at[rows]]
+            batch[name] = torch.from_numpy(picked).float()
+        texts = [sample.texts[k] for sample, k in zip(samples, chosen, strict=True)]
         views = {"image": self.student.view} if "image" in self.student.inputs else {}
         if self.live is not None:
             views["teacher_image"] = self.live.view
             batch["teacher_text"] = self.live.tokenize(texts)
         if views:
-            pictures = [read_image(self.manifest, self.samples[row]) for row in rows]
+            pictures = [self._picture(sample) for sample in samples]
             batch |= {name: torch.stack([view(picture) for picture in pictures]) for name, view in views.items()}
         if "text" in self.student.inputs:
             batch["text"] = self.student.tokenizer(texts)
         return batch
 
-    def _text(self, row: int, epoch: int) -> int:
+    def _text(self, sample: Sample, row: int, epoch: int) -> int:
         """Which of a row's usable texts this epoch shows."""
-        usable = [k for k, text in enumerate(self.texts[row]) if text.strip()]
-        return (
-            usable[np.random.default_rng([self.seed, epoch, row]).integers(len(usable))]
-            if len(usable) > 1
-            else usable[0]
-        )
+        if self.text_valid is not None:
+            usable = np.flatnonzero(self.text_valid[self.at[row]]).tolist()
+        else:
+            usable = [k for k, (_, good) in enumerate(clean_texts(sample)) if good]
+        if len(usable) == 1:
+            return usable[0]
+        return usable[np.random.default_rng([self.seed, epoch, row]).integers(len(usable))]
+
+    def _picture(self, sample: Sample) -> Any:
+        try:
+            return read_image(self.manifest, sample)
+        except BadSample as error:
+            raise UserError(f"the picture of '{sample.key}' cannot be read any more: {error}") from error
 
 
 def training_rows(manifest: Manifest, cache: store.Cache | None) -> np.ndarray:
@@ -117,8 +120,7 @@ def training_rows(manifest: Manifest, cache: store.Cache | None) -> np.ndarray:
     if (at < 0).any():
         raise UserError(
             f"{(at < 0).sum()} of {len(rows)} training rows of {manifest.data} are not in {cache.path}, the first is "
-            f"'{keys[rows[int(np.argmax(at < 0))]]}': "
-            f"run `tc build --teacher {cache.meta.spec.name} --data {manifest.data}`"
+            f"'{keys[rows[int(np.argmax(at < 0))]]}': remove the cache and run `{cache.command(data=manifest.data)}`"
         )
     _same_rows(manifest, cache, rows, at)
     return rows[np.asarray(store.read_field(cache, "valid"))[at]]
@@ -137,13 +139,13 @@ def _same_rows(manifest: Manifest, cache: store.Cache, rows: np.ndarray, at: np.
         if changed:
             raise UserError(
                 f"{len(changed)} rows of {manifest.data} changed since {cache.path} was built, the first is "
-                f"'{now['key'][changed[0]].as_py()}': remove the cache and run `{cache.command()}`"
+                f"'{now['key'][changed[0]].as_py()}': remove the cache and run `{cache.command(data=manifest.data)}`"
             )
 
 
 def same_data_cache(folder: str, manifest: Manifest) -> store.Cache | None:
     """Any finished cache of exactly this data: it knows which rows can be read."""
-    for entry in sorted(Path(folder).glob("*.zarr/zarr.json")):
+    for entry in [*Path(folder).glob("zarr.json"), *sorted(Path(folder).glob("*.zarr/zarr.json"))]:
         cache = store.open_cache(entry.parent)
         if cache.meta.manifest == manifest.digest and len(store.done_blocks(cache)) == cache.meta.num_blocks:
             return cache
@@ -151,19 +153,22 @@ def same_data_cache(folder: str, manifest: Manifest) -> store.Cache | None:
 
 
 def readable_rows(manifest: Manifest, rows: np.ndarray) -> np.ndarray:
-    """Rows whose picture can be read, by reading each once; the others are named with their reason."""
-    kept = []
-    with ticker(len(rows), "pictures", "checking pictures") as tick:
-        for row in rows.tolist():
+    """Rows whose picture can be read, by reading each once on one rank; the others are named with their reason."""
+    kept, left_out = [], []
+    mine = rows[rank() :: world_size()].tolist()
+    with ticker(len(mine), "pictures", "checking pictures") as tick:
+        for row in mine:
             sample = manifest.row(row)
             try:
                 read_image(manifest, sample)
             except BadSample as error:
-                say(f"left out {sample.key}: {error}")
+                left_out.append(f"left out {sample.key}: {error}")
             else:
                 kept.append(row)
             tick.step(1)
-    return np.array(kept, int)
+    for line in [line for part in from_all_ranks(left_out) for line in part]:
+        say(line)
+    return np.array(sorted(row for part in from_all_ranks(kept) for row in part), int)
 
 
 def loader(batches: Batches, *, start: int, workers: int) -> DataLoader:
@@ -173,6 +178,7 @@ def loader(batches: Batches, *, start: int, workers: int) -> DataLoader:
         batch_size=None,
         sampler=range(start, len(batches)),
         num_workers=workers,
+        generator=torch.Generator(),  # its own: a resumed run must not draw from the global one at another time
         prefetch_factor=4 if workers else None,
     )
 

@@ -7,6 +7,7 @@
 import contextlib
 import json
 import os
+import pickle
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,20 +18,20 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from student.models import build_student
-from student.models.two_tower import TwoTower, open_clip_state
+from student.distributed import from_all_ranks
+from student.models.two_tower import TwoTower, open_clip_state, tokenizer_of
 from teachercache.names import UserError
 from teachercache.runtime import rank
-from teachercache.store import write_atomic
+from teachercache.store import flush, write_atomic
+from teachercache.teachers.clip import build_module
 from teachercache.views import describe_view
 
 
 def save(engine: Any, run: Path, step: int) -> None:
     """A checkpoint of everything that the next step depends on; older ones go once it is whole."""
     tag = f"step-{step:08d}"
-    state = {"step": step, "rng": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda_rng"] = torch.cuda.get_rng_state()
+    own = [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])]
+    state = {"step": step, "rng": from_all_ranks(own)}
     folder, partial = run / "checkpoints", run / "checkpoints.partial"
     if rank() == 0:
         shutil.rmtree(partial, ignore_errors=True)
@@ -38,6 +39,8 @@ def save(engine: Any, run: Path, step: int) -> None:
     engine.save_checkpoint(str(partial), tag=tag, client_state=state, save_latest=False)
     dist.barrier()
     if rank() == 0:
+        for path in partial.rglob("*.pt"):
+            flush(path)
         folder.mkdir(exist_ok=True)
         shutil.rmtree(folder / tag, ignore_errors=True)
         os.replace(partial / tag, folder / tag)
@@ -55,13 +58,20 @@ def last_checkpoint(run: Path) -> Path | None:
 
 def resume(engine: Any, checkpoint: Path) -> int:
     """Load a checkpoint into the engine; the number of steps that were done."""
-    with only_weights():
-        path, state = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
-    if path is None:
-        raise UserError(f"{checkpoint} cannot be loaded: remove it to go on from the one before")
-    torch.set_rng_state(state["rng"])
-    if "cuda_rng" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda_rng"])
+    try:
+        with only_weights():
+            path, state = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+        if path is None:
+            raise ValueError("files are missing")
+    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError) as error:
+        reason = str(error).splitlines()[0][:120]
+        raise UserError(
+            f"{checkpoint} cannot be loaded ({reason}): remove {checkpoint.parent} to start over"
+        ) from error
+    cpu, *cuda = state["rng"][rank()]
+    torch.set_rng_state(cpu)
+    if cuda and torch.cuda.is_available():
+        torch.cuda.set_rng_state(cuda[0])
     return state["step"]
 
 
@@ -80,42 +90,50 @@ def only_weights() -> Iterator[None]:
 
 
 def _deepspeed_types() -> list[Any]:
-    return []
+    """The plain records that DeepSpeed puts into its ZeRO checkpoints."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    return [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
 
 
 def save_student(student: nn.Module, path: Path) -> None:
-    """The deployable student, float32, written aside and renamed."""
-    state = open_clip_state(student) if isinstance(student, TwoTower) else {
-        name: tensor.detach().cpu().contiguous() for name, tensor in student.state_dict().items()
-    }  # fmt: skip
-    if rank() == 0:
-        partial = path.with_name(path.name + ".partial")
-        save_file(state, partial)
-        os.replace(partial, path)
+    """The deployable student, float32, written aside and renamed; at ZeRO 3 its parts are gathered first."""
+    import deepspeed
+
+    sharded = [parameter for parameter in student.parameters() if hasattr(parameter, "ds_id")]
+    with deepspeed.zero.GatheredParameters(sharded):
+        state = open_clip_state(student) if isinstance(student, TwoTower) else student.state_dict()
+        if rank() == 0:
+            partial = path.with_name(path.name + ".partial")
+            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, partial)
+            flush(partial)
+            os.replace(partial, path)
 
 
 def load_student(run: Path) -> TwoTower:
-    """The trained student of a run folder."""
-    try:
-        facts = json.loads((run / "run.json").read_text())
-        state = load_file(run / "model.safetensors")
-    except FileNotFoundError as error:
-        raise UserError(
-            f"{run} is not a finished run ({Path(error.filename).name} is missing): `student train --resume`"
-        ) from error
-    constants = facts["recipe"]["constants"]
-    student = build_student(constants["model"], constants["init"])
-    if not isinstance(student, TwoTower):
-        raise UserError(
-            f"{run} trained {constants['model']}, which is no model of its own: see scripts/build_clip_lite.py"
-        )
-    state["logit_scale"] = state["logit_scale"].reshape(1)
-    student.model.load_state_dict(state)
+    """The trained student of a run folder, from that folder alone."""
+    if not (run / "run.json").exists():
+        raise UserError(f"{run} is not a run: pass a folder that `student train` wrote")
+    facts = json.loads((run / "run.json").read_text())
+    recipe, made = facts["recipe"], facts["student"]
+    if made is None:
+        name = recipe["constants"]["model"]
+        raise UserError(f"{run} trained {name}, which is no model of its own: see scripts/build_clip_lite.py")
+    if not (run / "model.safetensors").exists():
+        raise UserError(f"{run} is not a finished run: `student train --recipe {recipe['name']} --resume --out {run}`")
+    model, preprocess = build_module(made["model_cfg"], made["preprocess"])
+    student = TwoTower(model, made["model_cfg"], preprocess, tokenizer_of(made["model_cfg"]))
+    state = load_file(run / "model.safetensors")
+    student.model.load_state_dict({**state, "logit_scale": state["logit_scale"].reshape(1)})
     return student.eval()
 
 
 def export_open_clip(run: Path, out: Path) -> Path:
     """An open_clip folder of the run's student; distillation heads stay behind."""
+    if out.exists():
+        raise UserError(f"{out} exists: pass another --out, or remove it")
     student = load_student(run)
     facts = json.loads((run / "run.json").read_text())
     partial = out.with_name(out.name + ".partial")
@@ -127,8 +145,6 @@ def export_open_clip(run: Path, out: Path) -> Path:
     config = {"model_cfg": student.model_cfg, "preprocess_cfg": preprocess}
     write_atomic(partial / "open_clip_config.json", json.dumps(config, indent=2) + "\n")
     write_atomic(partial / "README.md", _model_card(facts, run))
-    if out.exists():
-        raise UserError(f"{out} exists: pass another --out, or remove it")
     os.replace(partial, out)
     return out
 

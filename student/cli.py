@@ -3,6 +3,7 @@
 import dataclasses
 import json as jsonlib
 import os
+import shlex
 import time
 from pathlib import Path
 
@@ -28,7 +29,12 @@ def student() -> None:
 @student.command()
 @click.argument("name", required=False)
 def recipes(name: str | None) -> None:
-    """List the recipes, or show one: equations, constants, the `tc build` command that it needs."""
+    r"""List the recipes, or show one: equations, constants, the `tc build` command that it needs.
+
+    \b
+    student recipes
+    student recipes clip_kd
+    """
     import sys
 
     from student.recipes import RECIPES, find
@@ -38,7 +44,7 @@ def recipes(name: str | None) -> None:
             print(f"{recipe.name:10} {recipe.doc}  [{recipe.paper}]")
         return
     recipe = find(name)
-    print(sys.modules[recipe.loss.__module__].__doc__.strip(), end="\n\n")
+    print((sys.modules[recipe.loss.__module__].__doc__ or recipe.doc).strip(), end="\n\n")
     for field in dataclasses.fields(recipe.constants):
         print(f"  --set {field.name}={getattr(recipe.constants, field.name)}")
     for field in dataclasses.fields(recipe.optim):
@@ -99,13 +105,14 @@ def train(name, data, cache, out, steps, batch_size, seed, resume, live, dry_run
 
     from teachercache.runtime import default_workers, pick_device
 
-    device = pick_device("auto" if run.device == "cpu" else run.device)
-    run = dataclasses.replace(run, device=device, workers=run.workers if run.workers >= 0 else default_workers())
+    run = dataclasses.replace(
+        run, device=pick_device(run.device), workers=run.workers if run.workers >= 0 else default_workers()
+    )
     from student.train import train as run_training
 
     folder = run_training(recipe, run, resume=resume, dry_run=dry_run)
     if rank() == 0 and not dry_run:
-        say(f"next: student eval {folder} --task retrieval")
+        say(f"next: {shlex.join(['student', 'eval', str(folder), '--task', 'retrieval', '--data', run.data])}")
 
 
 def _run_folder(recipe: str, resume: bool) -> str:
@@ -157,25 +164,28 @@ def evaluate(model: str, task: str, data: str, as_json: bool) -> None:
 def _encoder(model: str):
     """An Encoder for a run, a folder or a teacher; and the run folder where results are kept."""
     from evaluation.encoder import Encoder, of_teacher
+    from teachercache.runtime import pick_device
     from teachercache.teachers import load
 
-    path = Path(model)
-    if (path / "run.json").exists():
-        from student.checkpoint import load_student
-        from teachercache.views import describe_view
+    path, device = Path(model), pick_device()
+    if not (path / "run.json").exists():
+        return of_teacher(load(model), device=device), None
 
-        trained = load_student(path)
-        encoder = Encoder(
-            name=path.name,
-            pretrained=str(path),
-            size=tuple(describe_view(trained.preprocess)["size"]),
-            view=trained.view,
-            tokenize=trained.tokenizer,
-            encode_image=trained.model.encode_image,
-            encode_text=trained.model.encode_text,
-        )
-        return encoder, path
-    return of_teacher(load(model)), None
+    from student.checkpoint import load_student
+    from teachercache.views import describe_view
+
+    trained = load_student(path).to(device)
+    encoder = Encoder(
+        name=path.name,
+        pretrained=str(path),
+        size=tuple(describe_view(trained.preprocess)["size"]),
+        view=trained.view,
+        tokenize=trained.tokenizer,
+        encode_image=trained.model.encode_image,
+        encode_text=trained.model.encode_text,
+        device=device,
+    )
+    return encoder, path
 
 
 @student.command()
@@ -183,7 +193,11 @@ def _encoder(model: str):
 @click.option("--format", "form", required=True, type=click.Choice(["open_clip"]), help="What it loads with.")
 @click.option("--out", type=Path, help="Default exports/<run>-<format>.")
 def export(run: Path, form: str, out: Path | None) -> None:
-    """Write a trained student as a folder that open_clip loads; distillation heads stay behind."""
+    r"""Write a trained student as a folder that open_clip loads; distillation heads stay behind.
+
+    \b
+    student export runs/NAME --format open_clip --out exports/mine
+    """
     from student.checkpoint import export_open_clip
 
     out = export_open_clip(run, out or Path("exports", f"{run.name}-{form}"))

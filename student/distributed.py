@@ -1,5 +1,7 @@
 """How ranks split a batch, and the one differentiable gather. On one process all of it is the identity."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from jaxtyping import Float
@@ -32,7 +34,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> Tensor:
-        gradient = gradient.contiguous()
+        gradient = gradient.clone(memory_format=torch.contiguous_format)  # autograd may share it with other branches
         dist.all_reduce(gradient)
         start = first_row(ctx.rows)
         return gradient[start : start + ctx.rows]
@@ -50,3 +52,21 @@ def mean_over_ranks(value: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     value = value.clone()
     dist.all_reduce(value)
     return value / num_ranks()
+
+
+def any_rank(value: bool) -> bool:
+    """Whether it is so on any rank: what all of them must do together is decided by this."""
+    if num_ranks() == 1:
+        return value
+    flag = torch.tensor(float(value), device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    return bool(flag)
+
+
+def from_all_ranks(value: Any) -> list[Any]:
+    """Any picklable value of every rank, in rank order."""
+    if num_ranks() == 1:
+        return [value]
+    values: list[Any] = [None] * num_ranks()
+    dist.all_gather_object(values, value)
+    return values

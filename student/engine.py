@@ -42,7 +42,6 @@ def deepspeed_config(run: Run, optim: Optim, rows_per_rank: int) -> dict[str, An
         "gradient_clipping": optim.clip,  # DeepSpeed's own default is 1.0
         "zero_optimization": {"stage": run.zero},
         "zero_allow_untested_optimizer": True,
-        "bf16": {"enabled": run.precision == "bfloat16"},
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
     }
@@ -72,6 +71,8 @@ def start_engine(step: nn.Module, optim: Optim, run: Run, rows_per_rank: int) ->
     """A DeepSpeed engine over the step; torch's own AdamW."""
     if run.zero not in (0, 1, 2, 3):
         raise UserError(f"--set run.zero={run.zero}: choose 0, 1, 2 or 3")
+    if run.precision not in ("float32", "bfloat16"):
+        raise UserError(f"--set run.precision={run.precision}: choose float32 or bfloat16")
     start_distributed(run.device)
     with quiet_deepspeed():
         deepspeed = _import_deepspeed(run.device)

@@ -7,8 +7,12 @@ from typing import Any
 
 import torch
 
+from student.distributed import any_rank
 from teachercache.names import UserError
 from teachercache.runtime import rank
+from teachercache.store import write_atomic
+
+CALMER = "try a smaller --set optim.lr or --set optim.clip=1.0"
 
 
 class Metrics:
@@ -18,7 +22,7 @@ class Metrics:
         self.path = path
         if rank() == 0:
             kept = [line for line in self._lines() if json.loads(line)["step"] < start]
-            path.write_text("".join(line + "\n" for line in kept))
+            write_atomic(path, "".join(line + "\n" for line in kept))
 
     def _lines(self) -> list[str]:
         """Whole lines of the file; a line that a kill cut short is not one."""
@@ -39,10 +43,19 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def plain(values: dict[str, torch.Tensor]) -> dict[str, float]:
     """Scalars as Python floats, exactly."""
-    return {name: float(value.reshape(-1)[0]) for name, value in values.items()}
+    if not values:
+        return {}
+    numbers = torch.stack([value.detach().reshape(-1)[0].float() for value in values.values()]).tolist()  # one wait
+    return dict(zip(values, numbers, strict=True))
 
 
 def refuse_nan(loss: float, step: int) -> None:
     """Stop with a reason where the loss is no number any more."""
     if not math.isfinite(loss):
-        raise UserError(f"the loss is {loss} at step {step}: try a smaller --set optim.lr or --set optim.clip=1.0")
+        raise UserError(f"the loss is {loss} at step {step}: {CALMER}")
+
+
+def refuse_nan_weights(module: torch.nn.Module, step: int) -> None:
+    """Before a checkpoint replaces the last good one: stop where a weight is no number any more."""
+    if any_rank(not all(bool(parameter.isfinite().all()) for parameter in module.parameters())):
+        raise UserError(f"a weight is no finite number after step {step}, the last checkpoint was kept: {CALMER}")

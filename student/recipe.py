@@ -53,14 +53,13 @@ class Run:
     data: str
     cache: str  # "" where no teacher field is read
     out: str
-    device: str = "cpu"
-    precision: str = "float32"
+    device: str = "auto"
+    precision: str = "float32"  # or bfloat16: the student computes in it, weights and losses stay float32
     seed: int = 0
     zero: int = 0  # DeepSpeed's ZeRO stage
     workers: int = -1  # decoding processes; -1 for the spare cores
     live: bool = False
     save_every: int = 500
-    log_every: int = 10
 
 
 def override(recipe: Recipe, run: Run, settings: Iterable[str]) -> tuple[Recipe, Run]:
@@ -107,5 +106,5 @@ def _parse(text: str, kind: type) -> Any:
 def _choices(key: str, recipe: Recipe) -> str:
     names = [field.name for field in dataclasses.fields(recipe.constants)]
     names += [f"optim.{field.name}" for field in dataclasses.fields(Optim)]
-    names += [f"run.{name}" for name in ("zero", "workers", "precision", "save_every", "log_every")]
+    names += [f"run.{name}" for name in ("device", "precision", "zero", "workers", "save_every")]
     return f"no such setting of {recipe.name}; {closest(key, names)}choose from {', '.join(names)}"

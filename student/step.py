@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from student.distributed import gather
 from student.recipe import Now, Recipe
+from teachercache.names import UserError
 
 
 class TrainStep(nn.Module):
@@ -16,26 +17,35 @@ class TrainStep(nn.Module):
     A live teacher is a plain attribute, not a submodule: never trained, sharded or saved.
     """
 
-    def __init__(self, recipe: Recipe, student: nn.Module, heads: nn.Module | None, live: Any = None):
+    def __init__(self, recipe: Recipe, student: nn.Module, heads: nn.Module | None, live: Any = None, *,
+                 precision: str = "float32"):  # fmt: skip
         super().__init__()
-        self.recipe, self.student, self.heads = recipe, student, heads
+        self.recipe, self.student, self.heads, self.precision = recipe, student, heads, precision
         self.__dict__["live"] = live
 
     def forward(self, batch: Mapping[str, Tensor], now: Now) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
         """Loss to minimise, its weighted terms, and notes; the batch's fields come from a cache or a live teacher."""
         if self.live is not None:
             batch = {**batch, **live_fields(self.live, batch, self.recipe.reads)}
-        outputs = self.student(batch)
-        if self.heads is not None:
-            outputs |= self.heads(outputs)
+        with torch.autocast(batch_device(batch), torch.bfloat16, enabled=self.precision == "bfloat16"):
+            outputs = self.student(batch)
+            if self.heads is not None:
+                outputs |= self.heads(outputs)
         fields = {name: batch[name] for name in (*self.recipe.reads, "logit_scale") if name in batch}
         outputs, fields = (
             {name: gather(rows) if name in self.recipe.across else rows for name, rows in part.items()}
             for part in (outputs, fields)
         )
         terms, notes = self.recipe.loss(outputs, fields, self.recipe.constants, now)
+        if not terms:
+            raise UserError(f"every weight of {self.recipe.name} is 0: give one of them a value by --set")
         total = torch.stack([term.reshape(()) for term in terms.values()]).sum()
         return total, terms, notes
+
+
+def batch_device(batch: Mapping[str, Tensor]) -> str:
+    """The type of the device that a batch lies on."""
+    return next(iter(batch.values())).device.type
 
 
 def live_fields(teacher: Any, batch: Mapping[str, Tensor], names: tuple[str, ...]) -> dict[str, Tensor]:

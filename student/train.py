@@ -1,10 +1,14 @@
 """THE phase-2 loop. Not for choosing what is computed: that is the recipe."""
 
+import contextlib
 import dataclasses
+import hashlib
 import importlib.metadata
 import json
+import shlex
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,9 +17,10 @@ import torch.distributed as dist
 
 from student import checkpoint
 from student.batches import Batches, find_cache, loader, readable_rows, same_data_cache, training_rows
-from student.distributed import mean_over_ranks
+from student.distributed import any_rank, mean_over_ranks
 from student.engine import clamp_scales, learning_rate, quiet_deepspeed, start_distributed, start_engine
-from student.metrics import Metrics, plain, refuse_nan
+from student.metrics import Metrics, plain, refuse_nan, refuse_nan_weights
+from student.models.two_tower import TwoTower
 from student.recipe import Now, Recipe, Run
 from student.step import TrainStep
 from teachercache.names import UserError
@@ -43,26 +48,25 @@ def train(recipe: Recipe, run: Run, *, resume: bool, dry_run: bool = False) -> P
     keep_memory()
     start_distributed(run.device)
     prepared = prepare(recipe, run)
-    facts = describe(recipe, run, prepared.cache)
+    step_module = prepared.step.to(run.device)
     if not dry_run:
-        open_run(out, facts, resume)
+        open_run(out, describe(recipe, run, prepared), resume)
     rows = len(prepared.batches.rows)
-    say(f"{recipe.name}: {count(prepared.step)}; {rows:,} rows, {recipe.steps} steps of {recipe.batch}")
+    say(f"{recipe.name}: {count(step_module)}; {rows:,} rows, {recipe.steps} steps of {recipe.batch}")
 
     # ---- engine, and the checkpoint to go on from
-    engine = start_engine(prepared.step.to(run.device), recipe.optim, run, recipe.batch // world_size())
-    last = checkpoint.last_checkpoint(out) if resume else None
+    engine = start_engine(step_module, recipe.optim, run, recipe.batch // world_size())
     torch.manual_seed(run.seed * world_size() + rank())  # dropout differs between ranks
+    last = checkpoint.last_checkpoint(out) if resume else None
     done = checkpoint.resume(engine, last) if last else 0
     if last:
         say(f"going on from step {done}")
     metrics = None if dry_run else Metrics(out / "metrics.jsonl", start=done)
-    stop = catch_signals()
 
     # ---- steps
     steps = done + 1 if dry_run else recipe.steps
-    begin, waited, seen = time.monotonic(), 0.0, 0
-    with ticker(steps - done, "steps", recipe.name) as tick:
+    begin, waited, step, stopping = time.monotonic(), 0.0, done - 1, False
+    with catch_signals() as signals, ticker(steps - done, "steps", recipe.name) as tick:
         waiting = time.monotonic()
         for step, batch in enumerate(loader(prepared.batches, start=done, workers=run.workers), start=done):
             waited += time.monotonic() - waiting
@@ -73,43 +77,49 @@ def train(recipe: Recipe, run: Run, *, resume: bool, dry_run: bool = False) -> P
                 loss, terms, notes = engine(batch, Now(step, recipe.steps))
                 engine.backward(loss)
                 engine.step()
-            clamp_scales(engine)
-            seen += 1
+                clamp_scales(engine)
             values = plain(
-                {
-                    "loss": mean_over_ranks(loss.detach()),
-                    **{k: mean_over_ranks(v.detach()) for k, v in terms.items()},
-                }
+                {"loss": mean_over_ranks(loss), **{k: mean_over_ranks(v) for k, v in terms.items()}, **notes}
             )
             refuse_nan(values["loss"], step)
             if metrics is not None:
-                metrics.write({"step": step, **values, "lr": group["lr"], **plain(notes)})
-            tick.step(1, "  ".join(f"{name} {value:.4f}" for name, value in values.items()))
-            if step + 1 == steps or stop:
+                metrics.write({"step": step, **values, "lr": group["lr"]})
+            tick.step(1, "  ".join(f"{name} {values[name]:.4f}" for name in ("loss", *terms)))
+            stopping = any_rank(bool(signals))
+            if step + 1 == steps or stopping:
                 break
             if (step + 1) % run.save_every == 0:
+                refuse_nan_weights(engine.module, step)
                 checkpoint.save(engine, out, step + 1)
             waiting = time.monotonic()
 
     # ---- leave the run whole
-    elapsed = time.monotonic() - begin
-    speed = {"seconds_per_step": elapsed / max(seen, 1), "samples_per_second": seen * recipe.batch / elapsed,
-             "data_wait": waited / elapsed}  # fmt: skip
+    elapsed, seen = time.monotonic() - begin, step + 1 - done
     if dry_run:
         minutes = elapsed * recipe.steps / 60
         say(f"one step took {elapsed:.2f} s; {recipe.steps} steps take about {minutes:.1f} min; nothing was written")
         return out
     if seen:
+        refuse_nan_weights(engine.module, step)
         checkpoint.save(engine, out, step + 1)
-    if stop:
-        say(f"stopped after step {step + 1}; the same command with --resume --out {out} goes on")
-        raise KeyboardInterrupt
-    checkpoint.save_student(prepared.step.student, out / "model.safetensors")
-    if rank() == 0 and seen:
-        write_atomic(out / "speed.json", json.dumps(speed) + "\n")
-    say(f"{out}: {speed['seconds_per_step']:.3f} s a step, {speed['samples_per_second']:.0f} samples/s, "
-        f"{100 * speed['data_wait']:.0f} % of the time waiting for data")  # fmt: skip
+    if stopping:
+        raise KeyboardInterrupt(f"stopped after step {step + 1}; the same command with --resume --out {out} goes on")
+    checkpoint.save_student(step_module.student, out / "model.safetensors")
+    if seen:
+        report_speed(out, seconds=elapsed, steps=seen, batch=recipe.batch, waited=waited)
     return out
+
+
+def report_speed(out: Path, *, seconds: float, steps: int, batch: int, waited: float) -> None:
+    """Write speed.json and say it."""
+    speed = {"seconds_per_step": seconds / steps, "samples_per_second": steps * batch / seconds,
+             "data_wait": waited / seconds}  # fmt: skip
+    if rank() == 0:
+        write_atomic(out / "speed.json", json.dumps(speed) + "\n")
+    say(
+        f"{out}: {speed['seconds_per_step']:.3f} s a step, {speed['samples_per_second']:.0f} samples/s, "
+        f"{100 * speed['data_wait']:.0f} % of the time waiting for data"
+    )
 
 
 def prepare(recipe: Recipe, run: Run) -> Prepared:
@@ -118,72 +128,89 @@ def prepare(recipe: Recipe, run: Run) -> Prepared:
     torch.manual_seed(run.seed)  # the same student and heads on every rank
     student = recipe.build(recipe.constants)
     reads = tuple(dict.fromkeys((*recipe.reads, *(name for name in student.inputs if name not in ("image", "text")))))
-    cache = find_cache(run.cache, reads, f"tc build --teacher clip-lite --data {run.data}") if reads else None
+    cache = find_cache(run.cache, reads, build_hint(run)) if reads else None
     if cache is not None and cache.meta.spec.weights.startswith("random:"):
         say(f"WARNING: the teacher of {cache.path} has random weights; there is nothing in it to distil")
-    rows = training_rows(manifest, cache or same_data_cache(run.cache, manifest))
-    if cache is None and same_data_cache(run.cache, manifest) is None:
-        rows = readable_rows(manifest, rows)
-    live = live_teacher(cache) if run.live else None
+    looked = cache or same_data_cache(run.cache, manifest)  # whoever built it has read every picture
+    rows = training_rows(manifest, looked)
+    rows = readable_rows(manifest, rows) if looked is None else rows
     shapes = {} if cache is None else {name: field.shape for name, field in cache.fields.items()}
     heads = recipe.heads(recipe.constants, student, shapes) if recipe.heads else None
+    live = live_teacher(cache, run.device) if run.live else None  # last: it draws random numbers
     batches = Batches(manifest, rows, student=student, cache=cache, reads=reads, batch=recipe.batch,
                       steps=recipe.steps, seed=run.seed, live=live, rank=rank(), world=world_size())  # fmt: skip
-    return Prepared(TrainStep(recipe, student, heads, live), batches, cache)
+    return Prepared(TrainStep(recipe, student, heads, live, precision=run.precision), batches, cache)
 
 
-def live_teacher(cache: Cache | None) -> Any:
+def build_hint(run: Run) -> str:
+    """A `tc build` that makes the cache which this run looks for."""
+    path = Path(run.cache)
+    out = path if path.suffix == ".zarr" else path / "clip-lite.zarr"
+    return shlex.join(["tc", "build", "--teacher", "clip-lite", "--data", run.data, "--out", str(out)])
+
+
+def live_teacher(cache: Cache | None, device: str) -> Any:
     """The cache's teacher in this process."""
     from teachercache.live import load_teacher
 
     if cache is None:
         raise UserError("--live: this recipe reads nothing from a teacher; leave --live away")
-    return load_teacher(cache)
+    teacher = load_teacher(cache)
+    teacher.module.to(device)
+    return teacher
 
 
-def describe(recipe: Recipe, run: Run, cache: Cache | None) -> dict[str, Any]:
-    """What run.json holds: enough to run it again, and to refuse a resume of something else."""
+def describe(recipe: Recipe, run: Run, prepared: Prepared) -> dict[str, Any]:
+    """What run.json holds: enough to run it again, to load its student, and to refuse a resume of something else."""
     names = ("name", "paper", "reads", "steps", "batch")
     known = {name: getattr(recipe, name) for name in names}
     known |= {"constants": dataclasses.asdict(recipe.constants), "optim": dataclasses.asdict(recipe.optim)}
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "open_clip_torch", "deepspeed")}
+    cache, batches, student = prepared.cache, prepared.batches, prepared.step.student
+    rows = hashlib.sha256(batches.manifest.digest.encode() + batches.rows.tobytes()).hexdigest()[:16]
+    made = {"model_cfg": student.model_cfg, "preprocess": student.preprocess} if isinstance(student, TwoTower) else None
     return json.loads(json.dumps({
         "recipe": known,
         "run": dataclasses.asdict(run),
         "world_size": world_size(),
+        "rows": rows,
+        "student": made,
         "teacher": to_dict(cache.meta.spec) if cache else None,
         "cache": fingerprint(cache.meta) if cache else None,
-        "versions": versions,
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "open_clip_torch", "deepspeed")},
     }))  # fmt: skip
 
 
 def open_run(out: Path, facts: dict[str, Any], resume: bool) -> None:
     """Write run.json, or compare with the one that is there; a different run is refused by what changed."""
     path = out / "run.json"
-    exists = path.exists()
+    exists, occupied = path.exists(), out.exists() and (not out.is_dir() or any(out.iterdir()))
     dist.barrier()  # every rank has looked before rank 0 writes
     if exists:
         if not resume:
             raise UserError(f"{out} exists: go on with --resume, or pass another --out")
-        then = json.loads(path.read_text())
-        changed = [f"{a}: {then[a]} there, {facts[a]} asked" for a in ("cache",) if then[a] != facts[a]]
-        for group, ignored in (
-            ("recipe", ()),
-            ("run", ("cache", "workers", "save_every", "log_every", "out", "data")),
-        ):
-            changed += [
-                f"{name}: {then[group].get(name)} there, {value} asked"
-                for name, value in facts[group].items()
-                if name not in ignored and then[group].get(name) != value
-            ]
+        then, now = flat(json.loads(path.read_text())), flat(facts)
+        changed = [f"{name}: {then.get(name)} there, {value} asked" for name, value in now.items()
+                   if then.get(name) != value]  # fmt: skip
         if changed:
             raise UserError(f"{out} is another run ({'; '.join(changed)}): pass another --out")
         return
+    if occupied:
+        raise UserError(f"{out} is there and is no run: pass another --out")
     if resume:
         raise UserError(f"nothing to resume at {out}: run the same command without --resume")
     if rank() == 0:
         out.mkdir(parents=True, exist_ok=True)
         write_atomic(path, json.dumps(facts, indent=1) + "\n")
+
+
+def flat(facts: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a run that its losses depend on, each under its own name."""
+    recipe, run = dict(facts["recipe"]), dict(facts["run"])
+    constants, optim = recipe.pop("constants"), recipe.pop("optim")
+    for name in ("cache", "data", "out", "workers", "save_every"):  # where things lie, not what they are
+        del run[name]
+    own = {name: facts[name] for name in ("cache", "rows", "world_size")}
+    return recipe | constants | {f"optim.{name}": value for name, value in optim.items()} | run | own
 
 
 def count(step: TrainStep) -> str:
@@ -193,9 +220,15 @@ def count(step: TrainStep) -> str:
     return f"student of {total / 1e6:.1f}M parameters" + (f", heads {heads:,}" if heads else "")
 
 
-def catch_signals() -> list[int]:
+@contextlib.contextmanager
+def catch_signals() -> Iterator[list[int]]:
     """A list that SIGTERM and SIGINT put themselves into; the loop leaves after the step it is in."""
     received: list[int] = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, frame: received.append(number))
-    return received
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        for number in before:
+            signal.signal(number, lambda number, frame: received.append(number))
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -153,12 +153,12 @@ def run_command(group: Any, args: list[str] | None = None) -> int:
         hint = f" (see `{context.command_path} --help`)" if context else ""
         message = f"{error.format_message()}{hint}"
     except UserError as error:
-        message = str(error)
+        message = str(error).rsplit("UserError: ")[-1]  # from a worker it comes with its traceback
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
         message = f"{error.strerror or error}{where}"
-    except (KeyboardInterrupt, click.Abort):
-        print("stopped; the same command goes on where it left off", file=sys.stderr)
+    except (KeyboardInterrupt, click.Abort) as stopped:
+        print(str(stopped.__cause__ or "") or "stopped; the same command goes on where it left off", file=sys.stderr)
         return 130
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     return 2

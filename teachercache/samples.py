@@ -69,7 +69,9 @@ class Manifest:
     def rows_of_split(self, split: str) -> list[int]:
         """Rows of a split, all rows where the data has no splits at all."""
         splits = self.column("split")
-        return [i for i, name in enumerate(splits) if name == split or not any(splits)]
+        if not any(splits):
+            return list(range(len(splits)))
+        return [i for i, name in enumerate(splits) if name == split]
 
 
 def schema() -> "pa.Schema":

@@ -48,14 +48,17 @@ class Cache:
             own.append(Field("text_valid", (), "text", "bool", "whether the text can be used"))
         return {field.name: field for field in (*own, *self.meta.spec.fields)}
 
-    def command(self) -> str:
-        """The command that builds this cache."""
+    def command(self, *, data: str | None = None) -> str:
+        """The command that builds this cache, or one like it for all of `data`."""
         spec = self.meta.spec
         precision = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[self.meta.precision]
         options = {"--teacher": spec.name, "--weights": spec.weights, "--data": self.meta.data, "--out": str(self.path),
                    "--precision": precision, "--limit": str(self.meta.rows)}  # fmt: skip
         if spec.weights == "pretrained":
             del options["--weights"]
+        if data is not None:
+            options["--data"] = data
+            del options["--limit"]
         return shlex.join(["tc", "build", *(word for option in options.items() for word in option)])
 
 
@@ -197,7 +200,7 @@ def write_block(cache: Cache, block: int, arrays: Mapping[str, np.ndarray], inva
             zarr.open_array(cache.path / name, mode="r+")[rows.start : rows.stop] = arrays[name]
             content = path.read_bytes()
             files[str(path.relative_to(cache.path))] = [len(content), zlib.crc32(content)]
-            _fsync(path)
+            flush(path)
     record = {"block": block, "rows": [rows.start, rows.stop], "files": files, "invalid": invalid}
     record["checksum"] = _record_checksum(record)
     write_atomic(_record_path(cache, block), json.dumps(record, indent=1) + "\n")
@@ -213,7 +216,8 @@ def write_atomic(path: Path, text: str, *, tag: str = "") -> None:
     os.replace(partial, path)
 
 
-def _fsync(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Wait until a file's bytes are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -17,7 +17,10 @@ TEMPLATES = ("a picture of {}.", "a photo of {}.", "a drawing of {}.", "{}.")
 def evaluate(encoder: Encoder, manifest: Manifest) -> dict[str, Any]:
     """acc1, acc5 and mean_per_class_recall over the test split; keys as clip-benchmark writes them."""
     labels = manifest.column("label")
-    rows = [row for row in manifest.rows_of_split("test") if labels[row]]
+    test = manifest.rows_of_split("test")
+    if not test:
+        raise UserError(f"{manifest.data} has no test rows: give it a folder `test`, or pass other --data")
+    rows = [row for row in test if labels[row]]
     if not rows:
         raise UserError(f"{manifest.data} has no labels: zero-shot classification needs a folder per class")
     names = class_names(manifest)

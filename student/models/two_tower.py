@@ -3,6 +3,7 @@
 The output embeddings are raw (not normalised). Not for losses: see `recipes/`.
 """
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ from typing import Any
 import open_clip
 import torch
 from jaxtyping import Float
+from open_clip.tokenizer import HFTokenizer
 from torch import Tensor, nn
 
 from teachercache.names import UserError, closest
+from teachercache.runtime import say
 from teachercache.teachers.clip import build_module, open_folder
 from teachercache.views import describe_view, image_view
 
@@ -69,22 +72,26 @@ def build_two_tower(name: str, init: str = "") -> TwoTower:
     if init:
         if not Path(init).is_dir():
             raise UserError(f"--set init={init}: no such folder; it takes what `student export` wrote")
+        say(f"starting from {init}: its configuration counts, not model={name}")
         model, preprocess = open_folder(init)
-        return TwoTower(model, _folder_cfg(init), preprocess, open_clip.get_tokenizer(f"local-dir:{init}"))
+        model_cfg = json.loads(Path(init, "open_clip_config.json").read_text())["model_cfg"]
+        return TwoTower(model, model_cfg, preprocess, tokenizer_of(model_cfg, init))
     model_cfg = TINY.get(name) or open_clip.get_model_config(name)
     if model_cfg is None:
         names = [*TINY, *open_clip.list_models()]
         raise UserError(f"--set model={name}: {closest(name, names)}choose {', '.join(TINY)} or an open_clip model")
     model, preprocess = build_module(model_cfg, WHITE_64 if name in TINY else {})
-    length = model_cfg["text_cfg"].get("context_length", 77)
-    tokenizer = open_clip.get_tokenizer(name) if name not in TINY else open_clip.SimpleTokenizer(context_length=length)
-    return TwoTower(model, model_cfg, preprocess, tokenizer)
+    return TwoTower(model, model_cfg, preprocess, tokenizer_of(model_cfg))
 
 
-def _folder_cfg(folder: str) -> dict[str, Any]:
-    import json
-
-    return json.loads(Path(folder, "open_clip_config.json").read_text())["model_cfg"]
+def tokenizer_of(model_cfg: Mapping[str, Any], folder: str = "") -> Any:
+    """The tokenizer that a configuration names: CLIP's own, or a Hugging Face one (its files are in `folder`)."""
+    text_cfg = model_cfg["text_cfg"]
+    length, options = text_cfg.get("context_length", 77), text_cfg.get("tokenizer_kwargs", {})
+    if "hf_tokenizer_name" not in text_cfg:
+        return open_clip.SimpleTokenizer(context_length=length, **options)
+    source = folder if folder and Path(folder, "tokenizer_config.json").exists() else text_cfg["hf_tokenizer_name"]
+    return HFTokenizer(source, context_length=length, tokenizer_mode=text_cfg.get("tokenizer_mode"), **options)
 
 
 def open_clip_state(student: TwoTower) -> dict[str, Tensor]:

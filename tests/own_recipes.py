@@ -1,0 +1,85 @@
+"""Recipes of a user's own, for tests: `--recipe own_recipes:NAME` with `tests` on the path."""
+
+import dataclasses
+import os
+import signal
+
+import torch
+from torch import nn
+
+from student.recipes.clip import CLIP, build
+from student.recipes.clip_kd import CLIP_KD, heads, loss
+
+MICRO = dataclasses.replace(CLIP_KD, constants=dataclasses.replace(CLIP_KD.constants, model="vit-micro"))
+STOP_VARIABLE = "OWN_RECIPES_STOP_AT"  # the step in whose loss the process sends itself a SIGTERM
+
+
+def stopping_loss(student, batch, constants, now):
+    """clip_kd's loss; a stop signal comes while it is computed."""
+    if os.environ.get(STOP_VARIABLE) == str(now.step):
+        os.kill(os.getpid(), signal.SIGTERM)
+    return loss(student, batch, constants, now)
+
+
+STOPPING = dataclasses.replace(MICRO, name="stopping", loss=stopping_loss)
+
+
+class NoisyHeads(nn.Module):
+    """Heads that see a tenth of the student's features switched off, another tenth in every step."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner, self.dropout = inner, nn.Dropout(0.1)
+
+    def forward(self, student):
+        return self.inner({name: self.dropout(student[name]) for name in ("image", "text")})
+
+
+DROPOUT = dataclasses.replace(STOPPING, name="dropout", heads=lambda *words: NoisyHeads(heads(*words)))
+
+
+def high_build(constants):
+    """A student whose logit scale begins just below its limit."""
+    student = build(constants)
+    student.model.logit_scale.data.fill_(4.59)
+    return student
+
+
+def high_heads(*words):
+    """Heads whose ICL scale begins just below its limit."""
+    module = heads(*words)
+    module.icl_logit_scale.data.fill_(4.59)
+    return module
+
+
+def upward_loss(student, batch, constants, now):
+    """clip_kd, and a pull on both scales that is stronger than everything else."""
+    terms, notes = loss(student, batch, constants, now)
+    pull = -100 * (student["scale"].log() + student["icl_scale"].log()).sum()
+    return terms | {"pull": pull}, notes
+
+
+UPWARD = dataclasses.replace(MICRO, name="upward", build=high_build, heads=high_heads, loss=upward_loss)
+
+BAD_STEP = 3
+
+
+def bad_gradient_loss(student, batch, constants, now):
+    """A finite loss whose gradient is NaN in one step: the square root of zero."""
+    terms, notes = loss(student, batch, constants, now)
+    if now.step == BAD_STEP:
+        terms["zero"] = torch.sqrt((0 * student["image"]).square().sum())
+    return terms, notes
+
+
+BAD_GRADIENT = dataclasses.replace(MICRO, name="bad_gradient", loss=bad_gradient_loss)
+
+
+def bad_loss(student, batch, constants, now):
+    """A loss that is no number in one step."""
+    terms, notes = loss(student, batch, constants, now)
+    return {**terms, "task": terms["task"] / (0.0 if now.step == BAD_STEP else 1.0)}, notes
+
+
+BAD_LOSS = dataclasses.replace(MICRO, name="bad_loss", loss=bad_loss)
+PLAIN = dataclasses.replace(CLIP, name="plain", constants=dataclasses.replace(CLIP.constants, model="vit-micro"))
