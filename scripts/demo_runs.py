@@ -16,7 +16,7 @@ from pathlib import Path
 
 RECIPES = ("clip", "clip_kd")
 TASKS = ("zeroshot_classification", "zeroshot_retrieval")
-STEPS, BATCH = 600, 128
+STEPS, BATCH = 450, 128
 SETTINGS = ("optim.lr=1e-3", "run.save_every=200")
 ROWS = {
     "zero-shot top-1": "acc1",
