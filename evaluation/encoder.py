@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from teachercache.build import Rows
+from teachercache.build import Rows, ignore_interrupt
 from teachercache.names import UserError
 from teachercache.runtime import default_workers, ticker
 from teachercache.samples import Manifest
@@ -50,7 +50,13 @@ def embed_images(encoder: Encoder, manifest: Manifest, rows: list[int], *,
     """Unit embeddings of the rows whose picture can be read, those rows, and the others with their reason."""
     chunks = [rows[i : i + batch] for i in range(0, len(rows), batch)]
     decoded = Rows(manifest, view=encoder.view, size=encoder.size)
-    loader = DataLoader(decoded, batch_sampler=chunks, num_workers=default_workers(), collate_fn=lambda part: part)
+    loader = DataLoader(
+        decoded,
+        batch_sampler=chunks,
+        num_workers=default_workers(),
+        collate_fn=lambda part: part,
+        worker_init_fn=ignore_interrupt,
+    )
     embeddings, kept, skipped = [], [], []
     with torch.inference_mode(), ticker(len(rows), "pictures", encoder.name) as tick:
         for part in loader:

@@ -39,7 +39,9 @@ class Batches(Dataset):
     def __init__(self, manifest: Manifest, rows: np.ndarray, *, student: Any, cache: store.Cache | None,
                  reads: tuple[str, ...], batch: int, steps: int, seed: int, live: Any = None,
                  rank: int = 0, world: int = 1):  # fmt: skip
-        self.manifest, self.rows, self.student, self.live = manifest, rows, student, live
+        self.manifest, self.rows, self.inputs = manifest, rows, student.inputs
+        self.view, self.tokenizer = getattr(student, "view", None), getattr(student, "tokenizer", None)
+        self.live = (live.view, live.tokenize) if live is not None else None
         self.batch, self.steps, self.seed, self.rank, self.world = batch, steps, seed, rank, world
         self.block_rows = cache.meta.block_rows if cache else len(manifest)
         self.per_epoch = len(rows) // batch
@@ -79,15 +81,15 @@ class Batches(Dataset):
             picked = values[self.at[rows], chosen] if self.per_text[name] else values[self.at[rows]]
             batch[name] = torch.from_numpy(picked).float()
         texts = [sample.texts[k] for sample, k in zip(samples, chosen, strict=True)]
-        views = {"image": self.student.view} if "image" in self.student.inputs else {}
+        views = {"image": self.view} if "image" in self.inputs else {}
         if self.live is not None:
-            views["teacher_image"] = self.live.view
-            batch["teacher_text"] = self.live.tokenize(texts)
+            views["teacher_image"], tokenize = self.live
+            batch["teacher_text"] = tokenize(texts)
         if views:
             pictures = [self._picture(sample) for sample in samples]
             batch |= {name: torch.stack([view(picture) for picture in pictures]) for name, view in views.items()}
-        if "text" in self.student.inputs:
-            batch["text"] = self.student.tokenizer(texts)
+        if "text" in self.inputs:
+            batch["text"] = self.tokenizer(texts)
         return batch
 
     def _text(self, sample: Sample, row: int, epoch: int) -> int:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from open_clip.tokenizer import HFTokenizer
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -140,6 +141,9 @@ def export_open_clip(run: Path, out: Path) -> Path:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     save_file(open_clip_state(student), partial / "open_clip_model.safetensors")
+    if isinstance(student.tokenizer, HFTokenizer):  # open_clip looks for both in the folder itself
+        student.tokenizer.tokenizer.save_pretrained(partial)
+        student.model.text.config.save_pretrained(partial)
     view = describe_view(student.preprocess)
     preprocess = {**view, "size": view["size"][0] if view["size"][0] == view["size"][1] else view["size"]}
     config = {"model_cfg": student.model_cfg, "preprocess_cfg": preprocess}

@@ -10,6 +10,7 @@ import fcntl
 import importlib.metadata
 import itertools
 import os
+import signal
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -184,7 +185,13 @@ def _loader(teacher: Teacher, manifest: Manifest, batches: Iterator[list[int]], 
         num_workers=workers,
         collate_fn=_as_it_is,
         prefetch_factor=2 if workers else None,
+        worker_init_fn=ignore_interrupt,
     )
+
+
+def ignore_interrupt(worker: int) -> None:
+    """Ctrl-C reaches the whole process group: the builder ends its workers itself, without their tracebacks."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -1,7 +1,10 @@
 """Student models by name: an ordinary dict of build functions; any other name is open_clip's."""
 
+import math
 from collections.abc import Callable
 from typing import Any
+
+LOG_SCALE_INIT = math.log(1 / 0.07)  # CLIP, section 2.5
 
 
 def _heads(name: str, init: str) -> Any:

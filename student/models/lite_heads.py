@@ -7,10 +7,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import dropout
 
+from student.models import LOG_SCALE_INIT
 from teachercache.teachers.clip_lite import EMBED_DIM, head_modules
 
 IMAGE_DROPOUT, TEXT_DROPOUT = 0.5, 0.25
-LOG_SCALE_INIT = 2.6592600369  # ln(1 / 0.07), CLIP
 
 
 class LiteHeads(nn.Module):

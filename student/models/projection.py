@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from student.models.lite_heads import LOG_SCALE_INIT
+from student.models import LOG_SCALE_INIT
 
 
 class TeacherSpace(nn.Module):
