@@ -169,6 +169,8 @@ def _encoder(model: str):
 
     path, device = Path(model), pick_device()
     if not (path / "run.json").exists():
+        if "/" in model and ":" not in model and not path.is_dir():
+            raise UserError(f"no run or exported folder at {model}: pass one, or a teacher's name (`tc teachers`)")
         return of_teacher(load(model), device=device), None
 
     from student.checkpoint import load_student
