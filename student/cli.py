@@ -2,7 +2,6 @@
 
 import dataclasses
 import json as jsonlib
-import os
 import shlex
 import time
 from pathlib import Path
@@ -90,10 +89,11 @@ def train(name, data, cache, out, steps, batch_size, seed, resume, live, dry_run
     """
     from student.recipe import Run, override
     from student.recipes import find
+    from teachercache.readers import cache_folder
 
     recipe = find(name)
     recipe = dataclasses.replace(recipe, steps=steps or recipe.steps, batch=batch_size or recipe.batch)
-    cache = cache or str(Path("caches", Path(os.path.normpath(data)).name.split(".")[0]))
+    cache = cache or str(cache_folder(data))
     run = Run(data=data, cache=cache, out=out or _run_folder(recipe.name, resume), seed=seed, live=live)
     recipe, run = override(recipe, run, settings)
     if print_config:
