@@ -21,9 +21,9 @@ def default_cache(data: str, teacher: str) -> Path:
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 def tc() -> None:
-    r"""Run a frozen vision-language teacher once and keep what it said.
+    """Run a frozen vision-language teacher once and keep what it said.
 
-    \b
+    \u0008
     tc build --teacher clip-lite          embeddings of data/demo into caches/demo/clip-lite.zarr
     tc index caches/demo/clip-lite.zarr   then search in them:
     tc search caches/demo/clip-lite.zarr "a red bird"
@@ -50,13 +50,14 @@ def teachers(as_json: bool) -> None:
 @click.option("--limit", type=click.IntRange(1), help="Only the first N rows.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def manifest(data: str, out: Path | None, limit: int | None, as_json: bool) -> None:
-    r"""Show what data is understood as, before a teacher runs over it; write it down with --out.
+    """Show what data is understood as, before a teacher runs over it; write it down with --out.
 
-    \b
+    \u0008
     DATA is one of these, or several with commas between them, each may be a quoted glob ('shards/*.tar'):
       folder/          pictures, captions in a .txt or .json of the same name; folders are classes and splits
       shards/ x.tar    webdataset and img2dataset shards, read where they lie
       x.parquet x/     pictures as bytes or paths; a folder that Hugging Face's save_to_disk wrote
+      x.arrow          one file of such a folder
       x.json           COCO captions, Karpathy's dataset_coco.json, lists of {image, caption}, VQA v2 questions
       x.jsonl          VCR, SNLI-VE
       x.csv x.tsv      a table with a header, or CC3M's captions and urls beside a folder of what was downloaded
@@ -105,9 +106,9 @@ def manifest(data: str, out: Path | None, limit: int | None, as_json: bool) -> N
 @click.option("--device", default="auto", show_default=True)
 @click.option("--limit", type=click.IntRange(1), help="Only the first N rows.")
 def build(name, data, out, outputs, weights, batch_size, workers, precision, device, limit) -> None:
-    r"""Run a teacher over data and write a cache. Killed at any time, the same command goes on.
+    """Run a teacher over data and write a cache. Killed at any time, the same command goes on.
 
-    \b
+    \u0008
     tc build --teacher clip-lite
     tc build --teacher clip-vit-b16 --data photos/ --out caches/photos.zarr
     tc build --teacher clip-vit-b16 --weights random:0 --limit 100
@@ -217,9 +218,9 @@ def index(cache: Path, field: str, kind: str) -> None:
 @click.option("--top", default=10, show_default=True, type=click.IntRange(1))
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def search(cache: Path, text: str | None, image: Path | None, top: int, as_json: bool) -> None:
-    r"""Find the pictures nearest to a text or to a picture.
+    """Find the pictures nearest to a text or to a picture.
 
-    \b
+    \u0008
     tc search caches/demo/clip-lite.zarr "a bird"
     tc search caches/demo/clip-lite.zarr --image cat.jpg --top 5
     """

@@ -215,8 +215,8 @@ def test_karpathy(dataset, tmp_path):
     images = []
     for i, split in enumerate(["train", "restval", "val", "test"]):
         name = f"COCO_val2014_{i:012d}.jpg"
-        entry = {"filename": name, "imgid": i, "split": split, "sentids": [i],
-                 "sentences": [{"tokens": ["a"], "raw": f"A {i}. ", "imgid": i, "sentid": i}, {"raw": "B"}]}  # fmt: skip
+        sentences = [{"tokens": ["a"], "raw": f"A {i}. ", "imgid": i, "sentid": i}, {"raw": "B"}]
+        entry = {"filename": name, "imgid": i, "split": split, "sentences": sentences, "sentids": [i]}
         images.append(entry | ({"filepath": "val2014", "cocoid": 100 + i} if dataset == "coco" else {}))
         write(tmp_path / ("val2014" if dataset == "coco" else "flickr30k-images") / name, png(i))
     path = write(tmp_path / f"dataset_{dataset}.json", json.dumps({"dataset": dataset, "images": images}))
@@ -328,6 +328,8 @@ def test_vqa_errors(tmp_path):
     refuses(tmp_path / "v2_mscoco_val2014_annotations.json", "pass the file of questions")
     write(tmp_path / "v2_mscoco_val2014_annotations.json", "{")
     refuses(path, r"annotations\.json is not a VQA annotations file")
+    (tmp_path / "v2_mscoco_val2014_annotations.json").unlink()
+    assert read_manifest(str(path)).column("label") == ["", ""]
     (tmp_path / "val2014").rename(tmp_path / "moved")
     refuses(path, r"no picture .*262148\.jpg")
 
@@ -375,7 +377,7 @@ def test_vcr(tmp_path):
         "person 1 and person 2's",
         "No",
     )
-    first, second = tasks(manifest)[:1] + [json.loads(manifest.row(1).task)]
+    first, second = (json.loads(manifest.row(row).task) for row in (0, 1))
     assert first["texts"] == ["question"] + ["choice"] * 4
     assert (first["label"], first["rationale_label"], first["rationales"][1]) == (2, 1, "person 2 said")
     assert first["boxes"] == [[1, 2, 3, 4], [0, 0, 1, 1], [5, 5, 6, 6]]
@@ -494,7 +496,8 @@ def test_build_index_and_search_texts_only(tmp_path, teacher_folder, capsys):
     assert "no text that is not empty" in (out / "quarantine.jsonl").read_text()
     assert main(["verify", str(out)]) == 0
     assert main(["index", str(out)]) == 2
-    assert f"run `tc index {out} --field text_emb`" in capsys.readouterr().err.replace("index one with", "run")
+    line = f"has no field 'image_emb': index one with `tc index {out} --field text_emb`"
+    assert line in capsys.readouterr().err
     assert main(["index", str(out), "--field", "text_emb"]) == 0
     capsys.readouterr()
     assert main(["search", str(out), "a dog", "--json"]) == 0
