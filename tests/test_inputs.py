@@ -61,6 +61,16 @@ def test_hub_parquet_folder(tmp_path):
     assert read_manifest(str(tmp_path), limit=3).column("key") == manifest.column("key")[:3]
 
 
+def test_parquet_beside_pictures_is_not_the_data(tmp_path):
+    """img2dataset --output_format files, and a manifest saved among its pictures."""
+    write(tmp_path / "00000/000000000.png", png(1))
+    pq.write_table(pa.table({"url": ["http://x"], "caption": ["a"]}), tmp_path / "00000.parquet")
+    manifest = read_manifest(str(tmp_path))
+    assert manifest.column("key") == ["00000/000000000"]
+    write_manifest(manifest, tmp_path / "m.parquet")
+    assert read_manifest(str(tmp_path)).digest == manifest.digest
+
+
 def test_parquet_of_plain_bytes_with_lists_of_captions_and_keys(tmp_path):
     """As img2dataset --output_format parquet writes it."""
     captions = [["x", "y"], ["z"]]

@@ -131,9 +131,11 @@ def _folder(path: Path) -> Source:
         raise UserError(f"{path} holds both .tar files and loose pictures: move one kind into a folder of its own")
     if tars:
         return Source(path, "webdataset tars", path, lambda: files.read_tars(path, tars))
-    # img2dataset writes 00000.parquet about the pictures in 00000/; alone, or in data/, Parquet files are the data
-    parquet = sorted(path.glob("*.parquet")) or sorted(path.glob("data/*.parquet"))
-    if parquet and not any(entry.with_suffix("").is_dir() for entry in parquet):
+    # beside pictures Parquet files are about them (img2dataset's 00000.parquet, a manifest); alone they are the data
+    inside = [entry for entry in path.iterdir() if not entry.name.startswith(".") and entry.name != "data"]
+    pictures = any(entry.is_dir() or entry.suffix.lower() in files.IMAGE_SUFFIXES for entry in inside)
+    parquet = [] if pictures else sorted(path.glob("*.parquet")) or sorted(path.glob("data/*.parquet"))
+    if parquet:
         return Source(path, "Parquet", path, lambda: tables.read_parquet(path, parquet))
     return Source(path, "folder of pictures", path, lambda: files.read_folder(path))
 
