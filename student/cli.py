@@ -2,7 +2,6 @@
 
 import dataclasses
 import json as jsonlib
-import os
 import shlex
 import time
 from pathlib import Path
@@ -17,9 +16,9 @@ DEMO_DATA = "data/demo"
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 def student() -> None:
-    r"""Train students on what a teacher said, measure them, hand them on.
+    """Train students on what a teacher said, measure them, hand them on.
 
-    \b
+    \u0008
     student train --recipe clip_kd        on the cache of data/demo
     student eval runs/NAME --task retrieval
     student export runs/NAME --format open_clip
@@ -29,9 +28,9 @@ def student() -> None:
 @student.command()
 @click.argument("name", required=False)
 def recipes(name: str | None) -> None:
-    r"""List the recipes, or show one: equations, constants, the `tc build` command that it needs.
+    """List the recipes, or show one: equations, constants, the `tc build` command that it needs.
 
-    \b
+    \u0008
     student recipes
     student recipes clip_kd
     """
@@ -80,9 +79,9 @@ def recipes(name: str | None) -> None:
     help="A constant, optim.NAME or run.NAME; repeatable.",
 )
 def train(name, data, cache, out, steps, batch_size, seed, resume, live, dry_run, print_config, settings) -> None:
-    r"""Train a student by a recipe.
+    """Train a student by a recipe.
 
-    \b
+    \u0008
     student train --recipe clip_kd
     student train --recipe clip_kd --set fd=1000 --set model=ViT-S-16 --steps 10000
     student train --recipe clip_kd --resume --out runs/clip_kd-20260101-120000
@@ -90,10 +89,11 @@ def train(name, data, cache, out, steps, batch_size, seed, resume, live, dry_run
     """
     from student.recipe import Run, override
     from student.recipes import find
+    from teachercache.readers import cache_folder
 
     recipe = find(name)
     recipe = dataclasses.replace(recipe, steps=steps or recipe.steps, batch=batch_size or recipe.batch)
-    cache = cache or str(Path("caches", Path(os.path.normpath(data)).name.split(".")[0]))
+    cache = cache or str(cache_folder(data))
     run = Run(data=data, cache=cache, out=out or _run_folder(recipe.name, resume), seed=seed, live=live)
     recipe, run = override(recipe, run, settings)
     if print_config:
@@ -140,9 +140,9 @@ def _run_folder(recipe: str, resume: bool) -> str:
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def evaluate(model: str, task: str, data: str, as_json: bool) -> None:
-    r"""Measure a run, an exported open_clip folder, or a teacher by its name.
+    """Measure a run, an exported open_clip folder, or a teacher by its name.
 
-    \b
+    \u0008
     student eval runs/NAME --task retrieval
     student eval clip-lite --task zeroshot
     """
@@ -195,9 +195,9 @@ def _encoder(model: str):
 @click.option("--format", "form", required=True, type=click.Choice(["open_clip"]), help="What it loads with.")
 @click.option("--out", type=Path, help="Default exports/<run>-<format>.")
 def export(run: Path, form: str, out: Path | None) -> None:
-    r"""Write a trained student as a folder that open_clip loads; distillation heads stay behind.
+    """Write a trained student as a folder that open_clip loads; distillation heads stay behind.
 
-    \b
+    \u0008
     student export runs/NAME --format open_clip --out exports/mine
     """
     from student.checkpoint import export_open_clip

@@ -160,6 +160,8 @@ class Rows(torch.utils.data.Dataset):
             for i, sample in enumerate(samples):
                 for k, (text, usable) in enumerate(clean_texts(sample)):
                     texts[i][k], text_valid[i, k] = text, usable
+                if sample.problem and not self.has_images:
+                    text_valid[i] = False
                 if not text_valid[i].any():
                     valid[i] = False
                     reason = sample.problem or "the row has no text that is not empty"

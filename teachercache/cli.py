@@ -1,7 +1,6 @@
 """The command `tc`: reads options, calls one function, prints. It computes nothing; imports wait until needed."""
 
 import json as jsonlib
-import os
 from pathlib import Path
 
 import click
@@ -14,15 +13,17 @@ DEMO_DATA = "data/demo"
 
 def default_cache(data: str, teacher: str) -> Path:
     """caches/<data>/<teacher>.zarr"""
+    from teachercache.readers import cache_folder
+
     name = Path(teacher).name if Path(teacher).is_dir() else teacher.replace("/", "-").replace(":", "-")
-    return Path("caches", Path(os.path.normpath(data)).name.split(".")[0], f"{name}.zarr")
+    return cache_folder(data) / f"{name}.zarr"
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 def tc() -> None:
-    r"""Run a frozen vision-language teacher once and keep what it said.
+    """Run a frozen vision-language teacher once and keep what it said.
 
-    \b
+    \u0008
     tc build --teacher clip-lite          embeddings of data/demo into caches/demo/clip-lite.zarr
     tc index caches/demo/clip-lite.zarr   then search in them:
     tc search caches/demo/clip-lite.zarr "a red bird"
@@ -44,10 +45,57 @@ def teachers(as_json: bool) -> None:
 
 
 @tc.command()
+@click.argument("data")
+@click.option("--out", type=Path, help="Write a manifest .parquet, which --data takes.")
+@click.option("--limit", type=click.IntRange(1), help="Only the first N rows.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+def manifest(data: str, out: Path | None, limit: int | None, as_json: bool) -> None:
+    """Show what data is understood as, before a teacher runs over it; write it down with --out.
+
+    \u0008
+    DATA is one of these, or several with commas between them, each may be a quoted glob ('shards/*.tar'):
+      folder/          pictures, captions in a .txt or .json of the same name; folders are classes and splits
+      shards/ x.tar    webdataset and img2dataset shards, read where they lie
+      x.parquet x/     pictures as bytes or paths; a folder that Hugging Face's save_to_disk wrote
+      x.arrow          one file of such a folder
+      x.json           COCO captions, Karpathy's dataset_coco.json, lists of {image, caption}, VQA v2 questions
+      x.jsonl          VCR, SNLI-VE
+      x.csv x.tsv      a table with a header, or CC3M's captions and urls beside a folder of what was downloaded
+      x.txt            texts alone, one a line: class names, answers
+    """
+    from teachercache.readers import describe, find_sources, join_sources, save
+
+    sources = find_sources(data)
+    found = join_sources(data, sources, limit=limit)
+    facts = describe(sources, found)
+    if out is not None:
+        save(found, out)
+        say(f"wrote {out}: pass it as --data {out}")
+    if as_json:
+        print(jsonlib.dumps(facts))
+        return
+    low, high = facts["texts"]
+    for path, kind in facts["formats"].items():
+        print(f"format     {kind}  ({path})")
+    print(f"rows       {facts['rows']:,}, {facts['pictures']:,} with a picture, {facts['tasks']:,} with task columns")
+    print(f"texts      {low if low == high else f'{low} to {high}'} a row")
+    for name in ("splits", "labels"):
+        counts = [f"{value or '(none)'} {count:,}" for value, count in facts[name].items()]
+        print(f"{name:10} {', '.join(counts[:10]) or '(none)'}{f', ... {len(counts):,} in all' * (len(counts) > 10)}")
+    for row in facts["first"]:
+        print(f"  {row['key']}  {row['image'] or '(no picture)'}  {' | '.join(row['texts'])[:200]}")
+        if row["task"]:
+            print(f"    {row['task'][:200]}")
+    print(f"problems   {facts['unusable']:,} rows" if facts["unusable"] else "problems   none found")
+    for problem, count in facts["problems"].items():
+        print(f"  {count:,}: {problem}")
+
+
+@tc.command()
 @click.option("--teacher", "name", required=True, help="A name of `tc teachers`.")
 @click.option("--data", default=DEMO_DATA, show_default=True,
-              help="A folder of pictures with captions beside them, webdataset .tar files, COCO captions .json, "
-                   ".csv/.tsv with a header, or a manifest .parquet.")  # fmt: skip
+              help="A folder of pictures, .tar shards, Parquet, captions, questions, texts, ...: see `tc manifest "
+                   "--help`. Several with commas between them, each may be a quoted glob.")  # fmt: skip
 @click.option("--out", type=Path, help="The cache; default caches/<data>/<teacher>.zarr.")
 @click.option("--outputs", default="embeddings", show_default=True, help="What to keep, comma-separated.")
 @click.option("--weights", default="pretrained", show_default=True,
@@ -58,9 +106,9 @@ def teachers(as_json: bool) -> None:
 @click.option("--device", default="auto", show_default=True)
 @click.option("--limit", type=click.IntRange(1), help="Only the first N rows.")
 def build(name, data, out, outputs, weights, batch_size, workers, precision, device, limit) -> None:
-    r"""Run a teacher over data and write a cache. Killed at any time, the same command goes on.
+    """Run a teacher over data and write a cache. Killed at any time, the same command goes on.
 
-    \b
+    \u0008
     tc build --teacher clip-lite
     tc build --teacher clip-vit-b16 --data photos/ --out caches/photos.zarr
     tc build --teacher clip-vit-b16 --weights random:0 --limit 100
@@ -170,9 +218,9 @@ def index(cache: Path, field: str, kind: str) -> None:
 @click.option("--top", default=10, show_default=True, type=click.IntRange(1))
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def search(cache: Path, text: str | None, image: Path | None, top: int, as_json: bool) -> None:
-    r"""Find the pictures nearest to a text or to a picture.
+    """Find the pictures nearest to a text or to a picture.
 
-    \b
+    \u0008
     tc search caches/demo/clip-lite.zarr "a bird"
     tc search caches/demo/clip-lite.zarr --image cat.jpg --top 5
     """

@@ -47,9 +47,8 @@ def build_index(cache: store.Cache, *, field: str = "image_emb", kind: str = "au
 
 def unit_vectors(cache: store.Cache, name: str) -> tuple[Float[np.ndarray, "n dim"], Int[np.ndarray, " n"]]:
     """Usable vectors of a field, normalised, float32; their ids: row, or row * texts + k for texts."""
+    check_field(cache, name)
     values = store.read_field(cache, name)
-    if len(cache.fields[name].shape) != 1:
-        raise UserError(f"field '{name}' holds no vectors: index one of image_emb, text_emb")
     usable = store.read_field(cache, "valid")
     if cache.fields[name].per == "text":
         usable = (usable[:, None] & store.read_field(cache, "text_valid")).reshape(-1)
@@ -58,6 +57,14 @@ def unit_vectors(cache: store.Cache, name: str) -> tuple[Float[np.ndarray, "n di
     vectors = np.asarray(values[ids], dtype=np.float32)
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
     return vectors / np.maximum(norms, 1e-12), ids
+
+
+def check_field(cache: store.Cache, name: str) -> None:
+    """UserError where a cache has no vectors of that name, ending in a command on those that it has."""
+    vectors = [field.name for field in cache.fields.values() if len(field.shape) == 1]
+    if name not in vectors:
+        what = f"field '{name}' holds no vectors" if name in cache.fields else f"{cache.path} has no field '{name}'"
+        raise UserError(f"{what}: index one with `tc index {cache.path} --field {(vectors or ['image_emb'])[0]}`")
 
 
 def check_index(cache: store.Cache, field: str) -> dict[str, Any]:

@@ -74,9 +74,10 @@ def _live_cosines(cache: store.Cache, samples: int) -> dict[str, np.ndarray]:
 
 
 def search_cache(path: Path, *, text: str | None, image: Path | None, top: int) -> list[dict[str, Any]]:
-    """The rows whose pictures are nearest to a text or to a picture, best first."""
+    """The rows whose pictures (texts, where it has no pictures) are nearest to a text or to a picture, best first."""
     cache = store.open_complete(path)
-    index.check_index(cache, "image_emb")
+    field = "image_emb" if "image_emb" in cache.fields else "text_emb"
+    index.check_index(cache, field)
     teacher = load_teacher(cache)
     with torch.inference_mode():
         if image is not None:
@@ -88,12 +89,14 @@ def search_cache(path: Path, *, text: str | None, image: Path | None, top: int) 
         else:
             inputs = {"text": teacher.tokenize([text or ""])}
         query = teacher.encode(teacher.module, inputs)["text_emb" if image is None else "image_emb"]
-    if query.shape[1] != cache.fields["image_emb"].shape[0]:
+    if query.shape[1] != cache.fields[field].shape[0]:
         raise UserError(f"{cache.meta.spec.name} has texts and pictures in different spaces: search with --image FILE")
     manifest = load_manifest(cache.path / "manifest.parquet")
     results = []
-    for row, score in index.search(cache, query[0].float().numpy(), top=top):
+    for number, score in index.search(cache, query[0].float().numpy(), field=field, top=top):
+        row, text_number = (number, None) if field == "image_emb" else divmod(number, cache.meta.texts)
         sample = manifest.row(row)
         where = str(manifest.root / sample.image) if sample.image else ""
-        results.append({"key": sample.key, "score": round(score, 6), "image": where, "texts": list(sample.texts)})
+        texts = list(sample.texts) if text_number is None else [sample.texts[text_number]]
+        results.append({"key": sample.key, "score": round(score, 6), "image": where, "texts": texts})
     return results

@@ -1,16 +1,18 @@
 """The manifest: one row per picture with a stable key, its texts and its labels; and how a row's picture is read.
 
-Readers for each input format are in `readers.py`. Not for tensors: see `views.py`.
+Readers for each input format are in `readers/`. Not for tensors: see `views.py`.
 """
 
 import dataclasses
 import hashlib
 import io
+import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from teachercache.columns import COLUMN_FILES, picture_in_row
 from teachercache.names import UserError
 
 if TYPE_CHECKING:
@@ -26,7 +28,10 @@ class BadSample(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One row. `offset` is -1 where `image` is a whole file, else the picture lies inside it (a tar)."""
+    """One row. `offset` is -1 where `image` is a whole file, else the picture lies inside it.
+
+    In a tar `offset` is its first byte and `size` its bytes; in a Parquet or Arrow file `offset` is its row.
+    """
 
     key: str
     image: str  # path below the manifest's root, "" where the row has no picture
@@ -34,8 +39,9 @@ class Sample:
     label: str = ""
     split: str = ""
     offset: int = -1
-    size: int = 0  # bytes of the picture
+    size: int = 0  # bytes of the picture; in Parquet of its row group, where its own would mean reading everything
     problem: str = ""  # why the row cannot be used, where its reader found out
+    task: str = ""  # canonical JSON of `task_columns`: question, choices, answers, label, boxes; "" where there is none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,8 +94,15 @@ def schema() -> "pa.Schema":
             ("offset", pa.int64()),
             ("size", pa.int64()),
             ("problem", pa.string()),
+            ("task", pa.string()),
         ]
     )
+
+
+def task_columns(**columns: Any) -> str:
+    """What `Sample.task` holds: one JSON object, keys sorted, columns that are None left out."""
+    kept = {name: value for name, value in columns.items() if value is not None}
+    return json.dumps(kept, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str)
 
 
 def make_manifest(data: str, root: Path, samples: Iterable[Sample], *, limit: int | None = None) -> Manifest:
@@ -113,11 +126,12 @@ def make_manifest(data: str, root: Path, samples: Iterable[Sample], *, limit: in
 
 
 def digest_rows(table: "pa.Table") -> str:
-    """sha256 over every row's key, picture reference, picture size and texts; the root is left out."""
+    """sha256 over every row's key, picture reference, picture size, texts and task; the root is left out."""
     digest = hashlib.sha256()
-    for batch in table.select(["key", "image", "offset", "size", "texts"]).to_batches(max_chunksize=4096):
+    for batch in table.select(["key", "image", "offset", "size", "texts", "task"]).to_batches(max_chunksize=4096):
         for row in batch.to_pylist():
-            digest.update(repr(tuple(row.values())).encode())
+            task = row.pop("task")  # only where there is one: rows without keep the digest they had before it existed
+            digest.update(repr((*row.values(), task) if task else tuple(row.values())).encode())
     return digest.hexdigest()
 
 
@@ -141,6 +155,8 @@ def load_manifest(path: Path) -> Manifest:
     except (pa.ArrowInvalid, OSError) as error:
         raise UserError(f"{path} is not a readable Parquet file: {error}") from error
     meta = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
+    if "task" not in table.column_names:  # written before there were task columns
+        table = table.append_column("task", pa.array([""] * len(table), pa.string()))
     missing = [name for name in schema().names if name not in table.column_names]
     if missing or "root" not in meta:
         raise UserError(f"{path} is not a manifest (no {', '.join(missing) or 'root'})")
@@ -153,15 +169,20 @@ def load_manifest(path: Path) -> Manifest:
 
 def read_image(manifest: Manifest, sample: Sample) -> "Image.Image":
     """The row's picture as a person sees it, RGB; BadSample with the reason where it cannot be read."""
+    path = manifest.root / sample.image
     try:
-        with open(manifest.root / sample.image, "rb") as file:
+        if sample.offset >= 0 and path.suffix.lower() in COLUMN_FILES:
+            return decode_image(picture_in_row(path, sample.offset))
+        with open(path, "rb") as file:
             if sample.offset >= 0:
                 file.seek(sample.offset)
                 content = file.read(sample.size)
             else:
                 content = file.read()
     except OSError as error:
-        raise BadSample(f"cannot open the picture: {error.strerror}") from error
+        raise BadSample(f"cannot open the picture: {error.strerror or error}") from error
+    except LookupError as error:
+        raise BadSample(str(error.args[0])) from error
     return decode_image(content)
 
 

@@ -23,6 +23,7 @@ from teachercache.cli import main, tc
 
 OPTIONS = {  # a contract: adding one is a decision, made here and in DESIGN.md
     "teachers": {"--json"},
+    "manifest": {"data", "--out", "--limit", "--json"},
     "build": {
         "--teacher", "--data", "--out", "--outputs", "--weights", "--batch-size", "--workers", "--precision",
         "--device", "--limit",
@@ -114,6 +115,12 @@ def test_help_names_every_option(command: str, capsys):
     assert run(command, "--help") == 0
     text = capsys.readouterr().out
     assert all(option in text for option in OPTIONS[command] if option.startswith("--"))
+    assert r"\b" not in text  # click's mark for lines that keep their breaks, unread in a raw docstring
+
+
+def test_examples_keep_their_lines(capsys):
+    assert run("build", "--help") == 0
+    assert "\n  tc build --teacher clip-lite\n  tc build --teacher clip-vit-b16" in capsys.readouterr().out
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -1,8 +1,9 @@
-"""From what lies on disk to a manifest: image folders, COCO captions, webdataset tars, CSV and TSV, Parquet.
+"""Folders, webdataset tars, CSV and TSV, CC3M's TSV, plain texts: one function per format yields Samples.
 
-One function per format yields Samples; `read_manifest` picks by looking at the path. Nothing is unpacked.
+Nothing is unpacked or copied. JSON formats are in `captions.py` and `tasks.py`, Parquet and Arrow in `tables.py`.
 """
 
+import collections
 import csv
 import itertools
 import json
@@ -11,41 +12,37 @@ import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from teachercache.columns import PATH_COLUMNS
 from teachercache.names import UserError
-from teachercache.samples import Manifest, Sample, load_manifest, make_manifest
+from teachercache.samples import Sample
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 Entry = tuple[int, int, bytes]  # a tar member: where its bytes start, how many they are, and they themselves if text
 SPLITS = ("train", "val", "validation", "test")
-IMAGE_COLUMNS = ("image", "image_path", "filepath", "file_name", "filename", "path")
 TEXT_COLUMNS = ("text", "caption", "title", "texts", "captions")
 
 
-def read_manifest(data: str, *, limit: int | None = None) -> Manifest:
-    """The manifest of a folder or file, by its form; UserError says which forms there are."""
-    path = Path(data)
-    if not path.exists():
-        raise UserError(f"no data at {data}: pass --data FOLDER, or make the demo data with `bash scripts/demo`")
-    if path.is_dir():
-        tars = sorted(path.glob("*.tar"))
-        if tars and any(entry.suffix.lower() in IMAGE_SUFFIXES for entry in path.iterdir()):
-            raise UserError(f"{data} holds both .tar files and loose pictures: move one kind into a folder of its own")
-        reader = read_tars(path, tars) if tars else read_folder(path)
-        return make_manifest(data, path, reader, limit=limit)
-    suffix = path.suffix.lower()
-    if suffix == ".parquet":
-        manifest = load_manifest(path)
-        if limit is None or limit >= len(manifest):
-            return manifest
-        samples = (manifest.row(i) for i in range(limit))
-        return make_manifest(data, manifest.root, samples)
-    readers = {".tar": lambda: read_tars(path.parent, [path]), ".json": lambda: read_coco(path)}
-    readers[".csv"] = readers[".tsv"] = lambda: read_table(path)
-    if suffix not in readers:
-        raise UserError(
-            f"cannot read {data}: a folder of pictures, .tar, .parquet, .csv, .tsv or a COCO captions .json is expected"
-        )
-    return make_manifest(data, path.parent, readers[suffix](), limit=limit)
+def split_in_name(name: str) -> str:
+    """train, val or test where a file's name says so (captions_val2014, Train_GCC-training, snli_ve_dev), else ""."""
+    words = "".join(letter if letter.isalpha() else " " for letter in name.lower()).split()
+    named = {"training": "train", "validation": "val", "valid": "val", "dev": "val"}
+    return next((named.get(word, word) for word in words if named.get(word, word) in SPLITS), "")
+
+
+def file_size(path: Path) -> int:
+    """Bytes of a file, 0 where there is none: the build quarantines the row with its reason."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+def picture_folder(root: Path, names: list[str], folders: list[str], *, advice: Path) -> str:
+    """The first of `folders` (seen from `root`) that holds one of the pictures; UserError where none does."""
+    for folder in folders:
+        if (root / folder).is_dir() and any((root / folder / name).exists() for name in names):
+            return folder
+    raise UserError(f"no picture {names[0]} near {root}: put the pictures into {advice}")
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -72,7 +69,7 @@ def read_folder(root: Path) -> Iterator[Sample]:
                 problem=problem,
                 label="/".join(parts[1:] if split else parts),
                 split=split,
-                size=_size(path),
+                size=file_size(path),
             )
             stems.add(path.stem)
 
@@ -106,43 +103,6 @@ def captions_of_json(content: bytes) -> tuple[tuple[str, ...], str]:
     if not isinstance(found, (list, tuple)):
         return (), "the caption file is not a JSON object with `caption` (a string) or `captions` (a list)"
     return tuple(str(text) for text in found), ""
-
-
-# ----------------------------------------------------------------------------------------------------
-# COCO captions: {"images": [...], "annotations": [{"image_id", "caption"}]}
-
-
-def read_coco(path: Path) -> Iterator[Sample]:
-    """Rows in the order of `images`, captions in the order of their ids; pictures near the JSON."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        images = [(image["id"], image["file_name"]) for image in values["images"]]
-        captions: dict[int, list[tuple[int, str]]] = {}
-        for i, annotation in enumerate(values["annotations"]):
-            captions.setdefault(annotation["image_id"], []).append((annotation.get("id", i), annotation["caption"]))
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not a COCO captions file (`images` and `annotations`): {error}") from error
-    folder = _image_folder(path, [name for _, name in images[:100]]) if images else ""
-    for number, file_name in images:
-        name = os.path.join(folder, file_name)
-        texts = tuple(caption.strip() for _, caption in sorted(captions.get(number, [])))
-        yield Sample(key=str(number), image=name, texts=texts, size=_size(path.parent / name))
-
-
-def _image_folder(path: Path, names: list[str]) -> str:
-    """Where COCO's pictures lie, seen from the JSON: beside it, in ../<split>, or in ../images."""
-    split = path.stem.split("_")[-1]
-    for folder in ("", split, "images", f"../{split}", "../images", f"../images/{split}"):
-        if any((path.parent / folder / name).exists() for name in names):
-            return folder
-    raise UserError(f"no picture {names[0]} near {path}: put the pictures into {path.parent.parent / split}")
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return 0  # the build quarantines the row with its reason
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -180,10 +140,10 @@ def _tar_sample(shard: str, stem: str, group: dict[str, Entry]) -> Sample:
     image = next((suffix for suffix in IMAGE_SUFFIXES if suffix in group), None)
     texts: tuple[str, ...] = ()
     problem = ""
-    if ".txt" in group:
-        texts = lines_of(group[".txt"][2])
-    elif ".json" in group:
+    if ".json" in group:
         texts, problem = captions_of_json(group[".json"][2])
+    if ".txt" in group and texts != (group[".txt"][2].decode("utf-8", "replace"),):  # img2dataset: both say the same
+        texts, problem = lines_of(group[".txt"][2]), ""
     label = group[".cls"][2].decode("utf-8", "replace").strip() if ".cls" in group else ""
     offset, size, _ = group[image] if image else (-1, 0, b"")
     key = f"{shard.removesuffix('.tar')}/{stem}"
@@ -192,16 +152,16 @@ def _tar_sample(shard: str, stem: str, group: dict[str, Entry]) -> Sample:
 
 
 # ----------------------------------------------------------------------------------------------------
-# CSV and TSV with a header
+# CSV and TSV with a header, and JSON lines with the same names
 
 
 def read_table(path: Path) -> Iterator[Sample]:
     """One row per picture; lines that name the same picture are its several captions."""
     columns, lines = _table_lines(path)
-    image_column = next((name for name in IMAGE_COLUMNS if name in columns), None)
+    image_column = next((name for name in PATH_COLUMNS if name in columns), None)
     text_column = next((name for name in TEXT_COLUMNS if name in columns), None)
     if image_column is None:
-        raise UserError(f"{path} has no column for the picture: name one of {', '.join(IMAGE_COLUMNS)} in its header")
+        raise UserError(f"{path} has no column for the picture: name one of {', '.join(PATH_COLUMNS)} in its header")
     first: dict[str, dict[str, str | None]] = {}
     texts: dict[str, list[str]] = {}
     for number, line in enumerate(lines, start=1):
@@ -224,7 +184,7 @@ def read_table(path: Path) -> Iterator[Sample]:
             texts=tuple(texts[key]),
             label=line.get("label") or "",
             split=line.get("split") or "",
-            size=_size(path.parent / image) if image else 0,
+            size=file_size(path.parent / image) if image else 0,
         )
 
 
@@ -238,3 +198,80 @@ def _table_lines(path: Path) -> tuple[list[str], list[dict[str, str | None]]]:
             return list(lines.fieldnames or []), list(lines)
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path} is not a CSV or TSV file in UTF-8: {error}") from error
+
+
+# ----------------------------------------------------------------------------------------------------
+# CC3M: Train_GCC-training.tsv, `caption<TAB>url` without a header, and what was downloaded of it
+
+
+def is_cc3m(path: Path) -> bool:
+    """Whether the first line behind a header `caption url` is a caption and an address."""
+    with open(path, encoding="utf-8", errors="replace") as file:
+        lines = [line.rstrip("\r\n").split("\t") for line in itertools.islice(file, 2)]
+    if lines and lines[0] == ["caption", "url"]:
+        return True
+    return bool(lines) and len(lines[0]) == 2 and lines[0][1].startswith(("http://", "https://"))
+
+
+def read_cc3m(path: Path) -> Iterator[Sample]:
+    """Rows in file order, key = row number; pictures by row number as img2dataset names them, or by the url's name.
+
+    They lie in a folder named as the .tsv, in `images`, or beside it, at any depth: 00000/000000012.jpg or 12_ab.jpg.
+    A row whose picture was not downloaded is kept with its problem.
+    """
+    with open(path, encoding="utf-8", errors="replace", newline="\n") as file:
+        lines = [line.rstrip("\r\n").split("\t") for line in file]
+    lines = lines[1:] if lines and lines[0] == ["caption", "url"] else lines
+    urls = [line[1].split("?")[0].rsplit("/", 1)[-1] if len(line) == 2 else "" for line in lines]
+    times = collections.Counter(urls)
+    for folder in (path.stem, "images", ""):
+        by_number, by_name = _downloaded(path.parent, path.parent / folder)
+        if any(f"{i:09d}" in by_number for i in range(len(lines))) or any(name in times for name in by_name):
+            break
+    else:
+        raise UserError(
+            f"no picture of {path.name} in {path.parent / path.stem}: put them there, named 000000000.jpg by row "
+            "number (as img2dataset does) or by the last part of their url"
+        )
+    for i, (line, name) in enumerate(zip(lines, urls, strict=True)):
+        number = f"{i:09d}"
+        image = by_number.get(number) or (by_name.get(name, "") if times[name] == 1 else "")
+        problem = "" if image else f"no picture {number}.jpg or {name or 'with a url'} in {path.parent / folder}"
+        if not image and times[name] > 1 and name in by_name:
+            problem = f"{times[name]} urls end in {name}: name the pictures by row number"
+        problem = "the line is not `caption<TAB>url`" if len(line) != 2 else problem
+        size = file_size(path.parent / image) if image else 0
+        yield Sample(number, image, (line[0],), split=split_in_name(path.stem), size=size, problem=problem)
+
+
+def _downloaded(root: Path, folder: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """Pictures below a folder, as paths below `root`: by their nine digits, and by their names."""
+    by_number, by_name = {}, {}
+    for above, names, files in os.walk(folder):
+        names.sort()
+        for name in files:
+            stem, suffix = os.path.splitext(name)
+            if suffix.lower() in IMAGE_SUFFIXES:
+                where = os.path.relpath(os.path.join(above, name), root)
+                if len(stem) == 9 and stem.isdigit():
+                    by_number[stem] = where
+                by_name[name] = where
+    return by_number, by_name
+
+
+# ----------------------------------------------------------------------------------------------------
+# Texts only: class names, answer lists
+
+
+def read_texts(path: Path) -> Iterator[Sample]:
+    """A row without a picture per line; its key is the text, so that a list sorted anew still joins with its caches.
+
+    A text that comes again gets #2, #3, ... behind it; a blank line goes by its number.
+    """
+    seen: set[str] = set()
+    for number, text in enumerate(lines_of(path.read_bytes().removeprefix(b"\xef\xbb\xbf")), start=1):
+        name = text if text.strip() else f"line {number}"
+        copies = (name if i == 1 else f"{name}#{i}" for i in itertools.count(1))
+        key = next(key for key in copies if key not in seen)
+        seen.add(key)
+        yield Sample(key, "", (text,))

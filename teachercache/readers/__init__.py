@@ -1,0 +1,214 @@
+"""From what lies on disk to a manifest: `read_manifest` looks at the path, and one function per format reads it.
+
+`--data` may be several sources, separated by commas, each a path or a glob. Not for decoding: see `samples.py`.
+"""
+
+import collections
+import dataclasses
+import glob
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from teachercache.columns import COLUMN_FILES
+from teachercache.names import UserError
+from teachercache.readers import captions, files, tables, tasks
+from teachercache.samples import Manifest, Sample, load_manifest, make_manifest, write_manifest
+
+GROUPED = (".tar", *COLUMN_FILES)  # shards: those of one folder are one source
+FORMATS = "a folder of pictures, .tar, .parquet, .csv, .tsv, .txt, .arrow, .jsonl or a COCO captions .json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """One source of `--data`: what it was understood as, where its paths start, how its rows are read."""
+
+    path: Path
+    kind: str
+    root: Path
+    rows: Callable[[], Iterator[Sample]]
+
+
+def read_manifest(data: str, *, limit: int | None = None) -> Manifest:
+    """The manifest of one or several folders and files, by their forms; UserError says which forms there are."""
+    return join_sources(data, find_sources(data), limit=limit)
+
+
+def join_sources(data: str, sources: list[Source], *, limit: int | None = None) -> Manifest:
+    """One manifest of what `find_sources` found."""
+    name = ",".join(os.path.normpath(part) for part in _parts(data))
+    if len(sources) == 1:
+        source = sources[0]
+        if source.kind == "manifest":
+            manifest = load_manifest(source.path)
+            whole = limit is None or limit >= len(manifest)
+            return manifest if whole else make_manifest(name, manifest.root, source.rows(), limit=limit)
+        return make_manifest(name, source.root, source.rows(), limit=limit)
+    absolute = any(source.root.is_absolute() for source in sources)
+    roots = [source.root.absolute() if absolute else source.root for source in sources]
+    root = Path(os.path.commonpath(roots))
+    return make_manifest(name, root, _joined(sources, roots, root), limit=limit)
+
+
+def _joined(sources: list[Source], roots: list[Path], root: Path) -> Iterator[Sample]:
+    """Rows of all sources, keys behind the source's name, pictures seen from the common root."""
+    short = [source.path.name.split(".")[0] for source in sources]
+    names = short if len(set(short)) == len(short) else [str(source.path) for source in sources]
+    for source, name, own in zip(sources, names, roots, strict=True):
+        folder = os.path.relpath(own, root)
+        for sample in source.rows():
+            image = os.path.normpath(os.path.join(folder, sample.image)) if sample.image else ""
+            yield dataclasses.replace(sample, key=f"{name}/{sample.key}", image=image)
+
+
+def _parts(data: str) -> list[str]:
+    return [data] if os.path.exists(data) else [part.strip() for part in data.split(",") if part.strip()] or [data]
+
+
+def find_sources(data: str) -> list[Source]:
+    """What `--data` names, in its order."""
+    groups: dict[Any, list[Path]] = {}
+    for part in _parts(data):
+        found = [part] if os.path.exists(part) else sorted(glob.glob(part, recursive=True))
+        if not found:
+            raise UserError(f"no data at {part}: pass --data FOLDER, or make the demo data with `bash scripts/demo`")
+        for path in map(Path, found):
+            grouped = path.suffix.lower() in GROUPED and path.is_file()
+            alone = not grouped or (path.suffix.lower() == ".parquet" and tables.is_manifest(path))
+            groups.setdefault(path if alone else (path.parent, path.suffix.lower()), []).append(path)
+    return [_source(paths) for paths in groups.values()]
+
+
+def cache_folder(data: str) -> Path:
+    """caches/<name of the data>, with how many more sources there are; of a glob the folder that holds it."""
+    parts = _parts(data)
+    path = Path(os.path.normpath(parts[0]))
+    while not path.exists() and glob.has_magic(path.name):
+        path = path.parent
+    more = f"+{len(parts) - 1}" if len(parts) > 1 else ""
+    return Path("caches", (path.name.split(".")[0] or "data") + more)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Which form a path has
+
+
+def _source(paths: list[Path]) -> Source:
+    """The source of one path, or of the shards of one folder."""
+    path, suffix = paths[0], paths[0].suffix.lower()
+    whole = path if len(paths) == 1 else path.parent
+    if path.is_dir():
+        return _folder(path)
+    if suffix == ".tar":
+        return Source(whole, "webdataset tars", path.parent, lambda: files.read_tars(path.parent, paths))
+    if suffix == ".parquet" and tables.is_manifest(path):
+        manifest = load_manifest(path)
+        return Source(path, "manifest", manifest.root, lambda: (manifest.row(i) for i in range(len(manifest))))
+    if suffix == ".parquet":
+        return Source(whole, "Parquet", path.parent, lambda: tables.read_parquet(path.parent, paths))
+    if suffix == ".arrow":
+        return Source(whole, "Arrow", path.parent, lambda: tables.read_arrow(path.parent, paths))
+    if suffix == ".txt":
+        return Source(path, "texts, one a line", path.parent, lambda: files.read_texts(path))
+    if suffix == ".tsv" and files.is_cc3m(path):
+        return Source(path, "CC3M captions and urls", path.parent, lambda: files.read_cc3m(path))
+    if suffix in (".csv", ".tsv"):
+        return Source(path, "table with a header", path.parent, lambda: files.read_table(path))
+    if suffix == ".json":
+        return _json(path)
+    if suffix == ".jsonl":
+        return _json_lines(path)
+    raise UserError(f"cannot read {path}: {FORMATS} is expected")
+
+
+def _folder(path: Path) -> Source:
+    if any((path / name).exists() for name in ("dataset_dict.json", "state.json")):
+        return Source(path, "Hugging Face dataset saved on disk", path, lambda: tables.read_saved(path))
+    tars = sorted(path.glob("*.tar"))
+    if tars and any(entry.suffix.lower() in files.IMAGE_SUFFIXES for entry in path.iterdir()):
+        raise UserError(f"{path} holds both .tar files and loose pictures: move one kind into a folder of its own")
+    if tars:
+        return Source(path, "webdataset tars", path, lambda: files.read_tars(path, tars))
+    # beside pictures Parquet files are about them (img2dataset's 00000.parquet, a manifest); alone they are the data
+    inside = [entry for entry in path.iterdir() if not entry.name.startswith(".") and entry.name != "data"]
+    pictures = any(entry.is_dir() or entry.suffix.lower() in files.IMAGE_SUFFIXES for entry in inside)
+    parquet = [] if pictures else sorted(path.glob("*.parquet")) or sorted(path.glob("data/*.parquet"))
+    if parquet:
+        return Source(path, "Parquet", path, lambda: tables.read_parquet(path, parquet))
+    return Source(path, "folder of pictures", path, lambda: files.read_folder(path))
+
+
+def _json(path: Path) -> Source:
+    """COCO captions, Karpathy's splits, a list of captions, or VQA questions, by what is inside."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not a COCO captions file (`images` and `annotations`): {error}") from error
+    if isinstance(values, list) and values and isinstance(values[0], dict) and "caption" in values[0]:
+        return Source(path, "list of captions", path.parent, lambda: captions.read_caption_list(path, values))
+    found = values if isinstance(values, dict) else {}
+    if "questions" in found:
+        return Source(path, "VQA questions", path.parent, lambda: tasks.read_vqa(path, values))
+    first: Any = next(iter(found.get("images") or [{}]), {})
+    if isinstance(first, dict) and "sentences" in first:
+        return Source(path, "Karpathy split", path.parent, lambda: captions.read_karpathy(path, values))
+    first = next(iter(found.get("annotations") or [{}]), {})
+    if "images" not in found and isinstance(first, dict) and "question_id" in first:
+        raise UserError(f"{path} holds VQA's answers: pass the file of questions, answers are found beside it")
+    return Source(path, "COCO captions", path.parent, lambda: captions.read_coco(path, values))
+
+
+def _json_lines(path: Path) -> Source:
+    """VCR or SNLI-VE, by the fields of the first line."""
+    lines = tasks.json_lines(path)
+    first = lines[0] if lines else {}
+    if "answer_choices" in first:
+        return Source(path, "VCR", path.parent, lambda: tasks.read_vcr(path, lines))
+    if "sentence2" in first:
+        return Source(path, "SNLI-VE", path.parent, lambda: tasks.read_snli_ve(path, lines))
+    raise UserError(f"{path} is neither VCR (`answer_choices`) nor SNLI-VE (`sentence2`): write it as .csv or .json")
+
+
+# ----------------------------------------------------------------------------------------------------
+# What was understood
+
+
+def describe(sources: list[Source], manifest: Manifest) -> dict[str, Any]:
+    """Formats, rows, texts per row, splits, labels, the first rows and what is wrong, for `tc manifest`."""
+    table = manifest.table
+    texts = [len(row) for row in manifest.column("texts")]
+    problems = collections.Counter(name for name in manifest.column("problem") if name)
+    whole = [offset < 0 for offset in manifest.column("offset")]
+    empty = sum(
+        bool(image) and alone and not size and not problem
+        for image, alone, size, problem in zip(
+            table["image"].to_pylist(), whole, manifest.column("size"), manifest.column("problem"), strict=True
+        )
+    )
+    if empty:
+        problems["the picture is missing or empty"] = empty
+    return {
+        "data": manifest.data,
+        "formats": {str(source.path): source.kind for source in sources},
+        "root": str(manifest.root),
+        "digest": manifest.digest,
+        "rows": len(manifest),
+        "pictures": sum(map(bool, manifest.column("image"))),
+        "texts": [min(texts), max(texts)],
+        "tasks": sum(map(bool, manifest.column("task"))),
+        "splits": dict(collections.Counter(manifest.column("split"))),
+        "labels": dict(collections.Counter(name for name in manifest.column("label") if name).most_common()),
+        "first": [dataclasses.asdict(manifest.row(i)) for i in range(min(3, len(manifest)))],
+        "unusable": problems.total(),
+        "problems": dict(problems.most_common(5)),
+    }
+
+
+def save(manifest: Manifest, out: Path) -> None:
+    """Write a manifest for `--data`, with an absolute root: it may be used from any folder."""
+    if out.suffix != ".parquet":
+        raise UserError(f"--out {out}: name it {out.with_suffix('.parquet').name}, so that --data takes it")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_manifest(dataclasses.replace(manifest, root=manifest.root.absolute()), out)
