@@ -47,7 +47,10 @@ def picture_in_row(path: Path, row: int) -> bytes:
         raise OSError(f"{path.name} is damaged: {error}") from error
     if isinstance(value, dict):
         if value["bytes"] is None and value.get("path"):
-            return (path.parent / value["path"]).read_bytes()
+            beside = (path.parent / value["path"]).resolve()
+            if not beside.is_relative_to(path.parent.resolve()):
+                raise LookupError(f"the picture's path leads out of the folder of {path.name}")
+            return beside.read_bytes()
         value = value["bytes"]
     if value is None:
         raise LookupError("the row has no picture")
