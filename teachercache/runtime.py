@@ -77,7 +77,7 @@ def default_workers() -> int:
 def keep_memory() -> None:
     """Have glibc keep freed activations for the next batch instead of returning them page by page.
 
-    On the CPU the page faults of every forward were a quarter of the time of a build (LOG.md, "page faults").
+    On the CPU every forward pays for page faults otherwise (LOG.md, "page faults").
     """
     import ctypes
 
