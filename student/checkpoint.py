@@ -22,8 +22,9 @@ from torch import nn
 from student.distributed import from_all_ranks
 from student.models.two_tower import TwoTower, open_clip_state, tokenizer_of
 from teachercache.names import UserError
+from teachercache.paths import write_whole
 from teachercache.runtime import rank
-from teachercache.store import flush, write_atomic
+from teachercache.store import flush
 from teachercache.teachers.clip import build_module
 from teachercache.views import describe_view
 
@@ -147,8 +148,8 @@ def export_open_clip(run: Path, out: Path) -> Path:
     view = describe_view(student.preprocess)
     preprocess = {**view, "size": view["size"][0] if view["size"][0] == view["size"][1] else view["size"]}
     config = {"model_cfg": student.model_cfg, "preprocess_cfg": preprocess}
-    write_atomic(partial / "open_clip_config.json", json.dumps(config, indent=2) + "\n")
-    write_atomic(partial / "README.md", _model_card(facts, run))
+    write_whole(partial / "open_clip_config.json", json.dumps(config, indent=2) + "\n")
+    write_whole(partial / "README.md", _model_card(facts, run))
     os.replace(partial, out)
     return out
 

@@ -153,11 +153,11 @@ def evaluate(model: str, task: str, data: str, as_json: bool) -> None:
     encoder, folder = _encoder(model)
     result = run_task(task, encoder, data)
     if folder is not None:
-        from teachercache.store import write_atomic
+        from teachercache.paths import write_whole
 
         path = folder / "eval" / f"{result['dataset']}_{result['task']}.json"
         path.parent.mkdir(exist_ok=True)
-        write_atomic(path, jsonlib.dumps(result) + "\n")
+        write_whole(path, jsonlib.dumps(result) + "\n")
     print(jsonlib.dumps(result) if as_json else table([result]))
 
 

@@ -9,8 +9,8 @@ import torch
 
 from student.distributed import any_rank
 from teachercache.names import UserError
+from teachercache.paths import write_whole
 from teachercache.runtime import rank
-from teachercache.store import write_atomic
 
 CALMER = "try a smaller --set optim.lr or --set optim.clip=1.0"
 
@@ -22,7 +22,7 @@ class Metrics:
         self.path = path
         if rank() == 0:
             kept = [line for line in self._lines() if json.loads(line)["step"] < start]
-            write_atomic(path, "".join(line + "\n" for line in kept))
+            write_whole(path, "".join(line + "\n" for line in kept))
 
     def _lines(self) -> list[str]:
         """Whole lines of the file; a line that a kill cut short is not one."""

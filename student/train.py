@@ -24,10 +24,11 @@ from student.models.two_tower import TwoTower
 from student.recipe import Now, Recipe, Run
 from student.step import TrainStep
 from teachercache.names import UserError
+from teachercache.paths import write_whole
 from teachercache.readers import read_manifest
 from teachercache.runtime import keep_memory, rank, say, ticker, world_size
 from teachercache.spec import fingerprint, to_dict
-from teachercache.store import Cache, write_atomic
+from teachercache.store import Cache
 
 
 class Prepared(NamedTuple):
@@ -115,7 +116,7 @@ def report_speed(out: Path, *, seconds: float, steps: int, batch: int, waited: f
     speed = {"seconds_per_step": seconds / steps, "samples_per_second": steps * batch / seconds,
              "data_wait": waited / seconds}  # fmt: skip
     if rank() == 0:
-        write_atomic(out / "speed.json", json.dumps(speed) + "\n")
+        write_whole(out / "speed.json", json.dumps(speed) + "\n")
     say(
         f"{out}: {speed['seconds_per_step']:.3f} s a step, {speed['samples_per_second']:.0f} samples/s, "
         f"{100 * speed['data_wait']:.0f} % of the time waiting for data"
@@ -200,7 +201,7 @@ def open_run(out: Path, facts: dict[str, Any], resume: bool) -> None:
         raise UserError(f"nothing to resume at {out}: run the same command without --resume")
     if rank() == 0:
         out.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, json.dumps(facts, indent=1) + "\n")
+        write_whole(path, json.dumps(facts, indent=1) + "\n")
 
 
 def flat(facts: dict[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 
 from teachercache import store
 from teachercache.names import UserError
+from teachercache.paths import write_whole
 from teachercache.spec import fingerprint
 
 KINDS = ("auto", "flat", "ivf", "hnsw")
@@ -41,7 +42,7 @@ def build_index(cache: store.Cache, *, field: str = "image_emb", kind: str = "au
     faiss.write_index(index, str(partial))
     os.replace(partial, path)
     facts = {"field": field, "kind": kind, "vectors": len(vectors), "cache": fingerprint(cache.meta)}
-    store.write_atomic(path.with_name(path.name + ".json"), json.dumps(facts) + "\n")
+    write_whole(path.with_name(path.name + ".json"), json.dumps(facts) + "\n")
     return path, facts
 
 

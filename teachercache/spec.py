@@ -14,30 +14,40 @@ DTYPES = ("float16", "float32", "int16", "int32", "int64", "bool")
 
 @dataclasses.dataclass(frozen=True)
 class Field:
-    """One array of a cache: [rows, *shape], or [rows, texts, *shape] where `per` is "text"."""
+    """One array of a cache.
+
+    [rows, *shape]; [rows, texts, *shape] where `per` is "text"; [rows, views, *shape] where `per` is "image" and the
+    cache holds augmented views.
+    """
 
     name: str
     shape: tuple[int, ...]
-    per: str  # "image" or "text"
+    per: str  # "row", "image" or "text"
     dtype: str
     doc: str
 
     def __post_init__(self):
-        if self.per not in ("image", "text"):
-            raise ValueError(f"field {self.name}: `per` is 'image' or 'text', not {self.per!r}")
+        if self.per not in ("row", "image", "text"):
+            raise ValueError(f"field {self.name}: `per` is 'row', 'image' or 'text', not {self.per!r}")
         if self.dtype not in DTYPES:
             raise ValueError(f"field {self.name}: dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
         if not self.name.isidentifier():
             raise ValueError(f"field name {self.name!r} is not an identifier")
 
-    def array_shape(self, rows: int, texts: int) -> tuple[int, ...]:
-        """The shape of the whole array for that many rows and texts per row."""
-        return (rows, texts, *self.shape) if self.per == "text" else (rows, *self.shape)
+    def copies(self, texts: int, views: int) -> int:
+        """How many values a row has: its texts, its views, or 0 where there is one and no axis for it."""
+        return {"row": 0, "image": views, "text": texts}[self.per]
 
-    def dims(self) -> tuple[str, ...]:
+    def array_shape(self, rows: int, texts: int, views: int = 0) -> tuple[int, ...]:
+        """The shape of the whole array for that many rows, texts per row and stored views (0: the plain picture)."""
+        copies = self.copies(texts, views)
+        return (rows, copies, *self.shape) if copies or self.per == "text" else (rows, *self.shape)
+
+    def dims(self, views: int = 0) -> tuple[str, ...]:
         """Dimension names, as written into the Zarr metadata."""
         inner = ("dim",) if len(self.shape) == 1 else tuple(f"dim{i}" for i in range(len(self.shape)))
-        return ("row", "text", *inner) if self.per == "text" else ("row", *inner)
+        outer = {"row": ("row",), "text": ("row", "text"), "image": ("row", "view") if views else ("row",)}[self.per]
+        return (*outer, *inner)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +84,9 @@ class CacheMeta:
     block_rows: int
     precision: str  # dtype that the teacher computed in
     versions: Mapping[str, str]
+    views: int = 0  # augmented views per picture, 0 for the plain picture
+    augment: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # how views were drawn; {} without views
+    limit: int = 0  # what `--limit` was, 0 for all rows
     format: int = FORMAT
 
     @property

@@ -26,6 +26,7 @@ from zarr.codecs import Crc32cCodec
 
 from teachercache.mapped import can_map, map_chunks
 from teachercache.names import UserError
+from teachercache.paths import write_whole
 from teachercache.samples import Manifest, write_manifest
 from teachercache.spec import CacheMeta, Field, differences, meta_from_dict, to_dict
 
@@ -43,7 +44,7 @@ class Cache:
     @property
     def fields(self) -> dict[str, Field]:
         """Every array but `key`: the teacher's fields and the two masks of usable rows and texts."""
-        own = [Field("valid", (), "image", "bool", "whether the row can be used")]
+        own = [Field("valid", (), "row", "bool", "whether the row can be used")]
         if self.meta.texts:
             own.append(Field("text_valid", (), "text", "bool", "whether the text can be used"))
         return {field.name: field for field in (*own, *self.meta.spec.fields)}
@@ -203,17 +204,7 @@ def write_block(cache: Cache, block: int, arrays: Mapping[str, np.ndarray], inva
             flush(path)
     record = {"block": block, "rows": [rows.start, rows.stop], "files": files, "invalid": invalid}
     record["checksum"] = _record_checksum(record)
-    write_atomic(_record_path(cache, block), json.dumps(record, indent=1) + "\n")
-
-
-def write_atomic(path: Path, text: str, *, tag: str = "") -> None:
-    """Write aside, flush to the disk, rename: the file is whole or not there. A `tag` where several may write it."""
-    partial = path.with_name(f"{path.name}{tag}.partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    write_whole(_record_path(cache, block), json.dumps(record, indent=1) + "\n")
 
 
 def flush(path: Path) -> None:
@@ -230,7 +221,7 @@ def finish(cache: Cache) -> list[dict[str, Any]]:
     entries = [entry for block in range(cache.meta.num_blocks) for entry in done_record(cache, block)["invalid"]]
     with contextlib.suppress(FileNotFoundError):  # another builder finished first, with the same bytes
         text = "".join(json.dumps(entry) + "\n" for entry in entries)
-        write_atomic(cache.path / "quarantine.jsonl", text, tag=f".{uuid.uuid4().hex}")
+        write_whole(cache.path / "quarantine.jsonl", text, tag=f".{uuid.uuid4().hex}")
     for left in cache.path.glob("quarantine.jsonl.*.partial"):  # of a builder that was killed here
         left.unlink(missing_ok=True)
     return entries
