@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.utils.data import DataLoader
 
-from teachercache.build import Rows, ignore_interrupt
+from teachercache.decode import Piece, Rows, decoded
 from teachercache.names import UserError
 from teachercache.runtime import default_workers, ticker
 from teachercache.samples import Manifest
@@ -48,23 +47,16 @@ def of_teacher(teacher: Teacher, *, device: str = "cpu") -> Encoder:
 def embed_images(encoder: Encoder, manifest: Manifest, rows: list[int], *,
                  batch: int = 64) -> tuple[Float[Tensor, "n dim"], list[int], list[dict]]:  # fmt: skip
     """Unit embeddings of the rows whose picture can be read, those rows, and the others with their reason."""
-    chunks = [rows[i : i + batch] for i in range(0, len(rows), batch)]
-    decoded = Rows(manifest, view=encoder.view, size=encoder.size)
-    loader = DataLoader(
-        decoded,
-        batch_sampler=chunks,
-        num_workers=default_workers(),
-        collate_fn=lambda part: part,
-        worker_init_fn=ignore_interrupt,
-    )
+    pieces = [Piece(tuple(rows[i : i + batch])) for i in range(0, len(rows), batch)]
+    loader = decoded(Rows(manifest, view=encoder.view, size=encoder.size), pieces, workers=default_workers())
     embeddings, kept, skipped = [], [], []
     with torch.inference_mode(), ticker(len(rows), "pictures", encoder.name) as tick:
         for part in loader:
-            usable = torch.from_numpy(part["valid"])
-            embeddings.append(encoder.encode_image(part["image"].to(encoder.device))[usable].float().cpu())
-            kept += [row for row, good in zip(part["rows"], usable.tolist(), strict=True) if good]
-            skipped += part["reasons"]
-            tick.step(len(part["rows"]))
+            usable, numbers = torch.from_numpy(part["usable"]), part["piece"].rows
+            embeddings.append(encoder.encode_image(part["image"][0].to(encoder.device))[usable].float().cpu())
+            kept += [row for row, good in zip(numbers, usable.tolist(), strict=True) if good]
+            skipped += part["problems"]
+            tick.step(len(numbers))
     if not kept:
         raise UserError(f"no picture of {manifest.data} can be read, the first because: {skipped[0]['reason']}")
     return torch.nn.functional.normalize(torch.cat(embeddings), dim=1), kept, skipped

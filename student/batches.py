@@ -4,8 +4,8 @@ Caches join by key; rows that cannot be used are skipped. Every rank draws the s
 rows. Not for losses, devices or gradients.
 """
 
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,8 +14,10 @@ from torch.utils.data import DataLoader, Dataset
 from student.distributed import from_all_ranks
 from teachercache import store
 from teachercache.names import UserError
+from teachercache.paths import as_path
 from teachercache.runtime import rank, say, ticker, world_size
-from teachercache.samples import BadSample, Manifest, Sample, clean_texts, load_manifest, read_image
+from teachercache.samples import BadSample, Manifest, Sample, clean_texts, read_image
+from teachercache.views import replay_view
 
 WINDOW_BLOCKS = 64  # blocks whose rows are mixed; a mapped cache of up to 64 blocks is shuffled as a whole
 
@@ -26,11 +28,19 @@ def epoch_order(rows: np.ndarray, *, seed: int, epoch: int, block_rows: int, win
     Reading stays within a window of files, so a cache larger than memory is read at disk speed; blocks mix freely.
     """
     random = np.random.default_rng([seed, epoch])
+    shuffle = random.permutation(len(rows))  # first: up to `window` blocks it alone decides, whatever their size
     blocks = rows // block_rows
     place = random.permutation(int(blocks.max()) + 1)  # a block's place in this epoch
     group = place[blocks] // window
-    shuffle = random.permutation(len(rows))
     return rows[shuffle[np.argsort(group[shuffle], kind="stable")]]
+
+
+class Look(NamedTuple):
+    """How one model sees a picture: plain, or replayed from stored parameters; and how small it may be decoded."""
+
+    view: Callable[[Any], torch.Tensor]
+    replay: Callable[[Any, np.ndarray], torch.Tensor] | None
+    at_least: int
 
 
 class Batches(Dataset):
@@ -38,27 +48,47 @@ class Batches(Dataset):
 
     def __init__(self, manifest: Manifest, rows: np.ndarray, *, student: Any, cache: store.Cache | None,
                  reads: tuple[str, ...], batch: int, steps: int, seed: int, live: Any = None,
-                 rank: int = 0, world: int = 1):  # fmt: skip
+                 views: store.Cache | None = None, rank: int = 0, world: int = 1):  # fmt: skip
         self.manifest, self.rows, self.inputs = manifest, rows, student.inputs
-        self.view, self.tokenizer = getattr(student, "view", None), getattr(student, "tokenizer", None)
-        self.live = (live.view, live.tokenize) if live is not None else None
+        self.tokenizer = getattr(student, "tokenizer", None)
         self.batch, self.steps, self.seed, self.rank, self.world = batch, steps, seed, rank, world
         self.block_rows = cache.meta.block_rows if cache else len(manifest)
         self.per_epoch = len(rows) // batch
         if not self.per_epoch:
             raise UserError(f"{len(rows)} usable training rows are fewer than --batch-size {batch}")
         self.fields: dict[str, np.ndarray] = {}
+        self.per: dict[str, str] = {}
         self.constants: dict[str, float] = {}
         self.text_valid: np.ndarray | None = None
         self.order = (-1, rows)  # the epoch that was shuffled last
+        self.looks, self.live_tokenize = looks(student, live), getattr(live, "tokenize", None)
+        self.num_views, self.view_params = 0, np.empty(0)
+        views = cache if cache is not None else views
+        if views is not None and views.meta.views:
+            self._draw_views_of(views)
         if cache is None:
             return
-        self.at = np.full(len(manifest), -1)  # manifest row -> cache row
-        self.at[rows] = store.join(cache, manifest.table["key"].take(rows).to_pylist())
+        self.at = self._places(cache)
         self.fields = {} if live is not None else {name: store.read_field(cache, name) for name in reads}
-        self.per_text = {name: cache.fields[name].per == "text" for name in reads}
+        self.per = {name: cache.fields[name].per for name in reads}
         self.constants = dict(cache.meta.spec.constants)
         self.text_valid = store.read_field(cache, "text_valid")
+
+    def _places(self, cache: store.Cache) -> np.ndarray:
+        """Manifest row -> cache row, -1 for rows that are not trained on."""
+        at = np.full(len(self.manifest), -1)
+        at[self.rows] = store.join(cache, self.manifest.table["key"].take(self.rows).to_pylist())
+        return at
+
+    def _draw_views_of(self, cache: store.Cache) -> None:
+        """Show pictures in the views that the teacher saw, decoded as small as it decoded them."""
+        self.num_views, self.view_params = cache.meta.views, store.read_field(cache, "view_params")
+        self.views_at, at_least = self._places(cache), cache.meta.spec.view.get("at_least", 0)
+        if any(look.replay is None for look in self.looks.values()):
+            raise UserError(
+                f"{cache.path} holds augmented views and this student has no `replay`: pass a --cache without"
+            )
+        self.looks = {name: look._replace(at_least=at_least) for name, look in self.looks.items()}
 
     def __len__(self) -> int:
         return self.steps
@@ -74,23 +104,39 @@ class Batches(Dataset):
         """The rows of this rank."""
         share = self.batch // self.world
         rows = self.rows_of(step)[self.rank * share : (self.rank + 1) * share]
-        samples = [self.manifest.row(row) for row in rows.tolist()]
-        chosen = [self._text(sample, row, step // self.per_epoch) for sample, row in zip(samples, rows, strict=True)]
+        samples, epoch = [self.manifest.row(row) for row in rows.tolist()], step // self.per_epoch
+        chosen = {"text": [self._text(sample, row, epoch) for sample, row in zip(samples, rows, strict=True)],
+                  "image": [self._view(row, epoch) for row in rows.tolist()]}  # fmt: skip
         batch: dict[str, Any] = {name: torch.tensor(value) for name, value in self.constants.items()}
         for name, values in self.fields.items():
-            picked = values[self.at[rows], chosen] if self.per_text[name] else values[self.at[rows]]
+            one = self.per[name] == "row" or (self.per[name] == "image" and not self.num_views)
+            picked = values[self.at[rows]] if one else values[self.at[rows], chosen[self.per[name]]]
             batch[name] = torch.from_numpy(picked).float()
-        texts = [sample.texts[k] for sample, k in zip(samples, chosen, strict=True)]
-        views = {"image": self.view} if "image" in self.inputs else {}
-        if self.live is not None:
-            views["teacher_image"], tokenize = self.live
-            batch["teacher_text"] = tokenize(texts)
-        if views:
-            pictures = [self._picture(sample) for sample in samples]
-            batch |= {name: torch.stack([view(picture) for picture in pictures]) for name, view in views.items()}
+        texts = [sample.texts[k] for sample, k in zip(samples, chosen["text"], strict=True)]
+        if self.live_tokenize is not None:
+            batch["teacher_text"] = self.live_tokenize(texts)
+        if self.looks:
+            shown = [self._show(sample, row, v) for sample, row, v in zip(samples, rows, chosen["image"], strict=True)]
+            batch |= {name: torch.stack([pictures[name] for pictures in shown]) for name in self.looks}
         if "text" in self.inputs:
             batch["text"] = self.tokenizer(texts)
         return batch
+
+    def _view(self, row: int, epoch: int) -> int:
+        """Which stored view this epoch shows: each once in as many epochs as there are views, rows out of step."""
+        if not self.num_views:
+            return 0
+        first = int(np.random.default_rng([self.seed, row]).integers(self.num_views))
+        return (first + epoch) % self.num_views
+
+    def _show(self, sample: Sample, row: int, view: int) -> dict[str, torch.Tensor]:
+        """One picture as the student sees it, and as a live teacher does."""
+        sizes = {look.at_least for look in self.looks.values()}
+        pictures = {size: self._picture(sample, size) for size in sizes}
+        if not self.num_views:
+            return {name: look.view(pictures[look.at_least]) for name, look in self.looks.items()}
+        params = self.view_params[self.views_at[row], view]
+        return {name: look.replay(pictures[look.at_least], params) for name, look in self.looks.items() if look.replay}
 
     def _text(self, sample: Sample, row: int, epoch: int) -> int:
         """Which of a row's usable texts this epoch shows."""
@@ -102,11 +148,21 @@ class Batches(Dataset):
             return usable[0]
         return usable[np.random.default_rng([self.seed, epoch, row]).integers(len(usable))]
 
-    def _picture(self, sample: Sample) -> Any:
+    def _picture(self, sample: Sample, at_least: int) -> Any:
         try:
-            return read_image(self.manifest, sample)
+            return read_image(self.manifest, sample, at_least=at_least)
         except BadSample as error:
             raise UserError(f"the picture of '{sample.key}' cannot be read any more: {error}") from error
+
+
+def looks(student: Any, live: Any) -> dict[str, Look]:
+    """How the student sees pictures, if it does, and how a live teacher does, by the batch's names."""
+    found = {}
+    if "image" in student.inputs:
+        found["image"] = Look(student.view, getattr(student, "replay", None), getattr(student, "at_least", 0))
+    if live is not None:
+        found["teacher_image"] = Look(live.view, replay_view(live.spec.view), live.spec.view.get("at_least", 0))
+    return found
 
 
 def training_rows(manifest: Manifest, cache: store.Cache | None) -> np.ndarray:
@@ -122,7 +178,7 @@ def training_rows(manifest: Manifest, cache: store.Cache | None) -> np.ndarray:
     if (at < 0).any():
         raise UserError(
             f"{(at < 0).sum()} of {len(rows)} training rows of {manifest.data} are not in {cache.path}, the first is "
-            f"'{keys[rows[int(np.argmax(at < 0))]]}': remove the cache and run `{cache.command(data=manifest.data)}`"
+            f"'{keys[rows[int(np.argmax(at < 0))]]}': extend it with `{cache.command(data=manifest.data)}`"
         )
     _same_rows(manifest, cache, rows, at)
     return rows[np.asarray(store.read_field(cache, "valid"))[at]]
@@ -132,7 +188,7 @@ def _same_rows(manifest: Manifest, cache: store.Cache, rows: np.ndarray, at: np.
     """Refuse a cache whose rows of the same keys had other texts or another picture file."""
     if manifest.digest == cache.meta.manifest:
         return
-    then = load_manifest(cache.path / "manifest.parquet").table.take(at)
+    then = store.cached_manifest(cache).table.take(at)
     now = manifest.table.take(rows)
     for name in ("texts", "size"):
         changed = [
@@ -141,17 +197,23 @@ def _same_rows(manifest: Manifest, cache: store.Cache, rows: np.ndarray, at: np.
         if changed:
             raise UserError(
                 f"{len(changed)} rows of {manifest.data} changed since {cache.path} was built, the first is "
-                f"'{now['key'][changed[0]].as_py()}': remove the cache and run `{cache.command(data=manifest.data)}`"
+                f"'{now['key'][changed[0]].as_py()}': follow them with `{cache.command(data=manifest.data)} --prune`"
             )
 
 
 def same_data_cache(folder: str, manifest: Manifest) -> store.Cache | None:
-    """Any finished cache of exactly this data: it knows which rows can be read."""
-    for entry in [*Path(folder).glob("zarr.json"), *sorted(Path(folder).glob("*.zarr/zarr.json"))]:
-        cache = store.open_cache(entry.parent)
-        if cache.meta.manifest == manifest.digest and len(store.done_blocks(cache)) == cache.meta.num_blocks:
-            return cache
-    return None
+    """Any finished cache of exactly this data, one with augmented views first: it knows which rows can be read."""
+    found = [cache for cache in caches_in(folder) if cache.meta.manifest == manifest.digest]
+    whole = [cache for cache in found if len(store.done_blocks(cache)) == cache.meta.num_blocks]
+    return next((cache for cache in whole if cache.meta.views), whole[0] if whole else None)
+
+
+def caches_in(folder: str) -> list[store.Cache]:
+    """The cache at `folder`, or those inside it in order of their names."""
+    path = as_path(folder)
+    if (path / "zarr.json").exists():
+        return [store.open_cache(path)]
+    return [store.open_cache(entry.parent) for entry in sorted(path.glob("*.zarr/zarr.json"))]
 
 
 def readable_rows(manifest: Manifest, rows: np.ndarray) -> np.ndarray:
@@ -190,17 +252,19 @@ def loader(batches: Batches, *, start: int, workers: int) -> DataLoader:
 
 
 def find_cache(folder: str, reads: tuple[str, ...], build_hint: str) -> store.Cache:
-    """The cache at `folder`, or the one inside it that holds what the recipe reads; trained teachers before random."""
-    path = Path(folder)
-    if (path / "zarr.json").exists():
-        cache = store.open_complete(path)
-        missing = [name for name in reads if name not in cache.fields]
-        if missing:
-            raise UserError(f"{path} has no field {', '.join(missing)}: run `{build_hint}`")
-        return cache
-    found = [store.open_cache(entry.parent) for entry in sorted(path.glob("*.zarr/zarr.json"))]
-    found = [cache for cache in found if all(name in cache.fields for name in reads)]
+    """The cache at `folder`, or the one inside it that holds what the recipe reads.
+
+    Trained teachers come before random ones, and of one teacher the cache of augmented views before the plain one.
+    """
+    path = as_path(folder)
+    there = caches_in(folder)
+    found = [cache for cache in there if all(name in cache.fields for name in reads)]
+    if there and there[0].path == path and not found:
+        missing = [name for name in reads if name not in there[0].fields]
+        raise UserError(f"{path} has no field {', '.join(missing)}: run `{build_hint}`")
     found = [cache for cache in found if not cache.meta.spec.weights.startswith("random:")] or found
+    if len({cache.meta.spec.digest for cache in found}) == 1:
+        found = [cache for cache in found if cache.meta.views] or found
     if not found:
         raise UserError(f"no cache with {', '.join(reads)} in {folder}: run `{build_hint}`")
     if len(found) > 1:

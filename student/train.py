@@ -139,7 +139,10 @@ def prepare(recipe: Recipe, run: Run) -> Prepared:
     heads = recipe.heads(recipe.constants, student, shapes) if recipe.heads else None
     live = live_teacher(cache, run.device) if run.live else None  # last: it draws random numbers
     batches = Batches(manifest, rows, student=student, cache=cache, reads=reads, batch=recipe.batch,
-                      steps=recipe.steps, seed=run.seed, live=live, rank=rank(), world=world_size())  # fmt: skip
+                      steps=recipe.steps, seed=run.seed, live=live, views=looked, rank=rank(),
+                      world=world_size())  # fmt: skip
+    if looked is not None and batches.num_views:
+        say(f"pictures: one of {batches.num_views} augmented views a step, as stored in {looked.path}")
     return Prepared(TrainStep(recipe, student, heads, live, precision=run.precision), batches, cache)
 
 
@@ -167,7 +170,8 @@ def describe(recipe: Recipe, run: Run, prepared: Prepared) -> dict[str, Any]:
     known = {name: getattr(recipe, name) for name in names}
     known |= {"constants": dataclasses.asdict(recipe.constants), "optim": dataclasses.asdict(recipe.optim)}
     cache, batches, student = prepared.cache, prepared.batches, prepared.step.student
-    rows = hashlib.sha256(batches.manifest.digest.encode() + batches.rows.tobytes()).hexdigest()[:16]
+    keys = "\n".join(batches.manifest.table["key"].take(batches.rows).to_pylist())  # in their order
+    rows = hashlib.sha256(f"{batches.manifest.digest}\n{keys}".encode()).hexdigest()[:16]
     made = {"model_cfg": student.model_cfg, "preprocess": student.preprocess} if isinstance(student, TwoTower) else None
     return json.loads(json.dumps({
         "recipe": known,
@@ -177,6 +181,7 @@ def describe(recipe: Recipe, run: Run, prepared: Prepared) -> dict[str, Any]:
         "student": made,
         "teacher": to_dict(cache.meta.spec) if cache else None,
         "cache": fingerprint(cache.meta) if cache else None,
+        "views": batches.num_views,
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "open_clip_torch", "deepspeed")},
     }))  # fmt: skip
 
@@ -210,7 +215,7 @@ def flat(facts: dict[str, Any]) -> dict[str, Any]:
     constants, optim = recipe.pop("constants"), recipe.pop("optim")
     for name in ("cache", "data", "out", "workers", "save_every"):  # where things lie, not what they are
         del run[name]
-    own = {name: facts[name] for name in ("cache", "rows", "world_size")}
+    own = {name: facts[name] for name in ("cache", "rows", "views", "world_size")}
     return recipe | constants | {f"optim.{name}": value for name, value in optim.items()} | run | own
 
 

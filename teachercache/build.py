@@ -10,22 +10,31 @@ import fcntl
 import importlib.metadata
 import itertools
 import os
-import signal
-from collections.abc import Iterator
+import shutil
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch.utils.data import DataLoader
 
 from teachercache import store
+from teachercache.assemble import collect
+from teachercache.decode import Piece, decoded, rows_for
+from teachercache.forward import forward
+from teachercache.grow import Job, jobs_for, replace_pruned, settle
+from teachercache.layout import block_rows_for, expected_bytes
 from teachercache.names import UserError
+from teachercache.paths import is_url
 from teachercache.runtime import Precision, keep_memory, rank, say, ticker, world_size
-from teachercache.samples import BadSample, Manifest, clean_texts, read_image
+from teachercache.samples import Manifest
 from teachercache.spec import CacheMeta
+from teachercache.stages import Stages
 from teachercache.teachers import Teacher
+from teachercache.views import Augment
+
+VIEWS_AT_ONCE = 4  # of a piece: what decoding hands over stays small, whatever --views is
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,49 +42,58 @@ class Summary:
     """What a build did."""
 
     cache: store.Cache
-    rows_written: int
+    rows_written: int  # rows that the teacher ran over
     blocks_left: int  # in the hands of other builders
     quarantined: int
 
 
 def build(teacher: Teacher, manifest: Manifest, out: Path, *, batch_size: int, workers: int, device: str,
-          precision: Precision, block_rows: int | None = None) -> Summary:  # fmt: skip
-    """Run the teacher over every block that is not done yet and that no other process writes."""
-    meta = plan(teacher, manifest, precision, block_rows)
-    cache = store.create(out, meta, manifest)
-    meta = cache.meta  # block_rows are those that are there
-    dtype = getattr(torch, precision.dtype)
+          precision: Precision, block_rows: int | None = None, views: int = 0, augment: Augment | None = None,
+          prune: bool = False, limit: int = 0) -> Summary:  # fmt: skip
+    """Run the teacher over everything that is not there yet and that no other process writes."""
+    meta = plan(teacher, manifest, precision, block_rows, views=views, augment=augment, limit=limit)
+    target = settle(out, meta, manifest, prune=prune)
+    cache, meta = target.cache, target.cache.meta
+    ask_space(cache)
     keep_memory()
+    dtype = getattr(torch, precision.dtype)
     module = teacher.module.to(device, dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    rows = 0
+    jobs = jobs_for(target)
+    mine = [block for block in jobs if block % world_size() == rank()]
+    todo = mine + [block for block in jobs if block not in mine and not is_url(cache.path)]
+    stages, rows = Stages(cache, workers), 0
     with claims(cache) as claim, ThreadPoolExecutor(1, "write") as writer:
-        todo = [b for b in range(rank(), meta.num_blocks, world_size()) if b not in store.done_blocks(cache)]
-        todo += [b for b in range(meta.num_blocks) if b % world_size() != rank() and world_size() > 1]
-        loader = _loader(teacher, manifest, _batches(cache, todo, claim, batch_size), workers)
-        left = sum(len(meta.block(b)) for b in todo if b % world_size() == rank())
+        decoder = rows_for(teacher, target.manifest, Augment(**meta.augment) if meta.views else None)
+        batches = decoded(decoder, _pieces(jobs, todo, claim, batch_size), workers=workers, pin=device != "cpu")
         pending: Future | None = None
-        with ticker(left, "rows", f"{meta.spec.name} on {meta.data}") as tick:
-            for block, parts in itertools.groupby(loader, key=lambda batch: batch["rows"][0] // meta.block_rows):
-                arrays, invalid = _forward_block(teacher, module, cache, block, parts, device, dtype, tick)
+        total = sum(len(jobs[block].rows) for block in mine)
+        with ticker(total, "rows", f"{meta.spec.name} on {meta.data}") as tick, _worker_deaths():
+            parts = forward(teacher, module, cache, stages, batches, device, dtype)
+            for block, group in itertools.groupby(parts, key=lambda part: part["piece"].block):
+                job = jobs.pop(block)
+                chunks, invalid = collect(target, job, group, lambda count: tick.step(count, stages.line()))
                 if pending is not None:
                     pending.result()
-                pending = writer.submit(store.write_block, cache, block, arrays, invalid)
-                rows += len(meta.block(block))
+                pending = writer.submit(_write, cache, block, chunks, invalid, stages)
+                rows += len(job.rows)
         if pending is not None:
             pending.result()
     blocks_left = meta.num_blocks - len(store.done_blocks(cache))
     quarantined = 0 if blocks_left else len(store.finish(cache))
+    if target.old is not None and not blocks_left:
+        cache = replace_pruned(target)
     return Summary(cache, rows, blocks_left, quarantined)
 
 
-def plan(teacher: Teacher, manifest: Manifest, precision: Precision, block_rows: int | None = None) -> CacheMeta:
+def plan(teacher: Teacher, manifest: Manifest, precision: Precision, block_rows: int | None = None, *,
+         views: int = 0, augment: Augment | None = None, limit: int = 0) -> CacheMeta:  # fmt: skip
     """The CacheMeta of this teacher over this data."""
-    has_images = any(manifest.column("image"))
-    fields = tuple(
-        field for field in teacher.spec.fields if (has_images if field.per == "image" else manifest.texts > 0)
-    )
+    has = {"image": manifest.has_images, "text": manifest.texts > 0, "row": True}
+    fields = tuple(field for field in teacher.spec.fields if has[field.per])
     if not fields:
         raise UserError(f"{manifest.data} has neither pictures nor texts for {teacher.spec.name}")
+    if views and not has["image"]:
+        raise UserError(f"--views {views}: {manifest.data} has no pictures; leave --views away")
     versions = {name: importlib.metadata.version(name) for name in ("torch", "open_clip_torch", "zarr", "pillow")}
     return CacheMeta(
         spec=dataclasses.replace(teacher.spec, fields=fields),
@@ -83,10 +101,37 @@ def plan(teacher: Teacher, manifest: Manifest, precision: Precision, block_rows:
         manifest=manifest.digest,
         rows=len(manifest),
         texts=manifest.texts,
-        block_rows=block_rows or store.block_rows_for(fields, len(manifest), manifest.texts),
+        block_rows=block_rows or block_rows_for(fields, len(manifest)),
         precision=precision.dtype,
         versions=versions,
+        views=views,
+        augment=dataclasses.asdict(augment or Augment()) if views else {},
+        limit=limit,
     )
+
+
+def ask_space(cache: store.Cache) -> None:
+    """Say how large a cache becomes; UserError where the disk has less room than what is still missing."""
+    whole = expected_bytes(cache.meta)
+    there = whole * len(store.done_blocks(cache)) // max(cache.meta.num_blocks, 1)
+    say(f"{cache.path}: {size(whole)} when it is whole" + (f", {size(there)} of them there" if there else ""))
+    if is_url(cache.path):
+        return
+    free = shutil.disk_usage(cache.path).free
+    if free < whole - there:
+        raise UserError(
+            f"{cache.path} needs {size(whole - there)} more and its disk has {size(free)}: pass --out on another disk, "
+            "or fewer --outputs, --views or rows (--limit)"
+        )
+
+
+def size(count: int) -> str:
+    """Bytes in words."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count = count / 1000  # type: ignore[assignment]
+    return f"{count:,.3g} TB"
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -94,8 +139,15 @@ def plan(teacher: Teacher, manifest: Manifest, precision: Precision, block_rows:
 
 
 @contextlib.contextmanager
-def claims(cache: store.Cache) -> Iterator[Any]:
+def claims(cache: store.Cache) -> Iterator[Callable[[int], bool]]:
     """A function that takes a block for this process, or says no: the kernel frees it when we die."""
+
+    def unfinished(block: int) -> bool:
+        return not store.covers(cache, store.done_record(cache, block))
+
+    if is_url(cache.path):  # no locks there: ranks take their own blocks alone
+        yield unfinished
+        return
     descriptor = os.open(cache.path / store.LOCK, os.O_RDWR)
 
     def claim(block: int) -> bool:
@@ -103,7 +155,7 @@ def claims(cache: store.Cache) -> Iterator[Any]:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, block)
         except OSError:
             return False
-        return block not in store.done_blocks(cache)
+        return unfinished(block)
 
     try:
         yield claim
@@ -111,144 +163,39 @@ def claims(cache: store.Cache) -> Iterator[Any]:
         os.close(descriptor)
 
 
-def _batches(cache: store.Cache, todo: list[int], claim: Any, batch_size: int) -> Iterator[list[int]]:
-    """Rows of one batch at a time, block by block, claiming each block when its turn comes."""
+def _pieces(jobs: dict[int, Job], todo: list[int], claim: Callable[[int], bool], batch_size: int) -> Iterator[Piece]:
+    """One batch at a time, block by block, claiming each block when its turn comes; an empty one where none is left."""
     for block in todo:
-        if claim(block):
-            rows = cache.meta.block(block)
-            for start in range(rows.start, rows.stop, batch_size):
-                yield list(range(start, min(start + batch_size, rows.stop)))
+        if not claim(block):
+            continue
+        job = jobs[block]
+        rows = job.rows.tolist()
+        for start in range(0, max(len(rows), 1), batch_size):
+            part, views = tuple(rows[start : start + batch_size]), job.views
+            yield Piece(part, views[:VIEWS_AT_ONCE], job.texts, block)
+            for first in range(VIEWS_AT_ONCE, len(views), VIEWS_AT_ONCE):
+                yield Piece(part, views[first : first + VIEWS_AT_ONCE], range(0), block)
 
 
-# ----------------------------------------------------------------------------------------------------
-# Decode
+@contextlib.contextmanager
+def _worker_deaths() -> Iterator[None]:
+    """A decoding process that died is told in one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UserError(
+            "a decoding process died (killed, or out of memory): the same command goes on where it left off; "
+            "try fewer --workers"
+        ) from error
 
 
-class Rows(torch.utils.data.Dataset):
-    """Batches of decoded rows; a row that cannot be used comes as zeros with its reason."""
-
-    def __init__(self, manifest: Manifest, *, view: Any, size: tuple[int, int], tokenize: Any = None):
-        self.manifest, self.view, self.size, self.tokenize = manifest, view, size, tokenize
-        self.texts = manifest.texts if tokenize is not None else 0  # without a tokenizer: pictures alone
-        self.has_images = any(manifest.column("image"))
-
-    def __len__(self) -> int:
-        return len(self.manifest)
-
-    def __getitems__(self, rows: list[int]) -> dict[str, Any]:
-        """Pictures [n, 3, H, W], token ids [n * texts, length], masks and reasons of these rows."""
-        samples = [self.manifest.row(row) for row in rows]
-        reasons: list[dict[str, Any]] = []
-        batch: dict[str, Any] = {"rows": rows, "key": [s.key for s in samples], "reasons": reasons}
-        valid = np.ones(len(rows), bool)
-        if self.has_images:
-            pictures = torch.zeros(len(rows), 3, *self.size)
-            for i, sample in enumerate(samples):
-                try:
-                    if sample.problem:
-                        raise BadSample(sample.problem)
-                    if not sample.image:
-                        raise BadSample("the row has no picture")
-                    pictures[i] = self.view(read_image(self.manifest, sample))
-                except BadSample as error:
-                    valid[i] = False
-                    reasons.append({"row": rows[i], "key": sample.key, "reason": str(error)})
-            batch["image"] = pictures
-        if self.texts:
-            text_valid = np.zeros((len(rows), self.texts), bool)
-            texts = [[""] * self.texts for _ in rows]
-            for i, sample in enumerate(samples):
-                for k, (text, usable) in enumerate(clean_texts(sample)):
-                    texts[i][k], text_valid[i, k] = text, usable
-                if sample.problem and not self.has_images:
-                    text_valid[i] = False
-                if not text_valid[i].any():
-                    valid[i] = False
-                    reason = sample.problem or "the row has no text that is not empty"
-                    reasons.append({"row": rows[i], "key": sample.key, "reason": reason})
-                else:
-                    empty = [k for k, (_, usable) in enumerate(clean_texts(sample)) if not usable]
-                    reasons += [{"row": rows[i], "key": sample.key, "text": k, "reason": "empty text"} for k in empty]
-            batch["text"] = self.tokenize([text for row in texts for text in row])
-            batch["text_valid"] = text_valid
-        batch["valid"] = valid
-        return batch
-
-
-def rows_for(teacher: Teacher, manifest: Manifest) -> Rows:
-    """Rows as the teacher sees them."""
-    return Rows(manifest, view=teacher.view, size=tuple(teacher.spec.view["size"]), tokenize=teacher.tokenize)
-
-
-def _loader(teacher: Teacher, manifest: Manifest, batches: Iterator[list[int]], workers: int) -> DataLoader:
-    return DataLoader(
-        rows_for(teacher, manifest),
-        batch_sampler=batches,
-        num_workers=workers,
-        collate_fn=_as_it_is,
-        prefetch_factor=2 if workers else None,
-        worker_init_fn=ignore_interrupt,
-    )
-
-
-def ignore_interrupt(worker: int) -> None:
-    """Ctrl-C reaches the whole process group: the builder ends its workers itself, without their tracebacks."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
-
-
-# ----------------------------------------------------------------------------------------------------
-# Forward
-
-
-def _forward_block(teacher: Teacher, module: torch.nn.Module, cache: store.Cache, block: int, parts: Any,
-                   device: str, dtype: torch.dtype, tick: Any) -> tuple[dict[str, np.ndarray], list[dict]]:  # fmt: skip
-    """All arrays of one block and its unusable rows."""
-    collected: dict[str, list[np.ndarray]] = {name: [] for name in (*cache.fields, "key")}
-    invalid: list[dict[str, Any]] = []
-    for batch in parts:
-        inputs = {}
-        if "image" in batch:
-            inputs["image"] = batch["image"].to(device, dtype, memory_format=torch.channels_last)
-        if "text" in batch:
-            inputs["text"] = batch["text"].to(device)
-        with torch.inference_mode():
-            outputs = teacher.encode(module, inputs)
-        arrays = {name: tensor.float().cpu().numpy() for name, tensor in outputs.items()}
-        _store_precision(arrays, batch, cache)
-        invalid += sorted(batch["reasons"], key=lambda entry: (entry["row"], entry.get("text", -1)))
-        arrays |= {name: batch[name] for name in ("valid", "text_valid") if name in cache.fields}
-        arrays["key"] = np.array(batch["key"], dtype=np.dtypes.StringDType())
-        for name, values in arrays.items():
-            collected[name].append(values)
-        tick.step(len(batch["rows"]))
-    return {name: np.concatenate(parts) for name, parts in collected.items()}, invalid
-
-
-def _store_precision(arrays: dict[str, np.ndarray], batch: dict[str, Any], cache: store.Cache) -> None:
-    """Cast in place to the stored dtype; NaN quarantines a row or text, float16 overflow is an error naming the row."""
-    rows = len(batch["rows"])
-    for name, values in arrays.items():
-        field = cache.fields[name]
-        values = values.reshape(field.array_shape(rows, cache.meta.texts))
-        usable = batch["text_valid" if field.per == "text" else "valid"]  # [rows] or [rows, texts]
-        values[~usable] = 0
-        inner = tuple(range(usable.ndim, values.ndim))
-        for place in np.argwhere(~np.isfinite(values).all(axis=inner)).tolist():
-            usable[tuple(place)] = False
-            values[tuple(place)] = 0
-            entry = {"row": batch["rows"][place[0]], "key": batch["key"][place[0]], "reason": f"{name} is not finite"}
-            batch["reasons"].append(entry | ({"text": place[1]} if field.per == "text" else {}))
-        limit = np.finfo(field.dtype).max
-        for place in np.argwhere((np.abs(values) > limit).any(axis=inner)).tolist():
-            key = batch["key"][place[0]]
-            raise UserError(f"{name} of row '{key}' is above {limit:g} and does not fit into {field.dtype}")
-        arrays[name] = values.astype(field.dtype)
-    if "text_valid" in batch:
-        batch["valid"] &= batch["text_valid"].any(1)
+def _write(cache: store.Cache, block: int, chunks: store.Chunks, invalid: list[dict[str, Any]], stages: Stages) -> None:
+    begin, rows = time.perf_counter(), len(cache.meta.block(block))
+    store.write_block(cache, block, chunks, invalid)
+    stages.add("write", time.perf_counter() - begin, rows)
+    stages.log(block, rows)
 
 
 def announce(summary: Summary) -> None:

@@ -6,17 +6,18 @@ from pathlib import Path
 import click
 
 from teachercache.names import UserError
+from teachercache.paths import as_path
 from teachercache.runtime import run_command, say
 
 DEMO_DATA = "data/demo"
 
 
-def default_cache(data: str, teacher: str) -> Path:
-    """caches/<data>/<teacher>.zarr"""
+def default_cache(data: str, teacher: str, views: int = 0) -> Path:
+    """caches/<data>/<teacher>.zarr, of augmented views <teacher>-views.zarr"""
     from teachercache.readers import cache_folder
 
     name = Path(teacher).name if Path(teacher).is_dir() else teacher.replace("/", "-").replace(":", "-")
-    return cache_folder(data) / f"{name}.zarr"
+    return cache_folder(data) / f"{name}{'-views' * bool(views)}.zarr"
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -96,20 +97,36 @@ def manifest(data: str, out: Path | None, limit: int | None, as_json: bool) -> N
 @click.option("--data", default=DEMO_DATA, show_default=True,
               help="A folder of pictures, .tar shards, Parquet, captions, questions, texts, ...: see `tc manifest "
                    "--help`. Several with commas between them, each may be a quoted glob.")  # fmt: skip
-@click.option("--out", type=Path, help="The cache; default caches/<data>/<teacher>.zarr.")
-@click.option("--outputs", default="embeddings", show_default=True, help="What to keep, comma-separated.")
+@click.option("--out", help="The cache, a folder or a URL; default caches/<data>/<teacher>.zarr, "
+                            "<teacher>-views.zarr with --views.")  # fmt: skip
+@click.option(
+    "--outputs",
+    default="embeddings",
+    show_default=True,
+    help="What to keep, comma-separated: embeddings, patches, hidden, hidden:3+7 (tc teachers).",
+)
 @click.option("--weights", default="pretrained", show_default=True,
               help="pretrained, a checkpoint file or open_clip folder, or random:SEED (knows nothing).")  # fmt: skip
+@click.option("--views", default=0, show_default=True, type=click.IntRange(0),
+              help="Augmented views of every picture, stored with their parameters; 0 for the plain picture. "
+                   "A larger number later adds views.")  # fmt: skip
+@click.option("--augment", multiple=True, metavar="KEY=VALUE",
+              help="How views are drawn, for example flip=0, scale_min=0.9 (see README).")  # fmt: skip
 @click.option("--batch-size", default=32, show_default=True, type=click.IntRange(1))
 @click.option("--workers", type=click.IntRange(0), help="Decoding processes; default: spare cores, at most 8.")
 @click.option("--precision", default="auto", show_default=True, help="auto, fp32, bf16 or fp16.")
 @click.option("--device", default="auto", show_default=True)
 @click.option("--limit", type=click.IntRange(1), help="Only the first N rows.")
-def build(name, data, out, outputs, weights, batch_size, workers, precision, device, limit) -> None:
+@click.option("--prune", is_flag=True, help="Follow data that lost or changed rows; the others are not computed again.")
+def build(name, data, out, outputs, weights, views, augment, batch_size, workers, precision, device, limit,
+          prune) -> None:  # fmt: skip
     """Run a teacher over data and write a cache. Killed at any time, the same command goes on.
+
+    Data that gained rows or texts, or a larger --views, extend the cache that is there.
 
     \u0008
     tc build --teacher clip-lite
+    tc build --teacher clip-lite --views 4
     tc build --teacher clip-vit-b16 --data photos/ --out caches/photos.zarr
     tc build --teacher clip-vit-b16 --weights random:0 --limit 100
     torchrun --nproc-per-node 8 -m teachercache build --teacher clip-vit-l14 --data shards/
@@ -117,9 +134,13 @@ def build(name, data, out, outputs, weights, batch_size, workers, precision, dev
     from teachercache import runtime
     from teachercache.readers import read_manifest
     from teachercache.teachers import find
+    from teachercache.views import parse_augment
 
     wanted = tuple(part.strip() for part in outputs.split(",") if part.strip())
     find(name)
+    drawn = parse_augment(augment)
+    if augment and not views:
+        raise UserError("--augment is for stored views: add --views 4, or leave --augment away")
     device = runtime.pick_device(device)
     dtype = runtime.pick_precision(precision, device)
     manifest = read_manifest(data, limit=limit)
@@ -133,22 +154,24 @@ def build(name, data, out, outputs, weights, batch_size, workers, precision, dev
     teacher = load(name, weights=weights, outputs=wanted)
     say(f"{name} on {device} in {dtype.dtype} ({dtype.reason}); {len(manifest):,} rows of {manifest.data}")
     workers = runtime.default_workers() if workers is None else workers
-    out = out or default_cache(data, name)
-    announce(run(teacher, manifest, out, batch_size=batch_size, workers=workers, device=device, precision=dtype))
+    out = as_path(out) if out else default_cache(data, name, views)
+    announce(run(teacher, manifest, out, batch_size=batch_size, workers=workers, device=device, precision=dtype,
+                 views=views, augment=drawn, prune=prune, limit=limit or 0))  # fmt: skip
 
 
 @tc.command()
-@click.argument("cache", type=Path)
+@click.argument("cache")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
-def info(cache: Path, as_json: bool) -> None:
+def info(cache: str, as_json: bool) -> None:
     """Say what a cache holds: teacher, fields, rows, how much of it is done."""
     from teachercache import store
     from teachercache.spec import to_dict
 
     opened = store.open_cache(cache)
     meta, done = opened.meta, store.done_blocks(opened)
-    invalid = [entry for block in sorted(done) for entry in store.done_record(opened, block)["invalid"]]
-    size = sum(path.stat().st_size for path in cache.rglob("*") if path.is_file())
+    records = [record for block in store.listed_blocks(opened) if (record := store.done_record(opened, block))]
+    invalid = [entry for record in records for entry in record["invalid"]]
+    size = sum(path.stat().st_size for path in opened.path.rglob("*") if path.is_file())
     if as_json:
         facts = {
             "blocks_done": len(done),
@@ -159,22 +182,25 @@ def info(cache: Path, as_json: bool) -> None:
         print(jsonlib.dumps({**to_dict(meta), **facts}))
         return
     print(f"teacher    {meta.spec.name} ({meta.spec.weights}), weights {meta.spec.digest[:12]}, {meta.precision}")
-    print(f"data       {meta.data}, {meta.rows:,} rows, {meta.texts} texts a row")
+    print(
+        f"data       {meta.data}, {meta.rows:,} rows, {meta.texts} texts a row"
+        + (f", {meta.views} augmented views a picture" if meta.views else "")
+    )
     print(f"blocks     {len(done)} of {meta.num_blocks} done, {meta.block_rows:,} rows each, {size / 1e6:,.1f} MB")
     print(f"unusable   {len(invalid)}")
     for field in opened.fields.values():
-        shape = "x".join(map(str, field.array_shape(meta.rows, meta.texts)))
-        print(f"  {field.name:12} {shape:>18} {field.dtype:8} {field.doc}")
+        shape = "x".join(map(str, field.array_shape(meta.rows, meta.texts, meta.views)))
+        print(f"  {field.name:18} {shape:>18} {field.dtype:8} {field.doc}")
     for name, value in meta.spec.constants.items():
         print(f"  {name:12} {value:.6g}")
 
 
 @tc.command()
-@click.argument("cache", type=Path)
+@click.argument("cache")
 @click.option("--samples", default=64, show_default=True, type=click.IntRange(0),
               help="Rows to compute again with the live teacher; 0 checks the files alone.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
-def verify(cache: Path, samples: int, as_json: bool) -> None:
+def verify(cache: str, samples: int, as_json: bool) -> None:
     """Check every file's checksum, and some rows against the live teacher (cosine at least 0.999).
 
     A damaged block is named and forgotten, so that the next `tc build` writes it again.
@@ -199,10 +225,10 @@ def verify(cache: Path, samples: int, as_json: bool) -> None:
 
 
 @tc.command()
-@click.argument("cache", type=Path)
+@click.argument("cache")
 @click.option("--field", default="image_emb", show_default=True)
 @click.option("--kind", default="auto", show_default=True, help="auto, flat, ivf or hnsw.")
-def index(cache: Path, field: str, kind: str) -> None:
+def index(cache: str, field: str, kind: str) -> None:
     """Build a FAISS index over a field, beside the cache."""
     from teachercache.index import build_index
     from teachercache.store import open_complete
@@ -212,12 +238,12 @@ def index(cache: Path, field: str, kind: str) -> None:
 
 
 @tc.command()
-@click.argument("cache", type=Path)
+@click.argument("cache")
 @click.argument("text", required=False)
 @click.option("--image", type=Path, help="Search by a picture instead of a text.")
 @click.option("--top", default=10, show_default=True, type=click.IntRange(1))
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
-def search(cache: Path, text: str | None, image: Path | None, top: int, as_json: bool) -> None:
+def search(cache: str, text: str | None, image: Path | None, top: int, as_json: bool) -> None:
     """Find the pictures nearest to a text or to a picture.
 
     \u0008

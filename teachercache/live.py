@@ -1,5 +1,6 @@
 """A cache and its teacher together: check rows against it, search by a new text or picture. Not for building."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -7,11 +8,15 @@ import numpy as np
 import torch
 
 from teachercache import index, store
-from teachercache.build import rows_for
+from teachercache.build import VIEWS_AT_ONCE
+from teachercache.decode import Piece, rows_for
+from teachercache.forward import launch
+from teachercache.grow import compare
 from teachercache.names import UserError
 from teachercache.readers import read_manifest
-from teachercache.samples import BadSample, decode_image, digest_rows, load_manifest
+from teachercache.samples import BadSample, Manifest, decode_image, digest_rows, load_manifest
 from teachercache.teachers import Teacher, load
+from teachercache.views import Augment
 
 BAR = 0.999  # cosine of a float16 row to the live teacher
 
@@ -28,11 +33,11 @@ def load_teacher(cache: store.Cache) -> Teacher:
     return teacher
 
 
-def verify_cache(path: Path, *, samples: int) -> dict[str, Any]:
+def verify_cache(path: str | Path, *, samples: int) -> dict[str, Any]:
     """Damaged blocks (whose done records are removed) and the cosine of some rows to the live teacher."""
     cache = store.open_cache(path)
     damaged = store.damaged_blocks(cache)
-    if digest_rows(load_manifest(cache.path / "manifest.parquet").table) != cache.meta.manifest:
+    if digest_rows(store.cached_manifest(cache).table) != cache.meta.manifest:
         raise UserError(f"{path}/manifest.parquet is damaged: remove {path} and run `{cache.command()}`")
     for block in damaged:
         store.forget_block(cache, block)
@@ -45,35 +50,40 @@ def verify_cache(path: Path, *, samples: int) -> dict[str, Any]:
     return report
 
 
-def _live_cosines(cache: store.Cache, samples: int) -> dict[str, np.ndarray]:
-    """Cosine of stored to recomputed rows, over evenly spread usable rows."""
-    manifest = read_manifest(cache.meta.data, limit=cache.meta.rows)
-    if manifest.digest != cache.meta.manifest:
+def cached_data(cache: store.Cache) -> Manifest:
+    """The data of a cache as it is now, in the cache's order; UserError where it has lost or changed rows since."""
+    manifest = read_manifest(cache.meta.data, limit=cache.meta.limit or None)
+    change = compare(cache, manifest)
+    if change.lost or change.changed:
         raise UserError(
-            f"{manifest.data} is not the data of {cache.path} any more: remove it and run `{cache.command()}`"
+            f"{manifest.data} is not the data of {cache.path} any more ({len(change.lost)} rows are gone, "
+            f"{len(change.changed)} changed): follow it with `{cache.command()} --prune`"
         )
+    return dataclasses.replace(manifest, table=manifest.table.take(change.order[: cache.meta.rows]))
+
+
+def _live_cosines(cache: store.Cache, samples: int) -> dict[str, np.ndarray]:
+    """Cosine of stored to recomputed values, over evenly spread usable rows, all texts and the first views."""
+    meta, manifest = cache.meta, cached_data(cache)
     teacher = load_teacher(cache)
     usable = np.flatnonzero(store.read_field(cache, "valid"))
     if not len(usable):
         raise UserError(f"no usable row in {cache.path}: see {cache.path / 'quarantine.jsonl'}")
     rows = usable[np.linspace(0, len(usable) - 1, min(samples, len(usable))).round().astype(int)]
-    batch = rows_for(teacher, manifest).__getitems__(rows.tolist())
-    inputs: dict[str, torch.Tensor] = {name: batch[name] for name in ("image", "text") if name in batch}
-    with torch.inference_mode():
-        outputs = {name: tensor.float().numpy() for name, tensor in teacher.encode(teacher.module, inputs).items()}
-    cosines = {}
-    for name, live in outputs.items():
-        field = cache.fields[name]
-        live = live.reshape(field.array_shape(len(rows), cache.meta.texts))
-        stored = store.read_field(cache, name)[rows].astype(np.float32)
-        if field.per == "text":
-            live, stored = live[batch["text_valid"]], stored[batch["text_valid"]]
-        product = (live * stored).sum(-1)
-        cosines[name] = product / (np.linalg.norm(live, axis=-1) * np.linalg.norm(stored, axis=-1))
-    return cosines
+    views = range(min(meta.views, VIEWS_AT_ONCE) or 1) if manifest.has_images else range(0)
+    piece = Piece(tuple(rows.tolist()), views, range(meta.texts))
+    batch = rows_for(teacher, manifest, Augment(**meta.augment) if meta.views else None).__getitems__(piece)
+    cosines: dict[str, list[np.ndarray]] = {}
+    for name, copy, tensor in launch(teacher, teacher.module, cache, batch, "cpu", torch.float32):
+        live = tensor.float().numpy().reshape(len(rows), -1)
+        stored = store.read_rows(cache, name, copy, rows).astype(np.float32).reshape(len(rows), -1)
+        known = batch["text_valid"][:, copy] if cache.fields[name].per == "text" else batch["usable"]
+        norms = np.linalg.norm(live, axis=1) * np.linalg.norm(stored, axis=1)
+        cosines.setdefault(name, []).append(((live * stored).sum(1) / np.maximum(norms, 1e-12))[known])
+    return {name: np.concatenate(parts) for name, parts in cosines.items()}
 
 
-def search_cache(path: Path, *, text: str | None, image: Path | None, top: int) -> list[dict[str, Any]]:
+def search_cache(path: str | Path, *, text: str | None, image: Path | None, top: int) -> list[dict[str, Any]]:
     """The rows whose pictures (texts, where it has no pictures) are nearest to a text or to a picture, best first."""
     cache = store.open_complete(path)
     field = "image_emb" if "image_emb" in cache.fields else "text_emb"

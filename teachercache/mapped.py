@@ -45,7 +45,7 @@ def _mmap(address: int | None, size: int, flags: int, descriptor: int) -> int:
     return found
 
 
-def map_chunks(files: Sequence[Path], *, chunk_shape: tuple[int, ...], rows: int, dtype: str) -> np.ndarray:
+def map_chunks(files: Sequence[Path], *, chunk_shape: tuple[int, ...], dtype: str) -> np.ndarray:
     """A read-only array [rows, ...] over chunk files of `chunk_shape`, in order; each may have bytes behind it."""
     chunk_bytes = int(np.prod(chunk_shape)) * np.dtype(dtype).itemsize
     total = chunk_bytes * len(files)
@@ -65,4 +65,4 @@ def map_chunks(files: Sequence[Path], *, chunk_shape: tuple[int, ...], rows: int
     buffer = (ctypes.c_char * total).from_address(base)
     weakref.finalize(buffer, _libc().munmap, base, total)  # numpy keeps the buffer alive as long as any view
     flat = np.frombuffer(memoryview(buffer).toreadonly(), dtype=dtype)
-    return flat.reshape(len(files) * chunk_shape[0], *chunk_shape[1:])[:rows]
+    return flat.reshape(len(files) * chunk_shape[0], *chunk_shape[1:])

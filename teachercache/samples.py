@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from teachercache.columns import COLUMN_FILES, picture_in_row
 from teachercache.names import UserError
+from teachercache.paths import write_whole
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -62,6 +63,13 @@ class Manifest:
         import pyarrow.compute as pc
 
         return pc.max(pc.list_value_length(self.table["texts"])).as_py() or 0
+
+    @property
+    def has_images(self) -> bool:
+        """Whether any row names a picture."""
+        import pyarrow.compute as pc
+
+        return pc.any(pc.not_equal(self.table["image"], "")).as_py()
 
     def row(self, index: int) -> Sample:
         """One row as a record."""
@@ -126,13 +134,17 @@ def make_manifest(data: str, root: Path, samples: Iterable[Sample], *, limit: in
 
 
 def digest_rows(table: "pa.Table") -> str:
-    """sha256 over every row's key, picture reference, picture size, texts and task; the root is left out."""
-    digest = hashlib.sha256()
+    """sha256 over every row's key, picture reference, picture size, texts and task; neither root nor order matter."""
+    return hashlib.sha256(b"".join(sorted(row_digests(table)))).hexdigest()
+
+
+def row_digests(table: "pa.Table") -> list[bytes]:
+    """What `digest_rows` knows of each row."""
+    digests = []
     for batch in table.select(["key", "image", "offset", "size", "texts", "task"]).to_batches(max_chunksize=4096):
         for row in batch.to_pylist():
-            task = row.pop("task")  # only where there is one: rows without keep the digest they had before it existed
-            digest.update(repr((*row.values(), task) if task else tuple(row.values())).encode())
-    return digest.hexdigest()
+            digests.append(hashlib.blake2b(repr(tuple(row.values())).encode(), digest_size=16).digest())
+    return digests
 
 
 def write_manifest(manifest: Manifest, path: Path) -> None:
@@ -140,9 +152,9 @@ def write_manifest(manifest: Manifest, path: Path) -> None:
     import pyarrow.parquet as pq
 
     meta = {"data": manifest.data, "root": str(manifest.root), "digest": manifest.digest}
-    partial = path.with_name(path.name + ".partial")
-    pq.write_table(manifest.table.replace_schema_metadata(meta), partial)
-    os.replace(partial, path)
+    content = io.BytesIO()
+    pq.write_table(manifest.table.replace_schema_metadata(meta), content)
+    write_whole(path, content.getvalue())
 
 
 def load_manifest(path: Path) -> Manifest:
@@ -167,7 +179,7 @@ def load_manifest(path: Path) -> Manifest:
 # Pictures
 
 
-def read_image(manifest: Manifest, sample: Sample) -> "Image.Image":
+def read_image(manifest: Manifest, sample: Sample, at_least: int = 0) -> "Image.Image":
     """The row's picture as a person sees it, RGB; BadSample with the reason where it cannot be read."""
     path = manifest.root / sample.image
     try:

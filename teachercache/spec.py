@@ -119,14 +119,19 @@ def meta_from_dict(values: Mapping[str, Any]) -> CacheMeta:
 
 def differences(old: Any, new: Any, *, ignore: tuple[str, ...] = ()) -> list[str]:
     """Names of entries in which two records differ (`spec.digest`), each with both values, shortened."""
-    left, right = ({**values, **{f"spec.{k}": v for k, v in values.pop("spec", {}).items()}}
-                   for values in (to_dict(old), to_dict(new)))  # fmt: skip
+    left, right = (_flat(to_dict(record)) for record in (old, new))
     short = lambda value: text if len(text := json.dumps(_names(value))) <= 60 else text[:57] + "..."  # noqa: E731
     return [
-        f"{name}: {short(left[name])} there, {short(right[name])} asked"
-        for name in left
-        if name not in ignore and left[name] != right[name]
+        f"{name}: {short(left.get(name))} there, {short(right.get(name))} asked"
+        for name in left | right
+        if name not in ignore and left.get(name) != right.get(name)
     ]
+
+
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
+    """Entries of the spec and of the augmentation under their own names."""
+    inner = {f"{name}.{key}": value for name in ("spec", "augment") for key, value in values.pop(name, {}).items()}
+    return values | inner
 
 
 def _names(value: Any) -> Any:

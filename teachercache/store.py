@@ -1,7 +1,7 @@
 """A cache on disk: create, open, write a block, read fields, join by key. Format version 1; not for computing.
 
-<cache>/zarr.json                 attributes: CacheMeta
-<cache>/<field>/c/<block>/...     one chunk file per block and field: raw little-endian bytes, then their crc32c
+<cache>/zarr.json                 attributes: CacheMeta; rewritten last when a cache grows, so it says what counts
+<cache>/<field>/c/<block>/...     one chunk file per block and copy (text or view): raw bytes, then their crc32c
 <cache>/done/<block>.json         the block's rows, file checksums and unusable rows; written last
 <cache>/manifest.parquet          keys, texts, labels: a cache explains itself without the data
 <cache>/quarantine.jsonl          every unusable row with its reason, once all blocks are done
@@ -11,112 +11,71 @@ import contextlib
 import dataclasses
 import json
 import os
-import shlex
 import shutil
 import socket
 import uuid
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import zarr
-from zarr.codecs import Crc32cCodec
 
+from teachercache.layout import (
+    Cache,
+    chunk_bytes,
+    chunk_path,
+    chunk_shape,
+    encode,
+    metadata,
+)
 from teachercache.mapped import can_map, map_chunks
 from teachercache.names import UserError
-from teachercache.paths import write_whole
-from teachercache.samples import Manifest, write_manifest
-from teachercache.spec import CacheMeta, Field, differences, meta_from_dict, to_dict
+from teachercache.paths import as_path, is_url, write_whole
+from teachercache.samples import Manifest, load_manifest, write_manifest
+from teachercache.spec import CacheMeta, meta_from_dict
 
 LOCK = ".lock"  # empty; a builder holds the byte of each block that it writes
-MIN_BLOCK_ROWS, MAX_BLOCK_BYTES = 256, 64 << 20
-
-
-@dataclasses.dataclass(frozen=True)
-class Cache:
-    """An opened cache."""
-
-    path: Path
-    meta: CacheMeta
-
-    @property
-    def fields(self) -> dict[str, Field]:
-        """Every array but `key`: the teacher's fields and the two masks of usable rows and texts."""
-        own = [Field("valid", (), "row", "bool", "whether the row can be used")]
-        if self.meta.texts:
-            own.append(Field("text_valid", (), "text", "bool", "whether the text can be used"))
-        return {field.name: field for field in (*own, *self.meta.spec.fields)}
-
-    def command(self, *, data: str | None = None) -> str:
-        """The command that builds this cache, or one like it for all of `data`."""
-        spec = self.meta.spec
-        precision = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[self.meta.precision]
-        options = {"--teacher": spec.name, "--weights": spec.weights, "--data": self.meta.data, "--out": str(self.path),
-                   "--precision": precision, "--limit": str(self.meta.rows)}  # fmt: skip
-        if spec.weights == "pretrained":
-            del options["--weights"]
-        if data is not None:
-            options["--data"] = data
-            del options["--limit"]
-        return shlex.join(["tc", "build", *(word for option in options.items() for word in option)])
-
-
-def block_rows_for(fields: tuple[Field, ...], rows: int, texts: int) -> int:
-    """Rows per block: a power of two, about 64 blocks, no chunk above 64 MiB."""
-    widest = max(int(np.prod(f.array_shape(1, max(texts, 1)))) * np.dtype(f.dtype).itemsize for f in fields)
-    size = MIN_BLOCK_ROWS
-    while size < rows / 64 and 2 * size * widest <= MAX_BLOCK_BYTES:
-        size *= 2
-    while size > 1 and size * widest > MAX_BLOCK_BYTES:
-        size //= 2
-    return size
+Chunks = Mapping[tuple[str, int], np.ndarray]  # field and copy (text or view; 0 where there is one) -> [rows, ...]
 
 
 # ----------------------------------------------------------------------------------------------------
 # Create and open
 
 
+def is_there(path: Path) -> bool:
+    """Whether there is a cache at `path`; UserError where there is something else."""
+    if (path / "zarr.json").exists():
+        return True
+    if path.exists() and (is_url(path) or not path.is_dir() or any(path.iterdir())):
+        if is_url(path) and not any(path.iterdir()):
+            return False
+        if is_url(path) and (path / "manifest.parquet").exists():  # a builder was killed while it created this cache
+            return False
+        raise UserError(f"{path} is there and is no cache: pass another --out")
+    return False
+
+
 def create(path: Path, meta: CacheMeta, manifest: Manifest) -> Cache:
-    """An empty cache, or the one that is there if it was made for the same teacher and data."""
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        if not (path / "zarr.json").exists():
-            raise UserError(f"{path} is there and is no cache: pass another --out")
-        cache = open_cache(path)
-        changed = differences(cache.meta, meta, ignore=("data", "versions", "block_rows"))
-        if changed:
-            raise UserError(
-                f"{path} holds another build ({'; '.join(changed)}): pass another --out, or remove that folder"
-            )
-        return cache
+    """An empty cache; the one that is there, whatever it is of, if another builder was first."""
+    if is_url(path):  # no rename there: the group's own zarr.json comes last
+        write_manifest(manifest, path / "manifest.parquet")
+        for name, content in metadata(meta).items():
+            write_whole(path / name, content)
+        return Cache(path, meta)
     partial = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.partial")
-    partial.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(partial, ignore_errors=True)
     _remove_abandoned(path)
-    with zarr.config.set({"array.write_empty_chunks": True}):
-        group = zarr.create_group(partial, zarr_format=3, attributes=to_dict(meta), overwrite=True)
-        for field in Cache(partial, meta).fields.values():
-            shape = field.array_shape(meta.rows, meta.texts)
-            group.create_array(
-                field.name,
-                shape=shape,
-                chunks=(meta.block_rows, *shape[1:]),
-                dtype=field.dtype,
-                compressors=[Crc32cCodec()],
-                fill_value=False if field.dtype == "bool" else 0,
-                dimension_names=field.dims(),
-                attributes={"doc": field.doc},
-            )
-        group.create_array("key", shape=(meta.rows,), chunks=(meta.block_rows,), dtype=str,
-                           dimension_names=("row",))  # fmt: skip
+    (partial / "done").mkdir(parents=True)
+    for name, content in metadata(meta).items():
+        write_whole(partial / name, content)
     write_manifest(manifest, partial / "manifest.parquet")
-    (partial / "done").mkdir()
     (partial / LOCK).touch()
     try:
         os.rename(partial, path)
     except OSError:  # another builder was first
         shutil.rmtree(partial)
-        return create(path, meta, manifest)
+        return open_cache(path)
     return Cache(path, meta)
 
 
@@ -131,9 +90,9 @@ def _remove_abandoned(path: Path) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def open_cache(path: str | Path) -> Cache:
-    """The cache at `path`; UserError where there is none or its format is not ours."""
-    path = Path(path)
+def open_cache(where: str | Path) -> Cache:
+    """The cache at a path or URL; UserError where there is none or its format is not ours."""
+    path = as_path(where)
     try:
         attributes = json.loads((path / "zarr.json").read_text())["attributes"]
         meta = meta_from_dict(attributes)
@@ -155,6 +114,12 @@ def open_complete(path: str | Path) -> Cache:
     return cache
 
 
+def cached_manifest(cache: Cache) -> Manifest:
+    """The rows of a cache in its order: the first ones, where a killed builder had begun to add more."""
+    manifest = load_manifest(cache.path / "manifest.parquet")
+    return dataclasses.replace(manifest, table=manifest.table.slice(0, cache.meta.rows), digest=cache.meta.manifest)
+
+
 # ----------------------------------------------------------------------------------------------------
 # Blocks
 
@@ -163,46 +128,59 @@ def _record_path(cache: Cache, block: int) -> Path:
     return cache.path / "done" / f"{block:08d}.json"
 
 
+def listed_blocks(cache: Cache) -> list[int]:
+    """Blocks that have a done record, whatever it covers."""
+    return sorted(block for path in (cache.path / "done").glob("*.json") if (block := int(path.stem)) >= 0)
+
+
 def done_blocks(cache: Cache) -> set[int]:
-    """Blocks whose done record exists."""
-    return {int(path.stem) for path in (cache.path / "done").glob("*.json")}
+    """Blocks that are finished: their done record covers all rows, texts and views that the cache has now."""
+    listed = [block for block in listed_blocks(cache) if block < cache.meta.num_blocks]
+    return {block for block in listed if covers(cache, done_record(cache, block))}
+
+
+def covers(cache: Cache, record: Mapping[str, Any] | None) -> bool:
+    """Whether a done record is of the whole block as it is now."""
+    if record is None:
+        return False
+    rows = cache.meta.block(record["block"])
+    return (record["rows"], record["texts"], record["views"]) == (
+        [rows.start, rows.stop], cache.meta.texts, cache.meta.views)  # fmt: skip
 
 
 def _record_checksum(record: Mapping[str, Any]) -> int:
     return zlib.crc32(json.dumps({name: value for name, value in record.items() if name != "checksum"}).encode())
 
 
-def done_record(cache: Cache, block: int) -> dict[str, Any]:
-    """The done record of a block."""
-    return json.loads(_record_path(cache, block).read_text())
+def done_record(cache: Cache, block: int) -> dict[str, Any] | None:
+    """The done record of a block, None where there is none or it is damaged: the block is then built again."""
+    try:
+        record = json.loads(_record_path(cache, block).read_text())
+        return record if record["checksum"] == _record_checksum(record) else None
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
 
 
-def chunk_path(cache: Cache, name: str, block: int) -> Path:
-    """The chunk file of a field's block."""
-    dims = 1 if name == "key" else len(cache.fields[name].array_shape(1, 1))
-    return cache.path.joinpath(name, "c", str(block), *["0"] * (dims - 1))
-
-
-def write_block(cache: Cache, block: int, arrays: Mapping[str, np.ndarray], invalid: list[dict[str, Any]]) -> None:
-    """Write all fields of a block, then its done record; what a killed builder left of it is removed first."""
-    rows = cache.meta.block(block)
-    expected = {*cache.fields, "key"}
-    if set(arrays) != expected:
-        raise ValueError(f"block needs {sorted(expected)}, got {sorted(arrays)}")
-    files = {}
-    lengths = {name: len(array) for name, array in arrays.items() if len(array) != len(rows)}
-    if lengths:
-        raise ValueError(f"block {block} has {len(rows)} rows, got {lengths}")
-    with zarr.config.set({"array.write_empty_chunks": True}):
-        for name in sorted(arrays):
-            path = chunk_path(cache, name, block)
-            for left in [*path.parent.glob(f"{path.name}.*.partial")]:
-                left.unlink()
-            zarr.open_array(cache.path / name, mode="r+")[rows.start : rows.stop] = arrays[name]
-            content = path.read_bytes()
-            files[str(path.relative_to(cache.path))] = [len(content), zlib.crc32(content)]
-            flush(path)
-    record = {"block": block, "rows": [rows.start, rows.stop], "files": files, "invalid": invalid}
+def write_block(cache: Cache, block: int, chunks: Chunks, invalid: list[dict[str, Any]]) -> None:
+    """Write chunks of a block, then its done record, which also names the chunks of an earlier one that stay."""
+    rows, earlier = cache.meta.block(block), done_record(cache, block)
+    files = dict(earlier["files"]) if earlier else {}
+    contents = {chunk_path(cache, name, block, copy): encode(cache, name, values, len(rows))
+                for (name, copy), values in sorted(chunks.items())}  # fmt: skip
+    names = {path: path.relative_to(cache.path).as_posix() for path in contents}
+    files |= {names[path]: [len(content), zlib.crc32(content)] for path, content in contents.items()}
+    needed = {chunk_path(cache, name, block, copy).relative_to(cache.path).as_posix()
+              for name in (*cache.fields, "key") for copy in range(cache.copies(name))}  # fmt: skip
+    if set(files) != needed:
+        raise ValueError(
+            f"block {block} lacks {sorted(needed - set(files))}, has {sorted(set(files) - needed)} besides"
+        )
+    if earlier:  # from here on a killed builder leaves an unfinished block, never a wrong one
+        forget_block(cache, block)
+    for path, content in contents.items():
+        write_whole(path, content)
+    record = {"block": block, "rows": [rows.start, rows.stop], "texts": cache.meta.texts, "views": cache.meta.views,
+              "files": dict(sorted(files.items())), "invalid": invalid}  # fmt: skip
     record["checksum"] = _record_checksum(record)
     write_whole(_record_path(cache, block), json.dumps(record, indent=1) + "\n")
 
@@ -218,32 +196,30 @@ def flush(path: Path) -> None:
 
 def finish(cache: Cache) -> list[dict[str, Any]]:
     """Write quarantine.jsonl from the done records of a whole cache; its entries."""
-    entries = [entry for block in range(cache.meta.num_blocks) for entry in done_record(cache, block)["invalid"]]
+    records = [done_record(cache, block) for block in range(cache.meta.num_blocks)]
+    entries = [entry for record in records if record for entry in record["invalid"]]
     with contextlib.suppress(FileNotFoundError):  # another builder finished first, with the same bytes
         text = "".join(json.dumps(entry) + "\n" for entry in entries)
         write_whole(cache.path / "quarantine.jsonl", text, tag=f".{uuid.uuid4().hex}")
-    for left in cache.path.glob("quarantine.jsonl.*.partial"):  # of a builder that was killed here
-        left.unlink(missing_ok=True)
+    if not is_url(cache.path):
+        for left in cache.path.glob("quarantine.jsonl.*.partial"):  # of a builder that was killed here
+            left.unlink(missing_ok=True)
     return entries
 
 
 def damaged_blocks(cache: Cache) -> dict[int, str]:
     """Blocks with a file that is missing or not what was written, with the reason."""
     damaged = {}
-    for block in sorted(done_blocks(cache)):
-        try:
-            record = done_record(cache, block)
-            files = record["files"]
-            if record["checksum"] != _record_checksum(record):
-                raise ValueError("checksum")
-        except (ValueError, KeyError, TypeError):
+    for block in listed_blocks(cache):
+        record = done_record(cache, block)
+        if record is None:
             damaged[block] = "its done record is damaged"
             continue
-        for name, (size, checksum) in files.items():
+        for name, (size, checksum) in record["files"].items():
             try:
                 content = (cache.path / name).read_bytes()
             except OSError as error:
-                damaged[block] = f"{name}: {error.strerror}"
+                damaged[block] = f"{name}: {error.strerror or 'missing'}"
                 break
             if (len(content), zlib.crc32(content)) != (size, checksum):
                 damaged[block] = f"{name}: checksum differs"
@@ -261,21 +237,44 @@ def forget_block(cache: Cache, block: int) -> None:
 
 
 def read_field(cache: Cache, name: str) -> np.ndarray:
-    """A whole field [rows, ...]: mapped from its chunk files where they can be, else read through zarr."""
+    """A whole field [rows, ...], [rows, texts, ...] or [rows, views, ...]: mapped where it can be, else in memory."""
     if name not in cache.fields:
         raise UserError(f"{cache.path} has no field '{name}': choose from {', '.join(cache.fields)}")
-    field = cache.fields[name]
-    shape = field.array_shape(cache.meta.rows, cache.meta.texts)
-    chunk = (cache.meta.block_rows, *shape[1:])
-    if can_map(int(np.prod(chunk)) * np.dtype(field.dtype).itemsize):
-        files = [chunk_path(cache, name, block) for block in range(cache.meta.num_blocks)]
-        return map_chunks(files, chunk_shape=chunk, rows=shape[0], dtype=field.dtype)
-    return np.asarray(zarr.open_array(cache.path / name, mode="r")[:])
+    meta, field, copies = cache.meta, cache.fields[name], cache.copies(name)
+    chunk = chunk_shape(cache, name)
+    files = [chunk_path(cache, name, block, copy) for copy in range(copies) for block in range(meta.num_blocks)]
+    if can_map(chunk_bytes(cache, name)) and not is_url(cache.path):
+        array = map_chunks(files, chunk_shape=chunk, dtype=field.dtype)
+    else:
+        array = np.concatenate([_read_chunk(path, chunk, field.dtype) for path in files])
+    shape = field.array_shape(meta.rows, meta.texts, meta.views)
+    array = array.reshape(copies, meta.num_blocks * meta.block_rows, *field.shape)[:, : meta.rows]
+    return array[0] if len(shape) == array.ndim - 1 else array.swapaxes(0, 1)
+
+
+def read_rows(cache: Cache, name: str, copy: int, rows: np.ndarray) -> np.ndarray:
+    """Values [n, *shape] of some rows and one text or view, from those blocks alone; they must be written."""
+    field, size = cache.fields[name], cache.meta.block_rows
+    values = np.empty((len(rows), *field.shape), field.dtype)
+    for block in np.unique(rows // size).tolist():
+        mine = rows // size == block
+        chunk = _read_chunk(chunk_path(cache, name, block, copy), (size, *field.shape), field.dtype)
+        values[mine] = chunk[rows[mine] - block * size]
+    return values
+
+
+def _read_chunk(path: Path, shape: Sequence[int], dtype: str) -> np.ndarray:
+    """One chunk file as an array; its checksum behind the values is `tc verify`'s to look at."""
+    count = int(np.prod(shape))
+    content = path.read_bytes()
+    if len(content) < count * np.dtype(dtype).itemsize:
+        raise OSError(5, "a chunk file is too short; run `tc verify`", str(path))
+    return np.frombuffer(content, dtype, count).reshape(shape)
 
 
 def read_keys(cache: Cache) -> np.ndarray:
     """All keys in row order."""
-    return np.asarray(zarr.open_array(cache.path / "key", mode="r")[:])
+    return np.array(cached_manifest(cache).column("key"), dtype=np.dtypes.StringDType())
 
 
 def join(cache: Cache, keys: list[str]) -> np.ndarray:
@@ -283,5 +282,6 @@ def join(cache: Cache, keys: list[str]) -> np.ndarray:
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    found = pc.index_in(pa.array(keys, pa.string()), value_set=pa.array(read_keys(cache).tolist(), pa.string()))
+    there = cached_manifest(cache).table["key"].combine_chunks()
+    found = pc.index_in(pa.array(keys, pa.string()), value_set=there)
     return found.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)

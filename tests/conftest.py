@@ -98,6 +98,22 @@ def build_cache(data: Path, teacher: Path, out: Path, *, block_rows: int | None 
     return out
 
 
+def tree(folder: Path) -> dict[str, bytes]:
+    """Every file of a cache but build.log, which alone holds times."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "build.log")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+def chunks_of(cache, arrays: dict[str, np.ndarray], rows: range) -> dict[tuple[str, int], np.ndarray]:
+    """Whole fields to what `store.write_block` takes for a block's rows."""
+    fields = {name: field.copies(cache.meta.texts, cache.meta.views) for name, field in cache.fields.items()}
+    chunks = {("key", 0): arrays["key"][rows.start : rows.stop]}
+    for name, copies in fields.items():
+        values = arrays[name][rows.start : rows.stop]
+        chunks |= {(name, i): values[:, i] for i in range(copies)} if copies else {(name, 0): values}
+    return chunks
+
+
 def train_words(data: Path, cache: Path, out: Path, *words: object, recipe: str = "clip_kd") -> list[str]:
     """The words behind `student` of a small training; later words win over these."""
     start = ["train", "--recipe", recipe, "--data", data, "--cache", cache, "--out", out, "--batch-size", 8]

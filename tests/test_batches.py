@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import build_cache, make_folder, save_teacher
+from conftest import build_cache, chunks_of, make_folder, save_teacher
 from PIL import Image
 
 from student.batches import Batches, epoch_order, find_cache, loader, readable_rows, same_data_cache, training_rows
@@ -63,7 +63,7 @@ def spelled_cache(manifest: Manifest, path: Path, *, weights: str = "pretrained"
         valid = np.array([number(keys[row]) not in bad for row in rows])
         arrays = {"image_emb": image, "text_emb": text, "valid": valid, "text_valid": usable}
         arrays["key"] = np.array([keys[row] for row in rows], dtype=np.dtypes.StringDType())
-        store.write_block(cache, block, arrays, [])
+        store.write_block(cache, block, chunks_of(cache, arrays, range(len(rows))), [])
     return cache
 
 
@@ -233,7 +233,7 @@ def test_a_row_that_changed_under_its_key(manifest, spelled, change):
         training_rows(changed, spelled)
     assert f"1 rows of {manifest.data} changed" in str(error.value)
     assert f"'{manifest.column('key')[row]}'" in str(error.value)
-    assert f"run `{spelled.command(data=manifest.data)}`" in str(error.value)
+    assert f"`{spelled.command(data=manifest.data)} --prune`" in str(error.value)
 
 
 def test_rows_that_cannot_be_used_are_skipped(manifest, tmp_path):

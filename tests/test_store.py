@@ -1,8 +1,10 @@
 """The cache on disk: what was written is what every reader reads, and damage is found."""
 
 import dataclasses
+import functools
 import gc
 import json
+import os
 import shlex
 import shutil
 import socket
@@ -12,13 +14,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zarr
+from conftest import chunks_of, tree
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from teachercache import store
+from teachercache.grow import settle
+from teachercache.layout import block_rows_for
 from teachercache.mapped import can_map
 from teachercache.names import UserError
-from teachercache.samples import Sample, load_manifest, make_manifest
+from teachercache.samples import Manifest, Sample, load_manifest, make_manifest
 from teachercache.spec import CacheMeta, Field, TeacherSpec
 
 TEACHER = "open_clip:ViT-B-32/laion2b_s34b_b79k"
@@ -32,9 +37,14 @@ FIELDS = (
 )
 
 
+@functools.cache
+def make_rows() -> Manifest:
+    return make_manifest("some/data", Path("some/data"), [Sample(f"row/{i:04d}\u00e9", "a.png") for i in range(ROWS)])
+
+
 def make_meta(**changes) -> CacheMeta:
     spec = TeacherSpec(TEACHER, "pretrained", "0" * 64, ("embeddings",), FIELDS, {}, {}, {"logit_scale": 4.6})
-    values = {"data": "some/data", "manifest": "1" * 64, "rows": ROWS, "texts": TEXTS, "block_rows": BLOCK}
+    values = {"data": "some/data", "manifest": make_rows().digest, "rows": ROWS, "texts": TEXTS, "block_rows": BLOCK}
     return CacheMeta(**({"spec": spec, "precision": "float32", "versions": {}} | values | changes))
 
 
@@ -51,14 +61,13 @@ def make_arrays(seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def make_empty(path: Path, **changes) -> store.Cache:
-    manifest = make_manifest("some/data", Path("some/data"), [Sample("a", "a.png")])
-    return store.create(path, make_meta(**changes), manifest)
+    return settle(path, make_meta(**changes), make_rows()).cache
 
 
 def write(cache: store.Cache, block: int, arrays: dict[str, np.ndarray]) -> None:
     rows = cache.meta.block(block)
     reason = [{"row": rows.start, "key": "k", "reason": "b\u00e4d"}]
-    store.write_block(cache, block, {name: a[rows.start : rows.stop] for name, a in arrays.items()}, reason)
+    store.write_block(cache, block, chunks_of(cache, arrays, rows), reason)
 
 
 @pytest.fixture(scope="module")
@@ -79,10 +88,6 @@ def whole(tmp_path_factory, arrays) -> store.Cache:
 def copy(whole, tmp_path) -> store.Cache:
     shutil.copytree(whole.path, tmp_path / "c.zarr")
     return store.open_cache(tmp_path / "c.zarr")
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -210,19 +215,17 @@ def test_create_keeps_the_block_rows_that_are_there(copy):
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"manifest": "2" * 64}, "manifest"),
-        ({"rows": ROWS - 1}, "rows"),
-        ({"texts": 3}, "texts"),
         ({"precision": "bfloat16"}, 'precision: "float32" there, "bfloat16" asked'),
         ({"spec": dataclasses.replace(make_meta().spec, digest="9" * 64)}, "digest"),
         ({"spec": dataclasses.replace(make_meta().spec, name="other")}, "other"),
         ({"spec": dataclasses.replace(make_meta().spec, fields=FIELDS[:2])}, "odd"),
+        ({"views": 2}, "views: 0 there, 2 asked"),
     ],
-    ids=["manifest", "rows", "texts", "precision", "weights", "teacher", "fields"],
+    ids=["precision", "weights", "teacher", "fields", "views"],
 )
 def test_create_over_another_build_names_what_changed(copy, changes, named):
     before = tree(copy.path)
-    with pytest.raises(UserError, match=r"holds another build .*pass another --out, or remove") as error:
+    with pytest.raises(UserError, match=r"holds another build .*pass another --out") as error:
         make_empty(copy.path, **changes)
     assert named in str(error.value)
     assert tree(copy.path) == before
@@ -274,19 +277,24 @@ def test_manifest_in_the_cache_keeps_its_rows_and_its_root(tmp_path):
 
 def test_write_block_wants_exactly_the_fields(tmp_path, arrays):
     cache = make_empty(tmp_path / "c.zarr")
-    few = {name: a[:BLOCK] for name, a in arrays.items() if name != "odd"}
-    with pytest.raises(ValueError, match="odd"):
+    chunks = chunks_of(cache, arrays, cache.meta.block(0))
+    few = {at: values for at, values in chunks.items() if at != ("odd", 0)}
+    with pytest.raises(ValueError, match=r"block 0 lacks \['odd/c/0/0'\]"):
         store.write_block(cache, 0, few, [])
-    with pytest.raises(ValueError, match="extra"):
-        store.write_block(cache, 0, {**few, "odd": arrays["odd"][:BLOCK], "extra": arrays["odd"][:BLOCK]}, [])
+    with pytest.raises(KeyError, match="extra"):
+        store.write_block(cache, 0, {**chunks, ("extra", 0): chunks["odd", 0]}, [])
+    with pytest.raises(ValueError, match=r"has \['text_emb/c/0/2/0'\]"):
+        store.write_block(cache, 0, {**chunks, ("text_emb", 2): chunks["text_emb", 0]}, [])
+    with pytest.raises(ValueError, match="odd is float64"):
+        store.write_block(cache, 0, {**chunks, ("odd", 0): chunks["odd", 0].astype(float)}, [])
     assert store.done_blocks(cache) == set()
 
 
 def test_write_block_wants_all_its_rows(tmp_path, arrays):
     cache = make_empty(tmp_path / "c.zarr")
     for rows in (1, BLOCK - 1, BLOCK + 1):
-        with pytest.raises(ValueError):  # noqa: PT011, whoever notices first
-            store.write_block(cache, 0, {name: a[:rows] for name, a in arrays.items()}, [])
+        with pytest.raises(ValueError, match=f"has {rows} rows, its block {BLOCK}"):
+            store.write_block(cache, 0, chunks_of(cache, arrays, range(rows)), [])
     assert store.done_blocks(cache) == set()
 
 
@@ -298,11 +306,11 @@ def test_blocks_are_the_same_in_any_order(whole, tmp_path, arrays):
     assert tree(cache.path) == tree(whole.path)
 
 
-def test_write_block_removes_what_a_killed_builder_left_of_it_alone(tmp_path, arrays):
+def test_write_block_replaces_what_a_killed_builder_left_of_it_alone(tmp_path, arrays):
     cache = make_empty(tmp_path / "c.zarr")
-    mine, theirs = cache.path / "valid/c/1.0123abc.partial", cache.path / "valid/c/10.0123abc.partial"
+    mine, theirs = cache.path / "valid/c/1.partial", cache.path / "valid/c/10.partial"
     mine.parent.mkdir(parents=True)
-    mine.touch()
+    mine.write_bytes(b"half")
     theirs.touch()  # another builder is writing block 10 just now
     write(cache, 1, arrays)
     assert not mine.exists()
@@ -311,7 +319,7 @@ def test_write_block_removes_what_a_killed_builder_left_of_it_alone(tmp_path, ar
 
 def test_two_builders_may_finish_at_once(copy, monkeypatch):
     both = threading.Barrier(2, timeout=10)
-    monkeypatch.setattr(store.os, "fsync", lambda descriptor: both.wait())  # written, not renamed
+    monkeypatch.setattr(os, "fsync", lambda descriptor: both.wait())  # written, not renamed
     errors = []
 
     def finish() -> None:
@@ -333,7 +341,7 @@ def test_record_names_every_file_of_the_block(whole):
     named = {name for block in range(6) for name in store.done_record(whole, block)["files"]}
     on_disk = {name for name in tree(whole.path) if "/c/" in name}
     assert named == on_disk
-    assert len(on_disk) == 6 * (len(FIELDS) + 3)
+    assert len(on_disk) == 6 * (len(FIELDS) + 3 + 2)  # a file for each of two texts and their masks
     entries = [json.loads(line) for line in (whole.path / "quarantine.jsonl").read_text().splitlines()]
     assert [entry["row"] for entry in entries] == [0, 256, 512, 768, 1024, 1280]
 
@@ -390,12 +398,11 @@ def test_damaged_done_record_is_found(copy):
     dtype=st.sampled_from(["float16", "float32", "int64"]),
     per=st.sampled_from(["image", "text"]),
     rows=st.integers(1, 10**9),
-    texts=st.integers(0, 5),
 )
-def test_block_rows(width, dtype, per, rows, texts):
+def test_block_rows(width, dtype, per, rows):
     fields = (Field("wide", (width,), per, dtype, ""), Field("narrow", (1,), "image", "bool", ""))
-    size = store.block_rows_for(fields, rows, texts)
-    row_bytes = width * np.dtype(dtype).itemsize * (max(texts, 1) if per == "text" else 1)
+    size = block_rows_for(fields, rows)
+    row_bytes = width * np.dtype(dtype).itemsize
     assert size & (size - 1) == 0
     assert size == 1 or size * row_bytes <= 64 << 20
     if 2 * size * row_bytes <= 64 << 20:

@@ -14,7 +14,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from conftest import make_folder, save_teacher
+from conftest import make_folder, save_teacher, tree
 from PIL import Image
 
 import teachercache.teachers.clip
@@ -26,7 +26,7 @@ OPTIONS = {  # a contract: adding one is a decision, made here and in DESIGN.md
     "manifest": {"data", "--out", "--limit", "--json"},
     "build": {
         "--teacher", "--data", "--out", "--outputs", "--weights", "--batch-size", "--workers", "--precision",
-        "--device", "--limit",
+        "--device", "--limit", "--views", "--augment", "--prune",
     },
     "info": {"cache", "--json"},
     "verify": {"cache", "--samples", "--json"},
@@ -49,10 +49,6 @@ def error_of(capsys: pytest.CaptureFixture, *words: object) -> str:
     assert [line for line in lines if line.startswith("error: ")] == lines[-1:]
     assert "Traceback" not in out + err
     return lines[-1]
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +116,7 @@ def test_help_names_every_option(command: str, capsys):
 
 def test_examples_keep_their_lines(capsys):
     assert run("build", "--help") == 0
-    assert "\n  tc build --teacher clip-lite\n  tc build --teacher clip-vit-b16" in capsys.readouterr().out
+    assert "\n  tc build --teacher clip-lite\n  tc build --teacher clip-lite --views 4\n" in capsys.readouterr().out
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -289,10 +285,10 @@ def test_build_speaks_on_stderr_and_picks_a_place(teacher_folder, photos, tmp_pa
 
 def test_build_over_other_data_is_refused(teacher_folder, copy, tmp_path, capsys):
     before = tree(copy)
-    data = make_folder(tmp_path / "other", 3)
+    data = make_folder(tmp_path / "other" / "deeper", 3).parent
     line = error_of(capsys, "build", "--teacher", teacher_folder, "--data", data, "--out", copy, *HERE)
     assert "holds another build" in line
-    assert "rows: 12 there, 3 asked" in line
+    assert f"no row of it is in {data}: pass another --out" in line
     assert tree(copy) == before
 
 
@@ -315,7 +311,7 @@ def test_info(built, teacher_folder, capsys):
     assert [facts[name] for name in names] == [12, 2, 1, 1, 0]
     assert facts["spec"]["name"] == str(teacher_folder)
     assert [field["name"] for field in facts["spec"]["fields"]] == ["image_emb", "text_emb"]
-    assert facts["bytes"] == sum(len(content) for content in tree(built).values())
+    assert facts["bytes"] == sum(path.stat().st_size for path in built.rglob("*") if path.is_file())
     assert run("info", built) == 0
     text = capsys.readouterr().out
     for word in ("12 rows, 2 texts a row", "1 of 1 done", "image_emb", "12x2x16", "logit_scale"):

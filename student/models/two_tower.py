@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from teachercache.names import UserError, closest
 from teachercache.runtime import say
 from teachercache.teachers.clip import build_module, open_folder
-from teachercache.views import describe_view, image_view
+from teachercache.views import describe_view, image_view, replay_view
 
 WHITE_64 = {
     "mean": [0.5] * 3,
@@ -51,7 +51,8 @@ class TwoTower(nn.Module):
         model.logit_scale = nn.Parameter(model.logit_scale.detach().reshape(1))  # DeepSpeed refuses 0 dimensions
         self.model = model
         self.model_cfg, self.preprocess, self.tokenizer = model_cfg, preprocess, tokenizer
-        self.view = image_view(describe_view(preprocess))
+        described = describe_view(preprocess)
+        self.view, self.replay, self.at_least = image_view(described), replay_view(described), described["at_least"]
 
     def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Float[Tensor, "..."]]:
         """Pictures [n, 3, H, W] and token ids [n, length] to raw `image`, `text` [n, d] and `scale` [1]."""

@@ -1,0 +1,113 @@
+"""Rows of a manifest to tensors, in worker processes: pictures or their augmented views, token ids, what went wrong.
+
+A row whose picture cannot be used comes as zeros with its reason. Not for deciding which rows: see `build.py`.
+"""
+
+import dataclasses
+import signal
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from teachercache.samples import BadSample, Manifest, Sample, clean_texts, read_image
+from teachercache.teachers import Teacher
+from teachercache.views import PARAMS, Augment, draw_params, replay_view
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """One batch of work: rows, which of their views (0 alone where none are stored) and which of their texts."""
+
+    rows: tuple[int, ...]
+    views: range = range(1)
+    texts: range = range(0)
+    block: int = 0
+
+
+class Rows(Dataset):
+    """What a DataLoader decodes: a Piece is its index. Evaluation and `tc verify` decode with it too."""
+
+    def __init__(self, manifest: Manifest, *, view: Callable[[Any], torch.Tensor], size: tuple[int, int],
+                 at_least: int = 0, tokenize: Any = None, replay: Any = None,
+                 augment: Augment | None = None):  # fmt: skip
+        self.manifest, self.view, self.size, self.at_least = manifest, view, size, at_least
+        self.tokenize, self.replay, self.augment = tokenize, replay, augment
+        self.has_images = manifest.has_images
+
+    def __len__(self) -> int:
+        return len(self.manifest)
+
+    def __getitems__(self, piece: Piece) -> dict[str, Any]:
+        """`image` [views, n, 3, H, W], `view_params` [n, views, P], `text` [n * texts, length]; masks, problems."""
+        start, samples = time.perf_counter(), [self.manifest.row(row) for row in piece.rows]
+        batch: dict[str, Any] = {"piece": piece, "key": [sample.key for sample in samples], "problems": []}
+        batch["usable"] = np.ones(len(samples), bool)
+        if self.has_images and len(piece.views):
+            batch |= self._pictures(piece, samples, batch)
+        if len(piece.texts):
+            clean = [[*clean_texts(sample)] for sample in samples]
+            picked = [[texts[k] if k < len(texts) else ("", False) for k in piece.texts] for texts in clean]
+            lost = [bool(sample.problem) and not self.has_images for sample in samples]
+            batch["text_valid"] = np.array(
+                [[good and not bad for _, good in row] for row, bad in zip(picked, lost, strict=True)], bool
+            ).reshape(len(samples), len(piece.texts))
+            words = [text if good else "" for row in picked for text, good in row]
+            batch["text"] = self.tokenize(words) if words else torch.zeros(0, 1, dtype=torch.long)
+        batch["seconds"] = time.perf_counter() - start
+        return batch
+
+    def _pictures(self, piece: Piece, samples: list[Sample], batch: dict[str, Any]) -> dict[str, Any]:
+        """The pictures of a piece; what cannot be read is noted in `usable` and `problems`."""
+        pictures = torch.zeros(len(piece.views), len(samples), 3, *self.size)
+        params = np.zeros((len(samples), len(piece.views), len(PARAMS)), np.float32)
+        for i, sample in enumerate(samples):
+            try:
+                if sample.problem:
+                    raise BadSample(sample.problem)
+                if not sample.image:
+                    raise BadSample("the row has no picture")
+                picture = read_image(self.manifest, sample, at_least=self.at_least)
+                if self.augment is None:
+                    pictures[0, i] = self.view(picture)
+                    continue
+                for v, number in enumerate(piece.views):
+                    params[i, v] = draw_params(self.augment, sample.key, number,
+                                               width=picture.width, height=picture.height)  # fmt: skip
+                    pictures[v, i] = self.replay(picture, params[i, v])
+            except BadSample as error:
+                batch["usable"][i] = False
+                batch["problems"].append({"row": piece.rows[i], "key": sample.key, "reason": str(error)})
+        return {"image": pictures} | ({} if self.augment is None else {"view_params": params})
+
+
+def rows_for(teacher: Teacher, manifest: Manifest, augment: Augment | None = None) -> Rows:
+    """Rows as the teacher sees them, in augmented views where `augment` is given."""
+    view = teacher.spec.view
+    return Rows(manifest, view=teacher.view, size=tuple(view["size"]), at_least=view.get("at_least", 0),
+                tokenize=teacher.tokenize, replay=replay_view(view) if augment else None, augment=augment)  # fmt: skip
+
+
+def decoded(rows: Rows, pieces: Iterable[Piece], *, workers: int, pin: bool = False) -> DataLoader:
+    """Batches of pieces in their order, decoded ahead by worker processes; tensors come through shared memory."""
+    return DataLoader(
+        rows,
+        batch_sampler=pieces,  # type: ignore[arg-type]
+        num_workers=workers,
+        collate_fn=_as_it_is,
+        prefetch_factor=2 if workers else None,
+        worker_init_fn=ignore_interrupt,
+        pin_memory=pin,
+    )
+
+
+def ignore_interrupt(worker: int) -> None:
+    """Ctrl-C reaches the whole process group: the builder ends its workers itself, without their tracebacks."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch

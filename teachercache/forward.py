@@ -1,0 +1,92 @@
+"""The teacher over decoded pieces: one forward for every view; values in the stored dtype, NaN and overflow found.
+
+Not for gradients: a live teacher in training is called by the student's step itself.
+"""
+
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from teachercache.decode import Piece
+from teachercache.layout import Cache
+from teachercache.names import UserError
+from teachercache.stages import Stages
+from teachercache.teachers import Teacher
+
+NOT_FINITE = "is not finite"  # how the reason of a NaN or inf ends
+
+
+def forward(teacher: Teacher, module: nn.Module, cache: Cache, stages: Stages, batches: Iterable[dict[str, Any]],
+            device: str, dtype: torch.dtype) -> Iterator[dict[str, Any]]:  # fmt: skip
+    """Batches with what the teacher said of them; a batch is fetched while a GPU works on the next."""
+    waiting: list[tuple[dict[str, Any], Any]] = []
+    for batch in stages.waited(batches):
+        begin = time.perf_counter()
+        waiting.append((batch, launch(teacher, module, cache, batch, device, dtype)))
+        part = _fetch(cache, *waiting.pop(0)) if len(waiting) == 2 else None
+        stages.add("forward", time.perf_counter() - begin, len(batch["key"]))
+        if part is not None:
+            yield part
+    for batch, outputs in waiting:
+        yield _fetch(cache, batch, outputs)
+
+
+def launch(teacher: Teacher, module: nn.Module, cache: Cache, batch: dict[str, Any], device: str,
+            dtype: torch.dtype) -> list[tuple[str, int, torch.Tensor]]:  # fmt: skip
+    """Field, copy and values [n, *shape] on the device, one forward for every view; texts go with the first."""
+    piece: Piece = batch["piece"]
+    outputs: list[tuple[str, int, torch.Tensor]] = []
+    images = batch.pop("image", None)
+    text = batch.pop("text", None)
+    for i in range(max(0 if images is None else len(images), int(text is not None)) if piece.rows else 0):
+        inputs = {}
+        if images is not None:
+            moved = images[i].to(device, dtype, non_blocking=True)
+            inputs["image"] = moved.contiguous(memory_format=torch.channels_last)
+        if text is not None and i == 0:
+            inputs["text"] = text.to(device, non_blocking=True)
+        with torch.inference_mode():
+            said = teacher.encode(module, inputs)
+        for name, values in said.items():
+            if cache.fields[name].per == "text":
+                values = values.unflatten(0, (len(piece.rows), len(piece.texts)))
+                outputs += [(name, k, values[:, j]) for j, k in enumerate(piece.texts)]
+            else:
+                outputs.append((name, piece.views[i], values))
+    return outputs
+
+
+def _fetch(cache: Cache, batch: dict[str, Any], outputs: list[tuple[str, int, torch.Tensor]]) -> dict[str, Any]:
+    """`chunks` of a piece in the stored dtypes; NaN is noted in `problems`, float16 overflow names the row."""
+    piece, usable = batch["piece"], batch["usable"]
+    text_valid: np.ndarray = batch.get("text_valid", usable[:, None])
+    chunks: dict[tuple[str, int], np.ndarray] = {}
+    for name, copy, tensor in outputs:
+        field = cache.fields[name]
+        values = tensor.float().cpu().numpy()
+        known = usable if field.per != "text" else text_valid[:, copy - piece.texts.start]
+        values[~known] = 0
+        inner = tuple(range(1, values.ndim))
+        which = {"text": copy} if field.per == "text" else {"view": copy} if cache.meta.views else {}
+        for place in np.flatnonzero(~np.isfinite(values).all(axis=inner)).tolist():
+            values[place] = 0
+            if field.per == "text":
+                known[place] = False
+            batch["problems"].append(
+                {"row": piece.rows[place], "key": batch["key"][place], "reason": f"{name} {NOT_FINITE}", **which}
+            )
+        limit = np.finfo(field.dtype).max
+        for place in np.flatnonzero((np.abs(values) > limit).any(axis=inner)).tolist():
+            raise UserError(
+                f"{name} of row '{batch['key'][place]}' is above {limit:g} and does not fit into {field.dtype}"
+            )
+        chunks[name, copy] = values.astype(field.dtype)
+    if "text_valid" in batch:
+        chunks |= {("text_valid", k): text_valid[:, j] for j, k in enumerate(piece.texts)}
+    if "view_params" in batch:
+        chunks |= {("view_params", v): batch["view_params"][:, i] for i, v in enumerate(piece.views)}
+    return {"piece": piece, "chunks": chunks, "problems": batch["problems"]}
