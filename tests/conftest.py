@@ -85,14 +85,15 @@ def finished_run(squares: Path, cache: Path, tmp_path_factory: pytest.TempPathFa
     return out
 
 
-def build_cache(data: Path, teacher: Path, out: Path, *, block_rows: int | None = None) -> Path:
+def build_cache(data: Path, teacher: Path, out: Path, *, block_rows: int | None = None,
+                outputs: tuple[str, ...] = ("embeddings",)) -> Path:  # fmt: skip
     """`tc build` in this process."""
     from teachercache.build import build
     from teachercache.readers import read_manifest
     from teachercache.runtime import Precision
     from teachercache.teachers import load
 
-    loaded = load(str(teacher), weights="pretrained", outputs=("embeddings",))
+    loaded = load(str(teacher), weights="pretrained", outputs=outputs)
     build(loaded, read_manifest(str(data)), out, batch_size=16, workers=0, device="cpu",
           precision=Precision("float32", "a test"), block_rows=block_rows)  # fmt: skip
     return out

@@ -31,13 +31,16 @@ class Entry:
     outputs: tuple[str, ...] = ("embeddings",)
 
 
-def _clip(architecture: str, tag: str) -> Callable[..., Teacher]:
+CLIP_OUTPUTS = ("embeddings", "patches", "hidden")  # `hidden` is the last block, `hidden:3+7` those two
+
+
+def _clip(doc: str, architecture: str, tag: str) -> Entry:
     def load(name: str, *, weights: str, outputs: tuple[str, ...]) -> Teacher:
         from teachercache.teachers.clip import load_clip
 
         return load_clip(name, architecture=architecture, tag=tag, weights=weights, outputs=outputs)
 
-    return load
+    return Entry(doc, load, CLIP_OUTPUTS)
 
 
 def _clip_lite(name: str, *, weights: str, outputs: tuple[str, ...]) -> Teacher:
@@ -47,14 +50,18 @@ def _clip_lite(name: str, *, weights: str, outputs: tuple[str, ...]) -> Teacher:
 
 
 TEACHERS: dict[str, Entry] = {
-    "clip-vit-b16": Entry("OpenAI CLIP ViT-B/16, 512-d", _clip("ViT-B-16-quickgelu", "openai")),
-    "clip-vit-b32": Entry("OpenAI CLIP ViT-B/32, 512-d", _clip("ViT-B-32-quickgelu", "openai")),
-    "clip-vit-l14": Entry("OpenAI CLIP ViT-L/14, 768-d", _clip("ViT-L-14-quickgelu", "openai")),
-    "clip-vit-l14-336": Entry("OpenAI CLIP ViT-L/14 at 336 px, 768-d", _clip("ViT-L-14-336-quickgelu", "openai")),
-    "clip-rn50": Entry("OpenAI CLIP ResNet-50, 1024-d", _clip("RN50-quickgelu", "openai")),
-    "clip-rn50x16": Entry("OpenAI CLIP RN50x16, 768-d", _clip("RN50x16-quickgelu", "openai")),
-    "clip-lite": Entry("EfficientNet-Lite0 + MiniLM with heads aligned by `bash scripts/demo`, 512-d", _clip_lite),
-    "clip-lite-towers": Entry("the two towers of clip-lite before any alignment, 1280-d and 384-d", _clip_lite),
+    "clip-vit-b16": _clip("OpenAI CLIP ViT-B/16, 512-d", "ViT-B-16-quickgelu", "openai"),
+    "clip-vit-b32": _clip("OpenAI CLIP ViT-B/32, 512-d", "ViT-B-32-quickgelu", "openai"),
+    "clip-vit-l14": _clip("OpenAI CLIP ViT-L/14, 768-d", "ViT-L-14-quickgelu", "openai"),
+    "clip-vit-l14-336": _clip("OpenAI CLIP ViT-L/14 at 336 px, 768-d", "ViT-L-14-336-quickgelu", "openai"),
+    "clip-rn50": _clip("OpenAI CLIP ResNet-50, 1024-d", "RN50-quickgelu", "openai"),
+    "clip-rn50x16": _clip("OpenAI CLIP RN50x16, 768-d", "RN50x16-quickgelu", "openai"),
+    "clip-lite": Entry(
+        "EfficientNet-Lite0 + MiniLM with heads aligned by `bash scripts/demo`, 512-d", _clip_lite, CLIP_OUTPUTS
+    ),
+    "clip-lite-towers": Entry(
+        "the two towers of clip-lite before any alignment, 1280-d and 384-d", _clip_lite, CLIP_OUTPUTS
+    ),
 }
 
 
@@ -68,11 +75,11 @@ def find(name: str) -> Entry:
             raise UserError(
                 f"--teacher {name}: write open_clip:MODEL/TAG, for example open_clip:ViT-B-32/laion2b_s34b_b79k"
             )
-        return Entry(f"open_clip {architecture}, {tag}", _clip(architecture, tag))
+        return _clip(f"open_clip {architecture}, {tag}", architecture, tag)
     if name.startswith("hf:"):
-        return Entry(f"{name} on the Hugging Face hub", _clip(f"hf-hub:{name.removeprefix('hf:')}", ""))
+        return _clip(f"{name} on the Hugging Face hub", f"hf-hub:{name.removeprefix('hf:')}", "")
     if name not in TEACHERS and Path(name).is_dir():
-        return Entry(f"the open_clip folder {name}", _clip(f"local-dir:{name}", ""))
+        return _clip(f"the open_clip folder {name}", f"local-dir:{name}", "")
     entry = resolve(name, TEACHERS, kind="teacher")
     if not isinstance(entry, Entry):
         raise UserError(f"--teacher {name} is a {type(entry).__name__} and not a teachercache.teachers.Entry")
@@ -85,6 +92,6 @@ def load(name: str, *, weights: str = "pretrained", outputs: tuple[str, ...] = (
     if not outputs:
         raise UserError(f"--outputs names nothing: choose from {', '.join(entry.outputs)}")
     for output in outputs:
-        if output not in entry.outputs:
+        if output.partition(":")[0] not in entry.outputs:
             raise UserError(f"teacher {name} has no output '{output}': choose from {', '.join(entry.outputs)}")
     return entry.load(name, weights=weights, outputs=outputs)

@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,16 @@ from torch import Tensor, nn
 from teachercache.names import UserError, closest
 from teachercache.spec import Field, TeacherSpec
 from teachercache.teachers import Teacher
+from teachercache.teachers.clip_layers import (
+    EMBEDDINGS,
+    Taps,
+    join_outputs,
+    parse_outputs,
+    picture_fields,
+    plan_taps,
+    text_fields,
+)
+from teachercache.teachers.clip_towers import describe
 from teachercache.views import describe_view, image_view
 
 
@@ -48,16 +59,14 @@ def make_teacher(name: str, module: Any, preprocess: Mapping[str, Any], tokenize
         for key in ("logit_scale", "logit_bias")
         if getattr(module, key, None) is not None
     }
-    image_dim, text_dim = _dims(module, image_view(view), tokenizer)
-    fields = (
-        Field("image_emb", (image_dim,), "image", "float16", "image embedding, not normalised"),
-        Field("text_emb", (text_dim,), "text", "float16", "text embedding, not normalised"),
-    )
+    asked = parse_outputs(outputs)
+    taps = plan_taps(name, module, asked)
+    fields = _fields(module, image_view(view), tokenizer, taps)
     spec = TeacherSpec(
         name=name,
         weights=weights,
         digest=digest_weights(module),
-        outputs=outputs,
+        outputs=join_outputs(asked),
         fields=fields,
         view=view,
         tokenizer={
@@ -67,16 +76,17 @@ def make_teacher(name: str, module: Any, preprocess: Mapping[str, Any], tokenize
         },
         constants=constants,
     )
-    return Teacher(spec, module, encode, image_view(view), tokenizer)
+    return Teacher(spec, module, partial(encode, taps=taps), image_view(view), tokenizer)
 
 
-def encode(module: Any, inputs: Mapping[str, Tensor]) -> dict[str, Float[Tensor, "rows dim"]]:
-    """Pictures [n, 3, H, W] and token ids [m, length] to raw embeddings, of whichever is given."""
-    fields = {}
+def encode(module: Any, inputs: Mapping[str, Tensor], *,
+           taps: Taps = EMBEDDINGS) -> dict[str, Float[Tensor, "rows ..."]]:  # fmt: skip
+    """Pictures [n, 3, H, W] and token ids [m, length] to the fields that `taps` names, of whichever is given."""
+    fields: dict[str, Tensor] = {}
     if "image" in inputs:
-        fields["image_emb"] = module.encode_image(inputs["image"])
+        fields |= picture_fields(module, inputs["image"], taps)
     if "text" in inputs:
-        fields["text_emb"] = module.encode_text(inputs["text"])
+        fields |= text_fields(module, inputs["text"], taps)
     return fields
 
 
@@ -184,11 +194,15 @@ def _tokenizer(source: str) -> Any:
     return open_clip.get_tokenizer(source)
 
 
-def _dims(module: Any, view: Any, tokenizer: Any) -> tuple[int, int]:
-    """Widths of both embeddings, by asking the module once."""
+def _fields(module: Any, view: Any, tokenizer: Any, taps: Taps) -> tuple[Field, ...]:
+    """What the taps give, by asking the module once."""
     from PIL import Image
 
     inputs = {"image": view(Image.new("RGB", (32, 32)))[None], "text": tokenizer(["a"])}
     with torch.inference_mode():
-        fields = encode(module, inputs)
-    return fields["image_emb"].shape[1], fields["text_emb"].shape[1]
+        fields = encode(module, inputs, taps=taps)
+    return tuple(
+        Field(name, tuple(tensor.shape[1:]), "text" if name.startswith("text") else "image", "float16",
+              describe(module, name))
+        for name, tensor in fields.items()
+    )  # fmt: skip
