@@ -70,5 +70,8 @@ def _judge(manifest: Manifest, rows: range, problems: list[dict[str, Any]],
         else:
             found = [{**about, "text": k, "reason": EMPTY} for k, text in enumerate(sample.texts) if not text.strip()]
         entries |= {tuple(sorted(entry.items())): entry for entry in found}
-    order = lambda entry: (entry["row"], entry.get("text", -1), entry.get("view", -1), entry["reason"])  # noqa: E731
-    return valid, sorted(entries.values(), key=order)
+    return valid, sorted(entries.values(), key=_order)
+
+
+def _order(entry: dict[str, Any]) -> tuple[int, int, int, str]:
+    return entry["row"], entry.get("text", -1), entry.get("view", -1), entry["reason"]

@@ -24,6 +24,7 @@ from teachercache.assemble import collect
 from teachercache.decode import Piece, decoded, rows_for
 from teachercache.forward import forward
 from teachercache.grow import Job, jobs_for, replace_pruned, settle
+from teachercache.index import extend_indexes
 from teachercache.layout import block_rows_for, expected_bytes
 from teachercache.names import UserError
 from teachercache.paths import is_url
@@ -82,6 +83,8 @@ def build(teacher: Teacher, manifest: Manifest, out: Path, *, batch_size: int, w
     quarantined = 0 if blocks_left else len(store.finish(cache))
     if target.old is not None and not blocks_left:
         cache = replace_pruned(target)
+    if rank() == 0 and not blocks_left:
+        extend_indexes(cache)
     return Summary(cache, rows, blocks_left, quarantined)
 
 
@@ -127,11 +130,8 @@ def ask_space(cache: store.Cache) -> None:
 
 def size(count: int) -> str:
     """Bytes in words."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count = count / 1000  # type: ignore[assignment]
-    return f"{count:,.3g} TB"
+    power = min(max(len(str(count)) - 1, 0) // 3, 4)
+    return f"{count / 1000**power:.3g} {('bytes', 'kB', 'MB', 'GB', 'TB')[power]}"
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""A cache and its teacher together: check rows against it, search by a new text or picture. Not for building."""
+"""A cache and its teacher together: load it, check rows against it. Not for building."""
 
 import dataclasses
 from pathlib import Path
@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from teachercache import index, store
+from teachercache import store
 from teachercache.build import VIEWS_AT_ONCE
 from teachercache.decode import Piece, rows_for
 from teachercache.forward import launch
 from teachercache.grow import compare
 from teachercache.names import UserError
 from teachercache.readers import read_manifest
-from teachercache.samples import BadSample, Manifest, decode_image, digest_rows, load_manifest
+from teachercache.samples import Manifest, digest_rows
 from teachercache.teachers import Teacher, load
 from teachercache.views import Augment
 
@@ -79,34 +79,7 @@ def _live_cosines(cache: store.Cache, samples: int) -> dict[str, np.ndarray]:
         stored = store.read_rows(cache, name, copy, rows).astype(np.float32).reshape(len(rows), -1)
         known = batch["text_valid"][:, copy] if cache.fields[name].per == "text" else batch["usable"]
         norms = np.linalg.norm(live, axis=1) * np.linalg.norm(stored, axis=1)
-        cosines.setdefault(name, []).append(((live * stored).sum(1) / np.maximum(norms, 1e-12))[known])
+        cosine = (live * stored).sum(1) / np.maximum(norms, 1e-12)
+        same = (live == stored).all(1)  # also where both are zero, as maps behind a ReLU can be
+        cosines.setdefault(name, []).append(np.where(same, 1.0, cosine)[known])
     return {name: np.concatenate(parts) for name, parts in cosines.items()}
-
-
-def search_cache(path: str | Path, *, text: str | None, image: Path | None, top: int) -> list[dict[str, Any]]:
-    """The rows whose pictures (texts, where it has no pictures) are nearest to a text or to a picture, best first."""
-    cache = store.open_complete(path)
-    field = "image_emb" if "image_emb" in cache.fields else "text_emb"
-    index.check_index(cache, field)
-    teacher = load_teacher(cache)
-    with torch.inference_mode():
-        if image is not None:
-            try:
-                picture = decode_image(image.read_bytes())
-            except BadSample as error:
-                raise UserError(f"--image {image}: {error}") from error
-            inputs = {"image": teacher.view(picture)[None]}
-        else:
-            inputs = {"text": teacher.tokenize([text or ""])}
-        query = teacher.encode(teacher.module, inputs)["text_emb" if image is None else "image_emb"]
-    if query.shape[1] != cache.fields[field].shape[0]:
-        raise UserError(f"{cache.meta.spec.name} has texts and pictures in different spaces: search with --image FILE")
-    manifest = load_manifest(cache.path / "manifest.parquet")
-    results = []
-    for number, score in index.search(cache, query[0].float().numpy(), field=field, top=top):
-        row, text_number = (number, None) if field == "image_emb" else divmod(number, cache.meta.texts)
-        sample = manifest.row(row)
-        where = str(manifest.root / sample.image) if sample.image else ""
-        texts = list(sample.texts) if text_number is None else [sample.texts[text_number]]
-        results.append({"key": sample.key, "score": round(score, 6), "image": where, "texts": texts})
-    return results

@@ -120,9 +120,8 @@ def meta_from_dict(values: Mapping[str, Any]) -> CacheMeta:
 def differences(old: Any, new: Any, *, ignore: tuple[str, ...] = ()) -> list[str]:
     """Names of entries in which two records differ (`spec.digest`), each with both values, shortened."""
     left, right = (_flat(to_dict(record)) for record in (old, new))
-    short = lambda value: text if len(text := json.dumps(_names(value))) <= 60 else text[:57] + "..."  # noqa: E731
     return [
-        f"{name}: {short(left.get(name))} there, {short(right.get(name))} asked"
+        f"{name}: {_short(left.get(name))} there, {_short(right.get(name))} asked"
         for name in left | right
         if name not in ignore and left.get(name) != right.get(name)
     ]
@@ -132,6 +131,11 @@ def _flat(values: dict[str, Any]) -> dict[str, Any]:
     """Entries of the spec and of the augmentation under their own names."""
     inner = {f"{name}.{key}": value for name in ("spec", "augment") for key, value in values.pop(name, {}).items()}
     return values | inner
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(_names(value))
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _names(value: Any) -> Any:

@@ -92,13 +92,13 @@ def draw_params(augment: Augment, key: str, view: int, *, width: int, height: in
 def describe_view(preprocess_cfg: Mapping[str, Any]) -> dict[str, Any]:
     """The part of an open_clip preprocess_cfg that decides the pixels, in JSON types.
 
-    `at_least`: a JPEG may be decoded at a reduced size as long as its shorter side keeps that many pixels, twice what
-    the view shows (`samples.decode_image`).
+    `at_least`: a JPEG may be decoded at a reduced size as long as its shorter side keeps that many pixels, three
+    times what the view shows (`samples.decode_image`).
     """
     size = preprocess_cfg["size"]
     size = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
     view: dict[str, Any] = {name: preprocess_cfg.get(name) for name in VIEW_KEYS}
-    return {**view, "size": list(size), "mean": list(view["mean"]), "std": list(view["std"]), "at_least": 2 * max(size)}
+    return {**view, "size": list(size), "mean": list(view["mean"]), "std": list(view["std"]), "at_least": 3 * max(size)}
 
 
 def image_view(view: Mapping[str, Any]) -> "Callable[[Image.Image], Tensor]":

@@ -31,7 +31,7 @@ OPTIONS = {  # a contract: adding one is a decision, made here and in DESIGN.md
     "info": {"cache", "--json"},
     "verify": {"cache", "--samples", "--json"},
     "index": {"cache", "--field", "--kind"},
-    "search": {"cache", "text", "--image", "--top", "--json"},
+    "search": {"cache", "text", "--image", "--key", "--field", "--top", "--json"},
 }  # fmt: skip
 HERE = ("--device", "cpu", "--workers", "0")
 
@@ -379,9 +379,26 @@ def test_verify_with_another_teacher_in_its_place(photos, teacher_folder, tmp_pa
 # index and search
 
 
-def test_search_without_an_index(copy, capsys):
-    line = error_of(capsys, "search", copy, "x")
-    assert f"no index of 'image_emb' yet: run `tc index {copy} --field image_emb`" in line
+def test_index_says_what_it_did_and_how_exact_it_is(copy, capsys):
+    path = copy.with_name("copy.image_emb.faiss")
+    for words, says in (
+        ([], "built: 12 vectors, flat, exact"),
+        ([], "current: 12 vectors, flat, exact"),
+        (["--kind", "hnsw"], "built: 12 vectors, hnsw, efSearch 12: recall@10 1.000 for queries from image_emb and"),
+    ):
+        capsys.readouterr()
+        assert run("index", copy, *words) == 0
+        assert f"{path} {says}" in capsys.readouterr().err
+
+
+def test_search_without_an_index_finds_the_same(copy, capsys):
+    found = []
+    for prepare in (False, True):
+        assert not prepare or run("index", copy) == 0
+        capsys.readouterr()
+        assert run("search", copy, "x", "--json") == 0
+        found.append(json.loads(capsys.readouterr().out)["results"])
+    assert [result["key"] for result in found[0]] == [result["key"] for result in found[1]]
 
 
 def test_text_search_ranks_as_open_clip_does(indexed, teacher_folder, photos, capsys):
@@ -439,8 +456,7 @@ def test_search_in_a_table_finds_files_that_exist(teacher_folder, photos, tmp_pa
 def test_search_errors(indexed, photos, tmp_path, capsys):
     notes = tmp_path / "notes.png"
     notes.write_text("not a picture")
-    assert "give a text or --image FILE" in error_of(capsys, "search", indexed)
-    assert "give a text or --image FILE" in error_of(capsys, "search", indexed, "x", "--image", notes)
+    assert "give a text, --image FILE or --key KEY" in error_of(capsys, "search", indexed)
     assert "No such file" in error_of(capsys, "search", indexed, "--image", tmp_path / "gone.png")
     assert "--top" in error_of(capsys, "search", indexed, "x", "--top", 0)
     assert "not a picture" in error_of(capsys, "search", indexed, "--image", notes)
