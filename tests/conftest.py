@@ -138,7 +138,7 @@ def finished_run(squares: Path, cache: Path, tmp_path_factory: pytest.TempPathFa
     return out
 
 
-def build_cache(data: Path, teacher: Path, out: Path, *, block_rows: int | None = None) -> Path:
+def build_cache(data: Path | str, teacher: Path, out: Path, *, block_rows: int | None = None, workers: int = 0) -> Path:
     """`tc build` in this process."""
     from teachercache.build import build
     from teachercache.readers import read_manifest
@@ -146,7 +146,7 @@ def build_cache(data: Path, teacher: Path, out: Path, *, block_rows: int | None 
     from teachercache.teachers import load
 
     loaded = load(str(teacher), weights="pretrained", outputs=("embeddings",))
-    build(loaded, read_manifest(str(data)), out, batch_size=16, workers=0, device="cpu",
+    build(loaded, read_manifest(str(data)), out, batch_size=16, workers=workers, device="cpu",
           precision=Precision("float32", "a test"), block_rows=block_rows)  # fmt: skip
     return out
 
