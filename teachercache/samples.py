@@ -176,7 +176,7 @@ def load_manifest(path: Any) -> Manifest:
 # Pictures
 
 
-def read_image(manifest: Manifest, sample: Sample) -> "Image.Image":
+def read_image(manifest: Manifest, sample: Sample, at_least: int = 0) -> "Image.Image":
     """The row's picture as a person sees it, RGB; BadSample with the reason where it cannot be read.
 
     At a URL a broken connection is a UserError, never a bad row: the build stops and can be resumed.
@@ -191,7 +191,7 @@ def read_image(manifest: Manifest, sample: Sample) -> "Image.Image":
         raise BadSample(f"cannot open the picture: {error.strerror or error}") from error
     except LookupError as error:
         raise BadSample(str(error.args[0])) from error
-    return decode_image(content)
+    return decode_image(content, at_least)
 
 
 def _content(path: Any, sample: Sample) -> bytes:
@@ -208,8 +208,12 @@ def _content(path: Any, sample: Sample) -> bytes:
         return file.read()
 
 
-def decode_image(content: bytes) -> "Image.Image":
-    """Bytes to RGB: EXIF turned, alpha on white, 16 bit scaled, first frame; BadSample where not a picture."""
+def decode_image(content: bytes, at_least: int = 0) -> "Image.Image":
+    """Bytes to RGB: EXIF turned, alpha on white, 16 bit scaled, first frame; BadSample where not a picture.
+
+    With `at_least` a larger JPEG is decoded at 1/2, 1/4 or 1/8 of its size, the smallest whose shorter side has still
+    as many pixels: its decoder leaves out the finest cosines instead of computing pixels that a resize averages away.
+    """
     import warnings
 
     from PIL import Image, ImageOps, UnidentifiedImageError
@@ -222,6 +226,9 @@ def decode_image(content: bytes) -> "Image.Image":
             image = Image.open(io.BytesIO(content))
             if image.width * image.height > MAX_PIXELS:
                 raise BadSample(f"{image.width} x {image.height} pixels are more than the limit of {MAX_PIXELS:,}")
+            if at_least > 0 and image.format in ("JPEG", "MPO"):  # MPO: a phone's JPEG with a second one behind it
+                # PIL takes the largest of its scales that keeps both sides above what is asked for
+                image.draft(None, (at_least, at_least))
             image.load()
             return _flatten(ImageOps.exif_transpose(image))
     except BadSample:
