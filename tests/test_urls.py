@@ -208,6 +208,14 @@ def test_headers_of_large_pictures_come_without_the_pictures(s3, tmp_path, monke
     assert caches[0].total_requested_bytes < 2 << 20 < 12 << 20 < caches[0].size
 
 
+def test_tars_are_worked_on_ahead_and_stay_in_order():
+    places, started = [as_path(f"memory://{i}") for i in range(30)], []
+    found = remote.in_order(lambda path: started.append(path) or path.name, places)
+    assert next(found) == "0"
+    assert len(started) <= remote.TARS_AT_ONCE + 1
+    assert list(found) == [str(i) for i in range(1, 30)]
+
+
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the S3 requests from now on."""
     from s3fs import S3FileSystem
