@@ -1,7 +1,8 @@
 """Pictures inside Parquet and Arrow files, one row at a time, safe in forked workers. Not for texts: see `readers/`.
 
 A Parquet file is read one row group at a time; an Arrow file, as Hugging Face `datasets` saves them, is mapped into
-memory and only the bytes of the row are touched. Both are read with pyarrow alone and without its threads.
+memory and only the bytes of the row are touched. Both are read with pyarrow alone and without its threads. At a URL
+a column of a Parquet row group is one request.
 """
 
 import functools
@@ -9,6 +10,9 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from teachercache.paths import is_url
+from teachercache.remote import below, open_file, read_range
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -34,31 +38,38 @@ def _holds_bytes(kind: "pa.DataType") -> bool:
     return types.is_binary(kind) or types.is_large_binary(kind)
 
 
-def picture_in_row(path: Path, row: int) -> bytes:
+def picture_in_row(path: Any, row: int) -> bytes:
     """The bytes of a row's picture; OSError or LookupError with a reason where there are none."""
     import pyarrow as pa
 
-    facts = path.stat()
     opened = _open_parquet if path.suffix.lower() == ".parquet" else _open_arrow
+    # by process: a forked worker must not share a reader's place; by time and size: the file may be written again.
+    # At a URL that question would cost a request for each picture.
+    written = (0, 0) if is_url(path) else ((facts := path.stat()).st_mtime_ns, facts.st_size)
     try:
-        # by process: a forked worker must not share a reader's place; by time and size: the file may be written again
-        value = opened(path, os.getpid(), facts.st_mtime_ns, facts.st_size).cell(row)
+        value = opened(path, os.getpid(), *written).cell(row)
     except pa.ArrowException as error:
-        raise OSError(f"{path.name} is damaged: {error}") from error
+        raise LookupError(f"{path.name} is damaged: {error}") from error
     if isinstance(value, dict):
         if value["bytes"] is None and value.get("path"):
-            beside = (path.parent / value["path"]).resolve()
-            if not beside.is_relative_to(path.parent.resolve()):
-                raise LookupError(f"the picture's path leads out of the folder of {path.name}")
-            return beside.read_bytes()
+            return _beside(path, value["path"])
         value = value["bytes"]
     if value is None:
         raise LookupError("the row has no picture")
     return value
 
 
+def _beside(path: Any, name: str) -> bytes:
+    """A picture that a cell names instead of holding it; only from the folder of the file itself."""
+    folder = path.parent if is_url(path) else path.parent.resolve()
+    beside = below(folder, name) if is_url(path) else (folder / name).resolve()
+    if not beside.is_relative_to(folder):
+        raise LookupError(f"the picture's path leads out of the folder of {path.name}")
+    return read_range(beside) if is_url(beside) else beside.read_bytes()
+
+
 @functools.lru_cache(maxsize=2)
-def _open_parquet(path: Path, process: int, changed: int, size: int) -> "ParquetPictures":
+def _open_parquet(path: Any, process: int, changed: int, size: int) -> "ParquetPictures":
     return ParquetPictures(path)
 
 
@@ -70,10 +81,8 @@ def _open_arrow(path: Path, process: int, changed: int, size: int) -> "ArrowPict
 class ParquetPictures:
     """The picture column of a Parquet file with one row group, or a piece of a large one, in memory."""
 
-    def __init__(self, path: Path):
-        import pyarrow.parquet as pq
-
-        self.file = pq.ParquetFile(path, memory_map=True)
+    def __init__(self, path: Any):
+        self.file = open_parquet(path)
         self.column = picture_column(self.file.schema_arrow)
         groups = range(self.file.metadata.num_row_groups)
         self.rows = [self.file.metadata.row_group(group).num_rows for group in groups]
@@ -94,7 +103,11 @@ class ParquetPictures:
             self.pieces = self.file.iter_batches(size, row_groups=[group], columns=[self.column], use_threads=False)
         while row >= self.first + len(self.values):
             self.first += len(self.values)
-            self.values = next(self.pieces).column(0)
+            try:
+                self.values = next(self.pieces).column(0)
+            except BaseException:
+                self.group = -1  # what was interrupted begins anew
+                raise
         return self.values[row - self.first].as_py()
 
 
@@ -110,6 +123,13 @@ class ArrowPictures:
         if row >= len(self.values):
             raise LookupError(f"the file has {len(self.values)} rows, not {row + 1}")
         return self.values[row].as_py()
+
+
+def open_parquet(path: Any) -> Any:
+    """A ParquetFile: mapped, or at a URL read by ranges, without reading ahead of what is asked for."""
+    import pyarrow.parquet as pq
+
+    return pq.ParquetFile(open_file(path, 0)) if is_url(path) else pq.ParquetFile(path, memory_map=True)
 
 
 def open_arrow(path: Path) -> "pa.Table":

@@ -4,17 +4,17 @@ Readers for each input format are in `readers/`. Not for tensors: see `views.py`
 """
 
 import dataclasses
+import functools
 import hashlib
 import io
 import json
-import os
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from teachercache.columns import COLUMN_FILES, picture_in_row
 from teachercache.names import UserError
-from teachercache.paths import write_whole
+from teachercache.paths import as_path, is_url, write_whole
+from teachercache.remote import below, here, persistently, read_range, tidy
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -50,7 +50,7 @@ class Manifest:
     """All rows of a data set, in an Arrow table; `root` is where their paths start."""
 
     data: str  # what `--data` was
-    root: Path
+    root: Any  # a Path, or a UPath
     table: "pa.Table"
     digest: str
 
@@ -113,7 +113,7 @@ def task_columns(**columns: Any) -> str:
     return json.dumps(kept, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str)
 
 
-def make_manifest(data: str, root: Path, samples: Iterable[Sample], *, limit: int | None = None) -> Manifest:
+def make_manifest(data: str, root: Any, samples: Iterable[Sample], *, limit: int | None = None) -> Manifest:
     """Rows into a Manifest; UserError where there are none or a key comes twice."""
     import itertools
 
@@ -130,7 +130,7 @@ def make_manifest(data: str, root: Path, samples: Iterable[Sample], *, limit: in
         if any(name.encode("utf-8", "replace").decode() != name for name in (row["key"], row["image"])):
             raise UserError(f"{row['image']!r} in {data} has a name that is not UTF-8: rename it")
     table = pa.Table.from_pylist(rows, schema=schema())
-    return Manifest(os.path.normpath(data), root, table, digest_rows(table))
+    return Manifest(tidy(data), root, table, digest_rows(table))
 
 
 def digest_rows(table: "pa.Table") -> str:
@@ -147,8 +147,8 @@ def row_digests(table: "pa.Table") -> list[bytes]:
     return digests
 
 
-def write_manifest(manifest: Manifest, path: Path) -> None:
-    """Parquet that `--data` takes; written aside and renamed."""
+def write_manifest(manifest: Manifest, path: Any) -> None:
+    """Parquet that `--data` takes; written aside and renamed, or in one request."""
     import pyarrow.parquet as pq
 
     meta = {"data": manifest.data, "root": str(manifest.root), "digest": manifest.digest}
@@ -157,14 +157,16 @@ def write_manifest(manifest: Manifest, path: Path) -> None:
     write_whole(path, content.getvalue())
 
 
-def load_manifest(path: Path) -> Manifest:
+def load_manifest(path: Any) -> Manifest:
     """The manifest that `write_manifest` wrote."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        table = pq.read_table(path)
+        table = pq.read_table(io.BytesIO(path.read_bytes()) if is_url(path) else path)
     except (pa.ArrowInvalid, OSError) as error:
+        if is_url(path) and not isinstance(error, pa.ArrowInvalid):
+            raise  # the connection, not the file
         raise UserError(f"{path} is not a readable Parquet file: {error}") from error
     meta = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
     if "task" not in table.column_names:  # written before there were task columns
@@ -172,7 +174,7 @@ def load_manifest(path: Path) -> Manifest:
     missing = [name for name in schema().names if name not in table.column_names]
     if missing or "root" not in meta:
         raise UserError(f"{path} is not a manifest (no {', '.join(missing) or 'root'})")
-    return Manifest(meta["data"], Path(meta["root"]), table.select(schema().names), meta["digest"])
+    return Manifest(meta["data"], as_path(meta["root"]), table.select(schema().names), meta["digest"])
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -180,26 +182,43 @@ def load_manifest(path: Path) -> Manifest:
 
 
 def read_image(manifest: Manifest, sample: Sample, at_least: int = 0) -> "Image.Image":
-    """The row's picture as a person sees it, RGB; BadSample with the reason where it cannot be read."""
-    path = manifest.root / sample.image
+    """The row's picture as a person sees it, RGB; BadSample with the reason where it cannot be read.
+
+    At a URL a broken connection is a UserError, never a bad row: the build stops and can be resumed.
+    """
+    path = below(here(manifest.root), sample.image)
     try:
-        if sample.offset >= 0 and path.suffix.lower() in COLUMN_FILES:
-            return decode_image(picture_in_row(path, sample.offset))
-        with open(path, "rb") as file:
-            if sample.offset >= 0:
-                file.seek(sample.offset)
-                content = file.read(sample.size)
-            else:
-                content = file.read()
+        content = _content(path, sample)
+    except FileNotFoundError as error:
+        reason = f"there is no {path}" if is_url(path) else error.strerror or error
+        raise BadSample(f"cannot open the picture: {reason}") from error
     except OSError as error:
         raise BadSample(f"cannot open the picture: {error.strerror or error}") from error
     except LookupError as error:
         raise BadSample(str(error.args[0])) from error
-    return decode_image(content)
+    return decode_image(content, at_least)
 
 
-def decode_image(content: bytes) -> "Image.Image":
-    """Bytes to RGB: EXIF turned, alpha on white, 16 bit scaled, first frame; BadSample where not a picture."""
+def _content(path: Any, sample: Sample) -> bytes:
+    """The bytes of a row's picture: a whole file, a part of one, or a cell of a column."""
+    if sample.offset >= 0 and path.suffix.lower() in COLUMN_FILES:
+        read = functools.partial(picture_in_row, path, sample.offset)
+        return persistently(read, path) if is_url(path) else read()
+    if is_url(path):
+        return read_range(path, sample.offset, sample.size) if sample.offset >= 0 else read_range(path)
+    with open(path, "rb") as file:
+        if sample.offset >= 0:
+            file.seek(sample.offset)
+            return file.read(sample.size)
+        return file.read()
+
+
+def decode_image(content: bytes, at_least: int = 0) -> "Image.Image":
+    """Bytes to RGB: EXIF turned, alpha on white, 16 bit scaled, first frame; BadSample where not a picture.
+
+    With `at_least` a larger JPEG is decoded at 1/2, 1/4 or 1/8 of its size, the smallest whose shorter side has still
+    as many pixels: its decoder leaves out the finest cosines instead of computing pixels that a resize averages away.
+    """
     import warnings
 
     from PIL import Image, ImageOps, UnidentifiedImageError
@@ -212,6 +231,9 @@ def decode_image(content: bytes) -> "Image.Image":
             image = Image.open(io.BytesIO(content))
             if image.width * image.height > MAX_PIXELS:
                 raise BadSample(f"{image.width} x {image.height} pixels are more than the limit of {MAX_PIXELS:,}")
+            if at_least > 0 and image.format in ("JPEG", "MPO"):  # MPO: a phone's JPEG with a second one behind it
+                # PIL takes the largest of its scales that keeps both sides above what is asked for
+                image.draft(None, (at_least, at_least))
             image.load()
             return _flatten(ImageOps.exif_transpose(image))
     except BadSample:

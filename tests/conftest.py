@@ -1,10 +1,14 @@
 """Small data and a small teacher that every test can afford."""
 
 import contextlib
+import itertools
 import json
 import os
 import signal
-from collections.abc import Iterator
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +66,55 @@ def data(tmp_path: Path) -> Path:
 
 
 # ----------------------------------------------------------------------------------------------------
+# URLs: an S3 server of our own on loopback
+
+# A process of its own, so that no server's threads are there when workers are forked; it ends when its stdin does,
+# so that none is left behind however the tests end.
+S3_SERVER = """
+import logging, sys
+from moto.server import ThreadedMotoServer
+logging.getLogger("werkzeug").setLevel(logging.ERROR)
+server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+server.start()
+print(server.get_host_and_port()[1], flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint() -> Iterator[str]:
+    """http://127.0.0.1:<port> of an S3 server; nothing in the environment points to it yet."""
+    with subprocess.Popen([sys.executable, "-c", S3_SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          stderr=subprocess.DEVNULL, text=True) as server:  # fmt: skip
+        port = server.stdout.readline().strip()
+        if not port:
+            pytest.fail("moto's S3 server did not start: pip install 'moto[server]'")
+        yield f"http://127.0.0.1:{port}"
+        server.stdin.close()
+        server.terminate()
+
+
+@pytest.fixture(scope="session")
+def s3(s3_endpoint: str) -> Iterator[Callable[[], str]]:
+    """A function that makes an empty bucket and returns its URL, as s3://bucket-3; children find the server too."""
+    names = (f"bucket-{i}" for i in itertools.count())
+
+    def new_bucket() -> str:
+        name = next(names)
+        urllib.request.urlopen(urllib.request.Request(f"{s3_endpoint}/{name}", method="PUT")).close()
+        return f"s3://{name}"
+
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("AWS_ENDPOINT_URL", s3_endpoint)
+        environment.setenv("AWS_ACCESS_KEY_ID", "nobody")
+        environment.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+        environment.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        for name in ("NO_PROXY", "no_proxy"):  # urllib, botocore and aiohttp look at one or the other
+            environment.setenv(name, ",".join(filter(None, [os.environ.get(name), "127.0.0.1"])))
+        yield new_bucket
+
+
+# ----------------------------------------------------------------------------------------------------
 # Phase 2: a cache, runs in this process and in others
 
 
@@ -85,7 +138,7 @@ def finished_run(squares: Path, cache: Path, tmp_path_factory: pytest.TempPathFa
     return out
 
 
-def build_cache(data: Path, teacher: Path, out: Path, *, block_rows: int | None = None,
+def build_cache(data: Path | str, teacher: Path, out: Path, *, block_rows: int | None = None, workers: int = 0,
                 outputs: tuple[str, ...] = ("embeddings",)) -> Path:  # fmt: skip
     """`tc build` in this process."""
     from teachercache.build import build
@@ -94,7 +147,7 @@ def build_cache(data: Path, teacher: Path, out: Path, *, block_rows: int | None 
     from teachercache.teachers import load
 
     loaded = load(str(teacher), weights="pretrained", outputs=outputs)
-    build(loaded, read_manifest(str(data)), out, batch_size=16, workers=0, device="cpu",
+    build(loaded, read_manifest(str(data)), out, batch_size=16, workers=workers, device="cpu",
           precision=Precision("float32", "a test"), block_rows=block_rows)  # fmt: skip
     return out
 

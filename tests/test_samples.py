@@ -242,6 +242,75 @@ def test_missing_picture_is_bad_and_says_why(tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------------
+# JPEGs that are larger than what is wanted of them
+
+
+def photo(height: int, width: int) -> Image.Image:
+    """Smooth, as photographs are: halves of it differ little from its pixels averaged."""
+    return Image.fromarray(noise(height // 60 + 2, width // 60 + 2)).resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.mark.parametrize("size", [(30, 40), (99, 200), (100, 100), (199, 900), (200, 201), (401, 350), (805, 1000)])
+@pytest.mark.parametrize(
+    "options", [{}, {"progressive": True}, {"subsampling": 0}], ids=["plain", "progressive", "444"]
+)
+def test_reduced_jpeg_never_goes_below_what_is_asked_for(size: tuple[int, int], options: dict):
+    content = encoded(photo(*size), "JPEG", quality=90, **options)
+    image, whole = decode_image(content, at_least=100), decode_image(content)
+    scale = max(scale for scale in (1, 2, 4, 8) if scale == 1 or min(size) // scale >= 100)
+    assert (image.height, image.width) == tuple(-(-side // scale) for side in size)
+    assert min(image.size) >= min(100, *size)
+    same = np.asarray(whole.resize(image.size, Image.Resampling.BOX)).astype(int)
+    assert np.abs(np.asarray(image) - same).mean() < 3
+
+
+def test_only_jpegs_are_reduced_and_only_when_asked():
+    image = photo(400, 600)
+    for fmt in ("PNG", "WEBP", "TIFF", "GIF", "BMP"):
+        content = encoded(image, fmt)
+        assert decode_image(content, at_least=50).tobytes() == decode_image(content).tobytes()
+    content = encoded(image, "JPEG")
+    with Image.open(io.BytesIO(content)) as plain:
+        assert decode_image(content).tobytes() == decode_image(content, at_least=0).tobytes() == plain.tobytes()
+
+
+@pytest.mark.parametrize("orientation", list(TURNS))
+def test_reduced_jpegs_are_turned(orientation: int):
+    exif = Image.Exif()
+    exif[0x112] = orientation
+    stored = photo(400, 600)
+    image = decode_image(encoded(stored, "JPEG", exif=exif), at_least=150)
+    expected = TURNS[orientation](np.asarray(stored.resize((300, 200), Image.Resampling.BOX))).astype(int)
+    assert np.asarray(image).shape == expected.shape
+    assert np.abs(np.asarray(image) - expected).mean() < 3
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "L"])
+def test_reduced_jpegs_of_other_modes(mode: str):
+    content = encoded(photo(400, 600).convert(mode), "JPEG", quality=95)
+    image, whole = decode_image(content, at_least=100), decode_image(content).resize((150, 100), Image.Resampling.BOX)
+    assert (image.mode, image.size) == ("RGB", (150, 100))
+    assert np.abs(np.asarray(image).astype(int) - np.asarray(whole)).mean() < 3
+
+
+def test_reduced_pictures_of_a_phone_and_through_read_image(tmp_path):
+    content = encoded(photo(400, 600), "MPO", save_all=True, append_images=[photo(40, 60)])
+    (tmp_path / "a.jpg").write_bytes(content)
+    manifest = make_manifest("d", tmp_path, [Sample("a", "a.jpg")])
+    assert read_image(manifest, manifest.row(0), at_least=100).size == (150, 100)
+    assert read_image(manifest, manifest.row(0)).size == (600, 400)
+
+
+def test_large_and_damaged_jpegs_are_bad_however_small_they_are_wanted():
+    content = encoded(Image.new("L", (10_000, 10_000)), "JPEG")
+    with pytest.raises(BadSample, match="more than the limit"):
+        decode_image(content, at_least=10)
+    content = encoded(photo(400, 600), "JPEG")
+    with pytest.raises(BadSample, match="damaged"):
+        decode_image(content[: len(content) // 2], at_least=100)
+
+
+# ----------------------------------------------------------------------------------------------------
 # Manifest
 
 SAMPLES = [

@@ -1,6 +1,5 @@
 """Zero-shot classification: the folder (or label column) is the class, templates are ensembled (CLIP, section 3.1)."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -52,7 +51,7 @@ def class_names(manifest: Manifest) -> dict[str, str]:
     """Label to words: lines `label<TAB>name` of classnames.txt beside the data, else the label itself."""
     labels = sorted(set(manifest.column("label")) - {""})
     names = {label: label.split("/")[-1].replace("_", " ") for label in labels}
-    path = Path(manifest.root, "classnames.txt")
+    path = manifest.root / "classnames.txt"
     if path.exists():
         for line in path.read_text(encoding="utf-8").splitlines():
             label, tab, name = line.partition("\t")

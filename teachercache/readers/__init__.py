@@ -12,11 +12,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from teachercache import remote
 from teachercache.columns import COLUMN_FILES
 from teachercache.names import UserError
+from teachercache.paths import as_path, is_url
 from teachercache.readers import captions, files, tables, tasks
 from teachercache.samples import Manifest, Sample, load_manifest, make_manifest, write_manifest
 
+MAPPED = "Arrow files are mapped into memory: download them, or write them as Parquet (Dataset.to_parquet)"
 GROUPED = (".tar", *COLUMN_FILES)  # shards: those of one folder are one source
 FORMATS = "a folder of pictures, .tar, .parquet, .csv, .tsv, .txt, .arrow, .jsonl or a COCO captions .json"
 
@@ -25,9 +28,9 @@ FORMATS = "a folder of pictures, .tar, .parquet, .csv, .tsv, .txt, .arrow, .json
 class Source:
     """One source of `--data`: what it was understood as, where its paths start, how its rows are read."""
 
-    path: Path
+    path: Any  # a Path, or a UPath
     kind: str
-    root: Path
+    root: Any
     rows: Callable[[], Iterator[Sample]]
 
 
@@ -38,56 +41,93 @@ def read_manifest(data: str, *, limit: int | None = None) -> Manifest:
 
 def join_sources(data: str, sources: list[Source], *, limit: int | None = None) -> Manifest:
     """One manifest of what `find_sources` found."""
-    name = ",".join(os.path.normpath(part) for part in _parts(data))
+    name = ",".join(remote.tidy(part) for part in _parts(data))
     if len(sources) == 1:
         source = sources[0]
         if source.kind == "manifest":
-            manifest = load_manifest(source.path)
+            with remote.asking(source.path):
+                manifest = load_manifest(source.path)
             whole = limit is None or limit >= len(manifest)
             return manifest if whole else make_manifest(name, manifest.root, source.rows(), limit=limit)
-        return make_manifest(name, source.root, source.rows(), limit=limit)
-    absolute = any(source.root.is_absolute() for source in sources)
-    roots = [source.root.absolute() if absolute else source.root for source in sources]
-    root = Path(os.path.commonpath(roots))
-    return make_manifest(name, root, _joined(sources, roots, root), limit=limit)
+        return make_manifest(name, source.root, _rows(source), limit=limit)
+    root = remote.common_root([source.root for source in sources])
+    return make_manifest(name, root, _joined(sources, root), limit=limit)
 
 
-def _joined(sources: list[Source], roots: list[Path], root: Path) -> Iterator[Sample]:
+def _rows(source: Source) -> Iterator[Sample]:
+    with remote.asking(source.path):
+        yield from source.rows()
+
+
+def _joined(sources: list[Source], root: Any) -> Iterator[Sample]:
     """Rows of all sources, keys behind the source's name, pictures seen from the common root."""
-    short = [source.path.name.split(".")[0] for source in sources]
+    short = [remote.last_part(str(source.path)).split(".")[0] for source in sources]
     names = short if len(set(short)) == len(short) else [str(source.path) for source in sources]
-    for source, name, own in zip(sources, names, roots, strict=True):
-        folder = os.path.relpath(own, root)
-        for sample in source.rows():
-            image = os.path.normpath(os.path.join(folder, sample.image)) if sample.image else ""
+    for source, name in zip(sources, names, strict=True):
+        folder = remote.seen_from(root, source.root)
+        for sample in _rows(source):
+            image = remote.join_relative(folder, sample.image) if sample.image else ""
             yield dataclasses.replace(sample, key=f"{name}/{sample.key}", image=image)
 
 
 def _parts(data: str) -> list[str]:
-    return [data] if os.path.exists(data) else [part.strip() for part in data.split(",") if part.strip()] or [data]
+    """The sources that a user named; a path or URL that has a comma in it and is there is one source."""
+    parts = [part.strip() for part in data.split(",") if part.strip()]
+    one_url = len(parts) > 1 and is_url(parts[0]) and not any(map(is_url, parts[1:]))
+    if os.path.exists(data) or (one_url and _at_url(data)):
+        return [data]
+    return parts or [data]
+
+
+def _at_url(url: str) -> str:
+    """`file` or `directory`, or an empty string where there is nothing."""
+    with remote.asking(url):
+        return remote.kind(as_path(url))
+
+
+def _found(part: str) -> list[tuple[Any, bool]]:
+    """Paths that one part of `--data` names, and whether each is a folder."""
+    if not is_url(part):
+        paths = [part] if os.path.exists(part) else sorted(glob.glob(part, recursive=True))
+        return [(Path(path), os.path.isdir(path)) for path in paths]
+    if there := _at_url(part):
+        folder = there == "directory" or (remote.is_http(part) and part.endswith("/"))
+        return [(as_path(part), folder)]
+    with remote.asking(part):
+        return remote.glob_url(part) if glob.has_magic(part) else []
 
 
 def find_sources(data: str) -> list[Source]:
     """What `--data` names, in its order."""
-    groups: dict[Any, list[Path]] = {}
+    groups: dict[Any, list[Any]] = {}
+    folders = set()
     for part in _parts(data):
-        found = [part] if os.path.exists(part) else sorted(glob.glob(part, recursive=True))
+        found = _found(part)
+        if not found and is_url(part):
+            raise UserError(f"no data at {part}: check its spelling with `tc manifest {part}`, and AWS_ENDPOINT_URL")
         if not found:
             raise UserError(f"no data at {part}: pass --data FOLDER, or make the demo data with `bash scripts/demo`")
-        for path in map(Path, found):
-            grouped = path.suffix.lower() in GROUPED and path.is_file()
-            alone = not grouped or (path.suffix.lower() == ".parquet" and tables.is_manifest(path))
+        for path, is_folder in found:
+            with remote.asking(path):
+                grouped = path.suffix.lower() in GROUPED and not is_folder
+                alone = not grouped or (path.suffix.lower() == ".parquet" and tables.is_manifest(path))
             groups.setdefault(path if alone else (path.parent, path.suffix.lower()), []).append(path)
-    return [_source(paths) for paths in groups.values()]
+            folders |= {path} if is_folder else set()
+    return [_source(paths, is_folder=paths[0] in folders) for paths in groups.values()]
 
 
 def cache_folder(data: str) -> Path:
     """caches/<name of the data>, with how many more sources there are; of a glob the folder that holds it."""
     parts = _parts(data)
+    more = f"+{len(parts) - 1}" if len(parts) > 1 else ""
+    if is_url(parts[0]):
+        url = remote.tidy(parts[0].split("?")[0] if remote.is_http(parts[0]) else parts[0])
+        while glob.has_magic(remote.last_part(url)) and "/" in url.split("://")[-1]:
+            url = url.rpartition("/")[0]
+        return Path("caches", (remote.last_part(url).split(".")[0] or "data") + more)
     path = Path(os.path.normpath(parts[0]))
     while not path.exists() and glob.has_magic(path.name):
         path = path.parent
-    more = f"+{len(parts) - 1}" if len(parts) > 1 else ""
     return Path("caches", (path.name.split(".")[0] or "data") + more)
 
 
@@ -95,12 +135,15 @@ def cache_folder(data: str) -> Path:
 # Which form a path has
 
 
-def _source(paths: list[Path]) -> Source:
+def _source(paths: list[Any], *, is_folder: bool) -> Source:
     """The source of one path, or of the shards of one folder."""
-    path, suffix = paths[0], paths[0].suffix.lower()
+    with remote.asking(paths[0]):
+        return _folder(paths[0]) if is_folder else _file(paths)
+
+
+def _file(paths: list[Any]) -> Source:
+    path, suffix = paths[0], paths[0].suffix.split("?")[0].lower()
     whole = path if len(paths) == 1 else path.parent
-    if path.is_dir():
-        return _folder(path)
     if suffix == ".tar":
         return Source(whole, "webdataset tars", path.parent, lambda: files.read_tars(path.parent, paths))
     if suffix == ".parquet" and tables.is_manifest(path):
@@ -108,6 +151,8 @@ def _source(paths: list[Path]) -> Source:
         return Source(path, "manifest", manifest.root, lambda: (manifest.row(i) for i in range(len(manifest))))
     if suffix == ".parquet":
         return Source(whole, "Parquet", path.parent, lambda: tables.read_parquet(path.parent, paths))
+    if suffix == ".arrow" and is_url(path):
+        raise UserError(f"{path}: {MAPPED}")
     if suffix == ".arrow":
         return Source(whole, "Arrow", path.parent, lambda: tables.read_arrow(path.parent, paths))
     if suffix == ".txt":
@@ -123,24 +168,34 @@ def _source(paths: list[Path]) -> Source:
     raise UserError(f"cannot read {path}: {FORMATS} is expected")
 
 
-def _folder(path: Path) -> Source:
-    if any((path / name).exists() for name in ("dataset_dict.json", "state.json")):
+def _folder(path: Any) -> Source:
+    found = [(entry, is_folder) for entry, is_folder in remote.children(path) if not entry.name.startswith(".")]
+    names = {entry.name for entry, _ in found}
+    if names & {"dataset_dict.json", "state.json"}:
+        if is_url(path):
+            raise UserError(f"{path}: {MAPPED}")
         return Source(path, "Hugging Face dataset saved on disk", path, lambda: tables.read_saved(path))
-    tars = sorted(path.glob("*.tar"))
-    if tars and any(entry.suffix.lower() in files.IMAGE_SUFFIXES for entry in path.iterdir()):
+    tars = [entry for entry, _ in found if entry.name.endswith(".tar")]
+    if tars and any(entry.suffix.lower() in files.IMAGE_SUFFIXES for entry, _ in found):
         raise UserError(f"{path} holds both .tar files and loose pictures: move one kind into a folder of its own")
     if tars:
         return Source(path, "webdataset tars", path, lambda: files.read_tars(path, tars))
     # beside pictures Parquet files are about them (img2dataset's 00000.parquet, a manifest); alone they are the data
-    inside = [entry for entry in path.iterdir() if not entry.name.startswith(".") and entry.name != "data"]
-    pictures = any(entry.is_dir() or entry.suffix.lower() in files.IMAGE_SUFFIXES for entry in inside)
-    parquet = [] if pictures else sorted(path.glob("*.parquet")) or sorted(path.glob("data/*.parquet"))
+    inside = [(entry, is_folder) for entry, is_folder in found if entry.name != "data"]
+    pictures = any(is_folder or entry.suffix.lower() in files.IMAGE_SUFFIXES for entry, is_folder in inside)
+    parquet = [] if pictures else _parquet_in(found)
+    if not parquet and not pictures and (path / "data", True) in found:
+        parquet = _parquet_in(remote.children(path / "data"))
     if parquet:
         return Source(path, "Parquet", path, lambda: tables.read_parquet(path, parquet))
     return Source(path, "folder of pictures", path, lambda: files.read_folder(path))
 
 
-def _json(path: Path) -> Source:
+def _parquet_in(found: list[tuple[Any, bool]]) -> list[Any]:
+    return [entry for entry, _ in found if entry.name.endswith(".parquet")]
+
+
+def _json(path: Any) -> Source:
     """COCO captions, Karpathy's splits, a list of captions, or VQA questions, by what is inside."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -160,7 +215,7 @@ def _json(path: Path) -> Source:
     return Source(path, "COCO captions", path.parent, lambda: captions.read_coco(path, values))
 
 
-def _json_lines(path: Path) -> Source:
+def _json_lines(path: Any) -> Source:
     """VCR or SNLI-VE, by the fields of the first line."""
     lines = tasks.json_lines(path)
     first = lines[0] if lines else {}
@@ -206,9 +261,10 @@ def describe(sources: list[Source], manifest: Manifest) -> dict[str, Any]:
     }
 
 
-def save(manifest: Manifest, out: Path) -> None:
+def save(manifest: Manifest, out: Any) -> None:
     """Write a manifest for `--data`, with an absolute root: it may be used from any folder."""
     if out.suffix != ".parquet":
         raise UserError(f"--out {out}: name it {out.with_suffix('.parquet').name}, so that --data takes it")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    if not is_url(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
     write_manifest(dataclasses.replace(manifest, root=manifest.root.absolute()), out)

@@ -2,15 +2,15 @@
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from teachercache.names import UserError
-from teachercache.readers.files import file_size, picture_folder, split_in_name
+from teachercache.readers.files import picture_folder, split_in_name
+from teachercache.remote import sizes_below
 from teachercache.samples import Sample
 
 
-def read_coco(path: Path, values: Any) -> Iterator[Sample]:
+def read_coco(path: Any, values: Any) -> Iterator[Sample]:
     """COCO captions: rows in the order of `images`, captions in the order of their ids; pictures near the JSON."""
     try:
         images = [(image["id"], image["file_name"]) for image in values["images"]]
@@ -22,14 +22,16 @@ def read_coco(path: Path, values: Any) -> Iterator[Sample]:
     split = path.stem.split("_")[-1]  # captions_val2014.json
     folders = ["", split, "images", f"../{split}", "../images", f"../images/{split}"]
     names = [name for _, name in images[:100]]
-    folder = picture_folder(path.parent, names, folders, advice=path.parent.parent / split) if names else ""
+    size = sizes_below(path.parent)
+    advice = path.parent.parent / split
+    folder = picture_folder(path.parent, names, folders, advice=advice, size=size) if names else ""
     for number, file_name in images:
         name = os.path.join(folder, file_name)
         texts = tuple(caption.strip() for _, caption in sorted(captions.get(number, [])))
-        yield Sample(key=str(number), image=name, texts=texts, size=file_size(path.parent / name))
+        yield Sample(key=str(number), image=name, texts=texts, size=size(name) or 0)
 
 
-def read_karpathy(path: Path, values: Any) -> Iterator[Sample]:
+def read_karpathy(path: Any, values: Any) -> Iterator[Sample]:
     """`dataset_coco.json`, `dataset_flickr30k.json`: key is the COCO id or the file name; restval counts as train.
 
     Training on Karpathy's COCO means train and restval together (113,287 pictures).
@@ -48,13 +50,14 @@ def read_karpathy(path: Path, values: Any) -> Iterator[Sample]:
         raise UserError(f"{path} is not a Karpathy split: an entry of `images` lacks {error}") from error
     name = path.stem.removeprefix("dataset_")
     folders = ["", "images", f"{name}-images", "..", "../images", f"../{name}-images", name, f"../{name}"]
-    folder = picture_folder(path.parent, [row[1] for row in rows], folders, advice=path.parent / "images")
+    names, size = [row[1] for row in rows], sizes_below(path.parent)
+    folder = picture_folder(path.parent, names, folders, advice=path.parent / "images", size=size)
     for key, image, texts, split in rows:
         where = os.path.normpath(os.path.join(folder, image))
-        yield Sample(key, where, texts, split=split, size=file_size(path.parent / where))
+        yield Sample(key, where, texts, split=split, size=size(where) or 0)
 
 
-def read_caption_list(path: Path, values: list[Any]) -> Iterator[Sample]:
+def read_caption_list(path: Any, values: list[Any]) -> Iterator[Sample]:
     """`coco_karpathy_test.json`: a list of {"image", "caption"}; entries of one picture are its captions."""
     texts: dict[str, list[str]] = {}
     for i, entry in enumerate(values):
@@ -64,9 +67,10 @@ def read_caption_list(path: Path, values: list[Any]) -> Iterator[Sample]:
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f'entry {i} of {path} is not {{"image": PATH, "caption": TEXT}}: {error!r}') from error
     folders = ["", "images", "..", "../images"]
-    folder = picture_folder(path.parent, list(texts), folders, advice=path.parent / "images")
+    size = sizes_below(path.parent)
+    folder = picture_folder(path.parent, list(texts), folders, advice=path.parent / "images", size=size)
     for image, captions in texts.items():
         where = os.path.normpath(os.path.join(folder, image))
         cleaned = tuple(str(caption).strip() for caption in captions)
-        size = file_size(path.parent / where)
-        yield Sample(os.path.splitext(image)[0], where, cleaned, split=split_in_name(path.stem), size=size)
+        split = split_in_name(path.stem)
+        yield Sample(os.path.splitext(image)[0], where, cleaned, split=split, size=size(where) or 0)

@@ -6,12 +6,14 @@ a `dataset_dict.json` above lists the splits. The Arrow schema itself carries th
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
-from teachercache.columns import PATH_COLUMNS, PICTURE_COLUMNS, group_bytes, open_arrow, picture_column
+from teachercache.columns import PATH_COLUMNS, PICTURE_COLUMNS, group_bytes, open_arrow, open_parquet, picture_column
 from teachercache.names import UserError
-from teachercache.readers.files import TEXT_COLUMNS, file_size, split_in_name
+from teachercache.paths import is_url
+from teachercache.readers.files import TEXT_COLUMNS, split_in_name
+from teachercache.remote import sizes_below
 from teachercache.samples import Sample, task_columns
 
 if TYPE_CHECKING:
@@ -21,16 +23,16 @@ KEY_COLUMNS = ("key", "__key__")
 TASK_COLUMNS = ("question", "choices", "answers", "answer", "boxes", "question_id", "image_id")  # VQA sets on the hub
 
 
-def is_manifest(path: Path) -> bool:
+def is_manifest(path: Any) -> bool:
     """Whether a Parquet file is one that `tc manifest --out` wrote."""
     return b"root" in (_parquet(path).schema_arrow.metadata or {})
 
 
-def read_parquet(root: Path, files: list[Path]) -> Iterator[Sample]:
+def read_parquet(root: Any, files: list[Any]) -> Iterator[Sample]:
     """Rows of Parquet files in order; the pictures' own bytes stay unread."""
     for path in files:
         file = _parquet(path)
-        columns = Columns(path, file.schema_arrow)
+        columns = Columns(root, path, file.schema_arrow)
         first = 0
         for group in range(file.metadata.num_row_groups):
             size = group_bytes(file.metadata, group, columns.picture, stored=True) if columns.picture else 0
@@ -41,7 +43,7 @@ def read_parquet(root: Path, files: list[Path]) -> Iterator[Sample]:
                 first += len(batch)
 
 
-def read_saved(root: Path) -> Iterator[Sample]:
+def read_saved(root: Any) -> Iterator[Sample]:
     """Rows of `Dataset.save_to_disk` or `DatasetDict.save_to_disk`; key = split/row, whatever the files are."""
     splits = _json(root / "dataset_dict.json")["splits"] if (root / "dataset_dict.json").exists() else [""]
     for split in splits:
@@ -52,7 +54,7 @@ def read_saved(root: Path) -> Iterator[Sample]:
         yield from read_arrow(root, files, split=split, name=split or "row")
 
 
-def read_arrow(root: Path, files: list[Path], *, split: str = "", name: str = "") -> Iterator[Sample]:
+def read_arrow(root: Any, files: list[Any], *, split: str = "", name: str = "") -> Iterator[Sample]:
     """Rows of Arrow files; where no `name` is given keys start with the file's own and count within it."""
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -63,7 +65,7 @@ def read_arrow(root: Path, files: list[Path], *, split: str = "", name: str = ""
             table = open_arrow(path)
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"{path} is not a readable Arrow file: {error}") from error
-        columns = Columns(path, table.schema)
+        columns = Columns(root, path, table.schema)
         sizes = []
         if columns.picture:
             cells = table.column(columns.picture)
@@ -82,7 +84,7 @@ def read_arrow(root: Path, files: list[Path], *, split: str = "", name: str = ""
 class Columns:
     """Which column of a schema is what, and rows to Samples."""
 
-    def __init__(self, path: Path, schema: "pa.Schema"):
+    def __init__(self, root: Any, path: Any, schema: "pa.Schema"):
         self.path, names = path, schema.names
         self.picture = picture_column(schema)
         self.where = "" if self.picture else self._first(schema, PATH_COLUMNS, strings=True)
@@ -100,6 +102,7 @@ class Columns:
         if not self.others:  # pictures alone: something must be read to count the rows
             self.others = [name for name in names if name != self.picture][:1] or [self.picture]
         self.classes = class_names(schema)
+        self.size = sizes_below(root)
 
     @staticmethod
     def _first(schema: "pa.Schema", names: tuple[str, ...], *, strings: bool = False) -> str:
@@ -108,16 +111,16 @@ class Columns:
         fits = lambda kind: not strings or types.is_string(kind) or types.is_large_string(kind)  # noqa: E731
         return next((name for name in names if name in schema.names and fits(schema.field(name).type)), "")
 
-    def samples(self, root: Path, start: int, lines: list[dict[str, Any]], sizes: list[int], *, split: str, name: str,
+    def samples(self, root: Any, start: int, lines: list[dict[str, Any]], sizes: list[int], *, split: str, name: str,
                 before: int = 0) -> Iterator[Sample]:  # fmt: skip
         """Samples of lines that begin at row `start` of the file, in which `before` rows of a set came earlier."""
+        own = PurePath(str(self.path.relative_to(root)))
         for row, (line, size) in enumerate(zip(lines, sizes, strict=True), start=start):
-            image, offset = str(self.path.relative_to(root)), row
+            image, offset = str(own), row
             if not self.picture:
                 image, offset = str(line.get(self.where) or ""), -1
-                folder = self.path.parent.relative_to(root)
-                image = str(folder / image) if image else ""
-                size = file_size(root / image) if image else 0
+                image = str(own.parent / image) if image and not is_url(image) else image
+                size = (self.size(image) or 0) if image else 0
             texts = _texts(line.get(self.text)) if self.text else ()
             kept = {column: line[column] for column in self.task}
             yield Sample(
@@ -163,7 +166,7 @@ def _names(kind: "pa.DataType") -> list[str]:
     return [field.name for field in kind] if hasattr(kind, "get_field_index") else []
 
 
-def _json(path: Path) -> Any:
+def _json(path: Any) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -172,11 +175,12 @@ def _json(path: Path) -> Any:
         ) from error
 
 
-def _parquet(path: Path) -> Any:
+def _parquet(path: Any) -> Any:
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     try:
-        return pq.ParquetFile(path, memory_map=True)
+        return open_parquet(path)
     except (pa.ArrowInvalid, OSError) as error:
+        if is_url(path) and not isinstance(error, pa.ArrowInvalid):
+            raise  # the connection, not the file
         raise UserError(f"{path} is not a readable Parquet file: {error}") from error

@@ -8,11 +8,11 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from teachercache.names import UserError
-from teachercache.readers.files import file_size, picture_folder, split_in_name
+from teachercache.readers.files import picture_folder, split_in_name
+from teachercache.remote import below, sizes_below
 from teachercache.samples import Sample, task_columns
 
 LABELS = ("entailment", "neutral", "contradiction")
@@ -20,10 +20,10 @@ FLICKR_IDS = ("Flickr30K_ID", "Flikr30kID", "Flickr30kID")  # all three are abou
 VCR_FIELDS = ("question", "answer_choices", "objects", "img_fn", "annot_id")
 
 
-def json_lines(path: Path) -> list[dict[str, Any]]:
+def json_lines(path: Any) -> list[dict[str, Any]]:
     """The objects of a .jsonl file; UserError names the line that is none."""
     found = []
-    with open(path, encoding="utf-8", errors="replace") as file:
+    with path.open(encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 try:
@@ -40,7 +40,7 @@ def json_lines(path: Path) -> list[dict[str, Any]]:
 # VQA v2 and OK-VQA: a file of questions, and beside it (or in ../Annotations) the file of answers
 
 
-def read_vqa(path: Path, values: Any) -> Iterator[Sample]:
+def read_vqa(path: Any, values: Any) -> Iterator[Sample]:
     """Text = the question, label = the most common answer, key = question_id; COCO pictures near the JSON."""
     try:
         subset = values["data_subtype"].replace("test-dev", "test")
@@ -50,7 +50,8 @@ def read_vqa(path: Path, values: Any) -> Iterator[Sample]:
     answers = _vqa_answers(path)
     images = [f"COCO_{subset}_{image:012d}.jpg" for _, image, _ in questions]
     folders = [subset, f"../{subset}", f"../Images/{subset}", f"images/{subset}", f"../images/{subset}", "images", ""]
-    folder = picture_folder(path.parent, images, folders, advice=path.parent / subset)
+    size = sizes_below(path.parent)
+    folder = picture_folder(path.parent, images, folders, advice=path.parent / subset, size=size)
     for (number, image_id, question), name in zip(questions, images, strict=True):
         where = os.path.normpath(os.path.join(folder, name))
         facts = answers.get(number, {})
@@ -63,13 +64,13 @@ def read_vqa(path: Path, values: Any) -> Iterator[Sample]:
             question_type=facts.get("question_type"),
         )  # fmt: skip
         yield Sample(str(number), where, (question,), label=facts.get("multiple_choice_answer") or "",
-                     split=split_in_name(subset), size=file_size(path.parent / where), task=task)  # fmt: skip
+                     split=split_in_name(subset), size=size(where) or 0, task=task)  # fmt: skip
 
 
-def _vqa_answers(path: Path) -> dict[int, dict[str, Any]]:
+def _vqa_answers(path: Any) -> dict[int, dict[str, Any]]:
     """Annotations by question, empty where the file is not there (the test split has none)."""
     name = path.name.replace("OpenEnded_", "").replace("questions", "annotations")
-    places = [path.parent / folder / name for folder in ("", "../Annotations", "../annotations")]
+    places = [below(path.parent, f"{folder}{name}") for folder in ("", "../Annotations/", "../annotations/")]
     found = next((place for place in places if name != path.name and place.exists()), None)
     if found is None:
         return {}
@@ -84,7 +85,7 @@ def _vqa_answers(path: Path) -> dict[int, dict[str, Any]]:
 # SNLI-VE: snli_ve_{train,dev,test}.jsonl and flickr30k-images
 
 
-def read_snli_ve(path: Path, lines: list[dict[str, Any]]) -> Iterator[Sample]:
+def read_snli_ve(path: Any, lines: list[dict[str, Any]]) -> Iterator[Sample]:
     """Text = the hypothesis (sentence2), label = gold_label, key = pairID; `dev` is the split val."""
     ids = [next((str(line[name]) for name in FLICKR_IDS if name in line), "") for line in lines]
     images = [f"{number.removesuffix('.jpg')}.jpg" if number else "" for number in ids]
@@ -92,7 +93,8 @@ def read_snli_ve(path: Path, lines: list[dict[str, Any]]) -> Iterator[Sample]:
         raise UserError(f"{path} names no picture: one of {', '.join(FLICKR_IDS)} is expected in each line")
     near = ["flickr30k-images", "flickr30k_images", "images"]
     folders = [*near, *(f"../{name}" for name in near), ""]
-    folder = picture_folder(path.parent, [n for n in images if n], folders, advice=path.parent / near[0])
+    names, size = [name for name in images if name], sizes_below(path.parent)
+    folder = picture_folder(path.parent, names, folders, advice=path.parent / near[0], size=size)
     for number, (line, image) in enumerate(zip(lines, images, strict=True), start=1):
         where = os.path.normpath(os.path.join(folder, image)) if image else ""
         gold = line.get("gold_label")
@@ -109,7 +111,7 @@ def read_snli_ve(path: Path, lines: list[dict[str, Any]]) -> Iterator[Sample]:
             () if "sentence2" in missing else (line["sentence2"],),
             label=label,
             split=split_in_name(path.stem),
-            size=file_size(path.parent / where) if where else 0,
+            size=(size(where) or 0) if where else 0,
             problem=f"the line has no {' and no '.join(missing)}" if missing else "",
             task=task,
         )
@@ -119,7 +121,7 @@ def read_snli_ve(path: Path, lines: list[dict[str, Any]]) -> Iterator[Sample]:
 # VCR: {train,val,test}.jsonl, vcr1images/<movie>/<file>.jpg with a .json of boxes beside each
 
 
-def read_vcr(path: Path, lines: list[dict[str, Any]]) -> Iterator[Sample]:
+def read_vcr(path: Any, lines: list[dict[str, Any]]) -> Iterator[Sample]:
     """Texts = the question and its answer choices, in which a person is `person 3` (its place in `objects`, from 1).
 
     Rationales, boxes (x1, y1, x2, y2 of each object) and labels are task columns; the test split has no labels.
@@ -127,20 +129,21 @@ def read_vcr(path: Path, lines: list[dict[str, Any]]) -> Iterator[Sample]:
     """
     images = [str(line.get("img_fn", "")) for line in lines]
     folders = ["vcr1images", "../vcr1images", "images", "../images", ""]
-    folder = picture_folder(path.parent, [n for n in images if n], folders, advice=path.parent / "vcr1images")
+    names, size = [name for name in images if name], sizes_below(path.parent)
+    folder = picture_folder(path.parent, names, folders, advice=path.parent / "vcr1images", size=size)
     for number, (line, image) in enumerate(zip(lines, images, strict=True), start=1):
         where = os.path.normpath(os.path.join(folder, image)) if image else ""
         key, split = str(line.get("annot_id", f"line {number}")), split_in_name(path.stem)
-        size = file_size(path.parent / where) if where else 0
+        found = (size(where) or 0) if where else 0
         try:
-            texts, task = _vcr_row(line, path.parent / folder)
+            texts, task = _vcr_row(line, below(path.parent, folder) if folder else path.parent)
         except (KeyError, TypeError, IndexError, ValueError) as error:
-            yield Sample(key, where, split=split, size=size, problem=f"the line is not VCR's: {error!r}")
+            yield Sample(key, where, split=split, size=found, problem=f"the line is not VCR's: {error!r}")
             continue
-        yield Sample(key, where, texts, split=split, size=size, task=task)
+        yield Sample(key, where, texts, split=split, size=found, task=task)
 
 
-def _vcr_row(line: dict[str, Any], images: Path) -> tuple[tuple[str, ...], str]:
+def _vcr_row(line: dict[str, Any], images: Any) -> tuple[tuple[str, ...], str]:
     objects = line["objects"]
     question = render_tokens(line["question"], objects)
     choices = [render_tokens(tokens, objects) for tokens in line["answer_choices"]]
@@ -155,11 +158,13 @@ def _vcr_row(line: dict[str, Any], images: Path) -> tuple[tuple[str, ...], str]:
 
 
 @functools.lru_cache(maxsize=64)  # the questions of a picture stand together
-def _vcr_boxes(path: Path) -> list[list[float]] | None:
+def _vcr_boxes(path: Any) -> list[list[float]] | None:
     """Boxes of a picture's objects without their scores, None where the file is not there."""
-    if not path.exists():
+    try:
+        content = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
         return None
-    return [box[:4] for box in json.loads(path.read_text(encoding="utf-8"))["boxes"]]
+    return [box[:4] for box in json.loads(content)["boxes"]]
 
 
 def render_tokens(tokens: list[Any], objects: list[str]) -> str:
