@@ -63,9 +63,14 @@ def build(teacher: Teacher, manifest: Manifest, out: Path, *, batch_size: int, w
     mine = [block for block in jobs if block % world_size() == rank()]
     todo = mine + [block for block in jobs if block not in mine and not is_url(cache.path)]
     stages, rows = Stages(cache, workers), 0
-    with claims(cache) as claim, ThreadPoolExecutor(1, "write") as writer:
-        decoder = rows_for(teacher, target.manifest, Augment(**meta.augment) if meta.views else None)
-        batches = decoded(decoder, _pieces(jobs, todo, claim, batch_size), workers=workers, pin=device != "cpu")
+    decoder = rows_for(teacher, target.manifest, Augment(**meta.augment) if meta.views else None)
+    with (
+        claims(cache) as claim,
+        ThreadPoolExecutor(1, "write") as writer,
+        contextlib.closing(
+            decoded(decoder, _pieces(jobs, todo, claim, batch_size), workers=workers, pin=device != "cpu")
+        ) as batches,
+    ):
         pending: Future | None = None
         total = sum(len(jobs[block].rows) for block in mine)
         with ticker(total, "rows", f"{meta.spec.name} on {meta.data}") as tick, _worker_deaths():

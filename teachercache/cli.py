@@ -47,14 +47,14 @@ def teachers(as_json: bool) -> None:
 
 @tc.command()
 @click.argument("data")
-@click.option("--out", type=Path, help="Write a manifest .parquet, which --data takes.")
+@click.option("--out", help="Write a manifest .parquet, which --data takes.")
 @click.option("--limit", type=click.IntRange(1), help="Only the first N rows.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
-def manifest(data: str, out: Path | None, limit: int | None, as_json: bool) -> None:
+def manifest(data: str, out: str | None, limit: int | None, as_json: bool) -> None:
     """Show what data is understood as, before a teacher runs over it; write it down with --out.
 
     \u0008
-    DATA is one of these, or several with commas between them, each may be a quoted glob ('shards/*.tar'):
+    DATA is one of these, or several with commas between them, each may be a quoted glob or a URL:
       folder/          pictures, captions in a .txt or .json of the same name; folders are classes and splits
       shards/ x.tar    webdataset and img2dataset shards, read where they lie
       x.parquet x/     pictures as bytes or paths; a folder that Hugging Face's save_to_disk wrote
@@ -70,7 +70,7 @@ def manifest(data: str, out: Path | None, limit: int | None, as_json: bool) -> N
     found = join_sources(data, sources, limit=limit)
     facts = describe(sources, found)
     if out is not None:
-        save(found, out)
+        save(found, as_path(out))
         say(f"wrote {out}: pass it as --data {out}")
     if as_json:
         print(jsonlib.dumps(facts))
@@ -96,7 +96,8 @@ def manifest(data: str, out: Path | None, limit: int | None, as_json: bool) -> N
 @click.option("--teacher", "name", required=True, help="A name of `tc teachers`.")
 @click.option("--data", default=DEMO_DATA, show_default=True,
               help="A folder of pictures, .tar shards, Parquet, captions, questions, texts, ...: see `tc manifest "
-                   "--help`. Several with commas between them, each may be a quoted glob.")  # fmt: skip
+                   "--help`. Several with commas between them, each may be a quoted glob or a URL: "
+                   "s3://bucket/shards/*.tar")  # fmt: skip
 @click.option("--out", help="The cache, a folder or a URL; default caches/<data>/<teacher>.zarr, "
                             "<teacher>-views.zarr with --views.")  # fmt: skip
 @click.option(

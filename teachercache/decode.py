@@ -6,7 +6,7 @@ A row whose picture cannot be used comes as zeros with its reason. Not for decid
 import dataclasses
 import signal
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
 from typing import Any
 
 import numpy as np
@@ -91,9 +91,12 @@ def rows_for(teacher: Teacher, manifest: Manifest, augment: Augment | None = Non
                 tokenize=teacher.tokenize, replay=replay_view(view) if augment else None, augment=augment)  # fmt: skip
 
 
-def decoded(rows: Rows, pieces: Iterable[Piece], *, workers: int, pin: bool = False) -> DataLoader:
-    """Batches of pieces in their order, decoded ahead by worker processes; tensors come through shared memory."""
-    return DataLoader(
+def decoded(rows: Rows, pieces: Iterable[Piece], *, workers: int, pin: bool = False) -> Generator[dict[str, Any]]:
+    """Batches of pieces in their order, decoded ahead by worker processes; tensors come through shared memory.
+
+    Close it where an error may leave it half read: the workers end at once, where torch would wait ten seconds.
+    """
+    batches = iter(DataLoader(
         rows,
         batch_sampler=pieces,  # type: ignore[arg-type]
         num_workers=workers,
@@ -101,7 +104,12 @@ def decoded(rows: Rows, pieces: Iterable[Piece], *, workers: int, pin: bool = Fa
         prefetch_factor=2 if workers else None,
         worker_init_fn=ignore_interrupt,
         pin_memory=pin,
-    )
+    ))  # fmt: skip
+    try:
+        yield from batches
+    finally:
+        for process in getattr(batches, "_workers", []):
+            process.terminate()  # which torch's workers take from their parent as a good end
 
 
 def ignore_interrupt(worker: int) -> None:

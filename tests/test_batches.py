@@ -207,7 +207,7 @@ def test_a_row_that_the_cache_lacks(manifest, tmp_path):
     cache = spelled_cache(reordered(manifest, [row for row in range(ROWS) if row != rows[5]]), tmp_path / "c.zarr")
     missing = manifest.column("key")[rows[5]]
     with pytest.raises(
-        UserError, match=f"1 of 30 training rows .* first is '{missing}'.*run `tc build --teacher speller"
+        UserError, match=f"1 of 30 training rows .* first is '{missing}'.*extend it with `tc build --teacher speller"
     ):
         training_rows(manifest, cache)
 
