@@ -6,6 +6,7 @@ Readers for each input format are in `readers/`. Not for tensors: see `views.py`
 import dataclasses
 import hashlib
 import io
+import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from PIL import Image
 
+ROWS_AT_ONCE = 8192  # rows that are Python objects at one time, on their way into the Arrow table
 MAX_PIXELS = 89_478_485  # PIL's own warning level: about 256 MB of RGB
 
 
@@ -107,21 +109,24 @@ def task_columns(**columns: Any) -> str:
 
 def make_manifest(data: str, root: Path, samples: Iterable[Sample], *, limit: int | None = None) -> Manifest:
     """Rows into a Manifest; UserError where there are none or a key comes twice."""
-    import itertools
-
     import pyarrow as pa
+    import pyarrow.compute as pc
 
-    rows = [dataclasses.asdict(sample) for sample in itertools.islice(samples, limit)]
-    if not rows:
+    rows = itertools.islice(samples, limit)
+    batches = []
+    while part := list(itertools.islice(rows, ROWS_AT_ONCE)):
+        for sample in part:
+            if any(name.encode("utf-8", "replace").decode() != name for name in (sample.key, sample.image)):
+                raise UserError(f"{sample.image!r} in {data} has a name that is not UTF-8: rename it")
+        columns = [pa.array([getattr(row, field.name) for row in part], field.type) for field in schema()]
+        batches.append(pa.RecordBatch.from_arrays(columns, schema=schema()))
+    if not batches:
         raise UserError(f"no pictures or texts found in {data}: see `tc build --help` for the formats that are read")
-    seen: set[str] = set()
-    for row in rows:
-        if row["key"] in seen:
-            raise UserError(f"key '{row['key']}' comes twice in {data}: give every row its own key or file name")
-        seen.add(row["key"])
-        if any(name.encode("utf-8", "replace").decode() != name for name in (row["key"], row["image"])):
-            raise UserError(f"{row['image']!r} in {data} has a name that is not UTF-8: rename it")
-    table = pa.Table.from_pylist(rows, schema=schema())
+    table = pa.Table.from_batches(batches)
+    if pc.count_distinct(table["key"]).as_py() < len(table):  # counted in Arrow: Python strings are larger
+        counts = pc.value_counts(table["key"])
+        key = counts.field("values")[pc.index(pc.greater(counts.field("counts"), 1), value=True).as_py()]
+        raise UserError(f"key '{key}' comes twice in {data}: give every row its own key or file name")
     return Manifest(os.path.normpath(data), root, table, digest_rows(table))
 
 
