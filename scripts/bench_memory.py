@@ -1,4 +1,4 @@
-"""Memory of building and reading at two sizes, each job in a process of its own. Not for speed.
+"""Memory of building and reading at three sizes, each job in a process of its own. Not for speed.
 
     python scripts/bench_memory.py JOB ROWS FOLDER    one job; prints a JSON line
 
@@ -231,44 +231,45 @@ def measure(job: str, rows: int, folder: Path) -> dict[str, int]:
 
 
 def memory(options: argparse.Namespace) -> tuple[list[Line], str]:
-    """Every job at both sizes."""
-    small, large = sorted(options.memory_rows)
-    lines = []
-    with tempfile.TemporaryDirectory(dir=".") as small_folder, tempfile.TemporaryDirectory(dir=".") as large_folder:
+    """Every job at three sizes; growth is asked between the last two, after what a first minute of work fills."""
+    sizes, lines = sorted(options.memory_rows), []
+    with tempfile.TemporaryDirectory(dir=".") as name:
+        folders = [Path(name, str(rows)) for rows in sizes]
+        for folder in folders:
+            folder.mkdir()
         for job, (_, title) in JOBS.items():
             say(f"memory: {title}")
-            at = [in_process(job, n, folder) for n, folder in ((small, small_folder), (large, large_folder))]
+            at = [in_process(job, rows, folder) for rows, folder in zip(sizes, folders, strict=True)]
             errors = [found for found in at if isinstance(found, str)]
             if errors:
                 lines.append(Line(f"memory, {title}", f"skipped: {errors[0]}", "-"))
                 continue
-            lines.append(growth(f"memory, {title}", at, (small, large), "used"))
-            if at[1]["children"]:
-                lines.append(growth("memory, its decoding process", at, (small, large), "children"))
-        table = load_manifest(Path(large_folder, "manifest.parquet")).table.nbytes
+            lines.append(growth(f"memory, {title}", at, sizes, "used", bar=BAR if job != "manifest" else "-"))
+            if at[-1]["children"]:
+                lines.append(growth("memory, its decoding process", at, sizes, "children", bar=BAR))
+        table = load_manifest(folders[-1] / "manifest.parquet").table.nbytes
     note = (
         f"memory: anonymous bytes at the peak beyond those at the start, without what malloc holds free; vectors of "
-        f"{DIM} float16, blocks of {BLOCK}; the ratio is growth in bytes per row. The manifest's table has "
-        f"{table / 1e6:,.0f} MB at {large:,} rows; every job but the first has it before counting begins"
+        f"{DIM} float16, blocks of {BLOCK}; the ratio is growth in bytes per row from {sizes[1]:,} rows on. The "
+        f"manifest's table has {table / 1e6:,.0f} MB at {sizes[2]:,} rows; every job but the first has it before "
+        "counting begins"
     )
     return lines, note
 
 
-def growth(what: str, at: list[dict[str, int]], rows: tuple[int, int], name: str) -> Line:
-    """The line of a job: megabytes at both sizes and bytes of growth per row."""
-    each = (at[1][name] - at[0][name]) / (rows[1] - rows[0])
-    sizes = []
-    for n, found in zip(rows, at, strict=True):
-        rest = (
-            f" ({found['resident'] / 1e6:,.0f} resident, {found['rss'] / 1e6:,.0f} peak RSS)" if name == "used" else ""
-        )
-        sizes.append(f"{n:,} rows: {found[name] / 1e6:,.0f} MB{rest}")
-    return Line(what, sizes[1], sizes[0], f"{each:.0f} bytes a row", f"{BAR} bytes a row", judge(each, BAR))
+def growth(what: str, at: list[dict[str, int]], sizes: list[int], name: str, *, bar: str) -> Line:
+    """The line of a job: megabytes at every size, and growth between the last two in bytes per row."""
+    each = (at[-1][name] - at[-2][name]) / (sizes[-1] - sizes[-2])
+    cells = []
+    for rows, found in zip(sizes, at, strict=True):
+        rest = f" ({found['resident'] / 1e6:,.0f} resident, {found['rss'] / 1e6:,.0f} peak RSS)"
+        cells.append(f"{rows:,} rows: {found[name] / 1e6:,.0f} MB{rest if name == 'used' else ''}")
+    return Line(what, cells[-1], "; ".join(cells[:-1]), f"{each:.0f} bytes a row", bar, judge(each, bar))
 
 
-def in_process(job: str, rows: int, folder: str) -> dict[str, int] | str:
+def in_process(job: str, rows: int, folder: Path) -> dict[str, int] | str:
     """A job's figures from a fresh process, or the last line of its error."""
-    command = [sys.executable, __file__, job, str(rows), folder]
+    command = [sys.executable, __file__, job, str(rows), str(folder)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         return (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1]

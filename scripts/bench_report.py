@@ -67,7 +67,7 @@ def compare(what: str, figures: Figures, ours: str, theirs: str, *, unit: str, o
             reason: str = "") -> Line:  # fmt: skip
     """The line of two figures: median ratio with lowest and highest, round by round; `reason`: why no bar applies."""
     ratios = [x / y for x, y in zip(figures[ours], figures[theirs], strict=True)]
-    ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+    ratio = f"{statistics.median(ratios):.3f} ({min(ratios):.2f} to {max(ratios):.2f})"
     verdict = f"does not apply: {reason}" if reason else judge(statistics.median(ratios), bar)
     rates = f"{middle(figures, ours)} {unit}", f"{other}, {middle(figures, theirs)} {unit}"
     return Line(what, *rates, ratio, bar, verdict)
