@@ -77,7 +77,7 @@ class Batches(Dataset):
     def _places(self, cache: store.Cache) -> np.ndarray:
         """Manifest row -> cache row, -1 for rows that are not trained on."""
         at = np.full(len(self.manifest), -1)
-        at[self.rows] = store.join(cache, self.manifest.table["key"].take(self.rows).to_pylist())
+        at[self.rows] = store.join(cache, self.manifest.table["key"].take(self.rows))
         return at
 
     def _draw_views_of(self, cache: store.Cache) -> None:
@@ -167,18 +167,18 @@ def looks(student: Any, live: Any) -> dict[str, Look]:
 
 def training_rows(manifest: Manifest, cache: store.Cache | None) -> np.ndarray:
     """Rows of the training split that have a text and that the cache holds and calls usable."""
-    texts = manifest.column("texts")
-    rows = np.array([row for row in manifest.rows_of_split("train") if any(text.strip() for text in texts[row])], int)
+    rows = manifest.rows_of_split("train")
+    rows = rows[manifest.has_text()[rows]]
     if not len(rows):
         raise UserError(f"{manifest.data} has no training rows with a text")
     if cache is None:
         return rows
-    keys = manifest.column("key")
-    at = store.join(cache, [keys[row] for row in rows])
+    keys = manifest.table["key"].take(rows)
+    at = store.join(cache, keys)
     if (at < 0).any():
         raise UserError(
             f"{(at < 0).sum()} of {len(rows)} training rows of {manifest.data} are not in {cache.path}, the first is "
-            f"'{keys[rows[int(np.argmax(at < 0))]]}': extend it with `{cache.command(data=manifest.data)}`"
+            f"'{keys[int(np.argmax(at < 0))]}': extend it with `{cache.command(data=manifest.data)}`"
         )
     _same_rows(manifest, cache, rows, at)
     return rows[np.asarray(store.read_field(cache, "valid"))[at]]

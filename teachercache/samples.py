@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import hashlib
 import io
+import itertools
 import json
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -17,9 +18,13 @@ from teachercache.paths import as_path, is_url, write_whole
 from teachercache.remote import below, here, persistently, read_range, tidy
 
 if TYPE_CHECKING:
+    import numpy as np
     import pyarrow as pa
     from PIL import Image
 
+ROWS_AT_ONCE = 8192  # rows that are Python objects at one time, on their way into the Arrow table
+# What str.strip() leaves nothing of; Arrow's own trimming spares the separators 1c to 1f
+SPACES = r"\x{09}-\x{0d}\x{1c}-\x{20}\x{85}\x{a0}\x{1680}\x{2000}-\x{200a}\x{2028}\x{2029}\x{202f}\x{205f}\x{3000}"
 MAX_PIXELS = 89_478_485  # PIL's own warning level: about 256 MB of RGB
 
 
@@ -80,12 +85,25 @@ class Manifest:
         """One column as a Python list."""
         return self.table[name].to_pylist()
 
-    def rows_of_split(self, split: str) -> list[int]:
-        """Rows of a split, all rows where the data has no splits at all."""
-        splits = self.column("split")
-        if not any(splits):
-            return list(range(len(splits)))
-        return [i for i, name in enumerate(splits) if name == split]
+    def rows_of_split(self, split: str) -> "np.ndarray":
+        """Rows of a split [n], all rows where the data has no splits at all."""
+        import numpy as np
+        import pyarrow.compute as pc
+
+        if not pc.any(pc.not_equal(self.table["split"], "")).as_py():
+            return np.arange(len(self))
+        return np.flatnonzero(pc.equal(self.table["split"], split).to_numpy())
+
+    def has_text(self) -> "np.ndarray":
+        """Whether each row has a text that is not empty, bool [rows]."""
+        import numpy as np
+        import pyarrow.compute as pc
+
+        texts = self.table["texts"]
+        filled = ~pc.match_substring_regex(pc.list_flatten(texts), rf"\A[{SPACES}]*\z").to_numpy()
+        found = np.zeros(len(self), bool)
+        found[pc.list_parent_indices(texts).to_numpy()[filled]] = True
+        return found
 
 
 def schema() -> "pa.Schema":
@@ -115,36 +133,43 @@ def task_columns(**columns: Any) -> str:
 
 def make_manifest(data: str, root: Any, samples: Iterable[Sample], *, limit: int | None = None) -> Manifest:
     """Rows into a Manifest; UserError where there are none or a key comes twice."""
-    import itertools
-
     import pyarrow as pa
+    import pyarrow.compute as pc
 
-    rows = [dataclasses.asdict(sample) for sample in itertools.islice(samples, limit)]
-    if not rows:
+    rows = itertools.islice(samples, limit)
+    batches = []
+    while part := list(itertools.islice(rows, ROWS_AT_ONCE)):
+        for sample in part:
+            if any(name.encode("utf-8", "replace").decode() != name for name in (sample.key, sample.image)):
+                raise UserError(f"{sample.image!r} in {data} has a name that is not UTF-8: rename it")
+        columns = [pa.array([getattr(row, field.name) for row in part], field.type) for field in schema()]
+        batches.append(pa.RecordBatch.from_arrays(columns, schema=schema()))
+    if not batches:
         raise UserError(f"no pictures or texts found in {data}: see `tc build --help` for the formats that are read")
-    seen: set[str] = set()
-    for row in rows:
-        if row["key"] in seen:
-            raise UserError(f"key '{row['key']}' comes twice in {data}: give every row its own key or file name")
-        seen.add(row["key"])
-        if any(name.encode("utf-8", "replace").decode() != name for name in (row["key"], row["image"])):
-            raise UserError(f"{row['image']!r} in {data} has a name that is not UTF-8: rename it")
-    table = pa.Table.from_pylist(rows, schema=schema())
+    table = pa.Table.from_batches(batches)
+    if pc.count_distinct(table["key"]).as_py() < len(table):  # counted in Arrow: Python strings are larger
+        counts = pc.value_counts(table["key"])
+        key = counts.field("values")[pc.index(pc.greater(counts.field("counts"), 1), value=True).as_py()]
+        raise UserError(f"key '{key}' comes twice in {data}: give every row its own key or file name")
     return Manifest(tidy(data), root, table, digest_rows(table))
 
 
 def digest_rows(table: "pa.Table") -> str:
     """sha256 over every row's key, picture reference, picture size, texts and task; neither root nor order matter."""
-    return hashlib.sha256(b"".join(sorted(row_digests(table)))).hexdigest()
+    import numpy as np
+
+    return hashlib.sha256(np.sort(row_digests(table)).tobytes()).hexdigest()
 
 
-def row_digests(table: "pa.Table") -> list[bytes]:
-    """What `digest_rows` knows of each row."""
-    digests = []
+def row_digests(table: "pa.Table") -> "np.ndarray":
+    """What `digest_rows` knows of each row: sixteen bytes, dtype S16 [rows]."""
+    import numpy as np
+
+    digests = bytearray()
     for batch in table.select(["key", "image", "offset", "size", "texts", "task"]).to_batches(max_chunksize=4096):
         for row in batch.to_pylist():
-            digests.append(hashlib.blake2b(repr(tuple(row.values())).encode(), digest_size=16).digest())
-    return digests
+            digests += hashlib.blake2b(repr(tuple(row.values())).encode(), digest_size=16).digest()
+    return np.frombuffer(digests, "S16")
 
 
 def write_manifest(manifest: Manifest, path: Any) -> None:

@@ -277,11 +277,11 @@ def read_keys(cache: Cache) -> np.ndarray:
     return np.array(cached_manifest(cache).column("key"), dtype=np.dtypes.StringDType())
 
 
-def join(cache: Cache, keys: list[str]) -> np.ndarray:
-    """The cache's row for each key, -1 where the cache lacks it: caches join by key, never by position."""
+def join(cache: Cache, keys: Any) -> np.ndarray:
+    """The cache's row for each key (a list or an Arrow array), -1 where it lacks it: by key, never by position."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    there = cached_manifest(cache).table["key"].combine_chunks()
-    found = pc.index_in(pa.array(keys, pa.string()), value_set=there)
-    return found.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
+    asked = keys if isinstance(keys, pa.Array | pa.ChunkedArray) else pa.array(keys, pa.string())
+    found = pc.index_in(asked, value_set=cached_manifest(cache).table["key"].combine_chunks())
+    return found.fill_null(-1).to_numpy().astype(np.int64) if len(asked) else np.empty(0, np.int64)

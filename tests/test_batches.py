@@ -116,7 +116,7 @@ def test_a_loader_that_starts_later_or_has_workers_gives_the_same(manifest, spel
 
 def test_an_epoch_shows_each_row_once(manifest, spelled):
     batches = batches_of(manifest, spelled, batch=4)
-    rows = set(manifest.rows_of_split("train"))
+    rows = set(manifest.rows_of_split("train").tolist())
     assert len(rows) == 30
     assert batches.per_epoch == 7
     shown = [batches.rows_of(step).tolist() for step in range(21)]
@@ -195,7 +195,7 @@ def test_join_is_by_key_in_another_order(manifest, spelled):
 
 
 def test_join_with_a_part_of_the_cache(manifest, spelled):
-    train = manifest.rows_of_split("train")
+    train = manifest.rows_of_split("train").tolist()
     part = reordered(manifest, train[::-2])
     keys = part.column("key")
     assert check_rows(part, batches_of(part, spelled), 7) <= {number(key) for key in keys}
@@ -203,7 +203,7 @@ def test_join_with_a_part_of_the_cache(manifest, spelled):
 
 
 def test_a_row_that_the_cache_lacks(manifest, tmp_path):
-    rows = manifest.rows_of_split("train")
+    rows = manifest.rows_of_split("train").tolist()
     cache = spelled_cache(reordered(manifest, [row for row in range(ROWS) if row != rows[5]]), tmp_path / "c.zarr")
     missing = manifest.column("key")[rows[5]]
     with pytest.raises(
@@ -213,7 +213,7 @@ def test_a_row_that_the_cache_lacks(manifest, tmp_path):
 
 
 def test_a_test_row_that_the_cache_lacks_does_not_matter(manifest, tmp_path):
-    train = manifest.rows_of_split("train")
+    train = manifest.rows_of_split("train").tolist()
     cache = spelled_cache(reordered(manifest, train), tmp_path / "c.zarr")
     assert training_rows(manifest, cache).tolist() == train
 
@@ -227,7 +227,7 @@ def replaced(manifest: Manifest, row: int, **values) -> Manifest:
 
 @pytest.mark.parametrize("change", [{"texts": ["square 0 said 0", "square 0 said 2"]}, {"size": 1}])
 def test_a_row_that_changed_under_its_key(manifest, spelled, change):
-    row = manifest.rows_of_split("train")[3]
+    row = manifest.rows_of_split("train").tolist()[3]
     changed = replaced(manifest, row, **change)
     with pytest.raises(UserError) as error:
         training_rows(changed, spelled)
@@ -237,14 +237,14 @@ def test_a_row_that_changed_under_its_key(manifest, spelled, change):
 
 
 def test_rows_that_cannot_be_used_are_skipped(manifest, tmp_path):
-    train = [number(manifest.column("key")[row]) for row in manifest.rows_of_split("train")]
+    train = [number(manifest.column("key")[row]) for row in manifest.rows_of_split("train").tolist()]
     cache = spelled_cache(manifest, tmp_path / "c.zarr", bad=(train[0], train[7]))
     batches = batches_of(manifest, cache)
     assert check_rows(manifest, batches, 3 * batches.per_epoch) == set(train) - {train[0], train[7]}
 
 
 def test_empty_texts_are_never_shown(manifest, tmp_path):
-    rows = manifest.rows_of_split("train")
+    rows = manifest.rows_of_split("train").tolist()
     own = number(manifest.column("key")[rows[0]])
     holes = replaced(manifest, rows[0], texts=["", f"square {own} said 1", "  "])
     none = replaced(holes, rows[1], texts=["", " ", ""])
@@ -291,7 +291,7 @@ def test_the_rows_of_data_without_splits_are_found_in_linear_time(tmp_path):
     samples = (Sample(key=str(i), image="a.png", texts=("a",)) for i in range(30_000))
     manifest = make_manifest("many", tmp_path, samples)
     begin = time.perf_counter()
-    assert manifest.rows_of_split("train") == list(range(30_000))
+    assert manifest.rows_of_split("train").tolist() == list(range(30_000))
     assert time.perf_counter() - begin < 1
 
 

@@ -231,7 +231,7 @@ def test_data_without_splits_is_measured_whole(tmp_path):
 
 def test_embeddings_are_unit_rows_whatever_the_batch(data):
     manifest = read_manifest(str(data))
-    rows = manifest.rows_of_split("test")
+    rows = manifest.rows_of_split("test").tolist()
     for batch in (5, 64):
         found, kept, skipped = embed_images(ENCODER, manifest, rows, batch=batch)
         assert (kept, skipped) == (rows, [])

@@ -86,7 +86,7 @@ def test_folder_captions_labels_and_splits(tmp_path):
     assert manifest.column("label") == ["", "other", "cat", "cat", "dog/big"]
     assert manifest.column("split") == ["", "", "test", "train", "train"]
     assert manifest.column("size") == [len(png(seed)) for seed in (4, 5, 3, 1, 2)]
-    assert manifest.rows_of_split("train") == [3, 4]
+    assert manifest.rows_of_split("train").tolist() == [3, 4]
     assert_pictures(manifest, [4, 5, 3, 1, 2])
 
 

@@ -372,13 +372,19 @@ def test_no_rows_is_refused_and_limit_takes_the_first():
     assert limited.column("key") == ["a", "b"]
 
 
+def test_rows_with_a_text_are_those_that_strip_leaves_something_of():
+    texts = [(), ("",), ("a",), ("", "b "), (" ", "\n\t")] + [(chr(code),) for code in range(0x3100) if code]
+    manifest = manifest_of([Sample(str(i), "a.png", row) for i, row in enumerate(texts)])
+    assert manifest.has_text().tolist() == [any(text.strip() for text in row) for row in texts]
+
+
 def test_rows_of_split():
     manifest = manifest_of(SAMPLES)
-    assert manifest.rows_of_split("train") == [0]
-    assert manifest.rows_of_split("val") == [2]
-    assert manifest.rows_of_split("test") == []
+    assert manifest.rows_of_split("train").tolist() == [0]
+    assert manifest.rows_of_split("val").tolist() == [2]
+    assert manifest.rows_of_split("test").tolist() == []
     without = manifest_of([Sample("a", "a.png"), Sample("b", "b.png")])
-    assert without.rows_of_split("train") == without.rows_of_split("test") == [0, 1]
+    assert without.rows_of_split("train").tolist() == without.rows_of_split("test").tolist() == [0, 1]
 
 
 def test_clean_texts_flags_what_is_blank():

@@ -14,7 +14,7 @@ CHUNK = 1024  # queries scored at once
 
 def evaluate(encoder: Encoder, manifest: Manifest) -> dict[str, Any]:
     """Recalls over the test split; keys as clip-benchmark writes them, ties and counts beside them."""
-    rows = manifest.rows_of_split("test")
+    rows = manifest.rows_of_split("test").tolist()
     texts = manifest.column("texts")
     rows = [row for row in rows if any(text.strip() for text in texts[row])]
     if not rows:

@@ -16,7 +16,7 @@ TEMPLATES = ("a picture of {}.", "a photo of {}.", "a drawing of {}.", "{}.")
 def evaluate(encoder: Encoder, manifest: Manifest) -> dict[str, Any]:
     """acc1, acc5 and mean_per_class_recall over the test split; keys as clip-benchmark writes them."""
     labels = manifest.column("label")
-    test = manifest.rows_of_split("test")
+    test = manifest.rows_of_split("test").tolist()
     if not test:
         raise UserError(f"{manifest.data} has no test rows: give it a folder `test`, or pass other --data")
     rows = [row for row in test if labels[row]]
