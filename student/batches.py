@@ -86,7 +86,7 @@ class Batches(Dataset):
         self.views_at, at_least = self._places(cache), cache.meta.spec.view.get("at_least", 0)
         if any(look.replay is None for look in self.looks.values()):
             raise UserError(
-                f"{cache.path} holds augmented views and this student has no `replay`: pass a --cache without"
+                f"{cache.path} holds augmented views, this student cannot replay them: pass another --cache"
             )
         self.looks = {name: look._replace(at_least=at_least) for name, look in self.looks.items()}
 

@@ -106,10 +106,11 @@ def to_dict(record: Any) -> dict[str, Any]:
 
 def meta_from_dict(values: Mapping[str, Any]) -> CacheMeta:
     """The CacheMeta that `to_dict` wrote; UserError where the format is not ours."""
-    if values.get("format") != FORMAT:
+    if values.get("format") != FORMAT or "views" not in values:  # before there were views, texts shared a chunk
+        found = values.get("format") if values.get("format") != FORMAT else "before views"
         raise UserError(
-            f"cache format {values.get('format')!r} is not the format {FORMAT} that this version reads: "
-            "build the cache again with `tc build`"
+            f"cache format {found!r} is not the format {FORMAT} that this version reads: remove it and build it again "
+            "with `tc build`"
         )
     spec = dict(values["spec"])
     spec["fields"] = tuple(Field(**{**field, "shape": tuple(field["shape"])}) for field in spec["fields"])
