@@ -35,7 +35,8 @@ def collect(target: Target, job: Job, parts: Iterable[dict[str, Any]],
             chunks[at][places] = values
         problems += part["problems"]
         tick(len(piece.rows) if piece.views[-1:] == job.views[-1:] else 0)
-    chunks["key", 0] = np.array(target.manifest.column("key")[rows.start : rows.stop], np.dtypes.StringDType())
+    keys = target.manifest.table["key"].slice(rows.start, len(rows)).to_pylist()
+    chunks["key", 0] = np.array(keys, np.dtypes.StringDType())
     before = [k for k in range(meta.texts) if k not in job.texts]
     here = np.arange(rows.start, rows.stop)
     masks = {k: store.read_rows(cache, "text_valid", k, here) for k in before}

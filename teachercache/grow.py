@@ -73,28 +73,28 @@ def settle(path: Path, meta: CacheMeta, manifest: Manifest, *, prune: bool = Fal
 
 def compare(cache: store.Cache, manifest: Manifest) -> Change:
     """What became of a cache's rows in a manifest, by key."""
+    import pyarrow.compute as pc
+
     then = store.cached_manifest(cache)
-    place = {key: row for row, key in enumerate(manifest.column("key"))}
-    keys = then.column("key")
-    found = np.array([place.pop(key, -1) for key in keys], np.int64)
+    keys, now = then.table["key"].combine_chunks(), manifest.table["key"].combine_chunks()
+    found = pc.index_in(keys, value_set=now).fill_null(-1).to_numpy().astype(np.int64)
     kept = np.flatnonzero(found >= 0)
+    new = np.setdiff1d(np.arange(len(manifest)), found)
     changed = _changed(then, manifest, kept, found[kept]) if then.digest != manifest.digest else np.array([], np.int64)
-    at = np.full(len(kept) + len(place), -1, np.int64)
-    at[: len(kept)] = np.where(np.isin(kept, changed), -1, kept)
-    order = np.concatenate([found[kept], np.array(list(place.values()), np.int64)])
-    return Change(order, [keys[i] for i in np.flatnonzero(found < 0)], [keys[i] for i in changed], at)
+    at = np.concatenate([np.where(np.isin(kept, changed), -1, kept), np.full(len(new), -1)])
+    lost = keys.take(np.flatnonzero(found < 0)).to_pylist()
+    return Change(np.concatenate([found[kept], new]), lost, keys.take(changed).to_pylist(), at)
 
 
 def _changed(then: Manifest, now: Manifest, rows: np.ndarray, places: np.ndarray) -> np.ndarray:
     """Those of `rows` whose content differs; more texts behind as many as the cache holds are no difference."""
     before, after = row_digests(then.table.take(rows)), row_digests(now.table.take(places))
     changed = []
-    for i in [i for i, pair in enumerate(zip(before, after, strict=True)) if pair[0] != pair[1]]:
+    for i in np.flatnonzero(before != after).tolist():
         old, new = then.row(int(rows[i])), now.row(int(places[i]))
-        texts, more = len(old.texts), dataclasses.replace(new, texts=new.texts[: len(old.texts)])
-        same = ("image", "offset", "size", "task", "texts")
-        gained = texts == then.texts and all(getattr(old, name) == getattr(more, name) for name in same)
-        if not gained:
+        first = dataclasses.replace(new, texts=new.texts[: len(old.texts)])
+        same = all(getattr(old, name) == getattr(first, name) for name in ("image", "offset", "size", "task", "texts"))
+        if not (same and len(old.texts) == then.texts):
             changed.append(rows[i])
     return np.array(changed, np.int64)
 
