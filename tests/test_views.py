@@ -137,7 +137,7 @@ def test_a_student_that_cannot_replay_is_told(seen, manifest):
     class Student:
         inputs, view, tokenizer = ("image", "text"), staticmethod(lambda picture: torch.zeros(1)), None
 
-    with pytest.raises(UserError, match="cannot replay: pass another --cache"):
+    with pytest.raises(UserError, match="cannot replay them: pass another --cache"):
         batches_of(manifest, seen[0], Student())
 
 
