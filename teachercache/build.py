@@ -99,7 +99,11 @@ def plan(teacher: Teacher, manifest: Manifest, precision: Precision, block_rows:
     has = {"image": manifest.has_images, "text": manifest.texts > 0, "row": True}
     fields = tuple(field for field in teacher.spec.fields if has[field.per])
     if not fields:
-        raise UserError(f"{manifest.data} has neither pictures nor texts for {teacher.spec.name}")
+        wanted = " or ".join(sorted({field.per for field in teacher.spec.fields}))
+        raise UserError(
+            f"--outputs {','.join(teacher.spec.outputs)} of {teacher.spec.name} is about {wanted}s, and "
+            f"{manifest.data} has none: pass other --outputs (`tc teachers`) or other --data"
+        )
     if views and not has["image"]:
         raise UserError(f"--views {views}: {manifest.data} has no pictures; leave --views away")
     versions = {name: importlib.metadata.version(name) for name in ("torch", "open_clip_torch", "zarr", "pillow")}

@@ -125,11 +125,12 @@ def _extend(cache: store.Cache, meta: CacheMeta, manifest: Manifest) -> store.Ca
     with growing(cache):
         cache = store.open_cache(cache.path)  # another builder may have been first
         there = cache.meta
-        if (there.manifest, there.rows, there.texts, there.views) == (meta.manifest, meta.rows, meta.texts, meta.views):
+        if there == meta:
             return cache
         gained = {name: (getattr(there, name), getattr(meta, name)) for name in ("rows", "texts", "views")}
         words = [f"{name} {old:,} -> {new:,}" for name, (old, new) in gained.items() if old != new]
-        say(f"{cache.path} grows: {', '.join(words) or 'the same rows, described anew'}")
+        if words:
+            say(f"{cache.path} grows: {', '.join(words)}")
         write_manifest(manifest, cache.path / "manifest.parquet")
         for name, content in metadata(meta).items():  # the group's own last: it says what counts
             write_whole(cache.path / name, content)

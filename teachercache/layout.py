@@ -15,7 +15,7 @@ from zarr.core.buffer import Buffer
 from zarr.storage import MemoryStore
 
 from teachercache.spec import CacheMeta, Field, to_dict
-from teachercache.views import PARAMS
+from teachercache.views import PARAMS, Augment
 
 MIN_BLOCK_ROWS, MAX_BLOCK_BYTES = 256, 64 << 20
 
@@ -50,7 +50,9 @@ class Cache:
                    "--views": meta.views, "--limit": 0 if data else meta.limit}  # fmt: skip
         usual = {"--outputs": "embeddings", "--weights": "pretrained", "--views": 0, "--limit": 0}
         words = [str(word) for item in options.items() if usual.get(item[0]) != item[1] for word in item]
-        return shlex.join(["tc", "build", *words])
+        default = dataclasses.asdict(Augment())
+        drawn = [f"{name}={value:g}" for name, value in meta.augment.items() if value != default[name]]
+        return shlex.join(["tc", "build", *words, *(word for setting in drawn for word in ("--augment", setting))])
 
 
 def block_rows_for(fields: tuple[Field, ...], rows: int) -> int:
