@@ -45,8 +45,8 @@ def launch(teacher: Teacher, module: nn.Module, cache: Cache, batch: dict[str, A
     for i in range(max(0 if images is None else len(images), int(text is not None)) if piece.rows else 0):
         inputs = {}
         if images is not None:
-            moved = images[i].to(device, dtype, non_blocking=True)
-            inputs["image"] = moved.contiguous(memory_format=torch.channels_last)
+            moved = images[i].to(device, non_blocking=True)  # as float32 from pinned memory: the cast would block
+            inputs["image"] = moved.to(dtype).contiguous(memory_format=torch.channels_last)
         if text is not None and i == 0:
             inputs["text"] = text.to(device, non_blocking=True)
         with torch.inference_mode():
