@@ -58,6 +58,8 @@ def recipes(name: str | None) -> None:
 @click.option("--out", help="The run folder; default runs/<recipe>-<time>.")
 @click.option("--steps", type=click.IntRange(1), help="Training steps.")
 @click.option("--batch-size", type=click.IntRange(2), help="Pairs per step, over all processes.")
+@click.option("--micro-batch", type=click.IntRange(2),
+              help="Rows that a device computes at a time; the gradient is that of the whole batch.")  # fmt: skip
 @click.option("--seed", default=0, show_default=True)
 @click.option(
     "--resume",
@@ -78,7 +80,9 @@ def recipes(name: str | None) -> None:
     metavar="KEY=VALUE",
     help="A constant, optim.NAME or run.NAME; repeatable.",
 )
-def train(name, data, cache, out, steps, batch_size, seed, resume, live, dry_run, print_config, settings) -> None:
+def train(
+    name, data, cache, out, steps, batch_size, micro_batch, seed, resume, live, dry_run, print_config, settings
+) -> None:
     """Train a student by a recipe.
 
     \u0008
@@ -94,7 +98,14 @@ def train(name, data, cache, out, steps, batch_size, seed, resume, live, dry_run
     recipe = find(name)
     recipe = dataclasses.replace(recipe, steps=steps or recipe.steps, batch=batch_size or recipe.batch)
     cache = cache or str(cache_folder(data))
-    run = Run(data=data, cache=cache, out=out or _run_folder(recipe.name, resume), seed=seed, live=live)
+    run = Run(
+        data=data,
+        cache=cache,
+        out=out or _run_folder(recipe.name, resume),
+        seed=seed,
+        live=live,
+        micro_batch=micro_batch or 0,
+    )
     recipe, run = override(recipe, run, settings)
     if print_config:
         known = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}

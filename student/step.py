@@ -23,15 +23,32 @@ class TrainStep(nn.Module):
         self.recipe, self.student, self.heads, self.precision = recipe, student, heads, precision
         self.__dict__["live"] = live
 
-    def forward(self, batch: Mapping[str, Tensor], now: Now) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-        """Loss to minimise, its weighted terms, and notes; the batch's fields come from a cache or a live teacher."""
+    def forward(self, batch: Mapping[str, Tensor], now: Now, gradients: Mapping[str, Tensor] | None = None) -> Any:
+        """Loss to minimise, its weighted terms, and notes; the batch's fields come from a cache or a live teacher.
+
+        For `accumulate`: with `gradients` {} the outputs and fields of these rows alone; with the gradient of some
+        loss with respect to outputs, the scalar whose backward is that gradient's.
+        """
+        outputs, fields = self.outputs(batch)
+        if gradients is None:
+            return self.loss(outputs, fields, now)
+        if not gradients:
+            return outputs, fields
+        return torch.stack([(outputs[name].float() * gradient).sum() for name, gradient in gradients.items()]).sum()
+
+    def outputs(self, batch: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """What student and heads say of this rank's rows, and what the teacher said."""
         if self.live is not None:
             batch = {**batch, **live_fields(self.live, batch, self.recipe.reads)}
         with torch.autocast(batch_device(batch), torch.bfloat16, enabled=self.precision == "bfloat16"):
             outputs = self.student(batch)
             if self.heads is not None:
                 outputs |= self.heads(outputs)
-        fields = {name: batch[name] for name in (*self.recipe.reads, "logit_scale") if name in batch}
+        return outputs, {name: batch[name] for name in (*self.recipe.reads, "logit_scale") if name in batch}
+
+    def loss(self, outputs: Mapping[str, Tensor], fields: Mapping[str, Tensor],
+             now: Now) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:  # fmt: skip
+        """Loss of the global batch from this rank's outputs and fields; no parameter is used here."""
         outputs, fields = (
             {name: gather(rows) if name in self.recipe.across else rows for name, rows in part.items()}
             for part in (outputs, fields)
