@@ -14,7 +14,7 @@ from zarr.codecs import Crc32cCodec
 from zarr.core.buffer import Buffer
 from zarr.storage import MemoryStore
 
-from teachercache.spec import CacheMeta, Field, to_dict
+from teachercache.spec import CacheMeta, Field, checksum, to_dict
 from teachercache.views import PARAMS, Augment
 
 MIN_BLOCK_ROWS, MAX_BLOCK_BYTES = 256, 64 << 20
@@ -88,7 +88,7 @@ def metadata(meta: CacheMeta) -> dict[str, bytes]:
     """Every zarr.json of a cache by its path below the cache, the group's own last: zarr itself writes them."""
     files: dict[str, Buffer] = {}
     memory, cache = MemoryStore(files), Cache(Path(), meta)
-    group = zarr.create_group(memory, zarr_format=3, attributes=to_dict(meta))
+    group = zarr.create_group(memory, zarr_format=3, attributes={**to_dict(meta), "checksum": checksum(meta)})
     for field in cache.fields.values():
         group.create_array(
             field.name,
