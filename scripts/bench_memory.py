@@ -134,7 +134,8 @@ def job_read(folder: Path, rows: int, start) -> None:
 
 def job_join(folder: Path, rows: int, start) -> None:
     """What a training does: usable rows, the join by key, shuffled batches; the student takes no inputs."""
-    from student.batches import Batches, training_rows
+    from student.batches import Batches
+    from student.caches import training_rows
 
     manifest = load_manifest(folder / "manifest.parquet")
     start()

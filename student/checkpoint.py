@@ -156,12 +156,13 @@ def export_open_clip(run: Path, out: Path) -> Path:
 
 def _model_card(facts: dict[str, Any], run: Path) -> str:
     """A model card with what the run recorded."""
-    recipe, teacher = facts["recipe"], facts.get("teacher") or {}
+    recipe = facts["recipe"]
+    teachers = [f"{teacher['name']} ({teacher['digest'][:12]})" for teacher in facts.get("teachers", ())]
     lines = [
         "---", "library_name: open_clip", "pipeline_tag: zero-shot-image-classification", "---", "",
         f"# {recipe['constants']['model']} trained by `{recipe['name']}`", "",
         f"Recipe: {recipe['paper']}", f"Data: {facts['run']['data']}",
-        f"Teacher: {teacher.get('name', 'none')} ({teacher.get('digest', '')[:12]})",
+        f"Teacher: {', '.join(teachers) or 'none'}",
         f"Steps: {recipe['steps']}, batch {recipe['batch']}, seed {facts['run']['seed']}", "",
     ]  # fmt: skip
     results = sorted((run / "eval").glob("*.json"))

@@ -54,7 +54,7 @@ def recipes(name: str | None) -> None:
 @student.command()
 @click.option("--recipe", "name", required=True, help="A name of `student recipes`, or package.module:RECIPE.")
 @click.option("--data", default=DEMO_DATA, show_default=True, help="What `tc build --data` took.")
-@click.option("--cache", help="A cache, or a folder of caches; default caches/<data>.")
+@click.option("--cache", help="A cache, or a folder of caches; several teachers with commas; default caches/<data>.")
 @click.option("--out", help="The run folder; default runs/<recipe>-<time>.")
 @click.option("--steps", type=click.IntRange(1), help="Training steps.")
 @click.option("--batch-size", type=click.IntRange(2), help="Pairs per step, over all processes.")
@@ -109,7 +109,7 @@ def train(
     recipe, run = override(recipe, run, settings)
     if print_config:
         known = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
-        known = {key: value for key, value in known.items() if not callable(value)}
+        known = {key: value for key, value in known.items() if not callable(value)} | {"reads": recipe.fields}
         plain = {k: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for k, v in known.items()}
         print(jsonlib.dumps({"recipe": plain, "run": dataclasses.asdict(run)}, indent=1))
         return

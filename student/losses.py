@@ -65,3 +65,43 @@ def icl_loss(image: Float[Tensor, "n d"], text: Float[Tensor, "n d"], t_image: F
     """
     V, S, V_T, S_T = _wide(image, text, t_image, t_text)
     return (_diagonal_ce(scale * V @ S_T.T) + _diagonal_ce(scale * S @ V_T.T)) / 2
+
+
+def gd_loss(image: Float[Tensor, "n d"], text: Float[Tensor, "n d"], scale: Scale, t_image: Float[Tensor, "n d"],
+            t_text: Float[Tensor, "n d"], t_scale: Scale) -> Float[Tensor, ""]:  # fmt: skip
+    """Gradient distillation (CLIP-KD, appendix Eq. 7): mean over pairs of |G_V,T - G_V|^2 + |G_S,T - G_S|^2.
+
+    G is the gradient of the batch-mean task loss, so its square shrinks as (a / N)^2 and a weight means something only
+    beside scale and batch.
+    """
+    V, S, V_T, S_T = _wide(image, text, t_image, t_text)
+    student, teacher = _task_gradients(V, S, scale), _task_gradients(V_T, S_T, t_scale)
+    return sum((G_T - G).square().sum(1).mean() for G, G_T in zip(student, teacher, strict=True))
+
+
+def _task_gradients(V: Float[Tensor, "n d"], S: Float[Tensor, "n d"],
+                    scale: Scale) -> tuple[Float[Tensor, "n d"], Float[Tensor, "n d"]]:  # fmt: skip
+    """G_V, G_S = d clip_loss / dV, dS in closed form (CLIP-KD, appendix Eq. 1-6), themselves differentiable.
+
+    P = sm(a V S^T), Q = sm(a S V^T): G_V = a/2N [(P - I) S + (Q - I)^T S], G_S = a/2N [(Q - I) V + (P - I)^T V].
+    """
+    logits = scale * V @ S.T  # [n, n]
+    both = logits.softmax(1) + logits.T.softmax(1).T - 2 * torch.eye(len(V), dtype=V.dtype, device=V.device)
+    return scale * (both @ S) / (2 * len(V)), scale * (both.T @ V) / (2 * len(V))
+
+
+def cross_kd_loss(image: Float[Tensor, "n d"], text: Float[Tensor, "n d"], scale: Scale, t_image: Float[Tensor, "n d"],
+                  t_text: Float[Tensor, "n d"], t_scale: Scale) -> Float[Tensor, ""]:  # fmt: skip
+    """Cross distribution distillation (CLIP-KD): CRD whose student logits meet the teacher's other modality.
+
+    1/2 [KL(sm(a_T V_T S_T^T) || sm(g V' S_T^T)) + KL(sm(a_T S_T V_T^T) || sm(g S' V_T^T))], g as in ICL.
+    """
+    V, S, V_T, S_T = _wide(image, text, t_image, t_text)
+    teacher = t_scale * V_T @ S_T.T  # [n, n]
+    return (_kl_rows(teacher, scale * V @ S_T.T) + _kl_rows(teacher.T, scale * S @ V_T.T)) / 2
+
+
+def hidden_loss(hidden: Float[Tensor, "n d"], t_hidden: Float[Tensor, "n d"]) -> Float[Tensor, ""]:
+    """FD of one block of one tower (CLIP-KD, appendix Fig. 2): mean over pairs and dims of (H' - H_T)^2."""
+    H, H_T = _wide(hidden, t_hidden)
+    return F.mse_loss(H, H_T)

@@ -39,11 +39,16 @@ class Recipe:
     build: Callable[[Any], Any]  # constants -> student model
     heads: Callable[[Any, Any, dict], Any] | None  # constants, student, shapes of fields -> module, or None
     loss: Callable[[dict, dict, Any, Now], tuple[dict, dict]]  # outputs, batch, constants, now -> terms, notes
-    reads: tuple[str, ...] = ()  # teacher fields in the batch
+    reads: tuple[str, ...] | Callable[[Any], tuple[str, ...]] = ()  # teacher fields, or constants -> teacher fields
     across: tuple[str, ...] = ()  # outputs and fields whose rows the loss compares over the whole batch
     optim: Optim = Optim()
     steps: int = 500
     batch: int = 128
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Teacher fields in the batch, with the constants as they are."""
+        return self.reads(self.constants) if callable(self.reads) else self.reads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +56,7 @@ class Run:
     """Where and how one training happens; nothing in it is in the paper."""
 
     data: str
-    cache: str  # "" where no teacher field is read
+    cache: str  # "" where no teacher field is read; several teachers with commas between them
     out: str
     device: str = "auto"
     precision: str = "float32"  # or bfloat16: the student computes in it, weights and losses stay float32

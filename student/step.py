@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from student.distributed import gather
+from student.ensemble import plain_name
 from student.recipe import Now, Recipe
 from teachercache.names import UserError
 
@@ -39,18 +40,20 @@ class TrainStep(nn.Module):
     def outputs(self, batch: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """What student and heads say of this rank's rows, and what the teacher said."""
         if self.live is not None:
-            batch = {**batch, **live_fields(self.live, batch, self.recipe.reads)}
+            batch = {**batch, **live_fields(self.live, batch, self.recipe.fields)}
+        names = (*self.recipe.fields, "logit_scale")
+        fields = {name: rows for name, rows in batch.items() if plain_name(name) in names}
         with torch.autocast(batch_device(batch), torch.bfloat16, enabled=self.precision == "bfloat16"):
             outputs = self.student(batch)
             if self.heads is not None:
-                outputs |= self.heads(outputs)
-        return outputs, {name: batch[name] for name in (*self.recipe.reads, "logit_scale") if name in batch}
+                outputs |= self.heads(outputs | fields)
+        return outputs, fields
 
     def loss(self, outputs: Mapping[str, Tensor], fields: Mapping[str, Tensor],
              now: Now) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:  # fmt: skip
         """Loss of the global batch from this rank's outputs and fields; no parameter is used here."""
         outputs, fields = (
-            {name: gather(rows) if name in self.recipe.across else rows for name, rows in part.items()}
+            {name: gather(rows) if plain_name(name) in self.recipe.across else rows for name, rows in part.items()}
             for part in (outputs, fields)
         )
         terms, notes = self.recipe.loss(outputs, fields, self.recipe.constants, now)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import itertools
@@ -13,14 +14,17 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from student import checkpoint
 from student.accumulate import accumulate, on_device
-from student.batches import Batches, find_cache, loader, readable_rows, same_data_cache, training_rows
+from student.batches import Batches, loader
+from student.caches import field_shapes, find_caches, readable_rows, same_data_cache, training_rows
 from student.distributed import any_rank, mean_over_ranks
 from student.engine import clamp_scales, learning_rate, quiet_deepspeed, start_distributed, start_engine
+from student.ensemble import check_ensemble
 from student.metrics import Metrics, plain, refuse_nan, refuse_nan_weights
 from student.models.two_tower import TwoTower
 from student.recipe import Now, Recipe, Run
@@ -38,7 +42,7 @@ class Prepared(NamedTuple):
 
     step: TrainStep
     batches: Batches
-    cache: Cache | None
+    caches: list[Cache]  # one per teacher
 
 
 def train(recipe: Recipe, run: Run, *, resume: bool, dry_run: bool = False) -> Path:
@@ -156,48 +160,66 @@ def prepare(recipe: Recipe, run: Run) -> Prepared:
     manifest = read_manifest(run.data)
     torch.manual_seed(run.seed)  # the same student and heads on every rank
     student = recipe.build(recipe.constants)
-    reads = tuple(dict.fromkeys((*recipe.reads, *(name for name in student.inputs if name not in ("image", "text")))))
-    cache = find_cache(run.cache, reads, build_hint(run)) if reads else None
-    if cache is not None and cache.meta.spec.weights.startswith("random:"):
-        say(f"WARNING: the teacher of {cache.path} has random weights; there is nothing in it to distil")
+    reads = tuple(dict.fromkeys((*recipe.fields, *(name for name in student.inputs if name not in ("image", "text")))))
+    caches = find_caches(run.cache, reads, functools.partial(build_hint, run, reads))
+    ensemble = teachers_of(recipe, caches)
+    cache, *more = caches or [None]
     looked = cache or same_data_cache(run.cache, manifest)  # whoever built it has read every picture
-    rows = training_rows(manifest, looked)
+    rows = functools.reduce(np.intersect1d, [training_rows(manifest, one) for one in caches or [looked]])
     rows = readable_rows(manifest, rows) if looked is None else rows
-    shapes = {} if cache is None else {name: field.shape for name, field in cache.fields.items()}
-    heads = recipe.heads(recipe.constants, student, shapes) if recipe.heads else None
-    live = live_teacher(cache, run.device) if run.live else None  # last: it draws random numbers
-    batches = Batches(manifest, rows, student=student, cache=cache, reads=reads, batch=recipe.batch,
-                      steps=recipe.steps, seed=run.seed, live=live, views=looked, rank=rank(),
+    heads = recipe.heads(recipe.constants, student, field_shapes(caches, ensemble)) if recipe.heads else None
+    live = live_teacher(caches, run.device) if run.live else None  # last: it draws random numbers
+    batches = Batches(manifest, rows, student=student, cache=cache, more=more, ensemble=ensemble, reads=reads,
+                      batch=recipe.batch, steps=recipe.steps, seed=run.seed, live=live, views=looked, rank=rank(),
                       world=world_size())  # fmt: skip
     if looked is not None and batches.num_views:
         say(f"pictures: one of {batches.num_views} augmented views a step, as stored in {looked.path}")
-    return Prepared(TrainStep(recipe, student, heads, live, precision=run.precision), batches, cache)
+    return Prepared(TrainStep(recipe, student, heads, live, precision=run.precision), batches, caches)
 
 
-def build_hint(run: Run) -> str:
+def teachers_of(recipe: Recipe, caches: list[Cache]) -> str:
+    """How the recipe joins several teachers; what is said about those that there are."""
+    for cache in caches:
+        if cache.meta.spec.weights.startswith("random:"):
+            say(f"WARNING: the teacher of {cache.path} has random weights; there is nothing in it to distil")
+    ensemble = getattr(recipe.constants, "ensemble", "")
+    if len(caches) > 1 and not ensemble:
+        raise UserError(f"{recipe.name} reads one cache, not {len(caches)}: pass one as --cache")
+    if ensemble:
+        check_ensemble(ensemble)
+    if len(caches) > 1:
+        say(f"{len(caches)} teachers, {ensemble}: {', '.join(cache.meta.spec.name for cache in caches)}")
+    return ensemble
+
+
+def build_hint(run: Run, reads: tuple[str, ...], cache: str) -> str:
     """A `tc build` that makes the cache which this run looks for."""
-    path = Path(run.cache)
+    path = Path(cache)
     out = path if path.suffix == ".zarr" else path / "clip-lite.zarr"
-    return shlex.join(["tc", "build", "--teacher", "clip-lite", "--data", run.data, "--out", str(out)])
+    layers = sorted({int(name.rpartition("_")[2]) for name in reads if "_hidden_" in name})
+    outputs = ["--outputs", f"embeddings,hidden:{'+'.join(map(str, layers))}"] if layers else []
+    return shlex.join(["tc", "build", "--teacher", "clip-lite", *outputs, "--data", run.data, "--out", str(out)])
 
 
-def live_teacher(cache: Cache | None, device: str) -> Any:
+def live_teacher(caches: list[Cache], device: str) -> Any:
     """The cache's teacher in this process."""
     from teachercache.live import load_teacher
 
-    if cache is None:
+    if not caches:
         raise UserError("--live: this recipe reads nothing from a teacher; leave --live away")
-    teacher = load_teacher(cache)
+    if len(caches) > 1:
+        raise UserError("--live runs one teacher: pass one --cache, or leave --live away")
+    teacher = load_teacher(caches[0])
     teacher.module.to(device)
     return teacher
 
 
 def describe(recipe: Recipe, run: Run, prepared: Prepared) -> dict[str, Any]:
     """What run.json holds: enough to run it again, to load its student, and to refuse a resume of something else."""
-    names = ("name", "paper", "reads", "steps", "batch")
-    known = {name: getattr(recipe, name) for name in names}
+    names = ("name", "paper", "steps", "batch")
+    known = {name: getattr(recipe, name) for name in names} | {"reads": recipe.fields}
     known |= {"constants": dataclasses.asdict(recipe.constants), "optim": dataclasses.asdict(recipe.optim)}
-    cache, batches, student = prepared.cache, prepared.batches, prepared.step.student
+    caches, batches, student = prepared.caches, prepared.batches, prepared.step.student
     keys = "\n".join(batches.manifest.table["key"].take(batches.rows).to_pylist())  # in their order
     rows = hashlib.sha256(f"{batches.manifest.digest}\n{keys}".encode()).hexdigest()[:16]
     made = {"model_cfg": student.model_cfg, "preprocess": student.preprocess} if isinstance(student, TwoTower) else None
@@ -207,8 +229,8 @@ def describe(recipe: Recipe, run: Run, prepared: Prepared) -> dict[str, Any]:
         "world_size": world_size(),
         "rows": rows,
         "student": made,
-        "teacher": to_dict(cache.meta.spec) if cache else None,
-        "cache": fingerprint(cache.meta) if cache else None,
+        "teachers": [to_dict(cache.meta.spec) for cache in caches],
+        "cache": "+".join(fingerprint(cache.meta) for cache in caches) or None,
         "views": batches.num_views,
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "open_clip_torch", "deepspeed")},
     }))  # fmt: skip

@@ -32,7 +32,7 @@ def make_batch() -> dict[str, torch.Tensor]:
     random = torch.Generator().manual_seed(1)
     batch = {"image": torch.randn(ROWS, 3, 32, 32, generator=random)}
     batch["text"] = torch.randint(1, 5000, (ROWS, 16), generator=random)
-    batch |= {name: torch.randn(ROWS, WIDTH, generator=random) for name in CLIP_KD.reads}
+    batch |= {name: torch.randn(ROWS, WIDTH, generator=random) for name in CLIP_KD.fields}
     return batch | {"logit_scale": torch.tensor(3.0)}
 
 

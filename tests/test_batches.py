@@ -16,7 +16,8 @@ import torch
 from conftest import build_cache, chunks_of, make_folder, save_teacher
 from PIL import Image
 
-from student.batches import Batches, epoch_order, find_cache, loader, readable_rows, same_data_cache, training_rows
+from student.batches import Batches, epoch_order, loader
+from student.caches import find_cache, readable_rows, same_data_cache, training_rows
 from teachercache import store
 from teachercache.names import UserError
 from teachercache.readers import read_manifest

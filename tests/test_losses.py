@@ -73,6 +73,43 @@ def loop_icl(image, text, t_image, t_text, scale):
     return (ce(logits(image, t_text, scale)) + ce(logits(text, t_image, scale))) / 2
 
 
+def loop_task_gradients(image, text, scale):
+    """CLIP-KD, appendix Eq. 1 to 6 for the batch mean: sums over anchors k and samples b."""
+    n, forward, backward = len(image), [], []
+    for row in logits(image, text, scale):
+        forward.append([torch.exp(value) for value in log_row_softmax(row)])
+    for row in logits(text, image, scale):
+        backward.append([torch.exp(value) for value in log_row_softmax(row)])
+    of_image, of_text = [], []
+    for k in range(n):
+        to_image, to_text = 0 * image[k], 0 * text[k]
+        for b in range(n):
+            own = 1.0 if k == b else 0.0
+            to_image = to_image + (forward[k][b] - own) * text[b] * scale  # Eq. 1
+            to_text = to_text + (forward[b][k] - own) * image[b] * scale  # Eq. 2, b the anchor
+            to_text = to_text + (backward[k][b] - own) * image[b] * scale  # Eq. 3
+            to_image = to_image + (backward[b][k] - own) * text[b] * scale  # Eq. 4
+        of_image.append(to_image / 2 / n)
+        of_text.append(to_text / 2 / n)
+    return of_image, of_text
+
+
+def loop_gd(image, text, scale, t_image, t_text, t_scale):
+    """Eq. 7."""
+    total = 0
+    student, teacher = loop_task_gradients(image, text, scale), loop_task_gradients(t_image, t_text, t_scale)
+    for ours, theirs in zip(student, teacher, strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            total = total + dot(b - a, b - a)
+    return total / len(image)
+
+
+def loop_cross(image, text, scale, t_image, t_text, t_scale):
+    forward = kl(logits(t_image, t_text, t_scale), logits(image, t_text, scale))
+    backward = kl(logits(t_text, t_image, t_scale), logits(text, t_image, scale))
+    return (forward + backward) / 2
+
+
 def rows(width: int, seed: int, *, count: int = N, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     """Unit rows at random."""
     generator = torch.Generator().manual_seed(seed)
@@ -94,10 +131,14 @@ def inputs_of(name: str, *, count: int = N, dtype: torch.dtype = torch.float64, 
         "crd_loss": student | {"scale": scale(a, dtype)} | teacher | {"t_scale": scale(a * 1.7, dtype)},
         "fd_loss": student | teacher,
         "icl_loss": student | teacher | {"scale": scale(a, dtype)},
+        "gd_loss": student | {"scale": scale(a, dtype)} | teacher | {"t_scale": scale(a * 1.7, dtype)},
+        "cross_kd_loss": student | {"scale": scale(a, dtype)} | teacher | {"t_scale": scale(a * 1.7, dtype)},
+        "hidden_loss": {"hidden": student["image"], "t_hidden": teacher["t_image"]},
     }[name]
 
 
-LOSSES = {"clip_loss": loop_clip, "crd_loss": loop_crd, "fd_loss": loop_fd, "icl_loss": loop_icl}
+LOSSES = {"clip_loss": loop_clip, "crd_loss": loop_crd, "fd_loss": loop_fd, "icl_loss": loop_icl, "gd_loss": loop_gd,
+          "cross_kd_loss": loop_cross, "hidden_loss": mean_square}  # fmt: skip
 every_loss = pytest.mark.parametrize("name", list(LOSSES))
 
 
@@ -144,7 +185,7 @@ def test_a_scale_may_be_a_plain_float_or_have_no_dimension(name):
     assert getattr(losses, name)(**plain) == expected == getattr(losses, name)(**point)
 
 
-@pytest.mark.parametrize("name", ["crd_loss", "fd_loss", "icl_loss"])
+@pytest.mark.parametrize("name", [name for name in LOSSES if name != "clip_loss"])
 def test_a_teacher_needs_no_gradient_and_gets_none(name):
     given = inputs_of(name)
     for key, value in given.items():
@@ -163,7 +204,7 @@ def test_one_pair_and_large_scales_stay_finite(name, count, a):
     found.backward()
     assert math.isfinite(found.item())
     assert all(torch.isfinite(value.grad).all() for value in given.values())
-    if count == 1 and name != "fd_loss":  # one choice: nothing to get wrong
+    if count == 1 and name not in ("fd_loss", "hidden_loss"):  # one choice: nothing to get wrong
         assert found == 0
 
 
@@ -173,7 +214,8 @@ def test_order_of_the_pairs_does_not_matter(name):
     order = torch.tensor([3, 0, 4, 1, 2])
     shuffled = {key: value if "scale" in key else value[order] for key, value in given.items()}
     torch.testing.assert_close(getattr(losses, name)(**shuffled), getattr(losses, name)(**given), rtol=1e-12, atol=0)
-    broken = shuffled | {"text": given["text"]}  # pictures and captions of different pairs
+    which = "hidden" if name == "hidden_loss" else "text"
+    broken = shuffled | {which: given[which]}  # pictures and captions of different pairs
     assert (getattr(losses, name)(**broken) - getattr(losses, name)(**given)).abs() > 1e-3
 
 
@@ -213,6 +255,54 @@ def test_icl_pairs_each_student_row_with_the_other_modality():
     assert (swapped - losses.icl_loss(image, text, t_image, t_text, 9.0)).abs() > 1e-2
     perfect = losses.icl_loss(image, text, text, image, 1e3)  # V' S_T^T with S_T = V: all on the diagonal
     assert perfect < 1e-6
+
+
+def test_gd_is_zero_where_the_gradients_are_the_same_and_compares_those_of_clip_loss():
+    image, text, t_image, t_text = (rows(D, seed).requires_grad_() for seed in range(4))
+    assert losses.gd_loss(image, text, 9.0, image, text, 9.0) == 0
+    ours = torch.autograd.grad(losses.clip_loss(image, text, 9.0), [image, text])
+    theirs = torch.autograd.grad(losses.clip_loss(t_image, t_text, 20.0), [t_image, t_text])
+    expected = sum((a - b).square().sum(1).mean() for a, b in zip(ours, theirs, strict=True))
+    torch.testing.assert_close(losses.gd_loss(image, text, 9.0, t_image, t_text, 20.0), expected, rtol=1e-12, atol=0)
+
+
+def test_gd_in_float32_keeps_its_digits_where_the_teacher_is_sure():
+    t_image = rows(64, 3, count=512)
+    t_text = torch.nn.functional.normalize(t_image + 0.5 * rows(64, 4, count=512))
+    given = {"image": rows(64, 1, count=512), "text": rows(64, 2, count=512), "t_image": t_image, "t_text": t_text}
+    wide = losses.gd_loss(**given, scale=14.3, t_scale=100.0)
+    narrow = losses.gd_loss(**{name: value.float() for name, value in given.items()}, scale=14.3, t_scale=100.0)
+    assert 1e-6 < wide < 1e-2
+    torch.testing.assert_close(narrow.double(), wide, rtol=1e-5, atol=0)
+
+
+def test_the_weight_of_gd_in_the_paper_fits_a_scale_that_divides():
+    """1e8 gives the released form, cos / a, a tenth of a new student's loss; Eq. 1 (a = 1 / tau) needs about 1000."""
+    n, d = 1024, 512
+    random = torch.Generator().manual_seed(0)
+    image, text, both, *apart = (torch.randn(n, d, generator=random) for _ in range(5))
+    image, text = (torch.nn.functional.normalize(value) for value in (image, text))
+    t_image, t_text = (torch.nn.functional.normalize(both + 1.7 * value) for value in apart)  # a cosine of 1/4, CLIP's
+    task = losses.clip_loss(image, text, 14.3)
+    multiplied = losses.gd_loss(image, text, 14.3, t_image, t_text, 100.0)
+    divided = losses.gd_loss(image, text, 1 / 14.3, t_image, t_text, 1 / 100)
+    assert 0.05 < 1e8 * divided / (1e8 * divided + task) < 0.2
+    assert 1e8 * multiplied / (1e8 * multiplied + task) > 0.999
+    assert 0.05 < 1000 * multiplied / (1000 * multiplied + task) < 0.2
+
+
+def test_cross_kd_is_zero_where_the_student_is_the_teacher():
+    t_image, t_text = rows(D, 1), rows(D, 2)
+    same = losses.cross_kd_loss(t_image, t_text, 9.0, t_image, t_text, 9.0)
+    torch.testing.assert_close(same, torch.zeros((), dtype=torch.float64), rtol=0, atol=1e-13)
+    crd = losses.crd_loss(rows(D, 3), rows(D, 4), 9.0, t_image, t_text, 9.0)
+    assert (losses.cross_kd_loss(rows(D, 3), rows(D, 4), 9.0, t_image, t_text, 9.0) - crd).abs() > 1e-3
+
+
+def test_fd_is_the_sum_of_two_hidden_losses():
+    image, text, t_image, t_text = (rows(D, seed) for seed in range(4))
+    both = losses.hidden_loss(image, t_image) + losses.hidden_loss(text, t_text)
+    assert losses.fd_loss(image, text, t_image, t_text) == both
 
 
 @every_loss

@@ -537,7 +537,8 @@ def test_the_schedule_is_what_the_optimizer_uses(undisturbed):
 
 def test_a_step_is_adamw_by_hand(squares, cache, tmp_path):
     """One step of the engine against torch's AdamW without DeepSpeed, and against none of Adam's settings lost."""
-    from student.batches import Batches, training_rows
+    from student.batches import Batches
+    from student.caches import training_rows
     from student.recipe import Now, override
     from student.recipe import Run as RunRecord
     from student.recipes import find
@@ -554,7 +555,7 @@ def test_a_step_is_adamw_by_hand(squares, cache, tmp_path):
     student = recipe.build(recipe.constants)
     heads = recipe.heads(recipe.constants, student, {"image_emb": (16,), "text_emb": (16,)})
     step = TrainStep(recipe, student, heads)
-    batches = Batches(manifest, training_rows(manifest, opened), student=student, cache=opened, reads=recipe.reads,
+    batches = Batches(manifest, training_rows(manifest, opened), student=student, cache=opened, reads=recipe.fields,
                       batch=8, steps=2, seed=0)  # fmt: skip
     optim = recipe.optim
     groups = [{"params": [p], "weight_decay": optim.weight_decay if p.ndim > 1 else 0.0} for p in step.parameters()]
@@ -594,5 +595,5 @@ def test_a_run_says_all_it_needs_to_run_again(undisturbed, squares, cache):
     assert facts["run"]["data"] == str(squares)
     assert facts["recipe"]["constants"]["model"] == "vit-micro"
     assert facts["recipe"]["optim"] == dataclasses.asdict(Optim())
-    assert facts["teacher"] == json.loads((cache / "zarr.json").read_text())["attributes"]["spec"]
+    assert facts["teachers"] == [json.loads((cache / "zarr.json").read_text())["attributes"]["spec"]]
     assert set(facts["versions"]) == {"torch", "open_clip_torch", "deepspeed"}

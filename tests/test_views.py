@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from student.batches import Batches, training_rows
+from student.batches import Batches
+from student.caches import training_rows
 from student.models.two_tower import TwoTower
 from student.step import live_fields
 from teachercache import store
