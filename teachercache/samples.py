@@ -189,25 +189,24 @@ def load_manifest(path: Any) -> Manifest:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    source = io.BytesIO(path.read_bytes()) if is_url(path) else path  # a lost connection is told as that
     try:
-        table = pq.read_table(io.BytesIO(path.read_bytes()) if is_url(path) else path, page_checksum_verification=True)
-        names = table.column_names
+        table = pq.read_table(source, page_checksum_verification=True)
+        if "task" not in table.column_names:  # written before there were task columns
+            table = table.append_column("task", pa.array([""] * len(table), pa.string()))
+        missing = [name for name in schema().names if name not in table.column_names]
         meta = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
+        table = table if missing else table.select(schema().names).cast(schema())
+    except FileNotFoundError:
+        raise
     except (pa.ArrowException, ValueError, OSError) as error:
-        if isinstance(error, FileNotFoundError) or (
-            is_url(path) and not isinstance(error, pa.ArrowException | ValueError)
-        ):
-            raise  # no file, or the connection
         raise UserError(f"{path} is not a readable Parquet file: {error}") from error
-    if "task" not in names:  # written before there were task columns
-        table = table.append_column("task", pa.array([""] * len(table), pa.string()))
-    missing = [name for name in schema().names if name not in (*names, "task")]
     if missing or "root" not in meta:
         raise UserError(f"{path} is not a manifest (no {', '.join(missing) or 'root'})")
     known = {name: meta.get(name, "") for name in ("data", "root", "digest")}
     if meta.get("checksum", _checksum(known)) != _checksum(known):
         raise UserError(f"{path} is damaged: the checksum of where its pictures lie differs")
-    return Manifest(meta["data"], as_path(meta["root"]), table.select(schema().names), meta["digest"])
+    return Manifest(known["data"], as_path(known["root"]), table, known["digest"])
 
 
 def _checksum(meta: dict[str, str]) -> str:
