@@ -8,6 +8,8 @@ from pathlib import Path
 
 import click
 
+from evaluation.tasks import SHORT, TASKS
+from evaluation.tasks import find as find_task
 from teachercache.names import UserError
 from teachercache.runtime import rank, run_command, say
 
@@ -141,7 +143,7 @@ def _run_folder(recipe: str, resume: bool) -> str:
 @click.option(
     "--task",
     required=True,
-    help="zeroshot_classification or zeroshot_retrieval (short: zeroshot, retrieval).",
+    help=f"One of {', '.join(TASKS)}; short: {', '.join(SHORT)}.",
 )
 @click.option(
     "--data",
@@ -156,11 +158,12 @@ def evaluate(model: str, task: str, data: str, as_json: bool) -> None:
     \u0008
     student eval runs/NAME --task retrieval
     student eval clip-lite --task zeroshot
+    student eval runs/NAME --task imagenet --data imagenet-r/
+    student eval runs/NAME --task coco_detection --data coco/
     """
     from evaluation.report import run_task, table
-    from evaluation.tasks import find
 
-    find(task)
+    find_task(task)
     encoder, folder = _encoder(model)
     result = run_task(task, encoder, data)
     if folder is not None:
@@ -197,6 +200,9 @@ def _encoder(model: str):
         encode_image=trained.model.encode_image,
         encode_text=trained.model.encode_text,
         device=device,
+        tower=trained.model.visual,
+        mean=tuple(trained.preprocess["mean"]),
+        std=tuple(trained.preprocess["std"]),
     )
     return encoder, path
 
