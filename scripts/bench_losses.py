@@ -7,6 +7,7 @@ and backward take at the peak beyond the embeddings, gradients included.
 """
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -134,8 +135,8 @@ def bench_losses(options: argparse.Namespace) -> list[str]:
                 lines.append(compare(title, figures, form, "whole", unit=unit, other="whole", bar=bar))
     lines += growth(peaks)
     note = (
-        f"task + CRD + ICL + GD, width {DIM}, float32, forward and backward; memory: at the peak beyond the embeddings; "
-        "`shared`: task and CRD from one set of tiles; growth of memory: against the size before, 1 where it is linear"
+        f"task + CRD + ICL + GD, width {DIM}, float32, forward and backward; memory: at the peak beyond the embeddings;"
+        " `shared`: task and CRD from one set of tiles; growth of memory: against the size before, 1 where it is linear"
     )
     return [*HEAD, *map(str, lines), "", f"- {note}"]
 
@@ -163,7 +164,7 @@ def alternate_processes(forms: tuple[str, ...], pairs: int, rounds: int) -> tupl
 def growth(peaks: dict[int, float]) -> list[Line]:
     """Memory of tiles against the size before, per pair."""
     lines, sizes = [], sorted(peaks)
-    for few, many in zip(sizes, sizes[1:], strict=False):
+    for few, many in itertools.pairwise(sizes):
         ratio = peaks[many] / peaks[few] * few / many
         title = f"memory of tiles, {many:,} pairs against {few:,}, per pair"
         each = [f"{peaks[pairs] * 1e6 / pairs:,.0f} bytes" for pairs in (many, few)]

@@ -83,6 +83,8 @@ def gd_loss(image: Float[Tensor, "n d"], text: Float[Tensor, "n d"], scale: Scal
     G is the gradient of the batch-mean task loss, so its square shrinks as (a / N)^2 and a weight means something only
     beside scale and batch.
     """
+    if tiled.pays(image, t_image, t_text, t_scale):
+        return tiled.tiled_gd(image, text, scale, t_image, t_text, t_scale)
     V, S, V_T, S_T = _wide(image, text, t_image, t_text)
     student, teacher = _task_gradients(V, S, scale), _task_gradients(V_T, S_T, t_scale)
     return sum((G_T - G).square().sum(1).mean() for G, G_T in zip(student, teacher, strict=True))
@@ -105,6 +107,8 @@ def cross_kd_loss(image: Float[Tensor, "n d"], text: Float[Tensor, "n d"], scale
 
     1/2 [KL(sm(a_T V_T S_T^T) || sm(g V' S_T^T)) + KL(sm(a_T S_T V_T^T) || sm(g S' V_T^T))], g as in ICL.
     """
+    if tiled.pays(image, t_image, t_text, t_scale):
+        return tiled.tiled_cross(image, text, t_image, t_text, scale, t_scale)
     V, S, V_T, S_T = _wide(image, text, t_image, t_text)
     teacher = t_scale * V_T @ S_T.T  # [n, n]
     return (_kl_rows(teacher, scale * V @ S_T.T) + _kl_rows(teacher.T, scale * S @ V_T.T)) / 2

@@ -27,9 +27,9 @@ from student.tiles import Logits, Stream, cut, log_sums, tile_size, tiles
 Scale = Float[Tensor, "..."] | float
 
 # Processor seconds of forward and backward against whole matrices, D 512, at 512, 1024, 2048, 4096 rows: clip 1.17,
-# 0.89, 0.83, 0.73; CRD 1.22, 1.02, 0.94, 0.74; both at once 0.69, 0.65, 0.59, 0.46; ICL 0.89, 0.97, 0.95, 0.82; GD 1.26,
-# 1.29, 1.31, 1.22 (18 products of matrices instead of 12: it pays in memory). CUDA is not measured: from there on
-# a whole matrix has 256 MiB.
+# 0.89, 0.83, 0.73; CRD 1.22, 1.02, 0.94, 0.74; both at once 0.69, 0.65, 0.59, 0.46; ICL 0.89, 0.97, 0.95, 0.82; GD
+# 1.26, 1.29, 1.31, 1.22 (18 products of matrices instead of 12: it pays in memory). CUDA is not measured: from there
+# on a whole matrix has 256 MiB.
 TILED_FROM = {"cpu": 2048, "cuda": 8192}
 
 

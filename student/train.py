@@ -22,6 +22,7 @@ from student import checkpoint
 from student.accumulate import accumulate, on_device
 from student.batches import Batches, loader
 from student.caches import field_shapes, find_caches, readable_rows, same_data_cache, training_rows
+from student.curve import draw_curve
 from student.distributed import any_rank, mean_over_ranks
 from student.engine import clamp_scales, learning_rate, quiet_deepspeed, start_distributed, start_engine
 from student.ensemble import check_ensemble
@@ -111,6 +112,8 @@ def train(recipe: Recipe, run: Run, *, resume: bool, dry_run: bool = False) -> P
     checkpoint.save_student(step_module.student, out / "model.safetensors")
     if seen:
         report_speed(out, seconds=elapsed, steps=seen, batch=recipe.batch, waited=waited)
+        if rank() == 0:
+            draw_curve(out, terms)
     return out
 
 
