@@ -1,4 +1,4 @@
-"""Save, resume and export. A checkpoint is written aside and renamed: the newest one is always whole.
+"""Save, resume, load. A checkpoint is written aside and renamed: the newest one is always whole.
 
 <run>/checkpoints/step-00000500/   DeepSpeed's files, with RNG and step in the client state
 <run>/model.safetensors            the student alone, in open_clip's names: what eval and export read
@@ -15,18 +15,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from open_clip.tokenizer import HFTokenizer
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from student.distributed import from_all_ranks
 from student.models.two_tower import TwoTower, open_clip_state, tokenizer_of
 from teachercache.names import UserError
-from teachercache.paths import write_whole
 from teachercache.runtime import rank
 from teachercache.store import flush
 from teachercache.teachers.clip import build_module
-from teachercache.views import describe_view
 
 
 def save(engine: Any, run: Path, step: int) -> None:
@@ -130,44 +127,3 @@ def load_student(run: Path) -> TwoTower:
     state = load_file(run / "model.safetensors")
     student.model.load_state_dict({**state, "logit_scale": state["logit_scale"].reshape(1)})
     return student.eval()
-
-
-def export_open_clip(run: Path, out: Path) -> Path:
-    """An open_clip folder of the run's student; distillation heads stay behind."""
-    if out.exists():
-        raise UserError(f"{out} exists: pass another --out, or remove it")
-    student = load_student(run)
-    facts = json.loads((run / "run.json").read_text())
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_file(open_clip_state(student), partial / "open_clip_model.safetensors")
-    if isinstance(student.tokenizer, HFTokenizer):  # open_clip looks for both in the folder itself
-        student.tokenizer.tokenizer.save_pretrained(partial)
-        student.model.text.config.save_pretrained(partial)
-    view = describe_view(student.preprocess)
-    preprocess = {**view, "size": view["size"][0] if view["size"][0] == view["size"][1] else view["size"]}
-    config = {"model_cfg": student.model_cfg, "preprocess_cfg": preprocess}
-    write_whole(partial / "open_clip_config.json", json.dumps(config, indent=2) + "\n")
-    write_whole(partial / "README.md", _model_card(facts, run))
-    os.replace(partial, out)
-    return out
-
-
-def _model_card(facts: dict[str, Any], run: Path) -> str:
-    """A model card with what the run recorded."""
-    recipe = facts["recipe"]
-    teachers = [f"{teacher['name']} ({teacher['digest'][:12]})" for teacher in facts.get("teachers", ())]
-    lines = [
-        "---", "library_name: open_clip", "pipeline_tag: zero-shot-image-classification", "---", "",
-        f"# {recipe['constants']['model']} trained by `{recipe['name']}`", "",
-        f"Recipe: {recipe['paper']}", f"Data: {facts['run']['data']}",
-        f"Teacher: {', '.join(teachers) or 'none'}",
-        f"Steps: {recipe['steps']}, batch {recipe['batch']}, seed {facts['run']['seed']}", "",
-    ]  # fmt: skip
-    results = sorted((run / "eval").glob("*.json"))
-    for path in results:
-        metrics = json.loads(path.read_text())["metrics"]
-        lines += [f"## {path.stem}", "", "| metric | value |", "|---|---|"]
-        lines += [f"| {name} | {value} |" for name, value in metrics.items()] + [""]
-    return "\n".join(lines) + "\n"

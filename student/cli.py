@@ -207,20 +207,23 @@ def _encoder(model: str):
     return encoder, path
 
 
-@student.command()
+@student.command("export")
 @click.argument("run", type=Path)
-@click.option("--format", "form", required=True, type=click.Choice(["open_clip"]), help="What it loads with.")
+@click.option("--format", "form", required=True, type=click.Choice(["open_clip", "hf"]), help="What it loads with.")
 @click.option("--out", type=Path, help="Default exports/<run>-<format>.")
-def export(run: Path, form: str, out: Path | None) -> None:
-    """Write a trained student as a folder that open_clip loads; distillation heads stay behind.
+def write_export(run: Path, form: str, out: Path | None) -> None:
+    """Write a trained student as a folder that open_clip or transformers load; distillation heads stay behind.
 
     \u0008
     student export runs/NAME --format open_clip --out exports/mine
+    student export runs/NAME --format hf
     """
-    from student.checkpoint import export_open_clip
+    from student.export import FORMATS, export
 
-    out = export_open_clip(run, out or Path("exports", f"{run.name}-{form}"))
-    say(f"{out}: open_clip.create_model_and_transforms('local-dir:{out}')")
+    out, notes = export(run, out or Path("exports", f"{run.resolve().name}-{form}"), form)
+    for note in notes:
+        say(note)
+    say(f"{out}: {FORMATS[form].call.format(out)}")
     print(out)
 
 

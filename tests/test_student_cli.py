@@ -124,6 +124,7 @@ def error_of(capsys, *words: object) -> str:
         (["eval", "x"], "Missing option '--task'"),
         (["eval", "clip-lit", "--task", "retrieval"], "clip-lit"),
         (["export", "nothing", "--format", "open_clip"], "nothing"),
+        (["export", "nothing", "--format", "hf"], "nothing"),
         (["export", "nothing", "--format", "onnx"], "'onnx' is not"),
         (["nonsense"], "No such command 'nonsense'"),
     ],
