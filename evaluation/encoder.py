@@ -27,6 +27,9 @@ class Encoder:
     encode_image: Callable[[Tensor], Tensor]
     encode_text: Callable[[Tensor], Tensor]
     device: str = "cpu"  # where both expect their input
+    tower: Any = None  # open_clip's picture tower behind encode_image, for tasks that look inside
+    mean: tuple[float, ...] = (0.0, 0.0, 0.0)  # what `view` subtracts of a colour between 0 and 1, and divides by
+    std: tuple[float, ...] = (1.0, 1.0, 1.0)
 
 
 def of_teacher(teacher: Teacher, *, device: str = "cpu") -> Encoder:
@@ -41,25 +44,35 @@ def of_teacher(teacher: Teacher, *, device: str = "cpu") -> Encoder:
         encode_image=lambda images: teacher.encode(teacher.module, {"image": images})["image_emb"],
         encode_text=lambda ids: teacher.encode(teacher.module, {"text": ids})["text_emb"],
         device=device,
+        tower=getattr(teacher.module, "visual", None),
+        mean=tuple(teacher.spec.view["mean"]),
+        std=tuple(teacher.spec.view["std"]),
     )
 
 
 def embed_images(encoder: Encoder, manifest: Manifest, rows: list[int], *,
                  batch: int = 64) -> tuple[Float[Tensor, "n dim"], list[int], list[dict]]:  # fmt: skip
     """Unit embeddings of the rows whose picture can be read, those rows, and the others with their reason."""
+    embeddings, kept, skipped = features_of(encoder, manifest, rows, encoder.encode_image, batch=batch)
+    return torch.nn.functional.normalize(embeddings, dim=1), kept, skipped
+
+
+def features_of(encoder: Encoder, manifest: Manifest, rows: list[int], encode: Callable[[Tensor], Tensor], *,
+                batch: int = 64) -> tuple[Float[Tensor, "n dim"], list[int], list[dict]]:  # fmt: skip
+    """What `encode` says of each row whose picture can be read, those rows, and the others with their reason."""
     pieces = [Piece(tuple(rows[i : i + batch])) for i in range(0, len(rows), batch)]
     loader = decoded(Rows(manifest, view=encoder.view, size=encoder.size), pieces, workers=default_workers())
-    embeddings, kept, skipped = [], [], []
+    features, kept, skipped = [], [], []
     with torch.inference_mode(), ticker(len(rows), "pictures", encoder.name) as tick:
         for part in loader:
             usable, numbers = torch.from_numpy(part["usable"]), part["piece"].rows
-            embeddings.append(encoder.encode_image(part["image"][0].to(encoder.device))[usable].float().cpu())
+            features.append(encode(part["image"][0].to(encoder.device))[usable].float().cpu())
             kept += [row for row, good in zip(numbers, usable.tolist(), strict=True) if good]
             skipped += part["problems"]
             tick.step(len(numbers))
     if not kept:
         raise UserError(f"no picture of {manifest.data} can be read, the first because: {skipped[0]['reason']}")
-    return torch.nn.functional.normalize(torch.cat(embeddings), dim=1), kept, skipped
+    return torch.cat(features), kept, skipped
 
 
 def embed_texts(encoder: Encoder, texts: list[str], *, batch: int = 256) -> Float[Tensor, "n dim"]:

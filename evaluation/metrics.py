@@ -3,6 +3,9 @@
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.functional import one_hot
+
+CHUNK = 4096  # queries ranked at once
 
 
 def strict_ranks(scores: Float[Tensor, "queries items"], positive: Bool[Tensor, "queries items"]
@@ -30,3 +33,17 @@ def mean_per_class(hits: Bool[Tensor, " n"], labels: Int[Tensor, " n"]) -> float
     """Mean over the classes that occur of the share of hits."""
     shares = [hits[labels == label].double().mean() for label in labels.unique()]
     return float(torch.stack(shares).mean())
+
+
+def accuracies(scores: Float[Tensor, "n classes"], target: Int[Tensor, " n"]) -> dict[str, float | None]:
+    """acc1, acc5, mean_per_class_recall and tie_rate of a classifier; acc5 is None where it would say nothing."""
+    ranks, ties = torch.empty(len(target), dtype=torch.int64), torch.empty(len(target), dtype=torch.bool)
+    for start in range(0, len(target), CHUNK):
+        part = slice(start, start + CHUNK)
+        ranks[part], ties[part] = strict_ranks(scores[part], one_hot(target[part], scores.shape[1]).bool())
+    return {
+        "acc1": recall_at(ranks, 1),
+        "acc5": recall_at(ranks, 5) if scores.shape[1] > 5 else None,
+        "mean_per_class_recall": mean_per_class(ranks < 1, target),
+        "tie_rate": float(ties.double().mean()),
+    }

@@ -2,6 +2,7 @@
 
     python scripts/bench.py cache    reading against np.memmap; building against the bare forward; another tool; memory
     python scripts/bench.py train    a distillation step against the same step without; the engine against bare torch
+    python scripts/bench.py losses   clip_kd's losses in tiles against whole matrices: time, memory
 
 Measured in alternation and reported as the median with lowest and highest of several rounds. Not a test: nothing fails.
 """
@@ -20,18 +21,23 @@ PARTS = ("reading", "building", "peer", "memory")
 def main() -> int:
     """Pick a theme."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("theme", choices=["cache", "train"])
+    parser.add_argument("theme", choices=["cache", "train", "losses"])
     parser.add_argument("--rows", type=int, default=500_000, help="rows of the synthetic cache that is read")
     parser.add_argument("--memory-rows", type=int, nargs=3, default=[10_000, 300_000, 1_000_000])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--pictures", type=int, default=512, help="pictures of one build")
     parser.add_argument("--data", default="data/demo")
     parser.add_argument("--only", choices=PARTS, nargs="+", default=PARTS, help="parts of `cache`")
+    parser.add_argument(
+        "--loss-rows", type=int, nargs="+", default=[4096, 8192, 16384, 32768], help="pairs of `losses`"
+    )
     options = parser.parse_args()
     keep_memory()
     try:
         if options.theme == "cache":
             from bench_cache import bench_cache as bench
+        elif options.theme == "losses":
+            from bench_losses import bench_losses as bench
         else:
             from bench_train import bench_train as bench
         text = bench(options)

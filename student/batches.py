@@ -88,10 +88,11 @@ class Batches(Dataset):
             self.order = (epoch, epoch_order(self.rows, seed=self.seed, epoch=epoch, block_rows=self.block_rows))
         return self.order[1][place * self.batch : (place + 1) * self.batch]
 
-    def __getitem__(self, step: int) -> dict[str, Any]:
-        """The rows of this rank."""
+    def __getitem__(self, step: int | tuple[int, int, int]) -> dict[str, Any]:
+        """The rows of this rank in a step; of (step, first, last) those of its rows alone, a micro-batch."""
         share = self.batch // self.world
-        rows = self.rows_of(step)[self.rank * share : (self.rank + 1) * share]
+        step, first, last = step if isinstance(step, tuple) else (step, 0, share)
+        rows = self.rows_of(step)[self.rank * share : (self.rank + 1) * share][first:last]
         samples, epoch = [self.manifest.row(row) for row in rows.tolist()], step // self.per_epoch
         chosen = {"text": [self._text(sample, row, epoch) for sample, row in zip(samples, rows, strict=True)],
                   "image": [self._view(row, epoch) for row in rows.tolist()]}  # fmt: skip
@@ -169,12 +170,14 @@ def looks(student: Any, live: Any) -> dict[str, Look]:
     return found
 
 
-def loader(batches: Batches, *, start: int, workers: int) -> DataLoader:
-    """Batches from step `start` on, decoded ahead by `workers` processes."""
+def loader(batches: Batches, *, start: int, workers: int, micro: int = 0) -> DataLoader:
+    """Batches from step `start` on, or their micro-batches in turn, decoded ahead by `workers` processes."""
+    share = batches.batch // batches.world
+    cuts = range(0, share, micro or share)
     return DataLoader(
         batches,
         batch_size=None,
-        sampler=range(start, len(batches)),
+        sampler=((step, cut, cut + (micro or share)) for step in range(start, len(batches)) for cut in cuts),
         num_workers=workers,
         generator=torch.Generator(),  # its own: a resumed run must not draw from the global one at another time
         prefetch_factor=4 if workers else None,

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import click
 
+from evaluation.tasks import SHORT, TASKS
+from evaluation.tasks import find as find_task
 from teachercache.names import UserError
 from teachercache.runtime import rank, run_command, say
 
@@ -58,6 +60,8 @@ def recipes(name: str | None) -> None:
 @click.option("--out", help="The run folder; default runs/<recipe>-<time>.")
 @click.option("--steps", type=click.IntRange(1), help="Training steps.")
 @click.option("--batch-size", type=click.IntRange(2), help="Pairs per step, over all processes.")
+@click.option("--micro-batch", type=click.IntRange(2),
+              help="Rows that a device computes at a time; the gradient is that of the whole batch.")  # fmt: skip
 @click.option("--seed", default=0, show_default=True)
 @click.option(
     "--resume",
@@ -78,7 +82,9 @@ def recipes(name: str | None) -> None:
     metavar="KEY=VALUE",
     help="A constant, optim.NAME or run.NAME; repeatable.",
 )
-def train(name, data, cache, out, steps, batch_size, seed, resume, live, dry_run, print_config, settings) -> None:
+def train(
+    name, data, cache, out, steps, batch_size, micro_batch, seed, resume, live, dry_run, print_config, settings
+) -> None:
     """Train a student by a recipe.
 
     \u0008
@@ -94,7 +100,14 @@ def train(name, data, cache, out, steps, batch_size, seed, resume, live, dry_run
     recipe = find(name)
     recipe = dataclasses.replace(recipe, steps=steps or recipe.steps, batch=batch_size or recipe.batch)
     cache = cache or str(cache_folder(data))
-    run = Run(data=data, cache=cache, out=out or _run_folder(recipe.name, resume), seed=seed, live=live)
+    run = Run(
+        data=data,
+        cache=cache,
+        out=out or _run_folder(recipe.name, resume),
+        seed=seed,
+        live=live,
+        micro_batch=micro_batch or 0,
+    )
     recipe, run = override(recipe, run, settings)
     if print_config:
         known = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
@@ -130,7 +143,7 @@ def _run_folder(recipe: str, resume: bool) -> str:
 @click.option(
     "--task",
     required=True,
-    help="zeroshot_classification or zeroshot_retrieval (short: zeroshot, retrieval).",
+    help=f"One of {', '.join(TASKS)}; short: {', '.join(SHORT)}.",
 )
 @click.option(
     "--data",
@@ -145,11 +158,12 @@ def evaluate(model: str, task: str, data: str, as_json: bool) -> None:
     \u0008
     student eval runs/NAME --task retrieval
     student eval clip-lite --task zeroshot
+    student eval runs/NAME --task imagenet --data imagenet-r/
+    student eval runs/NAME --task coco_detection --data coco/
     """
     from evaluation.report import run_task, table
-    from evaluation.tasks import find
 
-    find(task)
+    find_task(task)
     encoder, folder = _encoder(model)
     result = run_task(task, encoder, data)
     if folder is not None:
@@ -186,6 +200,9 @@ def _encoder(model: str):
         encode_image=trained.model.encode_image,
         encode_text=trained.model.encode_text,
         device=device,
+        tower=trained.model.visual,
+        mean=tuple(trained.preprocess["mean"]),
+        std=tuple(trained.preprocess["std"]),
     )
     return encoder, path
 

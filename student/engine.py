@@ -36,9 +36,10 @@ def learning_rate(optim: Optim, step: int, steps: int) -> float:
 
 def deepspeed_config(run: Run, optim: Optim, rows_per_rank: int) -> dict[str, Any]:
     """The whole configuration; every default of DeepSpeed that would change the mathematics is set."""
+    micro = run.micro_batch or rows_per_rank
     return {
-        "train_micro_batch_size_per_gpu": rows_per_rank,
-        "gradient_accumulation_steps": 1,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": rows_per_rank // micro,
         "gradient_clipping": optim.clip,  # DeepSpeed's own default is 1.0
         "zero_optimization": {"stage": run.zero},
         "zero_allow_untested_optimizer": True,

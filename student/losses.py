@@ -2,13 +2,16 @@
 
 Legend: V, S student image and text embeddings; V_T, S_T the teacher's; rows are L2-normalised by the caller and row i
 of each belongs to pair i; a = `scale` multiplies cosines (it is exp(logit_scale)). Everything is computed in float32 at
-least (float64 in, float64 out) and returned as a scalar. Teacher tensors may come without gradient.
+least (float64 in, float64 out) and returned as a scalar. Teacher tensors may come without gradient. From
+tiled.TILED_FROM rows on the same numbers come from tiled.py, without a matrix of N x N.
 """
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
+
+from student import tiled
 
 Scale = Float[Tensor, "..."] | float
 
@@ -30,6 +33,8 @@ def _kl_rows(teacher: Float[Tensor, "n m"], student: Float[Tensor, "n m"]) -> Fl
 
 def clip_loss(image: Float[Tensor, "n d"], text: Float[Tensor, "n d"], scale: Scale) -> Float[Tensor, ""]:
     """Symmetric InfoNCE, 1/2 [CE(a V S^T, I) + CE(a S V^T, I)] (CLIP; CLIP-KD's task loss)."""
+    if tiled.pays(image):
+        return tiled.tiled_clip(image, text, scale)
     V, S = _wide(image, text)
     logits = scale * V @ S.T  # [n, n]
     return (_diagonal_ce(logits) + _diagonal_ce(logits.T)) / 2
@@ -41,6 +46,8 @@ def crd_loss(image: Float[Tensor, "n d"], text: Float[Tensor, "n d"], scale: Sca
 
     1/2 [KL(sm(a_T V_T S_T^T) || sm(a_S V S^T)) + KL(sm(a_T S_T V_T^T) || sm(a_S S V^T))], each with its own scale.
     """
+    if tiled.pays(image, t_image, t_text, t_scale):
+        return tiled.tiled_crd(image, text, scale, t_image, t_text, t_scale)
     V, S, V_T, S_T = _wide(image, text, t_image, t_text)
     student = scale * V @ S.T  # [n, n]
     teacher = t_scale * V_T @ S_T.T  # [n, n]
@@ -63,6 +70,8 @@ def icl_loss(image: Float[Tensor, "n d"], text: Float[Tensor, "n d"], t_image: F
 
     1/2 [CE(g V' S_T^T, I) + CE(g S' V_T^T, I)], g a learnable scale of its own.
     """
+    if tiled.pays(image):
+        return tiled.tiled_icl(image, text, t_image, t_text, scale)
     V, S, V_T, S_T = _wide(image, text, t_image, t_text)
     return (_diagonal_ce(scale * V @ S_T.T) + _diagonal_ce(scale * S @ V_T.T)) / 2
 
@@ -74,6 +83,8 @@ def gd_loss(image: Float[Tensor, "n d"], text: Float[Tensor, "n d"], scale: Scal
     G is the gradient of the batch-mean task loss, so its square shrinks as (a / N)^2 and a weight means something only
     beside scale and batch.
     """
+    if tiled.pays(image, t_image, t_text, t_scale):
+        return tiled.tiled_gd(image, text, scale, t_image, t_text, t_scale)
     V, S, V_T, S_T = _wide(image, text, t_image, t_text)
     student, teacher = _task_gradients(V, S, scale), _task_gradients(V_T, S_T, t_scale)
     return sum((G_T - G).square().sum(1).mean() for G, G_T in zip(student, teacher, strict=True))
@@ -96,6 +107,8 @@ def cross_kd_loss(image: Float[Tensor, "n d"], text: Float[Tensor, "n d"], scale
 
     1/2 [KL(sm(a_T V_T S_T^T) || sm(g V' S_T^T)) + KL(sm(a_T S_T V_T^T) || sm(g S' V_T^T))], g as in ICL.
     """
+    if tiled.pays(image, t_image, t_text, t_scale):
+        return tiled.tiled_cross(image, text, t_image, t_text, scale, t_scale)
     V, S, V_T, S_T = _wide(image, text, t_image, t_text)
     teacher = t_scale * V_T @ S_T.T  # [n, n]
     return (_kl_rows(teacher, scale * V @ S_T.T) + _kl_rows(teacher.T, scale * S @ V_T.T)) / 2

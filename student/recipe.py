@@ -65,6 +65,7 @@ class Run:
     workers: int = -1  # decoding processes; -1 for the spare cores
     live: bool = False
     save_every: int = 500
+    micro_batch: int = 0  # rows that a device computes at a time, 0 for all of a step's (`accumulate.py`)
 
 
 def override(recipe: Recipe, run: Run, settings: Iterable[str]) -> tuple[Recipe, Run]:

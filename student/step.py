@@ -25,8 +25,21 @@ class TrainStep(nn.Module):
         self.recipe, self.student, self.heads, self.precision = recipe, student, heads, precision
         self.__dict__["live"] = live
 
-    def forward(self, batch: Mapping[str, Tensor], now: Now) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-        """Loss to minimise, its weighted terms, and notes; the batch's fields come from a cache or a live teacher."""
+    def forward(self, batch: Mapping[str, Tensor], now: Now, gradients: Mapping[str, Tensor] | None = None) -> Any:
+        """Loss to minimise, its weighted terms, and notes; the batch's fields come from a cache or a live teacher.
+
+        For `accumulate`: with `gradients` {} the outputs and fields of these rows alone; with the gradient of some
+        loss with respect to outputs, the scalar whose backward is that gradient's.
+        """
+        outputs, fields = self.outputs(batch)
+        if gradients is None:
+            return self.loss(outputs, fields, now)
+        if not gradients:
+            return outputs, fields
+        return torch.stack([(outputs[name].float() * gradient).sum() for name, gradient in gradients.items()]).sum()
+
+    def outputs(self, batch: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """What student and heads say of this rank's rows, and what the teacher said."""
         if self.live is not None:
             batch = {**batch, **live_fields(self.live, batch, self.recipe.fields)}
         names = (*self.recipe.fields, "logit_scale")
@@ -35,6 +48,11 @@ class TrainStep(nn.Module):
             outputs = self.student(batch)
             if self.heads is not None:
                 outputs |= self.heads(outputs | fields)
+        return outputs, fields
+
+    def loss(self, outputs: Mapping[str, Tensor], fields: Mapping[str, Tensor],
+             now: Now) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:  # fmt: skip
+        """Loss of the global batch from this rank's outputs and fields; no parameter is used here."""
         outputs, fields = (
             {name: gather(rows) if self._is_across(name) else rows for name, rows in part.items()}
             for part in (outputs, fields)

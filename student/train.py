@@ -5,11 +5,12 @@ import dataclasses
 import functools
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import shlex
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,8 +19,10 @@ import torch
 import torch.distributed as dist
 
 from student import checkpoint
+from student.accumulate import accumulate, on_device
 from student.batches import Batches, loader
 from student.caches import field_shapes, find_caches, readable_rows, same_data_cache, training_rows
+from student.curve import draw_curve
 from student.distributed import any_rank, mean_over_ranks
 from student.engine import clamp_scales, learning_rate, quiet_deepspeed, start_distributed, start_engine
 from student.ensemble import check_ensemble
@@ -46,8 +49,7 @@ class Prepared(NamedTuple):
 def train(recipe: Recipe, run: Run, *, resume: bool, dry_run: bool = False) -> Path:
     """Train a student; returns the run folder. With `dry_run` one step is taken and nothing is left behind."""
     out = Path(run.out)
-    if recipe.batch % world_size():
-        raise UserError(f"--batch-size {recipe.batch} is not divisible by {world_size()} processes")
+    num_parts = count_parts(recipe.batch, run.micro_batch)
 
     # ---- the same start for everybody
     keep_memory()
@@ -73,15 +75,13 @@ def train(recipe: Recipe, run: Run, *, resume: bool, dry_run: bool = False) -> P
     begin, waited, step, stopping = time.monotonic(), 0.0, done - 1, False
     with catch_signals() as signals, ticker(steps - done, "steps", recipe.name) as tick:
         waiting = time.monotonic()
-        for step, batch in enumerate(loader(prepared.batches, start=done, workers=run.workers), start=done):
+        stream = loader(prepared.batches, start=done, workers=run.workers, micro=run.micro_batch)
+        for step, parts in enumerate(batched(stream, num_parts), start=done):
             waited += time.monotonic() - waiting
             for group in engine.optimizer.param_groups:
                 group["lr"] = learning_rate(recipe.optim, step, recipe.steps)
-            batch = {name: value.to(run.device, non_blocking=True) for name, value in batch.items()}
             with quiet_deepspeed():
-                loss, terms, notes = engine(batch, Now(step, recipe.steps))
-                engine.backward(loss)
-                engine.step()
+                loss, terms, notes = take_step(engine, parts, Now(step, recipe.steps), run.device)
                 clamp_scales(engine)
             values = plain(
                 {"loss": mean_over_ranks(loss), **{k: mean_over_ranks(v) for k, v in terms.items()}, **notes}
@@ -112,7 +112,38 @@ def train(recipe: Recipe, run: Run, *, resume: bool, dry_run: bool = False) -> P
     checkpoint.save_student(step_module.student, out / "model.safetensors")
     if seen:
         report_speed(out, seconds=elapsed, steps=seen, batch=recipe.batch, waited=waited)
+        if rank() == 0:
+            draw_curve(out, terms)
     return out
+
+
+def count_parts(batch: int, micro: int) -> int:
+    """Micro-batches that a rank's rows of a step make; UserError where they do not come out even."""
+    share, left = divmod(batch, world_size())
+    if left:
+        raise UserError(f"--batch-size {batch} is not divisible by {world_size()} processes")
+    if micro and (micro < 2 or share % micro):
+        raise UserError(
+            f"--micro-batch {micro} does not divide the {share} rows of a process: choose a divisor above 1"
+        )
+    return share // micro if micro else 1
+
+
+def batched(stream: Iterable[dict], size: int) -> Iterator[list[dict]]:
+    """`size` batches at a time."""
+    batches = iter(stream)
+    while parts := list(itertools.islice(batches, size)):
+        yield parts
+
+
+def take_step(engine: Any, parts: list[dict], now: Now, device: str) -> tuple[torch.Tensor, dict, dict]:
+    """One optimizer step: loss, terms, notes."""
+    if len(parts) > 1:
+        return accumulate(engine, parts, now, device)
+    loss, terms, notes = engine(on_device(parts[0], device), now)
+    engine.backward(loss)
+    engine.step()
+    return loss, terms, notes
 
 
 def report_speed(out: Path, *, seconds: float, steps: int, batch: int, waited: float) -> None:

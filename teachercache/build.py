@@ -10,7 +10,6 @@ import fcntl
 import importlib.metadata
 import itertools
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,12 +22,14 @@ from teachercache import store
 from teachercache.assemble import collect
 from teachercache.decode import Piece, decoded, rows_for
 from teachercache.forward import forward
-from teachercache.grow import Job, jobs_for, replace_pruned, settle
+from teachercache.grow import Job, Target, job_for, jobs_for, replace_pruned, settle
 from teachercache.index import extend_indexes
-from teachercache.layout import block_rows_for, expected_bytes
+from teachercache.layout import block_rows_for
+from teachercache.lease import lease
 from teachercache.names import UserError
 from teachercache.paths import is_url
-from teachercache.runtime import Precision, keep_memory, rank, say, ticker, world_size
+from teachercache.remote import asking
+from teachercache.runtime import Precision, keep_memory, rank, say, terminable, ticker, world_size
 from teachercache.samples import Manifest
 from teachercache.spec import CacheMeta
 from teachercache.stages import Stages
@@ -52,29 +53,36 @@ def build(teacher: Teacher, manifest: Manifest, out: Path, *, batch_size: int, w
           precision: Precision, block_rows: int | None = None, views: int = 0, augment: Augment | None = None,
           prune: bool = False, limit: int = 0) -> Summary:  # fmt: skip
     """Run the teacher over everything that is not there yet and that no other process writes."""
-    meta = plan(teacher, manifest, precision, block_rows, views=views, augment=augment, limit=limit)
-    target = settle(out, meta, manifest, prune=prune)
+    with asking(out, what="write"), terminable(), lease(out):
+        meta = plan(teacher, manifest, precision, block_rows, views=views, augment=augment, limit=limit)
+        target = settle(out, meta, manifest, prune=prune)
+        keep_memory()
+        rows = _compute(target, teacher, batch_size=batch_size, workers=workers, device=device, dtype=precision.dtype)
+        return _finish(target, rows)
+
+
+def _compute(target: Target, teacher: Teacher, *, batch_size: int, workers: int, device: str, dtype: str) -> int:
+    """Write every block that this process gets hold of; the rows that the teacher ran over."""
     cache, meta = target.cache, target.cache.meta
-    ask_space(cache)
-    keep_memory()
-    dtype = getattr(torch, precision.dtype)
-    module = teacher.module.to(device, dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    computed = getattr(torch, dtype)
+    module = teacher.module.to(device, computed).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     jobs = jobs_for(target)
     mine = [block for block in jobs if block % world_size() == rank()]
     todo = mine + [block for block in jobs if block not in mine and not is_url(cache.path)]
     stages, rows = Stages(cache, workers), 0
     decoder = rows_for(teacher, target.manifest, Augment(**meta.augment) if meta.views else None)
     with (
+        _worker_deaths(),
         claims(cache) as claim,
         ThreadPoolExecutor(1, "write") as writer,
         contextlib.closing(
-            decoded(decoder, _pieces(jobs, todo, claim, batch_size), workers=workers, pin=device != "cpu")
+            decoded(decoder, _pieces(target, jobs, todo, claim, batch_size), workers=workers, pin=device != "cpu")
         ) as batches,
     ):
         pending: Future | None = None
         total = sum(len(jobs[block].rows) for block in mine)
-        with ticker(total, "rows", f"{meta.spec.name} on {meta.data}") as tick, _worker_deaths():
-            parts = forward(teacher, module, cache, stages, batches, device, dtype)
+        with ticker(total, "rows", f"{meta.spec.name} on {meta.data}") as tick:
+            parts = forward(teacher, module, cache, stages, batches, device, computed)
             for block, group in itertools.groupby(parts, key=lambda part: part["piece"].block):
                 job = jobs.pop(block)
                 chunks, invalid = collect(target, job, group, lambda count: tick.step(count, stages.line()))
@@ -84,13 +92,23 @@ def build(teacher: Teacher, manifest: Manifest, out: Path, *, batch_size: int, w
                 rows += len(job.rows)
         if pending is not None:
             pending.result()
-    blocks_left = meta.num_blocks - len(store.done_blocks(cache))
-    quarantined = 0 if blocks_left else len(store.finish(cache))
-    if target.old is not None and not blocks_left:
+    return rows
+
+
+def _finish(target: Target, rows: int) -> Summary:
+    """What is due once all blocks are there: quarantine.jsonl, the pruned cache in its place, indexes."""
+    cache = target.cache
+    if target.old is None:  # another builder may have made it grow meanwhile
+        cache = store.open_cache(cache.path)
+    blocks_left = cache.meta.num_blocks - len(store.done_blocks(cache))
+    if blocks_left:
+        return Summary(cache, rows, blocks_left, 0)
+    quarantined = len(store.finish(cache))
+    if target.old is not None:
         cache = replace_pruned(target)
-    if rank() == 0 and not blocks_left:
+    with store.growing(cache):  # of several ranks, which finish in any order, one
         extend_indexes(cache)
-    return Summary(cache, rows, blocks_left, quarantined)
+    return Summary(cache, rows, 0, quarantined)
 
 
 def plan(teacher: Teacher, manifest: Manifest, precision: Precision, block_rows: int | None = None, *,
@@ -99,7 +117,11 @@ def plan(teacher: Teacher, manifest: Manifest, precision: Precision, block_rows:
     has = {"image": manifest.has_images, "text": manifest.texts > 0, "row": True}
     fields = tuple(field for field in teacher.spec.fields if has[field.per])
     if not fields:
-        raise UserError(f"{manifest.data} has neither pictures nor texts for {teacher.spec.name}")
+        wanted = " or ".join(sorted({field.per for field in teacher.spec.fields}))
+        raise UserError(
+            f"--outputs {','.join(teacher.spec.outputs)} of {teacher.spec.name} is about {wanted}s, and "
+            f"{manifest.data} has none: pass other --outputs (`tc teachers`) or other --data"
+        )
     if views and not has["image"]:
         raise UserError(f"--views {views}: {manifest.data} has no pictures; leave --views away")
     versions = {name: importlib.metadata.version(name) for name in ("torch", "open_clip_torch", "zarr", "pillow")}
@@ -118,27 +140,6 @@ def plan(teacher: Teacher, manifest: Manifest, precision: Precision, block_rows:
     )
 
 
-def ask_space(cache: store.Cache) -> None:
-    """Say how large a cache becomes; UserError where the disk has less room than what is still missing."""
-    whole = expected_bytes(cache.meta)
-    there = whole * len(store.done_blocks(cache)) // max(cache.meta.num_blocks, 1)
-    say(f"{cache.path}: {size(whole)} when it is whole" + (f", {size(there)} of them there" if there else ""))
-    if is_url(cache.path):
-        return
-    free = shutil.disk_usage(cache.path).free
-    if free < whole - there:
-        raise UserError(
-            f"{cache.path} needs {size(whole - there)} more and its disk has {size(free)}: pass --out on another disk, "
-            "or fewer --outputs, --views or rows (--limit)"
-        )
-
-
-def size(count: int) -> str:
-    """Bytes in words."""
-    power = min(max(len(str(count)) - 1, 0) // 3, 4)
-    return f"{count / 1000**power:.3g} {('bytes', 'kB', 'MB', 'GB', 'TB')[power]}"
-
-
 # ----------------------------------------------------------------------------------------------------
 # Which blocks are ours
 
@@ -150,10 +151,10 @@ def claims(cache: store.Cache) -> Iterator[Callable[[int], bool]]:
     def unfinished(block: int) -> bool:
         return not store.covers(cache, store.done_record(cache, block))
 
-    if is_url(cache.path):  # no locks there: ranks take their own blocks alone
+    if is_url(cache.path):  # no locks there, one job at a time (`lease.py`): its ranks take their own blocks alone
         yield unfinished
         return
-    descriptor = os.open(cache.path / store.LOCK, os.O_RDWR)
+    descriptor = store.open_lock(cache)
 
     def claim(block: int) -> bool:
         try:
@@ -168,12 +169,13 @@ def claims(cache: store.Cache) -> Iterator[Callable[[int], bool]]:
         os.close(descriptor)
 
 
-def _pieces(jobs: dict[int, Job], todo: list[int], claim: Callable[[int], bool], batch_size: int) -> Iterator[Piece]:
+def _pieces(target: Target, jobs: dict[int, Job], todo: list[int], claim: Callable[[int], bool],
+            batch_size: int) -> Iterator[Piece]:  # fmt: skip
     """One batch at a time, block by block, claiming each block when its turn comes; an empty one where none is left."""
     for block in todo:
         if not claim(block):
             continue
-        job = jobs[block]
+        job = jobs[block] = job_for(target, block)  # anew: another builder may have died over it meanwhile
         rows = job.rows.tolist()
         for start in range(0, max(len(rows), 1), batch_size):
             part, views = tuple(rows[start : start + batch_size]), job.views

@@ -204,7 +204,7 @@ def info(cache: str, as_json: bool) -> None:
 def verify(cache: str, samples: int, as_json: bool) -> None:
     """Check every file's checksum, and some rows against the live teacher (cosine at least 0.999).
 
-    A damaged block is named and forgotten, so that the next `tc build` writes it again.
+    A damaged block is named and forgotten, so that the next `tc build` writes it again; so is what follows from others.
     """
     from teachercache.live import verify_cache
 
@@ -214,12 +214,16 @@ def verify(cache: str, samples: int, as_json: bool) -> None:
     else:
         for block, reason in report["damaged"].items():
             print(f"block {block}: {reason}")
+        for name, reason in report["files"].items():
+            print(f"{name}: {reason}")
         for name, values in report["cosine"].items():
             print(f"{name}: cosine to the live teacher min {values['min']:.6f}, mean {values['mean']:.6f}")
     if report["damaged"]:
         raise UserError(
             f"{len(report['damaged'])} damaged blocks, forgotten now: run `{report['command']}` to mend them"
         )
+    if report["files"]:
+        raise UserError(f"{' and '.join(report['files'])}: damaged, run `{report['command']}` to mend that")
     if not report["ok"]:
         raise UserError("the live teacher says something else: was the data or the teacher changed?")
     say(f"{cache} is whole")

@@ -45,8 +45,8 @@ def launch(teacher: Teacher, module: nn.Module, cache: Cache, batch: dict[str, A
     for i in range(max(0 if images is None else len(images), int(text is not None)) if piece.rows else 0):
         inputs = {}
         if images is not None:
-            moved = images[i].to(device, dtype, non_blocking=True)
-            inputs["image"] = moved.contiguous(memory_format=torch.channels_last)
+            moved = images[i].to(device, non_blocking=True)  # as float32 from pinned memory: the cast would block
+            inputs["image"] = moved.to(dtype).contiguous(memory_format=torch.channels_last)
         if text is not None and i == 0:
             inputs["text"] = text.to(device, non_blocking=True)
         with torch.inference_mode():
@@ -67,7 +67,8 @@ def _fetch(cache: Cache, batch: dict[str, Any], outputs: list[tuple[str, int, to
     chunks: dict[tuple[str, int], np.ndarray] = {}
     for name, copy, tensor in outputs:
         field = cache.fields[name]
-        values = tensor.float().cpu().numpy()
+        floating = np.dtype(field.dtype).kind == "f"
+        values = (tensor.float() if floating else tensor).cpu().numpy()
         known = usable if field.per != "text" else text_valid[:, copy - piece.texts.start]
         values[~known] = 0
         inner = tuple(range(1, values.ndim))
@@ -79,7 +80,7 @@ def _fetch(cache: Cache, batch: dict[str, Any], outputs: list[tuple[str, int, to
             batch["problems"].append(
                 {"row": piece.rows[place], "key": batch["key"][place], "reason": f"{name} {NOT_FINITE}", **which}
             )
-        limit = np.finfo(field.dtype).max
+        limit = np.finfo(field.dtype).max if floating else np.inf
         for place in np.flatnonzero((np.abs(values) > limit).any(axis=inner)).tolist():
             raise UserError(
                 f"{name} of row '{batch['key'][place]}' is above {limit:g} and does not fit into {field.dtype}"

@@ -8,24 +8,23 @@ that is still the same, and puts it in the first one's place.
 
 import contextlib
 import dataclasses
-import fcntl
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from teachercache import store
+from teachercache.derived import mend_files
 from teachercache.layout import block_rows_for, metadata
 from teachercache.names import UserError
 from teachercache.paths import is_url, write_whole
 from teachercache.runtime import say
 from teachercache.samples import Manifest, row_digests, write_manifest
+from teachercache.space import ask_space
 from teachercache.spec import CacheMeta, differences
 
-GROW_BYTE = 1 << 40  # of the lock file: held while a cache's own files are rewritten
 MAY_DIFFER = ("data", "versions", "block_rows", "manifest", "rows", "texts", "views", "limit")
 
 
@@ -36,6 +35,7 @@ class Target(NamedTuple):
     manifest: Manifest  # in the cache's order
     old: store.Cache | None  # the cache that is pruned
     at: np.ndarray | None  # each row's place in `old`, -1 where it must be computed
+    old_done: np.ndarray = np.empty(0, np.int64)  # finished blocks of `old`
 
 
 class Change(NamedTuple):
@@ -51,11 +51,13 @@ def settle(path: Path, meta: CacheMeta, manifest: Manifest, *, prune: bool = Fal
     """The cache to build `meta` into; UserError names what does not fit and what to type."""
     _recover(path)
     if not store.is_there(path):
+        ask_space(store.Cache(path, meta))
         cache = store.create(path, meta, manifest)
         if cache.meta == meta:
             return Target(cache, manifest, None, None)
     cache = store.open_cache(path)
     _same_teacher(cache, meta)
+    mend_files(cache, manifest)
     change = compare(cache, manifest)
     if len(change.lost) == cache.meta.rows:
         raise UserError(f"{cache.path} holds another build, no row of it is in {manifest.data}: pass another --out")
@@ -68,6 +70,7 @@ def settle(path: Path, meta: CacheMeta, manifest: Manifest, *, prune: bool = Fal
         views=max(meta.views, cache.meta.views), texts=max(meta.texts, cache.meta.texts))  # fmt: skip
     if change.lost or change.changed:
         return _start_pruning(cache, dataclasses.replace(wanted, texts=meta.texts), ordered, change)
+    ask_space(store.Cache(path, wanted))
     return Target(_extend(cache, wanted, ordered), ordered, None, None)
 
 
@@ -122,32 +125,19 @@ def _tell(cache: store.Cache, manifest: Manifest, change: Change) -> str:
 
 def _extend(cache: store.Cache, meta: CacheMeta, manifest: Manifest) -> store.Cache:
     """The same cache with room for what `meta` has more; nothing is written where it has nothing more."""
-    with growing(cache):
+    with store.growing(cache):
         cache = store.open_cache(cache.path)  # another builder may have been first
         there = cache.meta
-        if (there.manifest, there.rows, there.texts, there.views) == (meta.manifest, meta.rows, meta.texts, meta.views):
+        if there == meta:
             return cache
         gained = {name: (getattr(there, name), getattr(meta, name)) for name in ("rows", "texts", "views")}
         words = [f"{name} {old:,} -> {new:,}" for name, (old, new) in gained.items() if old != new]
-        say(f"{cache.path} grows: {', '.join(words) or 'the same rows, described anew'}")
+        if words:
+            say(f"{cache.path} grows: {', '.join(words)}")
         write_manifest(manifest, cache.path / "manifest.parquet")
         for name, content in metadata(meta).items():  # the group's own last: it says what counts
             write_whole(cache.path / name, content)
         return store.Cache(cache.path, meta)
-
-
-@contextlib.contextmanager
-def growing(cache: store.Cache) -> Iterator[None]:
-    """One process at a time; on a URL, where there are no locks, all write the same bytes."""
-    if is_url(cache.path):
-        yield
-        return
-    descriptor = os.open(cache.path / store.LOCK, os.O_RDWR)
-    try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX, 1, GROW_BYTE)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -165,16 +155,17 @@ def _start_pruning(old: store.Cache, meta: CacheMeta, manifest: Manifest, change
     meta = dataclasses.replace(meta, block_rows=block_rows_for(meta.spec.fields, meta.rows))
     if store.is_there(path) and store.open_cache(path).meta != meta:  # of other data than there is now
         shutil.rmtree(path)
+    ask_space(store.Cache(path, meta))
     cache = store.open_cache(path) if store.is_there(path) else store.create(path, meta, manifest)
     say(f"pruning {old.path}: {len(change.lost):,} rows are gone, {len(change.changed):,} changed")
-    return Target(cache, manifest, old, change.at)
+    return Target(cache, manifest, old, change.at, np.array(sorted(store.done_blocks(old)), np.int64))
 
 
 def replace_pruned(target: Target) -> store.Cache:
     """Put a whole pruned cache in the old one's place; a killed build goes on from any point of it."""
     assert target.old is not None
     path, pruned = target.old.path, target.cache.path
-    with contextlib.suppress(FileNotFoundError), growing(target.cache):
+    with contextlib.suppress(FileNotFoundError), store.growing(target.cache):
         if pruned.exists():
             shutil.rmtree(_beside(path, "old"), ignore_errors=True)
             os.rename(path, _beside(path, "old"))
@@ -189,7 +180,8 @@ def _recover(path: Path) -> None:
         return
     if not path.exists():
         os.rename(_beside(path, "pruning"), path)  # it was whole, else the old one were still in its place
-    shutil.rmtree(_beside(path, "old"))
+    with contextlib.suppress(FileNotFoundError):  # another builder removes it too
+        shutil.rmtree(_beside(path, "old"))
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -211,12 +203,11 @@ class Job(NamedTuple):
 
 def jobs_for(target: Target) -> dict[int, Job]:
     """What there is to do for every block that is not finished."""
-    done, old_done = store.done_blocks(target.cache), store.done_blocks(target.old) if target.old else set()
-    blocks = [block for block in range(target.cache.meta.num_blocks) if block not in done]
-    return {block: _job(target, block, np.array(sorted(old_done), np.int64)) for block in blocks}
+    done = store.done_blocks(target.cache)
+    return {block: job_for(target, block) for block in range(target.cache.meta.num_blocks) if block not in done}
 
 
-def _job(target: Target, block: int, old_done: np.ndarray) -> Job:
+def job_for(target: Target, block: int) -> Job:
     """What the done record of a block, or the cache that is pruned, leaves to do."""
     cache, meta = target.cache, target.cache.meta
     rows = np.arange(meta.block(block).start, meta.block(block).stop)
@@ -232,7 +223,7 @@ def _job(target: Target, block: int, old_done: np.ndarray) -> Job:
     if old is None or target.at is None or (old.meta.views, old.meta.texts) != (meta.views, meta.texts):
         return Job(block, rows, views, texts, none, None, none, [])
     places = target.at[rows]
-    have = (places >= 0) & np.isin(np.maximum(places, 0) // old.meta.block_rows, old_done)
+    have = (places >= 0) & np.isin(np.maximum(places, 0) // old.meta.block_rows, target.old_done)
     kept, source = rows[have], places[have]
     records = [store.done_record(old, b) for b in np.unique(source // old.meta.block_rows).tolist()]
     problems = [entry for found in records if found for entry in found["invalid"]]

@@ -14,8 +14,8 @@ from zarr.codecs import Crc32cCodec
 from zarr.core.buffer import Buffer
 from zarr.storage import MemoryStore
 
-from teachercache.spec import CacheMeta, Field, to_dict
-from teachercache.views import PARAMS
+from teachercache.spec import CacheMeta, Field, checksum, to_dict
+from teachercache.views import PARAMS, Augment
 
 MIN_BLOCK_ROWS, MAX_BLOCK_BYTES = 256, 64 << 20
 
@@ -50,7 +50,9 @@ class Cache:
                    "--views": meta.views, "--limit": 0 if data else meta.limit}  # fmt: skip
         usual = {"--outputs": "embeddings", "--weights": "pretrained", "--views": 0, "--limit": 0}
         words = [str(word) for item in options.items() if usual.get(item[0]) != item[1] for word in item]
-        return shlex.join(["tc", "build", *words])
+        default = dataclasses.asdict(Augment())
+        drawn = [f"{name}={value:g}" for name, value in meta.augment.items() if value != default[name]]
+        return shlex.join(["tc", "build", *words, *(word for setting in drawn for word in ("--augment", setting))])
 
 
 def block_rows_for(fields: tuple[Field, ...], rows: int) -> int:
@@ -86,7 +88,7 @@ def metadata(meta: CacheMeta) -> dict[str, bytes]:
     """Every zarr.json of a cache by its path below the cache, the group's own last: zarr itself writes them."""
     files: dict[str, Buffer] = {}
     memory, cache = MemoryStore(files), Cache(Path(), meta)
-    group = zarr.create_group(memory, zarr_format=3, attributes=to_dict(meta))
+    group = zarr.create_group(memory, zarr_format=3, attributes={**to_dict(meta), "checksum": checksum(meta)})
     for field in cache.fields.values():
         group.create_array(
             field.name,

@@ -10,11 +10,12 @@ import torch
 from teachercache import store
 from teachercache.build import VIEWS_AT_ONCE
 from teachercache.decode import Piece, rows_for
+from teachercache.derived import damaged_files
 from teachercache.forward import launch
 from teachercache.grow import compare
 from teachercache.names import UserError
 from teachercache.readers import read_manifest
-from teachercache.samples import Manifest, digest_rows
+from teachercache.samples import Manifest
 from teachercache.teachers import Teacher, load
 from teachercache.views import Augment
 
@@ -34,17 +35,20 @@ def load_teacher(cache: store.Cache) -> Teacher:
 
 
 def verify_cache(path: str | Path, *, samples: int) -> dict[str, Any]:
-    """Damaged blocks (whose done records are removed) and the cosine of some rows to the live teacher."""
+    """Damaged blocks (their done records are removed), other damaged files, cosines to the live teacher."""
     cache = store.open_cache(path)
     damaged = store.damaged_blocks(cache)
-    if digest_rows(store.cached_manifest(cache).table) != cache.meta.manifest:
-        raise UserError(f"{path}/manifest.parquet is damaged: remove {path} and run `{cache.command()}`")
+    files = damaged_files(cache)
     for block in damaged:
         store.forget_block(cache, block)
-    report: dict[str, Any] = {"damaged": damaged, "cosine": {}, "command": cache.command(), "ok": not damaged}
-    if damaged or not samples:
+    report: dict[str, Any] = {"damaged": damaged, "files": files, "cosine": {}, "command": cache.command(),
+                              "ok": not damaged and not files}  # fmt: skip
+    if not report["ok"]:
         return report
-    cosines = _live_cosines(store.open_complete(path), samples)
+    store.open_complete(path)
+    if not samples:
+        return report
+    cosines = _live_cosines(cache, samples)
     report["cosine"] = {name: {"min": float(c.min()), "mean": float(c.mean())} for name, c in cosines.items()}
     report["ok"] = all(values["min"] >= BAR for values in report["cosine"].values())
     return report

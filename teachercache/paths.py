@@ -40,8 +40,11 @@ def write_whole(path: Path, content: bytes | str, *, tag: str = "") -> None:
         return
     partial = path.with_name(f"{path.name}{tag}.partial")
     partial.parent.mkdir(parents=True, exist_ok=True)
-    with open(partial, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(partial, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:  # write() and fsync() do not say which file it was
+        raise OSError(error.errno, error.strerror, str(path)) from error
     os.replace(partial, path)

@@ -280,7 +280,7 @@ def persistently(read: Callable[[], bytes], path: Any) -> bytes:
 
 
 @contextlib.contextmanager
-def asking(path: Any) -> Iterator[None]:
+def asking(path: Any, *, what: str = "read") -> Iterator[None]:
     """Tell a broken connection, missing rights and a missing place in one line that says what to check."""
     try:
         yield
@@ -288,9 +288,10 @@ def asking(path: Any) -> Iterator[None]:
         raise
     except Exception as error:
         no_ranges = is_http(path) and isinstance(error, ValueError)  # fsspec's word for a server that gives none
-        if not (_from_network(error) or no_ranges) or (isinstance(error, OSError) and not is_url(path)):
+        local = isinstance(error, OSError) and (not is_url(path) or isinstance(error.filename, str | os.PathLike))
+        if not (_from_network(error) or no_ranges) or local:
             raise
-        raise UserError(f"cannot read {path}: {_reason(error)}; {_advice(path)}") from error
+        raise UserError(f"cannot {what} {path}: {_reason(error)}; {_advice(path)}") from error
 
 
 def _from_network(error: Exception) -> bool:

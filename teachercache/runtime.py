@@ -5,7 +5,9 @@ Not for anything that changes what is computed beyond the dtype named here.
 
 import contextlib
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -72,6 +74,38 @@ def default_workers() -> int:
     """Decoding processes: what the machine has beside the one that computes."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(8, cores // max(1, world_size()) - 1))
+
+
+def is_alive(process: int) -> bool:
+    """Whether this machine has a process of that number."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, taken like Ctrl-C: what is half done is put away, decoding processes end with their builder."""
+
+
+@contextlib.contextmanager
+def terminable() -> Iterator[None]:
+    """Raise Terminated where SIGTERM would end this process without a word."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: Any) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def keep_memory() -> None:
@@ -159,6 +193,6 @@ def run_command(group: Any, args: list[str] | None = None) -> int:
         message = f"{error.strerror or error}{where}"
     except (KeyboardInterrupt, click.Abort) as stopped:
         print(str(stopped.__cause__ or "") or "stopped; the same command goes on where it left off", file=sys.stderr)
-        return 130
+        return 143 if isinstance(stopped.__cause__, Terminated) else 130
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     return 2

@@ -9,6 +9,7 @@ import hashlib
 import io
 import itertools
 import json
+import zlib
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -178,7 +179,8 @@ def write_manifest(manifest: Manifest, path: Any) -> None:
 
     meta = {"data": manifest.data, "root": str(manifest.root), "digest": manifest.digest}
     content = io.BytesIO()
-    pq.write_table(manifest.table.replace_schema_metadata(meta), content)
+    table = manifest.table.replace_schema_metadata({**meta, "checksum": _checksum(meta)})
+    pq.write_table(table, content, write_page_checksum=True)
     write_whole(path, content.getvalue())
 
 
@@ -187,19 +189,28 @@ def load_manifest(path: Any) -> Manifest:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    source = io.BytesIO(path.read_bytes()) if is_url(path) else path  # a lost connection is told as that
     try:
-        table = pq.read_table(io.BytesIO(path.read_bytes()) if is_url(path) else path)
-    except (pa.ArrowInvalid, OSError) as error:
-        if is_url(path) and not isinstance(error, pa.ArrowInvalid):
-            raise  # the connection, not the file
+        table = pq.read_table(source, page_checksum_verification=True)
+        if "task" not in table.column_names:  # written before there were task columns
+            table = table.append_column("task", pa.array([""] * len(table), pa.string()))
+        missing = [name for name in schema().names if name not in table.column_names]
+        meta = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
+        table = table if missing else table.select(schema().names).cast(schema())
+    except FileNotFoundError:
+        raise
+    except (pa.ArrowException, ValueError, OSError) as error:
         raise UserError(f"{path} is not a readable Parquet file: {error}") from error
-    meta = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
-    if "task" not in table.column_names:  # written before there were task columns
-        table = table.append_column("task", pa.array([""] * len(table), pa.string()))
-    missing = [name for name in schema().names if name not in table.column_names]
     if missing or "root" not in meta:
         raise UserError(f"{path} is not a manifest (no {', '.join(missing) or 'root'})")
-    return Manifest(meta["data"], as_path(meta["root"]), table.select(schema().names), meta["digest"])
+    known = {name: meta.get(name, "") for name in ("data", "root", "digest")}
+    if meta.get("checksum", _checksum(known)) != _checksum(known):
+        raise UserError(f"{path} is damaged: the checksum of where its pictures lie differs")
+    return Manifest(known["data"], as_path(known["root"]), table, known["digest"])
+
+
+def _checksum(meta: dict[str, str]) -> str:
+    return str(zlib.crc32(json.dumps(meta, sort_keys=True).encode()))
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -254,6 +265,8 @@ def decode_image(content: bytes, at_least: int = 0) -> "Image.Image":
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PIL warns of every odd tag; what cannot be read gets its reason below
             image = Image.open(io.BytesIO(content))
+            if image.format == "EPS":  # PIL runs Ghostscript for it: a program, not a picture
+                raise BadSample("EPS is not read")
             if image.width * image.height > MAX_PIXELS:
                 raise BadSample(f"{image.width} x {image.height} pixels are more than the limit of {MAX_PIXELS:,}")
             if at_least > 0 and image.format in ("JPEG", "MPO"):  # MPO: a phone's JPEG with a second one behind it

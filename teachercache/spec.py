@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -115,7 +116,15 @@ def meta_from_dict(values: Mapping[str, Any]) -> CacheMeta:
     spec = dict(values["spec"])
     spec["fields"] = tuple(Field(**{**field, "shape": tuple(field["shape"])}) for field in spec["fields"])
     spec["outputs"] = tuple(spec["outputs"])
-    return CacheMeta(**{**values, "spec": TeacherSpec(**spec)})
+    meta = CacheMeta(**{**{k: v for k, v in values.items() if k != "checksum"}, "spec": TeacherSpec(**spec)})
+    if values.get("checksum", checksum(meta)) != checksum(meta):
+        raise UserError("zarr.json is damaged: its checksum differs; remove the cache and build it again")
+    return meta
+
+
+def checksum(record: Any) -> int:
+    """crc32 of a record's canonical JSON."""
+    return zlib.crc32(json.dumps(to_dict(record), sort_keys=True).encode())
 
 
 def differences(old: Any, new: Any, *, ignore: tuple[str, ...] = ()) -> list[str]:

@@ -9,16 +9,19 @@
 
 import contextlib
 import dataclasses
+import fcntl
+import glob
 import json
 import os
 import shutil
 import socket
 import uuid
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import numpy as np
 
 from teachercache.layout import (
@@ -29,13 +32,16 @@ from teachercache.layout import (
     encode,
     metadata,
 )
+from teachercache.lease import is_lease
 from teachercache.mapped import can_map, map_chunks
 from teachercache.names import UserError
 from teachercache.paths import as_path, is_url, write_whole
+from teachercache.runtime import is_alive
 from teachercache.samples import Manifest, load_manifest, write_manifest
 from teachercache.spec import CacheMeta, meta_from_dict
 
 LOCK = ".lock"  # empty; a builder holds the byte of each block that it writes
+GROW_BYTE = 1 << 40  # of the lock file: held while a cache's own files are rewritten
 Chunks = Mapping[tuple[str, int], np.ndarray]  # field and copy (text or view; 0 where there is one) -> [rows, ...]
 
 
@@ -47,11 +53,10 @@ def is_there(path: Path) -> bool:
     """Whether there is a cache at `path`; UserError where there is something else."""
     if (path / "zarr.json").exists():
         return True
-    if path.exists() and (is_url(path) or not path.is_dir() or any(path.iterdir())):
-        if is_url(path) and not any(path.iterdir()):
-            return False
-        if is_url(path) and (path / "manifest.parquet").exists():  # a builder was killed while it created this cache
-            return False
+    if not path.exists():
+        return False
+    names = {entry.name for entry in path.iterdir() if not is_lease(entry)} if path.is_dir() else {path.name}
+    if names and not (is_url(path) and "manifest.parquet" in names):  # a builder was killed while it created this cache
         raise UserError(f"{path} is there and is no cache: pass another --out")
     return False
 
@@ -66,7 +71,10 @@ def create(path: Path, meta: CacheMeta, manifest: Manifest) -> Cache:
     partial = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     _remove_abandoned(path)
-    (partial / "done").mkdir(parents=True)
+    try:
+        (partial / "done").mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"cannot make {path}: {error.strerror}; pass another --out") from error
     for name, content in metadata(meta).items():
         write_whole(partial / name, content)
     write_manifest(manifest, partial / "manifest.parquet")
@@ -81,12 +89,9 @@ def create(path: Path, meta: CacheMeta, manifest: Manifest) -> Cache:
 
 def _remove_abandoned(path: Path) -> None:
     """Remove the half-made folders of builders of this machine that were killed while they created this cache."""
-    for folder in path.parent.glob(f"{path.name}.{socket.gethostname()}-*.partial"):
-        try:
-            os.kill(int(folder.name.split("-")[-1].removesuffix(".partial")), 0)
-        except (ValueError, PermissionError):
-            continue
-        except ProcessLookupError:
+    for folder in path.parent.glob(f"{glob.escape(path.name)}.{socket.gethostname()}-*.partial"):
+        process = folder.name.split("-")[-1].removesuffix(".partial")
+        if process.isdecimal() and not is_alive(int(process)):
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -94,12 +99,13 @@ def open_cache(where: str | Path) -> Cache:
     """The cache at a path or URL; UserError where there is none or its format is not ours."""
     path = as_path(where)
     try:
-        attributes = json.loads((path / "zarr.json").read_text())["attributes"]
-        meta = meta_from_dict(attributes)
+        meta = meta_from_dict(json.loads((path / "zarr.json").read_text())["attributes"])
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
     except FileNotFoundError as error:
         raise UserError(f"no cache at {path}: make one with `tc build --teacher NAME --out {path}`") from error
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} is not a cache of this program ({error!r})") from error
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(f"{path} is not a cache of this program, or its zarr.json is damaged ({error!r})") from error
     return Cache(path, meta)
 
 
@@ -116,7 +122,12 @@ def open_complete(path: str | Path) -> Cache:
 
 def cached_manifest(cache: Cache) -> Manifest:
     """The rows of a cache in its order: the first ones, where a killed builder had begun to add more."""
-    manifest = load_manifest(cache.path / "manifest.parquet")
+    try:
+        manifest = load_manifest(cache.path / "manifest.parquet")
+    except FileNotFoundError as error:
+        raise UserError(f"{cache.path} has no manifest.parquet: run `{cache.command()}` to mend it") from error
+    except UserError as error:
+        raise UserError(f"{error}: run `{cache.command()}` to mend it") from error
     return dataclasses.replace(manifest, table=manifest.table.slice(0, cache.meta.rows), digest=cache.meta.manifest)
 
 
@@ -140,12 +151,11 @@ def done_blocks(cache: Cache) -> set[int]:
 
 
 def covers(cache: Cache, record: Mapping[str, Any] | None) -> bool:
-    """Whether a done record is of the whole block as it is now."""
+    """Whether a done record is of the whole block as it is now, or as a builder of more data left it."""
     if record is None:
         return False
-    rows = cache.meta.block(record["block"])
-    return (record["rows"], record["texts"], record["views"]) == (
-        [rows.start, rows.stop], cache.meta.texts, cache.meta.views)  # fmt: skip
+    meta, last = cache.meta, cache.meta.block(record["block"]).stop
+    return record["rows"][1] >= last and record["texts"] >= meta.texts and record["views"] >= meta.views
 
 
 def _record_checksum(record: Mapping[str, Any]) -> int:
@@ -175,7 +185,9 @@ def write_block(cache: Cache, block: int, chunks: Chunks, invalid: list[dict[str
         raise ValueError(
             f"block {block} lacks {sorted(needed - set(files))}, has {sorted(set(files) - needed)} besides"
         )
-    if earlier:  # from here on a killed builder leaves an unfinished block, never a wrong one
+    # From here on a killed builder leaves an unfinished block, never a wrong one. The record of a block that grows
+    # stays until the new one is there: its fewer rows or texts are the same in the new files as in the old.
+    if covers(cache, earlier):
         forget_block(cache, block)
     for path, content in contents.items():
         write_whole(path, content)
@@ -196,15 +208,24 @@ def flush(path: Path) -> None:
 
 def finish(cache: Cache) -> list[dict[str, Any]]:
     """Write quarantine.jsonl from the done records of a whole cache; its entries."""
-    records = [done_record(cache, block) for block in range(cache.meta.num_blocks)]
-    entries = [entry for record in records if record for entry in record["invalid"]]
+    entries = quarantined(cache)
     with contextlib.suppress(FileNotFoundError):  # another builder finished first, with the same bytes
-        text = "".join(json.dumps(entry) + "\n" for entry in entries)
-        write_whole(cache.path / "quarantine.jsonl", text, tag=f".{uuid.uuid4().hex}")
+        write_whole(cache.path / "quarantine.jsonl", json_lines(entries), tag=f".{uuid.uuid4().hex}")
     if not is_url(cache.path):
         for left in cache.path.glob("quarantine.jsonl.*.partial"):  # of a builder that was killed here
             left.unlink(missing_ok=True)
     return entries
+
+
+def quarantined(cache: Cache) -> list[dict[str, Any]]:
+    """What the done records say of rows and texts that cannot be used."""
+    records = [done_record(cache, block) for block in range(cache.meta.num_blocks)]
+    return [entry for record in records if record for entry in record["invalid"]]
+
+
+def json_lines(entries: list[dict[str, Any]]) -> str:
+    """The content of quarantine.jsonl."""
+    return "".join(json.dumps(entry) + "\n" for entry in entries)
 
 
 def damaged_blocks(cache: Cache) -> dict[int, str]:
@@ -219,12 +240,39 @@ def damaged_blocks(cache: Cache) -> dict[int, str]:
             try:
                 content = (cache.path / name).read_bytes()
             except OSError as error:
+                if is_url(cache.path) and not isinstance(error, FileNotFoundError):
+                    raise  # the connection, not the file
                 damaged[block] = f"{name}: {error.strerror or 'missing'}"
                 break
             if (len(content), zlib.crc32(content)) != (size, checksum):
                 damaged[block] = f"{name}: checksum differs"
                 break
     return damaged
+
+
+def bytes_there(cache: Cache) -> int:
+    """Bytes of the chunk files that done records name, keys left out as in `expected_bytes`."""
+    records = filter(None, (done_record(cache, block) for block in listed_blocks(cache)))
+    return sum(size for record in records for name, (size, _) in record["files"].items() if name[:4] != "key/")
+
+
+@contextlib.contextmanager
+def growing(cache: Cache) -> Iterator[None]:
+    """One process at a time rewrites a cache's own files; at a URL there is one builder at a time (`lease.py`)."""
+    if is_url(cache.path):
+        yield
+        return
+    descriptor = open_lock(cache)
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX, 1, GROW_BYTE)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def open_lock(cache: Cache) -> int:
+    """A descriptor of the lock file, which a copy of a cache may lack."""
+    return os.open(cache.path / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
 
 
 def forget_block(cache: Cache, block: int) -> None:
@@ -253,22 +301,25 @@ def read_field(cache: Cache, name: str) -> np.ndarray:
 
 
 def read_rows(cache: Cache, name: str, copy: int, rows: np.ndarray) -> np.ndarray:
-    """Values [n, *shape] of some rows and one text or view, from those blocks alone; they must be written."""
+    """Values [n, *shape] of some rows and one text or view, from those blocks alone; checksums are looked at."""
     field, size = cache.fields[name], cache.meta.block_rows
     values = np.empty((len(rows), *field.shape), field.dtype)
     for block in np.unique(rows // size).tolist():
         mine = rows // size == block
-        chunk = _read_chunk(chunk_path(cache, name, block, copy), (size, *field.shape), field.dtype)
+        path = chunk_path(cache, name, block, copy)
+        chunk = _read_chunk(path, (size, *field.shape), field.dtype, check=True)
         values[mine] = chunk[rows[mine] - block * size]
     return values
 
 
-def _read_chunk(path: Path, shape: Sequence[int], dtype: str) -> np.ndarray:
-    """One chunk file as an array; its checksum behind the values is `tc verify`'s to look at."""
+def _read_chunk(path: Path, shape: Sequence[int], dtype: str, *, check: bool = False) -> np.ndarray:
+    """One chunk file as an array; without `check` the checksum behind the values is `tc verify`'s to look at."""
     count = int(np.prod(shape))
-    content = path.read_bytes()
-    if len(content) < count * np.dtype(dtype).itemsize:
+    content, size = path.read_bytes(), count * np.dtype(dtype).itemsize
+    if len(content) < size:
         raise OSError(5, "a chunk file is too short; run `tc verify`", str(path))
+    if check and google_crc32c.value(content[:size]) != int.from_bytes(content[size:], "little"):
+        raise OSError(5, "a chunk file is damaged; run `tc verify`", str(path))
     return np.frombuffer(content, dtype, count).reshape(shape)
 
 

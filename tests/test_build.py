@@ -1,14 +1,11 @@
 """The build: what it stores, what it quarantines, and that no interruption changes a byte of the result."""
 
 import contextlib
-import ctypes
 import dataclasses
 import errno
 import io
 import json
-import multiprocessing
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -22,28 +19,20 @@ import open_clip
 import pytest
 import torch
 from conftest import make_folder, tree
+from disturbed import BATCH, BLOCK, CONTEXT, Disturbed, mount_disk, run_build, wait_for
 from PIL import Image
 from test_readers import make_tar
 
 from teachercache import store
-from teachercache.build import Summary, build
 from teachercache.names import UserError
-from teachercache.readers import read_manifest
-from teachercache.runtime import Precision
 from teachercache.teachers import Teacher, load
 
-ROWS, BLOCK, BATCH = 44, 8, 5  # six blocks, the last one in part; a batch never crosses one
+ROWS = 44  # six blocks, the last one in part
 
 
 @pytest.fixture(scope="module")
 def teacher(teacher_folder: Path) -> Teacher:
     return load(str(teacher_folder))
-
-
-def run_build(teacher: Teacher, data: Path, out: Path, *, block_rows: int | None = BLOCK,
-              workers: int = 0, dtype: str = "float32") -> Summary:  # fmt: skip
-    return build(teacher, read_manifest(str(data)), out, batch_size=BATCH, workers=workers, device="cpu",
-                 precision=Precision(dtype, "a test"), block_rows=block_rows)  # fmt: skip
 
 
 def quarantine(cache: store.Cache) -> list[dict]:
@@ -212,101 +201,22 @@ def test_overflow_of_float16_is_an_error_that_names_the_row(teacher, tmp_path, v
 
 
 # ----------------------------------------------------------------------------------------------------
-# Interruptions. Children are forked from a server that has imported everything: real processes, real SIGKILL.
-
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["teachercache.build", "teachercache.teachers.clip"])
-
-
-class Disturbed:
-    """One data set, an undisturbed cache of it, and children that build another."""
-
-    def __init__(self, folder: Path, teacher_folder: Path, teacher: Teacher):
-        self.folder, self.teacher_folder, self.teacher = folder, teacher_folder, teacher
-        self.data = make_folder(folder / "data", ROWS, texts=2)
-        truncated = sorted(self.data.rglob("*.png"))[20]
-        truncated.write_bytes(truncated.read_bytes()[:100])
-        self.expected = tree(run_build(teacher, self.data, folder / "expected.zarr").cache.path)
-        self.count = 0
-
-    def new_out(self) -> Path:
-        self.count += 1
-        return self.folder / f"out{self.count}" / "c.zarr"
-
-    def start(self, out: Path, **how) -> multiprocessing.Process:
-        process = CONTEXT.Process(target=child, args=(self.teacher_folder, self.data, out), kwargs=how)
-        process.start()
-        return process
-
-    def kill_at_event(self, out: Path, event: int) -> bool:
-        """Build until its `event`-th look at the disk, then SIGKILL; whether it came to that."""
-        process = self.start(out, kill_at=event)
-        process.join(60)
-        assert process.exitcode in (0, -signal.SIGKILL)
-        return process.exitcode != 0
-
-    def finish(self, out: Path) -> Summary:
-        """The same build in this process; its result must be that of the undisturbed one."""
-        summary = run_build(self.teacher, self.data, out)
-        assert tree(out) == self.expected
-        assert [path.name for path in out.parent.iterdir()] == [out.name]
-        return summary
+# Interruptions; those of builds that grow or prune a cache are in test_faults.py
 
 
 @pytest.fixture(scope="module")
 def disturbed(tmp_path_factory, teacher_folder, teacher) -> Disturbed:
-    return Disturbed(tmp_path_factory.mktemp("disturbed"), teacher_folder, teacher)
-
-
-def child(teacher_folder: Path, data: Path, out: Path, *, kill_at: int = 0, pause: float = 0,
-          workers: int = 0, env: dict[str, str] | None = None, events: Path | None = None,
-          rows: Path | None = None) -> None:  # fmt: skip
-    """Build in this process, slowly or until an event; SIGKILL comes from here or from outside."""
-    torch.set_num_threads(1)
-    os.environ.update(env or {})
-    teacher = load(str(teacher_folder))
-
-    def slow_encode(module, inputs):
-        time.sleep(pause)
-        return teacher.encode(module, inputs)
-
-    seen = watch_disk(out, kill_at)
-    summary = run_build(dataclasses.replace(teacher, encode=slow_encode), data, out, workers=workers)
-    if events:
-        events.write_text(str(seen[0]))
-    if rows:
-        rows.write_text(str(summary.rows_written))
-
-
-def watch_disk(out: Path, kill_at: int) -> list[int]:
-    """Count what this process opens, renames, removes and makes in `out`; SIGKILL at number `kill_at`."""
-    seen = [0]
-
-    def hook(event: str, arguments: tuple) -> None:
-        if event in ("open", "os.rename", "os.remove", "os.mkdir") and str(arguments[0]).startswith(str(out)):
-            seen[0] += 1
-            if seen[0] == kill_at:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    sys.addaudithook(hook)
-    return seen
+    folder = tmp_path_factory.mktemp("disturbed")
+    data = make_folder(folder / "data", ROWS, texts=2)
+    truncated = sorted(data.rglob("*.png"))[20]
+    truncated.write_bytes(truncated.read_bytes()[:100])
+    return Disturbed(folder, teacher_folder, data)
 
 
 def test_sigkill_at_instants_all_over_the_build(disturbed, tmp_path):
-    process = disturbed.start(disturbed.new_out(), events=tmp_path / "events")
-    process.join(60)
-    total = int((tmp_path / "events").read_text())
-    assert total > 100
-    points = sorted({1, 2, total - 1, total, *random.Random(0).sample(range(3, total - 1), 10)})
-    written = []
-    for point in points:
-        out = disturbed.new_out()
-        assert disturbed.kill_at_event(out, point)
-        written.append(disturbed.finish(out).rows_written)
-    assert written[0] == ROWS
-    assert written[-1] == 0
-    assert written == sorted(written, reverse=True)
-    assert len(set(written)) >= 4  # kills fell into several blocks
+    left = disturbed.assert_survives_kills(tmp_path / "events", 14)
+    assert (left[0], left[-1]) == (ROWS, 0)
+    assert len(set(left)) >= 4  # kills fell into several blocks
 
 
 def test_killed_again_and_again(disturbed):
@@ -341,13 +251,6 @@ def test_sigkill_right_after_a_done_record(disturbed, records: int):
     assert process.exitcode == -signal.SIGKILL
     done = len(list(out.glob("done/*.json")))
     assert disturbed.finish(out).rows_written == ROWS - done * BLOCK
-
-
-def wait_for(condition, seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it never happened"
-        time.sleep(0.002)
 
 
 def test_sigkill_of_the_real_command(teacher, teacher_folder, tmp_path):
@@ -468,23 +371,13 @@ def test_disk_that_fills_while_a_block_is_flushed(disturbed, teacher, monkeypatc
     assert disturbed.finish(out).rows_written > 0
 
 
-def mount_tiny_disk(folder: Path, size: int, *, again: bool = False) -> None:
-    """A tmpfs that only this process sees; root alone can."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    new_namespace, recursive_private, remount = 0x20000, 0x44000, 32
-    failed = not again and libc.unshare(new_namespace)
-    failed = failed or libc.mount(b"none", b"/", None, recursive_private, None)
-    if failed or libc.mount(b"none", bytes(folder), b"tmpfs", remount * again, f"size={size}".encode()):
-        raise PermissionError(os.strerror(ctypes.get_errno()))
-
-
 def build_on_a_tiny_disk(teacher_folder: Path, data: Path, disk: Path, sizes: list[int], result: Path):
     """Build on a disk that is too small, grow it, build again; done blocks after each try, and the cache."""
     done = []
     teacher = load(str(teacher_folder))
     for i, size in enumerate(sizes):
         try:
-            mount_tiny_disk(disk, size, again=i > 0)
+            mount_disk(disk, size, again=i > 0)
         except PermissionError as error:
             result.with_suffix(".skip").write_text(str(error))
             return

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -203,6 +204,32 @@ def test_rows_views_and_texts_at_once(teacher, tmp_path):
     for name in grown:
         np.testing.assert_allclose(grown[name].astype(float), whole[name].astype(float), atol=2e-3)
     assert tree(tmp_path / "c.zarr")["zarr.json"] == tree(tmp_path / "whole.zarr")["zarr.json"]
+
+
+def test_the_command_of_a_cache_builds_it(teacher, tmp_path):
+    from click.testing import CliRunner
+
+    from teachercache.cli import tc
+
+    data = make_folder(tmp_path / "data", 6)
+    drawn = Augment(flip=0.0, scale_min=0.75)
+    cache = run_build(teacher, data, tmp_path / "c.zarr", views=2, augment=drawn, block_rows=None).cache
+    words = shlex.split(cache.command().replace(str(cache.path), str(tmp_path / "again.zarr")))
+    assert words[-4:] == ["--augment", "scale_min=0.75", "--augment", "flip=0"]
+    sizes = ["--batch-size", str(BATCH), "--workers", "0", "--device", "cpu"]
+    result = CliRunner().invoke(tc, [*words[1:], *sizes])
+    assert result.exit_code == 0, result.output
+    assert tree(tmp_path / "again.zarr") == tree(tmp_path / "c.zarr")
+
+
+def test_data_that_moved_is_remembered(teacher, tmp_path):
+    data = make_folder(tmp_path / "data", 6)
+    run_build(teacher, data, tmp_path / "c.zarr")
+    data.rename(tmp_path / "moved")
+    assert run_build(teacher, tmp_path / "moved", tmp_path / "c.zarr").rows_written == 0
+    cache = store.open_complete(tmp_path / "c.zarr")
+    assert cache.meta.data == str(tmp_path / "moved")
+    assert store.cached_manifest(cache).root == tmp_path / "moved"
 
 
 def test_a_limit_that_is_raised(teacher, tmp_path):

@@ -4,6 +4,7 @@ import ast
 import functools
 import re
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -87,8 +88,13 @@ def test_nothing_imports_tests_or_scripts():
 
 
 def test_losses_know_torch_alone():
-    own = {target.split(".")[0] for source, target in EDGES if source == "student.losses"}
-    assert own == {"torch", "jaxtyping"}
+    own = {source: set() for source in ("student.losses", "student.tiled", "student.tiles")}
+    for source, target in EDGES:
+        if source in own:
+            own[source].add(target if target in MODULES else target.split(".")[0])
+    assert own["student.losses"] == {"torch", "jaxtyping", "student.tiled"}
+    assert own["student.tiled"] - set(sys.stdlib_module_names) == {"torch", "jaxtyping", "student.tiles"}
+    assert own["student.tiles"] - set(sys.stdlib_module_names) == {"torch", "jaxtyping"}
 
 
 def test_no_module_is_reached_from_itself():

@@ -590,6 +590,20 @@ def test_workers_change_nothing(undisturbed, squares, cache, tmp_path):
     assert lines_of(tmp_path / "run") == lines_of(undisturbed)
 
 
+def test_a_run_leaves_a_picture_of_its_losses(undisturbed, tmp_path):
+    from PIL import Image
+
+    from student.curve import draw_curve, smooth
+
+    with Image.open(undisturbed / "curve.png") as picture:
+        assert picture.size == (840, 480)
+        assert len(np.unique(np.asarray(picture.convert("RGB")).reshape(-1, 3), axis=0)) > 50
+    assert smooth([1.0, 2.0, 3.0]) == [1.0, 2.0, 3.0]
+    assert smooth([float(i) for i in range(100)])[-1] == 98.5
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "loss": 1.0}\n')
+    assert draw_curve(tmp_path, ()) is None
+
+
 def test_a_run_says_all_it_needs_to_run_again(undisturbed, squares, cache):
     facts = json.loads((undisturbed / "run.json").read_text())
     assert facts["run"]["data"] == str(squares)

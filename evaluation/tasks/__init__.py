@@ -18,9 +18,30 @@ def _zeroshot(encoder: Any, manifest: Any) -> dict[str, Any]:
     return evaluate(encoder, manifest)
 
 
+def _imagenet(encoder: Any, manifest: Any) -> dict[str, Any]:
+    from evaluation.tasks.imagenet import evaluate
+
+    return evaluate(encoder, manifest)
+
+
+def _linear_probe(encoder: Any, manifest: Any) -> dict[str, Any]:
+    from evaluation.tasks.linear_probe import evaluate
+
+    return evaluate(encoder, manifest)
+
+
+def _coco_detection(encoder: Any, manifest: Any) -> dict[str, Any]:
+    from evaluation.tasks.coco_detection import evaluate
+
+    return evaluate(encoder, manifest)
+
+
 TASKS: dict[str, Callable[[Any, Any], dict[str, Any]]] = {
     "zeroshot_classification": _zeroshot,
     "zeroshot_retrieval": _retrieval,
+    "imagenet": _imagenet,
+    "linear_probe": _linear_probe,
+    "coco_detection": _coco_detection,
 }
 SHORT = {"zeroshot": "zeroshot_classification", "retrieval": "zeroshot_retrieval"}
 

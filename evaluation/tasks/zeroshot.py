@@ -1,12 +1,15 @@
 """Zero-shot classification: the folder (or label column) is the class, templates are ensembled (CLIP, section 3.1)."""
 
+from collections.abc import Container, Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 from torch.nn.functional import normalize
 
 from evaluation.encoder import Encoder, embed_images, embed_texts
-from evaluation.metrics import mean_per_class, recall_at, strict_ranks
+from evaluation.metrics import accuracies
 from teachercache.names import UserError
 from teachercache.samples import Manifest
 
@@ -25,25 +28,20 @@ def evaluate(encoder: Encoder, manifest: Manifest) -> dict[str, Any]:
     names = class_names(manifest)
     classes = sorted(names)
     images, kept, skipped = embed_images(encoder, manifest, rows)
-    scores = images @ classifier(encoder, [names[label] for label in classes]).T  # [n, classes]
+    weights = classifier(encoder, [names[label] for label in classes], TEMPLATES)
     target = torch.tensor([classes.index(labels[row]) for row in kept])
-    positive = torch.nn.functional.one_hot(target, len(classes)).bool()
-    ranks, ties = strict_ranks(scores, positive)
     return {
-        "acc1": recall_at(ranks, 1),
-        "acc5": recall_at(ranks, 5) if len(classes) > 5 else None,
-        "mean_per_class_recall": mean_per_class(ranks < 1, target),
-        "tie_rate": float(ties.double().mean()),
+        **accuracies(images @ weights.T, target),
         "num_images": len(images),
         "num_classes": len(classes),
         "num_skipped": len(skipped),
     }
 
 
-def classifier(encoder: Encoder, names: list[str]) -> torch.Tensor:
+def classifier(encoder: Encoder, names: Sequence[str], templates: Sequence[str]) -> Float[Tensor, "classes dim"]:
     """One unit vector per class: the mean over templates of unit text embeddings, normalised again."""
-    texts = [template.format(name) for name in names for template in TEMPLATES]
-    embeddings = embed_texts(encoder, texts).reshape(len(names), len(TEMPLATES), -1)
+    texts = [template.format(name) for name in names for template in templates]
+    embeddings = embed_texts(encoder, texts).reshape(len(names), len(templates), -1)
     return normalize(embeddings.mean(1), dim=1)
 
 
@@ -51,11 +49,16 @@ def class_names(manifest: Manifest) -> dict[str, str]:
     """Label to words: lines `label<TAB>name` of classnames.txt beside the data, else the label itself."""
     labels = sorted(set(manifest.column("label")) - {""})
     names = {label: label.split("/")[-1].replace("_", " ") for label in labels}
+    return names | given_names(manifest, names)
+
+
+def given_names(manifest: Manifest, labels: Container[str]) -> dict[str, str]:
+    """What lines `label<TAB>name` of classnames.txt beside the data say; nothing where there is no such file."""
+    names: dict[str, str] = {}
     path = manifest.root / "classnames.txt"
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            label, tab, name = line.partition("\t")
-            if label not in names or not tab:
-                raise UserError(f"{path}: '{line}' is not `label<TAB>name` of a class that occurs")
-            names[label] = name
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        label, tab, name = line.partition("\t")
+        if label not in labels or not tab:
+            raise UserError(f"{path}: '{line}' is not `label<TAB>name` of a class that occurs")
+        names[label] = name
     return names

@@ -1,0 +1,92 @@
+"""Zero-shot ImageNet and its variants by their folders (CLIP, section 3.1): 80 prompts, logits of the classes present.
+
+| data | folders | classes |
+|---|---|---|
+| ImageNet, -Sketch | `val/<wnid>/` or `<wnid>/` | 1,000 |
+| ImageNet-A, -R | `<wnid>/` | the 200 that have a folder: their logits alone compete |
+| ImageNetV2 | `<0 .. 999>/`, places in the sorted wnids | 1,000 |
+
+Class names are CLIP's own, which open_clip ships, in the order of the sorted wnids, which timm ships. Two pairs of
+them are the same words (missile, sunglasses), and classes of one name tie in every picture: there each class takes
+the first of WordNet's words (projectile, sunglass). Not for other folders: see `zeroshot.py`.
+"""
+
+from collections import Counter
+from collections.abc import Collection
+from typing import Any
+
+import torch
+
+from evaluation.encoder import Encoder, embed_images
+from evaluation.metrics import accuracies
+from evaluation.tasks.zeroshot import classifier, given_names
+from teachercache.names import UserError
+from teachercache.runtime import say
+from teachercache.samples import Manifest
+
+SPLITS = ("val", "validation", "test")  # ImageNet's own test pictures have no labels
+
+
+def evaluate(encoder: Encoder, manifest: Manifest) -> dict[str, Any]:
+    """acc1, acc5, mean_per_class_recall of the validation split, or of everything where there are no splits."""
+    from open_clip.zero_shot_metadata import OPENAI_IMAGENET_TEMPLATES
+
+    labels = manifest.column("label")
+    rows = _labelled_rows(manifest, labels)
+    places = class_places({labels[row] for row in rows}, manifest.data)
+    classes = sorted(places, key=places.__getitem__)
+    if len(classes) < 1000:
+        say(f"{len(classes)} of ImageNet's 1,000 classes have a folder: their logits alone compete")
+    words = class_words()
+    names = {label: words[place] for label, place in places.items()} | given_names(manifest, places)
+    images, kept, skipped = embed_images(encoder, manifest, rows)
+    templates = [template("{}") for template in OPENAI_IMAGENET_TEMPLATES]
+    weights = classifier(encoder, [names[label] for label in classes], templates)
+    column = {label: i for i, label in enumerate(classes)}
+    return {
+        **accuracies(images @ weights.T, torch.tensor([column[labels[row]] for row in kept])),
+        "num_images": len(images),
+        "num_classes": len(classes),
+        "num_skipped": len(skipped),
+    }
+
+
+def _labelled_rows(manifest: Manifest, labels: list[str]) -> list[int]:
+    """Rows with a label of the first split that has some."""
+    for split in SPLITS:
+        rows = [row for row in manifest.rows_of_split(split).tolist() if labels[row]]
+        if rows:
+            return rows
+    raise UserError(f"{manifest.data} has no validation or test rows with labels: pass the folder that holds `val`, or "
+                    "one whose folders are wnids (n01440764) or 0 to 999")  # fmt: skip
+
+
+def class_places(labels: Collection[str], data: str) -> dict[str, int]:
+    """Each folder's place among ImageNet's sorted wnids: folders are wnids, or all of them are numbers (V2)."""
+    by_wnid = {wnid: place for place, wnid in enumerate(wnids())}
+    by_number = {str(place): place for place in by_wnid.values()}
+    known = by_number if all(label in by_number for label in labels) else by_wnid
+    unknown = sorted(label for label in labels if label not in known)
+    if unknown:
+        raise UserError(f"{data}: folder '{unknown[0]}' is not one of ImageNet's 1,000 wnids (n01440764) or numbers 0 "
+                        "to 999; for classes of your own `--task zeroshot`")  # fmt: skip
+    return {label: known[label] for label in labels}
+
+
+def wnids() -> list[str]:
+    """The 1,000 WordNet ids in sorted order, which is ImageNet's order of classes."""
+    from timm.data import ImageNetInfo
+
+    return list(ImageNetInfo().label_names())
+
+
+def class_words() -> list[str]:
+    """A name for each class, all different."""
+    from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
+    from timm.data import ImageNetInfo
+
+    times, wordnet = Counter(IMAGENET_CLASSNAMES), ImageNetInfo()
+    return [
+        name if times[name] == 1 else wordnet.index_to_description(place).split(",")[0]
+        for place, name in enumerate(IMAGENET_CLASSNAMES)
+    ]
