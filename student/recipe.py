@@ -40,7 +40,7 @@ class Recipe:
     heads: Callable[[Any, Any, dict], Any] | None  # constants, student, shapes of fields -> module, or None
     loss: Callable[[dict, dict, Any, Now], tuple[dict, dict]]  # outputs, batch, constants, now -> terms, notes
     reads: tuple[str, ...] | Callable[[Any], tuple[str, ...]] = ()  # teacher fields, or constants -> teacher fields
-    across: tuple[str, ...] = ()  # outputs and fields whose rows the loss compares over the whole batch
+    across: tuple[str, ...] = ()  # outputs and fields, or patterns, that the loss sees of the whole batch
     optim: Optim = Optim()
     steps: int = 500
     batch: int = 128

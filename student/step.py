@@ -1,5 +1,6 @@
 """What DeepSpeed wraps: student and distillation heads, their outputs gathered, the recipe's loss. Knows no files."""
 
+import fnmatch
 from collections.abc import Mapping
 from typing import Any
 
@@ -53,7 +54,7 @@ class TrainStep(nn.Module):
              now: Now) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:  # fmt: skip
         """Loss of the global batch from this rank's outputs and fields; no parameter is used here."""
         outputs, fields = (
-            {name: gather(rows) if plain_name(name) in self.recipe.across else rows for name, rows in part.items()}
+            {name: gather(rows) if self._is_across(name) else rows for name, rows in part.items()}
             for part in (outputs, fields)
         )
         terms, notes = self.recipe.loss(outputs, fields, self.recipe.constants, now)
@@ -61,6 +62,9 @@ class TrainStep(nn.Module):
             raise UserError(f"every weight of {self.recipe.name} is 0: give one of them a value by --set")
         total = torch.stack([term.reshape(()) for term in terms.values()]).sum()
         return total, terms, notes
+
+    def _is_across(self, name: str) -> bool:
+        return any(fnmatch.fnmatchcase(plain_name(name), pattern) for pattern in self.recipe.across)
 
 
 def batch_device(batch: Mapping[str, Tensor]) -> str:

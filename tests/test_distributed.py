@@ -26,8 +26,13 @@ from student.recipes.clip_kd import CLIP_KD
 from student.step import TrainStep
 
 WORLD, ROWS = 2, 8
-WIDTHS = {"clip": None, "clip_kd-equal": 64, "clip_kd-differing": 16}  # vit-micro is 64 wide
-ENGINES = [(name, 0) for name in WIDTHS] + [("clip_kd-differing", stage) for stage in (1, 2, 3)]
+WIDTHS = {"clip": None, "clip_kd-equal": 64, "clip_kd-differing": 16, "clip_kd-all": 16}  # vit-micro is 64 wide
+ENGINES = [(name, 0) for name in WIDTHS]
+ENGINES += [(name, stage) for name in ("clip_kd-differing", "clip_kd-all") for stage in (1, 2, 3)]
+ALL = {"fd": 10.0, "mfd": 10.0, "gd": 0.1, "afd": 1.0, "cross": 1.0, "hidden": 10.0,
+       "hidden_image": "0:3", "hidden_text": "0:1"}  # fmt: skip
+FIELDS = {"image_emb": 16, "text_emb": 16, "image_hidden_3": 24, "text_hidden_1": 64,
+          "image_emb@1": 64, "text_emb@1": 64, "image_hidden_3@1": 16, "text_hidden_1@1": 16}  # fmt: skip
 OPTIM = Optim(
     lr=1e-3, warmup=0.0, eps=1e-4
 )  # a large eps: Adam divides rounding errors of tiny gradients by themselves
@@ -37,13 +42,21 @@ STEPS = 2
 def make_step(name: str) -> TrainStep:
     """The same step in every process, as `student train` makes it."""
     torch.manual_seed(3)
-    student = build_two_tower("vit-micro")
-    width = WIDTHS[name]
-    if width is None:
-        return TrainStep(CLIP, student, None)
-    constants = dataclasses.replace(CLIP_KD.constants, fd=10.0)  # 2000 would hide the other terms' errors
+    if WIDTHS[name] is None:
+        return TrainStep(CLIP, build_two_tower("vit-micro"), None)
+    changes = ALL if name == "clip_kd-all" else {"fd": 10.0}  # 2000 would hide the other terms' errors
+    constants = dataclasses.replace(CLIP_KD.constants, model="vit-micro", **changes)
     recipe = dataclasses.replace(CLIP_KD, constants=constants)
-    return TrainStep(recipe, student, CLIP_KD.heads(constants, student, {"image_emb": (width,), "text_emb": (width,)}))
+    student = CLIP_KD.build(constants)
+    heads = CLIP_KD.heads(constants, student, {field: (width,) for field, width in fields_of(name).items()})
+    return TrainStep(recipe, student, heads)
+
+
+def fields_of(name: str) -> dict[str, int]:
+    """Teacher fields and their widths: of two teachers where all terms are on."""
+    if name == "clip_kd-all":
+        return FIELDS
+    return {} if WIDTHS[name] is None else dict.fromkeys(("image_emb", "text_emb"), WIDTHS[name])
 
 
 def make_batch(name: str, number: int, rank: int, world: int) -> dict:
@@ -51,12 +64,13 @@ def make_batch(name: str, number: int, rank: int, world: int) -> dict:
     random = torch.Generator().manual_seed(100 + number)
     batch = {"image": torch.randn(ROWS, 3, 32, 32, generator=random)}
     batch["text"] = torch.randint(1, 5000, (ROWS, 16), generator=random)
-    if WIDTHS[name] is not None:
-        for field in ("image_emb", "text_emb"):
-            batch[field] = torch.randn(ROWS, WIDTHS[name], generator=random)
+    for field, width in fields_of(name).items():
+        batch[field] = torch.randn(ROWS, width, generator=random)
+    batch["chance"] = torch.rand(ROWS, 16, generator=random)
     share = ROWS // world
     batch = {key: value[rank * share : (rank + 1) * share] for key, value in batch.items()}
-    return batch if WIDTHS[name] is None else batch | {"logit_scale": torch.tensor(3.0)}
+    scales = {"clip": {}, "clip_kd-all": {"logit_scale": 3.0, "logit_scale@1": 2.0}}.get(name, {"logit_scale": 3.0})
+    return batch | {key: torch.tensor(value) for key, value in scales.items()}
 
 
 def gradients(name: str, rank: int, world: int) -> dict[str, torch.Tensor]:
@@ -176,7 +190,7 @@ def pair(tmp_path_factory, squares, cache):
     words = train_words(squares, cache, out / "run", "--steps", 4)
     stopping = train_words(squares, cache, out / "stopped", "--steps", 6, recipe="own_recipes:STOPPING")
     processes = start_two(work, out, words, stopping)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 200
     try:
         while time.monotonic() < deadline and any(process.is_alive() for process in processes):
             time.sleep(0.1)
@@ -238,7 +252,7 @@ def test_gradients_of_two_ranks_are_those_of_one(pair, name):
             assert value.norm() > 0, key
             assert relative(two[key], value) < 1e-5, f"rank {rank}, {key}"
     heads = {key for key in one if key.startswith("grad heads")}
-    assert len(heads) == {"clip": 0, "clip_kd-equal": 1, "clip_kd-differing": 5}[name]
+    assert len(heads) == {"clip": 0, "clip_kd-equal": 1, "clip_kd-differing": 5, "clip_kd-all": 22}[name]
 
 
 @pytest.mark.parametrize(("name", "stage"), ENGINES)

@@ -85,9 +85,19 @@ def test_recipes_lists_every_name_and_paper(capsys):
 def test_recipes_shows_equations_constants_and_the_build_command(capsys):
     assert main(["recipes", "clip_kd"]) == 0
     text = capsys.readouterr().out
-    for equation in ("KL(sm(a_T V_T S_T^T) || sm(a_S V S^T))", "(V' - V_T)^2", "CE(g V' S_T^T, I)"):
+    for equation in ("KL(sm(a_T V_T S_T^T) || sm(a_S V S^T))", "(V' - V_T)^2", "CE(g V' S_T^T, I)",
+                     "G_V = a/2N [(P - I) S' + (Q - I)^T S']", "A = norm(W [V'; V_T])", "(H' - H_T)^2"):  # fmt: skip
         assert equation in text
-    for line in ("--set fd=2000.0", "--set crd=1.0", "--set model=vit-tiny", "--set optim.lr=0.001", "--steps 500"):
+    for line in (
+        "--set fd=2000.0",
+        "--set crd=1.0",
+        "--set gd=0.0",
+        "--set mask_ratio=0.75",
+        "--set ensemble=average",
+        "--set model=vit-tiny",
+        "--set optim.lr=0.001",
+        "--steps 500",
+    ):
         assert line in text
     assert "tc build --teacher clip-lite" in text
 

@@ -24,8 +24,9 @@ has. MFD's other terms see whole pictures. AFD's W maps to the teacher's width. 
     --set hidden=2000 --set hidden_image=3:7,5:11 --set hidden_text=1:11     student block : teacher block, from 0
 
 Several teachers, `--cache A.zarr,B.zarr`: with ensemble=average every term is the mean over teachers, each with its own
-heads; for CRD and cross that has the gradient of KL(mean of the teachers' softmaxes || student), the value is higher by
-the teachers' disagreement. With ensemble=concat they are one teacher: unit rows side by side / sqrt(teachers).
+heads. CRD then has the gradient of KL(mean of the teachers' softmaxes || student); its value is higher by the teachers'
+disagreement, which is constant. With ensemble=concat they are one teacher: unit rows side by side / sqrt(teachers), a_T
+the mean of theirs.
 
 Everything is a function of the cached image_emb, text_emb and logit_scale (hidden: image_hidden_<block>,
 text_hidden_<block>): no teacher runs.
@@ -195,5 +196,5 @@ CLIP_KD = Recipe(
     loss=loss,
     reads=reads,
     across=("image", "text", "image_t", "text_t", "image_emb", "text_emb",
-            "image_masked_t", "image_fused", "text_fused"),  # hidden is a mean over rows: each rank's own will do
+            "image_masked_t", "image_fused", "text_fused", "*_hidden_*"),
 )  # fmt: skip
