@@ -26,10 +26,10 @@ from student.tiles import Logits, Stream, cut, log_sums, tile_size, tiles
 
 Scale = Float[Tensor, "..."] | float
 
-# Processor seconds of forward and backward against whole matrices, D 512, at 512, 1024, 2048, 4096 rows: clip 1.17,
-# 0.89, 0.83, 0.73; CRD 1.22, 1.02, 0.94, 0.74; both at once 0.69, 0.65, 0.59, 0.46; ICL 0.89, 0.97, 0.95, 0.82; GD
-# 1.26, 1.29, 1.31, 1.22 (18 products of matrices instead of 12: it pays in memory). CUDA is not measured: from there
-# on a whole matrix has 256 MiB.
+# Processor seconds of forward and backward, whole matrices 1, one thread, D 512, at 512, 1024, 2048, 4096, 8192 rows:
+#     task 1.17, 0.89, 0.83, 0.75, 0.65    CRD 1.22, 1.02, 1.00, 0.73, 0.60    both at once 0.69, 0.65, 0.60, 0.44, 0.38
+#     ICL 0.89, 0.97, 0.97, 0.82, 0.78     GD 1.26, 1.29, 1.25, 1.22, 1.16 (18 products of matrices, not 12: for memory)
+# CUDA is not measured: from there on one whole matrix has 256 MiB.
 TILED_FROM = {"cpu": 2048, "cuda": 8192}
 
 
@@ -189,9 +189,8 @@ def _add_gradient(to_X: Float[Tensor, "n d"], to_Y: Float[Tensor, "n d"], logits
         p = (z - rows[i]).exp_().add_(z.sub_(columns[:, j]).exp_())
         if i == j:
             p.diagonal().sub_(2)
-        p *= factor
-        to_X[i].addmm_(p, logits.Y[j])
-        to_Y[j].addmm_(p.T, logits.X[i])
+        to_X[i].addmm_(p, factor * logits.Y[j])
+        to_Y[j].addmm_(p.T, factor * logits.X[i])
     return rows, columns
 
 
@@ -242,16 +241,16 @@ def _second_gradient(logits: Logits, D: Logits, lse: tuple[Tensor, Tensor], size
     dX, dY, through_z = torch.zeros_like(X), torch.zeros_like(Y), torch.zeros_like(X)
     for i, j in tiles(logits, size):
         P, Q, w = tile(i, j)
-        E = (w - p[i]).mul_(P).addcmul_(w.sub_(q[:, j]), Q).mul_(a)
+        E = (w - p[i]).mul_(P).addcmul_(w.sub_(q[:, j]), Q)
         A = P.add_(Q)
         if i == j:
             A.diagonal().sub_(2)
         through_z[i].addmm_(E, Y[j])
         dX[i].addmm_(A, D_Y[j])
-        dY[j].addmm_(E.T, X[i]).addmm_(A.T, D_X[i])
+        dY[j].addmm_(E.T, a * X[i]).addmm_(A.T, D_X[i])
     # <Y, dY> = a <X, E Y> + <D_X, A Y>, so that A Y needs no memory of its own
     da = (X * dX).sum() + (Y * dY).sum()
-    return dX.add_(through_z), dY, da
+    return dX.add_(through_z.mul_(a)), dY, da
 
 
 # ----------------------------------------------------------------------------------------------------
