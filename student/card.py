@@ -23,7 +23,7 @@ def model_card(facts: Mapping[str, Any], results: Sequence[Mapping[str, Any]], *
         f"# {plain(recipe['constants'].get('model', 'student'))} trained by `{recipe['name']}`", "",
         f"- Recipe: {plain(recipe['paper'])}",
         f"- Constants: {_settings(shown)}",
-        f"- Teacher: {_teacher(facts.get('teacher'))}",
+        f"- Teacher: {'; '.join(map(_teacher, facts['teachers'])) or 'none'}",
         f"- Data: {', '.join(plain(place(part)) for part in run['data'].split(','))}; {_rows(facts)}",
         f"- Steps: {recipe['steps']}, batch {recipe['batch']}, seed {run['seed']}, {plain(run['precision'])}",
         f"- Optimizer: AdamW, {_settings(recipe['optim'])}",
@@ -87,9 +87,7 @@ def _settings(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{name}={plain(place(str(value)))}" for name, value in values.items()) or "none"
 
 
-def _teacher(teacher: Mapping[str, Any] | None) -> str:
-    if not teacher:
-        return "none"
+def _teacher(teacher: Mapping[str, Any]) -> str:
     name, weights = plain(place(teacher["name"])), plain(place(teacher["weights"]))
     return f"{name}, weights {weights}, sha256 {teacher['digest'][:12]}"
 

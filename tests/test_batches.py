@@ -45,10 +45,10 @@ STUDENT = SimpleNamespace(
 
 
 def spelled_cache(manifest: Manifest, path: Path, *, weights: str = "pretrained", bad: tuple[int, ...] = (),
-                  block_rows: int = 8) -> store.Cache:  # fmt: skip
+                  block_rows: int = 8, digest: str = "0" * 64, scale: float = 3.0) -> store.Cache:  # fmt: skip
     """A cache whose image_emb is [number, 1] and whose text_emb is [number, text] of each row."""
     fields = (Field("image_emb", (2,), "image", "float16", ""), Field("text_emb", (2,), "text", "float16", ""))
-    spec = TeacherSpec("speller", weights, "0" * 64, ("embeddings",), fields, {}, {}, {"logit_scale": 3.0})
+    spec = TeacherSpec("speller", weights, digest, ("embeddings",), fields, {}, {}, {"logit_scale": scale})
     meta = CacheMeta(spec, manifest.data, manifest.digest, len(manifest), manifest.texts, block_rows, "float32", {})
     cache = store.create(path, meta, manifest)
     keys, texts = manifest.column("key"), manifest.column("texts")

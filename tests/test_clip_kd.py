@@ -467,3 +467,14 @@ def test_the_task_alone_needs_no_cache(squares, tmp_path):
     words = [word for name in ("crd", "fd", "icl") for word in ("--set", f"{name}=0")]
     assert train_here(squares, tmp_path / "none", tmp_path / "run", "--steps", 1, *words) == 0
     assert set(read_lines(tmp_path / "run")[0]) == {"step", "loss", "task", "scale", "lr"}
+
+
+def test_micro_batches_give_the_losses_of_the_whole_batch(squares, hidden_cache, second_cache, tmp_path):
+    """Masks come with the rows, and heads see a micro-batch's fields alone."""
+    for name, more in (("whole", ()), ("parts", ("--micro-batch", 2))):
+        words = ("--steps", 2, *SETTINGS, *more)
+        assert train_here(squares, f"{hidden_cache},{second_cache}", tmp_path / name, *words) == 0
+    whole, parts = (read_lines(tmp_path / name) for name in ("whole", "parts"))
+    for a, b in zip(whole, parts, strict=True):
+        assert a.keys() == b.keys()
+        assert all(b[name] == pytest.approx(value, rel=1e-4, abs=1e-6) for name, value in a.items())

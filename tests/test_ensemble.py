@@ -33,12 +33,7 @@ def manifest(tmp_path_factory):
 
 def other_teacher(manifest, path, **changes) -> store.Cache:
     """A cache of another digest that spells the same, at another scale."""
-    cache = spelled_cache(manifest, path, **changes)
-    text = (path / "zarr.json").read_text()
-    attributes = json.loads(text)
-    attributes["attributes"]["spec"] |= {"digest": "1" * 64, "constants": {"logit_scale": 2.0}}
-    (path / "zarr.json").write_text(json.dumps(attributes))
-    return store.open_cache(cache.path)
+    return spelled_cache(manifest, path, digest="1" * 64, scale=2.0, **changes)
 
 
 def batches_of(manifest, caches, **options) -> Batches:

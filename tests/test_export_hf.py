@@ -383,7 +383,7 @@ def test_the_card_says_what_the_run_was(finished_run, squares, tmp_path, form, c
     assert {"clip", "distillation", "clip_kd"} <= set(front["tags"])
     facts = json.loads((run / "run.json").read_text())
     for words in ("CLIP-KD: An Empirical Study", "fd=2000.0", "task Task + crd CRD + fd FD + icl ICL", "squares; rows",
-                  f"tiny, weights pretrained, sha256 {facts['teacher']['digest'][:12]}",
+                  f"tiny, weights pretrained, sha256 {facts['teachers'][0]['digest'][:12]}",
                   f"torch={facts['versions']['torch']}",
                   "Steps: 4, batch 8, seed 0", "## zeroshot_classification on squares"):  # fmt: skip
         assert words in card
@@ -396,7 +396,7 @@ def test_what_users_wrote_cannot_break_the_card(finished_run):
     facts = json.loads((finished_run / "run.json").read_text())
     facts["run"]["data"] = "s3://a_b/*.tar,/home/me/my|photos\n# heading"
     facts["recipe"] |= {"name": 'x"\n- y', "paper": "A <b>paper</b> [x](y) `z`"}
-    facts["teacher"] = None
+    facts["teachers"] = []
     result = {"task": "t", "dataset": "a|b", "metrics": {"acc|1": 0.5, "none": None}}
     card = model_card(facts, [result], library="x", usage="print('```')")
     for line in ("- Data: s3://a_b/\\*.tar, my\\|photos # heading; rows", "- Teacher: none", '- "x\\"\\n- y"',

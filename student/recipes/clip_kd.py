@@ -14,7 +14,8 @@ feature)). Task loss and CRD use V, S themselves. H are outputs of inner blocks,
     AFD     1/2 [CE(f A B^T, I) + CE(f B A^T, I)],  A = norm(W [V'; V_T]), B = norm(W' [S'; S_T])
     cross   1/2 [KL(sm(a_T V_T S_T^T) || sm(g V' S_T^T)) + KL(sm(a_T S_T V_T^T) || sm(g S' V_T^T))]
     hidden  mean over pairs, dims and pairs of blocks of (H' - H_T)^2, plus the same for text      (appendix Fig. 2)
-    L       the sum, each times its weight: task 1, crd 1, fd 2000, icl 1, all others 0
+    L       task Task + crd CRD + fd FD + icl ICL + mfd MFD + gd GD + afd AFD + cross cross + hidden hidden
+            with weights 1, 1, 2000, 1, all others 0
 
 A term of weight 0 is not computed and needs nothing. The paper's ablations: mfd=2000, gd=1e8, afd=1, each alone beside
 the task. GD shrinks as (a / N)^2, and the 1e8 fits the released code, which divides by a where Eq. 1 has 1 / tau = a:
