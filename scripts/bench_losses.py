@@ -2,7 +2,7 @@
 
     python scripts/bench_losses.py FORM PAIRS RUNS    one measurement; prints a JSON line
 
-FORM is `whole`, `tiled` (every loss by itself) or `shared` (task and CRD from one set of tiles). Memory is what forward
+FORM is `whole` or `tiled` (task and CRD from one set of tiles, as the recipe has them). Memory is what forward
 and backward take at the peak beyond the embeddings, gradients included.
 """
 
@@ -26,35 +26,16 @@ from teachercache.runtime import keep_memory, say
 
 DIM = 512
 JUDGED = 8192  # pairs at which DESIGN.md sets its bars
-FORMS = ("whole", "tiled", "shared")
+FORMS = ("whole", "tiled")
 SHARE = 0.4  # of the machine's memory that whole matrices may take
-
-
-def whole_gd(image: Tensor, text: Tensor, scale: Tensor, t_image: Tensor, t_text: Tensor, t_scale: Tensor) -> Tensor:
-    """GD in closed form over whole matrices."""
-
-    def gradients(V: Tensor, S: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
-        logits = a * V @ S.T
-        both = logits.softmax(1) + logits.softmax(0)
-        return a / (2 * len(V)) * (both @ S - 2 * S), a / (2 * len(V)) * (both.T @ V - 2 * V)
-
-    with torch.no_grad():
-        teacher = gradients(t_image, t_text, t_scale)
-    pairs = zip(gradients(image, text, scale), teacher, strict=True)
-    return sum((ours - theirs).square().sum(1).mean() for ours, theirs in pairs)
 
 
 def total(form: str, V: Tensor, S: Tensor, a: Tensor, V_T: Tensor, S_T: Tensor, a_T: Tensor) -> Tensor:
     """The sum of the terms; g of ICL is a."""
     student, teacher = (V, S, a), (V_T, S_T, a_T)
     tiled.TILED_FROM = dict.fromkeys(tiled.TILED_FROM, 1 if form != "whole" else sys.maxsize)
-    first = (
-        sum(tiled.tiled_clip_crd(*student, *teacher))
-        if form == "shared"
-        else losses.clip_loss(*student) + losses.crd_loss(*student, *teacher)
-    )
-    gd = whole_gd if form == "whole" else tiled.tiled_gd
-    return first + losses.icl_loss(V, S, V_T, S_T, a) + 1e8 * gd(*student, *teacher)
+    first = sum(losses.clip_crd_losses(*student, *teacher))
+    return first + losses.icl_loss(V, S, V_T, S_T, a) + 1e8 * losses.gd_loss(*student, *teacher)
 
 
 def once(form: str, pairs: int) -> Callable[[], dict[str, float]]:
@@ -136,7 +117,7 @@ def bench_losses(options: argparse.Namespace) -> list[str]:
     lines += growth(peaks)
     note = (
         f"task + CRD + ICL + GD, width {DIM}, float32, forward and backward; memory: the peak beyond the embeddings; "
-        "`shared`: task and CRD from one set of tiles; growth of memory: against the size before, 1 where it is linear"
+        "growth of memory: against the size before, 1 where it is linear"
     )
     return [*HEAD, *map(str, lines), "", f"- {note}"]
 

@@ -54,6 +54,15 @@ def crd_loss(image: Float[Tensor, "n d"], text: Float[Tensor, "n d"], scale: Sca
     return (_kl_rows(teacher, student) + _kl_rows(teacher.T, student.T)) / 2
 
 
+def clip_crd_losses(image: Float[Tensor, "n d"], text: Float[Tensor, "n d"], scale: Scale,
+                    t_image: Float[Tensor, "n e"], t_text: Float[Tensor, "n e"],
+                    t_scale: Scale) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:  # fmt: skip
+    """clip_loss and crd_loss of the same rows: in tiles they share their products of matrices."""
+    if tiled.pays(image, t_image, t_text, t_scale):
+        return tiled.tiled_clip_crd(image, text, scale, t_image, t_text, t_scale)
+    return clip_loss(image, text, scale), crd_loss(image, text, scale, t_image, t_text, t_scale)
+
+
 def fd_loss(image: Float[Tensor, "n d"], text: Float[Tensor, "n d"], t_image: Float[Tensor, "n d"],
             t_text: Float[Tensor, "n d"]) -> Float[Tensor, ""]:  # fmt: skip
     """Feature distillation (CLIP-KD): mean over pairs and dims of (V' - V_T)^2, plus the same for text.

@@ -542,7 +542,7 @@ def test_damage_is_never_taken_over_into_new_files(change: str, teacher, tmp_pat
 
 
 def test_torchrun_with_a_killed_rank_ends_in_the_bytes_of_one_process(teacher, teacher_folder, tmp_path):
-    data = make_folder(tmp_path / "data", 1200)
+    data = make_folder(tmp_path / "data", 900)
     launcher = Path(sys.executable).with_name("torchrun")
     options = {"--teacher": teacher_folder, "--data": data, "--out": tmp_path / "c.zarr", "--device": "cpu",
                "--workers": 1, "--batch-size": 5}  # fmt: skip
@@ -555,7 +555,7 @@ def test_torchrun_with_a_killed_rank_ends_in_the_bytes_of_one_process(teacher, t
     _, err = process.communicate(timeout=60)
     assert process.returncode != 0
     assert "SIGKILL" in err
-    assert len(list(tmp_path.glob("c.zarr/done/*.json"))) < 5
+    assert len(list(tmp_path.glob("c.zarr/done/*.json"))) < 4
     assert subprocess.run(words, capture_output=True, timeout=100).returncode == 0
     run_build(teacher, data, tmp_path / "undisturbed.zarr", block_rows=None)
     assert tree(tmp_path / "c.zarr") == tree(tmp_path / "undisturbed.zarr")

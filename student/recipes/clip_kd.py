@@ -37,6 +37,7 @@ text_hidden_<block>): no teacher runs.
 """
 
 import dataclasses
+import functools
 
 from student.ensemble import num_teachers, of_teacher
 from student.recipe import Now, Recipe
@@ -150,9 +151,10 @@ def _one_teacher(student: dict, batch: dict, constants: Constants) -> tuple[dict
     A, B = _unit(student, "image_fused", "text_fused")
     a, g, f = student["scale"], student.get("icl_scale"), student.get("fused_scale")
     a_T = batch["logit_scale"].exp() if "logit_scale" in batch else None
+    both = functools.cache(lambda: losses.clip_crd_losses(V, S, a, V_T, S_T, a_T))
     terms = {
-        "task": lambda: losses.clip_loss(V, S, a),
-        "crd": lambda: losses.crd_loss(V, S, a, V_T, S_T, a_T),
+        "task": lambda: both()[0] if constants.crd else losses.clip_loss(V, S, a),
+        "crd": lambda: both()[1] if constants.task else losses.crd_loss(V, S, a, V_T, S_T, a_T),
         "fd": lambda: losses.fd_loss(V_, S_, V_T, S_T),
         "icl": lambda: losses.icl_loss(V_, S_, V_T, S_T, g),
         "mfd": lambda: losses.fd_loss(V_masked, S_, V_T, S_T),
