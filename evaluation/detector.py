@@ -74,7 +74,7 @@ class FrozenPyramid(nn.Module):
         self.pyramid = FeaturePyramidNetwork(widths, out_channels, extra_blocks=LastLevelMaxPool())
         self.out_channels = out_channels
 
-    def forward(self, images: Float[Tensor, "n 3 height width"]) -> dict[str, Float[Tensor, "n c h w"]]:
+    def forward(self, images: Float[Tensor, "n 3 height width"]) -> dict[str, Float[Tensor, "n c _ _"]]:
         """Maps `0` (a quarter of the picture's size) to `3` (1/32) and `pool` (1/64)."""
         with torch.no_grad():
             maps = self.stages(images)
@@ -85,8 +85,8 @@ def build_detector(encoder: Encoder, classes: int, options: Options) -> MaskRCNN
     """Mask R-CNN over the encoder's frozen tower; UserError where that is no ResNet."""
     tower = encoder.tower
     if tower is None or tower_kind(tower) != "resnet":
-        raise UserError(f"coco_detection needs a ResNet picture tower (open_clip's RN50 to RN50x64), which "
-                        f"{encoder.name} has not: train one with `student train --set model=RN50`")  # fmt: skip
+        raise UserError(f"coco_detection needs a ResNet picture tower (RN50 to RN50x64), which {encoder.name} "
+                        "has not: train one, `student train --recipe clip_kd --set model=RN50`")  # fmt: skip
     tower.eval()  # BatchNorm's statistics are frozen too
     blocks: list[Any] = list(image_blocks(tower))
 
