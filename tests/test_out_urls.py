@@ -19,7 +19,8 @@ import zarr
 from conftest import make_folder, tree
 from disturbed import run_build
 
-from student.batches import Batches, training_rows
+from student.batches import Batches
+from student.caches import training_rows
 from teachercache import store
 from teachercache.cli import main
 from teachercache.lease import is_lease, lease
