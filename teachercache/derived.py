@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 import zarr
+from zarr.core.buffer import Buffer, cpu
+from zarr.storage import MemoryStore
 
 from teachercache import store
 from teachercache.layout import metadata
 from teachercache.names import UserError
-from teachercache.paths import is_url, write_whole
+from teachercache.paths import write_whole
 from teachercache.runtime import say
 from teachercache.samples import Manifest, digest_rows, write_manifest
 
@@ -65,8 +67,10 @@ def _json(path: Any) -> Any:
 
 def _in_order_of_keys(cache: store.Cache, manifest: Manifest) -> Manifest:
     """The rows of a cache by its own array of keys; blocks that are not written hold no order that mattered."""
-    path, place = cache.path / "key", {key: row for row, key in enumerate(manifest.column("key"))}
-    keys = np.asarray(zarr.open_array(str(path) if is_url(path) else path, mode="r")[:]).tolist()
+    place = {key: row for row, key in enumerate(manifest.column("key"))}
+    names = ["key/zarr.json", *(f"key/c/{block}" for block in store.done_blocks(cache))]
+    files: dict[str, Buffer] = {name: cpu.Buffer.from_bytes((cache.path / name).read_bytes()) for name in names}
+    keys = np.asarray(zarr.open_array(MemoryStore(files), path="key", mode="r")[:]).tolist()
     order = [place.pop(key, -1) for key in keys]
     rest = iter(place.values())
     order = [next(rest, -1) if row < 0 else row for row in order]

@@ -18,6 +18,7 @@ import torch
 import zarr
 from conftest import make_folder, tree
 from disturbed import run_build
+from zarr.core.sync import sync
 
 from student.batches import Batches
 from student.caches import training_rows
@@ -160,6 +161,7 @@ def test_plain_zarr_through_fsspec_reads_it(finished, squares, teacher, tmp_path
         assert np.array_equal(group[name][:], store.read_field(local, name))
     assert group["key"][:].tolist() == store.read_keys(local).tolist()
     assert group.attrs["spec"]["digest"] == teacher.spec.digest
+    sync(group.store.fs._s3.close())  # zarr has a loop of its own, and leaves its connections open
 
 
 def test_a_student_reads_it(finished, squares, teacher, tmp_path):
