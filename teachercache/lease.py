@@ -15,6 +15,7 @@ from typing import Any
 
 from teachercache.names import UserError
 from teachercache.paths import is_url, write_whole
+from teachercache.remote import read_range
 from teachercache.runtime import is_alive, rank, world_size
 
 NAME, RENEWED, LASTS = ".builder-", 30.0, 120.0  # seconds; clocks of two builders must agree to about a minute
@@ -71,7 +72,7 @@ def _refuse(cache: Any, job: str, start: float) -> None:
         if not is_lease(entry):
             continue
         try:
-            found = json.loads(entry.read_bytes())
+            found = json.loads(read_range(entry))  # one request: it may be renewed meanwhile
             age, host, process = time.time() - found["time"], found["host"], found["pid"]
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             continue
