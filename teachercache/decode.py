@@ -4,7 +4,9 @@ A row whose picture cannot be used comes as zeros with its reason. Not for decid
 """
 
 import dataclasses
+import multiprocessing
 import signal
+import sys
 import time
 from collections.abc import Callable, Generator, Iterable
 from typing import Any
@@ -115,6 +117,13 @@ def decoded(rows: Rows, pieces: Iterable[Piece], *, workers: int, pin: bool = Fa
 def ignore_interrupt(worker: int) -> None:
     """Ctrl-C reaches the whole process group: the builder ends its workers itself, without their tracebacks."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.excepthook = _say_nothing_of_a_gone_builder  # the thread that hands over tensors calls it
+
+
+def _say_nothing_of_a_gone_builder(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """A connection that ends while it is made is no news: the builder was told to stop."""
+    if not issubclass(kind, (OSError, EOFError, multiprocessing.AuthenticationError)):
+        sys.__excepthook__(kind, error, trace)
 
 
 def _as_it_is(batch: Any) -> Any:
