@@ -57,9 +57,10 @@ def empty_cache(path: Path, rows: int, manifest: Manifest | None = None, *, bloc
 
 
 def put_block(cache: store.Cache, block: int, chunks: Mapping[tuple[str, int], np.ndarray]) -> None:
-    """Write a block of plain pictures or single texts; fields that are not given are all valid, or ones."""
+    """Write a block; chunks that are not given are all valid, or ones."""
     rows = cache.meta.block(block)
-    whole = {(name, 0): np.ones((len(rows), *field.shape), field.dtype) for name, field in cache.fields.items()}
+    whole = {(name, copy): np.ones((len(rows), *field.shape), field.dtype)
+             for name, field in cache.fields.items() for copy in range(cache.copies(name))}  # fmt: skip
     keys = np.array([f"{i:08d}" for i in rows], dtype=np.dtypes.StringDType())
     store.write_block(cache, block, {**whole, **chunks, ("key", 0): keys}, [])
 
