@@ -128,7 +128,7 @@ def building(case: Case, options: argparse.Namespace) -> tuple[Line, str]:
     except UserError as error:
         return Line(what, f"skipped: {error}", "-"), ""
     say(what)
-    manifest = read_manifest(options.data, limit=max(case.batch, int(options.pictures * case.part)))
+    manifest = read_manifest(options.data, limit=max(2 * case.batch, int(options.pictures * case.part)))
     torch.set_num_threads(used)
     try:
         figures = rates(teacher, manifest, case, device, workers, max(2, options.rounds // 2))
@@ -141,7 +141,7 @@ def building(case: Case, options: argparse.Namespace) -> tuple[Line, str]:
     alone = ", ".join(f"{name} {middle(figures, key)}" for name, key in
                       (("decode", "decode"), ("forward", "bare"), ("write", "write")))  # fmt: skip
     note = (
-        f"{what}: {len(manifest)} rows from the first batch that reaches the teacher on, {middle(figures, 'start')} s "
+        f"{what}: {len(manifest)} rows, counted from the second batch on, {middle(figures, 'start')} s "
         f"after the start; each alone, rows/s: {alone}; {workers} decoding processes; {judgement}"
     )
     return line, note
@@ -193,8 +193,8 @@ def rates(teacher: Teacher, manifest: Manifest, case: Case, device: str, workers
             build(dataclasses.replace(teacher, encode=encode), manifest, Path(folder, "c.zarr"), batch_size=case.batch,
                   workers=workers, device=device, precision=precision)  # fmt: skip
             end = time.perf_counter()
-        starts.append(began[0] - begin)  # once in a build of any size: reported apart
-        return rows / (end - began[0])
+        starts.append(began[1] - begin)  # once in a build of any size: the first batch shares its cores with decoders
+        return (rows - case.batch) / (end - began[1])  # that fill their queue, and memory is new to it
 
     def decode() -> float:
         batches = decoded(rows_in, pieces(manifest, case.batch), workers=workers)
