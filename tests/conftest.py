@@ -1,6 +1,7 @@
 """Small data and a small teacher that every test can afford."""
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import os
@@ -156,6 +157,36 @@ def tree(folder: Path) -> dict[str, bytes]:
     """Every file of a cache but build.log, which alone holds times."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "build.log")
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+def counting(teacher) -> tuple:
+    """The same teacher, and how many pictures and texts it was shown."""
+    seen = {"image": 0, "text": 0}
+
+    def encode(module, inputs):
+        for name, tensor in inputs.items():
+            seen[name] += len(tensor)
+        return teacher.encode(module, inputs)
+
+    return dataclasses.replace(teacher, encode=encode), seen
+
+
+def run(*words: object) -> int:
+    """`tc` in this process: its exit code."""
+    from teachercache.cli import main
+
+    return main([str(word) for word in words])
+
+
+def error_of(capsys: pytest.CaptureFixture, *words: object) -> str:
+    """The one error line of a command that must fail."""
+    capsys.readouterr()
+    assert run(*words) == 2
+    out, err = capsys.readouterr()
+    lines = err.splitlines()
+    assert [line for line in lines if line.startswith("error: ")] == lines[-1:]
+    assert "Traceback" not in out + err
+    return lines[-1]
 
 
 def chunks_of(cache, arrays: dict[str, np.ndarray], rows: range) -> dict[tuple[str, int], np.ndarray]:

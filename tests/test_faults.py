@@ -14,12 +14,11 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import make_folder, tree
+from conftest import counting, error_of, make_folder, run, tree
 from disturbed import BLOCK, CONTEXT, Disturbed, mount_disk, run_build, wait_for
 from PIL import Image
 
 from teachercache import store
-from teachercache.cli import main
 from teachercache.decode import Rows
 from teachercache.derived import damaged_files
 from teachercache.names import UserError
@@ -34,33 +33,6 @@ HERE = ("--device", "cpu", "--workers", "0")
 @pytest.fixture(scope="module")
 def teacher(teacher_folder: Path) -> Teacher:
     return load(str(teacher_folder))
-
-
-def counting(teacher: Teacher) -> tuple[Teacher, dict[str, int]]:
-    """The same teacher, and how many pictures and texts it was shown."""
-    seen = {"image": 0, "text": 0}
-
-    def encode(module, inputs):
-        for name, tensor in inputs.items():
-            seen[name] += len(tensor)
-        return teacher.encode(module, inputs)
-
-    return dataclasses.replace(teacher, encode=encode), seen
-
-
-def run(*words: object) -> int:
-    return main([str(word) for word in words])
-
-
-def error_of(capsys: pytest.CaptureFixture, *words: object) -> str:
-    """The one error line of a command that must fail."""
-    capsys.readouterr()
-    assert run(*words) == 2
-    out, err = capsys.readouterr()
-    lines = err.splitlines()
-    assert [line for line in lines if line.startswith("error: ")] == lines[-1:]
-    assert "Traceback" not in out + err
-    return lines[-1]
 
 
 # ----------------------------------------------------------------------------------------------------

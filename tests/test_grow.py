@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import zarr
-from conftest import make_folder, tree
+from conftest import counting, make_folder, tree
 from PIL import Image
 
 from teachercache import store
@@ -36,18 +36,6 @@ def run_build(teacher: Teacher, data: Path | Manifest, out: Path, **options) -> 
     manifest = data if isinstance(data, Manifest) else read_manifest(str(data))
     sizes = {"batch_size": BATCH, "workers": 0, "device": "cpu", "block_rows": BLOCK}
     return build(teacher, manifest, out, precision=Precision("float32", "a test"), **(sizes | options))
-
-
-def counting(teacher: Teacher) -> tuple[Teacher, dict[str, int]]:
-    """The same teacher, and how many pictures and texts it was shown."""
-    seen = {"image": 0, "text": 0}
-
-    def encode(module, inputs):
-        for name, tensor in inputs.items():
-            seen[name] += len(tensor)
-        return teacher.encode(module, inputs)
-
-    return dataclasses.replace(teacher, encode=encode), seen
 
 
 def fields_of(path: Path) -> dict[str, np.ndarray]:

@@ -14,12 +14,12 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from conftest import make_folder, save_teacher, tree
+from conftest import error_of, make_folder, run, save_teacher, tree
 from PIL import Image
 
 import teachercache.teachers.clip
 from teachercache import store
-from teachercache.cli import main, tc
+from teachercache.cli import tc
 
 OPTIONS = {  # a contract: adding one is a decision, made here and in DESIGN.md
     "teachers": {"--json"},
@@ -34,21 +34,6 @@ OPTIONS = {  # a contract: adding one is a decision, made here and in DESIGN.md
     "search": {"cache", "text", "--image", "--key", "--field", "--top", "--json"},
 }  # fmt: skip
 HERE = ("--device", "cpu", "--workers", "0")
-
-
-def run(*words: object) -> int:
-    return main([str(word) for word in words])
-
-
-def error_of(capsys: pytest.CaptureFixture, *words: object) -> str:
-    """The one error line of a command that must fail."""
-    capsys.readouterr()
-    assert run(*words) == 2
-    out, err = capsys.readouterr()
-    lines = err.splitlines()
-    assert [line for line in lines if line.startswith("error: ")] == lines[-1:]
-    assert "Traceback" not in out + err
-    return lines[-1]
 
 
 @pytest.fixture(scope="module")
