@@ -1,10 +1,38 @@
 """Results as clip-benchmark writes them, and as a table to read."""
 
+import statistics
+from collections.abc import Callable
 from typing import Any
 
 from evaluation.encoder import Encoder
 from evaluation.tasks import find
+from teachercache.names import UserError
 from teachercache.readers import read_manifest
+
+# What a task's result is as one number, the mean of these
+SCORES = {
+    "zeroshot_classification": ("acc1",),
+    "zeroshot_retrieval": ("image_retrieval_recall@1", "text_retrieval_recall@1"),
+}
+
+
+def scorer(task: str, data: str) -> tuple[Callable[[Encoder], tuple[float, dict[str, float]]], str]:
+    """A function of an encoder that gives one score and what it is the mean of; and the split that it looks at."""
+    name, evaluate = find(task)
+    if name not in SCORES:
+        raise UserError(f"--set run.eval_task={task}: choose from zeroshot, retrieval")
+    manifest = read_manifest(data)
+    splits = set(manifest.column("split"))
+    found = [split for split in ("val", "validation", "test") if split in splits]
+    if not found:
+        raise UserError(f"{data} has neither val nor test rows: leave --eval-every away")
+
+    def score(encoder: Encoder) -> tuple[float, dict[str, float]]:
+        metrics = evaluate(encoder, manifest, split=found[0])
+        chosen = {key: metrics[key] for key in SCORES[name]}
+        return statistics.mean(chosen.values()), chosen
+
+    return score, found[0]
 
 
 def run_task(task: str, encoder: Encoder, data: str) -> dict[str, Any]:

@@ -35,6 +35,8 @@ from teachercache.teachers import Teacher
 DIM, BLOCK = 512, 4096  # blocks of one size at both sizes: their buffers are bounded, and not what is asked here
 BATCHES, BATCH = 3000, 1024
 BAR = "<= 16"  # bytes a row that a job may grow by; the vectors themselves have 1,024
+# Other bars: the manifest is a table of rows; a training has an index of them (order, place in the cache, keys to join)
+BARS = {"manifest": "-", "join": "<= 128"}
 FIELD = Field("text_emb", (DIM,), "text", "float16", "random")
 SPEC = TeacherSpec("bench", "random:0", "0" * 64, ("embeddings",), (FIELD,), {"size": [1, 1]}, {}, {})
 
@@ -247,7 +249,7 @@ def memory(options: argparse.Namespace) -> tuple[list[Line], str]:
             if errors:
                 lines.append(Line(f"memory, {title}", f"skipped: {errors[0]}", "-"))
                 continue
-            lines.append(growth(f"memory, {title}", at, sizes, "used", bar=BAR if job != "manifest" else "-"))
+            lines.append(growth(f"memory, {title}", at, sizes, "used", bar=BARS.get(job, BAR)))
             if at[-1]["children"]:
                 lines.append(growth("memory, its decoding process", at, sizes, "children", bar=BAR))
         table = load_manifest(folders[-1] / "manifest.parquet").table.nbytes

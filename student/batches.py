@@ -27,11 +27,9 @@ def epoch_order(rows: np.ndarray, *, seed: int, epoch: int, block_rows: int, win
     Reading stays within a window of files, so a cache larger than memory is read at disk speed; blocks mix freely.
     """
     random = np.random.default_rng([seed, epoch])
-    shuffle = random.permutation(len(rows))  # first: up to `window` blocks it alone decides, whatever their size
-    blocks = rows // block_rows
-    place = random.permutation(int(blocks.max()) + 1)  # a block's place in this epoch
-    group = place[blocks] // window
-    return rows[shuffle[np.argsort(group[shuffle], kind="stable")]]
+    rows = rows[random.permutation(len(rows))]  # first: up to `window` blocks it alone decides, whatever their size
+    group = random.permutation(int(rows.max()) // block_rows + 1) // window  # of a block, by its place in this epoch
+    return rows[np.argsort(group.astype(np.int32)[rows // block_rows], kind="stable")]
 
 
 class Look(NamedTuple):

@@ -1,100 +1,89 @@
-"""Save, resume, load. A checkpoint is written aside and renamed: the newest one is always whole.
+"""Save, resume, load. A checkpoint is one file, written aside and renamed: the newest one is always whole.
 
-<run>/checkpoints/step-00000500/   DeepSpeed's files, with RNG and step in the client state
-<run>/model.safetensors            the student alone, in open_clip's names: what eval and export read
+<run>/checkpoints/step-00000500.safetensors   parameters, heads, moments and random states, whatever the ZeRO stage
+<run>/model.safetensors                       the student alone, in open_clip's names: what eval and export read
 """
 
-import contextlib
 import json
 import os
-import pickle
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from student.distributed import from_all_ranks
+from student.engine_state import engine_state, load_engine_state
 from student.models.two_tower import TwoTower, open_clip_state, tokenizer_of
 from teachercache.names import UserError
-from teachercache.runtime import rank
+from teachercache.runtime import rank, say, world_size
 from teachercache.store import flush
 from teachercache.teachers.clip import build_module
 
 
 def save(engine: Any, run: Path, step: int) -> None:
     """A checkpoint of everything that the next step depends on; older ones go once it is whole."""
-    tag = f"step-{step:08d}"
-    own = [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])]
-    state = {"step": step, "rng": from_all_ranks(own)}
-    folder, partial = run / "checkpoints", run / "checkpoints.partial"
+    state = engine_state(engine)
+    own = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        own["cuda"] = torch.cuda.get_rng_state()
+    for number, states in enumerate(from_all_ranks(own)):
+        state |= {f"random.{kind}.{number}": value for kind, value in states.items()}
     if rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-    dist.barrier()
-    engine.save_checkpoint(str(partial), tag=tag, client_state=state, save_latest=False)
-    dist.barrier()
-    if rank() == 0:
-        for path in partial.rglob("*.pt"):
-            flush(path)
+        folder = run / "checkpoints"
         folder.mkdir(exist_ok=True)
-        shutil.rmtree(folder / tag, ignore_errors=True)
-        os.replace(partial / tag, folder / tag)
-        shutil.rmtree(partial)
-        for old in sorted(folder.glob("step-*"))[:-1]:
-            shutil.rmtree(old)
+        write_tensors(state, folder / f"step-{step:08d}.safetensors", {"step": str(step), "world": str(world_size())})
+        for old in (*checkpoints_of(run)[:-1], *folder.glob("*.partial")):
+            old.unlink()
     dist.barrier()
+
+
+def write_tensors(state: dict[str, Tensor], path: Path, facts: dict[str, str] | None = None) -> None:
+    """A safetensors file, written aside and renamed."""
+    partial = path.with_name(path.name + ".partial")
+    save_file(state, partial, facts)
+    flush(partial)
+    os.replace(partial, path)
+
+
+def checkpoints_of(run: Path) -> list[Path]:
+    """Whole checkpoints of a run, oldest first."""
+    return sorted((run / "checkpoints").glob("step-*.safetensors"))
 
 
 def last_checkpoint(run: Path) -> Path | None:
     """The newest checkpoint of a run."""
-    found = sorted((run / "checkpoints").glob("step-*"))
+    found = checkpoints_of(run)
     return found[-1] if found else None
 
 
 def resume(engine: Any, checkpoint: Path) -> int:
     """Load a checkpoint into the engine; the number of steps that were done."""
     try:
-        with only_weights():
-            path, state = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
-        if path is None:
-            raise ValueError("files are missing")
-    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError) as error:
-        reason = str(error).splitlines()[0][:120]
+        with safe_open(checkpoint, "pt") as file:
+            facts, names = file.metadata(), set(file.keys())
+            load_engine_state(engine, names, file.get_tensor)
+            step, world = int(facts["step"]), int(facts["world"])
+            if world == world_size():
+                _set_random_state(file, names)
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        reason = (str(error).splitlines() or [""])[0][:120]
         raise UserError(
             f"{checkpoint} cannot be loaded ({reason}): remove {checkpoint.parent} to start over"
         ) from error
-    cpu, *cuda = state["rng"][rank()]
-    torch.set_rng_state(cpu)
-    if cuda and torch.cuda.is_available():
-        torch.cuda.set_rng_state(cuda[0])
-    return state["step"]
+    if world != world_size():
+        say(f"saved by {world} processes, going on with {world_size()}: a model that draws random numbers draws others")
+        torch.manual_seed(torch.initial_seed() + step)
+    return step
 
 
-@contextlib.contextmanager
-def only_weights() -> Iterator[None]:
-    """DeepSpeed loads with weights_only=False; inside this no checkpoint can run code."""
-    before = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
-    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
-    try:
-        with torch.serialization.safe_globals(_deepspeed_types()):
-            yield
-    finally:
-        os.environ.pop("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
-        if before is not None:
-            os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = before
-
-
-def _deepspeed_types() -> list[Any]:
-    """The plain records that DeepSpeed puts into its ZeRO checkpoints."""
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    return [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+def _set_random_state(file: Any, names: set[str]) -> None:
+    torch.set_rng_state(file.get_tensor(f"random.cpu.{rank()}"))
+    if torch.cuda.is_available() and f"random.cuda.{rank()}" in names:
+        torch.cuda.set_rng_state(file.get_tensor(f"random.cuda.{rank()}"))
 
 
 def save_student(student: nn.Module, path: Path) -> None:
@@ -105,10 +94,7 @@ def save_student(student: nn.Module, path: Path) -> None:
     with deepspeed.zero.GatheredParameters(sharded):
         state = open_clip_state(student) if isinstance(student, TwoTower) else student.state_dict()
         if rank() == 0:
-            partial = path.with_name(path.name + ".partial")
-            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, partial)
-            flush(partial)
-            os.replace(partial, path)
+            write_tensors({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, path)
 
 
 def load_student(run: Path) -> TwoTower:

@@ -62,6 +62,9 @@ def recipes(name: str | None) -> None:
 @click.option("--batch-size", type=click.IntRange(2), help="Pairs per step, over all processes.")
 @click.option("--micro-batch", type=click.IntRange(2),
               help="Rows that a device computes at a time; the gradient is that of the whole batch.")  # fmt: skip
+@click.option("--eval-every", type=click.IntRange(1),
+              help="Steps between evaluations; the best student is kept in OUT/best.")  # fmt: skip
+@click.option("--report-to", default="", metavar="NAMES", help="tensorboard, wandb, or both with a comma.")
 @click.option("--seed", default=0, show_default=True)
 @click.option(
     "--resume",
@@ -83,8 +86,9 @@ def recipes(name: str | None) -> None:
     help="A constant, optim.NAME or run.NAME; repeatable.",
 )
 def train(
-    name, data, cache, out, steps, batch_size, micro_batch, seed, resume, live, dry_run, print_config, settings
-) -> None:
+    name, data, cache, out, steps, batch_size, micro_batch, eval_every, report_to, seed, resume, live, dry_run,
+    print_config, settings
+) -> None:  # fmt: skip
     """Train a student by a recipe.
 
     \u0008
@@ -107,6 +111,8 @@ def train(
         seed=seed,
         live=live,
         micro_batch=micro_batch or 0,
+        eval_every=eval_every or 0,
+        report_to=report_to,
     )
     recipe, run = override(recipe, run, settings)
     if print_config:
@@ -123,9 +129,22 @@ def train(
     )
     from student.train import train as run_training
 
-    folder = run_training(recipe, run, resume=resume, dry_run=dry_run)
+    evaluate = _evaluator(run) if run.eval_every else None
+    folder = run_training(recipe, run, resume=resume, dry_run=dry_run, evaluate=evaluate)
     if rank() == 0 and not dry_run:
         say(f"next: {shlex.join(['student', 'eval', str(folder), '--task', 'retrieval', '--data', run.data])}")
+
+
+def _evaluator(run):
+    """What scores a run folder while it trains: `run.eval_task` on the data's val rows, else on its test rows."""
+    from evaluation.report import scorer
+
+    score, split = scorer(run.eval_task, run.data)
+    if split == "test":
+        say(
+            f"{run.data} has no val rows: the best student is chosen by test rows, on which its result is then too good"
+        )
+    return lambda folder: score(_encoder(str(folder))[0])
 
 
 def _run_folder(recipe: str, resume: bool) -> str:

@@ -1,6 +1,7 @@
 """DeepSpeed around a TrainStep: parameter groups, schedule, configuration. One process needs no launcher."""
 
 import contextlib
+import importlib.util
 import math
 import os
 import socket
@@ -11,8 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from student.engine_state import is_sharded, set_sharded
 from student.recipe import Optim, Run
 from teachercache.names import UserError
+from teachercache.runtime import say
 
 MAX_LOG_SCALE = math.log(100)  # CLIP: logit scales are clamped to this after each step
 
@@ -68,6 +71,42 @@ def start_distributed(device: str) -> None:
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
 
 
+def set_up_student(student: nn.Module, run: Run) -> None:
+    """Activation checkpointing and torch.compile where they were asked for and can be; else the reason is said."""
+    for setting, reason in (("grad_checkpointing", _no_checkpointing(student)), ("compile", _no_compile(student, run))):
+        if getattr(run, setting) and reason:
+            say(f"run.{setting} is off: {reason}")
+        elif getattr(run, setting) and setting == "compile":
+            student.compile()
+        elif getattr(run, setting):
+            student.model.set_grad_checkpointing(True)
+
+
+def _no_checkpointing(student: nn.Module) -> str:
+    if getattr(student, "block_widths", None):
+        return "hidden looks into the blocks by hooks"
+    model = getattr(student, "model", None)
+    return "" if hasattr(model, "set_grad_checkpointing") else f"{type(model or student).__name__} has no blocks for it"
+
+
+def _no_compile(student: nn.Module, run: Run) -> str:
+    """Why the student cannot be compiled, or nothing."""
+    if run.zero == 3:
+        return "ZeRO 3 fetches parameters between modules, which breaks the graph at each"
+    if getattr(student, "mask_ratio", None) is not None or getattr(student, "block_widths", None):
+        return "mfd and hidden look into the towers by hooks"
+    if run.device.startswith("cuda"):
+        return "" if importlib.util.find_spec("triton") else "the package triton is missing"
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except (InvalidCxxCompiler, RuntimeError):
+        return "no C++ compiler is installed"
+    return ""
+
+
 def start_engine(step: nn.Module, optim: Optim, run: Run, rows_per_rank: int) -> Any:
     """A DeepSpeed engine over the step; torch's own AdamW."""
     if run.zero not in (0, 1, 2, 3):
@@ -118,11 +157,11 @@ def clamp_scales(engine: Any) -> None:
     for name, parameter in engine.module.named_parameters():
         if not name.endswith("logit_scale") or not parameter.requires_grad:
             continue
-        if hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id"):
-            from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
+        if is_sharded(parameter):
+            from deepspeed.utils import safe_get_full_fp32_param
 
             value = safe_get_full_fp32_param(parameter)
-            if value is not None and bool((value > MAX_LOG_SCALE).any()):
-                safe_set_full_fp32_param(parameter, value.clamp(max=MAX_LOG_SCALE))
+            if bool((value > MAX_LOG_SCALE).any()):
+                set_sharded(parameter, value.clamp(max=MAX_LOG_SCALE))
         with torch.no_grad():
             parameter.data.clamp_(max=MAX_LOG_SCALE)

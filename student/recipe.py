@@ -66,6 +66,15 @@ class Run:
     live: bool = False
     save_every: int = 500
     micro_batch: int = 0  # rows that a device computes at a time, 0 for all of a step's (`accumulate.py`)
+    grad_checkpointing: bool = False  # compute inner activations again in backward instead of keeping them
+    compile: bool = False  # torch.compile of the student
+    eval_every: int = 0  # steps between evaluations, whose best student is kept in <out>/best; 0 for none
+    eval_task: str = "retrieval"  # or zeroshot: what the best is chosen by
+    report_to: str = ""  # tensorboard, wandb, or both with a comma, beside metrics.jsonl
+
+
+# Settings of a run that `student train` has options of their own for
+OPTIONS = ("data", "cache", "out", "seed", "live", "micro_batch", "eval_every", "report_to")
 
 
 def override(recipe: Recipe, run: Run, settings: Iterable[str]) -> tuple[Recipe, Run]:
@@ -112,5 +121,5 @@ def _parse(text: str, kind: type) -> Any:
 def _choices(key: str, recipe: Recipe) -> str:
     names = [field.name for field in dataclasses.fields(recipe.constants)]
     names += [f"optim.{field.name}" for field in dataclasses.fields(Optim)]
-    names += [f"run.{name}" for name in ("device", "precision", "zero", "workers", "save_every")]
+    names += [f"run.{field.name}" for field in dataclasses.fields(Run) if field.name not in OPTIONS]
     return f"no such setting of {recipe.name}; {closest(key, names)}choose from {', '.join(names)}"

@@ -9,7 +9,6 @@ import itertools
 import json
 import shlex
 import signal
-import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,14 +20,24 @@ import torch.distributed as dist
 from student import checkpoint
 from student.accumulate import accumulate, on_device
 from student.batches import Batches, loader
+from student.best import Evaluate, keep_best
 from student.caches import field_shapes, find_caches, readable_rows, same_data_cache, training_rows
 from student.curve import draw_curve
 from student.distributed import any_rank, mean_over_ranks
-from student.engine import clamp_scales, learning_rate, quiet_deepspeed, start_distributed, start_engine
+from student.engine import (
+    clamp_scales,
+    learning_rate,
+    quiet_deepspeed,
+    set_up_student,
+    start_distributed,
+    start_engine,
+)
 from student.ensemble import check_ensemble
-from student.metrics import Metrics, plain, refuse_nan, refuse_nan_weights
+from student.metrics import plain, refuse_nan, refuse_nan_weights
 from student.models.two_tower import TwoTower
 from student.recipe import Now, Recipe, Run
+from student.reporting import Report, asked, reporting
+from student.speed import Speed
 from student.step import TrainStep
 from teachercache.names import UserError
 from teachercache.paths import write_whole
@@ -36,6 +45,10 @@ from teachercache.readers import read_manifest
 from teachercache.runtime import keep_memory, rank, say, ticker, world_size
 from teachercache.spec import fingerprint, to_dict
 from teachercache.store import Cache
+
+# Settings of a run that say where things lie and how they are computed, not what is computed: a resume may change them
+HOW = ("cache", "data", "out", "device", "workers", "save_every", "zero", "micro_batch", "grad_checkpointing",
+       "compile", "report_to", "eval_every", "eval_task")  # fmt: skip
 
 
 class Prepared(NamedTuple):
@@ -46,75 +59,107 @@ class Prepared(NamedTuple):
     caches: list[Cache]  # one per teacher
 
 
-def train(recipe: Recipe, run: Run, *, resume: bool, dry_run: bool = False) -> Path:
-    """Train a student; returns the run folder. With `dry_run` one step is taken and nothing is left behind."""
+def train(recipe: Recipe, run: Run, *, resume: bool, dry_run: bool = False, evaluate: Evaluate | None = None) -> Path:
+    """Train a student; returns the run folder. With `dry_run` one step is taken and nothing is left behind.
+
+    `evaluate` gives a run folder's score, for `run.eval_every`.
+    """
     out = Path(run.out)
-    num_parts = count_parts(recipe.batch, run.micro_batch)
+    count_parts(recipe.batch, run.micro_batch)
+    asked(run)
 
     # ---- the same start for everybody
     keep_memory()
     start_distributed(run.device)
     prepared = prepare(recipe, run)
     step_module = prepared.step.to(run.device)
+    if run.eval_every and not isinstance(step_module.student, TwoTower):
+        raise UserError(f"--eval-every: {type(step_module.student).__name__} is no model of its own; leave it away")
+    facts = describe(recipe, run, prepared)
     if not dry_run:
-        open_run(out, describe(recipe, run, prepared), resume)
+        open_run(out, facts, resume)
     rows = len(prepared.batches.rows)
     say(f"{recipe.name}: {count(step_module)}; {rows:,} rows, {recipe.steps} steps of {recipe.batch}")
 
     # ---- engine, and the checkpoint to go on from
+    set_up_student(step_module.student, run)
     engine = start_engine(step_module, recipe.optim, run, recipe.batch // world_size())
     torch.manual_seed(run.seed * world_size() + rank())  # dropout differs between ranks
+    speed = Speed(run, recipe.batch)
+    if dry_run:
+        return rehearse(engine, prepared, recipe, speed)
     last = checkpoint.last_checkpoint(out) if resume else None
     done = checkpoint.resume(engine, last) if last else 0
     if last:
         say(f"going on from step {done}")
-    metrics = None if dry_run else Metrics(out / "metrics.jsonl", start=done)
 
-    # ---- steps
-    steps = done + 1 if dry_run else recipe.steps
-    begin, waited, step, stopping = time.monotonic(), 0.0, done - 1, False
-    with catch_signals() as signals, ticker(steps - done, "steps", recipe.name) as tick:
-        waiting = time.monotonic()
-        stream = loader(prepared.batches, start=done, workers=run.workers, micro=run.micro_batch)
-        for step, parts in enumerate(batched(stream, num_parts), start=done):
-            waited += time.monotonic() - waiting
-            for group in engine.optimizer.param_groups:
-                group["lr"] = learning_rate(recipe.optim, step, recipe.steps)
-            with quiet_deepspeed():
-                loss, terms, notes = take_step(engine, parts, Now(step, recipe.steps), run.device)
-                clamp_scales(engine)
-            values = plain(
-                {"loss": mean_over_ranks(loss), **{k: mean_over_ranks(v) for k, v in terms.items()}, **notes}
-            )
-            refuse_nan(values["loss"], step)
-            if metrics is not None:
-                metrics.write({"step": step, **values, "lr": group["lr"]})
-            tick.step(1, "  ".join(f"{name} {values[name]:.4f}" for name in ("loss", *terms)))
-            stopping = any_rank(bool(signals))
-            if step + 1 == steps or stopping:
-                break
-            if (step + 1) % run.save_every == 0:
-                refuse_nan_weights(engine.module, step)
-                checkpoint.save(engine, out, step + 1)
-            waiting = time.monotonic()
-
-    # ---- leave the run whole
-    elapsed, seen = time.monotonic() - begin, step + 1 - done
-    if dry_run:
-        minutes = elapsed * recipe.steps / 60
-        say(f"one step took {elapsed:.2f} s; {recipe.steps} steps take about {minutes:.1f} min; nothing was written")
-        return out
-    if seen:
-        refuse_nan_weights(engine.module, step)
-        checkpoint.save(engine, out, step + 1)
+    # ---- steps, and a whole run behind them
+    with reporting(run, facts, start=done) as report:
+        step, stopping = run_steps(engine, prepared, recipe, speed, done, report, evaluate)
     if stopping:
-        raise KeyboardInterrupt(f"stopped after step {step + 1}; the same command with --resume --out {out} goes on")
+        raise KeyboardInterrupt(f"stopped after step {step}; the same command with --resume --out {out} goes on")
     checkpoint.save_student(step_module.student, out / "model.safetensors")
-    if seen:
-        report_speed(out, seconds=elapsed, steps=seen, batch=recipe.batch, waited=waited)
-        if rank() == 0:
-            draw_curve(out, terms)
+    if speed.steps and rank() == 0:
+        write_whole(out / "speed.json", json.dumps(speed.facts()) + "\n")
+        say(f"{out}: {speed.facts()['seconds_per_step']:.3f} s a step, {speed.words()}")
     return out
+
+
+def run_steps(engine: Any, prepared: Prepared, recipe: Recipe, speed: Speed, done: int, report: Report,
+              evaluate: Evaluate | None) -> tuple[int, bool]:  # fmt: skip
+    """Every step from `done` on, with checkpoints and evaluations; the steps done, and whether a signal ended them."""
+    run, out = speed.run, Path(speed.run.out)
+    step, stopping = done, False
+    with catch_signals() as signals, ticker(recipe.steps - done, "steps", recipe.name) as tick:
+        for step, values, terms in steps_from(engine, prepared, recipe, speed, done):
+            refuse_nan(values["loss"], step - 1)
+            report(step - 1, values)
+            shown = "  ".join(f"{name} {values[name]:.4f}" for name in ("loss", *terms))
+            tick.step(1, f"{shown}  {speed.words()}")
+            stopping = any_rank(bool(signals))
+            last = stopping or step == recipe.steps
+            if evaluate and run.eval_every and (step % run.eval_every == 0 or step == recipe.steps):
+                refuse_nan_weights(engine.module, step - 1)
+                keep_best(engine.module.student, out, step, evaluate)
+            if last or step % run.save_every == 0:
+                refuse_nan_weights(engine.module, step - 1)
+                checkpoint.save(engine, out, step)
+            if last:
+                break
+        else:
+            return done, False  # there were no steps to take
+    if rank() == 0 and not stopping:
+        draw_curve(out, terms)
+    return step, stopping
+
+
+def steps_from(engine: Any, prepared: Prepared, recipe: Recipe, speed: Speed,
+               done: int) -> Iterator[tuple[int, dict[str, float], tuple[str, ...]]]:  # fmt: skip
+    """Take each step: how many are done with it, what it showed, and which of that are terms of the loss."""
+    run = speed.run
+    stream = loader(prepared.batches, start=done, workers=run.workers, micro=run.micro_batch)
+    speed.wait()
+    for step, parts in enumerate(batched(stream, count_parts(recipe.batch, run.micro_batch)), start=done):
+        speed.compute()
+        for group in engine.optimizer.param_groups:
+            group["lr"] = learning_rate(recipe.optim, step, recipe.steps)
+        with quiet_deepspeed(), speed.counted():
+            loss, terms, notes = take_step(engine, parts, Now(step, recipe.steps), run.device)
+            clamp_scales(engine)
+        values = plain({"loss": mean_over_ranks(loss), **{k: mean_over_ranks(v) for k, v in terms.items()}, **notes})
+        speed.end_step()
+        yield step + 1, values | {"lr": group["lr"]}, tuple(terms)
+        speed.wait()
+
+
+def rehearse(engine: Any, prepared: Prepared, recipe: Recipe, speed: Speed) -> Path:
+    """Take one step and say what all of them will need."""
+    _, values, _ = next(steps_from(engine, prepared, recipe, speed, 0))
+    refuse_nan(values["loss"], 0)
+    seconds = speed.facts()["seconds_per_step"]
+    say(f"one step took {seconds:.2f} s ({speed.words()}); {recipe.steps} steps take about "
+        f"{seconds * recipe.steps / 60:.1f} min; nothing was written")  # fmt: skip
+    return Path(speed.run.out)
 
 
 def count_parts(batch: int, micro: int) -> int:
@@ -144,18 +189,6 @@ def take_step(engine: Any, parts: list[dict], now: Now, device: str) -> tuple[to
     engine.backward(loss)
     engine.step()
     return loss, terms, notes
-
-
-def report_speed(out: Path, *, seconds: float, steps: int, batch: int, waited: float) -> None:
-    """Write speed.json and say it."""
-    speed = {"seconds_per_step": seconds / steps, "samples_per_second": steps * batch / seconds,
-             "data_wait": waited / seconds}  # fmt: skip
-    if rank() == 0:
-        write_whole(out / "speed.json", json.dumps(speed) + "\n")
-    say(
-        f"{out}: {speed['seconds_per_step']:.3f} s a step, {speed['samples_per_second']:.0f} samples/s, "
-        f"{100 * speed['data_wait']:.0f} % of the time waiting for data"
-    )
 
 
 def prepare(recipe: Recipe, run: Run) -> Prepared:
@@ -231,6 +264,7 @@ def describe(recipe: Recipe, run: Run, prepared: Prepared) -> dict[str, Any]:
         "run": dataclasses.asdict(run),
         "world_size": world_size(),
         "rows": rows,
+        "num_rows": len(batches.rows),
         "student": made,
         "teachers": [to_dict(cache.meta.spec) for cache in caches],
         "cache": "+".join(fingerprint(cache.meta) for cache in caches) or None,
@@ -266,9 +300,9 @@ def flat(facts: dict[str, Any]) -> dict[str, Any]:
     """The settings of a run that its losses depend on, each under its own name."""
     recipe, run = dict(facts["recipe"]), dict(facts["run"])
     constants, optim = recipe.pop("constants"), recipe.pop("optim")
-    for name in ("cache", "data", "out", "workers", "save_every"):  # where things lie, not what they are
-        del run[name]
-    own = {name: facts[name] for name in ("cache", "rows", "views", "world_size")}
+    for name in HOW:
+        run.pop(name, None)
+    own = {name: facts[name] for name in ("cache", "rows", "views")}
     return recipe | constants | {f"optim.{name}": value for name, value in optim.items()} | run | own
 
 

@@ -209,6 +209,22 @@ def load_manifest(path: Any) -> Manifest:
     return Manifest(known["data"], as_path(known["root"]), table, known["digest"])
 
 
+def manifest_keys(path: Any) -> Iterator["pa.Array"]:
+    """The keys of a manifest that `write_manifest` wrote, in order, some at a time: never the whole table in memory."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    source = io.BytesIO(path.read_bytes()) if is_url(path) else path
+    try:
+        with pq.ParquetFile(source, page_checksum_verification=True) as file:
+            for batch in file.iter_batches(ROWS_AT_ONCE, columns=["key"]):
+                yield batch.column(0).cast(pa.string())
+    except FileNotFoundError:
+        raise
+    except (pa.ArrowException, ValueError, OSError, LookupError) as error:
+        raise UserError(f"{path} is not a readable manifest: {error}") from error
+
+
 def _checksum(meta: dict[str, str]) -> str:
     return str(zlib.crc32(json.dumps(meta, sort_keys=True).encode()))
 

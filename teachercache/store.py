@@ -37,7 +37,7 @@ from teachercache.mapped import can_map, map_chunks
 from teachercache.names import UserError
 from teachercache.paths import as_path, is_url, write_whole
 from teachercache.runtime import is_alive
-from teachercache.samples import Manifest, load_manifest, write_manifest
+from teachercache.samples import Manifest, load_manifest, manifest_keys, write_manifest
 from teachercache.spec import CacheMeta, meta_from_dict
 
 LOCK = ".lock"  # empty; a builder holds the byte of each block that it writes
@@ -120,14 +120,21 @@ def open_complete(path: str | Path) -> Cache:
     return cache
 
 
-def cached_manifest(cache: Cache) -> Manifest:
-    """The rows of a cache in its order: the first ones, where a killed builder had begun to add more."""
+@contextlib.contextmanager
+def _manifest_errors(cache: Cache) -> Iterator[None]:
+    """What cannot be read of the manifest ends in the command that mends it."""
     try:
-        manifest = load_manifest(cache.path / "manifest.parquet")
+        yield
     except FileNotFoundError as error:
         raise UserError(f"{cache.path} has no manifest.parquet: run `{cache.command()}` to mend it") from error
     except UserError as error:
         raise UserError(f"{error}: run `{cache.command()}` to mend it") from error
+
+
+def cached_manifest(cache: Cache) -> Manifest:
+    """The rows of a cache in its order: the first ones, where a killed builder had begun to add more."""
+    with _manifest_errors(cache):
+        manifest = load_manifest(cache.path / "manifest.parquet")
     return dataclasses.replace(manifest, table=manifest.table.slice(0, cache.meta.rows), digest=cache.meta.manifest)
 
 
@@ -334,5 +341,28 @@ def join(cache: Cache, keys: Any) -> np.ndarray:
     import pyarrow.compute as pc
 
     asked = keys if isinstance(keys, pa.Array | pa.ChunkedArray) else pa.array(keys, pa.string())
-    found = pc.index_in(asked, value_set=cached_manifest(cache).table["key"].combine_chunks())
-    return found.fill_null(-1).to_numpy().astype(np.int64) if len(asked) else np.empty(0, np.int64)
+    at = np.full(len(asked), -1, np.int64)
+    if len(asked) and not _join_in_order(cache, asked, at):
+        found = pc.index_in(asked, value_set=cached_manifest(cache).table["key"].combine_chunks())
+        at[:] = found.fill_null(-1).to_numpy()
+    return at
+
+
+def _join_in_order(cache: Cache, asked: Any, at: np.ndarray) -> bool:
+    """Fill `at` where the keys stand in the cache's order, as they do unless the data changed; else False.
+
+    A part of the cache's keys is looked at beside as many of those asked: no table of all keys is made.
+    """
+    import pyarrow.compute as pc
+
+    done = start = 0
+    with _manifest_errors(cache):
+        for part in manifest_keys(cache.path / "manifest.parquet"):
+            part = part[: cache.meta.rows - start]  # where a killed builder had begun to add more
+            found = pc.index_in(asked[done : done + len(part)], value_set=part).fill_null(-1).to_numpy()
+            count = len(found) if (found >= 0).all() else int(np.argmax(found < 0))
+            at[done : done + count] = start + found[:count]
+            done, start = done + count, start + len(part)
+            if done == len(asked):
+                return True
+    return False

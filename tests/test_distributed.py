@@ -6,6 +6,7 @@ The processes are started once for the module; each test reads what they wrote.
 import dataclasses
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import time
@@ -14,7 +15,8 @@ from pathlib import Path
 import own_recipes
 import pytest
 import torch
-from conftest import contained, read_lines, train_here, train_words
+from conftest import contained, read_lines, train_here, train_words, zero_noise
+from safetensors.torch import load_file
 
 from student import checkpoint
 from student.distributed import first_row, gather, mean_over_ranks, num_ranks
@@ -161,6 +163,14 @@ def work(rank: int, port: int, out: Path, words: list[str], stopping: list[str])
         torch.save(gradients(name, rank, WORLD), out / f"gradients-{name}-{rank}.pt")
     code = main(words)
     torch.save(torch.tensor(code), out / f"code-{rank}.pt")
+    code = main([*words, "--micro-batch", "2", "--out", str(out / "micro")])
+    torch.save(torch.tensor(code), out / f"micro-{rank}.pt")
+    for stage in ("0", "3"):
+        code = main([*stopping, "--set", f"run.zero={stage}", "--out", str(out / f"halved-{stage}"), "--resume"])
+        torch.save(torch.tensor(code), out / f"resumed-{stage}-{rank}.pt")
+    upward = train_words(Path(words[4]), Path(words[6]), out / "upward", "--steps", 3, "--set", "run.zero=3",
+                         "--set", "optim.lr=0.02", "--set", "optim.warmup=0", recipe="own_recipes:UPWARD")  # fmt: skip
+    torch.save(torch.tensor(main(upward)), out / f"upward-{rank}.pt")
     (out / "saved").mkdir(exist_ok=True)
     torch.save(restored(out / "saved", rank), out / f"restored-{rank}.pt")
     for name, stage in ENGINES:
@@ -188,6 +198,11 @@ def pair(tmp_path_factory, squares, cache):
     """What two processes found, by name and rank."""
     out = tmp_path_factory.mktemp("pair")
     words = train_words(squares, cache, out / "run", "--steps", 4)
+    with pytest.MonkeyPatch.context() as environment:  # runs of one process, for two to go on with
+        environment.setenv(own_recipes.STOP_VARIABLE, "2")
+        for stage in (0, 3):
+            half = out / f"halved-{stage}"
+            assert train_here(squares, cache, half, "--steps", 6, recipe="own_recipes:STOPPING") == 130
     stopping = train_words(squares, cache, out / "stopped", "--steps", 6, recipe="own_recipes:STOPPING")
     processes = start_two(work, out, words, stopping)
     deadline = time.monotonic() + 200
@@ -294,8 +309,65 @@ def test_a_whole_run_of_two_processes_has_the_losses_of_one(pair, squares, cache
             assert b[key] == pytest.approx(value, rel=1e-4), key
 
 
+def test_micro_batches_of_two_processes_have_the_losses_of_whole_batches(pair):
+    assert [int(found(pair, "micro", rank)) for rank in (0, 1)] == [0, 0]
+    whole, micro = read_lines(pair / "run"), read_lines(pair / "micro")
+    assert len(micro) == 4
+    for a, b in zip(whole, micro, strict=True):
+        for key, value in a.items():
+            assert b[key] == pytest.approx(value, rel=1e-4), key
+
+
+def test_scales_are_clamped_in_two_processes_at_zero_3(pair):
+    """A scale is one number: two ranks cannot share it evenly."""
+    assert [int(found(pair, "upward", rank)) for rank in (0, 1)] == [0, 0]
+    lines = read_lines(pair / "upward")
+    assert max(line["scale"] for line in lines) == pytest.approx(100, rel=1e-5)
+    assert max(line["icl_scale"] for line in lines) == pytest.approx(100, rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def whole_run(squares, cache, tmp_path_factory):
+    """Six steps of one process that nothing stopped."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    assert train_here(squares, cache, out, "--steps", 6, recipe="own_recipes:STOPPING") == 0
+    return out
+
+
+def compare_runs(run: Path, whole: Path) -> None:
+    """Losses and weights are the same but for rounding."""
+    lines = read_lines(run)
+    assert [line["step"] for line in lines] == [0, 1, 2, 3, 4, 5]
+    for a, b in zip(lines, read_lines(whole), strict=True):
+        for key, value in b.items():
+            assert a[key] == pytest.approx(value, rel=1e-4), key
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (run, whole))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():  # the gradient of the keys' bias is 0 but for rounding, which Adam scales up
+        if not name.endswith("in_proj_bias"):
+            assert relative(ours[name], tensor) < 1e-4, name
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_two_processes_go_on_where_one_stopped(pair, whole_run, stage):
+    """The moments of Adam too: without them the steps behind the resume would be several times as long."""
+    assert [int(found(pair, f"resumed-{stage}", rank)) for rank in (0, 1)] == [0, 0]
+    compare_runs(pair / f"halved-{stage}", whole_run)
+
+
+@zero_noise
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_one_process_goes_on_where_two_stopped(pair, whole_run, stage, squares, cache, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(pair / "stopped", run)
+    words = ("--steps", 6, "--resume", "--set", f"run.zero={stage}")
+    assert train_here(squares, cache, run, *words, recipe="own_recipes:STOPPING") == 0
+    compare_runs(run, whole_run)
+
+
 def test_a_stop_of_one_process_stops_all_at_the_same_step(pair, squares, cache, tmp_path):
     assert [int(found(pair, "stopped", rank)) for rank in (0, 1)] == [130, 130]
     steps = [line["step"] for line in read_lines(pair / "stopped")]
     assert steps in ([0, 1], [0, 1, 2])
-    assert [path.name for path in (pair / "stopped" / "checkpoints").iterdir()] == [f"step-{len(steps):08d}"]
+    names = [path.name for path in (pair / "stopped" / "checkpoints").iterdir()]
+    assert names == [f"step-{len(steps):08d}.safetensors"]

@@ -83,7 +83,16 @@ def test_the_choices_name_every_setting_that_can_be_set():
         override(CLIP_KD, RUN, [f"{name}={value}"])
     fields = {field.name for field in dataclasses.fields(CLIP_KD.constants)}
     fields |= {f"optim.{field.name}" for field in dataclasses.fields(Optim)}
-    by_options = ("data", "cache", "out", "seed", "live", "micro_batch")  # options of `student train`
+    by_options = (
+        "data",
+        "cache",
+        "out",
+        "seed",
+        "live",
+        "micro_batch",
+        "eval_every",
+        "report_to",
+    )  # options of `student train`
     fields |= {f"run.{field.name}" for field in dataclasses.fields(Run) if field.name not in by_options}
     assert fields == set(listed)
 

@@ -18,7 +18,7 @@ from conftest import chunks_of, tree
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from teachercache import store
+from teachercache import samples, store
 from teachercache.grow import settle
 from teachercache.layout import block_rows_for
 from teachercache.mapped import can_map
@@ -173,6 +173,19 @@ def test_join_by_key(whole):
     keys = ["row/1379\u00e9", "nobody", "row/0000\u00e9", "row/0300\u00e9", "row/0000\u00e9", ""]
     assert store.join(whole, keys).tolist() == [1379, -1, 0, 300, 0, -1]
     assert store.join(whole, []).tolist() == []
+
+
+def test_keys_in_the_order_of_the_cache_are_joined_without_a_table(whole, monkeypatch):
+    """All of them, a part, and one that is there twice: by the keys column alone, some at a time."""
+    keys = store.cached_manifest(whole).table["key"]
+    monkeypatch.setattr(samples, "ROWS_AT_ONCE", 100)
+    monkeypatch.setattr(store, "cached_manifest", lambda cache: 1 / 0)
+    assert store.join(whole, keys).tolist() == list(range(len(keys)))
+    some = [0, 1, 5, 99, 100, 101, 350, 351, 899, 1379]
+    assert store.join(whole, keys.take(some)).tolist() == some
+    assert store.join(whole, ["row/0300\u00e9", "row/0300\u00e9", "row/0301\u00e9"]).tolist() == [300, 300, 301]
+    with pytest.raises(ZeroDivisionError):
+        store.join(whole, keys.take([100, 0]))
 
 
 def test_a_cache_without_texts_has_no_text_mask(tmp_path):

@@ -23,8 +23,8 @@ ROOT = Path(__file__).parent.parent
 # A change here is a change of the contract in DESIGN.md, and a line in CHANGELOG.md
 OPTIONS = {
     "recipes": ["name"],
-    "train": ["--batch-size", "--cache", "--data", "--dry-run", "--live", "--micro-batch", "--out", "--print-config",
-              "--recipe", "--resume", "--seed", "--set", "--steps"],
+    "train": ["--batch-size", "--cache", "--data", "--dry-run", "--eval-every", "--live", "--micro-batch", "--out",
+              "--print-config", "--recipe", "--report-to", "--resume", "--seed", "--set", "--steps"],
     "eval": ["--data", "--json", "--task", "model"],
     "export": ["--format", "--out", "run"],
 }  # fmt: skip

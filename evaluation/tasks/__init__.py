@@ -6,16 +6,16 @@ from typing import Any
 from teachercache.names import resolve
 
 
-def _retrieval(encoder: Any, manifest: Any) -> dict[str, Any]:
+def _retrieval(encoder: Any, manifest: Any, split: str = "test") -> dict[str, Any]:
     from evaluation.tasks.retrieval import evaluate
 
-    return evaluate(encoder, manifest)
+    return evaluate(encoder, manifest, split)
 
 
-def _zeroshot(encoder: Any, manifest: Any) -> dict[str, Any]:
+def _zeroshot(encoder: Any, manifest: Any, split: str = "test") -> dict[str, Any]:
     from evaluation.tasks.zeroshot import evaluate
 
-    return evaluate(encoder, manifest)
+    return evaluate(encoder, manifest, split)
 
 
 def _imagenet(encoder: Any, manifest: Any) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def _coco_detection(encoder: Any, manifest: Any) -> dict[str, Any]:
     return evaluate(encoder, manifest)
 
 
-TASKS: dict[str, Callable[[Any, Any], dict[str, Any]]] = {
+TASKS: dict[str, Callable[..., dict[str, Any]]] = {
     "zeroshot_classification": _zeroshot,
     "zeroshot_retrieval": _retrieval,
     "imagenet": _imagenet,
@@ -46,7 +46,7 @@ TASKS: dict[str, Callable[[Any, Any], dict[str, Any]]] = {
 SHORT = {"zeroshot": "zeroshot_classification", "retrieval": "zeroshot_retrieval"}
 
 
-def find(name: str) -> tuple[str, Callable[[Any, Any], dict[str, Any]]]:
+def find(name: str) -> tuple[str, Callable[..., dict[str, Any]]]:
     """Full name and function of a task."""
     full = SHORT.get(name, name)
     return full, resolve(full, TASKS, kind="task")

@@ -12,13 +12,13 @@ from teachercache.samples import Manifest
 CHUNK = 1024  # queries scored at once
 
 
-def evaluate(encoder: Encoder, manifest: Manifest) -> dict[str, Any]:
-    """Recalls over the test split; keys as clip-benchmark writes them, ties and counts beside them."""
-    rows = manifest.rows_of_split("test").tolist()
+def evaluate(encoder: Encoder, manifest: Manifest, split: str = "test") -> dict[str, Any]:
+    """Recalls over a split; keys as clip-benchmark writes them, ties and counts beside them."""
+    rows = manifest.rows_of_split(split).tolist()
     texts = manifest.column("texts")
     rows = [row for row in rows if any(text.strip() for text in texts[row])]
     if not rows:
-        raise UserError(f"{manifest.data} has no test rows with texts: retrieval needs captions")
+        raise UserError(f"{manifest.data} has no {split} rows with texts: retrieval needs captions")
     images, kept, skipped = embed_images(encoder, manifest, rows)
     pairs = [(i, text) for i, row in enumerate(kept) for text in texts[row] if text.strip()]
     owner = torch.tensor([i for i, _ in pairs])

@@ -16,13 +16,13 @@ from teachercache.samples import Manifest
 TEMPLATES = ("a picture of {}.", "a photo of {}.", "a drawing of {}.", "{}.")
 
 
-def evaluate(encoder: Encoder, manifest: Manifest) -> dict[str, Any]:
-    """acc1, acc5 and mean_per_class_recall over the test split; keys as clip-benchmark writes them."""
+def evaluate(encoder: Encoder, manifest: Manifest, split: str = "test") -> dict[str, Any]:
+    """acc1, acc5 and mean_per_class_recall over a split; keys as clip-benchmark writes them."""
     labels = manifest.column("label")
-    test = manifest.rows_of_split("test").tolist()
-    if not test:
-        raise UserError(f"{manifest.data} has no test rows: give it a folder `test`, or pass other --data")
-    rows = [row for row in test if labels[row]]
+    chosen = manifest.rows_of_split(split).tolist()
+    if not chosen:
+        raise UserError(f"{manifest.data} has no {split} rows: give it a folder `{split}`, or pass other --data")
+    rows = [row for row in chosen if labels[row]]
     if not rows:
         raise UserError(f"{manifest.data} has no labels: zero-shot classification needs a folder per class")
     names = class_names(manifest)

@@ -1,0 +1,197 @@
+"""A paper's tables at laptop scale, its numbers beside ours over several seeds, written into docs/RESULTS.md.
+
+    python scripts/reproduce.py clip_kd --table fd_weight    one table
+    python scripts/reproduce.py clip_kd                      all of them
+
+A run is trained and measured by the commands that a user types, in a process of its own, as many at a time as there are
+cores. What is there already under runs/reproduce is not run again: the same command goes on after a stop.
+"""
+
+import argparse
+import concurrent.futures
+import contextlib
+import io
+import itertools
+import json
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import reproduce_clip_kd
+from bench_report import cores
+from reproduce_tables import METRICS, Row, Table
+
+from teachercache.paths import write_whole
+from teachercache.runtime import say, ticker
+
+PAPERS = {"clip_kd": reproduce_clip_kd}
+RESULTS = Path("docs/RESULTS.md")
+Results = dict[Row, list[dict[str, float]]]  # of each seed
+
+
+def main() -> int:
+    """Run what is missing, write the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("paper", choices=sorted(PAPERS))
+    parser.add_argument("--table", nargs="+", default=[], help="names; default all of the paper's")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=cores(), help="runs at a time, one core each")
+    parser.add_argument("--one", nargs="+", help=argparse.SUPPRESS)  # FOLDER WORDS...: one run, in this process
+    options = parser.parse_args()
+    if options.one:
+        return run_one(Path(options.one[0]), options.one[1:])
+    paper = PAPERS[options.paper]
+    unknown = sorted(set(options.table) - set(paper.TABLES))
+    if unknown:
+        parser.error(f"no table {', '.join(unknown)}: choose from {', '.join(paper.TABLES)}")
+    tables = {name: paper.TABLES[name] for name in options.table or paper.TABLES}
+    folders = {folder_of(options.paper, row, seed): paper.words(row, seed)
+               for table in tables.values() for row in table.rows for seed in options.seeds}  # fmt: skip
+    run_missing(options.paper, folders, options.jobs)
+    for name, table in tables.items():
+        results = {row: [json.loads((folder_of(options.paper, row, seed) / "result.json").read_text())
+                         for seed in options.seeds] for row in table.rows}  # fmt: skip
+        text = section(table, results, options.seeds)
+        print(text, end="\n\n")
+        replace_section(f"{options.paper} {name}", text)
+    say(f"written to {RESULTS}")
+    return 0
+
+
+# ----------------------------------------------------------------------------------------------------
+# Runs
+
+
+def folder_of(paper: str, row: Row, seed: int) -> Path:
+    """Where a run lies: rows of several tables that are one setting share it."""
+    settings = "-".join(f"{name}={value:g}" for name, value in row.settings)
+    return Path("runs/reproduce", paper, f"{settings or 'paper'}-seed{seed}")
+
+
+def run_missing(paper: str, folders: Mapping[Path, Sequence[str]], jobs: int) -> None:
+    """Every run that has no result yet, `jobs` at a time."""
+    missing = {folder: words for folder, words in folders.items() if not (folder / "result.json").exists()}
+    say(f"{len(folders) - len(missing)} of {len(folders)} runs are there")
+    with ticker(len(missing), "runs", paper) as tick, concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        waiting = {pool.submit(in_process, paper, folder, words): folder for folder, words in missing.items()}
+        try:
+            for done in concurrent.futures.as_completed(waiting):
+                done.result()
+                tick.step(1, str(waiting[done].name))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def in_process(paper: str, folder: Path, words: Sequence[str]) -> None:
+    """One run in a fresh process; its last line where it fails."""
+    command = [sys.executable, __file__, paper, "--one", str(folder), *words]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    if done.returncode:
+        sys.exit(f"error: {folder}: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
+
+
+def run_one(folder: Path, words: Sequence[str]) -> int:
+    """`student train` and `student eval` of each task; weights are left behind, numbers and curves are kept."""
+    from student.cli import main as student
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as name:
+        run, metrics = Path(name, "run"), {}
+        if code := student(["train", "--out", str(run), *words]):
+            return code
+        for task in sorted({metric.task for metric in METRICS}):
+            with contextlib.redirect_stdout(io.StringIO()) as text:
+                if code := student(["eval", str(run), "--task", task, "--json"]):
+                    return code
+            metrics |= json.loads(text.getvalue())["metrics"]
+        shutil.rmtree(run / "checkpoints")
+        (run / "model.safetensors").unlink()
+        write_whole(run / "result.json", json.dumps(metrics) + "\n")
+        shutil.rmtree(folder, ignore_errors=True)
+        run.rename(folder)
+    return 0
+
+
+# ----------------------------------------------------------------------------------------------------
+# Tables
+
+
+def section(table: Table, results: Results, seeds: Sequence[int]) -> str:
+    """Markdown: a row per setting; paper, ours, and both's difference to the reference row, paired by seed."""
+    reference = table.rows[table.reference]
+    head = ["", *(f"{metric.theirs}, paper" for metric in METRICS if any_paper(table, metric.place)),
+            *(f"{metric.ours}, here" for metric in METRICS), "paper's difference", "ours", "same sign"]  # fmt: skip
+    lines = [head, ["---"] * len(head)]
+    for row in table.rows:
+        theirs = [number(row.paper[m.place]) for m in METRICS if any_paper(table, m.place)]
+        ours = [spread([100 * result[metric.key] for result in results[row]]) for metric in METRICS]
+        lines.append([f"`{row.label}`", *theirs, *ours, *difference(row, reference, results)])
+    agreement = f"Pairs of rows that zero-shot top-1 orders as the paper's top-1 does: {order(table, results)}."
+    seeds_text = f"{len(seeds)} seed{'s' if len(seeds) > 1 else ''}: mean (lowest to highest)"
+    body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    title = f"### {table.title}"
+    return f"{title}\n\n{body}\n\n{seeds_text}; differences to `{reference.label}`. {agreement} {table.note}".strip()
+
+
+def any_paper(table: Table, place: int) -> bool:
+    """Whether the paper has that column."""
+    return any(row.paper[place] is not None for row in table.rows)
+
+
+def number(value: float | None) -> str:
+    """A paper's figure."""
+    return "-" if value is None else f"{value:g}"
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean, with lowest and highest of several."""
+    mean = f"{statistics.mean(values):.1f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.1f} to {max(values):.1f})"
+
+
+def difference(row: Row, reference: Row, results: Results) -> list[str]:
+    """Top-1 less the reference's, the paper's and ours seed by seed, and whether their signs agree."""
+    if row == reference:
+        return ["-", "-", "-"]
+    key = METRICS[0].key
+    ours = [100 * (a[key] - b[key]) for a, b in zip(results[row], results[reference], strict=True)]
+    if row.paper[0] is None or reference.paper[0] is None:
+        return ["-", spread(ours), "-"]
+    theirs = row.paper[0] - reference.paper[0]
+    clear = min(ours) > 0 or max(ours) < 0
+    same = theirs * statistics.mean(ours) > 0
+    return [f"{theirs:+.1f}", spread(ours), ("yes" if same else "no") + ("" if clear else ", within noise")]
+
+
+def order(table: Table, results: Results) -> str:
+    """`k of n`, pairs that the paper ties left out."""
+    known = [row for row in table.rows if row.paper[0] is not None]
+    key, pairs = METRICS[0].key, 0
+    agreeing = 0
+    for a, b in itertools.combinations(known, 2):
+        theirs = a.paper[0] - b.paper[0]
+        ours = statistics.mean(r[key] for r in results[a]) - statistics.mean(r[key] for r in results[b])
+        pairs += theirs != 0
+        agreeing += theirs * ours > 0
+    return f"{agreeing} of {pairs}"
+
+
+def replace_section(name: str, text: str) -> None:
+    """Put a table between its two marks in docs/RESULTS.md."""
+    begin, end = f"<!-- {name}: scripts/reproduce -->", f"<!-- end of {name} -->"
+    content = RESULTS.read_text()
+    pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
+    if not pattern.search(content):
+        sys.exit(f"error: {RESULTS} has no marks for the table: add the lines {begin} and {end}")
+    write_whole(RESULTS, pattern.sub(lambda _: f"{begin}\n{text}\n{end}", content))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

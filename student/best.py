@@ -1,0 +1,55 @@
+"""Evaluation while a run goes on, and the best student so far in <run>/best, itself a run that eval and export take."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import nn
+
+from student.accumulate import random_state, set_random_state
+from student.checkpoint import save_student, write_tensors
+from student.metrics import Metrics
+from teachercache.paths import write_whole
+from teachercache.runtime import rank, say
+
+Evaluate = Callable[[Path], tuple[float, dict[str, float]]]  # a run folder -> score, metrics
+
+
+def keep_best(student: nn.Module, run: Path, step: int, evaluate: Evaluate) -> None:
+    """Evaluate the student as it is after `step` steps; it becomes <run>/best where its score beats all before.
+
+    What is evaluated is what was written, so that the file is what the score says; ties keep the older one. Random
+    numbers of the training go on as if nothing had been.
+    """
+    folder, best = run / "candidate", run / "best"
+    if rank() == 0:
+        folder.mkdir(exist_ok=True)
+        shutil.copy(run / "run.json", folder)
+    save_student(student, folder / "model.safetensors")
+    if rank() == 0:
+        before = random_state()
+        score, metrics = evaluate(folder)
+        set_random_state(before)
+        Metrics(run / "evals.jsonl", start=step).write({"step": step, "score": score, **metrics})
+        if best_score(run) is None or score > best_score(run):
+            best.mkdir(exist_ok=True)
+            write_whole(best / "run.json", (run / "run.json").read_text())
+            facts = {"step": str(step), "score": repr(score), "metrics": json.dumps(metrics)}
+            write_tensors(load_file(folder / "model.safetensors"), best / "model.safetensors", facts)
+        shutil.rmtree(folder)
+        found = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        say(f"step {step}: {found}; best so far {best_score(run):.4f}")
+    dist.barrier()
+
+
+def best_score(run: Path) -> float | None:
+    """The score of <run>/best, which lies in its weights' file."""
+    path = run / "best" / "model.safetensors"
+    if not path.exists():
+        return None
+    with safe_open(path, "pt") as file:
+        return float(file.metadata()["score"])

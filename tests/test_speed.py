@@ -1,0 +1,116 @@
+"""What a run says of its speed: products counted once, waiting told apart, memory; where numbers go besides."""
+
+import json
+import sys
+import time
+import types
+
+import pytest
+import torch
+from conftest import read_lines, train_here
+from torch.utils.flop_counter import FlopCounterMode
+
+from student import speed
+from student.models.two_tower import build_two_tower
+from student.recipe import Run
+
+RUN = Run(data="", cache="", out="", device="cpu")
+
+
+@pytest.fixture
+def known_peak(monkeypatch):
+    """A CPU whose peak is a gigaflop a second."""
+    monkeypatch.setattr(speed, "PEAKS", {"cpu": (1e9, 1e9)})
+
+
+def test_waiting_and_computing_are_told_apart():
+    clock = speed.Speed(RUN, batch=10)
+    for _ in range(3):
+        clock.wait()
+        time.sleep(0.03)
+        clock.compute()
+        time.sleep(0.01)
+        clock.end_step()
+    facts = clock.facts()
+    assert clock.steps == 3
+    assert facts["data_wait"] == pytest.approx(0.75, abs=0.1)
+    assert facts["seconds_per_step"] == pytest.approx(0.04, rel=0.3)
+    assert facts["samples_per_second"] == pytest.approx(10 / facts["seconds_per_step"])
+    assert facts["peak_memory_bytes"] > 50e6
+    assert "mfu" not in facts
+    assert "MFU" not in clock.words()
+
+
+@pytest.mark.parametrize("words", [(), ("--micro-batch", 4), ("--set", "run.grad_checkpointing=true"),
+                                   ("--micro-batch", 4, "--set", "run.grad_checkpointing=true")])  # fmt: skip
+def test_products_are_counted_once(words, known_peak, squares, cache, tmp_path):
+    """Three forwards of the student; heads and losses of so small a batch are a few per cent on top."""
+    assert train_here(squares, cache, tmp_path / "run", "--steps", 2, *words) == 0
+    facts = json.loads((tmp_path / "run" / "speed.json").read_text())
+    student = build_two_tower("vit-micro")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        student({"image": torch.zeros(8, 3, 32, 32), "text": torch.ones(8, 16, dtype=torch.int64)})
+    counted = facts["mfu"] * 1e9 * facts["seconds_per_step"]
+    assert counted == pytest.approx(3 * counter.get_total_flops(), rel=0.08)
+
+
+def test_a_peak_is_that_of_the_longest_name(monkeypatch):
+    names = {"NVIDIA H100 PCIe": 756e12, "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA A10G": 70e12, "NVIDIA L40S": 362e12,
+             "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA L4": 121e12}  # fmt: skip
+    for name, peak in names.items():
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        assert speed.peak_flops("cuda:0", "bfloat16") == peak, name
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some Other GPU")
+    assert speed.peak_flops("cuda:0", "bfloat16") is None
+    assert speed.peak_flops("cpu", "float32") is None
+
+
+def test_a_dry_run_says_time_and_memory(squares, cache, tmp_path, capsys):
+    assert train_here(squares, cache, tmp_path / "run", "--dry-run", "--steps", 1000) == 0
+    said = capsys.readouterr().err
+    assert "student of " in said
+    assert "samples/s" in said
+    assert " GB" in said
+    assert "1000 steps take about" in said
+
+
+# ----------------------------------------------------------------------------------------------------
+# Reports
+
+
+def test_tensorboard_gets_every_value(squares, cache, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = tmp_path / "run"
+    assert train_here(squares, cache, run, "--steps", 3, "--report-to", "tensorboard") == 0
+    events = EventAccumulator(str(run / "tensorboard")).Reload()
+    lines = read_lines(run)
+    for name in ("loss", "task", "crd", "lr"):
+        found = [(event.step, event.value) for event in events.Scalars(f"train/{name}")]
+        assert found == [(line["step"], pytest.approx(line[name])) for line in lines]
+
+
+def test_wandb_gets_every_value(squares, cache, tmp_path, monkeypatch):
+    """By a stand-in with the three calls that are made; the real one was tried offline by hand."""
+    logged, started, finished = [], {}, []
+    run = types.SimpleNamespace(log=lambda values, step: logged.append({"step": step, **values}),
+                                finish=lambda: finished.append(True))  # fmt: skip
+    module = types.ModuleType("wandb")
+    module.init = lambda **words: started.update(words) or run
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    assert train_here(squares, cache, tmp_path / "run", "--steps", 2, "--report-to", "wandb") == 0
+    assert logged == read_lines(tmp_path / "run")
+    assert (started["dir"], started["resume"], finished) == (tmp_path / "run", "allow", [True])
+    assert started["config"]["recipe"]["name"] == "clip_kd"
+
+
+@pytest.mark.parametrize(("names", "said"), [
+    ("tensorbord", "--report-to tensorbord: choose from tensorboard, wandb"),
+    ("wandb", "--report-to wandb needs its package: pip install 'teachercache[wandb]'"),
+])  # fmt: skip
+def test_a_report_that_cannot_be_is_refused(names, said, squares, cache, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert train_here(squares, cache, tmp_path / "run", "--report-to", names) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
