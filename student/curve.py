@@ -19,6 +19,8 @@ def draw_curve(run: Path, terms: Iterable[str]) -> Path | None:
 
     figure, axis = plt.subplots(figsize=(7, 4))
     _draw_terms(axis, lines, ["loss", *terms])
+    if (run / "evals.jsonl").exists():
+        _draw_scores(axis.twinx(), read_metrics(run / "evals.jsonl"))
     figure.suptitle(run.name)
     figure.tight_layout()
     figure.savefig(run / "curve.png", dpi=120)
@@ -39,6 +41,13 @@ def _draw_terms(axis: Any, lines: list[dict[str, Any]], names: list[str]) -> Non
     axis.set_yscale("log" if positive else "linear")
     axis.legend(frameon=False)
     axis.grid(alpha=0.2)
+
+
+def _draw_scores(axis: Any, lines: list[dict[str, Any]]) -> None:
+    """What the student scored on the way, on an axis of its own."""
+    axis.plot([line["step"] for line in lines], [line["score"] for line in lines], "k.--", label="score")
+    axis.set_ylabel("score of evaluations")
+    axis.set_ylim(bottom=0)
 
 
 def smooth(values: list[float]) -> list[float]:

@@ -1,6 +1,7 @@
 """DeepSpeed around a TrainStep: parameter groups, schedule, configuration. One process needs no launcher."""
 
 import contextlib
+import datetime
 import importlib.util
 import math
 import os
@@ -68,7 +69,8 @@ def start_distributed(device: str) -> None:
         }
         os.environ.update(single)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        backend = "nccl" if device.startswith("cuda") else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(hours=1))  # others wait while one evaluates
 
 
 def set_up_student(student: nn.Module, run: Run) -> None:

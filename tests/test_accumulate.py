@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import own_recipes
 import pytest
 import torch
-from conftest import read_lines, train_here
+from conftest import read_lines, train_here, zero_noise
 from torch import nn
 
 from student.accumulate import accumulate, joined, split
@@ -17,7 +17,6 @@ from student.recipes.clip_kd import CLIP_KD
 from student.step import TrainStep
 
 ROWS, WIDTH = 12, 16
-zero_noise = pytest.mark.filterwarnings("ignore:.*all_gather_into_tensor. is deprecated:FutureWarning")
 
 
 def make_step(recipe, *, dropout: bool = False) -> TrainStep:
@@ -119,7 +118,11 @@ def test_training_by_micro_batches_has_the_losses_of_whole_batches(squares, cach
 def test_micro_batches_resume_to_the_same_losses(squares, cache, tmp_path, monkeypatch):
     words, name = ("--steps", 4, "--micro-batch", 4, "--set", "run.workers=1"), "own_recipes:DROPOUT"
     assert train_here(squares, cache, tmp_path / "whole", *words, recipe=name) == 0
-    assert train_here(squares, cache, tmp_path / "run", *words, "--set", "run.save_every=1", recipe=name) == 0
+    monkeypatch.setenv(own_recipes.STOP_VARIABLE, "1")
+    assert train_here(squares, cache, tmp_path / "run", *words, recipe=name) == 130
+    monkeypatch.delenv(own_recipes.STOP_VARIABLE)
+    assert len(read_lines(tmp_path / "run")) == 2
+    assert train_here(squares, cache, tmp_path / "run", *words, "--resume", recipe=name) == 0
     assert read_lines(tmp_path / "run") == read_lines(tmp_path / "whole")
 
 

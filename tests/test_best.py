@@ -53,6 +53,20 @@ def test_the_best_is_what_its_score_says(evaluated, squares, capsys):
     assert {key: metrics[key] for key in KEYS} == {key: first[key] for key in KEYS}
 
 
+def test_the_curve_shows_the_scores(evaluated, tmp_path):
+    from PIL import Image, ImageChops
+
+    from student.curve import draw_curve
+
+    for name in ("metrics.jsonl", "evals.jsonl"):
+        shutil.copy(evaluated / name, tmp_path)
+    with Image.open(draw_curve(tmp_path, ("task",))) as picture:
+        with_scores = picture.convert("RGB")
+    (tmp_path / "evals.jsonl").unlink()
+    with Image.open(draw_curve(tmp_path, ("task",))) as picture:
+        assert ImageChops.difference(with_scores, picture.convert("RGB")).getbbox()
+
+
 def test_the_best_can_be_exported(evaluated, tmp_path):
     words = ["export", str(evaluated / "best"), "--format", "open_clip", "--out", str(tmp_path / "out")]
     assert main(words) == 0

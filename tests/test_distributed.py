@@ -163,7 +163,7 @@ def work(rank: int, port: int, out: Path, words: list[str], stopping: list[str])
         torch.save(gradients(name, rank, WORLD), out / f"gradients-{name}-{rank}.pt")
     code = main(words)
     torch.save(torch.tensor(code), out / f"code-{rank}.pt")
-    code = main([*words, "--micro-batch", "2", "--out", str(out / "micro")])
+    code = main([*words, "--micro-batch", "2", "--eval-every", "2", "--out", str(out / "micro")])
     torch.save(torch.tensor(code), out / f"micro-{rank}.pt")
     for stage in ("0", "3"):
         code = main([*stopping, "--set", f"run.zero={stage}", "--out", str(out / f"halved-{stage}"), "--resume"])
@@ -313,6 +313,8 @@ def test_micro_batches_of_two_processes_have_the_losses_of_whole_batches(pair):
     assert [int(found(pair, "micro", rank)) for rank in (0, 1)] == [0, 0]
     whole, micro = read_lines(pair / "run"), read_lines(pair / "micro")
     assert len(micro) == 4
+    assert len((pair / "micro" / "evals.jsonl").read_text().splitlines()) == 2  # one of them evaluates, both wait
+    assert {path.name for path in (pair / "micro" / "best").iterdir()} == {"run.json", "model.safetensors"}
     for a, b in zip(whole, micro, strict=True):
         for key, value in a.items():
             assert b[key] == pytest.approx(value, rel=1e-4), key

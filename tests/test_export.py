@@ -55,19 +55,18 @@ def test_open_clip_loads_it_and_says_the_same(exported, finished_run):
 
 
 def test_it_is_what_was_trained(exported, finished_run):
-    """The weights are those of DeepSpeed's last checkpoint, tensor for tensor."""
-    checkpoint = next((finished_run / "checkpoints").glob("*/mp_rank_00_model_states.pt"))
-    trained = torch.load(checkpoint, weights_only=True)["module"]
+    """The weights are those of the last checkpoint, tensor for tensor."""
+    trained = load_file(next((finished_run / "checkpoints").glob("*.safetensors")))
     written = load_file(exported / "open_clip_model.safetensors")
-    prefix = "student.model."
+    prefix = "model.student.model."
     assert set(written) == {name.removeprefix(prefix) for name in trained if name.startswith(prefix)}
     for name, tensor in written.items():
         assert torch.equal(tensor.reshape(-1), trained[prefix + name].reshape(-1)), name
 
 
 def test_heads_stay_behind(exported, finished_run):
-    checkpoint = next((finished_run / "checkpoints").glob("*/mp_rank_00_model_states.pt"))
-    heads = [name for name in torch.load(checkpoint, weights_only=True)["module"] if name.startswith("heads.")]
+    saved = load_file(next((finished_run / "checkpoints").glob("*.safetensors")))
+    heads = [name for name in saved if name.startswith("model.heads.")]
     assert len(heads) == 5  # there were some
     for path in (finished_run / "model.safetensors", exported / "open_clip_model.safetensors"):
         names = set(load_file(path))
@@ -83,6 +82,7 @@ def test_files_and_the_model_card(exported, finished_run):
     card = (exported / "README.md").read_text()
     assert "vit-micro trained by `clip_kd`" in card
     assert "Steps: 4, batch 8, seed 0" in card
+    assert "; 48 rows, fingerprint " in card
     config = json.loads((exported / "open_clip_config.json").read_text())
     assert set(config) == {"model_cfg", "preprocess_cfg"}
     assert config["preprocess_cfg"]["size"] == 32

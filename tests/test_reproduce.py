@@ -1,0 +1,112 @@
+"""scripts/reproduce: what its tables say of given results, and that every row is a command that `student train` takes."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from student.recipe import Run, override
+from student.recipes import find
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
+
+import reproduce
+import reproduce_clip_kd
+from reproduce_tables import METRICS, Row, Table
+
+A = Row("a", (("fd", 1.0),), (30.0, None, None))
+B = Row("b", (("fd", 2.0),), (31.5, None, None))
+C = Row("c", (("fd", 3.0),), (31.0, None, None))
+D = Row("d", (("fd", 4.0),), (None, None, None))
+TABLE = Table("Some table", (A, B, C, D), reference=0, note="A note.")
+
+
+def results_of(**top1: list[float]) -> dict:
+    """Results whose other metrics are 0."""
+    rows = {row.label: row for row in TABLE.rows}
+    empty = {metric.key: 0.0 for metric in METRICS}
+    return {rows[label]: [empty | {"acc1": value} for value in values] for label, values in top1.items()}
+
+
+RESULTS = results_of(a=[0.10, 0.20], b=[0.12, 0.24], c=[0.11, 0.16], d=[0.3, 0.3])
+
+
+def test_a_table_holds_both_numbers_and_their_differences():
+    lines = reproduce.section(TABLE, RESULTS, [0, 1]).splitlines()
+    assert lines[0] == "### Some table"
+    cells = {line.split("`")[1]: [cell.strip() for cell in line.split("|")[2:-1]] for line in lines if "`" in line[:4]}
+    assert cells["a"][:2] == ["30", "15.0 (10.0 to 20.0)"]
+    assert cells["a"][-3:] == ["-", "-", "-"]
+    assert cells["b"][-3:] == ["+1.5", "3.0 (2.0 to 4.0)", "yes"]
+    assert cells["c"][-3:] == ["+1.0", "-1.5 (-4.0 to 1.0)", "no, within noise"]
+    assert cells["d"][-3:] == ["-", "15.0 (10.0 to 20.0)", "-"]
+    assert "orders as the paper's top-1 does: 2 of 3." in lines[-1]  # a < b and c < b; not a < c
+    assert lines[-1].endswith("A note.")
+    assert lines[2].count("paper") == 2  # the columns that the paper lacks are not there
+
+
+def test_ties_are_no_agreement():
+    same = results_of(a=[0.1], b=[0.1], c=[0.1], d=[0.1])
+    assert reproduce.order(TABLE, same) == "0 of 3"
+
+
+@pytest.mark.parametrize("name", reproduce_clip_kd.TABLES)
+def test_every_row_is_a_command_that_can_be_run(name):
+    table = reproduce_clip_kd.TABLES[name]
+    assert 0 <= table.reference < len(table.rows)
+    for row in table.rows:
+        words = reproduce_clip_kd.words(row, 7)
+        settings = [words[i + 1] for i, word in enumerate(words) if word == "--set"]
+        recipe, _ = override(find("clip_kd"), Run(data="", cache="", out=""), settings)
+        assert {key: getattr(recipe.constants, key) for key, _ in row.settings} == dict(row.settings)
+        assert words[words.index("--seed") + 1] == "7"
+
+
+def test_a_setting_of_two_tables_is_one_run():
+    rows = {row.label: row for table in reproduce_clip_kd.TABLES.values() for row in table.rows}
+    for one, other in (("+ fd=2000", "fd=2000"), ("+ mfd=2000", "mask_ratio=0.75"), ("+ gd=1e8", "gd=1e+08")):
+        assert reproduce.folder_of("clip_kd", rows[one], 0) == reproduce.folder_of("clip_kd", rows[other], 0)
+    folders = {reproduce.folder_of("clip_kd", row, 0) for row in rows.values()}
+    assert len(folders) == len({row.settings for row in rows.values()})
+
+
+def test_a_table_takes_its_place_between_its_marks(tmp_path, monkeypatch):
+    path = tmp_path / "RESULTS.md"
+    path.write_text("above\n<!-- clip_kd x: scripts/reproduce -->\nold\n<!-- end of clip_kd x -->\nbelow\n")
+    monkeypatch.setattr(reproduce, "RESULTS", path)
+    reproduce.replace_section("clip_kd x", r"new \1")
+    marks = "<!-- clip_kd x: scripts/reproduce -->\nnew \\1\n<!-- end of clip_kd x -->"
+    assert path.read_text() == f"above\n{marks}\nbelow\n"
+    with pytest.raises(SystemExit, match="has no marks"):
+        reproduce.replace_section("clip_kd y", "new")
+
+
+def test_what_is_there_is_not_run_again(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(reproduce, "in_process", lambda paper, folder, words: asked.append(folder))
+    (tmp_path / "done").mkdir()
+    (tmp_path / "done" / "result.json").write_text(json.dumps({}))
+    reproduce.run_missing("clip_kd", {tmp_path / "done": [], tmp_path / "new": []}, jobs=2)
+    assert asked == [tmp_path / "new"]
+
+
+def test_a_run_leaves_numbers_and_no_weights(squares, cache, tmp_path, monkeypatch):
+    words = ["--recipe", "clip_kd", "--data", str(squares), "--cache", str(cache), "--steps", "2", "--batch-size", "8",
+             "--set", "model=vit-micro", "--set", "run.workers=0"]  # fmt: skip
+    from conftest import contained
+
+    with contained(), monkeypatch.context() as patch:
+        from student import cli
+
+        def main(given: list[str]) -> int:  # `eval` of this data, not of the demo's
+            return real([*given, "--data", str(squares)] if given[0] == "eval" else given)
+
+        real = cli.main
+        patch.setattr(cli, "main", main)
+        assert reproduce.run_one(tmp_path / "runs" / "one", words) == 0
+    result = json.loads((tmp_path / "runs" / "one" / "result.json").read_text())
+    assert {metric.key for metric in METRICS} <= result.keys()
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["one"]
+    assert not list((tmp_path / "runs").rglob("*.safetensors"))
+    assert (tmp_path / "runs" / "one" / "metrics.jsonl").exists()
