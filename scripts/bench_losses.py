@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from bench_report import HEAD, Figures, Line, compare, judge, number
+from bench_report import HEAD, Figures, Line, compare, judge, number, resident
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -55,12 +55,6 @@ def once(form: str, pairs: int) -> Callable[[], dict[str, float]]:
         return {"seconds": time.perf_counter() - begin, "value": value, "slope": slope}
 
     return step
-
-
-def resident(key: str) -> int:
-    """Bytes of this process: VmRSS now, VmHWM at the peak."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
 
 def measure(form: str, pairs: int, runs: int) -> dict[str, float]:

@@ -73,6 +73,12 @@ def compare(what: str, figures: Figures, ours: str, theirs: str, *, unit: str, o
     return Line(what, *rates, ratio, bar, verdict)
 
 
+def resident(key: str) -> int:
+    """Bytes of this process: VmRSS now, VmHWM at the peak (ru_maxrss has the parent's in it)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+
 def cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,6 +1,6 @@
 """A step of one student: alone, distilled from a cache, with a live teacher, and in bare torch. Time, and peak memory.
 
-    python scripts/bench_train.py RECIPE    memory of one recipe's steps, in this process; prints a JSON line
+Called with a recipe and data it prints the memory of that recipe's steps in this process, a JSON line.
 """
 
 import argparse
@@ -17,8 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from bench_losses import resident
-from bench_report import HEAD, alternate, compare
+from bench_report import HEAD, alternate, compare, resident
 
 from student.engine import clamp_scales, parameter_groups, quiet_deepspeed, start_engine
 from student.models.two_tower import TINY
@@ -28,6 +27,7 @@ from student.train import prepare
 from teachercache.runtime import keep_memory, say
 
 BATCH, NOW = 64, Now(0, 100)
+CACHE = "caches/demo/clip-lite.zarr"  # that one, not another that may lie beside it
 
 
 def ready(name: str, data: str, *, live: bool = False) -> Any:
@@ -38,7 +38,7 @@ def ready(name: str, data: str, *, live: bool = False) -> Any:
     recipe = dataclasses.replace(recipe, batch=BATCH, steps=4,
                                  constants=dataclasses.replace(recipe.constants, model="bench"))  # fmt: skip
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    run = Run(data=data, cache="caches/demo", out="unused", device=device, live=live)
+    run = Run(data=data, cache=CACHE, out="unused", device=device, live=live)
     prepared = prepare(recipe, run)
     batch = {key: value.to(device) for key, value in prepared.batches[0].items()}
     return SimpleNamespace(recipe=recipe, run=run, step=prepared.step.to(device), batch=batch)
@@ -120,8 +120,8 @@ def bench_train(options: argparse.Namespace) -> list[str]:
     ]
     size = sum(parameter.numel() for parameter in ready("clip", data).step.parameters()) / 1e6
     note = (
-        f"A student of {size:.1f}M parameters, batch {BATCH}: seconds per step; memory: parameters, moments, gradients and "
-        "activations of some steps at the peak, each in a fresh process."
+        f"A student of {size:.1f}M parameters, batch {BATCH}: seconds per step; memory: parameters, moments, gradients "
+        "and activations of some steps at the peak, each in a fresh process."
     )
     return [note, "", *HEAD, *map(str, lines)]
 

@@ -17,6 +17,7 @@ from pathlib import Path
 RECIPES = ("clip", "clip_kd")
 TASKS = ("zeroshot_classification", "zeroshot_retrieval")
 STEPS, BATCH = 450, 128
+CACHE = "caches/demo/clip-lite.zarr"  # that one, not another that may lie beside it
 SETTINGS = ("optim.lr=1e-3", "run.save_every=200")
 ROWS = {
     "zero-shot top-1": "acc1",
@@ -51,7 +52,20 @@ def trained(recipe: str, seed: int) -> dict[str, float]:
     """Metrics of one run, trained and evaluated if it is not there yet."""
     run = Path("runs/demo", f"{recipe}-seed{seed}")
     if not (run / "model.safetensors").exists():
-        words = ["--recipe", recipe, "--out", run, "--seed", seed, "--steps", STEPS, "--batch-size", BATCH]
+        words = [
+            "--recipe",
+            recipe,
+            "--cache",
+            CACHE,
+            "--out",
+            run,
+            "--seed",
+            seed,
+            "--steps",
+            STEPS,
+            "--batch-size",
+            BATCH,
+        ]
         chosen = [word for setting in SETTINGS for word in ("--set", setting)]
         resume = ["--resume"] if (run / "run.json").exists() else []
         command("student", "train", *words, *chosen, *resume)

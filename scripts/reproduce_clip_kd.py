@@ -3,7 +3,7 @@
 from reproduce_tables import Row, Table
 
 STEPS, BATCH, LR = 150, 64, 1e-3
-MODEL = "vit-tiny"
+MODEL, CACHE = "vit-tiny", "caches/demo/clip-lite.zarr"  # that cache, not another that may lie beside it
 
 
 def row(label: str, top1: float | None = None, i2t: float | None = None, t2i: float | None = None, **weights) -> Row:
@@ -17,7 +17,19 @@ def words(one: Row, seed: int) -> list[str]:
     settings = [f"{name}={value:g}" for name, value in one.settings]
     fixed = [f"model={MODEL}", f"optim.lr={LR:g}", "run.save_every=1000000", "run.workers=0"]
     chosen = [word for setting in (*settings, *fixed) for word in ("--set", setting)]
-    return ["--recipe", "clip_kd", "--seed", str(seed), "--steps", str(STEPS), "--batch-size", str(BATCH), *chosen]
+    return [
+        "--recipe",
+        "clip_kd",
+        "--cache",
+        CACHE,
+        "--seed",
+        str(seed),
+        "--steps",
+        str(STEPS),
+        "--batch-size",
+        str(BATCH),
+        *chosen,
+    ]
 
 
 TASK = row("task alone", 30.55)

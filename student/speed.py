@@ -1,14 +1,16 @@
 """How fast a run goes: samples/s, the share of time that waits for data, MFU, memory at its peak. Measures alone."""
 
-import contextlib
 import dataclasses
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 
+from student.accumulate import random_state, set_random_state
 from student.recipe import Run
 
 # Dense tensor-core peaks of vendors' data sheets, FLOP/s: bfloat16 with float32 sums, and float32 without TF32.
@@ -45,6 +47,9 @@ def peak_memory(device: str) -> int:
     """Bytes at the peak: allocated on the GPU, else resident in this process without its decoding workers."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.exists():  # ru_maxrss has the parent's peak in it
+        return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if "VmHWM" in line)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -74,22 +79,23 @@ class Speed:
         now = time.monotonic()
         self.computed, self.began, self.steps = self.computed + now - self.began, now, self.steps + 1
 
-    @contextlib.contextmanager
-    def counted(self) -> Iterator[None]:
-        """Count the products of the first step inside, where the device's peak is known, for MFU.
+    def count_products(self, forward: Callable[[Any], Any], parts: Sequence[Any]) -> None:
+        """Count the products of a first step, where the device's peak is known, for MFU: three times its forwards.
 
-        A step is forward and backward, three times the forward; what micro-batches and checkpoints compute again is
-        not counted.
+        What micro-batches and activation checkpoints compute again is no part of it. A compiled student and a live
+        teacher are not counted.
         """
-        if self.steps or self.run.compile or peak_flops(self.run.device, self.run.precision) is None:
-            yield
+        known = peak_flops(self.run.device, self.run.precision) is not None
+        if self.steps or not known or self.run.compile or self.run.live:
             return
         from torch.utils.flop_counter import FlopCounterMode
 
-        with FlopCounterMode(display=False) as counter:
-            yield
-        again = bool(self.run.grad_checkpointing) + bool(self.run.micro_batch)
-        self.flops = counter.get_total_flops() * 3 / (3 + again)
+        before = random_state()
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            for part in parts:
+                forward(part)
+        set_random_state(before)
+        self.flops = 3 * counter.get_total_flops()
 
     def facts(self) -> dict[str, float]:
         """What speed.json holds; the share `mfu` where it is known."""

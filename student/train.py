@@ -143,8 +143,10 @@ def steps_from(engine: Any, prepared: Prepared, recipe: Recipe, speed: Speed,
         speed.compute()
         for group in engine.optimizer.param_groups:
             group["lr"] = learning_rate(recipe.optim, step, recipe.steps)
-        with quiet_deepspeed(), speed.counted():
-            loss, terms, notes = take_step(engine, parts, Now(step, recipe.steps), run.device)
+        now = Now(step, recipe.steps)
+        with quiet_deepspeed():
+            speed.count_products(lambda part, now=now: engine(on_device(part, run.device), now, {}), parts)
+            loss, terms, notes = take_step(engine, parts, now, run.device)
             clamp_scales(engine)
         values = plain({"loss": mean_over_ranks(loss), **{k: mean_over_ranks(v) for k, v in terms.items()}, **notes})
         speed.end_step()

@@ -1,4 +1,4 @@
-"""scripts/reproduce: what its tables say of given results, and that every row is a command that `student train` takes."""
+"""scripts/reproduce: what its tables say of given results, and every row is a command that `student train` takes."""
 
 import json
 import sys
