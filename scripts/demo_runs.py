@@ -52,20 +52,8 @@ def trained(recipe: str, seed: int) -> dict[str, float]:
     """Metrics of one run, trained and evaluated if it is not there yet."""
     run = Path("runs/demo", f"{recipe}-seed{seed}")
     if not (run / "model.safetensors").exists():
-        words = [
-            "--recipe",
-            recipe,
-            "--cache",
-            CACHE,
-            "--out",
-            run,
-            "--seed",
-            seed,
-            "--steps",
-            STEPS,
-            "--batch-size",
-            BATCH,
-        ]
+        words = ["--recipe", recipe, "--out", run, "--seed", seed, "--cache", CACHE]
+        words += ["--steps", STEPS, "--batch-size", BATCH]
         chosen = [word for setting in SETTINGS for word in ("--set", setting)]
         resume = ["--resume"] if (run / "run.json").exists() else []
         command("student", "train", *words, *chosen, *resume)

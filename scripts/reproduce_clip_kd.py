@@ -17,19 +17,8 @@ def words(one: Row, seed: int) -> list[str]:
     settings = [f"{name}={value:g}" for name, value in one.settings]
     fixed = [f"model={MODEL}", f"optim.lr={LR:g}", "run.save_every=1000000", "run.workers=0"]
     chosen = [word for setting in (*settings, *fixed) for word in ("--set", setting)]
-    return [
-        "--recipe",
-        "clip_kd",
-        "--cache",
-        CACHE,
-        "--seed",
-        str(seed),
-        "--steps",
-        str(STEPS),
-        "--batch-size",
-        str(BATCH),
-        *chosen,
-    ]
+    sizes = ["--steps", str(STEPS), "--batch-size", str(BATCH)]
+    return ["--recipe", "clip_kd", "--cache", CACHE, "--seed", str(seed), *sizes, *chosen]
 
 
 TASK = row("task alone", 30.55)
