@@ -127,6 +127,8 @@ def start_engine(step: nn.Module, optim: Optim, run: Run, rows_per_rank: int) ->
             config=deepspeed_config(run, optim, rows_per_rank),
             dist_init_required=False,
         )
+    if torch.distributed.get_world_size() == 1 and run.zero == 0:
+        engine.enable_backward_allreduce = False  # it would copy all gradients twice to add nothing (LOG.md)
     return engine
 
 
