@@ -110,11 +110,13 @@ def bench_train(options: argparse.Namespace) -> list[str]:
     peaks = alternate(max(1, options.rounds // 3), uncounted=0, clip=lambda: memory_in_process("clip", data),
                       clip_kd=lambda: memory_in_process("clip_kd", data))  # fmt: skip
     times = alternate(options.rounds, clip=engine_step("clip", data), clip_kd=engine_step("clip_kd", data),
-                      bare=bare_step("clip", data), live=engine_step("clip_kd", data, live=True))  # fmt: skip
+                      psd=engine_step("psd", data), bare=bare_step("clip", data),
+                      live=engine_step("clip_kd", data, live=True))  # fmt: skip
     alone = {"unit": "s", "other": "clip alone"}
     lines = [
         compare("clip_kd on a cache", times, "clip_kd", "clip", bar="<= 1.05", **alone),
         compare("clip_kd on a cache, peak memory", peaks, "clip_kd", "clip", bar="<= 1.1", unit="MB", other="clip"),
+        compare("psd", times, "psd", "clip", bar="<= 1.02", **alone),
         compare("clip_kd with clip-lite live", times, "live", "clip", **alone),
         compare("DeepSpeed engine, clip", times, "clip", "bare", unit="s", other="bare torch loop", bar="<= 1.05"),
     ]

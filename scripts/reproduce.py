@@ -42,7 +42,9 @@ def main() -> int:
     parser.add_argument("--table", nargs="+", default=[], help="names; default all of the paper's")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=cores(), help="runs at a time, one core each")
-    parser.add_argument("--one", nargs="+", help=argparse.SUPPRESS)  # FOLDER WORDS...: one run, in this process
+    parser.add_argument(
+        "--one", nargs=argparse.REMAINDER, help=argparse.SUPPRESS
+    )  # FOLDER WORDS...: one run, in this process
     options = parser.parse_args()
     if options.one:
         return run_one(Path(options.one[0]), options.one[1:])

@@ -75,13 +75,16 @@ def start_distributed(device: str) -> None:
 
 def set_up_student(student: nn.Module, run: Run) -> None:
     """Activation checkpointing and torch.compile where they were asked for and can be; else the reason is said."""
-    for setting, reason in (("grad_checkpointing", _no_checkpointing(student)), ("compile", _no_compile(student, run))):
-        if getattr(run, setting) and reason:
-            say(f"run.{setting} is off: {reason}")
-        elif getattr(run, setting) and setting == "compile":
-            student.compile()
-        elif getattr(run, setting):
+    if run.grad_checkpointing:
+        if reason := _no_checkpointing(student):
+            say(f"run.grad_checkpointing is off: {reason}")
+        else:
             student.model.set_grad_checkpointing(True)
+    if run.compile:
+        if reason := _no_compile(student, run):
+            say(f"run.compile is off: {reason}")
+        else:
+            student.compile()
 
 
 def _no_checkpointing(student: nn.Module) -> str:

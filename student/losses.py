@@ -8,7 +8,7 @@ tiled.TILED_FROM rows on the same numbers come from tiled.py, without a matrix o
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from student import tiled
@@ -121,6 +121,45 @@ def cross_kd_loss(image: Float[Tensor, "n d"], text: Float[Tensor, "n d"], scale
     V, S, V_T, S_T = _wide(image, text, t_image, t_text)
     teacher = t_scale * V_T @ S_T.T  # [n, n]
     return (_kl_rows(teacher, scale * V @ S_T.T) + _kl_rows(teacher.T, scale * S @ V_T.T)) / 2
+
+
+def soft_clip_loss(image: Float[Tensor, "n d"], text: Float[Tensor, "n d"], scale: Scale, t_image: Float[Tensor, "n e"],
+                   t_text: Float[Tensor, "n e"], t_scale: Scale) -> Float[Tensor, ""]:  # fmt: skip
+    """Affinity mimicking: InfoNCE whose targets are the teacher's softmax, crd_loss and the teacher's entropy.
+
+    1/2 [CE(a V S^T, sm(a_T V_T S_T^T)) + CE(a S V^T, sm(a_T S_T V_T^T))].
+    """
+    if tiled.pays(image, t_image, t_text, t_scale):
+        return tiled.tiled_soft_clip(image, text, scale, t_image, t_text, t_scale)
+    V, S, V_T, S_T = _wide(image, text, t_image, t_text)
+    student = scale * V @ S.T  # [n, n]
+    teacher = t_scale * V_T @ S_T.T  # [n, n]
+    both = zip((student, student.T), (teacher, teacher.T), strict=True)
+    return sum(F.cross_entropy(z, t.softmax(1)) for z, t in both) / 2
+
+
+def psd_loss(image: Float[Tensor, "n d"], text: Float[Tensor, "n d"], scale: Scale, t_image: Float[Tensor, "n e"],
+             t_text: Float[Tensor, "n e"], t_scale: Scale,
+             unaligned: Bool[Tensor, " n"]) -> Float[Tensor, ""]:  # fmt: skip
+    """Progressive self-distillation: hard targets for aligned pairs, swapped soft ones for unaligned pairs.
+
+    1/N [sum over aligned i of CE(Z_i, i) + sum over unaligned i of KL(R_i || sm(Z)_i)], Z = a V S^T, and the same for
+    Z^T, halved. R is the transpose of the teacher's text-to-image softmax, sm(a_T S_T V_T^T)^T, rows renormalised.
+    In PSD the teacher is the model itself, detached.
+    """
+    if tiled.pays(image, t_image, t_text, t_scale):
+        return tiled.tiled_psd(image, text, scale, t_image, t_text, t_scale, unaligned)
+    V, S, V_T, S_T = _wide(image, text, t_image, t_text)
+    student = scale * V @ S.T  # [n, n]
+    teacher = t_scale * V_T @ S_T.T  # [n, n]
+    return (_psd_rows(student, teacher, unaligned) + _psd_rows(student.T, teacher.T, unaligned)) / 2
+
+
+def _psd_rows(z: Float[Tensor, "n n"], t: Float[Tensor, "n n"], unaligned: Bool[Tensor, " n"]) -> Float[Tensor, ""]:
+    """One direction of psd_loss: softmax over rows of t - lse_j is sm(t^T)^T with its rows renormalised."""
+    log_p, log_r = z.log_softmax(1), (t - t.logsumexp(0)).log_softmax(1)
+    soft = F.kl_div(log_p, log_r, log_target=True, reduction="none").sum(1)
+    return torch.where(unaligned, soft, -log_p.diagonal()).mean()
 
 
 def hidden_loss(hidden: Float[Tensor, "n d"], t_hidden: Float[Tensor, "n d"]) -> Float[Tensor, ""]:

@@ -72,7 +72,6 @@ def _compute(target: Target, teacher: Teacher, *, batch_size: int, workers: int,
     stages, rows = Stages(cache, workers), 0
     decoder = rows_for(teacher, target.manifest, Augment(**meta.augment) if meta.views else None)
     with (
-        _worker_deaths(),
         claims(cache) as claim,
         ThreadPoolExecutor(1, "write") as writer,
         contextlib.closing(
@@ -182,20 +181,6 @@ def _pieces(target: Target, jobs: dict[int, Job], todo: list[int], claim: Callab
             yield Piece(part, views[:VIEWS_AT_ONCE], job.texts, block)
             for first in range(VIEWS_AT_ONCE, len(views), VIEWS_AT_ONCE):
                 yield Piece(part, views[first : first + VIEWS_AT_ONCE], range(0), block)
-
-
-@contextlib.contextmanager
-def _worker_deaths() -> Iterator[None]:
-    """A decoding process that died is told in one line."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise UserError(
-            "a decoding process died (killed, or out of memory): the same command goes on where it left off; "
-            "try fewer --workers"
-        ) from error
 
 
 def _write(cache: store.Cache, block: int, chunks: store.Chunks, invalid: list[dict[str, Any]], stages: Stages) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from teachercache.names import UserError
 from teachercache.samples import BadSample, Manifest, Sample, clean_texts, read_image
 from teachercache.teachers import Teacher
 from teachercache.views import PARAMS, Augment, draw_params, replay_view
@@ -97,6 +98,7 @@ def decoded(rows: Rows, pieces: Iterable[Piece], *, workers: int, pin: bool = Fa
     """Batches of pieces in their order, decoded ahead by worker processes; tensors come through shared memory.
 
     Close it where an error may leave it half read: the workers end at once, where torch would wait ten seconds.
+    UserError where one of them died.
     """
     batches = iter(DataLoader(
         rows,
@@ -109,9 +111,23 @@ def decoded(rows: Rows, pieces: Iterable[Piece], *, workers: int, pin: bool = Fa
     ))  # fmt: skip
     try:
         yield from batches
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        if not _is_death(error):
+            raise
+        raise UserError(
+            "a decoding process died (killed, or out of memory): the same command goes on where it left off; "
+            "try fewer --workers"
+        ) from error
     finally:
         for process in getattr(batches, "_workers", []):
             process.terminate()  # which torch's workers take from their parent as a good end
+
+
+def _is_death(error: Exception) -> bool:
+    """Whether a worker is gone, which torch says or a connection that ends while a tensor is handed over."""
+    if isinstance(error, RuntimeError):
+        return "DataLoader worker (pid" in str(error)
+    return "in DataLoader worker process" not in str(error)  # that is an error which a worker told of
 
 
 def ignore_interrupt(worker: int) -> None:

@@ -3,9 +3,11 @@
 Writes are whole or not there. Not for reading pictures: see `samples.py`.
 """
 
+import io
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from teachercache.names import UserError
 
@@ -35,14 +37,21 @@ def write_whole(path: Path, content: bytes | str, *, tag: str = "") -> None:
     A `tag` where several processes may write the same local file at once.
     """
     content = content.encode() if isinstance(content, str) else content
+    stream_whole(path, lambda file: file.write(content), tag=tag)
+
+
+def stream_whole(path: Path, write: Callable[[IO[bytes]], Any], *, tag: str = "") -> None:
+    """As `write_whole`, by a function that writes into an open file: locally nothing is whole in memory."""
     if is_url(path):
-        path.write_bytes(content)
+        content = io.BytesIO()
+        write(content)
+        path.write_bytes(content.getvalue())
         return
     partial = path.with_name(f"{path.name}{tag}.partial")
     partial.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(partial, "wb") as file:
-            file.write(content)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:  # write() and fsync() do not say which file it was

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from teachercache.columns import COLUMN_FILES, picture_in_row
 from teachercache.names import UserError
-from teachercache.paths import as_path, is_url, write_whole
+from teachercache.paths import as_path, is_url, stream_whole
 from teachercache.remote import below, here, persistently, read_range, tidy
 
 if TYPE_CHECKING:
@@ -178,10 +178,9 @@ def write_manifest(manifest: Manifest, path: Any) -> None:
     import pyarrow.parquet as pq
 
     meta = {"data": manifest.data, "root": str(manifest.root), "digest": manifest.digest}
-    content = io.BytesIO()
     table = manifest.table.replace_schema_metadata({**meta, "checksum": _checksum(meta)})
-    pq.write_table(table, content, write_page_checksum=True)
-    write_whole(path, content.getvalue())
+    options = {"write_page_checksum": True, "row_group_size": 8 * ROWS_AT_ONCE}  # what lies in memory at one time
+    stream_whole(path, lambda file: pq.write_table(table, file, **options))
 
 
 def load_manifest(path: Any) -> Manifest:

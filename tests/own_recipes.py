@@ -9,19 +9,24 @@ from torch import nn
 
 from student.recipes.clip import CLIP, build
 from student.recipes.clip_kd import CLIP_KD, heads, loss
+from student.recipes.psd import PSD
 
 MICRO = dataclasses.replace(CLIP_KD, constants=dataclasses.replace(CLIP_KD.constants, model="vit-micro"))
 STOP_VARIABLE = "OWN_RECIPES_STOP_AT"  # the step in whose loss the process sends itself a SIGTERM
 
 
-def stopping_loss(student, batch, constants, now):
-    """clip_kd's loss; a stop signal comes while it is computed."""
-    if os.environ.get(STOP_VARIABLE) == str(now.step):
-        os.kill(os.getpid(), signal.SIGTERM)
-    return loss(student, batch, constants, now)
+def stopping(inner):
+    """A recipe's loss; a stop signal comes while it is computed."""
+
+    def stopping_loss(student, batch, constants, now):
+        if os.environ.get(STOP_VARIABLE) == str(now.step):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return inner(student, batch, constants, now)
+
+    return stopping_loss
 
 
-STOPPING = dataclasses.replace(MICRO, name="stopping", loss=stopping_loss)
+STOPPING = dataclasses.replace(MICRO, name="stopping", loss=stopping(loss))
 
 
 class NoisyHeads(nn.Module):
@@ -83,3 +88,6 @@ def bad_loss(student, batch, constants, now):
 
 BAD_LOSS = dataclasses.replace(MICRO, name="bad_loss", loss=bad_loss)
 PLAIN = dataclasses.replace(CLIP, name="plain", constants=dataclasses.replace(CLIP.constants, model="vit-micro"))
+PSD_STOPPING = dataclasses.replace(
+    PSD, name="psd_stopping", loss=stopping(PSD.loss), constants=dataclasses.replace(PSD.constants, model="vit-micro")
+)

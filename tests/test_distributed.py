@@ -25,10 +25,17 @@ from student.models.two_tower import build_two_tower
 from student.recipe import Now, Optim, Run
 from student.recipes.clip import CLIP
 from student.recipes.clip_kd import CLIP_KD
+from student.recipes.psd import PSD
 from student.step import TrainStep
 
 WORLD, ROWS = 2, 8
-WIDTHS = {"clip": None, "clip_kd-equal": 64, "clip_kd-differing": 16, "clip_kd-all": 16}  # vit-micro is 64 wide
+WIDTHS = {
+    "clip": None,
+    "psd": None,
+    "clip_kd-equal": 64,
+    "clip_kd-differing": 16,
+    "clip_kd-all": 16,
+}  # vit-micro is 64 wide
 ENGINES = [(name, 0) for name in WIDTHS]
 ENGINES += [(name, stage) for name in ("clip_kd-differing", "clip_kd-all") for stage in (1, 2, 3)]
 ALL = {"fd": 10.0, "mfd": 10.0, "gd": 0.1, "afd": 1.0, "cross": 1.0, "hidden": 10.0,
@@ -39,13 +46,14 @@ OPTIM = Optim(
     lr=1e-3, warmup=0.0, eps=1e-4
 )  # a large eps: Adam divides rounding errors of tiny gradients by themselves
 STEPS = 2
+HALF_PSD = dataclasses.replace(PSD, constants=dataclasses.replace(PSD.constants, schedule="constant", alpha_end=0.5))
 
 
 def make_step(name: str) -> TrainStep:
     """The same step in every process, as `student train` makes it."""
     torch.manual_seed(3)
     if WIDTHS[name] is None:
-        return TrainStep(CLIP, build_two_tower("vit-micro"), None)
+        return TrainStep(CLIP if name == "clip" else HALF_PSD, build_two_tower("vit-micro"), None)
     changes = ALL if name == "clip_kd-all" else {"fd": 10.0}  # 2000 would hide the other terms' errors
     constants = dataclasses.replace(CLIP_KD.constants, model="vit-micro", **changes)
     recipe = dataclasses.replace(CLIP_KD, constants=constants)
@@ -71,7 +79,9 @@ def make_batch(name: str, number: int, rank: int, world: int) -> dict:
     batch["chance"] = torch.rand(ROWS, 16, generator=random)
     share = ROWS // world
     batch = {key: value[rank * share : (rank + 1) * share] for key, value in batch.items()}
-    scales = {"clip": {}, "clip_kd-all": {"logit_scale": 3.0, "logit_scale@1": 2.0}}.get(name, {"logit_scale": 3.0})
+    scales = {"clip": {}, "psd": {}, "clip_kd-all": {"logit_scale": 3.0, "logit_scale@1": 2.0}}.get(
+        name, {"logit_scale": 3.0}
+    )
     return batch | {key: torch.tensor(value) for key, value in scales.items()}
 
 
@@ -267,7 +277,7 @@ def test_gradients_of_two_ranks_are_those_of_one(pair, name):
             assert value.norm() > 0, key
             assert relative(two[key], value) < 1e-5, f"rank {rank}, {key}"
     heads = {key for key in one if key.startswith("grad heads")}
-    assert len(heads) == {"clip": 0, "clip_kd-equal": 1, "clip_kd-differing": 5, "clip_kd-all": 22}[name]
+    assert len(heads) == {"clip": 0, "psd": 0, "clip_kd-equal": 1, "clip_kd-differing": 5, "clip_kd-all": 22}[name]
 
 
 @pytest.mark.parametrize(("name", "stage"), ENGINES)

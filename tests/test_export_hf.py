@@ -382,7 +382,8 @@ def test_the_card_says_what_the_run_was(finished_run, squares, tmp_path, form, c
     assert front["pipeline_tag"] == "zero-shot-image-classification"
     assert {"clip", "distillation", "clip_kd"} <= set(front["tags"])
     facts = json.loads((run / "run.json").read_text())
-    for words in ("CLIP-KD: An Empirical Study", "fd=2000.0", "task Task + crd CRD + fd FD + icl ICL", "squares; rows",
+    for words in ("CLIP-KD: An Empirical Study", "fd=2000.0", "task Task + crd CRD + fd FD + icl ICL",
+                  "squares; 48 rows",
                   f"tiny, weights pretrained, sha256 {facts['teachers'][0]['digest'][:12]}",
                   f"torch={facts['versions']['torch']}",
                   "Steps: 4, batch 8, seed 0", "## zeroshot_classification on squares"):  # fmt: skip
@@ -399,7 +400,7 @@ def test_what_users_wrote_cannot_break_the_card(finished_run):
     facts["teachers"] = []
     result = {"task": "t", "dataset": "a|b", "metrics": {"acc|1": 0.5, "none": None}}
     card = model_card(facts, [result], library="x", usage="print('```')")
-    for line in ("- Data: s3://a_b/\\*.tar, my\\|photos # heading; rows", "- Teacher: none", '- "x\\"\\n- y"',
+    for line in ("- Data: s3://a_b/\\*.tar, my\\|photos # heading; 48 rows", "- Teacher: none", '- "x\\"\\n- y"',
                  "````python", "## t on a\\|b", "| acc\\|1 | 0.5 |", "| none | - |",
                  "- Recipe: A \\<b\\>paper\\</b\\> \\[x\\](y) \\`z\\`"):  # fmt: skip
         assert line in card

@@ -19,7 +19,7 @@ from disturbed import BLOCK, CONTEXT, Disturbed, mount_disk, run_build, wait_for
 from PIL import Image
 
 from teachercache import store
-from teachercache.decode import Rows
+from teachercache.decode import Rows, _is_death
 from teachercache.derived import damaged_files
 from teachercache.names import UserError
 from teachercache.readers import read_manifest
@@ -183,6 +183,19 @@ def test_decoding_process_that_is_killed_is_one_line_and_the_build_goes_on(slow_
     undisturbed = slow_command.out.with_name("undisturbed.zarr")
     run_build(teacher, slow_command.out.with_name("data"), undisturbed, block_rows=None, batch_size=2)
     assert tree(slow_command.out) == tree(undisturbed)
+
+
+@pytest.mark.parametrize(("error", "death"), [
+    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), True),
+    (RuntimeError("DataLoader worker (pid(s) 7, 8) exited unexpectedly"), True),
+    (ConnectionResetError("Connection reset by peer"), True),
+    (EOFError(), True),
+    (RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nTraceback ..."), False),
+    (ConnectionError("Caught ConnectionError in DataLoader worker process 0.\nTraceback ..."), False),
+    (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+])  # fmt: skip
+def test_a_dead_worker_is_told_from_an_error_in_one(error: Exception, death: bool):
+    assert _is_death(error) == death
 
 
 @pytest.mark.parametrize(("number", "to_all", "code"), [(signal.SIGINT, True, 130), (signal.SIGTERM, False, 143)])

@@ -110,6 +110,15 @@ def loop_cross(image, text, scale, t_image, t_text, t_scale):
     return (forward + backward) / 2
 
 
+def loop_soft_clip(image, text, scale, t_image, t_text, t_scale):
+    total = 0
+    for left, right, t_left, t_right in ((image, text, t_image, t_text), (text, image, t_text, t_image)):
+        for q, p in zip(logits(left, right, scale), logits(t_left, t_right, t_scale), strict=True):
+            for log_q, log_p in zip(log_row_softmax(q), log_row_softmax(p), strict=True):
+                total = total - torch.exp(log_p) * log_q
+    return total / len(image) / 2
+
+
 def rows(width: int, seed: int, *, count: int = N, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     """Unit rows at random."""
     generator = torch.Generator().manual_seed(seed)
@@ -124,7 +133,7 @@ def scale(value: float, dtype: torch.dtype = torch.float64) -> torch.Tensor:
 def inputs_of(name: str, *, count: int = N, dtype: torch.dtype = torch.float64, a: float = 9.0) -> dict:
     """Arguments of a loss by name; the teacher is narrower than the student only where that is allowed."""
     student = {"image": rows(D, 1, count=count, dtype=dtype), "text": rows(D, 2, count=count, dtype=dtype)}
-    width = E if name == "crd_loss" else D
+    width = E if name in ("crd_loss", "soft_clip_loss") else D
     teacher = {"t_image": rows(width, 3, count=count, dtype=dtype), "t_text": rows(width, 4, count=count, dtype=dtype)}
     return {
         "clip_loss": student | {"scale": scale(a, dtype)},
@@ -133,12 +142,13 @@ def inputs_of(name: str, *, count: int = N, dtype: torch.dtype = torch.float64, 
         "icl_loss": student | teacher | {"scale": scale(a, dtype)},
         "gd_loss": student | {"scale": scale(a, dtype)} | teacher | {"t_scale": scale(a * 1.7, dtype)},
         "cross_kd_loss": student | {"scale": scale(a, dtype)} | teacher | {"t_scale": scale(a * 1.7, dtype)},
+        "soft_clip_loss": student | {"scale": scale(a, dtype)} | teacher | {"t_scale": scale(a * 1.7, dtype)},
         "hidden_loss": {"hidden": student["image"], "t_hidden": teacher["t_image"]},
     }[name]
 
 
 LOSSES = {"clip_loss": loop_clip, "crd_loss": loop_crd, "fd_loss": loop_fd, "icl_loss": loop_icl, "gd_loss": loop_gd,
-          "cross_kd_loss": loop_cross, "hidden_loss": mean_square}  # fmt: skip
+          "cross_kd_loss": loop_cross, "soft_clip_loss": loop_soft_clip, "hidden_loss": mean_square}  # fmt: skip
 every_loss = pytest.mark.parametrize("name", list(LOSSES))
 
 

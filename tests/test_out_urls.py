@@ -74,16 +74,16 @@ def kill_at_write(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     """Every write of a cache from the `number`-th on fails, as of a process that is not there any more."""
     from teachercache import paths
 
-    whole, seen = paths.write_whole, [0]
+    whole, seen = paths.stream_whole, [0]
 
-    def write(path: Any, content: bytes | str, *, tag: str = "") -> None:
+    def stream(path: Any, write: Any, *, tag: str = "") -> None:
         seen[0] += 1
         if seen[0] >= number:
             raise Killed
-        whole(path, content, tag=tag)
+        whole(path, write, tag=tag)
 
-    for module in ("store", "grow", "derived", "samples"):
-        monkeypatch.setattr(f"teachercache.{module}.write_whole", write)
+    for module in ("paths", "samples"):  # write_whole is a stream of what is there
+        monkeypatch.setattr(f"teachercache.{module}.stream_whole", stream)
 
 
 def error_of(capsys: pytest.CaptureFixture, *words: object) -> str:

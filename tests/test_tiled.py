@@ -279,6 +279,13 @@ def test_no_tensor_grows_with_the_square_of_the_pairs(name):
     assert largest(getattr(tiled, f"tiled_{name}"), few, tile=32) <= 128 * 32
 
 
+def test_soft_losses_are_those_of_losses_py():
+    given = inputs_of("psd", 21)
+    assert_same(results(losses.psd_loss, given), results(whole_psd, given), 1e-9)
+    given = inputs_of("soft_clip", 21)
+    assert_same(results(losses.soft_clip_loss, given), results(whole_soft_clip, given), 1e-9)
+
+
 @pytest.mark.parametrize("name", ["clip", "crd", "icl"])
 def test_losses_switch_to_tiles_where_it_pays(name, monkeypatch):
     given = inputs_of(name, 600, dtype=torch.float32)

@@ -3,9 +3,10 @@
 from student.recipe import Recipe
 from student.recipes.clip import CLIP
 from student.recipes.clip_kd import CLIP_KD
+from student.recipes.psd import PSD
 from teachercache.names import UserError, resolve
 
-RECIPES: dict[str, Recipe] = {"clip": CLIP, "clip_kd": CLIP_KD}
+RECIPES: dict[str, Recipe] = {"clip": CLIP, "clip_kd": CLIP_KD, "psd": PSD}
 
 
 def find(name: str) -> Recipe:
