@@ -1,4 +1,4 @@
-"""Benchmarks as ratios within one run; each writes docs/benchmarks/<theme>_<hardware>_<date>.md.
+"""Benchmarks as ratios within one run; each writes docs/benchmarks/<theme>[-<parts>]_<hardware>_<date>.md.
 
     python scripts/bench.py cache    reading against np.memmap; building against the bare forward; another tool; memory
     python scripts/bench.py train    a distillation step against the same step without; the engine against bare torch
@@ -44,7 +44,8 @@ def main() -> int:
     except UserError as error:
         say(f"error: {error}")
         return 2
-    write(options.theme, text)
+    some = options.theme == "cache" and set(options.only) != set(PARTS)  # parts have a file of their own
+    write("-".join([options.theme, *(options.only if some else ())]), text)
     return 0
 
 
