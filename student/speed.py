@@ -114,6 +114,6 @@ class Speed:
     def words(self) -> str:
         """The same for a person."""
         facts = self.facts()
-        words = f"{facts['samples_per_second']:,.0f} samples/s, {100 * facts['data_wait']:.0f} % waiting for data"
+        words = f"{facts['samples_per_second']:,.0f} samples/s, {100 * facts['data_wait']:.0f} % waiting"
         words += f", {facts['peak_memory_bytes'] / 1e9:.1f} GB"
         return words + (f", MFU {100 * facts['mfu']:.0f} %" if "mfu" in facts else "")

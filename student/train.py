@@ -37,7 +37,7 @@ from student.metrics import plain, refuse_nan, refuse_nan_weights
 from student.models.two_tower import TwoTower
 from student.recipe import Now, Recipe, Run
 from student.reporting import Report, asked, reporting
-from student.speed import Speed
+from student.speed import Speed, peak_memory
 from student.step import TrainStep
 from teachercache.names import UserError
 from teachercache.paths import write_whole
@@ -60,7 +60,7 @@ class Prepared(NamedTuple):
 
 
 def train(recipe: Recipe, run: Run, *, resume: bool, dry_run: bool = False, evaluate: Evaluate | None = None) -> Path:
-    """Train a student; returns the run folder. With `dry_run` one step is taken and nothing is left behind.
+    """Train a student; returns the run folder. With `dry_run` two steps are taken and nothing is left behind.
 
     `evaluate` gives a run folder's score, for `run.eval_every`.
     """
@@ -114,7 +114,7 @@ def run_steps(engine: Any, prepared: Prepared, recipe: Recipe, speed: Speed, don
         for step, values, terms in steps_from(engine, prepared, recipe, speed, done):
             refuse_nan(values["loss"], step - 1)
             report(step - 1, values)
-            shown = "  ".join(f"{name} {values[name]:.4f}" for name in ("loss", *terms))
+            shown = "  ".join(f"{name} {values[name]:.4g}" for name in ("loss", *terms))
             tick.step(1, f"{shown}  {speed.words()}")
             stopping = any_rank(bool(signals))
             last = stopping or step == recipe.steps
@@ -155,12 +155,16 @@ def steps_from(engine: Any, prepared: Prepared, recipe: Recipe, speed: Speed,
 
 
 def rehearse(engine: Any, prepared: Prepared, recipe: Recipe, speed: Speed) -> Path:
-    """Take one step and say what all of them will need."""
-    _, values, _ = next(steps_from(engine, prepared, recipe, speed, 0))
-    refuse_nan(values["loss"], 0)
-    seconds = speed.facts()["seconds_per_step"]
-    say(f"one step took {seconds:.2f} s ({speed.words()}); {recipe.steps} steps take about "
-        f"{seconds * recipe.steps / 60:.1f} min; nothing was written")  # fmt: skip
+    """Take two steps and say what all of them will need; the first warms up and is no measure."""
+    seconds = [0.0]
+    for _, values, _ in itertools.islice(steps_from(engine, prepared, recipe, speed, 0), 2):
+        refuse_nan(values["loss"], 0)
+        seconds.append(speed.waited + speed.computed)
+    first, later = seconds[1], seconds[-1] - seconds[-2]
+    minutes = (first + later * (recipe.steps - 1)) / 60
+    memory = peak_memory(speed.run.device) / 1e9
+    say(f"the first step took {first:.2f} s, another {later:.2f} s, {memory:.1f} GB at the peak; {recipe.steps} steps take "
+        f"about {minutes:.1f} min; nothing was written")  # fmt: skip
     return Path(speed.run.out)
 
 

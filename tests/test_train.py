@@ -342,7 +342,7 @@ def test_a_dry_run_leaves_nothing(squares, cache, tmp_path, monkeypatch, capsys)
     before = tree(squares), tree(cache)
     assert train_here(squares, cache, Path("runs/one"), "--dry-run") == 0
     captured = capsys.readouterr()
-    assert "one step took" in captured.err
+    assert "the first step took" in captured.err
     assert "nothing was written" in captured.err
     assert captured.out == ""
     assert list(tmp_path.iterdir()) == []
