@@ -163,8 +163,8 @@ def rehearse(engine: Any, prepared: Prepared, recipe: Recipe, speed: Speed) -> P
     first, later = seconds[1], seconds[-1] - seconds[-2]
     minutes = (first + later * (recipe.steps - 1)) / 60
     memory = peak_memory(speed.run.device) / 1e9
-    say(f"the first step took {first:.2f} s, another {later:.2f} s, {memory:.1f} GB at the peak; {recipe.steps} steps take "
-        f"about {minutes:.1f} min; nothing was written")  # fmt: skip
+    say(f"the first step took {first:.2f} s, another {later:.2f} s, {memory:.1f} GB at the peak; {recipe.steps} steps "
+        f"take about {minutes:.1f} min; nothing was written")  # fmt: skip
     return Path(speed.run.out)
 
 
