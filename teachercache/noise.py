@@ -1,7 +1,8 @@
 """Pairs made wrong on purpose: a seeded share of a manifest's training rows get other texts, and say so.
 
 What robust recipes (PSD) are measured by. Each changed row's task columns hold `noise`: its kind, the row whose texts
-it has now, and the texts that it had. Pictures, keys and other splits stay as they are. Not for augmentation: see `views`.
+it has now, and the texts that it had. Pictures, keys and other splits stay as they are.
+Not for augmentation: see `views`.
 """
 
 import collections
