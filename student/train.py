@@ -31,6 +31,7 @@ from student.engine import (
     set_up_student,
     start_distributed,
     start_engine,
+    take_optimizer_step,
 )
 from student.ensemble import check_ensemble
 from student.metrics import plain, refuse_nan, refuse_nan_weights
@@ -48,7 +49,7 @@ from teachercache.store import Cache
 
 # Settings of a run that say where things lie and how they are computed, not what is computed: a resume may change them
 HOW = ("cache", "data", "out", "device", "workers", "save_every", "zero", "micro_batch", "grad_checkpointing",
-       "compile", "report_to", "eval_every", "eval_task")  # fmt: skip
+       "compile", "report_to", "eval_every")  # fmt: skip
 
 
 class Prepared(NamedTuple):
@@ -90,8 +91,8 @@ def train(recipe: Recipe, run: Run, *, resume: bool, dry_run: bool = False, eval
         return rehearse(engine, prepared, recipe, speed)
     last = checkpoint.last_checkpoint(out) if resume else None
     done = checkpoint.resume(engine, last) if last else 0
-    if last:
-        say(f"going on from step {done}")
+    if resume:
+        say(f"going on from step {done}" if last else "there is no checkpoint yet: starting at step 0")
 
     # ---- steps, and a whole run behind them
     with reporting(run, facts, start=done) as report:
@@ -120,7 +121,11 @@ def run_steps(engine: Any, prepared: Prepared, recipe: Recipe, speed: Speed, don
             last = stopping or step == recipe.steps
             if evaluate and run.eval_every and (step % run.eval_every == 0 or step == recipe.steps):
                 refuse_nan_weights(engine.module, step - 1)
-                keep_best(engine.module.student, out, step, evaluate)
+                try:
+                    keep_best(engine.module.student, out, step, evaluate)
+                except Exception:
+                    checkpoint.save(engine, out, step)
+                    raise
             if last or step % run.save_every == 0:
                 refuse_nan_weights(engine.module, step - 1)
                 checkpoint.save(engine, out, step)
@@ -140,13 +145,13 @@ def steps_from(engine: Any, prepared: Prepared, recipe: Recipe, speed: Speed,
     stream = loader(prepared.batches, start=done, workers=run.workers, micro=run.micro_batch)
     speed.wait()
     for step, parts in enumerate(batched(stream, count_parts(recipe.batch, run.micro_batch)), start=done):
+        if not speed.steps:
+            speed.count_products(engine, [on_device(part, run.device) for part in parts], Now(step, recipe.steps))
         speed.compute()
         for group in engine.optimizer.param_groups:
             group["lr"] = learning_rate(recipe.optim, step, recipe.steps)
-        now = Now(step, recipe.steps)
         with quiet_deepspeed():
-            speed.count_products(lambda part, now=now: engine(on_device(part, run.device), now, {}), parts)
-            loss, terms, notes = take_step(engine, parts, now, run.device)
+            loss, terms, notes = take_step(engine, parts, Now(step, recipe.steps), run.device)
             clamp_scales(engine)
         values = plain({"loss": mean_over_ranks(loss), **{k: mean_over_ranks(v) for k, v in terms.items()}, **notes})
         speed.end_step()
@@ -193,7 +198,7 @@ def take_step(engine: Any, parts: list[dict], now: Now, device: str) -> tuple[to
         return accumulate(engine, parts, now, device)
     loss, terms, notes = engine(on_device(parts[0], device), now)
     engine.backward(loss)
-    engine.step()
+    take_optimizer_step(engine)
     return loss, terms, notes
 
 
