@@ -4,6 +4,8 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from evaluation.encoder import Encoder
 from evaluation.tasks import find
 from teachercache.names import UserError
@@ -22,10 +24,15 @@ def scorer(task: str, data: str) -> tuple[Callable[[Encoder], tuple[float, dict[
     if name not in SCORES:
         raise UserError(f"--set run.eval_task={task}: choose from zeroshot, retrieval")
     manifest = read_manifest(data)
+    needed, labels = manifest.has_text(), manifest.column("label")
+    what = "text"
+    if name == "zeroshot_classification":
+        needed, what = np.array([bool(label) for label in labels]), "label"
     splits = set(manifest.column("split"))
-    found = [split for split in ("val", "validation", "test") if split in splits]
+    found = [split for split in ("val", "validation", "test")
+             if split in splits and needed[manifest.rows_of_split(split)].any()]  # fmt: skip
     if not found:
-        raise UserError(f"{data} has neither val nor test rows: leave --eval-every away")
+        raise UserError(f"{data} has no val or test rows with a {what}: leave --eval-every away")
 
     def score(encoder: Encoder) -> tuple[float, dict[str, float]]:
         metrics = evaluate(encoder, manifest, split=found[0])

@@ -27,7 +27,6 @@ ROWS = {
     "image->text R@1": "text_retrieval_recall@1",
     "image->text R@5": "text_retrieval_recall@5",
     "image->text R@10": "text_retrieval_recall@10",
-    "seconds per step": "seconds_per_step",
 }
 BEGIN, END = "<!-- demo table: scripts/demo_runs.py -->", "<!-- end of demo table -->"
 
@@ -57,7 +56,7 @@ def trained(recipe: str, seed: int) -> dict[str, float]:
         chosen = [word for setting in SETTINGS for word in ("--set", setting)]
         resume = ["--resume"] if (run / "run.json").exists() else []
         command("student", "train", *words, *chosen, *resume)
-    return evaluate(str(run), run) | json.loads((run / "speed.json").read_text())
+    return evaluate(str(run), run)
 
 
 def evaluate(model: str, folder: Path) -> dict[str, float]:

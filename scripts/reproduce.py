@@ -57,7 +57,7 @@ def main() -> int:
                for table in tables.values() for row in table.rows for seed in options.seeds}  # fmt: skip
     run_missing(options.paper, folders, options.jobs)
     for name, table in tables.items():
-        results = {row: [json.loads((folder_of(options.paper, row, seed) / "result.json").read_text())
+        results = {row: [result_of(folder_of(options.paper, row, seed), paper.words(row, seed))
                          for seed in options.seeds] for row in table.rows}  # fmt: skip
         text = section(table, results, options.seeds)
         print(text, end="\n\n")
@@ -76,9 +76,16 @@ def folder_of(paper: str, row: Row, seed: int) -> Path:
     return Path("runs/reproduce", paper, f"{settings or 'paper'}-seed{seed}")
 
 
+def result_of(folder: Path, words: Sequence[str]) -> dict[str, float] | None:
+    """Metrics of a run that is there; None where it is not, or was another command."""
+    path = folder / "result.json"
+    found = json.loads(path.read_text()) if path.exists() else {}
+    return found["metrics"] if found.get("words") == list(words) else None
+
+
 def run_missing(paper: str, folders: Mapping[Path, Sequence[str]], jobs: int) -> None:
     """Every run that has no result yet, `jobs` at a time."""
-    missing = {folder: words for folder, words in folders.items() if not (folder / "result.json").exists()}
+    missing = {folder: words for folder, words in folders.items() if result_of(folder, words) is None}
     say(f"{len(folders) - len(missing)} of {len(folders)} runs are there")
     with ticker(len(missing), "runs", paper) as tick, concurrent.futures.ThreadPoolExecutor(jobs) as pool:
         waiting = {pool.submit(in_process, paper, folder, words): folder for folder, words in missing.items()}
@@ -115,7 +122,7 @@ def run_one(folder: Path, words: Sequence[str]) -> int:
             metrics |= json.loads(text.getvalue())["metrics"]
         shutil.rmtree(run / "checkpoints")
         (run / "model.safetensors").unlink()
-        write_whole(run / "result.json", json.dumps(metrics) + "\n")
+        write_whole(run / "result.json", json.dumps({"words": words, "metrics": metrics}) + "\n")
         shutil.rmtree(folder, ignore_errors=True)
         run.rename(folder)
     return 0

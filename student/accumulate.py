@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from student.engine import take_optimizer_step
 from student.recipe import Now
 
 Batch = dict[str, Tensor]
@@ -37,7 +38,7 @@ def accumulate(engine: Any, parts: list[Batch], now: Now, device: str) -> tuple[
     for part, state, own in zip(parts, states, gradients, strict=True):
         set_random_state(state)
         engine.backward(len(parts) * engine(on_device(part, device), now, own))  # DeepSpeed divides by their number
-        engine.step()
+        take_optimizer_step(engine)  # which it takes after the last
     set_random_state(after)
     return loss.detach(), {name: term.detach() for name, term in terms.items()}, notes
 

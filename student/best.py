@@ -5,14 +5,15 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
 from student.accumulate import random_state, set_random_state
 from student.checkpoint import save_student, write_tensors
+from student.distributed import any_rank
 from student.metrics import Metrics
+from teachercache.names import UserError
 from teachercache.paths import write_whole
 from teachercache.runtime import rank, say
 
@@ -25,25 +26,37 @@ def keep_best(student: nn.Module, run: Path, step: int, evaluate: Evaluate) -> N
     What is evaluated is what was written, so that the file is what the score says; ties keep the older one. Random
     numbers of the training go on as if nothing had been.
     """
-    folder, best = run / "candidate", run / "best"
+    folder = run / "candidate"
     if rank() == 0:
         folder.mkdir(exist_ok=True)
         shutil.copy(run / "run.json", folder)
     save_student(student, folder / "model.safetensors")
+    failed = None
     if rank() == 0:
-        before = random_state()
-        score, metrics = evaluate(folder)
-        set_random_state(before)
-        Metrics(run / "evals.jsonl", start=step).write({"step": step, "score": score, **metrics})
-        if best_score(run) is None or score > best_score(run):
-            best.mkdir(exist_ok=True)
-            write_whole(best / "run.json", (run / "run.json").read_text())
-            facts = {"step": str(step), "score": repr(score), "metrics": json.dumps(metrics)}
-            write_tensors(load_file(folder / "model.safetensors"), best / "model.safetensors", facts)
-        shutil.rmtree(folder)
-        found = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-        say(f"step {step}: {found}; best so far {best_score(run):.4f}")
-    dist.barrier()
+        try:
+            _compare(run, step, evaluate)
+        except Exception as error:  # the others wait: all of them leave, or none
+            failed = error
+    if any_rank(failed is not None):
+        raise failed or UserError("the evaluation failed in the first process")
+
+
+def _compare(run: Path, step: int, evaluate: Evaluate) -> None:
+    """Evaluate the candidate, write what was found, and keep it where it is better."""
+    folder, best = run / "candidate", run / "best"
+    before = random_state()
+    score, metrics = evaluate(folder)
+    set_random_state(before)
+    Metrics(run / "evals.jsonl", start=step).write({"step": step, "score": score, **metrics})
+    highest = best_score(run)
+    if highest is None or score > highest:
+        best.mkdir(exist_ok=True)
+        write_whole(best / "run.json", (run / "run.json").read_text())
+        facts = {"step": str(step), "score": repr(score), "metrics": json.dumps(metrics)}
+        write_tensors(load_file(folder / "model.safetensors"), best / "model.safetensors", facts)
+    shutil.rmtree(folder)
+    found = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+    say(f"step {step}: {found}; best so far {best_score(run):.4f}")
 
 
 def best_score(run: Path) -> float | None:

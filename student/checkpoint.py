@@ -57,6 +57,8 @@ def checkpoints_of(run: Path) -> list[Path]:
 def last_checkpoint(run: Path) -> Path | None:
     """The newest checkpoint of a run."""
     found = checkpoints_of(run)
+    if not found and any((run / "checkpoints").glob("step-*/")):
+        raise UserError(f"{run / 'checkpoints'} is an older version's, which alone can resume it: pass another --out")
     return found[-1] if found else None
 
 

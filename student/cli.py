@@ -75,7 +75,7 @@ def recipes(name: str | None) -> None:
 @click.option(
     "--dry-run",
     is_flag=True,
-    help="Check everything, take one step, say how long all will take, leave nothing.",
+    help="Check everything, take two steps, say time and memory, leave nothing.",
 )
 @click.option("--print-config", is_flag=True, help="Print the resolved recipe and run as JSON and leave.")
 @click.option(

@@ -30,14 +30,14 @@ def draw_curve(run: Path, terms: Iterable[str]) -> Path | None:
 
 def _draw_terms(axis: Any, lines: list[dict[str, Any]], names: list[str]) -> None:
     """The loss and its weighted terms over steps, each smoothed, its own values faint behind it."""
-    at = [line["step"] for line in lines]
     for i, name in enumerate(names):
-        values = [line[name] for line in lines]
+        shown = [line for line in lines if name in line]  # a term may have a part in some steps alone
+        at, values = [line["step"] for line in shown], [line[name] for line in shown]
         axis.plot(at, values, color=f"C{i}", alpha=0.2, linewidth=0.8)
         axis.plot(at, smooth(values), color=f"C{i}", label=name)
     axis.set_xlabel("step")
     axis.set_ylabel("weighted term")
-    positive = all(line[name] > 0 for line in lines for name in names)
+    positive = all(line.get(name, 1) > 0 for line in lines for name in names)
     axis.set_yscale("log" if positive else "linear")
     axis.legend(frameon=False)
     axis.grid(alpha=0.2)

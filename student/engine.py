@@ -135,6 +135,15 @@ def start_engine(step: nn.Module, optim: Optim, run: Run, rows_per_rank: int) ->
     return engine
 
 
+def take_optimizer_step(engine: Any) -> None:
+    """The engine's step; what had no part in the loss has a gradient of zero, as it has where DeepSpeed reduces."""
+    if not engine.enable_backward_allreduce:
+        for parameter in engine.module.parameters():
+            if parameter.requires_grad and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+    engine.step()
+
+
 def _import_deepspeed(device: str) -> Any:
     """Import DeepSpeed without its noise; on the CPU without the op it would compile for a minute (gloo serves)."""
     if device == "cpu":

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from student.metrics import Metrics
 from student.recipe import Run
 from teachercache.names import UserError
+from teachercache.paths import write_whole
 from teachercache.runtime import rank, say
 
 Report = Callable[[int, dict[str, float]], None]
@@ -64,8 +66,10 @@ def _wandb(out: Path, facts: dict[str, Any], start: int) -> Iterator[Report]:
     import wandb
 
     os.environ.setdefault("WANDB_SILENT", "true")
-    name = "-".join(out.resolve().parts[-2:])
-    run = wandb.init(project="teachercache", name=out.name, id=name, dir=out, config=facts, resume="allow")
+    path = out / "wandb.id"  # of this run folder alone: another of the same name is another run
+    if not (start and path.exists()):
+        write_whole(path, uuid.uuid4().hex)
+    run = wandb.init(project="teachercache", name=out.name, id=path.read_text(), dir=out, config=facts, resume="allow")
     try:
         yield lambda step, values: run.log(values, step=step)
     finally:

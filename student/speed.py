@@ -1,22 +1,23 @@
 """How fast a run goes: samples/s, the share of time that waits for data, MFU, memory at its peak. Measures alone."""
 
 import dataclasses
+import re
 import resource
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from student.accumulate import random_state, set_random_state
-from student.recipe import Run
+from student.recipe import Now, Run
 
 # Dense tensor-core peaks of vendors' data sheets, FLOP/s: bfloat16 with float32 sums, and float32 without TF32.
 PEAKS = {
     "H200": (989e12, 67e12),
     "H100 PCIe": (756e12, 51e12),
+    "H100 NVL": (835e12, 60e12),
     "H100": (989e12, 67e12),
     "A100": (312e12, 19.5e12),
     "A10G": (70e12, 31e12),
@@ -37,7 +38,7 @@ def peak_flops(device: str, precision: str) -> float | None:
     """FLOP/s that one device could do at best; None where that is not known."""
     name = device_name(device)
     for known, (bfloat16, float32) in PEAKS.items():
-        if known in name:
+        if re.search(rf"\b{known}\b", name):  # a whole word: an L40 is no L4
             tf32 = torch.get_float32_matmul_precision() != "highest"
             return bfloat16 if precision == "bfloat16" else None if tf32 else float32
     return None
@@ -79,22 +80,25 @@ class Speed:
         now = time.monotonic()
         self.computed, self.began, self.steps = self.computed + now - self.began, now, self.steps + 1
 
-    def count_products(self, forward: Callable[[Any], Any], parts: Sequence[Any]) -> None:
-        """Count the products of a first step, where the device's peak is known, for MFU: three times its forwards.
+    def count_products(self, engine: Any, parts: Sequence[Any], now: Now) -> None:
+        """Count the products of a step, where the device's peak is known, for MFU: three times its forwards.
 
         What micro-batches and activation checkpoints compute again is no part of it. A compiled student and a live
         teacher are not counted.
         """
         known = peak_flops(self.run.device, self.run.precision) is not None
-        if self.steps or not known or self.run.compile or self.run.live:
+        if not known or self.run.compile or self.run.live:
             return
         from torch.utils.flop_counter import FlopCounterMode
 
-        before = random_state()
+        engine.module.eval()  # which draws no random numbers and keeps no running means
+        fast = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)  # one operation that nothing counts
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             for part in parts:
-                forward(part)
-        set_random_state(before)
+                engine(part, now, {})
+        torch.backends.mha.set_fastpath_enabled(fast)
+        engine.module.train()
         self.flops = 3 * counter.get_total_flops()
 
     def facts(self) -> dict[str, float]:
@@ -114,6 +118,6 @@ class Speed:
     def words(self) -> str:
         """The same for a person."""
         facts = self.facts()
-        words = f"{facts['samples_per_second']:,.0f} samples/s, {100 * facts['data_wait']:.0f} % waiting for data"
+        words = f"{facts['samples_per_second']:,.0f} samples/s, {100 * facts['data_wait']:.0f} % waiting"
         words += f", {facts['peak_memory_bytes'] / 1e9:.1f} GB"
         return words + (f", MFU {100 * facts['mfu']:.0f} %" if "mfu" in facts else "")

@@ -31,13 +31,14 @@ from student.engine import (
     set_up_student,
     start_distributed,
     start_engine,
+    take_optimizer_step,
 )
 from student.ensemble import check_ensemble
 from student.metrics import plain, refuse_nan, refuse_nan_weights
 from student.models.two_tower import TwoTower
 from student.recipe import Now, Recipe, Run
 from student.reporting import Report, asked, reporting
-from student.speed import Speed
+from student.speed import Speed, peak_memory
 from student.step import TrainStep
 from teachercache.names import UserError
 from teachercache.paths import write_whole
@@ -48,7 +49,7 @@ from teachercache.store import Cache
 
 # Settings of a run that say where things lie and how they are computed, not what is computed: a resume may change them
 HOW = ("cache", "data", "out", "device", "workers", "save_every", "zero", "micro_batch", "grad_checkpointing",
-       "compile", "report_to", "eval_every", "eval_task")  # fmt: skip
+       "compile", "report_to", "eval_every")  # fmt: skip
 
 
 class Prepared(NamedTuple):
@@ -60,7 +61,7 @@ class Prepared(NamedTuple):
 
 
 def train(recipe: Recipe, run: Run, *, resume: bool, dry_run: bool = False, evaluate: Evaluate | None = None) -> Path:
-    """Train a student; returns the run folder. With `dry_run` one step is taken and nothing is left behind.
+    """Train a student; returns the run folder. With `dry_run` two steps are taken and nothing is left behind.
 
     `evaluate` gives a run folder's score, for `run.eval_every`.
     """
@@ -90,8 +91,8 @@ def train(recipe: Recipe, run: Run, *, resume: bool, dry_run: bool = False, eval
         return rehearse(engine, prepared, recipe, speed)
     last = checkpoint.last_checkpoint(out) if resume else None
     done = checkpoint.resume(engine, last) if last else 0
-    if last:
-        say(f"going on from step {done}")
+    if resume:
+        say(f"going on from step {done}" if last else "there is no checkpoint yet: starting at step 0")
 
     # ---- steps, and a whole run behind them
     with reporting(run, facts, start=done) as report:
@@ -114,13 +115,17 @@ def run_steps(engine: Any, prepared: Prepared, recipe: Recipe, speed: Speed, don
         for step, values, terms in steps_from(engine, prepared, recipe, speed, done):
             refuse_nan(values["loss"], step - 1)
             report(step - 1, values)
-            shown = "  ".join(f"{name} {values[name]:.4f}" for name in ("loss", *terms))
+            shown = "  ".join(f"{name} {values[name]:.4g}" for name in ("loss", *terms))
             tick.step(1, f"{shown}  {speed.words()}")
             stopping = any_rank(bool(signals))
             last = stopping or step == recipe.steps
             if evaluate and run.eval_every and (step % run.eval_every == 0 or step == recipe.steps):
                 refuse_nan_weights(engine.module, step - 1)
-                keep_best(engine.module.student, out, step, evaluate)
+                try:
+                    keep_best(engine.module.student, out, step, evaluate)
+                except Exception:
+                    checkpoint.save(engine, out, step)
+                    raise
             if last or step % run.save_every == 0:
                 refuse_nan_weights(engine.module, step - 1)
                 checkpoint.save(engine, out, step)
@@ -140,13 +145,13 @@ def steps_from(engine: Any, prepared: Prepared, recipe: Recipe, speed: Speed,
     stream = loader(prepared.batches, start=done, workers=run.workers, micro=run.micro_batch)
     speed.wait()
     for step, parts in enumerate(batched(stream, count_parts(recipe.batch, run.micro_batch)), start=done):
+        if not speed.steps:
+            speed.count_products(engine, [on_device(part, run.device) for part in parts], Now(step, recipe.steps))
         speed.compute()
         for group in engine.optimizer.param_groups:
             group["lr"] = learning_rate(recipe.optim, step, recipe.steps)
-        now = Now(step, recipe.steps)
         with quiet_deepspeed():
-            speed.count_products(lambda part, now=now: engine(on_device(part, run.device), now, {}), parts)
-            loss, terms, notes = take_step(engine, parts, now, run.device)
+            loss, terms, notes = take_step(engine, parts, Now(step, recipe.steps), run.device)
             clamp_scales(engine)
         values = plain({"loss": mean_over_ranks(loss), **{k: mean_over_ranks(v) for k, v in terms.items()}, **notes})
         speed.end_step()
@@ -155,12 +160,16 @@ def steps_from(engine: Any, prepared: Prepared, recipe: Recipe, speed: Speed,
 
 
 def rehearse(engine: Any, prepared: Prepared, recipe: Recipe, speed: Speed) -> Path:
-    """Take one step and say what all of them will need."""
-    _, values, _ = next(steps_from(engine, prepared, recipe, speed, 0))
-    refuse_nan(values["loss"], 0)
-    seconds = speed.facts()["seconds_per_step"]
-    say(f"one step took {seconds:.2f} s ({speed.words()}); {recipe.steps} steps take about "
-        f"{seconds * recipe.steps / 60:.1f} min; nothing was written")  # fmt: skip
+    """Take two steps and say what all of them will need; the first warms up and is no measure."""
+    seconds = [0.0]
+    for _, values, _ in itertools.islice(steps_from(engine, prepared, recipe, speed, 0), 2):
+        refuse_nan(values["loss"], 0)
+        seconds.append(speed.waited + speed.computed)
+    first, later = seconds[1], seconds[-1] - seconds[-2]
+    minutes = (first + later * (recipe.steps - 1)) / 60
+    memory = peak_memory(speed.run.device) / 1e9
+    say(f"the first step took {first:.2f} s, another {later:.2f} s, {memory:.1f} GB at the peak; {recipe.steps} steps "
+        f"take about {minutes:.1f} min; nothing was written")  # fmt: skip
     return Path(speed.run.out)
 
 
@@ -189,7 +198,7 @@ def take_step(engine: Any, parts: list[dict], now: Now, device: str) -> tuple[to
         return accumulate(engine, parts, now, device)
     loss, terms, notes = engine(on_device(parts[0], device), now)
     engine.backward(loss)
-    engine.step()
+    take_optimizer_step(engine)
     return loss, terms, notes
 
 

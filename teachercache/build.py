@@ -20,7 +20,7 @@ import torch
 
 from teachercache import store
 from teachercache.assemble import collect
-from teachercache.decode import Piece, decoded, rows_for
+from teachercache.decode import Piece, deaths_told, decoded, rows_for
 from teachercache.forward import forward
 from teachercache.grow import Job, Target, job_for, jobs_for, replace_pruned, settle
 from teachercache.index import extend_indexes
@@ -72,6 +72,7 @@ def _compute(target: Target, teacher: Teacher, *, batch_size: int, workers: int,
     stages, rows = Stages(cache, workers), 0
     decoder = rows_for(teacher, target.manifest, Augment(**meta.augment) if meta.views else None)
     with (
+        deaths_told(RuntimeError),
         claims(cache) as claim,
         ThreadPoolExecutor(1, "write") as writer,
         contextlib.closing(

@@ -49,8 +49,11 @@ def teachers(as_json: bool) -> None:
 @click.argument("data")
 @click.option("--out", help="Write a manifest .parquet, which --data takes.")
 @click.option("--limit", type=click.IntRange(1), help="Only the first N rows.")
+@click.option("--noise", metavar="KIND=SHARE",
+              help="Give a share of the training rows wrong texts: shuffle, partial or near.")  # fmt: skip
+@click.option("--noise-seed", default=0, show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
-def manifest(data: str, out: str | None, limit: int | None, as_json: bool) -> None:
+def manifest(data: str, out: str | None, limit: int | None, noise: str | None, noise_seed: int, as_json: bool) -> None:
     """Show what data is understood as, before a teacher runs over it; write it down with --out.
 
     \u0008
@@ -68,6 +71,14 @@ def manifest(data: str, out: str | None, limit: int | None, as_json: bool) -> No
 
     sources = find_sources(data)
     found = join_sources(data, sources, limit=limit)
+    if noise is not None:
+        from teachercache.noise import corrupt, parse
+
+        kind, share = parse(noise)
+        clean, found = found, corrupt(found, kind, share, seed=noise_seed)
+        rows = clean.rows_of_split("train")
+        count = int(clean.has_text()[rows].sum())
+        say(f"{kind}: {round(share * count)} of {count} training rows have other texts; their task columns say which")
     facts = describe(sources, found)
     if out is not None:
         save(found, as_path(out))

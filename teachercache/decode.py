@@ -3,12 +3,13 @@
 A row whose picture cannot be used comes as zeros with its reason. Not for deciding which rows: see `build.py`.
 """
 
+import contextlib
 import dataclasses
 import multiprocessing
 import signal
 import sys
 import time
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -110,17 +111,25 @@ def decoded(rows: Rows, pieces: Iterable[Piece], *, workers: int, pin: bool = Fa
         pin_memory=pin,
     ))  # fmt: skip
     try:
-        yield from batches
-    except (RuntimeError, ConnectionError, EOFError) as error:
-        if not _is_death(error):
-            raise
-        raise UserError(
-            "a decoding process died (killed, or out of memory): the same command goes on where it left off; "
-            "try fewer --workers"
-        ) from error
+        with deaths_told(RuntimeError, ConnectionError, EOFError):
+            yield from batches
     finally:
         for process in getattr(batches, "_workers", []):
             process.terminate()  # which torch's workers take from their parent as a good end
+
+
+@contextlib.contextmanager
+def deaths_told(*kinds: type[Exception]) -> Iterator[None]:
+    """A worker that died is told in one line; torch says so wherever its process happens to be."""
+    try:
+        yield
+    except kinds as error:
+        if not _is_death(error):
+            raise
+        raise UserError(
+            "a decoding process died (killed, or out of memory): run the same command again, a build goes on where it "
+            "left off; try fewer --workers"
+        ) from error
 
 
 def _is_death(error: Exception) -> bool:

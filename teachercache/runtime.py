@@ -161,10 +161,20 @@ def ticker(total: int, unit: str, title: str) -> Iterator[Ticker]:
     if rank() == 0 and sys.stderr.isatty():
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.table import Column
 
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-        tail = (TextColumn("{task.fields[rate]}"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
-        with Progress(*columns, *tail, console=Console(stderr=True)) as tick.bar:
+        def whole(width: int = 0) -> Column:
+            return Column(no_wrap=True, min_width=width)  # the note gives way on a narrow terminal, not these
+
+        columns = (
+            TextColumn("{task.description}", table_column=whole(len(title))),
+            BarColumn(20),
+            MofNCompleteColumn(table_column=whole(2 * len(str(total)) + 1)),
+            TextColumn("{task.fields[rate]}", table_column=whole(len(unit) + 6)),
+            TimeRemainingColumn(table_column=whole(7)),
+            TextColumn("{task.fields[note]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
+        )
+        with Progress(*columns, console=Console(stderr=True)) as tick.bar:
             tick.task = tick.bar.add_task(title, total=total, rate="", note="")
             yield tick
     else:

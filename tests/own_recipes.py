@@ -91,3 +91,12 @@ PLAIN = dataclasses.replace(CLIP, name="plain", constants=dataclasses.replace(CL
 PSD_STOPPING = dataclasses.replace(
     PSD, name="psd_stopping", loss=stopping(PSD.loss), constants=dataclasses.replace(PSD.constants, model="vit-micro")
 )
+
+
+def alternating_loss(student, batch, constants, now):
+    """clip_kd whose ICL, and with it a parameter of its own, has a part in every second step alone."""
+    terms, notes = loss(student, batch, constants, now)
+    return {name: term for name, term in terms.items() if name != "icl" or now.step % 2}, notes
+
+
+ALTERNATING = dataclasses.replace(MICRO, name="alternating", loss=alternating_loss)

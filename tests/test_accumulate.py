@@ -44,7 +44,7 @@ class Engine:
     """What DeepSpeed does with micro-batches: gradients add up, each divided by their number."""
 
     def __init__(self, module: nn.Module, parts: int):
-        self.module, self.parts, self.steps = module, parts, 0
+        self.module, self.parts, self.steps, self.enable_backward_allreduce = module, parts, 0, True
 
     def __call__(self, *words):
         return self.module(*words)
@@ -140,6 +140,7 @@ def test_a_step_without_micro_batches_is_one_forward():
 
     class Counting:
         backward, step = staticmethod(engine.backward), staticmethod(engine.step)
+        enable_backward_allreduce = True
 
         def __call__(self, batch, now):
             calls.append(len(batch["image"]))

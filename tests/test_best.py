@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from student.best import best_score, keep_best
 from student.checkpoint import load_student
 from student.cli import main
+from teachercache.names import UserError
 
 STEPS, EVERY = 6, 2
 KEYS = ["image_retrieval_recall@1", "text_retrieval_recall@1"]
@@ -119,8 +120,27 @@ def test_what_cannot_be_evaluated_is_refused_before_the_first_step(squares, cach
     assert "choose from zeroshot, retrieval" in capsys.readouterr().err
     plain = make_folder(tmp_path / "plain", 16)
     assert train_here(plain, cache, run, "--eval-every", 2, recipe="own_recipes:PLAIN") == 2
-    assert "has neither val nor test rows: leave --eval-every away" in capsys.readouterr().err
+    assert "has no val or test rows with a text: leave --eval-every away" in capsys.readouterr().err
     assert not run.exists()
+
+
+def test_an_evaluation_that_fails_loses_no_step(squares, cache, tmp_path, monkeypatch, capsys):
+    import evaluation.tasks.retrieval as retrieval
+
+    run, words = tmp_path / "run", ("--steps", 4, "--eval-every", 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(retrieval, "embed_images", lambda *given: fail("no pictures today"))
+        assert train_here(squares, cache, run, *words) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "error: no pictures today"
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000002.safetensors"]
+    assert train_here(squares, cache, run, *words, "--resume") == 0
+    assert "going on from step 2" in capsys.readouterr().err
+    assert len(read_lines(run)) == 4
+    assert not (run / "candidate").exists()
+
+
+def fail(message: str) -> None:
+    raise UserError(message)
 
 
 def test_val_rows_come_before_test_rows(squares, tmp_path):
@@ -133,6 +153,12 @@ def test_val_rows_come_before_test_rows(squares, tmp_path):
     shutil.copytree(squares / "test" / "class0", data / "val" / "class0")
     score, split = scorer("retrieval", str(data))
     assert split == "val"
+    for path in (data / "val").rglob("*.txt"):
+        path.rename(path.with_suffix(".away"))
+    assert scorer("retrieval", str(data))[1] == "test"  # a split without captions is of no use
+    assert scorer("zeroshot", str(data))[1] == "val"
+    for path in (data / "val").rglob("*.away"):
+        path.rename(path.with_suffix(".txt"))
     seen = []
     import evaluation.tasks.retrieval as retrieval
 

@@ -176,7 +176,7 @@ def test_decoding_process_that_is_killed_is_one_line_and_the_build_goes_on(slow_
     _, err = slow_command.process.communicate(timeout=60)
     assert slow_command.process.returncode == 2
     line = err.splitlines()[-1]
-    assert line.startswith("error: a decoding process died (killed, or out of memory): the same command goes on")
+    assert line.startswith("error: a decoding process died (killed, or out of memory): run the same command again")
     assert "Traceback" not in err
     wait_for(lambda: not slow_command.children(), 10)
     assert subprocess.run(slow_command.words, capture_output=True, timeout=100).returncode == 0

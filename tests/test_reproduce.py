@@ -86,9 +86,13 @@ def test_what_is_there_is_not_run_again(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(reproduce, "in_process", lambda paper, folder, words: asked.append(folder))
     (tmp_path / "done").mkdir()
-    (tmp_path / "done" / "result.json").write_text(json.dumps({}))
-    reproduce.run_missing("clip_kd", {tmp_path / "done": [], tmp_path / "new": []}, jobs=2)
+    result = {"words": ["--steps", "2"], "metrics": {"acc1": 0.5}}
+    (tmp_path / "done" / "result.json").write_text(json.dumps(result))
+    reproduce.run_missing("clip_kd", {tmp_path / "done": ["--steps", "2"], tmp_path / "new": []}, jobs=2)
     assert asked == [tmp_path / "new"]
+    assert reproduce.result_of(tmp_path / "done", ["--steps", "2"]) == {"acc1": 0.5}
+    reproduce.run_missing("clip_kd", {tmp_path / "done": ["--steps", "3"]}, jobs=2)  # other settings: another run
+    assert asked == [tmp_path / "new", tmp_path / "done"]
 
 
 def test_a_run_leaves_numbers_and_no_weights(squares, cache, tmp_path, monkeypatch):
@@ -106,7 +110,8 @@ def test_a_run_leaves_numbers_and_no_weights(squares, cache, tmp_path, monkeypat
         patch.setattr(cli, "main", main)
         assert reproduce.run_one(tmp_path / "runs" / "one", words) == 0
     result = json.loads((tmp_path / "runs" / "one" / "result.json").read_text())
-    assert {metric.key for metric in METRICS} <= result.keys()
+    assert {metric.key for metric in METRICS} <= result["metrics"].keys()
+    assert result["words"] == words
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["one"]
     assert not list((tmp_path / "runs").rglob("*.safetensors"))
     assert (tmp_path / "runs" / "one" / "metrics.jsonl").exists()

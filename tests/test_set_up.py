@@ -1,7 +1,7 @@
 """Activation checkpointing and torch.compile: the same losses, less memory; and the reason where they are off."""
 
 import dataclasses
-import json
+import shutil
 
 import pytest
 import torch
@@ -98,12 +98,12 @@ def test_why_a_student_is_not_compiled(monkeypatch, capsys):
     assert "the package triton is missing" in engine._no_compile(student, dataclasses.replace(run_of(), device="cuda"))
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
-def test_a_compiled_student_has_the_same_losses(squares, cache, tmp_path):
+def test_a_compiled_student_has_the_same_losses(squares, cache, tmp_path, capsys):
     for name, setting in (("plain", "false"), ("compiled", "true")):
         words = ("--steps", 3, "--set", f"run.compile={setting}")
         assert train_here(squares, cache, tmp_path / name, *words) == 0
     for a, b in zip(read_lines(tmp_path / "plain"), read_lines(tmp_path / "compiled"), strict=True):
         assert a == {key: pytest.approx(value, rel=1e-4) for key, value in b.items()}
-    facts = json.loads((tmp_path / "compiled" / "run.json").read_text())
-    assert facts["run"]["compile"] is True
+    assert "run.compile is off" not in capsys.readouterr().err

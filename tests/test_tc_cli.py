@@ -23,7 +23,7 @@ from teachercache.cli import tc
 
 OPTIONS = {  # a contract: adding one is a decision, made here and in DESIGN.md
     "teachers": {"--json"},
-    "manifest": {"data", "--out", "--limit", "--json"},
+    "manifest": {"data", "--out", "--limit", "--noise", "--noise-seed", "--json"},
     "build": {
         "--teacher", "--data", "--out", "--outputs", "--weights", "--batch-size", "--workers", "--precision",
         "--device", "--limit", "--views", "--augment", "--prune",

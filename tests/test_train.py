@@ -317,6 +317,37 @@ def test_a_checkpoint_that_cannot_be_loaded_is_one_line(damage, undisturbed, squ
     assert not (tmp_path / "proof").exists()
 
 
+def test_a_resume_says_what_it_starts_from(undisturbed, squares, cache, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed, run)
+    (saved,) = (run / "checkpoints").iterdir()
+    saved.unlink()
+    (run / "checkpoints" / "step-00000004").mkdir()  # as versions before this one saved
+    assert train_here(squares, cache, run, "--steps", STEPS, "--resume") == 2
+    assert "is an older version's, which alone can resume it: pass another --out" in capsys.readouterr().err
+    shutil.rmtree(run / "checkpoints")
+    assert train_here(squares, cache, run, "--steps", STEPS, "--resume") == 0
+    assert "there is no checkpoint yet: starting at step 0" in capsys.readouterr().err
+    assert lines_of(run) == lines_of(undisturbed)
+
+
+@zero_noise
+@pytest.mark.parametrize("stage", [1, 2])
+def test_what_has_no_part_in_a_loss_is_treated_alike_at_every_stage(stage, squares, cache, tmp_path):
+    """A parameter without a gradient decays and its moments too, with one process at stage 0 as everywhere else."""
+    words = ("--steps", 6, "--set", "optim.weight_decay=0.5", "--set", "optim.lr=0.01")
+    name = "own_recipes:ALTERNATING"
+    for zero in (0, stage):
+        settings = ("--set", f"run.zero={zero}")
+        assert train_here(squares, cache, tmp_path / str(zero), *words, *settings, recipe=name) == 0
+    ours, theirs = (load_file(next((tmp_path / str(zero) / "checkpoints").iterdir())) for zero in (0, stage))
+    names = [key for key in theirs if "icl_logit_scale" in key]
+    assert len(names) == 4  # the value, two moments, the number of steps
+    for key in names:
+        torch.testing.assert_close(ours[key], theirs[key], rtol=1e-4, atol=1e-7, msg=key)
+    assert float(ours["optim.heads.icl_logit_scale.step"]) == 6
+
+
 def test_a_run_holds_no_pickle(undisturbed):
     """Nothing that could run code when it is read."""
     suffixes = {path.suffix for path in undisturbed.rglob("*") if path.is_file()}
@@ -342,7 +373,7 @@ def test_a_dry_run_leaves_nothing(squares, cache, tmp_path, monkeypatch, capsys)
     before = tree(squares), tree(cache)
     assert train_here(squares, cache, Path("runs/one"), "--dry-run") == 0
     captured = capsys.readouterr()
-    assert "one step took" in captured.err
+    assert "the first step took" in captured.err
     assert "nothing was written" in captured.err
     assert captured.out == ""
     assert list(tmp_path.iterdir()) == []
