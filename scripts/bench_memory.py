@@ -35,7 +35,6 @@ from teachercache.teachers import Teacher
 
 DIM, BLOCK = 512, 4096  # blocks of one size at both sizes: their buffers are bounded, and not what is asked here
 BATCHES, BATCH = 3000, 1024
-TIMES = 3  # processes of each job: what lies in buffers at the peak is chance
 WRITES = {"write": ("written.zarr",), "build": ("built.zarr",)}
 BAR = "<= 16"  # bytes a row that a job may grow by; the vectors themselves have 1,024
 # Other bars: the manifest is a table of rows; a training has an index of them (order, place in the cache, keys to join)
@@ -248,7 +247,7 @@ def memory(options: argparse.Namespace) -> tuple[list[Line], str]:
         for job, (_, title) in JOBS.items():
             say(f"memory: {title}")
             try:
-                at = [middle_of(job, rows, folder) for rows, folder in zip(sizes, folders, strict=True)]
+                at = [middle_of(job, rows, folder, options.memory_times) for rows, folder in zip(sizes, folders, strict=True)]
             except subprocess.CalledProcessError as error:
                 reason = (error.stderr.strip().splitlines() or [f"exit {error.returncode}"])[-1]
                 lines.append(Line(f"memory, {title}", f"skipped: {reason}", "-"))
@@ -276,9 +275,9 @@ def growth(what: str, at: list[dict[str, int]], sizes: list[int], name: str, *, 
     return Line(what, cells[-1], "; ".join(cells[:-1]), f"{each:.0f} bytes a row", bar, judge(each, bar))
 
 
-def middle_of(job: str, rows: int, folder: Path) -> dict[str, int]:
-    """Each figure's median over `TIMES` fresh processes."""
-    found = [in_process(job, rows, folder) for _ in range(TIMES)]
+def middle_of(job: str, rows: int, folder: Path, times: int) -> dict[str, int]:
+    """Each figure's median over some fresh processes: what lies in buffers at the peak is chance."""
+    found = [in_process(job, rows, folder) for _ in range(times)]
     return {name: statistics.median_low([one[name] for one in found]) for name in found[0]}
 
 
