@@ -247,7 +247,8 @@ def memory(options: argparse.Namespace) -> tuple[list[Line], str]:
         for job, (_, title) in JOBS.items():
             say(f"memory: {title}")
             try:
-                at = [middle_of(job, rows, folder, options.memory_times) for rows, folder in zip(sizes, folders, strict=True)]
+                at = [middle_of(job, rows, folder, options.memory_times)
+                      for rows, folder in zip(sizes, folders, strict=True)]  # fmt: skip
             except subprocess.CalledProcessError as error:
                 reason = (error.stderr.strip().splitlines() or [f"exit {error.returncode}"])[-1]
                 lines.append(Line(f"memory, {title}", f"skipped: {reason}", "-"))
