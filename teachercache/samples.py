@@ -179,8 +179,7 @@ def write_manifest(manifest: Manifest, path: Any) -> None:
 
     meta = {"data": manifest.data, "root": str(manifest.root), "digest": manifest.digest}
     table = manifest.table.replace_schema_metadata({**meta, "checksum": _checksum(meta)})
-    options = {"write_page_checksum": True, "row_group_size": 8 * ROWS_AT_ONCE}  # what lies in memory at one time
-    stream_whole(path, lambda file: pq.write_table(table, file, **options))
+    stream_whole(path, lambda file: pq.write_table(table, file, write_page_checksum=True))
 
 
 def load_manifest(path: Any) -> Manifest:

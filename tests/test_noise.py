@@ -98,7 +98,7 @@ def test_the_command_writes_what_can_be_read_again(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("noise", "said"), [
-    ("shufle=0.4", "did you mean 'shuffle'"), ("shuffle", "write a share behind shuffle="),
+    ("shuffel=0.4", "did you mean 'shuffle'"), ("shuffle", "write a share behind shuffle="),
     ("shuffle=much", "write a share behind"), ("near=1.5", "above 0 and up to 1"), ("partial=0.01", "are too few"),
 ])  # fmt: skip
 def test_noise_that_makes_no_sense(noise, said, tmp_path, capsys):
