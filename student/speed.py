@@ -5,7 +5,7 @@ import re
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +80,7 @@ class Speed:
         now = time.monotonic()
         self.computed, self.began, self.steps = self.computed + now - self.began, now, self.steps + 1
 
-    def count_products(self, engine: Any, parts: Sequence[Any], now: Now) -> None:
+    def count_products(self, engine: Any, parts: Iterable[Any], now: Now) -> None:
         """Count the products of a step, where the device's peak is known, for MFU: three times its forwards.
 
         What micro-batches and activation checkpoints compute again is no part of it. A compiled student and a live
@@ -100,6 +100,7 @@ class Speed:
         torch.backends.mha.set_fastpath_enabled(fast)
         engine.module.train()
         self.flops = 3 * counter.get_total_flops()
+        self.began = time.monotonic()  # counting is no part of the step
 
     def facts(self) -> dict[str, float]:
         """What speed.json holds; the share `mfu` where it is known."""

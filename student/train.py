@@ -145,9 +145,9 @@ def steps_from(engine: Any, prepared: Prepared, recipe: Recipe, speed: Speed,
     stream = loader(prepared.batches, start=done, workers=run.workers, micro=run.micro_batch)
     speed.wait()
     for step, parts in enumerate(batched(stream, count_parts(recipe.batch, run.micro_batch)), start=done):
-        if not speed.steps:
-            speed.count_products(engine, [on_device(part, run.device) for part in parts], Now(step, recipe.steps))
         speed.compute()
+        if not speed.steps:
+            speed.count_products(engine, (on_device(part, run.device) for part in parts), Now(step, recipe.steps))
         for group in engine.optimizer.param_groups:
             group["lr"] = learning_rate(recipe.optim, step, recipe.steps)
         with quiet_deepspeed():
