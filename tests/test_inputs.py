@@ -323,12 +323,13 @@ def test_vqa(prefix, raw, answers, tmp_path):
     folder = tmp_path / "Questions" if answers else tmp_path
     path = vqa(folder, prefix=prefix, raw=raw, answers=f"../{answers}" if answers else "")
     manifest = read_manifest(str(path))
-    assert rows(manifest) == {"262148000": ("Where?",), "262148001": ("Who?",)}
+    assert rows(manifest) == {"262148000": ("Where?", "down"), "262148001": ("Who?",)}
     assert (manifest.column("label"), manifest.column("split")) == (["down", ""], ["val", "val"])
     first, second = tasks(manifest)
     assert first["answers"] == ["down"] * 10
     assert first.get("raw_answers") == (["downs"] * 10 if raw else None)
     assert (first["answer_type"], first["question_type"], first["id"]) == ("other", "what is", 262148000)
+    assert (first["texts"], second["texts"]) == (["question", "answer"], ["question"])
     assert "answers" not in second
     assert_pictures(manifest, [1, 1])
 
@@ -376,24 +377,26 @@ def test_vcr(tmp_path):
     test = vcr_line(1)
     del test["answer_label"], test["rationale_label"], test["rationale_choices"]
     lines = [vcr_line(0), test, vcr_line(2, question=["Who", [7]]), vcr_line(3, metadata_fn="m/none.json")]
+    lines[3] |= {"answer_label": None}
     for name in ("val", "val_rule_singular"):
         path = write(tmp_path / f"vcr1/{name}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
         manifest = read_manifest(str(path))
         assert manifest.column("split") == ["val"] * 4
-    assert manifest.row(0).texts == (
-        "Why are person 1 and person 2 here?",
-        "person 1 isn't at the chair.",
-        "[MASK] left, too.",
-        "person 1 and person 2's",
-        "No",
-    )
+    question, rationales = "Why are person 1 and person 2 here?", ("So", "person 2 said", "x", "y")
+    choices = ("person 1 isn't at the chair.", "[MASK] left, too.", "person 1 and person 2's", "No")
+    without = (question, *choices, *(f"{question} {choice}" for choice in choices))
+    assert manifest.row(1).texts == without
+    assert manifest.row(0).texts == (*without, *rationales,
+                                     *(f"{question} person 1 and person 2's {r}" for r in rationales))  # fmt: skip
     first, second = (json.loads(manifest.row(row).task) for row in (0, 1))
-    assert first["texts"] == ["question"] + ["choice"] * 4
+    assert second["texts"] == ["question"] + ["choice"] * 4 + ["pair"] * 4
+    assert first["texts"] == [*second["texts"], *["rationale"] * 4, *["rationale_pair"] * 4]
     assert (first["label"], first["rationale_label"], first["rationales"][1]) == (2, 1, "person 2 said")
     assert first["boxes"] == [[1, 2, 3, 4], [0, 0, 1, 1], [5, 5, 6, 6]]
     assert not {"label", "rationales", "rationale_label"} & set(second)
     assert "names an object that is not among the 3" in manifest.row(2).problem
     assert "boxes" not in json.loads(manifest.row(3).task)
+    assert manifest.row(3).texts == (*without, *rationales)  # which rationale is asked for an answer nobody knows
     assert_pictures(Manifest("", manifest.root, manifest.table.slice(0, 2), ""), [1, 1])
 
 
@@ -551,8 +554,8 @@ def test_tc_manifest(tmp_path, capsys):
     out = tmp_path / "new/m.parquet"
     assert main(["manifest", str(path), "--out", str(out)]) == 0
     text, err = capsys.readouterr()
-    for words in ("VQA questions", "2, 2 with a picture, 2 with task columns", "1 a row", "val 2", "down 1", "Where?",
-                  "problems   none found"):  # fmt: skip
+    for words in ("VQA questions", "2, 2 with a picture, 2 with task columns", "1 to 2 a row", "val 2", "down 1",
+                  "Where? | down", "problems   none found"):  # fmt: skip
         assert words in text
     assert f"pass it as --data {out}" in err
     assert read_manifest(str(out)).digest == read_manifest(str(path)).digest

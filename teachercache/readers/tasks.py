@@ -1,6 +1,7 @@
 """VQA v2 (and OK-VQA), SNLI-VE, VCR: questions, choices, answers and boxes as task columns. Metrics are elsewhere.
 
-`texts` of a row are what CLIP encodes; the task column `texts` says what each is.
+`texts` of a row are what a teacher encodes; the task column `texts` says what each is. VQA: question, answer. SNLI-VE:
+hypothesis. VCR: question, 4 choice, 4 pair, 4 rationale, 4 rationale_pair, each kind after the one before.
 """
 
 import functools
@@ -41,7 +42,10 @@ def json_lines(path: Any) -> list[dict[str, Any]]:
 
 
 def read_vqa(path: Any, values: Any) -> Iterator[Sample]:
-    """Text = the question, label = the most common answer, key = question_id; COCO pictures near the JSON."""
+    """Texts = the question and the most common answer (the label too), key = question_id; pictures near the JSON.
+
+    The answer is a text so that every answer of the data has an embedding in a cache; the test split has none.
+    """
     try:
         subset = values["data_subtype"].replace("test-dev", "test")
         questions = [(q["question_id"], q["image_id"], q["question"]) for q in values["questions"]]
@@ -55,16 +59,17 @@ def read_vqa(path: Any, values: Any) -> Iterator[Sample]:
     for (number, image_id, question), name in zip(questions, images, strict=True):
         where = os.path.normpath(os.path.join(folder, name))
         facts = answers.get(number, {})
-        given = facts.get("answers")
+        given, common = facts.get("answers"), facts.get("multiple_choice_answer") or ""
+        texts = {"question": question} | ({"answer": common} if common else {})
         task = task_columns(
-            task="vqa", id=number, image_id=image_id, question=question, texts=["question"],
+            task="vqa", id=number, image_id=image_id, question=question, texts=[*texts],
             answers=None if given is None else [answer["answer"] for answer in given],
             raw_answers=[a["raw_answer"] for a in given] if given and "raw_answer" in given[0] else None,
             answer=facts.get("multiple_choice_answer"), answer_type=facts.get("answer_type"),
             question_type=facts.get("question_type"),
         )  # fmt: skip
-        yield Sample(str(number), where, (question,), label=facts.get("multiple_choice_answer") or "",
-                     split=split_in_name(subset), size=size(where) or 0, task=task)  # fmt: skip
+        yield Sample(str(number), where, tuple(texts.values()), label=common, split=split_in_name(subset),
+                     size=size(where) or 0, task=task)  # fmt: skip
 
 
 def _vqa_answers(path: Any) -> dict[int, dict[str, Any]]:
@@ -122,9 +127,9 @@ def read_snli_ve(path: Any, lines: list[dict[str, Any]]) -> Iterator[Sample]:
 
 
 def read_vcr(path: Any, lines: list[dict[str, Any]]) -> Iterator[Sample]:
-    """Texts = the question and its answer choices, in which a person is `person 3` (its place in `objects`, from 1).
+    """Texts in which a person is `person 3` (its place in `objects`, from 1): see `_vcr_texts`.
 
-    Rationales, boxes (x1, y1, x2, y2 of each object) and labels are task columns; the test split has no labels.
+    Boxes (x1, y1, x2, y2 of each object) and labels are task columns; the test split has no labels.
     The files of the shortcut study (val_rule_singular, val_adv_...) have the same form and are read unchanged.
     """
     images = [str(line.get("img_fn", "")) for line in lines]
@@ -149,12 +154,25 @@ def _vcr_row(line: dict[str, Any], images: Any) -> tuple[tuple[str, ...], str]:
     choices = [render_tokens(tokens, objects) for tokens in line["answer_choices"]]
     rationales = [render_tokens(tokens, objects) for tokens in line.get("rationale_choices", [])]
     boxes = _vcr_boxes(images / line["metadata_fn"]) if line.get("metadata_fn") else None
+    label = line.get("answer_label")
+    texts = _vcr_texts(question, choices, rationales, "" if label is None else choices[label])
     task = task_columns(
-        task="vcr", id=line["annot_id"], question=question, choices=choices, label=line.get("answer_label"),
+        task="vcr", id=line["annot_id"], question=question, choices=choices, label=label,
         rationales=rationales or None, rationale_label=line.get("rationale_label"), objects=objects,
-        boxes=boxes, texts=["question"] + ["choice"] * len(choices),
+        boxes=boxes, texts=[kind for kind, _ in texts],
     )  # fmt: skip
-    return (question, *choices), task
+    return tuple(text for _, text in texts), task
+
+
+def _vcr_texts(question: str, choices: list[str], rationales: list[str], answer: str) -> list[tuple[str, str]]:
+    """Kind and text: question, choices, `question choice`, rationales, `question answer rationale` where it is known."""
+    return [
+        ("question", question),
+        *(("choice", choice) for choice in choices),
+        *(("pair", f"{question} {choice}") for choice in choices),
+        *(("rationale", rationale) for rationale in rationales),
+        *(("rationale_pair", f"{question} {answer} {rationale}") for rationale in rationales if answer),
+    ]
 
 
 @functools.lru_cache(maxsize=64)  # the questions of a picture stand together
