@@ -40,6 +40,30 @@ class Look(NamedTuple):
     at_least: int
 
 
+class Order:
+    """Rows of the global batch of each step, the last incomplete batch of an epoch dropped."""
+
+    def __init__(self, rows: np.ndarray, *, batch: int, seed: int, block_rows: int):
+        self.rows, self.batch, self.seed, self.block_rows = rows, batch, seed, block_rows
+        self.per_epoch = len(rows) // batch
+        if not self.per_epoch:
+            raise UserError(f"{len(rows)} usable training rows are fewer than --batch-size {batch}")
+        self.last = (-1, rows)  # the epoch that was shuffled last
+
+    def rows_of(self, step: int) -> np.ndarray:
+        """Manifest rows of a step."""
+        epoch, place = divmod(step, self.per_epoch)
+        if self.last[0] != epoch:
+            self.last = (epoch, epoch_order(self.rows, seed=self.seed, epoch=epoch, block_rows=self.block_rows))
+        return self.last[1][place * self.batch : (place + 1) * self.batch]
+
+    def share_of(self, item: int | tuple[int, int, int], rank: int, world: int) -> tuple[int, np.ndarray]:
+        """Epoch and this rank's rows of a step, or of (step, first, last) those of its rows alone, a micro-batch."""
+        share = self.batch // world
+        step, first, last = item if isinstance(item, tuple) else (item, 0, share)
+        return step // self.per_epoch, self.rows_of(step)[rank * share : (rank + 1) * share][first:last]
+
+
 class Batches(Dataset):
     """Item s is this rank's part of the batch of step s: pictures, token ids and the cached fields of its rows."""
 
@@ -50,11 +74,8 @@ class Batches(Dataset):
         self.manifest, self.rows, self.inputs = manifest, rows, student.inputs
         self.tokenizer, self.num_chances = getattr(student, "tokenizer", None), getattr(student, "num_chances", 0)
         self.batch, self.steps, self.seed, self.rank, self.world = batch, steps, seed, rank, world
-        self.block_rows = cache.meta.block_rows if cache else len(manifest)
-        self.per_epoch = len(rows) // batch
-        if not self.per_epoch:
-            raise UserError(f"{len(rows)} usable training rows are fewer than --batch-size {batch}")
-        self.order = (-1, rows)  # the epoch that was shuffled last
+        block_rows = cache.meta.block_rows if cache else len(manifest)
+        self.order = Order(rows, batch=batch, seed=seed, block_rows=block_rows)
         self.looks, self.live_tokenize = looks(student, live), getattr(live, "tokenize", None)
         self.num_views, self.view_params = 0, np.empty(0)
         views = cache if cache is not None else views
@@ -79,19 +100,10 @@ class Batches(Dataset):
     def __len__(self) -> int:
         return self.steps
 
-    def rows_of(self, step: int) -> np.ndarray:
-        """Manifest rows of the global batch of a step; the last incomplete batch of an epoch is dropped."""
-        epoch, place = divmod(step, self.per_epoch)
-        if self.order[0] != epoch:
-            self.order = (epoch, epoch_order(self.rows, seed=self.seed, epoch=epoch, block_rows=self.block_rows))
-        return self.order[1][place * self.batch : (place + 1) * self.batch]
-
     def __getitem__(self, step: int | tuple[int, int, int]) -> dict[str, Any]:
         """The rows of this rank in a step; of (step, first, last) those of its rows alone, a micro-batch."""
-        share = self.batch // self.world
-        step, first, last = step if isinstance(step, tuple) else (step, 0, share)
-        rows = self.rows_of(step)[self.rank * share : (self.rank + 1) * share][first:last]
-        samples, epoch = [self.manifest.row(row) for row in rows.tolist()], step // self.per_epoch
+        epoch, rows = self.order.share_of(step, self.rank, self.world)
+        samples = [self.manifest.row(row) for row in rows.tolist()]
         chosen = {"text": [self._text(sample, row, epoch) for sample, row in zip(samples, rows, strict=True)],
                   "image": [self._view(row, epoch) for row in rows.tolist()]}  # fmt: skip
         batch: dict[str, Any] = {}

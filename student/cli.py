@@ -10,10 +10,10 @@ import click
 
 from evaluation.tasks import SHORT, TASKS
 from evaluation.tasks import find as find_task
+from student.recipe import DEMO_DATA
 from teachercache.names import UserError
 from teachercache.runtime import rank, run_command, say
 
-DEMO_DATA = "data/demo"
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -55,7 +55,7 @@ def recipes(name: str | None) -> None:
 
 @student.command()
 @click.option("--recipe", "name", required=True, help="A name of `student recipes`, or package.module:RECIPE.")
-@click.option("--data", default=DEMO_DATA, show_default=True, help="What `tc build --data` took.")
+@click.option("--data", help="What `tc build --data` took; default the recipe's own, data/demo or data/scenes/vcr1.")
 @click.option("--cache", help="A cache, or a folder of caches; several teachers with commas; default caches/<data>.")
 @click.option("--out", help="The run folder; default runs/<recipe>-<time>.")
 @click.option("--steps", type=click.IntRange(1), help="Training steps.")
@@ -103,6 +103,7 @@ def train(
 
     recipe = find(name)
     recipe = dataclasses.replace(recipe, steps=steps or recipe.steps, batch=batch_size or recipe.batch)
+    data = data or recipe.data
     cache = cache or str(cache_folder(data))
     run = Run(
         data=data,

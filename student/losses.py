@@ -166,3 +166,43 @@ def hidden_loss(hidden: Float[Tensor, "n d"], t_hidden: Float[Tensor, "n d"]) ->
     """FD of one block of one tower (CLIP-KD, appendix Fig. 2): mean over pairs and dims of (H' - H_T)^2."""
     H, H_T = _wide(hidden, t_hidden)
     return F.mse_loss(H, H_T)
+
+
+def answer_loss(logits: Float[Tensor, "n classes"], target: Float[Tensor, "n classes"], *,
+                many: bool = False) -> Float[Tensor, " n"]:  # fmt: skip
+    """Each row's task loss: cross-entropy, or binary cross-entropies summed where several answers may be right (VQA)."""
+    Z, T = _wide(logits, target)
+    if many:
+        return F.binary_cross_entropy_with_logits(Z, T, reduction="none").sum(1)
+    return -(T * Z.log_softmax(1)).sum(1)
+
+
+def token_l1(student_tokens: Float[Tensor, "*rows d"], teacher_tokens: Float[Tensor, "*rows d"],
+             weight: Float[Tensor, "*rows"]) -> Float[Tensor, ""]:  # fmt: skip
+    """CLIP-TD Eq. 3, 4, 7: L1 distance of each token to the teacher's, times its weight, mean over all tokens given.
+
+    A token that is not there has weight 0, and so has a row that confidence weighting leaves out (Eq. 10).
+    """
+    S, T, W = _wide(student_tokens, teacher_tokens, weight)
+    return (W * (S - T).abs().sum(-1)).mean()
+
+
+def confidence_weight(teacher_logits: Float[Tensor, "n classes"], student_logits: Float[Tensor, "n classes"],
+                      temperature: float) -> Float[Tensor, " n"]:  # fmt: skip
+    """CLIP-TD Eq. 9-10: 1 where r = T max(sm(teacher)) / max(sm(student)) > 1, else 0; no gradient."""
+    Z_T, Z = _wide(teacher_logits.detach(), student_logits.detach())
+    r = temperature * Z_T.softmax(1).amax(1) / Z.softmax(1).amax(1)
+    return (r > 1).to(r.dtype)
+
+
+def answer_kl(logits: Float[Tensor, "n k classes"], clean: Float[Tensor, "n classes"], *,
+              many: bool = False) -> Float[Tensor, " n"]:  # fmt: skip
+    """VILLA's divergence of k perturbed predictions from the clean one, both ways, mean over k; each row's.
+
+    KL(p_clean || p_k) + KL(p_k || p_clean) of softmaxes, or of each answer's own yes and no, summed (VQA).
+    """
+    Z, C = _wide(logits, clean)
+    C = C.unsqueeze(1)
+    if many:
+        return ((Z.sigmoid() - C.sigmoid()) * (Z - C)).sum(-1).mean(1)
+    return ((Z.softmax(-1) - C.softmax(-1)) * (Z.log_softmax(-1) - C.log_softmax(-1))).sum(-1).mean(1)

@@ -8,6 +8,9 @@ from typing import Any, NamedTuple
 from teachercache.names import UserError, closest
 
 
+DEMO_DATA = "data/demo"
+
+
 @dataclasses.dataclass(frozen=True)
 class Optim:
     """AdamW and its schedule: linear warm-up, then cosine to zero."""
@@ -36,10 +39,13 @@ class Recipe:
     paper: str
     doc: str
     constants: Any  # the paper's own frozen dataclass; `model` and `init` are in it
-    build: Callable[[Any], Any]  # constants -> student model
+    build: Callable[..., Any]  # constants -> student; of questions: constants, task, tokenizer, shapes -> student
     heads: Callable[[Any, Any, dict], Any] | None  # constants, student, shapes of fields -> module, or None
     loss: Callable[[dict, dict, Any, Now], tuple[dict, dict]]  # outputs, batch, constants, now -> terms, notes
     reads: tuple[str, ...] | Callable[[Any], tuple[str, ...]] = ()  # teacher fields, or constants -> teacher fields
+    given: tuple[str, ...] = ()  # what else of a batch the loss sees
+    questions: bool = False  # rows are a task's questions (`tasks.py`), not pairs of a picture and a text
+    data: str = DEMO_DATA  # what `--data` is where nobody says
     across: tuple[str, ...] = ()  # outputs and fields, or patterns, that the loss sees of the whole batch
     optim: Optim = Optim()
     steps: int = 500

@@ -19,9 +19,8 @@ import torch.distributed as dist
 
 from student import checkpoint
 from student.accumulate import accumulate, on_device
-from student.batches import Batches, loader
+from student.batches import loader
 from student.best import Evaluate, keep_best
-from student.caches import field_shapes, find_caches, readable_rows, same_data_cache, training_rows
 from student.curve import draw_curve
 from student.distributed import any_rank, mean_over_ranks
 from student.engine import (
@@ -33,31 +32,21 @@ from student.engine import (
     start_engine,
     take_optimizer_step,
 )
-from student.ensemble import check_ensemble
 from student.metrics import plain, refuse_nan, refuse_nan_weights
 from student.models.two_tower import TwoTower
+from student.prepare import Prepared, prepare
 from student.recipe import Now, Recipe, Run
 from student.reporting import Report, asked, reporting
 from student.speed import Speed, peak_memory
 from student.step import TrainStep
 from teachercache.names import UserError
 from teachercache.paths import write_whole
-from teachercache.readers import read_manifest
 from teachercache.runtime import keep_memory, rank, say, ticker, world_size
 from teachercache.spec import fingerprint, to_dict
-from teachercache.store import Cache
 
 # Settings of a run that say where things lie and how they are computed, not what is computed: a resume may change them
 HOW = ("cache", "data", "out", "device", "workers", "save_every", "zero", "micro_batch", "grad_checkpointing",
        "compile", "report_to", "eval_every")  # fmt: skip
-
-
-class Prepared(NamedTuple):
-    """Everything that a run is made of, before its first step."""
-
-    step: TrainStep
-    batches: Batches
-    caches: list[Cache]  # one per teacher
 
 
 def train(recipe: Recipe, run: Run, *, resume: bool, dry_run: bool = False, evaluate: Evaluate | None = None) -> Path:
@@ -74,11 +63,13 @@ def train(recipe: Recipe, run: Run, *, resume: bool, dry_run: bool = False, eval
     start_distributed(run.device)
     prepared = prepare(recipe, run)
     step_module = prepared.step.to(run.device)
-    if run.eval_every and not isinstance(step_module.student, TwoTower):
+    if run.eval_every and prepared.facts is None and not isinstance(step_module.student, TwoTower):
         raise UserError(f"--eval-every: {type(step_module.student).__name__} is no model of its own; leave it away")
     facts = describe(recipe, run, prepared)
     if not dry_run:
         open_run(out, facts, resume)
+        for name, text in (prepared.files or {}).items() if rank() == 0 else ():
+            write_whole(out / name, text)
     rows = len(prepared.batches.rows)
     say(f"{recipe.name}: {count(step_module)}; {rows:,} rows, {recipe.steps} steps of {recipe.batch}")
 
@@ -202,65 +193,6 @@ def take_step(engine: Any, parts: list[dict], now: Now, device: str) -> tuple[to
     return loss, terms, notes
 
 
-def prepare(recipe: Recipe, run: Run) -> Prepared:
-    """Data, cache, student and step; every check that can fail before the first step."""
-    manifest = read_manifest(run.data)
-    torch.manual_seed(run.seed)  # the same student and heads on every rank
-    student = recipe.build(recipe.constants)
-    reads = tuple(dict.fromkeys((*recipe.fields, *(name for name in student.inputs if name not in ("image", "text")))))
-    caches = find_caches(run.cache, reads, functools.partial(build_hint, run, reads))
-    ensemble = teachers_of(recipe, caches)
-    cache, *more = caches or [None]
-    looked = cache or same_data_cache(run.cache, manifest)  # whoever built it has read every picture
-    rows = functools.reduce(np.intersect1d, [training_rows(manifest, one) for one in caches or [looked]])
-    rows = readable_rows(manifest, rows) if looked is None else rows
-    heads = recipe.heads(recipe.constants, student, field_shapes(caches, ensemble)) if recipe.heads else None
-    live = live_teacher(caches, run.device) if run.live else None  # last: it draws random numbers
-    batches = Batches(manifest, rows, student=student, cache=cache, more=more, ensemble=ensemble, reads=reads,
-                      batch=recipe.batch, steps=recipe.steps, seed=run.seed, live=live, views=looked, rank=rank(),
-                      world=world_size())  # fmt: skip
-    if looked is not None and batches.num_views:
-        say(f"pictures: one of {batches.num_views} augmented views a step, as stored in {looked.path}")
-    return Prepared(TrainStep(recipe, student, heads, live, precision=run.precision), batches, caches)
-
-
-def teachers_of(recipe: Recipe, caches: list[Cache]) -> str:
-    """How the recipe joins several teachers; what is said about those that there are."""
-    for cache in caches:
-        if cache.meta.spec.weights.startswith("random:"):
-            say(f"WARNING: the teacher of {cache.path} has random weights; there is nothing in it to distil")
-    ensemble = getattr(recipe.constants, "ensemble", "")
-    if len(caches) > 1 and not ensemble:
-        raise UserError(f"{recipe.name} reads one cache, not {len(caches)}: pass one as --cache")
-    if ensemble:
-        check_ensemble(ensemble)
-    if len(caches) > 1:
-        say(f"{len(caches)} teachers, {ensemble}: {', '.join(cache.meta.spec.name for cache in caches)}")
-    return ensemble
-
-
-def build_hint(run: Run, reads: tuple[str, ...], cache: str) -> str:
-    """A `tc build` that makes the cache which this run looks for."""
-    path = Path(cache)
-    out = path if path.suffix == ".zarr" else path / "clip-lite.zarr"
-    layers = sorted({int(name.rpartition("_")[2]) for name in reads if "_hidden_" in name})
-    outputs = ["--outputs", f"embeddings,hidden:{'+'.join(map(str, layers))}"] if layers else []
-    return shlex.join(["tc", "build", "--teacher", "clip-lite", *outputs, "--data", run.data, "--out", str(out)])
-
-
-def live_teacher(caches: list[Cache], device: str) -> Any:
-    """The cache's teacher in this process."""
-    from teachercache.live import load_teacher
-
-    if not caches:
-        raise UserError("--live: this recipe reads nothing from a teacher; leave --live away")
-    if len(caches) > 1:
-        raise UserError("--live runs one teacher: pass one --cache, or leave --live away")
-    teacher = load_teacher(caches[0])
-    teacher.module.to(device)
-    return teacher
-
-
 def describe(recipe: Recipe, run: Run, prepared: Prepared) -> dict[str, Any]:
     """What run.json holds: enough to run it again, to load its student, and to refuse a resume of something else."""
     names = ("name", "paper", "steps", "batch")
@@ -269,7 +201,9 @@ def describe(recipe: Recipe, run: Run, prepared: Prepared) -> dict[str, Any]:
     caches, batches, student = prepared.caches, prepared.batches, prepared.step.student
     keys = "\n".join(batches.manifest.table["key"].take(batches.rows).to_pylist())  # in their order
     rows = hashlib.sha256(f"{batches.manifest.digest}\n{keys}".encode()).hexdigest()[:16]
-    made = {"model_cfg": student.model_cfg, "preprocess": student.preprocess} if isinstance(student, TwoTower) else None
+    made = prepared.facts
+    if isinstance(student, TwoTower):
+        made = {"model_cfg": student.model_cfg, "preprocess": student.preprocess}
     return json.loads(json.dumps({
         "recipe": known,
         "run": dataclasses.asdict(run),

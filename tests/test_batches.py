@@ -119,8 +119,8 @@ def test_an_epoch_shows_each_row_once(manifest, spelled):
     batches = batches_of(manifest, spelled, batch=4)
     rows = set(manifest.rows_of_split("train").tolist())
     assert len(rows) == 30
-    assert batches.per_epoch == 7
-    shown = [batches.rows_of(step).tolist() for step in range(21)]
+    assert batches.order.per_epoch == 7
+    shown = [batches.order.rows_of(step).tolist() for step in range(21)]
     orders = [[row for part in shown[epoch * 7 : epoch * 7 + 7] for row in part] for epoch in range(3)]
     for order in orders:
         assert len(order) == len(set(order)) == 28  # two rows are dropped
@@ -241,7 +241,7 @@ def test_rows_that_cannot_be_used_are_skipped(manifest, tmp_path):
     train = [number(manifest.column("key")[row]) for row in manifest.rows_of_split("train").tolist()]
     cache = spelled_cache(manifest, tmp_path / "c.zarr", bad=(train[0], train[7]))
     batches = batches_of(manifest, cache)
-    assert check_rows(manifest, batches, 3 * batches.per_epoch) == set(train) - {train[0], train[7]}
+    assert check_rows(manifest, batches, 3 * batches.order.per_epoch) == set(train) - {train[0], train[7]}
 
 
 def test_empty_texts_are_never_shown(manifest, tmp_path):

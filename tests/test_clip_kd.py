@@ -444,12 +444,12 @@ def test_masks_change_with_the_epoch_and_not_with_the_step_alone(squares, hidden
     rows = training_rows(manifest, opened)
     parts = [Batches(manifest, rows, student=student, cache=opened, reads=recipe.fields, batch=48 // world, steps=4,
                      seed=0) for world in (1, 2)]  # fmt: skip
-    whole = [dict(zip(parts[0].rows_of(s).tolist(), parts[0][s]["chance"], strict=True)) for s in range(2)]
+    whole = [dict(zip(parts[0].order.rows_of(s).tolist(), parts[0][s]["chance"], strict=True)) for s in range(2)]
     assert all(not torch.equal(whole[0][row], whole[1][row]) for row in rows.tolist())
     for a, b in itertools.combinations(rows.tolist(), 2):
         assert not torch.equal(whole[0][a], whole[0][b])
     halves = {row: chance for s in range(2)
-              for row, chance in zip(parts[1].rows_of(s).tolist(), parts[1][s]["chance"], strict=True)}  # fmt: skip
+              for row, chance in zip(parts[1].order.rows_of(s).tolist(), parts[1][s]["chance"], strict=True)}  # fmt: skip
     assert all(torch.equal(halves[row], whole[0][row]) for row in halves)  # whatever batch a row is in
 
 

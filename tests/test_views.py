@@ -94,7 +94,7 @@ def test_the_student_sees_exactly_the_pixels_that_the_teacher_saw(seen, folder, 
     batches = batches_of(manifest, cache, student_like(folder))
     stored, found = store.read_field(cache, "image_emb").astype(np.float32), set()
     for step in range(12):
-        batch, rows = batches[step], batches.rows_of(step)
+        batch, rows = batches[step], batches.order.rows_of(step)
         for i, row in enumerate(rows.tolist()):
             (view,) = [v for v in range(4) if torch.equal(batch["image"][i], shown[v, row])]
             assert np.array_equal(batch["image_emb"][i].numpy(), stored[row, view])

@@ -97,3 +97,16 @@ class PerTeacher(nn.Module):
         for k, head in enumerate(self.heads):
             found |= {named(name, k): value for name, value in head(of_teacher(values, k)).items()}
         return found
+
+
+class TokenSpace(nn.Module):
+    """A single-stream student's elements in the teacher's width (CLIP-TD: the papers leave the map open; linear)."""
+
+    def __init__(self, hidden: int, width: int):
+        super().__init__()
+        self.image, self.text, self.words = (nn.Linear(hidden, width) for _ in range(3))
+
+    def forward(self, values: Mapping[str, Tensor]) -> dict[str, Float[Tensor, "..."]]:
+        """`img_t`, `cls_t` [n, C, width] and, where words were selected, `words_t` [n, C, m, width]."""
+        found = {"img_t": self.image(values["img"]), "cls_t": self.text(values["cls"])}
+        return found | ({"words_t": self.words(values["words"])} if "words" in values else {})

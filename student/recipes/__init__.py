@@ -3,10 +3,11 @@
 from student.recipe import Recipe
 from student.recipes.clip import CLIP
 from student.recipes.clip_kd import CLIP_KD
+from student.recipes.clip_td import CLIP_TD
 from student.recipes.psd import PSD
 from teachercache.names import UserError, resolve
 
-RECIPES: dict[str, Recipe] = {"clip": CLIP, "clip_kd": CLIP_KD, "psd": PSD}
+RECIPES: dict[str, Recipe] = {"clip": CLIP, "clip_kd": CLIP_KD, "clip_td": CLIP_TD, "psd": PSD}
 
 
 def find(name: str) -> Recipe:

@@ -107,13 +107,23 @@ def find_sources(data: str) -> list[Source]:
             raise UserError(f"no data at {part}: check its spelling with `tc manifest {part}`, and AWS_ENDPOINT_URL")
         if not found:
             raise UserError(f"no data at {part}: pass --data FOLDER, or make the demo data with `bash scripts/demo`")
-        for path, is_folder in found:
+        for path, is_folder in (entry for path, is_folder in found for entry in _annotations(path, is_folder)):
             with remote.asking(path):
                 grouped = path.suffix.lower() in GROUPED and not is_folder
                 alone = not grouped or (path.suffix.lower() == ".parquet" and tables.is_manifest(path))
             groups.setdefault(path if alone else (path.parent, path.suffix.lower()), []).append(path)
             folders |= {path} if is_folder else set()
     return [_source(paths, is_folder=paths[0] in folders) for paths in groups.values()]
+
+
+def _annotations(path: Any, is_folder: bool) -> list[tuple[Any, bool]]:
+    """A folder of VCR, SNLI-VE or VQA as the files in it that say what is asked; anything else as it is."""
+    if not is_folder:
+        return [(path, is_folder)]
+    with remote.asking(path):
+        names = [entry for entry, inner in remote.children(path) if not inner]
+        found = [entry for entry in names if entry.name.endswith((".jsonl", "_questions.json"))]
+    return [(entry, False) for entry in sorted(found, key=str)] or [(path, is_folder)]
 
 
 def cache_folder(data: str) -> Path:

@@ -159,7 +159,7 @@ def _vcr_row(line: dict[str, Any], images: Any) -> tuple[tuple[str, ...], str]:
     task = task_columns(
         task="vcr", id=line["annot_id"], question=question, choices=choices, label=label,
         rationales=rationales or None, rationale_label=line.get("rationale_label"), objects=objects,
-        boxes=boxes, texts=[kind for kind, _ in texts],
+        category=line.get("category"), boxes=boxes, texts=[kind for kind, _ in texts],
     )  # fmt: skip
     return tuple(text for _, text in texts), task
 

@@ -1,0 +1,93 @@
+"""A trained task student as a function from rows to scores, what `student eval` measures. Knows no metrics."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from student.caches import open_source
+from student.models.adapters import Adapter
+from student.models.single_stream import rebuild
+from student.prepare_task import find_task_caches
+from student.recipe import Run
+from student.task_batches import TaskBatches
+from student.tasks import Task, read_question
+from student.words import load_tokenizer
+from teachercache.names import UserError
+from teachercache.readers import cache_folder
+from teachercache.samples import Manifest
+
+ROWS = 64  # at a time
+
+
+class TaskModel(NamedTuple):
+    """A run on questions: its task, and the function that scores rows."""
+
+    task: Task
+    student: Any
+    score: Callable[[Manifest, np.ndarray, str], np.ndarray | None]  # None: it was not made for that
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """What a TaskBatches asks of a recipe's constants when nothing is distilled."""
+
+    max_text: int
+    stage: str = "task"
+
+
+def is_task_run(run: Path) -> bool:
+    """Whether a run folder holds a student of questions."""
+    made = json.loads((run / "run.json").read_text()).get("student") or {}
+    return "task" in made
+
+
+def load_task_model(run: Path, *, device: str, cache: str = "") -> TaskModel:
+    """The student of a run folder, from that folder alone; its regions come from the cache of what it is asked."""
+    made = json.loads((run / "run.json").read_text())["student"]
+    if not (run / "model.safetensors").exists():
+        raise UserError(f"{run} is not a finished run: go on with `student train --resume --out {run}`")
+    task = Task(**{**made["task"], "answers": tuple(made["task"]["answers"])})
+    student: Any = _adapter(made["adapter"]) if "adapter" in made else rebuild(made)
+    if not hasattr(student, "answer") and "adapter" not in made:
+        raise UserError(f"{run} is a stage=adapt run without answers: train on with `--set init={run}`, then evaluate")
+    student.load_state_dict(load_file(run / "model.safetensors"))
+    student = student.to(device).eval()
+    tokenizer = load_tokenizer(run)
+
+    def score(manifest: Manifest, rows: np.ndarray, which: str) -> np.ndarray | None:
+        if which != task.which:
+            return None
+        parts = batches_of(task, student, tokenizer, manifest, rows, made["max_text"], cache)
+        with torch.inference_mode():
+            found = [student({name: value.to(device) for name, value in part.items()})["logits"] for part in parts]
+        return torch.cat(found).float().cpu().numpy()
+
+    return TaskModel(task, student, score)
+
+
+def _adapter(made: dict[str, Any]) -> Adapter:
+    widths = tuple(made["widths"])
+    return Adapter(made["kind"], made["fusion"], widths, inputs=made["inputs"], classes=made["classes"])
+
+
+def batches_of(task: Task, student: Any, tokenizer: Any, manifest: Manifest, rows: np.ndarray, max_text: int,
+               cache: str) -> Iterator[dict[str, torch.Tensor]]:  # fmt: skip
+    """Rows as the student reads them, some at a time; UserError names the `tc build` of a cache that is missing."""
+    fields = tuple(name for name in student.inputs if name != "text")
+    run = Run(data=manifest.data, cache=cache or str(cache_folder(manifest.data)), out="")
+    sources = [open_source(cache, manifest, rows, tuple(name for name in fields if name in cache.fields))
+               for cache in find_task_caches(run, fields)]  # fmt: skip
+    for source in sources:
+        if (source.at[rows] < 0).any():
+            raise UserError(f"{(source.at[rows] < 0).sum()} rows of {manifest.data} are not in the cache: extend it")
+    reader = TaskBatches(manifest, task, sources=sources, order=None, labelled=np.empty(0), tokenizer=tokenizer,
+                         constants=Reading(max_text), inputs=student.inputs, steps=0, seed=0)  # fmt: skip
+    for start in range(0, len(rows), ROWS):
+        part = rows[start : start + ROWS]
+        yield reader.read(part, [read_question(task, manifest.row(row)) for row in part.tolist()])

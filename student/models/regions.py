@@ -1,0 +1,71 @@
+"""Regions of a picture as elements of a single-stream transformer: UNITER's and VL-BERT's embeddings of them.
+
+A region comes as its cached feature and its box, x1 y1 x2 y2 as shares of the picture; a box of zeros is no region, and
+region 0 is the whole picture. Not for detecting them: see `teachercache.teachers.regions`.
+"""
+
+import math
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+WAVES = 8  # VL-BERT: wavelengths per coordinate; the paper embeds each in 1/4 of 2048 numbers
+
+
+def known(box: Float[Tensor, "... 4"]) -> Bool[Tensor, "..."]:
+    """Which regions there are: those of some width and height."""
+    return (box[..., 2] > box[..., 0]) & (box[..., 3] > box[..., 1])
+
+
+def geometry(box: Float[Tensor, "... 4"]) -> Float[Tensor, "... 7"]:
+    """UNITER's seven numbers: x1, y1, x2, y2, width, height, area, all as shares of the picture."""
+    x1, y1, x2, y2 = box.unbind(-1)
+    width, height = x2 - x1, y2 - y1
+    return torch.stack([x1, y1, x2, y2, width, height, width * height], -1)
+
+
+def waves(box: Float[Tensor, "... 4"], number: int = WAVES) -> Float[Tensor, "... waves"]:
+    """VL-BERT's geometry embedding: sine and cosine of each coordinate at `number` wavelengths, 8 numbers of each."""
+    lengths = 1000.0 ** (torch.arange(number, device=box.device, dtype=box.dtype) / number)
+    angles = 100 * box.unsqueeze(-1) / lengths  # [..., 4, number]
+    return torch.cat([angles.sin(), angles.cos()], -1).flatten(-2)
+
+
+class UniterRegions(nn.Module):
+    """LN(LN(W f) + LN(W' geometry) + type), names as in UNITER's released checkpoints."""
+
+    def __init__(self, width: int, hidden: int, eps: float, dropout: float):
+        super().__init__()
+        self.img_linear, self.pos_linear = nn.Linear(width, hidden), nn.Linear(7, hidden)
+        self.img_layer_norm, self.pos_layer_norm = nn.LayerNorm(hidden, eps), nn.LayerNorm(hidden, eps)
+        self.LayerNorm, self.dropout = nn.LayerNorm(hidden, eps), nn.Dropout(dropout)
+
+    def forward(self, feature: Float[Tensor, "n r d"], box: Float[Tensor, "n r 4"],
+                kind: Float[Tensor, " h"]) -> Float[Tensor, "n r h"]:  # fmt: skip
+        """Elements of the picture; `kind` is the token type embedding of pictures."""
+        where = self.pos_layer_norm(self.pos_linear(geometry(box)))
+        return self.dropout(self.LayerNorm(self.img_layer_norm(self.img_linear(feature)) + where + kind))
+
+
+class VlBertRegions(nn.Module):
+    """VL-BERT's visual feature embedding, LN(W [W_a f; waves(box)]), and its [IMG] token.
+
+    Every element has one: a region its own, a word that of the whole picture (region 0). Free choice: no [END] element.
+    """
+
+    def __init__(self, width: int, hidden: int, eps: float, dropout: float):
+        super().__init__()
+        self.appearance = nn.Linear(width, hidden)
+        self.visual = nn.Linear(hidden + 8 * WAVES, hidden)
+        self.LayerNorm = nn.LayerNorm(hidden, eps)
+        self.image_token = nn.Parameter(torch.empty(hidden).normal_(0, 1 / math.sqrt(hidden)))
+        self.join, self.dropout = nn.LayerNorm(hidden, eps), nn.Dropout(dropout)
+
+    def features(self, feature: Float[Tensor, "n r d"], box: Float[Tensor, "n r 4"]) -> Float[Tensor, "n r h"]:
+        """The visual feature embedding of each region."""
+        return self.LayerNorm(self.visual(torch.cat([self.appearance(feature), waves(box)], -1)))
+
+    def forward(self, visual: Float[Tensor, "n r h"], rest: Float[Tensor, "n #r h"]) -> Float[Tensor, "n r h"]:
+        """Elements of the picture; `rest` is type and position, which all of them share."""
+        return self.dropout(self.join(visual + self.image_token + rest))

@@ -1,0 +1,134 @@
+"""What a run on a task's questions is made of: which rows have labels, the student's words, caches by field.
+
+Not for pairs of pictures and texts: see `prepare`.
+"""
+
+import dataclasses
+import shlex
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from student.batches import Order
+from student.caches import find_cache, open_source, parts_of, training_rows
+from student.judge import find_judge
+from student.models.single_stream_init import init_tokenizer
+from student.recipe import Recipe, Run
+from student.step import TrainStep
+from student.task_batches import TaskBatches
+from student.tasks import Task, find_task, labelled_rows
+from student.words import vocabulary_tokenizer
+from teachercache.names import UserError
+from teachercache.readers import read_manifest
+from teachercache.runtime import rank, say, world_size
+from teachercache.samples import Manifest
+from teachercache.store import Cache
+
+
+class Prepared(NamedTuple):
+    """Everything that a run is made of, before its first step."""
+
+    step: TrainStep
+    batches: Any  # Batches or TaskBatches
+    caches: list[Cache]  # one per teacher
+    facts: dict[str, Any] | None = None  # how the student is built again, where it is no TwoTower
+    files: dict[str, str] | None = None  # what else the run folder holds
+
+
+def prepare_task(recipe: Recipe, run: Run) -> Prepared:
+    """Questions, caches, student and step of a task recipe."""
+    constants = recipe.constants
+    if run.live:
+        raise UserError(f"--live: {recipe.name} reads its teachers from caches alone; leave --live away")
+    manifest = read_manifest(run.data)
+    caches = find_task_caches(run, recipe.fields)
+    rows = training_rows(manifest, None)
+    for cache in caches:
+        rows = np.intersect1d(rows, training_rows(manifest, cache))
+    rows = rows[np.array([bool(task) for task in manifest.column("task")])[rows]]
+    if not len(rows):
+        raise UserError(f"{manifest.data} has no training rows that ask something: is its file called train...?")
+    task = find_task(manifest, rows, constants.mode)
+    known = labelled_rows(task, manifest, rows, constants.regime, constants.subset)
+    say_labels(task, constants.regime, known)
+    torch.manual_seed(run.seed)  # the same student and heads on every rank
+    tokenizer = init_tokenizer(constants.init) if constants.init else vocabulary_tokenizer(texts_of(manifest, rows))
+    shapes = {name: field.shape for cache in caches for name, field in cache.fields.items()}
+    student = recipe.build(constants, task, tokenizer, shapes)
+    if getattr(student, "perturbation", None) and run.zero == 3:
+        raise UserError("--set run.zero=3: VILLA's perturbations need whole parameters between layers; choose 0, 1 or 2")
+    heads = recipe.heads(constants, student, shapes) if recipe.heads else None
+    sources = [open_source(cache, manifest, rows, tuple(name for name in recipe.fields if name in cache.fields))
+               for cache in caches]  # fmt: skip
+    batches = make_batches(recipe, run, manifest, task, sources, caches, rows, known, tokenizer, student)
+    keys = "".join(f"{key}\n" for key in manifest.table["key"].take(rows[known]).to_pylist())
+    facts = {"task": dataclasses.asdict(task), "max_text": constants.max_text, **student.describe()}
+    files = {"labelled.txt": keys, "tokenizer.json": tokenizer.to_str()}
+    return Prepared(TrainStep(recipe, student, heads, precision=run.precision), batches, caches, facts, files)
+
+
+def make_batches(recipe: Recipe, run: Run, manifest: Manifest, task: Task, sources: list[Any], caches: list[Cache],
+                 rows: np.ndarray, known: np.ndarray, tokenizer: Any, student: Any) -> TaskBatches:  # fmt: skip
+    """Batches of the rows that the regime trains on; with semi, half of each has labels."""
+    constants, block_rows = recipe.constants, caches[0].meta.block_rows
+    kind, size = constants.regime.partition(":")[0], recipe.batch
+    halves = kind == "semi" and constants.stage == "task"
+    if halves and size % (2 * world_size()):
+        raise UserError(f"--batch-size {size}: semi takes half of each process's rows with labels; choose an even share")
+    order = Order(rows[known] if kind in ("full", "low") or halves else rows, batch=size // 2 if halves else size,
+                  seed=run.seed, block_rows=block_rows)  # fmt: skip
+    others = Order(rows[~known], batch=size // 2, seed=run.seed + 1, block_rows=block_rows) if halves else None
+    labelled = np.zeros(len(manifest), bool)
+    labelled[rows[known]] = True
+    weighed = constants.w > 0 and constants.confidence and constants.stage == "task"
+    judge = find_judge(task, sources, manifest, rows, asked=weighed)
+    return TaskBatches(manifest, task, sources=sources, order=order, unlabelled=others, labelled=labelled,
+                       tokenizer=tokenizer, constants=constants, inputs=student.inputs, judge=judge,
+                       steps=recipe.steps, seed=run.seed, rank=rank(), world=world_size())  # fmt: skip
+
+
+def find_task_caches(run: Run, reads: tuple[str, ...]) -> list[Cache]:
+    """The cache of regions and the cache of CLIP, those that are read; each among the parts of --cache."""
+    regions = tuple(name for name in reads if name.startswith("region_"))
+    clip = tuple(name for name in reads if name not in regions)
+    return [find_among(run, names) for names in (regions, clip) if names]
+
+
+def find_among(run: Run, reads: tuple[str, ...]) -> Cache:
+    """The first cache of those named that holds the fields; the `tc build` that makes one where none does."""
+    parts = parts_of(run.cache)
+    for i, part in enumerate(parts):
+        try:
+            return find_cache(part, reads, build_hint(run, reads, part))
+        except UserError as error:
+            if i == len(parts) - 1 or "several caches" in str(error):
+                raise
+    raise AssertionError("parts_of gives one part at least")
+
+
+def build_hint(run: Run, reads: tuple[str, ...], cache: str) -> str:
+    """A `tc build` that makes what is missing."""
+    regions = reads[0].startswith("region_")
+    name = "regions-lite" if regions else "clip-lite"
+    tokens = any(name.startswith("word_") for name in reads)
+    random = any(name.startswith("random_") for name in reads)
+    outputs = [] if regions else ["--outputs", ",".join(
+        ["embeddings", *(["tokens"] if tokens else []), *(["random_tokens"] if random else [])])]  # fmt: skip
+    path = Path(cache)
+    out = path if path.suffix == ".zarr" else path / f"{name}.zarr"
+    return shlex.join(["tc", "build", "--teacher", name, *outputs, "--data", run.data, "--out", str(out)])
+
+
+def say_labels(task: Task, regime: str, known: np.ndarray) -> None:
+    """How many labels are used."""
+    what = f"{task.name} {task.which}".strip()
+    say(f"{what}: {known.sum():,} of {len(known):,} training rows with labels ({regime}), {task.classes} answers")
+    if not known.any() and not regime.startswith("zero"):
+        raise UserError(f"--set regime={regime}: no training row has a label")
+
+
+def texts_of(manifest: Manifest, rows: np.ndarray) -> list[str]:
+    """Every text of the rows, which a vocabulary is made of; a task's texts are no secret, its labels are."""
+    return [text for texts in manifest.table["texts"].take(rows).to_pylist() for text in texts]
