@@ -33,7 +33,9 @@ class Encoder:
 
 
 def of_teacher(teacher: Teacher, *, device: str = "cpu") -> Encoder:
-    """A teacher as an Encoder."""
+    """A teacher as an Encoder; UserError where it has no embeddings."""
+    if teacher.tokenize is None:
+        raise UserError(f"{teacher.spec.name} has no embeddings to evaluate: name a CLIP teacher (`tc teachers`)")
     teacher.module.to(device)
     return Encoder(
         name=teacher.spec.name,
@@ -66,7 +68,7 @@ def features_of(encoder: Encoder, manifest: Manifest, rows: list[int], encode: C
     with torch.inference_mode(), ticker(len(rows), "pictures", encoder.name) as tick:
         for part in loader:
             usable, numbers = torch.from_numpy(part["usable"]), part["piece"].rows
-            features.append(encode(part["image"][0].to(encoder.device))[usable].float().cpu())
+            features.append(encode(part["image"][0].to(encoder.device)).float().cpu()[part["image_at"]][usable])
             kept += [row for row, good in zip(numbers, usable.tolist(), strict=True) if good]
             skipped += part["problems"]
             tick.step(len(numbers))

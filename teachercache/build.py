@@ -124,6 +124,10 @@ def plan(teacher: Teacher, manifest: Manifest, precision: Precision, block_rows:
         )
     if views and not has["image"]:
         raise UserError(f"--views {views}: {manifest.data} has no pictures; leave --views away")
+    if views and "boxes" in teacher.spec.view:
+        raise UserError(
+            f"--views {views}: {teacher.spec.name} looks at regions of the plain picture; leave --views away"
+        )
     versions = {name: importlib.metadata.version(name) for name in ("torch", "open_clip_torch", "zarr", "pillow")}
     return CacheMeta(
         spec=dataclasses.replace(teacher.spec, fields=fields),

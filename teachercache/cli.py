@@ -113,9 +113,8 @@ def manifest(data: str, out: str | None, limit: int | None, noise: str | None, n
                             "<teacher>-views.zarr with --views.")  # fmt: skip
 @click.option(
     "--outputs",
-    default="embeddings",
-    show_default=True,
-    help="What to keep, comma-separated: embeddings, patches, hidden, hidden:3+7 (tc teachers).",
+    help="What to keep, comma-separated: embeddings, patches, hidden, hidden:3+7, tokens, random_tokens; regions of a "
+    "regions teacher (tc teachers). Default: a teacher's first, embeddings or regions.",
 )
 @click.option("--weights", default="pretrained", show_default=True,
               help="pretrained, a checkpoint file or open_clip folder, or random:SEED (knows nothing).")  # fmt: skip
@@ -148,7 +147,7 @@ def build(name, data, out, outputs, weights, views, augment, batch_size, workers
     from teachercache.teachers import find
     from teachercache.views import parse_augment
 
-    wanted = tuple(part.strip() for part in outputs.split(",") if part.strip())
+    wanted = None if outputs is None else tuple(part.strip() for part in outputs.split(",") if part.strip())
     find(name)
     drawn = parse_augment(augment)
     if augment and not views:

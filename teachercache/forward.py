@@ -40,17 +40,19 @@ def launch(teacher: Teacher, module: nn.Module, cache: Cache, batch: dict[str, A
     """Field, copy and values [n, *shape] on the device, one forward for every view; texts go with the first."""
     piece: Piece = batch["piece"]
     outputs: list[tuple[str, int, torch.Tensor]] = []
-    images = batch.pop("image", None)
-    text = batch.pop("text", None)
+    images, text = batch.pop("image", None), batch.pop("text", None)
+    places = {"image": batch.pop("image_at", None), "text": batch.pop("text_at", None)}
     for i in range(max(0 if images is None else len(images), int(text is not None)) if piece.rows else 0):
         inputs = {}
         if images is not None:
             moved = images[i].to(device, non_blocking=True)  # as float32 from pinned memory: the cast would block
             inputs["image"] = moved.to(dtype).contiguous(memory_format=torch.channels_last)
+            inputs |= {name: batch[name].to(device) for name in ("boxes", "num_boxes") if name in batch}
         if text is not None and i == 0:
             inputs["text"] = text.to(device, non_blocking=True)
         with torch.inference_mode():
             said = teacher.encode(module, inputs)
+            said = {name: _each(values, places.get(cache.fields[name].per)) for name, values in said.items()}
         for name, values in said.items():
             if cache.fields[name].per == "text":
                 values = values.unflatten(0, (len(piece.rows), len(piece.texts)))
@@ -58,6 +60,11 @@ def launch(teacher: Teacher, module: nn.Module, cache: Cache, batch: dict[str, A
             else:
                 outputs.append((name, piece.views[i], values))
     return outputs
+
+
+def _each(values: torch.Tensor, places: torch.Tensor | None) -> torch.Tensor:
+    """What was said of each distinct picture or text, for every row or text that has it."""
+    return values if places is None or len(places) == len(values) else values[places.to(values.device)]
 
 
 def _fetch(cache: Cache, batch: dict[str, Any], outputs: list[tuple[str, int, torch.Tensor]]) -> dict[str, Any]:
@@ -70,7 +77,8 @@ def _fetch(cache: Cache, batch: dict[str, Any], outputs: list[tuple[str, int, to
         floating = np.dtype(field.dtype).kind == "f"
         values = (tensor.float() if floating else tensor).cpu().numpy()
         known = usable if field.per != "text" else text_valid[:, copy - piece.texts.start]
-        values[~known] = 0
+        if floating or field.per != "text":  # of a text that cannot be used integers say that there is no word
+            values[~known] = 0
         inner = tuple(range(1, values.ndim))
         which = {"text": copy} if field.per == "text" else {"view": copy} if cache.meta.views else {}
         for place in np.flatnonzero(~np.isfinite(values).all(axis=inner)).tolist():

@@ -236,9 +236,14 @@ def read_image(manifest: Manifest, sample: Sample, at_least: int = 0) -> "Image.
 
     At a URL a broken connection is a UserError, never a bad row: the build stops and can be resumed.
     """
+    return decode_image(read_bytes(manifest, sample), at_least)
+
+
+def read_bytes(manifest: Manifest, sample: Sample) -> bytes:
+    """The bytes of a row's picture as they are stored; BadSample where there are none."""
     path = below(here(manifest.root), sample.image)
     try:
-        content = _content(path, sample)
+        return _content(path, sample)
     except FileNotFoundError as error:
         reason = f"there is no {path}" if is_url(path) else error.strerror or error
         raise BadSample(f"cannot open the picture: {reason}") from error
@@ -246,7 +251,6 @@ def read_image(manifest: Manifest, sample: Sample, at_least: int = 0) -> "Image.
         raise BadSample(f"cannot open the picture: {error.strerror or error}") from error
     except LookupError as error:
         raise BadSample(str(error.args[0])) from error
-    return decode_image(content, at_least)
 
 
 def _content(path: Any, sample: Sample) -> bytes:
@@ -296,6 +300,19 @@ def decode_image(content: bytes, at_least: int = 0) -> "Image.Image":
         raise BadSample("far more pixels than a picture has (decompression bomb)") from error
     except Exception as error:  # fuzzed files make PIL raise RuntimeError, struct.error and more
         raise BadSample(f"the picture is damaged: {error}") from error
+
+
+def seen_size(content: bytes) -> tuple[int, int]:
+    """Width and height of a picture that can be decoded, as a person sees it at full size: EXIF turned, not reduced."""
+    import warnings
+
+    from PIL import ExifTags, Image
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        image = Image.open(io.BytesIO(content))
+        turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+    return image.size[::-1] if turned else image.size
 
 
 def _flatten(image: "Image.Image") -> "Image.Image":

@@ -90,6 +90,8 @@ def _live_vectors(cache: store.Cache, field: str, text: str | None,
     picture_field = "image_emb" if cache.fields[field].per == "text" else field
     asked: list[tuple[str, dict[str, Any]]] = []
     if text is not None:
+        if teacher.tokenize is None:
+            raise UserError(f"{cache.meta.spec.name} knows no texts: search with --key KEY")
         asked.append(("text_emb", {"text": teacher.tokenize([text])}))
     asked += [(picture_field, {"image": teacher.view(picture)[None]}) for picture in pictures]
     parts = []

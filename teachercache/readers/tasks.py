@@ -165,7 +165,7 @@ def _vcr_row(line: dict[str, Any], images: Any) -> tuple[tuple[str, ...], str]:
 
 
 def _vcr_texts(question: str, choices: list[str], rationales: list[str], answer: str) -> list[tuple[str, str]]:
-    """Kind and text: question, choices, `question choice`, rationales, `question answer rationale` where it is known."""
+    """Kind and text: question, choices, question with choice, rationales, question with answer with rationale."""
     return [
         ("question", question),
         *(("choice", choice) for choice in choices),

@@ -19,7 +19,7 @@ class Teacher:
     module: "nn.Module"
     encode: "Callable[[nn.Module, Mapping[str, Tensor]], dict[str, Tensor]]"
     view: "Callable[[Any], Tensor]"  # RGB picture -> [3, height, width]
-    tokenize: "Callable[[list[str]], Tensor]"  # texts -> ids [texts, length]
+    tokenize: "Callable[[list[str]], Tensor] | None"  # texts -> ids [texts, length]; None: of pictures alone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +49,12 @@ def _clip_lite(name: str, *, weights: str, outputs: tuple[str, ...]) -> Teacher:
     return load_clip_lite(name, weights=weights, outputs=outputs)
 
 
+def _regions(name: str, *, weights: str, outputs: tuple[str, ...]) -> Teacher:
+    from teachercache.teachers.regions import load_regions
+
+    return load_regions(name, weights=weights, outputs=outputs)
+
+
 TEACHERS: dict[str, Entry] = {
     "clip-vit-b16": _clip("OpenAI CLIP ViT-B/16, 512-d", "ViT-B-16-quickgelu", "openai"),
     "clip-vit-b32": _clip("OpenAI CLIP ViT-B/32, 512-d", "ViT-B-32-quickgelu", "openai"),
@@ -61,6 +67,16 @@ TEACHERS: dict[str, Entry] = {
     ),
     "clip-lite-towers": Entry(
         "the two towers of clip-lite before any alignment, 1280-d and 384-d", _clip_lite, CLIP_OUTPUTS
+    ),
+    "regions": Entry(
+        "Faster R-CNN of torchvision at given boxes or at its own, 37 regions (regions:N for N), 1024-d",
+        _regions,
+        ("regions",),
+    ),
+    "regions-lite": Entry(
+        "EfficientNet-Lite0 at given boxes or at the quarters, 10 regions (regions:N for N), 472-d",
+        _regions,
+        ("regions",),
     ),
 }
 
@@ -86,9 +102,10 @@ def find(name: str) -> Entry:
     return entry
 
 
-def load(name: str, *, weights: str = "pretrained", outputs: tuple[str, ...] = ("embeddings",)) -> Teacher:
-    """A teacher in float32 on the CPU, in evaluation mode, its parameters frozen."""
+def load(name: str, *, weights: str = "pretrained", outputs: tuple[str, ...] | None = None) -> Teacher:
+    """A teacher in float32 on the CPU, in evaluation mode, parameters frozen; its first output unless told others."""
     entry = find(name)
+    outputs = entry.outputs[:1] if outputs is None else outputs
     if not outputs:
         raise UserError(f"--outputs names nothing: choose from {', '.join(entry.outputs)}")
     for output in outputs:

@@ -67,15 +67,27 @@ def towers() -> tuple[Any, dict[str, Any]]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         module, preprocess = build_module(model_cfg(str(text_folder)), PREPROCESS)
-    checkpoint = next(_package(VISION_PACKAGE).rglob("*.pth"))
-    vision = torch.load(checkpoint, weights_only=True)
-    trunk = module.visual.trunk.state_dict()  # same tensors in the same order under other names
-    kept = dict(zip(trunk, vision.values(), strict=False))
-    module.visual.trunk.load_state_dict(kept)
+    _load_vision(module.visual.trunk)
     text = load_file(text_folder / "model.safetensors")
     wanted = module.text.transformer.state_dict()
     module.text.transformer.load_state_dict({name: text.get(name, wanted[name]) for name in wanted})
     return module, preprocess
+
+
+def vision_trunk() -> nn.Module:
+    """EfficientNet-Lite0 with its package's weights, as timm has it, without its classifier."""
+    import timm
+
+    trunk = timm.create_model("tf_efficientnet_lite0", pretrained=False, num_classes=0)
+    _load_vision(trunk)
+    return trunk
+
+
+def _load_vision(trunk: Any) -> None:
+    checkpoint = next(_package(VISION_PACKAGE).rglob("*.pth"))
+    vision = torch.load(checkpoint, weights_only=True)
+    # the same tensors in the same order under other names; its classifier is behind them
+    trunk.load_state_dict(dict(zip(trunk.state_dict(), vision.values(), strict=False)))
 
 
 def head_modules() -> nn.ModuleDict:
