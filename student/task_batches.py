@@ -70,6 +70,14 @@ class TaskBatches(Dataset):
             batch |= self.texts(questions, batch)
         for name in ("word_span", "word_index", "random_index", "random_feature"):
             batch.pop(name, None)
+        return self.trimmed(batch)
+
+    def trimmed(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Without the places for regions that no row of this batch has."""
+        if "region_box" in batch:
+            there = (batch["region_box"][..., 2] > batch["region_box"][..., 0]).any(0)
+            most = int(there.nonzero().max()) + 1 if there.any() else 1
+            batch |= {name: batch[name][:, :most] for name in ("region_feature", "region_box")}
         return batch
 
     def texts(self, questions: list[Question], batch: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -117,6 +125,7 @@ class TaskBatches(Dataset):
         source = next(source for source in self.sources if "region_feature" in source.fields)
         at = source.at[np.where(matched, rows, others)]
         batch |= {name: torch.from_numpy(source.fields[name][at]).float() for name in ("region_feature", "region_box")}
+        batch = self.trimmed(batch)
         masked = [self.mask(batch["text"][i, 0], batch["there"][i, 0], one) for i, one in enumerate(random)]
         for name, values in zip(("masked_place", "masked_word"), zip(*masked, strict=True), strict=True):
             batch[name] = torch.from_numpy(np.stack(values))
