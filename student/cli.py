@@ -15,7 +15,6 @@ from teachercache.names import UserError
 from teachercache.runtime import rank, run_command, say
 
 
-
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 def student() -> None:
     """Train students on what a teacher said, measure them, hand them on.
@@ -250,7 +249,16 @@ def _answerers(model: str, task: str):
 
 def _answerer(run: Path, task: str):
     """An Answerer for a run that was trained on a task."""
-    raise UserError(f"{run} was not trained on {task}: pass a CACHE.zarr for zero-shot")
+    from evaluation.answerer import Answerer
+    from student.answering import is_task_run, load_task_model
+    from teachercache.runtime import pick_device
+
+    if not is_task_run(run):
+        raise UserError(f"{run} was not trained to answer: pass a run of clip_td, or a CACHE.zarr for zero-shot")
+    model = load_task_model(run, device=pick_device())
+    if model.task.name != task:
+        raise UserError(f"{run} was trained on {model.task.name}: pass --task {model.task.name} and its --data")
+    return Answerer(run.name, str(run), task, model.score, model.task.answers)
 
 
 @student.command("export")

@@ -9,6 +9,7 @@ import pytest
 from evaluation.answerer import Answerer, ensemble, pick, rows_to_measure
 from evaluation.report import run_answered, table
 from evaluation.tasks import ANSWERED, find, snli_ve, vcr, vqa
+from teachercache.answers import normalise_answer
 from teachercache.names import UserError
 from teachercache.readers.tasks import LABELS
 from teachercache.samples import Sample, make_manifest, task_columns, write_manifest
@@ -210,7 +211,7 @@ def test_soft_accuracy_is_the_loop():
     ],
 )
 def test_normalisation(raw, tidy):
-    assert vqa.normalise(raw) == tidy
+    assert normalise_answer(raw) == tidy
 
 
 def test_equal_answers_are_compared_as_they_are():

@@ -165,7 +165,7 @@ def test_what_cannot_answer_is_said_in_one_line(caches, tmp_path, capsys):
     (tmp_path / "run/run.json").write_text("{}")
     for words, message in (
         (("nowhere",), "neither a run nor a cache"),
-        ((tmp_path / "run",), "was not trained on vcr"),
+        ((tmp_path / "run",), "was not trained to answer"),
         ((tmp_path / "none.zarr",), "no cache at"),
     ):
         assert main(["eval", *map(str, words), "--task", "vcr", "--data", caches["vcr"][1]]) == 2

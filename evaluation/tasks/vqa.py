@@ -3,39 +3,20 @@
     accuracy(a) = mean over the ten sets of nine annotators of min(number who said a / 3, 1)
 
 `official`: where all ten said the same, neither theirs nor the model's answer is normalised. `mmf`: always.
-Quirks of the normalisation, kept: a mark beside a space, or any mark where digits stand about a comma, goes without a
-trace, others become a space; a period goes unless a digit follows it, whatever is before it, and only 32 times; some
-contractions are missing and one is taken apart.
 """
 
-import functools
 import json
-import re
 from collections import Counter
 from typing import Any
 
 import numpy as np
 
 from evaluation.answerer import Answerer, asked, by_group, pick, rows_to_measure
+from teachercache.answers import normalise_answer
 from teachercache.names import UserError
 from teachercache.samples import Manifest
 
 CHUNK = 4096  # rows scored at once: their scores of 3,129 answers are 51 MB
-MARKS = ';/[]"{}()=+\\_-><@`,?!'
-NUMBERS = dict(zip(["none", "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"],
-                   ["0", "0", "1", "2", "3", "4", "5", "6", "7", "8", "9", "10"], strict=True))  # fmt: skip
-# Each is meant where one of its apostrophes is missing; words are in lower case by then, so I'm and I've never come
-CONTRACTED = (
-    "ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd "
-    "he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've "
-    "needn't not've o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've "
-    "somebody'll somebody's someone'd someone'd've someone'll someone's something'd something'd've something'll "
-    "that's there'd there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've "
-    "weren't what'll what're what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll "
-    "why're why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've"
-)
-CONTRACTIONS = {word[: at.start()] + word[at.end() :]: word for word in CONTRACTED.split()
-                for at in re.finditer("'", word)} | {"somebody'd": "somebodyd"}  # fmt: skip
 
 
 def evaluate(answerer: Answerer, manifest: Manifest, protocol: str = "official") -> dict[str, Any]:
@@ -86,7 +67,7 @@ def soft_accuracy(said: str | None, answers: list[str], protocol: str = "officia
         return 0.0
     given, said = [tidy(answer) for answer in answers], tidy(said)
     if protocol == "mmf" or len(set(given)) > 1:
-        given, said = [normalise(answer) for answer in given], normalise(said)
+        given, said = [normalise_answer(answer) for answer in given], normalise_answer(said)
     times = Counter(given)
     # an annotator's nine others: those who said `said`, without the annotator where that is one of them
     shares = [min((times[said] - (answer == said)) / 3, 1.0) for answer in given]
@@ -96,15 +77,3 @@ def soft_accuracy(said: str | None, answers: list[str], protocol: str = "officia
 def tidy(answer: str) -> str:
     """One line without spaces about it."""
     return answer.replace("\n", " ").replace("\t", " ").strip()
-
-
-@functools.lru_cache(maxsize=1 << 18)  # annotators repeat themselves
-def normalise(answer: str) -> str:
-    """Punctuation, number words, articles and contractions as the official evaluation has them."""
-    out, digits = answer, re.search(r"\d,\d", answer)
-    for mark in MARKS:
-        alone = f"{mark} " in answer or f" {mark}" in answer
-        out = out.replace(mark, "" if alone or digits else " ")
-    out = re.sub(r"\.(?!\d)", "", out, count=32)
-    words = [NUMBERS.get(word, word) for word in out.lower().split()]
-    return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ("a", "an", "the"))
