@@ -1,15 +1,17 @@
 """Results as clip-benchmark writes them, and as a table to read."""
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
+from evaluation.answerer import Answerer, ensemble
 from evaluation.encoder import Encoder
 from evaluation.tasks import find
 from teachercache.names import UserError
 from teachercache.readers import read_manifest
+from teachercache.samples import Manifest
 
 # What a task's result is as one number, the mean of these
 SCORES = {
@@ -46,13 +48,29 @@ def run_task(task: str, encoder: Encoder, data: str) -> dict[str, Any]:
     """One result in clip-benchmark's JSON shape."""
     name, evaluate = find(task)
     manifest = read_manifest(data)
+    return _result(name, encoder, manifest, evaluate(encoder, manifest))
+
+
+def run_answered(task: str, models: Sequence[Sequence[Answerer]], data: str) -> list[dict[str, Any]]:
+    """One result for each way in which each model answers; of several models also that of their ensemble.
+
+    A model that answers in several ways has the first of them in the ensemble.
+    """
+    name, evaluate = find(task)
+    manifest = read_manifest(data)
+    found = [one for model in models for one in model]
+    found += [ensemble([model[0] for model in models])] if len(models) > 1 else []
+    return [_result(name, one, manifest, evaluate(one, manifest)) for one in found]
+
+
+def _result(task: str, model: Encoder | Answerer, manifest: Manifest, metrics: dict[str, Any]) -> dict[str, Any]:
     return {
         "dataset": manifest.data.rstrip("/").rsplit("/", 1)[-1],
-        "model": encoder.name,
-        "pretrained": encoder.pretrained,
-        "task": name,
+        "model": model.name,
+        "pretrained": model.pretrained,
+        "task": task,
         "language": "en",
-        "metrics": evaluate(encoder, manifest),
+        "metrics": metrics,
     }
 
 

@@ -8,12 +8,11 @@ from pathlib import Path
 
 import click
 
-from evaluation.tasks import SHORT, TASKS
+from evaluation.tasks import ANSWERED, SHORT, TASKS
 from evaluation.tasks import find as find_task
 from student.recipe import DEMO_DATA
 from teachercache.names import UserError
 from teachercache.runtime import rank, run_command, say
-
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -163,7 +162,7 @@ def _run_folder(recipe: str, resume: bool) -> str:
 @click.option(
     "--task",
     required=True,
-    help=f"One of {', '.join(TASKS)}; short: {', '.join(SHORT)}.",
+    help=f"One of {', '.join(TASKS | ANSWERED)}; short: {', '.join(SHORT)}.",
 )
 @click.option(
     "--data",
@@ -173,26 +172,34 @@ def _run_folder(recipe: str, resume: bool) -> str:
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def evaluate(model: str, task: str, data: str, as_json: bool) -> None:
-    """Measure a run, an exported open_clip folder, or a teacher by its name.
+    """Measure a run, an exported open_clip folder, or a teacher by its name; vcr, snli_ve and vqa: a run or a cache.
 
     \u0008
     student eval runs/NAME --task retrieval
     student eval clip-lite --task zeroshot
     student eval runs/NAME --task imagenet --data imagenet-r/
     student eval runs/NAME --task coco_detection --data coco/
+    student eval caches/vcr/clip-vit-b16.zarr --task vcr --data vcr1/val.jsonl
     """
-    from evaluation.report import run_task, table
+    from evaluation.report import run_answered, run_task, table
 
     find_task(task)
-    encoder, folder = _encoder(model)
-    result = run_task(task, encoder, data)
+    if task in ANSWERED:
+        answerers, folder = _answerers(model, task)
+        results = run_answered(task, [answerers], data)
+    else:
+        encoder, folder = _encoder(model)
+        results = [run_task(task, encoder, data)]
     if folder is not None:
         from teachercache.paths import write_whole
 
-        path = folder / "eval" / f"{result['dataset']}_{result['task']}.json"
+        path = folder / "eval" / f"{results[0]['dataset']}_{results[0]['task']}.json"
         path.parent.mkdir(exist_ok=True)
-        write_whole(path, jsonlib.dumps(result) + "\n")
-    print(jsonlib.dumps(result) if as_json else table([result]))
+        write_whole(path, jsonlib.dumps(results[0]) + "\n")
+    if as_json:
+        print(*map(jsonlib.dumps, results), sep="\n")  # one line for each way in which a cache answers
+    else:
+        print(table(results))
 
 
 def _encoder(model: str):
@@ -225,6 +232,33 @@ def _encoder(model: str):
         std=tuple(trained.preprocess["std"]),
     )
     return encoder, path
+
+
+def _answerers(model: str, task: str):
+    """How a cache or a run answers a task, each way as a model of its own; and the folder where results are kept."""
+    if model.rstrip("/").endswith(".zarr"):
+        from evaluation.from_cache import answerers
+
+        return answerers(model, task), None
+    path = Path(model)
+    if not (path / "run.json").exists():
+        raise UserError(f"{model} is neither a run nor a cache: --task {task} measures a run trained on it, or the "
+                        "embeddings of a CACHE.zarr as they are")  # fmt: skip
+    return [_answerer(path, task)], path
+
+
+def _answerer(run: Path, task: str):
+    """An Answerer for a run that was trained on a task."""
+    from evaluation.answerer import Answerer
+    from student.answering import is_task_run, load_task_model
+    from teachercache.runtime import pick_device
+
+    if not is_task_run(run):
+        raise UserError(f"{run} was not trained to answer: pass a run of clip_td, or a CACHE.zarr for zero-shot")
+    model = load_task_model(run, device=pick_device())
+    if model.task.name != task:
+        raise UserError(f"{run} was trained on {model.task.name}: pass --task {model.task.name} and its --data")
+    return Answerer(run.name, str(run), task, model.score, model.task.answers)
 
 
 @student.command("export")

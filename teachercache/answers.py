@@ -1,6 +1,37 @@
-"""VQA's answers made comparable, by the rules of its official evaluation. Not for scores: see `evaluation.tasks.vqa`."""
+"""VQA's answers made comparable, by the rules of its official evaluation. Not for scores: see `evaluation.tasks.vqa`.
+
+Its quirks are kept: a mark beside a space, or any mark where digits stand about a comma, goes without a
+trace, others become a space; a period goes unless a digit follows it, whatever is before it, and only 32 times; some
+contractions are missing and one is taken apart.
+"""
+
+import functools
+import re
+
+MARKS = ';/[]"{}()=+\\_-><@`,?!'
+NUMBERS = dict(zip(["none", "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"],
+                   ["0", "0", "1", "2", "3", "4", "5", "6", "7", "8", "9", "10"], strict=True))  # fmt: skip
+# Each is meant where one of its apostrophes is missing; words are in lower case by then, so I'm and I've never come
+CONTRACTED = (
+    "ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd "
+    "he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've "
+    "needn't not've o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've "
+    "somebody'll somebody's someone'd someone'd've someone'll someone's something'd something'd've something'll "
+    "that's there'd there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've "
+    "weren't what'll what're what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll "
+    "why're why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've"
+)
+CONTRACTIONS = {word[: at.start()] + word[at.end() :]: word for word in CONTRACTED.split()
+                for at in re.finditer("'", word)} | {"somebody'd": "somebodyd"}  # fmt: skip
 
 
+@functools.lru_cache(maxsize=1 << 18)  # annotators repeat themselves
 def normalise_answer(answer: str) -> str:
-    """PLACEHOLDER."""
-    return answer.lower().strip()
+    """Punctuation, number words, articles and contractions as the official evaluation has them."""
+    out, digits = answer, re.search(r"\d,\d", answer)
+    for mark in MARKS:
+        alone = f"{mark} " in answer or f" {mark}" in answer
+        out = out.replace(mark, "" if alone or digits else " ")
+    out = re.sub(r"\.(?!\d)", "", out, count=32)
+    words = [NUMBERS.get(word, word) for word in out.lower().split()]
+    return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ("a", "an", "the"))

@@ -1,4 +1,4 @@
-"""Evaluation tasks by name: an ordinary dict of functions (encoder, manifest) -> metrics."""
+"""Evaluation tasks by name: ordinary dicts of functions (encoder or answerer, manifest) -> metrics."""
 
 from collections.abc import Callable
 from typing import Any
@@ -36,6 +36,24 @@ def _coco_detection(encoder: Any, manifest: Any) -> dict[str, Any]:
     return evaluate(encoder, manifest)
 
 
+def _vcr(answerer: Any, manifest: Any) -> dict[str, Any]:
+    from evaluation.tasks.vcr import evaluate
+
+    return evaluate(answerer, manifest)
+
+
+def _snli_ve(answerer: Any, manifest: Any) -> dict[str, Any]:
+    from evaluation.tasks.snli_ve import evaluate
+
+    return evaluate(answerer, manifest)
+
+
+def _vqa(answerer: Any, manifest: Any) -> dict[str, Any]:
+    from evaluation.tasks.vqa import evaluate
+
+    return evaluate(answerer, manifest)
+
+
 TASKS: dict[str, Callable[..., dict[str, Any]]] = {
     "zeroshot_classification": _zeroshot,
     "zeroshot_retrieval": _retrieval,
@@ -43,10 +61,12 @@ TASKS: dict[str, Callable[..., dict[str, Any]]] = {
     "linear_probe": _linear_probe,
     "coco_detection": _coco_detection,
 }
+# Tasks of a model that chooses answers: these take an Answerer, those above an Encoder
+ANSWERED: dict[str, Callable[..., dict[str, Any]]] = {"vcr": _vcr, "snli_ve": _snli_ve, "vqa": _vqa}
 SHORT = {"zeroshot": "zeroshot_classification", "retrieval": "zeroshot_retrieval"}
 
 
 def find(name: str) -> tuple[str, Callable[..., dict[str, Any]]]:
     """Full name and function of a task."""
     full = SHORT.get(name, name)
-    return full, resolve(full, TASKS, kind="task")
+    return full, resolve(full, TASKS | ANSWERED, kind="task")
