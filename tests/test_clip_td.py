@@ -1,0 +1,138 @@
+"""clip_td: its loss against a loop written from Eq. 1-11, its switches, whole runs on a small VCR set."""
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import contained, read_lines
+from torch.nn.functional import normalize
+
+from student.cli import main
+from student.recipe import Now
+from student.recipes.clip_td import CLIP_TD, Constants, loss, reads
+from teachercache.names import UserError
+
+N, C, M, D = 3, 4, 2, 5
+NOW = Now(0, 10)
+
+
+def outputs_of() -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    named = {"logits": (N, C), "img_t": (N, C, D), "cls_t": (N, C, D), "words_t": (N, C, M, D)}
+    return {name: torch.randn(*shape, dtype=torch.float64, requires_grad=True) for name, shape in named.items()}
+
+
+def batch_of() -> dict[str, torch.Tensor]:
+    torch.manual_seed(1)
+    there = torch.ones(N, C, M, dtype=torch.float64)
+    there[0, 1, 1] = 0
+    return {"target": torch.eye(C, dtype=torch.float64)[[1, 3, 0]] * torch.tensor([[1.0], [1], [0]], dtype=torch.float64),
+            "labelled": torch.tensor([1.0, 1, 0], dtype=torch.float64), "many": torch.zeros(N, dtype=torch.bool),
+            "clip_logits": 2 * torch.randn(N, C, dtype=torch.float64), "image_emb": torch.randn(N, D, dtype=torch.float64),
+            "text_emb": torch.randn(N, C, D, dtype=torch.float64), "word_there": there,
+            "word_feature": torch.randn(N, C, M, D, dtype=torch.float64)}  # fmt: skip
+
+
+def softmax(row):
+    total = sum(math.exp(value) for value in row)
+    return [math.exp(value) / total for value in row]
+
+
+def unit(row):
+    return row / math.sqrt(sum(float(value) ** 2 for value in row))
+
+
+def l1(student, teacher):
+    """| teacher - student |_1 of one token; CLIP's row has length 1."""
+    return sum(abs(a - b) for a, b in zip(unit(teacher).float(), student.float(), strict=True))
+
+
+def loop(out, batch, constants):
+    """Eq. 1-10, one row, choice and token at a time."""
+    task = dv = dt = words = 0.0
+    for i in range(N):
+        p = softmax(out["logits"][i].tolist())
+        if batch["labelled"][i]:
+            logits = out["logits"][i]
+            task = task - torch.log(torch.exp(logits[int(batch["target"][i].argmax())]) / torch.exp(logits).sum()) / 2
+        r = constants.T * max(softmax(batch["clip_logits"][i].tolist())) / max(p)
+        w = constants.w if not constants.confidence or r > 1 else 0
+        chosen = range(C)
+        if constants.choices == "correct" and batch["labelled"][i]:
+            chosen = [int(batch["target"][i].argmax())]
+        for c in chosen:
+            share = w / len(chosen) / N
+            dv = dv + share * constants.dv * l1(out["img_t"][i, c], batch["image_emb"][i])
+            dt = dt + share * constants.dt * l1(out["cls_t"][i, c], batch["text_emb"][i, c])
+            for k in range(M):
+                there = float(batch["word_there"][i, c, k])
+                words = words + share / M * there * l1(out["words_t"][i, c, k], batch["word_feature"][i, c, k])
+    return {"task": task, "dv": dv, "dt": dt, "words": words}
+
+
+SETTINGS = [{}, {"confidence": False}, {"choices": "correct"}, {"T": 0.4}, {"T": 3.0}, {"w": 0.5, "dv": 2.0},
+            {"choices": "correct", "confidence": False, "w": 1.0}]  # fmt: skip
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_terms_and_gradients_are_the_equations(setting):
+    constants = dataclasses.replace(Constants(), **setting)
+    out, batch = outputs_of(), batch_of()
+    terms, notes = loss(out, batch, constants, NOW)
+    slow = loop(out, batch, constants)
+    assert set(terms) == set(slow) and 0 <= notes["distilled"] <= 1
+    for name, term in terms.items():
+        torch.testing.assert_close(term.double(), torch.as_tensor(slow[name]).double(), rtol=1e-5, atol=1e-6)
+        if not isinstance(slow[name], float):
+            pairs = (torch.autograd.grad(one, list(out.values()), retain_graph=True, allow_unused=True)
+                     for one in (term, slow[name]))  # fmt: skip
+            for fast, right in zip(*pairs, strict=True):
+                right = torch.zeros(()) if right is None else right
+                torch.testing.assert_close((fast if fast is not None else torch.zeros_like(right)).double().expand_as(right),
+                                           right.double(), rtol=1e-4, atol=1e-6)  # fmt: skip
+
+
+def test_confidence_leaves_rows_out_and_puts_them_in():
+    """The settings above would show nothing if no row or every row were left out."""
+    shares = [float(loss(outputs_of(), batch_of(), Constants(T=T), NOW)[1]["distilled"]) for T in (0.1, 1.0, 10.0)]
+    assert shares[0] == 0 and 0 < shares[1] < 1 and shares[2] == 1
+
+
+def test_switches_take_terms_and_reads_away():
+    out, batch = outputs_of(), batch_of()
+
+    def terms(**setting):
+        given = dict(out) if setting.get("select") != "none" else {k: v for k, v in out.items() if k != "words_t"}
+        return set(loss(given, batch, Constants(**setting), NOW)[0])
+
+    assert terms(dt=0.0, select="none") == {"task", "dv"} and terms(dv=0.0, select="none") == {"task", "dt"}
+    regions = ("region_feature", "region_box")
+    assert reads(Constants(w=0.0)) == regions
+    assert reads(Constants(dt=0.0, select="none", confidence=False)) == (*regions, "image_emb")
+    assert reads(Constants(dv=0.0, select="none", confidence=False)) == (*regions, "text_emb")
+    assert reads(Constants(select="random")) == (*regions, "image_emb", "text_emb", "word_span", "random_index",
+                                                 "random_feature")  # fmt: skip
+    assert "word_feature" in reads(Constants()) and "word_span" not in reads(Constants(stage="adapt"))
+    assert reads(Constants(model="clip-1-linear")) == ("image_emb", "text_emb")
+    for wrong in ({"select": "some"}, {"stage": "both"}, {"m": 0}, {"T": 0.0}, {"w": -1.0}, {"choices": "one"}):
+        with pytest.raises(UserError, match="--set"):
+            reads(Constants(**wrong))
+
+
+def test_adaptive_finetuning_is_eq_11():
+    torch.manual_seed(2)
+    out = {"word_logits": torch.randn(N, 2, 7), "match": torch.randn(N, 2), "img_t": torch.randn(N, 1, D),
+           "cls_t": torch.randn(N, 1, D)}  # fmt: skip
+    batch = {"masked_word": torch.tensor([[1, 4], [3, -1], [2, 5]]), "matched": torch.tensor([1.0, 1.0, 0.0]),
+             "image_emb": torch.randn(N, D), "text_emb": torch.randn(N, 1, D)}  # fmt: skip
+    terms, _ = loss(out, batch, Constants(stage="adapt"), NOW)
+    mlm = [-math.log(softmax(out["word_logits"][i, k].tolist())[word])
+           for i, k, word in ((0, 0, 1), (0, 1, 4), (1, 0, 3))]  # fmt: skip
+    itm = [-math.log(softmax(row.tolist())[kind]) for row, kind in zip(out["match"], (1, 1, 0), strict=True)]
+    far = [[float(l1(out[name][i, 0], batch[field][i] if field == "image_emb" else batch[field][i, 0])) for i in (0, 1)]
+           for name, field in (("img_t", "image_emb"), ("cls_t", "text_emb"))]  # fmt: skip
+    expected = {"mlm": np.mean(mlm), "itm": np.mean(itm), "dv": 0.05 * sum(far[0]) / N, "dt": 0.05 * sum(far[1]) / N}
+    assert {name: float(term) for name, term in terms.items()} == pytest.approx(expected, rel=1e-5)
