@@ -124,6 +124,8 @@ def plan(teacher: Teacher, manifest: Manifest, precision: Precision, block_rows:
         )
     if views and not has["image"]:
         raise UserError(f"--views {views}: {manifest.data} has no pictures; leave --views away")
+    if views and teacher.tokens is not None:
+        raise UserError(f"--views {views}: words are weighed beside the plain picture; leave --views or tokens away")
     if views and "boxes" in teacher.spec.view:
         raise UserError(
             f"--views {views}: {teacher.spec.name} looks at regions of the plain picture; leave --views away"

@@ -39,10 +39,11 @@ class Rows(Dataset):
     """What a DataLoader decodes: a Piece is its index. Evaluation and `tc verify` decode with it too."""
 
     def __init__(self, manifest: Manifest, *, view: Callable[[Any], torch.Tensor], size: tuple[int, int],
-                 at_least: int = 0, num_boxes: int = 0, tokenize: Any = None, replay: Any = None,
+                 at_least: int = 0, num_boxes: int = 0, tokenize: Any = None, find: Any = None, replay: Any = None,
                  augment: Augment | None = None):  # fmt: skip
         self.manifest, self.view, self.size, self.at_least = manifest, view, size, at_least
-        self.num_boxes, self.tokenize, self.replay, self.augment = num_boxes, tokenize, replay, augment
+        self.num_boxes, self.tokenize, self.find = num_boxes, tokenize, find
+        self.replay, self.augment = replay, augment
         self.has_images = manifest.has_images
 
     def __len__(self) -> int:
@@ -53,7 +54,7 @@ class Rows(Dataset):
 
         `image` [views, pictures, 3, H, W], each row's place in it `image_at` [n]; `boxes` [pictures, boxes, 4] as
         shares of it and how many there are, `num_boxes` [pictures]; `view_params` [n, views, P];
-        `text` [distinct, length], each text's place in it `text_at` [n * texts].
+        `text` [distinct, length], each text's place in it `text_at` [n * texts]; `words` of all n * texts.
         """
         start, samples = time.perf_counter(), [self.manifest.row(row) for row in piece.rows]
         batch: dict[str, Any] = {"piece": piece, "key": [sample.key for sample in samples], "problems": []}
@@ -74,8 +75,11 @@ class Rows(Dataset):
             [[good and not bad for _, good in row] for row, bad in zip(picked, lost, strict=True)], bool
         ).reshape(len(samples), len(piece.texts))
         found: dict[str, Any] = {"text_valid": valid}
+        known = [text if good else "" for row in picked for text, good in row]
+        if self.find is not None:
+            found["words"] = self.find(known)
         if self.tokenize is not None:
-            texts, found["text_at"] = _once([text if good else "" for row in picked for text, good in row])
+            texts, found["text_at"] = _once(known)
             found["text"] = self.tokenize(texts) if texts else torch.zeros(0, 1, dtype=torch.long)
         return found
 
@@ -151,6 +155,7 @@ def rows_for(teacher: Teacher, manifest: Manifest, augment: Augment | None = Non
     view = teacher.spec.view
     return Rows(manifest, view=teacher.view, size=tuple(view["size"]), at_least=view.get("at_least", 0),
                 num_boxes=view.get("boxes", 0), tokenize=teacher.tokenize, augment=augment,
+                find=teacher.tokens.find if teacher.tokens else None,
                 replay=replay_view(view) if augment else None)  # fmt: skip
 
 

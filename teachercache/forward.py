@@ -53,6 +53,9 @@ def launch(teacher: Teacher, module: nn.Module, cache: Cache, batch: dict[str, A
         with torch.inference_mode():
             said = teacher.encode(module, inputs)
             said = {name: _each(values, places.get(cache.fields[name].per)) for name, values in said.items()}
+            if "words" in batch and i == 0 and teacher.tokens is not None:
+                pictures = _pictures_of_texts(said.get("image_emb"), batch["usable"], len(piece.texts))
+                said |= teacher.tokens.weigh(module, batch["words"], pictures)
         for name, values in said.items():
             if cache.fields[name].per == "text":
                 values = values.unflatten(0, (len(piece.rows), len(piece.texts)))
@@ -65,6 +68,14 @@ def launch(teacher: Teacher, module: nn.Module, cache: Cache, batch: dict[str, A
 def _each(values: torch.Tensor, places: torch.Tensor | None) -> torch.Tensor:
     """What was said of each distinct picture or text, for every row or text that has it."""
     return values if places is None or len(places) == len(values) else values[places.to(values.device)]
+
+
+def _pictures_of_texts(embeddings: torch.Tensor | None, usable: np.ndarray, texts: int) -> torch.Tensor | None:
+    """The embedding of each text's picture [n * texts, dim], zeros where it cannot be used."""
+    if embeddings is None:
+        return None
+    known = torch.from_numpy(usable).to(embeddings.device)
+    return torch.where(known[:, None], embeddings, 0).repeat_interleave(texts, 0)
 
 
 def _fetch(cache: Cache, batch: dict[str, Any], outputs: list[tuple[str, int, torch.Tensor]]) -> dict[str, Any]:

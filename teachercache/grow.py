@@ -215,7 +215,9 @@ def job_for(target: Target, block: int) -> Job:
     views = range(meta.views or 1) if target.manifest.has_images else range(0)
     record, old = store.done_record(cache, block), target.old
     if record is not None and record["rows"][1] == rows[-1] + 1:  # texts or views were added
-        views, texts = range(record["views"], meta.views), range(record["texts"], meta.texts)
+        texts = range(record["texts"], meta.texts)
+        if "word_span" not in cache.fields:  # words are weighed beside the picture, which is encoded again
+            views = range(record["views"], meta.views)
         return Job(block, rows, views, texts, none, None, none, _facts(record["invalid"], rows, rows))
     if record is not None and (record["views"], record["texts"]) == (meta.views, meta.texts):  # rows were added
         kept, new = rows[rows < record["rows"][1]], rows[rows >= record["rows"][1]]

@@ -20,6 +20,7 @@ from teachercache.teachers import Teacher, load
 from teachercache.views import Augment
 
 BAR = 0.999  # cosine of a float16 row to the live teacher
+Values = dict[tuple[str, int], np.ndarray]  # field and copy (text or view) -> [rows, ...]
 
 
 def load_teacher(cache: store.Cache) -> Teacher:
@@ -78,12 +79,28 @@ def _live_cosines(cache: store.Cache, samples: int) -> dict[str, np.ndarray]:
     piece = Piece(tuple(rows.tolist()), views, range(meta.texts))
     batch = rows_for(teacher, manifest, Augment(**meta.augment) if meta.views else None).__getitems__(piece)
     cosines: dict[str, list[np.ndarray]] = {}
-    for name, copy, tensor in launch(teacher, teacher.module, cache, batch, "cpu", torch.float32):
-        live = tensor.float().numpy().reshape(len(rows), -1)
-        stored = store.read_rows(cache, name, copy, rows).astype(np.float32).reshape(len(rows), -1)
+    said = launch(teacher, teacher.module, cache, batch, "cpu", torch.float32)
+    live = {(name, copy): tensor.float().numpy() for name, copy, tensor in said}
+    stored = {at: store.read_rows(cache, *at, rows).astype(np.float32) for at in live}
+    for name, copy in live:
+        pair = [_comparable(values, name, copy, live, stored).reshape(len(rows), -1) for values in (live, stored)]
         known = batch["text_valid"][:, copy] if cache.fields[name].per == "text" else batch["usable"]
-        norms = np.linalg.norm(live, axis=1) * np.linalg.norm(stored, axis=1)
-        cosine = (live * stored).sum(1) / np.maximum(norms, 1e-12)
-        same = (live == stored).all(1)  # also where both are zero, as maps behind a ReLU can be
+        norms = np.prod([np.linalg.norm(values, axis=1) for values in pair], axis=0)
+        cosine = (pair[0] * pair[1]).sum(1) / np.maximum(norms, 1e-12)
+        same = (pair[0] == pair[1]).all(1)  # also where both are zero, as maps behind a ReLU can be
         cosines.setdefault(name, []).append(np.where(same, 1.0, cosine)[known])
     return {name: np.concatenate(parts) for name, parts in cosines.items()}
+
+
+def _comparable(values: Values, name: str, copy: int, live: Values, stored: Values) -> np.ndarray:
+    """A field as it can be compared: of two words that are worth the same either may be the better one.
+
+    Their places count by the scores that they have now, embeddings where both chose the same word.
+    """
+    if name not in ("word_index", "word_feature"):
+        return values[name, copy]
+    index, found = values["word_index", copy].astype(int), live["word_score", copy]
+    if name == "word_index":
+        return np.where(index >= 0, np.take_along_axis(found, np.maximum(index, 0), 1), -1)
+    same = live["word_index", copy] == stored["word_index", copy]
+    return values["word_feature", copy] * same[..., None]

@@ -43,8 +43,9 @@ class Disturbed:
     build the same elsewhere."""
 
     def __init__(self, folder: Path, teacher_folder: Path, data: Path, *, before: Path | None = None,
-                 options: Mapping[str, Any] | None = None):  # fmt: skip
-        self.folder, self.teacher_folder, self.teacher = folder, teacher_folder, load(str(teacher_folder))
+                 options: Mapping[str, Any] | None = None, outputs: tuple[str, ...] | None = None):  # fmt: skip
+        self.folder, self.teacher_folder, self.outputs = folder, teacher_folder, outputs
+        self.teacher = load(str(teacher_folder), outputs=outputs)
         self.data, self.before, self.options = data, before, dict(options or {})
         self.count = 0
         out = self.new_out()
@@ -62,7 +63,7 @@ class Disturbed:
     def start(self, out: Path, **how) -> multiprocessing.Process:
         """A child that builds."""
         arguments = (self.teacher_folder, self.data, out, self.options)
-        process = CONTEXT.Process(target=child, args=arguments, kwargs=how)
+        process = CONTEXT.Process(target=child, args=arguments, kwargs=how | {"outputs": self.outputs})
         process.start()
         return process
 
@@ -104,11 +105,11 @@ class Disturbed:
 
 def child(teacher_folder: Path, data: Path, out: Path, options: dict[str, Any], *, kill_at: int = 0, pause: float = 0,
           workers: int = 0, env: dict[str, str] | None = None, events: Path | None = None,
-          rows: Path | None = None) -> None:  # fmt: skip
+          rows: Path | None = None, outputs: tuple[str, ...] | None = None) -> None:  # fmt: skip
     """Build in this process, slowly or until an event; SIGKILL comes from here or from outside."""
     torch.set_num_threads(1)
     os.environ.update(env or {})
-    teacher = load(str(teacher_folder))
+    teacher = load(str(teacher_folder), outputs=outputs)
 
     def slow_encode(module, inputs):
         time.sleep(pause)

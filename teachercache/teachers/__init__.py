@@ -10,6 +10,8 @@ from teachercache.spec import TeacherSpec
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from teachercache.teachers.tokens import Tokens
+
 
 @dataclasses.dataclass(frozen=True)
 class Teacher:
@@ -20,6 +22,7 @@ class Teacher:
     encode: "Callable[[nn.Module, Mapping[str, Tensor]], dict[str, Tensor]]"
     view: "Callable[[Any], Tensor]"  # RGB picture -> [3, height, width]
     tokenize: "Callable[[list[str]], Tensor] | None"  # texts -> ids [texts, length]; None: of pictures alone
+    tokens: "Tokens | None" = None  # the words of texts beside their pictures, where that was asked for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +34,8 @@ class Entry:
     outputs: tuple[str, ...] = ("embeddings",)
 
 
-CLIP_OUTPUTS = ("embeddings", "patches", "hidden")  # `hidden` is the last block, `hidden:3+7` those two
+WORD_OUTPUTS = ("tokens", "random_tokens")  # three words of a text, `tokens:2` two
+CLIP_OUTPUTS = ("embeddings", "patches", "hidden", *WORD_OUTPUTS)  # `hidden` is the last block, `hidden:3+7` those two
 
 
 def _clip(doc: str, architecture: str, tag: str) -> Entry:

@@ -28,6 +28,7 @@ from teachercache.teachers.clip_layers import (
     parse_outputs,
     picture_fields,
     plan_taps,
+    plan_tokens,
     text_fields,
 )
 from teachercache.teachers.clip_towers import describe
@@ -61,7 +62,13 @@ def make_teacher(name: str, module: Any, preprocess: Mapping[str, Any], tokenize
     }
     asked = parse_outputs(outputs)
     taps = plan_taps(name, module, asked)
-    fields = _fields(module, image_view(view), tokenizer, taps)
+    fields, tokens = _fields(module, image_view(view), tokenizer, taps), plan_tokens(asked, tokenizer)
+    if tokens is not None:
+        wide = {field.name: field.shape[0] for field in fields if field.name in ("image_emb", "text_emb")}
+        if len({*wide.values()}) > 1:
+            raise UserError(f"{name}'s pictures are {wide['image_emb']} wide and its texts {wide['text_emb']}: tokens "
+                            "need one space, take a CLIP teacher whose towers share it")  # fmt: skip
+        fields += tokens.fields(wide["text_emb"])
     spec = TeacherSpec(
         name=name,
         weights=weights,
@@ -76,7 +83,7 @@ def make_teacher(name: str, module: Any, preprocess: Mapping[str, Any], tokenize
         },
         constants=constants,
     )
-    return Teacher(spec, module, partial(encode, taps=taps), image_view(view), tokenizer)
+    return Teacher(spec, module, partial(encode, taps=taps), image_view(view), tokenizer, tokens)
 
 
 def encode(module: Any, inputs: Mapping[str, Tensor], *,

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from teachercache.names import UserError
-from teachercache.teachers import CLIP_OUTPUTS
+from teachercache.teachers import CLIP_OUTPUTS, WORD_OUTPUTS
 from teachercache.teachers.clip_towers import (
     image_blocks,
     output_tensor,
@@ -25,6 +25,7 @@ from teachercache.teachers.clip_towers import (
     text_vector,
     tower_kind,
 )
+from teachercache.teachers.tokens import DEFAULT, MAX_WORDS, Tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,24 +47,42 @@ Place = tuple[nn.Module, Callable[[Any], Tensor]]  # a module and what is kept o
 
 
 def parse_outputs(outputs: Sequence[str]) -> dict[str, tuple[int, ...]]:
-    """`("hidden:7+3", "embeddings")` as `{"embeddings": (), "hidden": (3, 7)}`; hidden's () is the last block."""
+    """`("hidden:7+3", "embeddings")` as `{"embeddings": (), "hidden": (3, 7)}`; hidden's () is the last block.
+
+    Of `tokens` and `random_tokens` the number is how many words are kept.
+    """
     asked = {}
     for output in outputs:
         kind, colon, numbers = output.partition(":")
         parts = numbers.split("+") if colon else []
-        if kind not in CLIP_OUTPUTS or (colon and kind != "hidden") or not all(part.isdecimal() for part in parts):
+        known = kind in CLIP_OUTPUTS and (not colon or kind in ("hidden", *WORD_OUTPUTS))
+        if not known or not all(part.isdecimal() for part in parts):
             raise UserError(
-                f"--outputs {output}: choose from {', '.join(CLIP_OUTPUTS)}; hidden takes layers, hidden:3+7"
+                f"--outputs {output}: choose from {', '.join(CLIP_OUTPUTS)}; hidden takes layers, hidden:3+7, "
+                "tokens a number, tokens:2"
             )
         if kind in asked:
             raise UserError(f"--outputs names {kind} twice: write it once, layers with + between them (hidden:3+7)")
         asked[kind] = tuple(sorted({int(part) for part in parts}))
+        if colon and kind in WORD_OUTPUTS:
+            if len(parts) != 1 or not 1 <= int(parts[0]) <= MAX_WORDS:
+                raise UserError(f"--outputs {output}: write how many words are kept, 1 to {MAX_WORDS}, {kind}:2")
+            asked[kind] = () if asked[kind] == (DEFAULT,) else asked[kind]
+    words = [kind for kind in WORD_OUTPUTS if kind in asked]
+    if words and "embeddings" not in asked:
+        raise UserError(f"--outputs {words[0]} goes with embeddings: write --outputs embeddings,{','.join(outputs)}")
     return {kind: asked[kind] for kind in CLIP_OUTPUTS if kind in asked}
 
 
 def join_outputs(asked: Mapping[str, tuple[int, ...]]) -> tuple[str, ...]:
     """What `parse_outputs` read, written in the one way: equal requests are equal in a cache's metadata."""
     return tuple(f"{kind}:{'+'.join(map(str, layers))}" if layers else kind for kind, layers in asked.items())
+
+
+def plan_tokens(asked: Mapping[str, tuple[int, ...]], tokenize: Any) -> Tokens | None:
+    """What `tokens` and `random_tokens` ask for."""
+    best, drawn = ((asked[kind] or (DEFAULT,))[0] if kind in asked else 0 for kind in WORD_OUTPUTS)
+    return Tokens(tokenize, num_best=best, num_drawn=drawn) if best or drawn else None
 
 
 def plan_taps(name: str, module: Any, asked: Mapping[str, tuple[int, ...]]) -> Taps:
