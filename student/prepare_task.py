@@ -19,7 +19,7 @@ from student.recipe import Recipe, Run
 from student.step import TrainStep
 from student.task_batches import TaskBatches
 from student.tasks import Task, find_task, labelled_rows
-from student.words import vocabulary_tokenizer
+from student.words import load_tokenizer, vocabulary_tokenizer
 from teachercache.names import UserError
 from teachercache.readers import read_manifest
 from teachercache.runtime import rank, say, world_size
@@ -54,7 +54,7 @@ def prepare_task(recipe: Recipe, run: Run) -> Prepared:
     known = labelled_rows(task, manifest, rows, constants.regime, constants.subset)
     say_labels(task, constants.regime, known)
     torch.manual_seed(run.seed)  # the same student and heads on every rank
-    tokenizer = init_tokenizer(constants.init) if constants.init else vocabulary_tokenizer(texts_of(manifest, rows))
+    tokenizer = find_tokenizer(constants, manifest, rows)
     shapes = {name: field.shape for cache in caches for name, field in cache.fields.items()}
     student = recipe.build(constants, task, tokenizer, shapes)
     if getattr(student, "perturbation", None) and run.zero == 3:
@@ -127,6 +127,13 @@ def say_labels(task: Task, regime: str, known: np.ndarray) -> None:
     say(f"{what}: {known.sum():,} of {len(known):,} training rows with labels ({regime}), {task.classes} answers")
     if not known.any() and not regime.startswith("zero"):
         raise UserError(f"--set regime={regime}: no training row has a label")
+
+
+def find_tokenizer(constants: Any, manifest: Manifest, rows: np.ndarray) -> Any:
+    """The one that is named, else that of `init`, else the words of the training rows."""
+    if constants.tokenizer:
+        return load_tokenizer(Path(constants.tokenizer))
+    return init_tokenizer(constants.init) if constants.init else vocabulary_tokenizer(texts_of(manifest, rows))
 
 
 def texts_of(manifest: Manifest, rows: np.ndarray) -> list[str]:

@@ -43,7 +43,7 @@ class Recipe:
     heads: Callable[[Any, Any, dict], Any] | None  # constants, student, shapes of fields -> module, or None
     loss: Callable[[dict, dict, Any, Now], tuple[dict, dict]]  # outputs, batch, constants, now -> terms, notes
     reads: tuple[str, ...] | Callable[[Any], tuple[str, ...]] = ()  # teacher fields, or constants -> teacher fields
-    given: tuple[str, ...] = ()  # what else of a batch the loss sees
+    given: tuple[str, ...] = ()  # what of a batch the loss sees, where that is not what is read
     questions: bool = False  # rows are a task's questions (`tasks.py`), not pairs of a picture and a text
     data: str = DEMO_DATA  # what `--data` is where nobody says
     across: tuple[str, ...] = ()  # outputs and fields, or patterns, that the loss sees of the whole batch

@@ -42,7 +42,7 @@ class TrainStep(nn.Module):
         """What student and heads say of this rank's rows, and what the teacher said."""
         if self.live is not None:
             batch = {**batch, **live_fields(self.live, batch, self.recipe.fields)}
-        names = (*self.recipe.fields, *self.recipe.given, "logit_scale")
+        names = (*(self.recipe.given or self.recipe.fields), "logit_scale")
         fields = {name: rows for name, rows in batch.items() if plain_name(name) in names}
         with torch.autocast(batch_device(batch), torch.bfloat16, enabled=self.precision == "bfloat16"):
             outputs = self.student(batch)

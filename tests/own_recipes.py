@@ -9,6 +9,8 @@ from torch import nn
 
 from student.recipes.clip import CLIP, build
 from student.recipes.clip_kd import CLIP_KD, heads, loss
+from student.recipes.clip_td import CLIP_TD
+from student.recipes.clip_td import build as build_td
 from student.recipes.psd import PSD
 
 MICRO = dataclasses.replace(CLIP_KD, constants=dataclasses.replace(CLIP_KD.constants, model="vit-micro"))
@@ -100,3 +102,19 @@ def alternating_loss(student, batch, constants, now):
 
 
 ALTERNATING = dataclasses.replace(MICRO, name="alternating", loss=alternating_loss)
+
+
+TD_MICRO = dataclasses.replace(CLIP_TD.constants, model="uniter-micro")
+TD_STOPPING = dataclasses.replace(CLIP_TD, name="td_stopping", loss=stopping(CLIP_TD.loss), constants=TD_MICRO)
+
+
+def still_build(*words):
+    """A single-stream student without dropout."""
+    student = build_td(*words)
+    for module in student.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return student
+
+
+TD_STILL = dataclasses.replace(CLIP_TD, name="td_still", build=still_build, constants=TD_MICRO)

@@ -58,6 +58,7 @@ class Constants:
     model: str = "vl-bert-tiny"
     fusion: str = "concat"  # of the baselines on frozen CLIP: or cosine
     init: str = ""  # a BERT folder, a UNITER checkpoint, or a run
+    tokenizer: str = ""  # a folder with tokenizer.json or vocab.txt; else that of init, else the data's own words
     max_text: int = 96  # sub-words
     adv_steps: int = 3  # VILLA: K
     adv_lr: float = 0.1
@@ -201,7 +202,8 @@ CLIP_TD = Recipe(
     heads=heads,
     loss=loss,
     reads=reads,
-    given=("target", "labelled", "many", "clip_logits", "word_there", "word_feature", "matched", "masked_word"),
+    given=("image_emb", "text_emb", "word_feature", "word_there", "clip_logits", "target", "labelled", "many", "matched",
+           "masked_word"),  # fmt: skip
     questions=True,
     data="data/scenes/vcr1",
     optim=Optim(lr=5e-4, beta2=0.999, eps=1e-8, weight_decay=0.01, warmup=0.1, clip=1.0),

@@ -1,0 +1,219 @@
+"""CLIP-TD's ablations (tables 2, 5, 6, 8) on drawn scenes as VCR and SNLI-VE, and on easy-vqa as VQA, at three data sizes.
+
+The teacher is a CLIP trained on other drawn scenes by our own `clip` recipe: clip-lite knows photographs and drawings of
+things, not which of two shapes is striped. Students are tiny and begin, as the paper's do, pretrained: by
+stage=adapt without distillation on the right question-answer pairs of other scenes.
+"""
+
+import concurrent.futures
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from reproduce_tables import Row, Table, spread
+
+FOLDER = Path("runs/reproduce/clip_td")
+PICTURES, PAIRS, SIZE = 3000, 8000, 96
+STEPS, BATCH, LR = 300, 32, 5e-4
+PRETRAIN, ADAPT, PRETRAIN_BATCH, PRETRAIN_LR = 2500, 300, 64, 1e-3
+DATA = {"vcr": "data/scenes/vcr1", "snli_ve": "data/scenes/snli_ve", "vqa": "data/easy-vqa"}
+SCORE = {"vcr": "q2a", "snli_ve": "acc", "vqa": "overall"}
+SIZES = {  # labels in all: 17 of each of 6 categories, 34 of each of 3 classes
+    "vcr": ("low:17", "low:170", "full"),
+    "snli_ve": ("low:34", "low:334", "full"),
+    "vqa": ("low:100", "low:1000", "full"),
+}
+TEACHER, WORDS = Path("exports/scene-clip"), Path("models/task-words")
+NAIVE = {"select": "none", "confidence": "false"}
+METHODS: dict[str, dict[str, str]] = {  # first: what a student begins from
+    "baseline": {"w": "0"},
+    "naive V": NAIVE | {"dt": "0"},
+    "naive L": NAIVE | {"dv": "0"},
+    "naive VL": NAIVE,
+    "VL RTS": {"select": "random", "confidence": "false"},
+    "VL TS": {"confidence": "false"},
+    "VL CW": {"select": "none"},
+    "2nd-stage pretraining": {"w": "0", "adapted": "0"},
+    "VL AF": NAIVE | {"adapted": "0.05"},
+    "CLIP-TD (AF + TS + CW)": {"adapted": "0.05"},
+}
+PAPER = {  # tables 2, 5, 6 and 8, VL-BERT; SNLI-VE and VQA with a ViT-B/16
+    "vcr": {
+        "baseline": (30.85, 57.59, 76.02), "naive V": (40.13, 55.23, 76.28), "naive L": (44.07, 57.86, 76.57),
+        "naive VL": (45.18, 58.91, 76.74), "VL RTS": (40.21, 57.24, 75.34), "VL TS": (46.28, 59.68, 77.08),
+        "VL CW": (46.54, 58.93, 76.84), "2nd-stage pretraining": (38.32, 58.13, 76.38), "VL AF": (46.02, 59.23, 76.93),
+        "CLIP-TD (AF + TS + CW)": (46.74, 59.98, 77.24)},
+    "snli_ve": {"baseline": (53.28, 62.31, 74.66), "naive VL": (56.02, 64.92, 75.08),
+                "CLIP-TD (AF + TS + CW)": (56.78, 65.37, 75.75)},
+    "vqa": {"baseline": (35.33, 63.29, 69.05), "naive VL": (36.83, 64.43, 70.22),
+            "CLIP-TD (AF + TS + CW)": (37.12, 65.71, 71.42)},
+    "uniter": {"baseline": (31.31, 57.02, 74.23), "naive VL": (39.32, 57.23, 75.21),
+               "CLIP-TD (AF + TS + CW)": (45.58, 58.42, 76.35)},
+}  # fmt: skip
+THEIRS = {"vcr": ("700", "7000", "full"), "snli_ve": ("3000", "30000", "full"), "vqa": ("100", "1000", "full")}
+
+
+def row(task: str, face: str, method: str, size: int) -> Row:
+    """One cell: a method at a data size."""
+    known = PAPER["uniter" if face == "uniter" and task == "vcr" else task].get(method)
+    settings = (("task", task), ("face", face), ("method", method), ("size", SIZES[task][size]))
+    return Row(method, settings, (known[size] if known and face == FACE[task, face] else None, None, None))
+
+
+FACE = {("vcr", "vl-bert"): "vl-bert", ("vcr", "uniter"): "uniter", ("snli_ve", "vl-bert"): "vl-bert",
+        ("vqa", "vl-bert"): "vl-bert"}  # fmt: skip
+
+
+def table(task: str, face: str, title: str, methods: Sequence[str] = tuple(METHODS)) -> Table:
+    """Methods by data sizes."""
+    rows = tuple(row(task, face, method, size) for method in methods for size in range(3))
+    return Table(title, rows, reference=0)
+
+
+TABLES = {
+    "vcr": table("vcr", "vl-bert", "VCR Q2A on drawn scenes, tiny VL-BERT (tables 2 and 8)"),
+    "vcr_uniter": table("vcr", "uniter", "VCR Q2A on drawn scenes, tiny UNITER (table 1)",
+                        ("baseline", "naive VL", "CLIP-TD (AF + TS + CW)")),
+    "snli_ve": table("snli_ve", "vl-bert", "SNLI-VE on drawn scenes, tiny VL-BERT (table 5)"),
+    "vqa": table("vqa", "vl-bert", "VQA on easy-vqa, tiny VL-BERT (table 6)"),
+}  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------
+# Runs
+
+
+def common(task: str, face: str, seed: int) -> list[str]:
+    """Words that every training on a task has."""
+    settings = [f"model={face}-tiny", f"subset={seed}", "run.save_every=1000000", "run.workers=0"]
+    words = ["--recipe", "clip_td", "--data", DATA[task], "--seed", str(seed), "--batch-size", str(BATCH)]
+    return words + [word for setting in settings for word in ("--set", setting)]
+
+
+def words(one: Row, seed: int) -> list[str]:
+    """The command line of a run behind `student train --out RUN`."""
+    given = dict(one.settings)
+    task, face, size, chosen = given["task"], given["face"], given["size"], dict(METHODS[given["method"]])
+    weight = chosen.pop("adapted", "")
+    init = adapted(task, face, size, weight, seed) if weight else pretrained(face)
+    settings = [f"regime={size}", f"init={init}", f"optim.lr={LR:g}", *(f"{name}={value}" for name, value in chosen.items())]
+    return [*common(task, face, seed), "--steps", str(STEPS), *(w for setting in settings for w in ("--set", setting))]
+
+
+def evaluations(given: Sequence[str]) -> list[list[str]]:
+    """The words of each `student eval RUN`."""
+    data = given[given.index("--data") + 1]
+    return [["--task", next(task for task, where in DATA.items() if where == data), "--data", data]]
+
+
+def pretrained(face: str) -> Path:
+    """The student that all begin from."""
+    return FOLDER / f"pretrained-{face}"
+
+
+def adapted(task: str, face: str, size: str, weight: str, seed: int) -> Path:
+    """A student after Adaptive Finetuning; with weight 0 after a second pretraining."""
+    return FOLDER / "adapted" / f"{task}-{face}-{size.replace(':', '')}-w{weight}-seed{seed}"
+
+
+def adapt_words(task: str, face: str, size: str, weight: str, seed: int) -> list[str]:
+    """Adaptive Finetuning on all training rows, of which as many as later show their right answer."""
+    settings = ["stage=adapt", f"w={weight}", f"init={pretrained(face)}", f"regime={size.replace('low', 'semi')}",
+                f"optim.lr={LR:g}"]  # fmt: skip
+    return [*common(task, face, seed), "--steps", str(ADAPT), *(w for setting in settings for w in ("--set", setting))]
+
+
+def prepare(rows: Sequence[Row], seeds: Sequence[int], jobs: int) -> None:
+    """Data, teacher, caches, pretrained and adapted students that are not there."""
+    prepare_data()
+    given = [dict(one.settings) for one in rows]
+    faces = sorted({one["face"] for one in given})
+    settings = [f"tokenizer={WORDS}", "stage=adapt", "w=0", f"optim.lr={PRETRAIN_LR:g}", "run.workers=0"]
+    start = ["--recipe", "clip_td", "--data", "data/scenes-other/vcr1", "--cache", "caches/scenes-other",
+             "--batch-size", str(PRETRAIN_BATCH), "--steps", str(PRETRAIN)]  # fmt: skip
+    start += [word for setting in settings for word in ("--set", setting)]
+    train_all({pretrained(face): [*start, "--set", f"model={face}-tiny"] for face in faces}, jobs)
+    wanted = {(one["task"], one["face"], one["size"], METHODS[one["method"]].get("adapted", "")) for one in given}
+    train_all({adapted(*key, seed): adapt_words(*key, seed) for key in sorted(wanted) if key[-1] for seed in seeds}, jobs)
+
+
+def train_all(runs: dict[Path, list[str]], jobs: int) -> None:
+    """`student train` of each run that is not finished, `jobs` at a time."""
+    missing = {out: given for out, given in runs.items() if not (out / "model.safetensors").exists()}
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(lambda out: command("student", "train", "--out", str(out), *missing[out]), missing))
+
+
+def command(module: str, *given: str) -> None:
+    """A command of ours in a process of its own; its error ends everything."""
+    where = [module] if module.endswith(".py") else ["-m", module]
+    done = subprocess.run([sys.executable, *where, *given], capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"error: {' '.join(given)}: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
+
+
+def prepare_data() -> None:
+    """Scenes of three seeds, easy-vqa, the teacher, regions and what the teacher says of them, the students' words."""
+    for out, seed in (("data/scenes", 0), ("data/scenes-other", 7)):
+        if not Path(out).exists():
+            command("scripts/prepare_scene_tasks.py", "--out", out, "--num", str(PICTURES), "--seed", str(seed))
+    if not Path(DATA["vqa"]).exists():
+        command("scripts/prepare_easy_vqa.py", "--out", DATA["vqa"])
+    if not Path("data/scene-pairs").exists():
+        command("scripts/prepare_scenes.py", "--out", "data/scene-pairs", "--num", str(PAIRS), "--seed", "100",
+                "--size", str(SIZE))  # fmt: skip
+    if not TEACHER.exists():
+        run = FOLDER / "scene-clip"
+        train_all({run: ["--recipe", "clip", "--data", "data/scene-pairs", "--steps", "700", "--batch-size", "64"]}, 1)
+        command("student", "export", str(run), "--format", "open_clip", "--out", str(TEACHER))
+    for data in (*DATA.values(), "data/scenes-other/vcr1"):
+        folder = Path("caches", "scenes-other" if "other" in data else Path(data).name)
+        regions = ["--teacher", "regions-lite", "--outputs", "regions:5", "--out", str(folder / "regions-lite.zarr")]
+        command("teachercache", "build", "--data", data, *regions)
+        if "other" not in data:
+            command("teachercache", "build", "--data", data, "--teacher", str(TEACHER), "--outputs",
+                    "embeddings,tokens,random_tokens", "--out", str(folder / "scene-clip.zarr"))  # fmt: skip
+    if not (WORDS / "tokenizer.json").exists():
+        write_words()
+
+
+def write_words() -> None:
+    """The words of all three data sets, which every student here has from the start."""
+    from student.words import vocabulary_tokenizer
+    from teachercache.paths import write_whole
+    from teachercache.readers import read_manifest
+
+    texts = [text for data in DATA.values() for row in read_manifest(data).column("texts") for text in row]
+    WORDS.mkdir(parents=True, exist_ok=True)
+    write_whole(WORDS / "tokenizer.json", vocabulary_tokenizer(texts).to_str())
+
+
+# ----------------------------------------------------------------------------------------------------
+# Tables
+
+
+def section(one: Table, results: dict[Row, list[dict[str, float]]], seeds: Sequence[int]) -> str:
+    """Markdown: a line per method; at each size ours and both differences to the baseline, paired by seed."""
+    task = dict(one.rows[0].settings)["task"]
+    head = ["", *(f"{ours} ({theirs})" if k == 0 else f"{ours}" for ours, theirs in zip(SIZES[task], THEIRS[task], strict=True)
+                  for k in (0,))]  # fmt: skip
+    head = [""]
+    for ours, theirs in zip(SIZES[task], THEIRS[task], strict=True):
+        head += [f"{ours}, here", "to baseline, here", f"paper at {theirs}"]
+    lines = [[*head, "time of a step"], ["---"] * (len(head) + 1)]
+    base = one.rows[:3]
+    for at in range(0, len(one.rows), 3):
+        cells = one.rows[at : at + 3]
+        line = [cells[0].label]
+        for cell, reference in zip(cells, base, strict=True):
+            ours, theirs = ([100 * found[SCORE[task]] for found in results[of]] for of in (cell, reference))
+            gains = [a - b for a, b in zip(ours, theirs, strict=True)]
+            paper = "-" if cell.paper[0] is None or reference.paper[0] is None else f"{cell.paper[0] - reference.paper[0]:+.1f}"
+            line += [spread(ours), "-" if cell == reference else spread(gains), "-" if cell == reference else paper]
+        times = [[found["seconds_per_step"] for of in part for found in results[of]] for part in (cells, base)]
+        lines.append([*line, f"{statistics.median(times[0]) / statistics.median(times[1]):.2f}"])
+    body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    count = f"{len(seeds)} seed{'s' if len(seeds) > 1 else ''}, each with labels of its own: mean (lowest to highest)"
+    return f"### {one.title}\n\n{body}\n\n{count}; the paper's columns are its differences. {one.note}".strip()

@@ -1,0 +1,282 @@
+"""Whole runs of clip_td on a small VCR, SNLI-VE and VQA set: resume, micro-batches, stages, regimes, faces, answers."""
+
+import dataclasses
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import own_recipes
+import pytest
+import torch
+import zarr
+from conftest import TINY_CFG, build_cache, contained, read_lines, save_teacher
+from safetensors.torch import load_file
+from test_tasks import write_vqa
+
+from student.answering import load_task_model
+from student.cli import main
+from student.judge import Judge, three_means, unit
+from student.prepare import prepare
+from student.recipe import Run, override
+from student.recipes.clip_td import CLIP_TD
+from student.tasks import read_question
+from teachercache import store
+from teachercache.readers import read_manifest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+CFG = TINY_CFG | {"text_cfg": TINY_CFG["text_cfg"] | {"context_length": 32}}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Both sets of 24 drawn scenes, easy questions as VQA, their caches of a tiny CLIP and of regions."""
+    import prepare_scene_tasks
+    from teachercache.cli import main as tc
+
+    home = tmp_path_factory.mktemp("home")
+    prepare_scene_tasks.write_tasks(home / "scenes", 24, seed=3, size=48, test=0.25)
+    write_vqa(home / "vqa", [["red"] * 10, ["blue"] * 6 + ["red"] * 4] * 6)
+    teacher = save_teacher(home / "clip", CFG)
+    for name, data in data_of(home).items():
+        build_cache(data, teacher, home / "caches" / name / "clip.zarr",
+                    outputs=("embeddings", "tokens", "random_tokens"))  # fmt: skip
+        words = ["build", "--teacher", "regions-lite", "--outputs", "regions:3", "--data", data, "--workers", 0,
+                 "--out", home / "caches" / name / "regions.zarr", "--device", "cpu"]  # fmt: skip
+        assert tc([str(word) for word in words]) == 0
+    return home
+
+
+def data_of(home: Path) -> dict[str, Path]:
+    return {"vcr": home / "scenes" / "vcr1", "snli_ve": home / "scenes" / "snli_ve", "vqa": home / "vqa"}
+
+
+def train(home: Path, out: Path, *words: object, task: str = "vcr", recipe: str = "clip_td") -> int:
+    """`student train` on one of the sets in this process."""
+    start = ["train", "--recipe", recipe, "--data", data_of(home)[task], "--cache", home / "caches" / task, "--out", out,
+             "--batch-size", 8, "--steps", 4, "--set", "model=uniter-micro", "--set", "run.workers=0"]  # fmt: skip
+    with contained():
+        return main([str(word) for word in (*start, *words)])
+
+
+def sets(**settings: object) -> list[str]:
+    return [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
+
+
+def prepared(home: Path, task: str = "vcr", *settings: str):
+    """What a run is made of, without training."""
+    run = Run(str(data_of(home)[task]), str(home / "caches" / task), "", device="cpu", workers=0)
+    recipe, run = override(dataclasses.replace(CLIP_TD, batch=8, steps=4), run, ["model=uniter-micro", *settings])
+    with contained():
+        return prepare(recipe, run)
+
+
+def places_of(cache: store.Cache) -> dict[str, int]:
+    """Key -> row, by zarr alone."""
+    return {str(key): row for row, key in enumerate(zarr.open(str(cache.path))["key"][:])}
+
+
+# ----------------------------------------------------------------------------------------------------
+# Batches
+
+
+@pytest.mark.parametrize("select", ["best", "random"])
+def test_a_batch_holds_what_the_caches_say_of_its_rows(home, select):
+    """Every field against the cache looked up by key, place and word; selected sub-words spell the word."""
+    found = prepared(home, "vcr", f"select={select}")
+    batches, cache = found.batches, store.open_cache(home / "caches" / "vcr" / "clip.zarr")
+    fields = {name: store.read_field(cache, name) for name in cache.fields}
+    at = places_of(cache)
+    batch, rows = batches[1], batches.rows_of(1)
+    kind, checked = ("word", 0) if select == "best" else ("random", 0)
+    for i, row in enumerate(rows.tolist()):
+        sample = batches.manifest.row(row)
+        columns, here = json.loads(sample.task), at[sample.key]
+        np.testing.assert_array_equal(batch["image_emb"][i].half().numpy(), fields["image_emb"][here])
+        assert batch["target"][i].argmax() == columns["label"]
+        for c in range(4):
+            place = columns["texts"].index("pair") + c
+            np.testing.assert_array_equal(batch["text_emb"][i, c].half().numpy(), fields["text_emb"][here, place])
+            cosines = unit(fields["image_emb"][here]) @ unit(fields["text_emb"][here, 1 + c])
+            scale = np.exp(cache.meta.spec.constants["logit_scale"])
+            assert float(batch["clip_logits"][i, c]) == pytest.approx(float(scale * cosines), rel=1e-3, abs=1e-3)
+            for k in range(2):
+                index = int(fields[f"{kind}_index"][here, place, k])
+                start, end = fields["word_span"][here, place, index]
+                pieces = [batches.tokenizer.id_to_token(int(one)) for one in
+                          batch["text"][i, c][batch["word_tokens"][i, c, k]]]  # fmt: skip
+                assert "".join(piece.removeprefix("##") for piece in pieces) == sample.texts[place][start:end].lower()
+                feature = fields[f"{kind}_feature"][here, place, k]
+                np.testing.assert_array_equal(batch["word_feature"][i, c, k].half().numpy(), feature)
+                checked += 1
+    assert checked == 64
+
+
+def test_labels_of_rows_outside_the_subset_are_hidden_and_half_of_a_batch_has_some(home, tmp_path):
+    found = prepared(home, "vcr", "regime=semi:2").batches
+    chosen = np.flatnonzero(found.labelled)
+    groups = Counter(read_question(found.task, found.manifest.row(row)).group for row in chosen.tolist())
+    assert max(groups.values()) == 2
+    for step in range(3):
+        batch, rows = found[step], found.rows_of(step)
+        assert batch["labelled"].tolist() == [float(row in set(chosen.tolist())) for row in rows] == [1.0, 0.0] * 4
+        assert (batch["target"].sum(1) == batch["labelled"]).all()
+    low = prepared(home, "vcr", "regime=low:2").batches
+    assert set(low.rows.tolist()) == set(chosen.tolist())
+    assert prepared(home, "vcr", "regime=zero").batches[0]["labelled"].sum() == 0
+
+
+def test_adaptive_batches_mask_words_and_swap_pictures(home):
+    batches = prepared(home, "vcr", "stage=adapt").batches
+    mask = batches.tokenizer.token_to_id("[MASK]")
+    matched = masked = kept = 0
+    regions = store.open_cache(home / "caches" / "vcr" / "regions.zarr")
+    feature = store.read_field(regions, "region_feature")
+    at = places_of(regions)
+    for step in range(4):
+        batch, again, rows = batches[step], batches[step], batches.rows_of(step)
+        assert all(torch.equal(batch[name], again[name]) for name in batch)
+        for i, row in enumerate(rows.tolist()):
+            sample = batches.manifest.row(row)
+            columns = json.loads(sample.task)
+            own = torch.tensor(np.array(feature[at[sample.key], 0])).float()
+            assert bool(batch["matched"][i]) == torch.equal(batch["region_feature"][i, 0], own)
+            matched += int(batch["matched"][i])
+            right = f"{columns['question']} {columns['choices'][columns['label']]}"
+            ids = batch["text"][i, 0].clone()
+            slots = [k for k in range(len(batch["masked_word"][i])) if batch["masked_word"][i, k] >= 0]
+            for k in slots:
+                place, word = int(batch["masked_place"][i, k]), int(batch["masked_word"][i, k])
+                masked, kept = masked + int(ids[place] == mask), kept + int(ids[place] == word)
+                ids[place] = word
+            assert slots and batches.tokenizer.decode(ids.tolist()).replace(" ", "") == right.lower().replace(" ", "")
+    assert 8 <= matched <= 24  # of 32
+    assert masked > 5 * max(kept, 1) / 2
+
+
+@pytest.mark.parametrize("task", ["snli_ve", "vqa"])
+def test_clip_as_a_judge_of_snli_ve_and_vqa(home, task):
+    batches = prepared(home, task).batches
+    judge, rows = batches.judge, batches.rows_of(0)
+    batch = batches[0]
+    assert isinstance(judge, Judge)
+    source = judge.source
+    for i, row in enumerate(rows.tolist()):
+        at = source.at[row]
+        image, scale = unit(source.fields["image_emb"][at]), judge.scale
+        if task == "snli_ve":
+            near = float(image @ unit(source.fields["text_emb"][at, 0]))
+            low, middle, high = judge.anchors
+            expected = [-scale * abs(near - anchor) for anchor in (high, middle, low)]
+        else:
+            words = {batches.manifest.row(other).texts[1]: other for other in batches.rows.tolist()}
+            expected = [scale * float(image @ unit(source.fields["text_emb"][source.at[words[answer]], 1]))
+                        for answer in batches.task.answers]  # fmt: skip
+        assert batch["clip_logits"][i].tolist() == pytest.approx(expected, rel=1e-3, abs=2e-2)
+    assert three_means(np.array([0.0, 0.1, 1.0, 1.1, 5.0])) == pytest.approx([0.05, 1.05, 5.0])
+
+
+# ----------------------------------------------------------------------------------------------------
+# Runs
+
+
+def test_a_run_answers_and_is_resumed_to_the_same_losses(home, tmp_path, monkeypatch, capsys):
+    assert train(home, tmp_path / "whole", recipe="own_recipes:TD_STOPPING") == 0
+    monkeypatch.setenv(own_recipes.STOP_VARIABLE, "1")
+    assert train(home, tmp_path / "run", recipe="own_recipes:TD_STOPPING") == 130
+    monkeypatch.delenv(own_recipes.STOP_VARIABLE)
+    assert train(home, tmp_path / "run", "--resume", recipe="own_recipes:TD_STOPPING") == 0
+    assert read_lines(tmp_path / "run") == read_lines(tmp_path / "whole")
+    line = read_lines(tmp_path / "run")[0]
+    assert {"task", "dv", "dt", "words", "distilled", "right"} <= set(line)
+    labelled = (tmp_path / "run" / "labelled.txt").read_text().splitlines()
+    assert len(labelled) == len(read_manifest(str(data_of(home)["vcr"])).rows_of_split("train"))
+    monkeypatch.chdir(home)  # caches/vcr1 is not there: --data names the folder of its caches
+    (home / "caches" / "vcr1").symlink_to(home / "caches" / "vcr")
+    capsys.readouterr()
+    assert main(["eval", str(tmp_path / "run"), "--task", "vcr", "--data", str(data_of(home)["vcr"]), "--json"]) == 0
+    metrics = json.loads(capsys.readouterr().out)["metrics"]
+    manifest = read_manifest(str(data_of(home)["vcr"]))
+    rows = manifest.rows_of_split("val")
+    scores = load_task_model(tmp_path / "run", device="cpu").score(manifest, rows, "q2a")
+    labels = [json.loads(manifest.row(row).task)["label"] for row in rows.tolist()]
+    assert metrics["q2a"] == pytest.approx(np.mean(scores.argmax(1) == labels))
+    assert str(metrics["qa2r"]).startswith("skipped")
+
+
+def test_micro_batches_and_two_halves_have_the_whole_batchs_losses(home, tmp_path):
+    """Dropout is replayed; losses are means over rows, so parts of a batch average to it."""
+    assert train(home, tmp_path / "whole", "--micro-batch", 8) == 0
+    assert train(home, tmp_path / "micro", "--micro-batch", 4, *sets(**{"run.seed": 0})) == 0
+    first, second = read_lines(tmp_path / "whole")[0], read_lines(tmp_path / "micro")[0]
+    assert second["lr"] == first["lr"]
+    still = own_recipes.TD_STILL
+    for name, words in (("a", ()), ("b", ("--micro-batch", 4)), ("c", ("--micro-batch", 2))):
+        assert train(home, tmp_path / name, *words, recipe="own_recipes:TD_STILL") == 0
+    assert still.constants.model == "uniter-micro"
+    for name in ("b", "c"):
+        for a, b in zip(read_lines(tmp_path / "a"), read_lines(tmp_path / name), strict=True):
+            for key, value in a.items():
+                assert b[key] == pytest.approx(value, rel=2e-4, abs=1e-5), key
+
+
+@pytest.mark.parametrize("settings", [
+    {"model": "vl-bert-micro", "select": "random"}, {"model": "villa-micro", "adv_steps": 2, "adv_lr": 1.0},
+    {"model": "clip-1-linear", "w": 0.0}, {"model": "clip-3-linear", "fusion": "cosine"}, {"model": "clip-transformer"},
+    {"mode": "qa2r"}, {"choices": "correct", "confidence": "false"}, {"run.zero": 2}])  # fmt: skip
+def test_faces_baselines_and_switches_train(home, tmp_path, settings):
+    assert train(home, tmp_path / "run", *sets(**settings)) == 0
+    lines = read_lines(tmp_path / "run")
+    assert len(lines) == 4 and all(np.isfinite(line["loss"]) for line in lines)
+    assert ("adv" in lines[0]) == ("villa" in settings.get("model", ""))
+    state, made = load_file(tmp_path / "run" / "model.safetensors"), json.loads((tmp_path / "run" / "run.json").read_text())
+    assert state and made["student"]["task"]["which"] == settings.get("mode", "q2a")
+    assert not any("words" in name or "heads" in name for name in state)
+
+
+@pytest.mark.parametrize("task", ["snli_ve", "vqa"])
+def test_other_tasks_train_and_answer(home, tmp_path, task, monkeypatch, capsys):
+    assert train(home, tmp_path / "run", task=task) == 0
+    model = load_task_model(tmp_path / "run", device="cpu", cache=str(home / "caches" / task))
+    manifest = read_manifest(str(data_of(home)[task]))
+    scores = model.score(manifest, np.arange(5), "")
+    assert scores.shape == (5, model.task.classes) and np.isfinite(scores).all()
+    assert model.score(manifest, np.arange(5), "q2a") is None
+
+
+def test_adapted_students_begin_the_task_and_do_not_answer_themselves(home, tmp_path, capsys):
+    assert train(home, tmp_path / "adapted", *sets(stage="adapt")) == 0
+    assert {"mlm", "itm", "dv", "dt"} <= set(read_lines(tmp_path / "adapted")[0])
+    assert train(home, tmp_path / "task", "--steps", 1, *sets(init=tmp_path / "adapted", **{"optim.lr": 0.0})) == 0
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("adapted", "task"))
+    shared = [name for name in before if name.startswith(("bert.", "regions."))]
+    assert all(torch.equal(before[name], after[name]) for name in shared)
+    assert any(name.startswith("answer.") for name in after) and not any(name.startswith("answer.") for name in before)
+    assert main(["eval", str(tmp_path / "adapted"), "--task", "vcr", "--data", str(data_of(home)["vcr"])]) == 2
+    assert "stage=adapt run without answers" in capsys.readouterr().err
+
+
+def test_training_reads_no_picture_and_loads_no_teacher(home, tmp_path, monkeypatch):
+    from teachercache import samples, teachers
+
+    def refuse(*words, **more):
+        raise AssertionError("a picture or a teacher was asked for")
+
+    for module, name in ((samples, "read_image"), (teachers, "load"), (teachers, "find")):
+        monkeypatch.setattr(module, name, refuse)
+    monkeypatch.setattr("student.prepare.readable_rows", refuse)
+    assert train(home, tmp_path / "run") == 0
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (("--set", "regime=low"), "choose full, zero, low:N or semi:N"), (("--live",), "leave --live away"),
+    (("--set", "model=bert-tiny"), "choose from uniter-base"), (("--set", "init=/nowhere"), "is not there"),
+    (("--set", "max_text=900"), "positions at most"), (("--set", "tokenizer=/nowhere"), "neither tokenizer.json"),
+    (("--set", "model=villa-micro", "--set", "run.zero=3"), "choose 0, 1 or 2"),
+    (("--batch-size", 500), "fewer than --batch-size"), (("--cache", "/nowhere"), "tc build --teacher regions-lite")])  # fmt: skip
+def test_what_cannot_be_is_one_line(home, tmp_path, capsys, words, said):
+    assert train(home, tmp_path / "run", *words) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1].startswith("error: ") and said in lines[-1]
+    assert not (tmp_path / "run").exists()
