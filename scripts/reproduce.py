@@ -3,8 +3,9 @@
     python scripts/reproduce.py clip_kd --table fd_weight    one table
     python scripts/reproduce.py clip_kd                      all of them
 
-A run is trained and measured by the commands that a user types, in a process of its own, as many at a time as there are
-cores. What is there already under runs/reproduce is not run again: the same command goes on after a stop.
+A run is trained and measured by the commands that a user types, in worker processes, one for each core: starting one
+takes as long as a small run. What is there already under runs/reproduce is not run again: the same command goes on
+after a stop.
 """
 
 import argparse
@@ -13,24 +14,28 @@ import contextlib
 import io
 import itertools
 import json
+import multiprocessing
 import os
 import re
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import reproduce_clip_kd
+import reproduce_clip_td
+import reproduce_psd
 from bench_report import cores
-from reproduce_tables import METRICS, Row, Table
+from reproduce_tables import METRICS, Row, Table, spread
 
 from teachercache.paths import write_whole
 from teachercache.runtime import say, ticker
 
-PAPERS = {"clip_kd": reproduce_clip_kd}
+# Each has TABLES and words(row, seed); where clip_kd's do not fit also evaluations, prepare and section
+PAPERS = {"clip_kd": reproduce_clip_kd, "clip_td": reproduce_clip_td, "psd": reproduce_psd}
+TASKS = [["--task", task] for task in sorted({metric.task for metric in METRICS})]
 RESULTS = Path("docs/RESULTS.md")
 Results = dict[Row, list[dict[str, float]]]  # of each seed
 
@@ -42,24 +47,21 @@ def main() -> int:
     parser.add_argument("--table", nargs="+", default=[], help="names; default all of the paper's")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=cores(), help="runs at a time, one core each")
-    parser.add_argument(
-        "--one", nargs=argparse.REMAINDER, help=argparse.SUPPRESS
-    )  # FOLDER WORDS...: one run, in this process
     options = parser.parse_args()
-    if options.one:
-        return run_one(Path(options.one[0]), options.one[1:])
     paper = PAPERS[options.paper]
     unknown = sorted(set(options.table) - set(paper.TABLES))
     if unknown:
         parser.error(f"no table {', '.join(unknown)}: choose from {', '.join(paper.TABLES)}")
     tables = {name: paper.TABLES[name] for name in options.table or paper.TABLES}
+    if hasattr(paper, "prepare"):
+        paper.prepare([row for table in tables.values() for row in table.rows], options.seeds, options.jobs)
     folders = {folder_of(options.paper, row, seed): paper.words(row, seed)
                for table in tables.values() for row in table.rows for seed in options.seeds}  # fmt: skip
     run_missing(options.paper, folders, options.jobs)
     for name, table in tables.items():
         results = {row: [result_of(folder_of(options.paper, row, seed), paper.words(row, seed))
                          for seed in options.seeds] for row in table.rows}  # fmt: skip
-        text = section(table, results, options.seeds)
+        text = getattr(paper, "section", section)(table, results, options.seeds)
         print(text, end="\n\n")
         replace_section(f"{options.paper} {name}", text)
     say(f"written to {RESULTS}")
@@ -72,7 +74,8 @@ def main() -> int:
 
 def folder_of(paper: str, row: Row, seed: int) -> Path:
     """Where a run lies: rows of several tables that are one setting share it."""
-    settings = "-".join(f"{name}={value:g}" for name, value in row.settings)
+    settings = "-".join(f"{name}={value if isinstance(value, str) else f'{value:g}'}" for name, value in row.settings)
+    settings = re.sub(r"[^\w.=+-]+", "_", settings)
     return Path("runs/reproduce", paper, f"{settings or 'paper'}-seed{seed}")
 
 
@@ -87,45 +90,47 @@ def run_missing(paper: str, folders: Mapping[Path, Sequence[str]], jobs: int) ->
     """Every run that has no result yet, `jobs` at a time."""
     missing = {folder: words for folder, words in folders.items() if result_of(folder, words) is None}
     say(f"{len(folders) - len(missing)} of {len(folders)} runs are there")
-    with ticker(len(missing), "runs", paper) as tick, concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        waiting = {pool.submit(in_process, paper, folder, words): folder for folder, words in missing.items()}
+    os.environ["OMP_NUM_THREADS"] = "1"
+    fresh = multiprocessing.get_context("spawn")
+    with (
+        ticker(len(missing), "runs", paper) as tick,
+        concurrent.futures.ProcessPoolExecutor(min(jobs, len(missing) or 1), mp_context=fresh) as pool,
+    ):
+        evaluations = getattr(PAPERS[paper], "evaluations", lambda words: TASKS)
+        waiting = {pool.submit(run_one, folder, words, evaluations(words)): folder for folder, words in missing.items()}
         try:
             for done in concurrent.futures.as_completed(waiting):
-                done.result()
+                if last := done.result():
+                    sys.exit(f"error: {waiting[done]}: {last}")
                 tick.step(1, str(waiting[done].name))
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 
 
-def in_process(paper: str, folder: Path, words: Sequence[str]) -> None:
-    """One run in a fresh process; its last line where it fails."""
-    command = [sys.executable, __file__, paper, "--one", str(folder), *words]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    if done.returncode:
-        sys.exit(f"error: {folder}: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
+def run_one(folder: Path, words: Sequence[str], evaluations: Sequence[Sequence[str]] = TASKS) -> str:
+    """`student train` and each `student eval`; the last line where one fails.
 
-
-def run_one(folder: Path, words: Sequence[str]) -> int:
-    """`student train` and `student eval` of each task; weights are left behind, numbers and curves are kept."""
+    Weights are left behind, numbers and curves are kept.
+    """
     from student.cli import main as student
 
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as name:
+    with tempfile.TemporaryDirectory(dir=folder.parent) as name, contextlib.redirect_stderr(io.StringIO()) as said:
         run, metrics = Path(name, "run"), {}
-        if code := student(["train", "--out", str(run), *words]):
-            return code
-        for task in sorted({metric.task for metric in METRICS}):
+        measured = [["eval", str(run), *one, "--json"] for one in evaluations]
+        for command in (["train", *words, "--out", str(run)], *measured):
             with contextlib.redirect_stdout(io.StringIO()) as text:
-                if code := student(["eval", str(run), "--task", task, "--json"]):
-                    return code
-            metrics |= json.loads(text.getvalue())["metrics"]
+                if student(command):
+                    return (said.getvalue().strip().splitlines() or ["?"])[-1]
+            metrics |= json.loads(text.getvalue())["metrics"] if command[0] == "eval" else {}
+        metrics |= json.loads((run / "speed.json").read_text())
         shutil.rmtree(run / "checkpoints")
         (run / "model.safetensors").unlink()
         write_whole(run / "result.json", json.dumps({"words": words, "metrics": metrics}) + "\n")
         shutil.rmtree(folder, ignore_errors=True)
         run.rename(folder)
-    return 0
+    return ""
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -157,12 +162,6 @@ def any_paper(table: Table, place: int) -> bool:
 def number(value: float | None) -> str:
     """A paper's figure."""
     return "-" if value is None else f"{value:g}"
-
-
-def spread(values: Sequence[float]) -> str:
-    """Mean, with lowest and highest of several."""
-    mean = f"{statistics.mean(values):.1f}"
-    return mean if len(values) == 1 else f"{mean} ({min(values):.1f} to {max(values):.1f})"
 
 
 def difference(row: Row, reference: Row, results: Results) -> list[str]:

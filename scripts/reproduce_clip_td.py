@@ -1,7 +1,7 @@
-"""CLIP-TD's ablations (tables 2, 5, 6, 8) on drawn scenes as VCR and SNLI-VE, and on easy-vqa as VQA, at three data sizes.
+"""CLIP-TD's ablations (tables 2, 5, 6, 8): drawn scenes as VCR and SNLI-VE, easy-vqa as VQA, at three data sizes.
 
-The teacher is a CLIP trained on other drawn scenes by our own `clip` recipe: clip-lite knows photographs and drawings of
-things, not which of two shapes is striped. Students are tiny and begin, as the paper's do, pretrained: by
+The teacher is a CLIP trained on other drawn scenes by our own `clip` recipe: clip-lite knows photographs and drawings
+of things, not which of two shapes is striped. Students are tiny and begin, as the paper's do, pretrained: by
 stage=adapt without distillation on the right question-answer pairs of other scenes.
 """
 
@@ -16,16 +16,18 @@ from reproduce_tables import Row, Table, spread
 
 FOLDER = Path("runs/reproduce/clip_td")
 PICTURES, PAIRS, SIZE = 3000, 8000, 96
-STEPS, BATCH, LR = 300, 32, 5e-4
-PRETRAIN, ADAPT, PRETRAIN_BATCH, PRETRAIN_LR = 2500, 300, 64, 1e-3
-DATA = {"vcr": "data/scenes/vcr1", "snli_ve": "data/scenes/snli_ve", "vqa": "data/easy-vqa"}
+STEPS, BATCH, LR = 200, 32, 5e-4
+PRETRAIN, ADAPT, PRETRAIN_BATCH, PRETRAIN_LR = 2500, 200, 64, 1e-3
+HOME, CACHES = Path("data/clip_td"), Path("caches/clip_td")
+DATA = {"vcr": str(HOME / "scenes/vcr1"), "snli_ve": str(HOME / "scenes/snli_ve"), "vqa": str(HOME / "easy-vqa")}
+OTHER, CAPTIONED = str(HOME / "scenes-other/vcr1"), str(HOME / "pairs")
 SCORE = {"vcr": "q2a", "snli_ve": "acc", "vqa": "overall"}
 SIZES = {  # labels in all: 17 of each of 6 categories, 34 of each of 3 classes
     "vcr": ("low:17", "low:170", "full"),
     "snli_ve": ("low:34", "low:334", "full"),
     "vqa": ("low:100", "low:1000", "full"),
 }
-TEACHER, WORDS = Path("exports/scene-clip"), Path("models/task-words")
+TEACHER, WORDS = FOLDER / "teacher", FOLDER / "words"
 NAIVE = {"select": "none", "confidence": "false"}
 METHODS: dict[str, dict[str, str]] = {  # first: what a student begins from
     "baseline": {"w": "0"},
@@ -88,7 +90,8 @@ TABLES = {
 def common(task: str, face: str, seed: int) -> list[str]:
     """Words that every training on a task has."""
     settings = [f"model={face}-tiny", f"subset={seed}", "run.save_every=1000000", "run.workers=0"]
-    words = ["--recipe", "clip_td", "--data", DATA[task], "--seed", str(seed), "--batch-size", str(BATCH)]
+    words = ["--recipe", "clip_td", "--data", DATA[task], "--cache", str(CACHES / task), "--seed", str(seed)]
+    words += ["--batch-size", str(BATCH)]
     return words + [word for setting in settings for word in ("--set", setting)]
 
 
@@ -98,14 +101,15 @@ def words(one: Row, seed: int) -> list[str]:
     task, face, size, chosen = given["task"], given["face"], given["size"], dict(METHODS[given["method"]])
     weight = chosen.pop("adapted", "")
     init = adapted(task, face, size, weight, seed) if weight else pretrained(face)
-    settings = [f"regime={size}", f"init={init}", f"optim.lr={LR:g}", *(f"{name}={value}" for name, value in chosen.items())]
+    settings = [f"regime={size}", f"init={init}", f"optim.lr={LR:g}"]
+    settings += [f"{name}={value}" for name, value in chosen.items()]
     return [*common(task, face, seed), "--steps", str(STEPS), *(w for setting in settings for w in ("--set", setting))]
 
 
 def evaluations(given: Sequence[str]) -> list[list[str]]:
     """The words of each `student eval RUN`."""
-    data = given[given.index("--data") + 1]
-    return [["--task", next(task for task, where in DATA.items() if where == data), "--data", data]]
+    data, cache = (given[given.index(name) + 1] for name in ("--data", "--cache"))
+    return [["--task", Path(cache).name, "--data", data, "--cache", cache]]
 
 
 def pretrained(face: str) -> Path:
@@ -131,12 +135,13 @@ def prepare(rows: Sequence[Row], seeds: Sequence[int], jobs: int) -> None:
     given = [dict(one.settings) for one in rows]
     faces = sorted({one["face"] for one in given})
     settings = [f"tokenizer={WORDS}", "stage=adapt", "w=0", f"optim.lr={PRETRAIN_LR:g}", "run.workers=0"]
-    start = ["--recipe", "clip_td", "--data", "data/scenes-other/vcr1", "--cache", "caches/scenes-other",
-             "--batch-size", str(PRETRAIN_BATCH), "--steps", str(PRETRAIN)]  # fmt: skip
+    start = ["--recipe", "clip_td", "--data", OTHER, "--cache", str(CACHES / "other")]
+    start += ["--batch-size", str(PRETRAIN_BATCH), "--steps", str(PRETRAIN)]
     start += [word for setting in settings for word in ("--set", setting)]
     train_all({pretrained(face): [*start, "--set", f"model={face}-tiny"] for face in faces}, jobs)
     wanted = {(one["task"], one["face"], one["size"], METHODS[one["method"]].get("adapted", "")) for one in given}
-    train_all({adapted(*key, seed): adapt_words(*key, seed) for key in sorted(wanted) if key[-1] for seed in seeds}, jobs)
+    keys = [(*key, seed) for key in sorted(wanted) if key[-1] for seed in seeds]
+    train_all({adapted(*key): adapt_words(*key) for key in keys}, jobs)
 
 
 def train_all(runs: dict[Path, list[str]], jobs: int) -> None:
@@ -156,25 +161,26 @@ def command(module: str, *given: str) -> None:
 
 def prepare_data() -> None:
     """Scenes of three seeds, easy-vqa, the teacher, regions and what the teacher says of them, the students' words."""
-    for out, seed in (("data/scenes", 0), ("data/scenes-other", 7)):
-        if not Path(out).exists():
-            command("scripts/prepare_scene_tasks.py", "--out", out, "--num", str(PICTURES), "--seed", str(seed))
+    for out, seed in ((HOME / "scenes", 0), (HOME / "scenes-other", 7)):
+        if not out.exists():
+            out.parent.mkdir(parents=True, exist_ok=True)
+            command("scripts/prepare_scene_tasks.py", "--out", str(out), "--num", str(PICTURES), "--seed", str(seed))
     if not Path(DATA["vqa"]).exists():
         command("scripts/prepare_easy_vqa.py", "--out", DATA["vqa"])
-    if not Path("data/scene-pairs").exists():
-        command("scripts/prepare_scenes.py", "--out", "data/scene-pairs", "--num", str(PAIRS), "--seed", "100",
-                "--size", str(SIZE))  # fmt: skip
+    if not Path(CAPTIONED).exists():
+        sizes = ["--num", str(PAIRS), "--size", str(SIZE)]
+        command("scripts/prepare_scenes.py", "--out", CAPTIONED, "--seed", "100", *sizes)
     if not TEACHER.exists():
         run = FOLDER / "scene-clip"
-        train_all({run: ["--recipe", "clip", "--data", "data/scene-pairs", "--steps", "700", "--batch-size", "64"]}, 1)
+        sizes = ["--steps", "800", "--batch-size", "64", "--set", "model=vit-tiny-long", "--set", "run.workers=0"]
+        train_all({run: ["--recipe", "clip", "--data", CAPTIONED, *sizes]}, 1)
         command("student", "export", str(run), "--format", "open_clip", "--out", str(TEACHER))
-    for data in (*DATA.values(), "data/scenes-other/vcr1"):
-        folder = Path("caches", "scenes-other" if "other" in data else Path(data).name)
-        regions = ["--teacher", "regions-lite", "--outputs", "regions:5", "--out", str(folder / "regions-lite.zarr")]
+    for task, data in {**DATA, "other": OTHER}.items():
+        regions = ["--teacher", "regions-lite", "--outputs", "regions:5", "--out", str(CACHES / task / "regions.zarr")]
         command("teachercache", "build", "--data", data, *regions)
-        if "other" not in data:
+        if task in DATA:
             command("teachercache", "build", "--data", data, "--teacher", str(TEACHER), "--outputs",
-                    "embeddings,tokens,random_tokens", "--out", str(folder / "scene-clip.zarr"))  # fmt: skip
+                    "embeddings,tokens,random_tokens", "--out", str(CACHES / task / "clip.zarr"))  # fmt: skip
     if not (WORDS / "tokenizer.json").exists():
         write_words()
 
@@ -197,8 +203,6 @@ def write_words() -> None:
 def section(one: Table, results: dict[Row, list[dict[str, float]]], seeds: Sequence[int]) -> str:
     """Markdown: a line per method; at each size ours and both differences to the baseline, paired by seed."""
     task = dict(one.rows[0].settings)["task"]
-    head = ["", *(f"{ours} ({theirs})" if k == 0 else f"{ours}" for ours, theirs in zip(SIZES[task], THEIRS[task], strict=True)
-                  for k in (0,))]  # fmt: skip
     head = [""]
     for ours, theirs in zip(SIZES[task], THEIRS[task], strict=True):
         head += [f"{ours}, here", "to baseline, here", f"paper at {theirs}"]
@@ -210,7 +214,8 @@ def section(one: Table, results: dict[Row, list[dict[str, float]]], seeds: Seque
         for cell, reference in zip(cells, base, strict=True):
             ours, theirs = ([100 * found[SCORE[task]] for found in results[of]] for of in (cell, reference))
             gains = [a - b for a, b in zip(ours, theirs, strict=True)]
-            paper = "-" if cell.paper[0] is None or reference.paper[0] is None else f"{cell.paper[0] - reference.paper[0]:+.1f}"
+            known = cell.paper[0] is not None and reference.paper[0] is not None
+            paper = f"{cell.paper[0] - reference.paper[0]:+.1f}" if known else "-"
             line += [spread(ours), "-" if cell == reference else spread(gains), "-" if cell == reference else paper]
         times = [[found["seconds_per_step"] for of in part for found in results[of]] for part in (cells, base)]
         lines.append([*line, f"{statistics.median(times[0]) / statistics.median(times[1]):.2f}"])

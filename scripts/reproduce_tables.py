@@ -1,6 +1,8 @@
 """What a table of a paper is to scripts/reproduce: rows of settings with the paper's figures beside them."""
 
 import dataclasses
+import statistics
+from collections.abc import Sequence
 from typing import NamedTuple
 
 
@@ -26,7 +28,7 @@ class Row:
     """One setting of a recipe's constants, and top-1, I2T and T2I of the paper, None where it has none."""
 
     label: str
-    settings: tuple[tuple[str, float], ...]
+    settings: tuple[tuple[str, float | str], ...]
     paper: tuple[float | None, float | None, float | None]
 
 
@@ -38,3 +40,9 @@ class Table:
     rows: tuple[Row, ...]
     reference: int
     note: str = ""
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean, with lowest and highest of several."""
+    mean = f"{statistics.mean(values):.1f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.1f} to {max(values):.1f})"

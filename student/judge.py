@@ -44,7 +44,7 @@ class Judge:
             found = unit(self.source.fields["image_emb"][self.source.at[rows]]) @ self.answers.T
         elif self.task.name == "snli_ve":
             near = self.near(rows, np.array([question.places for question in questions]))
-            found = -np.abs(near - self.anchors[None, ::-1])  # entailment is the highest anchor, contradiction the lowest
+            found = -np.abs(near - self.anchors[None, ::-1])  # the highest anchor is entailment
         else:
             found = self.near(rows, np.array([question.answers for question in questions]))
         return torch.from_numpy((self.scale * found).astype(np.float32))
@@ -66,7 +66,7 @@ def three_means(values: np.ndarray) -> np.ndarray:
 
 
 def answer_rows(task: Task, source: Source, manifest: Manifest, rows: np.ndarray) -> Float[np.ndarray, "answers d"]:
-    """The text embedding of each answer of the vocabulary: of the first row whose text it is (place 1 in VQA's rows)."""
+    """The text embedding of each answer of the vocabulary: of the first row that has it (at place 1 in VQA)."""
     labels = manifest.column("label")
     first: dict[str, int] = {}
     for row in rows.tolist():

@@ -58,7 +58,7 @@ def prepare_task(recipe: Recipe, run: Run) -> Prepared:
     shapes = {name: field.shape for cache in caches for name, field in cache.fields.items()}
     student = recipe.build(constants, task, tokenizer, shapes)
     if getattr(student, "perturbation", None) and run.zero == 3:
-        raise UserError("--set run.zero=3: VILLA's perturbations need whole parameters between layers; choose 0, 1 or 2")
+        raise UserError("--set run.zero=3: VILLA's perturbations need whole parameters; choose 0, 1 or 2")
     heads = recipe.heads(constants, student, shapes) if recipe.heads else None
     sources = [open_source(cache, manifest, rows, tuple(name for name in recipe.fields if name in cache.fields))
                for cache in caches]  # fmt: skip
@@ -76,7 +76,7 @@ def make_batches(recipe: Recipe, run: Run, manifest: Manifest, task: Task, sourc
     kind, size = constants.regime.partition(":")[0], recipe.batch
     halves = kind == "semi" and constants.stage == "task"
     if halves and size % (2 * world_size()):
-        raise UserError(f"--batch-size {size}: semi takes half of each process's rows with labels; choose an even share")
+        raise UserError(f"--batch-size {size}: with semi half of each process's rows have labels; choose an even share")
     order = Order(rows[known] if kind in ("full", "low") or halves else rows, batch=size // 2 if halves else size,
                   seed=run.seed, block_rows=block_rows)  # fmt: skip
     others = Order(rows[~known], batch=size // 2, seed=run.seed + 1, block_rows=block_rows) if halves else None

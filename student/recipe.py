@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 from teachercache.names import UserError, closest
 
-
 DEMO_DATA = "data/demo"
 
 

@@ -25,9 +25,9 @@ class TaskBatches(Dataset):
 
     num_views = 0  # no pictures, so no views of them
 
-    def __init__(self, manifest: Manifest, task: Task, *, sources: list[Source], order: Order | None, labelled: np.ndarray,
-                 tokenizer: Any, constants: Any, inputs: tuple[str, ...], judge: Any = None, steps: int, seed: int,
-                 unlabelled: Order | None = None, rank: int = 0, world: int = 1):  # fmt: skip
+    def __init__(self, manifest: Manifest, task: Task, *, sources: list[Source], order: Order | None,
+                 labelled: np.ndarray, tokenizer: Any, constants: Any, inputs: tuple[str, ...], judge: Any = None,
+                 steps: int, seed: int, unlabelled: Order | None = None, rank: int = 0, world: int = 1):  # fmt: skip
         self.manifest, self.task, self.sources, self.order, self.unlabelled = manifest, task, sources, order, unlabelled
         self.labelled, self.tokenizer, self.constants, self.judge = labelled, tokenizer, constants, judge
         self.inputs, self.steps, self.seed, self.rank, self.world = inputs, steps, seed, rank, world

@@ -1,6 +1,6 @@
 """VCR, SNLI-VE and VQA as a task student reads them: a row's texts, what is right, which rows have labels.
 
-Rows come from `teachercache.readers.tasks`. Not for batches (`task_batches`), nor for measuring: see `evaluation.tasks`.
+Rows come from `teachercache.readers.tasks`. Not for batches (`task_batches`), nor for measuring (`evaluation.tasks`).
 """
 
 import dataclasses
@@ -160,8 +160,8 @@ def question_category(question: str) -> str:
 def labelled_rows(task: Task, manifest: Manifest, rows: np.ndarray, regime: str, subset: int) -> np.ndarray:
     """Which of the rows have a label that may be used, bool [rows].
 
-    full: all that have one. low:N and semi:N: N of each group (VCR's category, SNLI-VE's class, VQA's rows as one), drawn
-    by the seed `subset` and the rows' keys alone. zero: none.
+    full: all that have one. low:N and semi:N: N of each group (VCR's category, SNLI-VE's class, VQA's rows as one),
+    drawn by the seed `subset`. zero: none.
     """
     kind, colon, number = regime.partition(":")
     if kind not in ("full", "low", "semi", "zero") or bool(colon) != (kind in ("low", "semi")):

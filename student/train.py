@@ -2,18 +2,15 @@
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import importlib.metadata
 import itertools
 import json
-import shlex
 import signal
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 

@@ -37,7 +37,8 @@ def vocabulary_tokenizer(texts: Iterable[str], size: int = 8000) -> Any:
     characters = sorted({character for word in counts for character in word})
     words = sorted((word for word in counts if len(word) > 1), key=lambda word: (-counts[word], word))
     pieces = [*SPECIAL, *characters, *(f"##{character}" for character in characters), *words]
-    return BertWordPieceTokenizer({piece: number for number, piece in enumerate(pieces[:size])}, lowercase=True)._tokenizer
+    numbers = {piece: number for number, piece in enumerate(pieces[:size])}
+    return BertWordPieceTokenizer(numbers, lowercase=True)._tokenizer
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -448,8 +448,9 @@ def test_masks_change_with_the_epoch_and_not_with_the_step_alone(squares, hidden
     assert all(not torch.equal(whole[0][row], whole[1][row]) for row in rows.tolist())
     for a, b in itertools.combinations(rows.tolist(), 2):
         assert not torch.equal(whole[0][a], whole[0][b])
+    half = parts[1]
     halves = {row: chance for s in range(2)
-              for row, chance in zip(parts[1].order.rows_of(s).tolist(), parts[1][s]["chance"], strict=True)}  # fmt: skip
+              for row, chance in zip(half.order.rows_of(s).tolist(), half[s]["chance"], strict=True)}  # fmt: skip
     assert all(torch.equal(halves[row], whole[0][row]) for row in halves)  # whatever batch a row is in
 
 

@@ -33,6 +33,7 @@ CFG = TINY_CFG | {"text_cfg": TINY_CFG["text_cfg"] | {"context_length": 32}}
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Both sets of 24 drawn scenes, easy questions as VQA, their caches of a tiny CLIP and of regions."""
     import prepare_scene_tasks
+
     from teachercache.cli import main as tc
 
     home = tmp_path_factory.mktemp("home")
@@ -54,8 +55,9 @@ def data_of(home: Path) -> dict[str, Path]:
 
 def train(home: Path, out: Path, *words: object, task: str = "vcr", recipe: str = "clip_td") -> int:
     """`student train` on one of the sets in this process."""
-    start = ["train", "--recipe", recipe, "--data", data_of(home)[task], "--cache", home / "caches" / task, "--out", out,
-             "--batch-size", 8, "--steps", 4, "--set", "model=uniter-micro", "--set", "run.workers=0"]  # fmt: skip
+    start = ["train", "--recipe", recipe, "--data", data_of(home)[task], "--cache", home / "caches" / task,
+             "--out", out, "--batch-size", 8, "--steps", 4, "--set", "model=uniter-micro",
+             "--set", "run.workers=0"]  # fmt: skip
     with contained():
         return main([str(word) for word in (*start, *words)])
 
@@ -150,7 +152,8 @@ def test_adaptive_batches_mask_words_and_swap_pictures(home):
                 place, word = int(batch["masked_place"][i, k]), int(batch["masked_word"][i, k])
                 masked, kept = masked + int(ids[place] == mask), kept + int(ids[place] == word)
                 ids[place] = word
-            assert slots and batches.tokenizer.decode(ids.tolist()).replace(" ", "") == right.lower().replace(" ", "")
+            assert slots
+            assert batches.tokenizer.decode(ids.tolist()).replace(" ", "") == right.lower().replace(" ", "")
     assert 8 <= matched <= 24  # of 32
     assert masked > 5 * max(kept, 1) / 2
 
@@ -228,10 +231,13 @@ def test_micro_batches_and_two_halves_have_the_whole_batchs_losses(home, tmp_pat
 def test_faces_baselines_and_switches_train(home, tmp_path, settings):
     assert train(home, tmp_path / "run", *sets(**settings)) == 0
     lines = read_lines(tmp_path / "run")
-    assert len(lines) == 4 and all(np.isfinite(line["loss"]) for line in lines)
+    assert len(lines) == 4
+    assert all(np.isfinite(line["loss"]) for line in lines)
     assert ("adv" in lines[0]) == ("villa" in settings.get("model", ""))
-    state, made = load_file(tmp_path / "run" / "model.safetensors"), json.loads((tmp_path / "run" / "run.json").read_text())
-    assert state and made["student"]["task"]["which"] == settings.get("mode", "q2a")
+    state = load_file(tmp_path / "run" / "model.safetensors")
+    made = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert state
+    assert made["student"]["task"]["which"] == settings.get("mode", "q2a")
     assert not any("words" in name or "heads" in name for name in state)
 
 
@@ -241,7 +247,8 @@ def test_other_tasks_train_and_answer(home, tmp_path, task, monkeypatch, capsys)
     model = load_task_model(tmp_path / "run", device="cpu", cache=str(home / "caches" / task))
     manifest = read_manifest(str(data_of(home)[task]))
     scores = model.score(manifest, np.arange(5), "")
-    assert scores.shape == (5, model.task.classes) and np.isfinite(scores).all()
+    assert scores.shape == (5, model.task.classes)
+    assert np.isfinite(scores).all()
     assert model.score(manifest, np.arange(5), "q2a") is None
 
 
@@ -252,7 +259,8 @@ def test_adapted_students_begin_the_task_and_do_not_answer_themselves(home, tmp_
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("adapted", "task"))
     shared = [name for name in before if name.startswith(("bert.", "regions."))]
     assert all(torch.equal(before[name], after[name]) for name in shared)
-    assert any(name.startswith("answer.") for name in after) and not any(name.startswith("answer.") for name in before)
+    assert any(name.startswith("answer.") for name in after)
+    assert not any(name.startswith("answer.") for name in before)
     assert main(["eval", str(tmp_path / "adapted"), "--task", "vcr", "--data", str(data_of(home)["vcr"])]) == 2
     assert "stage=adapt run without answers" in capsys.readouterr().err
 
@@ -274,9 +282,11 @@ def test_training_reads_no_picture_and_loads_no_teacher(home, tmp_path, monkeypa
     (("--set", "model=bert-tiny"), "choose from uniter-base"), (("--set", "init=/nowhere"), "is not there"),
     (("--set", "max_text=900"), "positions at most"), (("--set", "tokenizer=/nowhere"), "neither tokenizer.json"),
     (("--set", "model=villa-micro", "--set", "run.zero=3"), "choose 0, 1 or 2"),
-    (("--batch-size", 500), "fewer than --batch-size"), (("--cache", "/nowhere"), "tc build --teacher regions-lite")])  # fmt: skip
+    (("--batch-size", 500), "fewer than --batch-size"),
+    (("--cache", "/nowhere"), "tc build --teacher regions-lite")])  # fmt: skip
 def test_what_cannot_be_is_one_line(home, tmp_path, capsys, words, said):
     assert train(home, tmp_path / "run", *words) == 2
     lines = capsys.readouterr().err.splitlines()
-    assert lines[-1].startswith("error: ") and said in lines[-1]
+    assert lines[-1].startswith("error: ")
+    assert said in lines[-1]
     assert not (tmp_path / "run").exists()

@@ -48,7 +48,9 @@ def test_a_vcr_row_asks_four_pairs_and_its_rationales_know_the_right_answer(scen
     for number in range(0, len(manifest), 7):
         sample, line = manifest.row(number), json.loads(manifest.row(number).task)
         found = read_question(VCR, sample)
-        assert found.target == {line["label"]: 1.0} and found.labelled and found.group == line["category"]
+        assert found.target == {line["label"]: 1.0}
+        assert found.labelled
+        assert found.group == line["category"]
         for k, (first, second) in enumerate(found.parts):
             assert (first, second) == (line["question"], line["choices"][k])
             assert sample.texts[found.places[k]] == f"{first} {second}"
@@ -67,7 +69,8 @@ def test_an_snli_ve_row_asks_its_hypothesis(scenes):
     assert (task.name, task.inputs, task.classes) == ("snli_ve", 1, 3)
     sample = manifest.row(0)
     found = read_question(task, sample)
-    assert found.parts == ((sample.texts[0], ""),) and found.places == (0,)
+    assert found.parts == ((sample.texts[0], ""),)
+    assert found.places == (0,)
     assert found.target == {("entailment", "neutral", "contradiction").index(sample.label): 1.0}
 
 
@@ -76,7 +79,8 @@ def test_vqa_targets_are_the_mean_accuracy_over_nine_of_ten_people(tmp_path):
     answers = [["red"] * n + ["blue"] * (10 - n) for n in range(11)]
     manifest = read_manifest(str(write_vqa(tmp_path, answers)))
     task = find_task(manifest, np.arange(len(manifest)), "q2a")
-    assert set(task.answers) == {"red", "blue"} and task.classes == 2
+    assert set(task.answers) == {"red", "blue"}
+    assert task.classes == 2
     for n in range(11):
         given = answers[n]
         expected = {}
@@ -105,7 +109,8 @@ def test_regimes_choose_so_many_of_each_group_and_the_same_again(scenes):
     assert Counter(groups[chosen]) == {group: min(3, n) for group, n in Counter(groups).items()}
     assert (chosen == labelled_rows(VCR, manifest, rows, "semi:3", 0)).all()
     assert (chosen != labelled_rows(VCR, manifest, rows, "low:3", 1)).any()
-    assert labelled_rows(VCR, manifest, rows, "full", 0).all() and not labelled_rows(VCR, manifest, rows, "zero", 0).any()
+    assert labelled_rows(VCR, manifest, rows, "full", 0).all()
+    assert not labelled_rows(VCR, manifest, rows, "zero", 0).any()
     snli = read_manifest(str(scenes / "snli_ve"))
     rows = snli.rows_of_split("train")
     chosen = labelled_rows(find_task(snli, rows, "q2a"), snli, rows, "low:4", 0)

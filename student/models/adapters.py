@@ -1,4 +1,4 @@
-"""CLIP-TD's baselines on frozen CLIP (table 11): a few layers over its cached embeddings. No distillation, no pictures."""
+"""CLIP-TD's baselines on frozen CLIP (table 11): a few layers over its cached embeddings. Nothing is distilled."""
 
 from collections.abc import Mapping
 from typing import Any

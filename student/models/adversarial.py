@@ -1,7 +1,7 @@
 """VILLA: adversarial perturbation of word and region embeddings (Gan et al., 2020). Not for UNITER or VL-BERT.
 
-delta starts at 0 and takes K steps up the task loss, delta <- P(delta + lr g / |g|), each row's gradient by its own norm;
-the loss at every delta on the way is trained on ("free" training), and so is the divergence from the clean prediction.
+delta starts at 0 and takes K steps up the task loss, delta <- P(delta + lr g / |g|), each row's gradient by its own
+norm; the loss at every delta on the way is trained on, and so is the divergence from the clean prediction.
 VILLA perturbs one modality at a time; here words and regions take turns from step to step (free choice).
 """
 

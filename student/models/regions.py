@@ -66,6 +66,6 @@ class VlBertRegions(nn.Module):
         """The visual feature embedding of each region."""
         return self.LayerNorm(self.visual(torch.cat([self.appearance(feature), waves(box)], -1)))
 
-    def forward(self, visual: Float[Tensor, "n r h"], rest: Float[Tensor, "n #r h"]) -> Float[Tensor, "n r h"]:
+    def forward(self, visual: Float[Tensor, "n r h"], rest: Float[Tensor, "n any h"]) -> Float[Tensor, "n r h"]:
         """Elements of the picture; `rest` is type and position, which all of them share."""
         return self.dropout(self.join(visual + self.image_token + rest))

@@ -76,7 +76,8 @@ def read_state(path: Path) -> dict[str, Tensor]:
         safe = found.suffix == ".safetensors"
         state = load_file(found) if safe else torch.load(found, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise UserError(f"--set init={path}: {found.name} cannot be loaded: {str(error).splitlines()[0][:120]}") from error
+        reason = (str(error).splitlines() or ["?"])[0][:120]
+        raise UserError(f"--set init={path}: {found.name} cannot be loaded: {reason}") from error
     if (path / "run.json").exists():
         return state
     return renamed(state)

@@ -36,6 +36,11 @@ TINY: dict[str, dict[str, Any]] = {
         "vision_cfg": {"image_size": 64, "layers": 4, "width": 256, "head_width": 64, "patch_size": 16},
         "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 192, "heads": 4, "layers": 2},
     },
+    "vit-tiny-long": {  # reads a question and its answer
+        "embed_dim": 512,
+        "vision_cfg": {"image_size": 64, "layers": 4, "width": 256, "head_width": 64, "patch_size": 16},
+        "text_cfg": {"context_length": 48, "vocab_size": 49408, "width": 192, "heads": 4, "layers": 2},
+    },
     "vit-micro": {
         "embed_dim": 64,
         "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "head_width": 32, "patch_size": 8},

@@ -1,8 +1,8 @@
 """clip_td: targeted distillation of CLIP into vision-language transformers (CLIP-TD, Wang et al., 2022).
 
-A row is a question about a picture; the student reads each answer choice (VCR), hypothesis (SNLI-VE) or question (VQA)
-together with the picture's regions. f_img, f_cls, f(t') are the student's elements of the whole picture, of [CLS] and of
-selected words, mapped to the teacher's width (a linear map each); CLIP's side is read from its cache:
+A row is a question about a picture; the student reads each answer choice (VCR), hypothesis (SNLI-VE) or question
+(VQA) together with the picture's regions. f_img, f_cls, f(t') are the student's elements of the whole picture, of [CLS]
+and of selected words, mapped to the teacher's width (a linear map each); CLIP's side is read from its cache:
 
     L_dv   | f_CLIP(image) - f_img |_1                                                        Eq. 3
     L_dt   | f_CLIP(text) - f_cls |_1                                                         Eq. 4
@@ -18,8 +18,8 @@ stage=adapt (AF; with w=0 a second pretraining without distillation), regime=ful
 uniter, vl-bert, villa in base, large, tiny; and the paper's baselines on frozen CLIP, which have no distillation:
 clip-1-linear, clip-3-linear, clip-transformer, fusion=concat|cosine.
 
-Free choices, where the paper is silent: linear maps to the teacher's width; CLIP's rows are normalised (their sum of
-differences is 14 at most then, beside a task loss of about 1); the mean over selected words, choices and rows; T = 1;
+Free choices, where the paper is silent: linear maps to the teacher's width; |.|_1 is a mean over the width, and CLIP's
+rows are scaled to a root mean square of 1 before it; the mean over selected words, choices and rows; T = 1;
 CLIP's logits are its scale times cosines to the answers, and in SNLI-VE the distances to three anchors (k-means);
 f_img is the element of region 0, the whole picture; half of a batch has labels in semi; AF's masked words count on
 matching pairs alone, and a row without a label shows its question.
@@ -50,7 +50,7 @@ class Constants:
     confidence: bool = True  # Eq. 9-10
     T: float = 1.0  # free choice
     choices: str = "all"  # VCR: distil every choice, or the correct one
-    normalize: bool = True  # CLIP's rows; free choice
+    normalize: bool = True  # CLIP's rows to a root mean square of 1; free choice
     stage: str = "task"  # or adapt, Eq. 11
     mode: str = "q2a"  # VCR: or qa2r
     regime: str = "full"  # low:N, semi:N, zero
@@ -77,8 +77,8 @@ def reads(constants: Constants) -> tuple[str, ...]:
         found += ["image_emb"] if constants.dv or judged else []
         found += ["text_emb"] if constants.dt or judged else []
         if constants.stage == "task" and constants.select != "none":
-            found += ["word_span"]
-            found += ["random_index", "random_feature"] if constants.select == "random" else ["word_index", "word_feature"]
+            kind = "random" if constants.select == "random" else "word"
+            found += ["word_span", f"{kind}_index", f"{kind}_feature"]
     return tuple(found)
 
 
@@ -151,7 +151,8 @@ def adapt_terms(student: dict, batch: dict) -> tuple[dict, dict]:
     from torch.nn.functional import cross_entropy
 
     words = batch["masked_word"].masked_fill(~batch["matched"].bool()[:, None], -1)  # [n, slots]
-    found = cross_entropy(student["word_logits"].float().flatten(0, 1), words.flatten(), ignore_index=-1, reduction="sum")
+    guesses = student["word_logits"].float().flatten(0, 1)
+    found = cross_entropy(guesses, words.flatten(), ignore_index=-1, reduction="sum")
     match = cross_entropy(student["match"].float(), batch["matched"].long())
     right = (student["match"].argmax(1) == batch["matched"].long()).float().mean()
     return {"mlm": found / (words >= 0).sum().clamp(min=1), "itm": match}, {"matched_right": right}
@@ -180,7 +181,10 @@ def distillation_terms(student: dict, batch: dict, weight, constants: Constants)
 
     from student.losses import token_l1
 
-    shaped = (lambda rows: normalize(rows.float(), dim=-1)) if constants.normalize else (lambda rows: rows.float())
+    def shaped(rows):
+        rows = rows.float()
+        return normalize(rows, dim=-1) * rows.shape[-1] ** 0.5 if constants.normalize else rows
+
     terms = {}
     if constants.dv:
         image = shaped(batch["image_emb"])[:, None].expand_as(student["img_t"])
@@ -193,6 +197,8 @@ def distillation_terms(student: dict, batch: dict, weight, constants: Constants)
     return terms
 
 
+GIVEN = ("image_emb", "text_emb", "word_feature", "word_there", "clip_logits", "target", "labelled", "many", "matched",
+         "masked_word")  # fmt: skip
 CLIP_TD = Recipe(
     name="clip_td",
     paper="CLIP-TD: CLIP Targeted Distillation for Vision-Language Tasks (2022)",
@@ -202,8 +208,7 @@ CLIP_TD = Recipe(
     heads=heads,
     loss=loss,
     reads=reads,
-    given=("image_emb", "text_emb", "word_feature", "word_there", "clip_logits", "target", "labelled", "many", "matched",
-           "masked_word"),  # fmt: skip
+    given=GIVEN,
     questions=True,
     data="data/scenes/vcr1",
     optim=Optim(lr=5e-4, beta2=0.999, eps=1e-8, weight_decay=0.01, warmup=0.1, clip=1.0),

@@ -107,7 +107,7 @@ def find_sources(data: str) -> list[Source]:
             raise UserError(f"no data at {part}: check its spelling with `tc manifest {part}`, and AWS_ENDPOINT_URL")
         if not found:
             raise UserError(f"no data at {part}: pass --data FOLDER, or make the demo data with `bash scripts/demo`")
-        for path, is_folder in (entry for path, is_folder in found for entry in _annotations(path, is_folder)):
+        for path, is_folder in (one for place, whole in found for one in _annotations(place, whole)):
             with remote.asking(path):
                 grouped = path.suffix.lower() in GROUPED and not is_folder
                 alone = not grouped or (path.suffix.lower() == ".parquet" and tables.is_manifest(path))
