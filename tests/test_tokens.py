@@ -28,7 +28,7 @@ CAPTIONS = (
     "\n",
     "one",
     "is it? is it not",
-    "caf\u00e9 na\u00efve \u4e2d\u6587 x_1 \U0001f600 end",
+    "\u00e9t\u00e9 na\u00efve \u4e2d\u6587 x_1 \U0001f600 end",
     " ".join(f"word{i}" for i in range(80)),
 )
 
