@@ -21,7 +21,7 @@ PRETRAIN, ADAPT, PRETRAIN_BATCH, PRETRAIN_LR = 2500, 200, 64, 1e-3
 HOME, CACHES = Path("data/clip_td"), Path("caches/clip_td")
 DATA = {"vcr": str(HOME / "scenes/vcr1"), "snli_ve": str(HOME / "scenes/snli_ve"), "vqa": str(HOME / "easy-vqa")}
 OTHER, CAPTIONED = str(HOME / "scenes-other/vcr1"), str(HOME / "pairs")
-SCORE = {"vcr": "q2a", "snli_ve": "acc", "vqa": "overall"}
+SCORE = {"vcr": "q2a", "snli_ve": "accuracy", "vqa": "accuracy"}
 SIZES = {  # labels in all: 17 of each of 6 categories, 34 of each of 3 classes
     "vcr": ("low:17", "low:170", "full"),
     "snli_ve": ("low:34", "low:334", "full"),
@@ -108,8 +108,8 @@ def words(one: Row, seed: int) -> list[str]:
 
 def evaluations(given: Sequence[str]) -> list[list[str]]:
     """The words of each `student eval RUN`."""
-    data, cache = (given[given.index(name) + 1] for name in ("--data", "--cache"))
-    return [["--task", Path(cache).name, "--data", data, "--cache", cache]]
+    data = given[given.index("--data") + 1]
+    return [["--task", next(task for task, where in DATA.items() if where == data), "--data", data]]
 
 
 def pretrained(face: str) -> Path:

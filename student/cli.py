@@ -170,9 +170,8 @@ def _run_folder(recipe: str, resume: bool) -> str:
     show_default=True,
     help="Its test split, or all of it where it has no splits.",
 )
-@click.option("--cache", default="", help="Where a task's regions are; default caches/<data>.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
-def evaluate(model: str, task: str, data: str, cache: str, as_json: bool) -> None:
+def evaluate(model: str, task: str, data: str, as_json: bool) -> None:
     """Measure a run, an exported open_clip folder, or a teacher by its name; vcr, snli_ve and vqa: a run or a cache.
 
     \u0008
@@ -186,7 +185,7 @@ def evaluate(model: str, task: str, data: str, cache: str, as_json: bool) -> Non
 
     find_task(task)
     if task in ANSWERED:
-        answerers, folder = _answerers(model, task, cache)
+        answerers, folder = _answerers(model, task, data)
         results = run_answered(task, [answerers], data)
     else:
         encoder, folder = _encoder(model)
@@ -235,7 +234,7 @@ def _encoder(model: str):
     return encoder, path
 
 
-def _answerers(model: str, task: str, cache: str = ""):
+def _answerers(model: str, task: str, data: str):
     """How a cache or a run answers a task, each way as a model of its own; and the folder where results are kept."""
     if model.rstrip("/").endswith(".zarr"):
         from evaluation.from_cache import answerers
@@ -245,10 +244,10 @@ def _answerers(model: str, task: str, cache: str = ""):
     if not (path / "run.json").exists():
         raise UserError(f"{model} is neither a run nor a cache: --task {task} measures a run trained on it, or the "
                         "embeddings of a CACHE.zarr as they are")  # fmt: skip
-    return [_answerer(path, task, cache)], path
+    return [_answerer(path, task, data)], path
 
 
-def _answerer(run: Path, task: str, cache: str):
+def _answerer(run: Path, task: str, data: str):
     """An Answerer for a run that was trained on a task."""
     from evaluation.answerer import Answerer
     from student.answering import is_task_run, load_task_model
@@ -256,6 +255,8 @@ def _answerer(run: Path, task: str, cache: str):
 
     if not is_task_run(run):
         raise UserError(f"{run} was not trained to answer: pass a run of clip_td, or a CACHE.zarr for zero-shot")
+    trained = jsonlib.loads((run / "run.json").read_text())["run"]
+    cache = trained["cache"] if trained["data"] == data else ""  # of other data: caches/<data>
     model = load_task_model(run, device=pick_device(), cache=cache)
     if model.task.name != task:
         raise UserError(f"{run} was trained on {model.task.name}: pass --task {model.task.name} and its --data")

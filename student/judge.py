@@ -36,7 +36,7 @@ class Judge:
         """Cosines of each row's picture and its texts at `places` [n, c]."""
         at = self.source.at[rows]
         image = unit(self.source.fields["image_emb"][at])
-        return np.einsum("nd,ncd->nc", image, unit(self.source.fields["text_emb"][at[:, None], places]))
+        return np.einsum("id,icd->ic", image, unit(self.source.fields["text_emb"][at[:, None], places]))
 
     def logits(self, rows: np.ndarray, questions: Sequence[Question]) -> torch.Tensor:
         """CLIP's logits of each row's answers, float32."""
