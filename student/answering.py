@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from student.caches import open_source
-from student.models.adapters import Adapter
+from student.models.adapters import Adapter, TunedClip
 from student.models.single_stream import rebuild
+from student.models.two_tower import TwoTower, tokenizer_of
 from student.prepare_task import find_task_caches
 from student.recipe import Run
 from student.task_batches import TaskBatches
@@ -21,6 +22,7 @@ from student.words import load_tokenizer
 from teachercache.names import UserError
 from teachercache.readers import cache_folder
 from teachercache.samples import Manifest
+from teachercache.teachers.clip import build_module
 
 ROWS = 64  # at a time
 
@@ -53,7 +55,7 @@ def load_task_model(run: Path, *, device: str, cache: str = "") -> TaskModel:
     if not (run / "model.safetensors").exists():
         raise UserError(f"{run} is not a finished run: go on with `student train --resume --out {run}`")
     task = Task(**{**made["task"], "answers": tuple(made["task"]["answers"])})
-    student: Any = _adapter(made["adapter"]) if "adapter" in made else rebuild(made)
+    student: Any = _baseline(made) if "adapter" in made else rebuild(made)
     if not hasattr(student, "answer") and "adapter" not in made:
         raise UserError(f"{run} is a stage=adapt run without answers: train on with `--set init={run}`, then evaluate")
     student.load_state_dict(load_file(run / "model.safetensors"))
@@ -71,15 +73,21 @@ def load_task_model(run: Path, *, device: str, cache: str = "") -> TaskModel:
     return TaskModel(task, student, score)
 
 
-def _adapter(made: dict[str, Any]) -> Adapter:
-    widths = tuple(made["widths"])
-    return Adapter(made["kind"], made["fusion"], widths, inputs=made["inputs"], classes=made["classes"])
+def _baseline(made: dict[str, Any]) -> Any:
+    """An adapter, or a CLIP tuned as a whole."""
+    shape = made["adapter"]
+    sizes = {"inputs": shape["inputs"], "classes": shape["classes"]}
+    if "tuned" not in made:
+        return Adapter(shape["kind"], shape["fusion"], tuple(shape["widths"]), **sizes)
+    cfg = made["tuned"]["model_cfg"]
+    model, preprocess = build_module(cfg, made["tuned"]["preprocess"])
+    return TunedClip(TwoTower(model, cfg, preprocess, tokenizer_of(cfg)), **sizes)
 
 
 def batches_of(task: Task, student: Any, tokenizer: Any, manifest: Manifest, rows: np.ndarray, max_text: int,
                cache: str) -> Iterator[dict[str, torch.Tensor]]:  # fmt: skip
     """Rows as the student reads them, some at a time; UserError names the `tc build` of a cache that is missing."""
-    fields = tuple(name for name in student.inputs if name != "text")
+    fields = tuple(name for name in student.inputs if name not in ("text", "image", "pair_text"))
     run = Run(data=manifest.data, cache=cache or str(cache_folder(manifest.data)), out="")
     sources = [open_source(cache, manifest, rows, tuple(name for name in fields if name in cache.fields))
                for cache in find_task_caches(run, fields)]  # fmt: skip
@@ -87,7 +95,7 @@ def batches_of(task: Task, student: Any, tokenizer: Any, manifest: Manifest, row
         if (source.at[rows] < 0).any():
             raise UserError(f"{(source.at[rows] < 0).sum()} rows of {manifest.data} are not in the cache: extend it")
     reader = TaskBatches(manifest, task, sources=sources, order=None, labelled=np.empty(0), tokenizer=tokenizer,
-                         constants=Reading(max_text), inputs=student.inputs, steps=0, seed=0)  # fmt: skip
+                         constants=Reading(max_text), student=student, steps=0, seed=0)  # fmt: skip
     for start in range(0, len(rows), ROWS):
         part = rows[start : start + ROWS]
         yield reader.read(part, [read_question(task, manifest.row(row)) for row in part.tolist()])

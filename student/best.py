@@ -17,6 +17,7 @@ from teachercache.names import UserError
 from teachercache.paths import write_whole
 from teachercache.runtime import rank, say
 
+WITH_IT = ("run.json", "tokenizer.json")  # what a student needs besides its weights
 Evaluate = Callable[[Path], tuple[float, dict[str, float]]]  # a run folder -> score, metrics
 
 
@@ -29,7 +30,9 @@ def keep_best(student: nn.Module, run: Path, step: int, evaluate: Evaluate) -> N
     folder = run / "candidate"
     if rank() == 0:
         folder.mkdir(exist_ok=True)
-        shutil.copy(run / "run.json", folder)
+        for name in WITH_IT:
+            if (run / name).exists():
+                shutil.copy(run / name, folder)
     save_student(student, folder / "model.safetensors")
     failed = None
     if rank() == 0:
@@ -51,7 +54,9 @@ def _compare(run: Path, step: int, evaluate: Evaluate) -> None:
     highest = best_score(run)
     if highest is None or score > highest:
         best.mkdir(exist_ok=True)
-        write_whole(best / "run.json", (run / "run.json").read_text())
+        for name in WITH_IT:
+            if (run / name).exists():
+                write_whole(best / name, (run / name).read_text())
         facts = {"step": str(step), "score": repr(score), "metrics": json.dumps(metrics)}
         write_tensors(load_file(folder / "model.safetensors"), best / "model.safetensors", facts)
     shutil.rmtree(folder)

@@ -129,7 +129,8 @@ def train(
     )
     from student.train import train as run_training
 
-    evaluate = _evaluator(run) if run.eval_every else None
+    evaluator = _answer_evaluator if recipe.questions else _evaluator
+    evaluate = evaluator(run) if run.eval_every else None
     folder = run_training(recipe, run, resume=resume, dry_run=dry_run, evaluate=evaluate)
     if rank() == 0 and not dry_run:
         say(f"next: {shlex.join(['student', 'eval', str(folder), '--task', 'retrieval', '--data', run.data])}")
@@ -145,6 +146,20 @@ def _evaluator(run):
             f"{run.data} has no val rows: the best student is chosen by test rows, on which its result is then too good"
         )
     return lambda folder: score(_encoder(str(folder))[0])
+
+
+def _answer_evaluator(run):
+    """What scores a task student while it trains: the accuracy on the data's val rows, else on its test rows."""
+    from evaluation.report import run_answered
+    from student.answering import load_task_model
+
+    def score(folder):
+        task = load_task_model(folder, device="cpu", cache=run.cache).task.name
+        metrics = run_answered(task, [[_answerer(folder, task, run.data)]], run.data)[0]["metrics"]
+        chosen = {key: metrics[key] for key in ("q2a", "qa2r", "accuracy") if isinstance(metrics.get(key), float)}
+        return sum(chosen.values()) / len(chosen), chosen
+
+    return score
 
 
 def _run_folder(recipe: str, resume: bool) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from student.batches import Order
-from student.caches import find_cache, open_source, parts_of, training_rows
+from student.caches import find_cache, open_source, parts_of, same_data_cache, training_rows
 from student.judge import find_judge
 from student.models.single_stream_init import init_tokenizer
 from student.recipe import Recipe, Run
@@ -45,7 +45,8 @@ def prepare_task(recipe: Recipe, run: Run) -> Prepared:
     manifest = read_manifest(run.data)
     caches = find_task_caches(run, recipe.fields)
     rows = training_rows(manifest, None)
-    for cache in caches:
+    looked = same_data_cache(run.cache, manifest) if not caches else None  # clip-tuned reads pictures instead
+    for cache in caches or [one for one in [looked] if one]:
         rows = np.intersect1d(rows, training_rows(manifest, cache))
     rows = rows[np.array([bool(task) for task in manifest.column("task")])[rows]]
     if not len(rows):
@@ -72,7 +73,7 @@ def prepare_task(recipe: Recipe, run: Run) -> Prepared:
 def make_batches(recipe: Recipe, run: Run, manifest: Manifest, task: Task, sources: list[Any], caches: list[Cache],
                  rows: np.ndarray, known: np.ndarray, tokenizer: Any, student: Any) -> TaskBatches:  # fmt: skip
     """Batches of the rows that the regime trains on; with semi, half of each has labels."""
-    constants, block_rows = recipe.constants, caches[0].meta.block_rows
+    constants, block_rows = recipe.constants, caches[0].meta.block_rows if caches else len(manifest)
     kind, size = constants.regime.partition(":")[0], recipe.batch
     halves = kind == "semi" and constants.stage == "task"
     if halves and size % (2 * world_size()):
@@ -85,7 +86,7 @@ def make_batches(recipe: Recipe, run: Run, manifest: Manifest, task: Task, sourc
     weighed = constants.w > 0 and constants.confidence and constants.stage == "task"
     judge = find_judge(task, sources, manifest, rows, asked=weighed)
     return TaskBatches(manifest, task, sources=sources, order=order, unlabelled=others, labelled=labelled,
-                       tokenizer=tokenizer, constants=constants, inputs=student.inputs, judge=judge,
+                       tokenizer=tokenizer, constants=constants, student=student, judge=judge,
                        steps=recipe.steps, seed=run.seed, rank=rank(), world=world_size())  # fmt: skip
 
 
@@ -133,7 +134,8 @@ def find_tokenizer(constants: Any, manifest: Manifest, rows: np.ndarray) -> Any:
     """The one that is named, else that of `init`, else the words of the training rows."""
     if constants.tokenizer:
         return load_tokenizer(Path(constants.tokenizer))
-    return init_tokenizer(constants.init) if constants.init else vocabulary_tokenizer(texts_of(manifest, rows))
+    own = constants.init and not constants.model.startswith("clip-")  # those have CLIP's
+    return init_tokenizer(constants.init) if own else vocabulary_tokenizer(texts_of(manifest, rows))
 
 
 def texts_of(manifest: Manifest, rows: np.ndarray) -> list[str]:

@@ -1,7 +1,7 @@
 """From questions and caches to batches for single-stream students; like `batches`, a pure function of (seed, step).
 
-No picture is decoded and no teacher runs: regions, embeddings and word scores are read. Not for choosing rows: see
-`prepare_task`.
+No picture is decoded (but for a CLIP that is tuned) and no teacher runs: regions, embeddings and word scores are
+read. Not for choosing rows: see `prepare_task`.
 """
 
 import json
@@ -15,7 +15,8 @@ from student.batches import Order
 from student.caches import Source
 from student.tasks import Question, Task, read_question
 from student.words import encode_pairs, tokens_of
-from teachercache.samples import Manifest, Sample
+from teachercache.names import UserError
+from teachercache.samples import BadSample, Manifest, Sample, read_image
 
 MASKED_SHARE, MASK, OTHER = 0.15, 0.8, 0.1  # BERT: of the masked places 80 % [MASK], 10 % another word, 10 % as it was
 
@@ -26,11 +27,11 @@ class TaskBatches(Dataset):
     num_views = 0  # no pictures, so no views of them
 
     def __init__(self, manifest: Manifest, task: Task, *, sources: list[Source], order: Order | None,
-                 labelled: np.ndarray, tokenizer: Any, constants: Any, inputs: tuple[str, ...], judge: Any = None,
+                 labelled: np.ndarray, tokenizer: Any, constants: Any, student: Any, judge: Any = None,
                  steps: int, seed: int, unlabelled: Order | None = None, rank: int = 0, world: int = 1):  # fmt: skip
         self.manifest, self.task, self.sources, self.order, self.unlabelled = manifest, task, sources, order, unlabelled
         self.labelled, self.tokenizer, self.constants, self.judge = labelled, tokenizer, constants, judge
-        self.inputs, self.steps, self.seed, self.rank, self.world = inputs, steps, seed, rank, world
+        self.student, self.steps, self.seed, self.rank, self.world = student, steps, seed, rank, world
         self.batch = (order.batch if order else 0) + (unlabelled.batch if unlabelled else 0)
         self.rows = np.sort(np.concatenate([one.rows for one in (order, unlabelled) if one] or [np.empty(0, int)]))
 
@@ -66,8 +67,10 @@ class TaskBatches(Dataset):
             for name, values in source.fields.items():
                 found = values[at[:, None], places] if source.per[name] == "text" else values[at]
                 batch[name] = torch.from_numpy(np.asarray(found)).float() if found.dtype.kind == "f" else found
-        if "text" in self.inputs:
+        if "text" in self.student.inputs:
             batch |= self.texts(questions, batch)
+        if "image" in self.student.inputs:
+            batch |= self.pictures(rows, questions)
         for name in ("word_span", "word_index", "random_index", "random_feature"):
             batch.pop(name, None)
         return self.trimmed(batch)
@@ -97,6 +100,17 @@ class TaskBatches(Dataset):
         tokens = torch.from_numpy(tokens).unflatten(0, (n, C))
         feature = batch[f"{kind}_feature"][..., : self.constants.m, :]
         return found | {"word_tokens": tokens, "word_there": tokens.any(-1).float(), "word_feature": feature}
+
+    def pictures(self, rows: np.ndarray, questions: list[Question]) -> dict[str, torch.Tensor]:
+        """`image` and `pair_text`, for a student that is a CLIP: the one that decodes."""
+        samples = [self.manifest.row(row) for row in rows.tolist()]
+        try:
+            image = torch.stack([self.student.view(read_image(self.manifest, sample)) for sample in samples])
+        except BadSample as error:
+            raise UserError(f"a picture of {self.manifest.data} cannot be read: {error}; `tc build` on it first, which "
+                            "finds such rows") from error  # fmt: skip
+        texts = [" ".join(part for part in pair if part) for question in questions for pair in question.parts]
+        return {"image": image, "pair_text": self.student.tokenizer(texts).unflatten(0, (len(rows), -1))}
 
     def targets(self, rows: np.ndarray, questions: list[Question]) -> dict[str, torch.Tensor]:
         """`target` [n, classes], all 0 for a row whose label is not used, `labelled` [n] 0 or 1, `many` [n]."""

@@ -241,6 +241,31 @@ def test_faces_baselines_and_switches_train(home, tmp_path, settings):
     assert not any("words" in name or "heads" in name for name in state)
 
 
+def test_the_best_student_so_far_is_a_run_that_answers(home, tmp_path):
+    assert train(home, tmp_path / "run", "--eval-every", 2) == 0
+    lines = [json.loads(line) for line in (tmp_path / "run" / "evals.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4]
+    manifest = read_manifest(str(data_of(home)["vcr"]))
+    rows = manifest.rows_of_split("val")
+    model = load_task_model(tmp_path / "run" / "best", device="cpu", cache=str(home / "caches" / "vcr"))
+    labels = [json.loads(manifest.row(row).task)["label"] for row in rows.tolist()]
+    best = max(line["q2a"] for line in lines)
+    assert np.mean(model.score(manifest, rows, "q2a").argmax(1) == labels) == pytest.approx(best)
+
+
+def test_clip_itself_is_tuned_and_answers_from_its_run_alone(home, tmp_path):
+    assert train(home, tmp_path / "run", *sets(model="clip-tuned", init=home / "clip")) == 0
+    before, after = (load_file(path) for path in (home / "clip" / "open_clip_model.safetensors",
+                                                  tmp_path / "run" / "model.safetensors"))  # fmt: skip
+    moved = [name for name, value in before.items()
+             if not torch.equal(after[f"clip.model.{name}"].reshape(value.shape), value)]  # fmt: skip
+    assert len(moved) > 0.8 * len(before)
+    manifest = read_manifest(str(data_of(home)["vcr"]))
+    scores = load_task_model(tmp_path / "run", device="cpu").score(manifest, np.arange(3), "q2a")
+    assert scores.shape == (3, 4)
+    assert train(home, tmp_path / "other", *sets(model="clip-tuned")) == 2
+
+
 @pytest.mark.parametrize("task", ["snli_ve", "vqa"])
 def test_other_tasks_train_and_answer(home, tmp_path, task, monkeypatch, capsys):
     assert train(home, tmp_path / "run", task=task) == 0
@@ -266,12 +291,13 @@ def test_adapted_students_begin_the_task_and_do_not_answer_themselves(home, tmp_
 
 
 def test_training_reads_no_picture_and_loads_no_teacher(home, tmp_path, monkeypatch):
+    from student import task_batches
     from teachercache import samples, teachers
 
     def refuse(*words, **more):
         raise AssertionError("a picture or a teacher was asked for")
 
-    for module, name in ((samples, "read_image"), (teachers, "load"), (teachers, "find")):
+    for module, name in ((samples, "read_image"), (task_batches, "read_image"), (teachers, "load"), (teachers, "find")):
         monkeypatch.setattr(module, name, refuse)
     monkeypatch.setattr("student.prepare.readable_rows", refuse)
     assert train(home, tmp_path / "run") == 0

@@ -1,4 +1,7 @@
-"""CLIP-TD's baselines on frozen CLIP (table 11): a few layers over its cached embeddings. Nothing is distilled."""
+"""CLIP-TD's baselines: a few layers over frozen CLIP's cached embeddings (table 11), and CLIP tuned as a whole.
+
+Nothing is distilled here. Not for CLIP without training: see `evaluation.from_cache`.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,10 +12,12 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 from student.models import LOG_SCALE_INIT
+from student.models.two_tower import TwoTower, build_two_tower
 from teachercache.names import UserError
 
 HEADS = 8  # of the attention layer
 ADAPTERS = ("clip-1-linear", "clip-3-linear", "clip-transformer")
+TUNED = "clip-tuned"  # the row that the paper gives to CLIP-ViL: CLIP's towers trained with the task, pictures decoded
 
 
 class Adapter(nn.Module):
@@ -56,6 +61,29 @@ class Adapter(nn.Module):
         return {"adapter": self.made}
 
 
+class TunedClip(nn.Module):
+    """Both towers of a CLIP and a linear layer over their joined embeddings, all of them trained."""
+
+    inputs = ("image", "pair_text")
+
+    def __init__(self, clip: TwoTower, *, inputs: int, classes: int):
+        super().__init__()
+        self.clip, self.adapter = clip, Adapter("clip-1-linear", "concat", clip.widths, inputs=inputs, classes=classes)
+        clip.model.logit_scale.requires_grad_(False)  # nothing here has a scale
+        self.view, self.tokenizer = clip.view, clip.tokenizer
+
+    def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Float[Tensor, "n classes"]]:
+        """`logits` of each row's answers."""
+        image = self.clip.model.encode_image(batch["image"])
+        text = self.clip.model.encode_text(batch["pair_text"].flatten(0, 1))
+        return self.adapter({"image_emb": image, "text_emb": text.unflatten(0, batch["pair_text"].shape[:2])})
+
+    def describe(self) -> dict[str, Any]:
+        """What run.json keeps: enough to build it again."""
+        clip = {"model_cfg": self.clip.model_cfg, "preprocess": self.clip.preprocess}
+        return {"tuned": clip, "adapter": self.adapter.made}
+
+
 def _linears(kind: str, width: int, out: int) -> nn.Module:
     """One linear layer, or three with ReLU between them."""
     if kind == "clip-1-linear":
@@ -63,8 +91,14 @@ def _linears(kind: str, width: int, out: int) -> nn.Module:
     return nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, out))
 
 
-def build_adapter(name: str, fusion: str, widths: tuple[int, int], *, inputs: int, classes: int) -> Adapter:
+def build_adapter(name: str, fusion: str, widths: tuple[int, int], *, inputs: int, classes: int,
+                  init: str = "") -> Adapter | TunedClip:  # fmt: skip
     """The baseline of that name; UserError names those there are."""
+    if name == TUNED:
+        if not init:
+            raise UserError(f"--set model={name}: it begins from a CLIP, add --set init=FOLDER (open_clip's form)")
+        return TunedClip(build_two_tower(name, init), inputs=inputs, classes=classes)
     if name not in ADAPTERS:
-        raise UserError(f"--set model={name}: choose from {', '.join(ADAPTERS)}, or a uniter, vl-bert or villa")
+        names = ", ".join((*ADAPTERS, TUNED))
+        raise UserError(f"--set model={name}: choose from {names}, or a uniter, vl-bert or villa")
     return Adapter(name, fusion, widths, inputs=inputs, classes=classes)

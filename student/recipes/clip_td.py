@@ -16,7 +16,7 @@ and of selected words, mapped to the teacher's width (a linear map each); CLIP's
 Switches: dv, dt (naive V, L, VL), select=best|random|none (TS, RTS), m, confidence (CW), choices=all|correct,
 stage=adapt (AF; with w=0 a second pretraining without distillation), regime=full|low:N|semi:N|zero. Students:
 uniter, vl-bert, villa in base, large, tiny; and the paper's baselines on frozen CLIP, which have no distillation:
-clip-1-linear, clip-3-linear, clip-transformer, fusion=concat|cosine.
+clip-1-linear, clip-3-linear, clip-transformer, fusion=concat|cosine; clip-tuned with init=FOLDER trains CLIP itself.
 
 Free choices, where the paper is silent: linear maps to the teacher's width; |.|_1 is a mean over the width, and CLIP's
 rows are scaled to a root mean square of 1 before it; the mean over selected words, choices and rows; T = 1;
@@ -70,7 +70,7 @@ def reads(constants: Constants) -> tuple[str, ...]:
     """Fields of the caches: the student's regions, and of CLIP what the switches need."""
     _check(constants)
     if constants.model.startswith("clip-"):
-        return ("image_emb", "text_emb")
+        return () if constants.model == "clip-tuned" else ("image_emb", "text_emb")
     found = ["region_feature", "region_box"]
     judged = constants.confidence and constants.stage == "task"
     if constants.w:
@@ -98,8 +98,9 @@ def build(constants: Constants, task: Any, tokenizer: Any, shapes: dict):
     if constants.model.startswith("clip-"):
         from student.models.adapters import build_adapter
 
-        widths = shapes["image_emb"][-1], shapes["text_emb"][-1]
-        return build_adapter(constants.model, constants.fusion, widths, inputs=task.inputs, classes=task.classes)
+        widths = tuple(shapes.get(name, (0,))[-1] for name in ("image_emb", "text_emb"))
+        return build_adapter(constants.model, constants.fusion, widths, inputs=task.inputs, classes=task.classes,
+                             init=constants.init)  # fmt: skip
     from student.models.adversarial import Perturbation
     from student.models.single_stream import Shape, parse_model
     from student.models.single_stream_init import open_student
