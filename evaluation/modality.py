@@ -33,7 +33,7 @@ class Importance:
     num_skipped: int  # rows without a picture or without a text
 
 
-def importance(parts: Iterable[tuple[Float[np.ndarray, "layers n heads length length"], Bool[np.ndarray, "n length"],
+def importance(parts: Iterable[tuple[Float[np.ndarray, "layers n heads queries length"], Bool[np.ndarray, "n length"],
                                      Bool[np.ndarray, "n length"]]], query: int = 0) -> Importance:  # fmt: skip
     """Modality importance over parts of (attention, which tokens are the picture's, which the text's).
 

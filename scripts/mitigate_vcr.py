@@ -59,8 +59,8 @@ def read_scores(path: Path, lines: list[dict[str, Any]]) -> dict[str, list[float
             with np.load(path) as file:
                 scores = dict(zip(map(str, file["annot_id"]), file["scores"].tolist(), strict=True))
         else:
-            scores = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, KeyError) as error:
+            scores = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"cannot read {path}: {error}; pass a .json or .npz of annot_id and scores") from error
     missing = [line["annot_id"] for line in lines if len(scores.get(line["annot_id"], ())) != 4]
     if missing:

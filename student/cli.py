@@ -133,7 +133,9 @@ def train(
     evaluate = evaluator(run) if run.eval_every else None
     folder = run_training(recipe, run, resume=resume, dry_run=dry_run, evaluate=evaluate)
     if rank() == 0 and not dry_run:
-        say(f"next: {shlex.join(['student', 'eval', str(folder), '--task', 'retrieval', '--data', run.data])}")
+        made = jsonlib.loads((Path(folder) / "run.json").read_text()).get("student") or {}
+        task = made.get("task", {}).get("name", "retrieval")
+        say(f"next: {shlex.join(['student', 'eval', str(folder), '--task', task, '--data', run.data])}")
 
 
 def _evaluator(run):
