@@ -4,11 +4,13 @@
     python scripts/mitigate_vcr.py plural vcr1/val.jsonl                         # -> vcr1/val_rule_plural.jsonl
     python scripts/mitigate_vcr.py overlap vcr1/val.jsonl                        # words that question and choice share
     python scripts/mitigate_vcr.py explicit vcr1/val.jsonl --words words.json    # -> vcr1/val_explicit.jsonl
-    python scripts/mitigate_vcr.py implicit vcr1/val.jsonl --scores text.json    # -> val_image_biased, ...
+    python scripts/mitigate_vcr.py implicit vcr1/val.jsonl --run runs/text       # -> val_image_biased, ...
+    python scripts/mitigate_vcr.py implicit vcr1/val.jsonl --scores text.json
 
 words.json is {"walk": ["stroll", "move"], "coffee cup": ["mug"]}: synonyms and hypernyms, from WordNet or by hand; none
-come with it. text.json is {annot_id: [four logits or chances]} of a model that saw no picture (or an .npz with annot_id
-and scores); `implicit` writes val_image_biased, val_language_biased and val_unsure. Not for measuring: see
+come with it. runs/text is a student without pictures (`student train --recipe clip_td --set model=bert-base --set w=0
+--set init=BERT`); text.json is {annot_id: [four logits or chances]} of a model that saw no picture (or an .npz with
+annot_id and scores); `implicit` writes val_image_biased, val_language_biased and val_unsure. Not for measuring: see
 `student eval MODEL --task vcr --data FILE`.
 """
 
@@ -91,11 +93,30 @@ def run(options: argparse.Namespace) -> None:
         print(json.dumps({"before": overlap_table(lines), "after": overlap_table(made.lines),
                           "replaced": made.replaced}, indent=1))  # fmt: skip
     else:
-        if options.scores is None:
-            raise UserError("implicit mitigation needs a text-only model's scores: pass --scores FILE.json")
-        parts = implicit_parts(lines, read_scores(options.scores, lines), sure=options.sure)
+        if (options.scores is None) == (options.run is None):
+            raise UserError("implicit mitigation needs a text-only model: pass --run RUN, or its --scores FILE.json")
+        scores = read_scores(options.scores, lines) if options.scores else scores_of(options.run, path)
+        parts = implicit_parts(lines, scores, sure=options.sure)
         for name, part in parts.items():
             write(path.with_name(f"{path.stem}_{name}.jsonl"), part)
+
+
+def scores_of(run: Path, path: Path) -> dict[str, list[float]]:
+    """What a student without pictures says of each line; UserError where it has seen them."""
+    from student.answering import is_task_run, load_task_model
+    from teachercache.readers import read_manifest
+    from teachercache.runtime import pick_device
+
+    if not (run / "run.json").exists() or not is_task_run(run):
+        raise UserError(f"{run} is no run of clip_td: train one with --set model=bert-base --set w=0")
+    model = load_task_model(run, device=pick_device())
+    if model.student.inputs != ("text",):
+        raise UserError(f"{run} sees pictures: train one with --set model=bert-base --set w=0")
+    manifest = read_manifest(str(path))
+    found = model.score(manifest, np.arange(len(manifest)), "q2a")
+    if found is None:
+        raise UserError(f"{run} was trained for rationales: train one with --set mode=q2a")
+    return dict(zip(manifest.column("key"), found.tolist(), strict=True))
 
 
 def main() -> int:
@@ -108,6 +129,7 @@ def main() -> int:
     parser.add_argument("--min-count", type=int, default=5, help="explicit: right choices that share a word, at least")
     parser.add_argument("--seed", type=int, default=0, help="explicit: draws among other words")
     parser.add_argument("--scores", type=Path, help="implicit: a text-only model's scores")
+    parser.add_argument("--run", type=Path, help="implicit: a run of a student that sees no picture")
     parser.add_argument("--sure", type=float, default=0.9, help="implicit: how sure is sure")
     try:
         run(parser.parse_args())

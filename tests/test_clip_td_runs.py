@@ -253,6 +253,24 @@ def test_the_best_student_so_far_is_a_run_that_answers(home, tmp_path):
     assert np.mean(model.score(manifest, rows, "q2a").argmax(1) == labels) == pytest.approx(best)
 
 
+def test_a_student_without_pictures_splits_vcr_by_what_words_tell(home, tmp_path, monkeypatch):
+    import mitigate_vcr
+
+    from evaluation.vcr_mitigation import implicit_parts
+    from teachercache.readers.tasks import json_lines
+
+    assert train(home, tmp_path / "run", *sets(model="bert-micro", w=0.0)) == 0
+    source = data_of(home)["vcr"] / "val.jsonl"
+    scores = mitigate_vcr.scores_of(tmp_path / "run", source)
+    lines = json_lines(source)
+    assert set(scores) == {line["annot_id"] for line in lines}
+    parts = implicit_parts(lines, scores, sure=0.26)
+    assert sum(map(len, parts.values())) == len(lines)
+    monkeypatch.setattr(sys, "argv", ["mitigate_vcr.py", "implicit", str(source)])
+    assert mitigate_vcr.main() == 2  # neither --run nor --scores
+    assert train(home, tmp_path / "other", *sets(model="bert-micro")) == 2  # there is nothing to distil into
+
+
 def test_clip_itself_is_tuned_and_answers_from_its_run_alone(home, tmp_path):
     assert train(home, tmp_path / "run", *sets(model="clip-tuned", init=home / "clip")) == 0
     before, after = (load_file(path) for path in (home / "clip" / "open_clip_model.safetensors",
@@ -305,7 +323,8 @@ def test_training_reads_no_picture_and_loads_no_teacher(home, tmp_path, monkeypa
 
 @pytest.mark.parametrize(("words", "said"), [
     (("--set", "regime=low"), "choose full, zero, low:N or semi:N"), (("--live",), "leave --live away"),
-    (("--set", "model=bert-tiny"), "choose from uniter-base"), (("--set", "init=/nowhere"), "is not there"),
+    (("--set", "model=lxmert-tiny"), "choose from uniter-base"),
+    (("--set", "model=bert-tiny"), "add --set w=0"), (("--set", "init=/nowhere"), "is not there"),
     (("--set", "max_text=900"), "positions at most"), (("--set", "tokenizer=/nowhere"), "neither tokenizer.json"),
     (("--set", "model=villa-micro", "--set", "run.zero=3"), "choose 0, 1 or 2"),
     (("--batch-size", 500), "fewer than --batch-size"),

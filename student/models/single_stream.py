@@ -1,7 +1,8 @@
 """Single-stream students: words and regions through one BERT, with three faces, UNITER, VL-BERT and VILLA.
 
-An answer is chosen by a head on [CLS]; distillation reads [CLS], the whole picture's element and the words' elements.
-Not for losses (`recipes.clip_td`), nor for loading weights (`single_stream_init`).
+A fourth, `bert`, sees no picture: what it answers tells how far words alone go. An answer is chosen by a head on [CLS];
+distillation reads [CLS], the whole picture's element and the words' elements. Not for losses (`recipes.clip_td`), nor
+for loading weights (`single_stream_init`).
 """
 
 import dataclasses
@@ -17,7 +18,7 @@ from student.models.adversarial import Perturbation, perturbed_logits
 from student.models.regions import UniterRegions, VlBertRegions, known
 from teachercache.names import UserError, closest
 
-FACES = ("uniter", "vl-bert", "villa")
+FACES = ("uniter", "vl-bert", "villa", "bert")
 SIZES: dict[str, dict[str, int]] = {
     "base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
     "large": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096},
@@ -51,15 +52,15 @@ def parse_model(name: str) -> tuple[str, dict[str, int]]:
 class SingleStream(nn.Module):
     """`forward` gives what the recipe compares, for n rows of C texts each."""
 
-    inputs = ("text", "region_feature", "region_box")
-
     def __init__(self, config: BertConfig, shape: Shape, perturbation: Perturbation | None = None):
         super().__init__()
         self.config, self.shape, self.perturbation = config, shape, perturbation
+        self.inputs = ("text",) if shape.face == "bert" else ("text", "region_feature", "region_box")
         hidden, dropout = config.hidden_size, config.hidden_dropout_prob
         self.bert = BertModel(config, add_pooling_layer=True)
-        embed = VlBertRegions if shape.face == "vl-bert" else UniterRegions
-        self.regions = embed(shape.region_width, hidden, config.layer_norm_eps, dropout)
+        if shape.face != "bert":
+            embed = VlBertRegions if shape.face == "vl-bert" else UniterRegions
+            self.regions = embed(shape.region_width, hidden, config.layer_norm_eps, dropout)
         if shape.stage == "adapt":
             self.words = nn.Sequential(nn.Linear(hidden, hidden), nn.GELU(), nn.LayerNorm(hidden),
                                        nn.Linear(hidden, config.vocab_size))  # fmt: skip
@@ -79,7 +80,9 @@ class SingleStream(nn.Module):
         words, regions, mask = self.embed(batch)
         hidden = self.encode(words, regions, mask)  # [n C, length + regions, h]
         pooled = self.bert.pooler(hidden)
-        outputs = {"cls": hidden[:, 0].unflatten(0, (n, C)), "img": hidden[:, length].unflatten(0, (n, C))}
+        outputs = {"cls": hidden[:, 0].unflatten(0, (n, C))}
+        if regions.shape[1]:
+            outputs["img"] = hidden[:, length].unflatten(0, (n, C))
         if "word_tokens" in batch:
             tokens = batch["word_tokens"].flatten(0, 1).to(hidden.dtype)  # [n C, m, length]
             means = tokens @ hidden[:, :length] / tokens.sum(-1, keepdim=True).clamp(min=1)
@@ -97,11 +100,13 @@ class SingleStream(nn.Module):
         """Elements of words and regions before the first layer, and which of both there are."""
         C = batch["text"].shape[1]
         ids, second, there = (batch[name].flatten(0, 1) for name in ("text", "second", "there"))
-        feature, box = (batch[name].repeat_interleave(C, 0) for name in ("region_feature", "region_box"))
         embed = self.bert.embeddings
         places = torch.arange(ids.shape[1], device=ids.device)
         kinds = torch.where(second, SECOND, FIRST)
         words = embed.word_embeddings(ids) + embed.token_type_embeddings(kinds) + embed.position_embeddings(places)
+        if self.shape.face == "bert":
+            return embed.dropout(embed.LayerNorm(words)), words[:, :0], there
+        feature, box = (batch[name].repeat_interleave(C, 0) for name in ("region_feature", "region_box"))
         kind = embed.token_type_embeddings.weight[IMAGE]
         if isinstance(self.regions, VlBertRegions):
             visual = self.regions.features(feature, box)

@@ -14,9 +14,9 @@ and of selected words, mapped to the teacher's width (a linear map each); CLIP's
     L_AF   L_MLM + L_ITM + w (L_dv + L_dt), before that, on the same data                     Eq. 11
 
 Switches: dv, dt (naive V, L, VL), select=best|random|none (TS, RTS), m, confidence (CW), choices=all|correct,
-stage=adapt (AF; with w=0 a second pretraining without distillation), regime=full|low:N|semi:N|zero. Students:
-uniter, vl-bert, villa in base, large, tiny; and the paper's baselines on frozen CLIP, which have no distillation:
-clip-1-linear, clip-3-linear, clip-transformer, fusion=concat|cosine; clip-tuned with init=FOLDER trains CLIP itself.
+stage=adapt (AF; with w=0 a second pretraining without distillation), regime=full|low:N|semi:N|zero. Students: uniter,
+vl-bert, villa in base, large, tiny; bert, which sees no picture. Baselines, without distillation, are clip-1-linear,
+clip-3-linear and clip-transformer on frozen CLIP (fusion=concat|cosine), and clip-tuned, CLIP itself (init=FOLDER).
 
 Free choices, where the paper is silent: linear maps to the teacher's width; |.|_1 is a mean over the width, and CLIP's
 rows are scaled to a root mean square of 1 before it; the mean over selected words, choices and rows; T = 1;
@@ -71,6 +71,10 @@ def reads(constants: Constants) -> tuple[str, ...]:
     _check(constants)
     if constants.model.startswith("clip-"):
         return () if constants.model == "clip-tuned" else ("image_emb", "text_emb")
+    if constants.model.startswith("bert-"):
+        if constants.w or constants.stage == "adapt":
+            raise UserError(f"--set model={constants.model} sees no picture: add --set w=0, and no stage=adapt")
+        return ()
     found = ["region_feature", "region_box"]
     judged = constants.confidence and constants.stage == "task"
     if constants.w:
@@ -106,7 +110,8 @@ def build(constants: Constants, task: Any, tokenizer: Any, shapes: dict):
     from student.models.single_stream_init import open_student
 
     inputs = 1 if constants.stage == "adapt" else task.inputs
-    shape = Shape(parse_model(constants.model)[0], shapes["region_feature"][-1], inputs, task.classes,
+    width = shapes.get("region_feature", (0,))[-1]
+    shape = Shape(parse_model(constants.model)[0], width, inputs, task.classes,
                   task.name == "vqa", constants.stage)  # fmt: skip
     attack = Perturbation(constants.adv_steps, constants.adv_lr, constants.adv_max)
     return open_student(constants.model, constants.init, shape, tokenizer=tokenizer, perturbation=attack,
