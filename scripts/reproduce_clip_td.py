@@ -16,7 +16,7 @@ from reproduce_tables import Row, Table, spread
 
 FOLDER = Path("runs/reproduce/clip_td")
 PICTURES, PAIRS, SIZE = 3000, 8000, 96
-STEPS, BATCH, LR = 200, 32, 5e-4
+STEPS, BATCH, LR = 100, 32, 5e-4
 PRETRAIN, ADAPT, PRETRAIN_BATCH, PRETRAIN_LR = 2500, 200, 64, 1e-3
 HOME, CACHES = Path("data/clip_td"), Path("caches/clip_td")
 DATA = {"vcr": str(HOME / "scenes/vcr1"), "snli_ve": str(HOME / "scenes/snli_ve"), "vqa": str(HOME / "easy-vqa")}
