@@ -1,16 +1,22 @@
 """The measures of embeddings against scikit-learn, scipy and slow loops from their definitions."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 from scipy import spatial, stats
 from sklearn.decomposition import PCA
 from sklearn.metrics import roc_auc_score
 from sklearn.neighbors import LocalOutlierFactor, NearestNeighbors
+from test_index import make_cache
 
 from teachercache import analysis
 from teachercache import vectors as vectors_module
 from teachercache.analysis import describe, matching, measures, neighbours
 from teachercache.vectors import Vectors
+
+ROOT = Path(__file__).parent.parent
 
 
 def points(rows: int, dim: int, *, seed: int = 0, shift: float = 0.3) -> np.ndarray:
@@ -214,7 +220,9 @@ def test_surprise_is_the_contrastive_loss_of_a_pair(monkeypatch):
     x, y, owner = points(20, 6), points(35, 6, seed=1), np.sort(np.random.default_rng(0).integers(20, size=35))
     reference = [0, 4, 5, 17, 30]
     found = analysis.surprise(x, y, owner, np.array(reference))
-    np.testing.assert_allclose(found, slow_surprise(*(z.astype(np.float64) for z in (x, y)), owner, reference), rtol=1e-4)
+    np.testing.assert_allclose(
+        found, slow_surprise(*(z.astype(np.float64) for z in (x, y)), owner, reference), rtol=1e-4
+    )
     np.testing.assert_allclose(
         analysis.pair_cosines(x, y, owner), [x[i] @ text for i, text in zip(owner, y, strict=True)], atol=1e-6
     )
@@ -254,3 +262,22 @@ def test_clusters_and_their_words():
     texts = ["a red racing bicycle", "old red bicycle in the rain", "the bicycle of my aunt", "red bicycle wheel"]
     assert any("bicycle" in phrase.lower() for phrase in analysis.keywords(texts))
     assert analysis.keywords(["", " "]) == []
+
+
+def test_the_examples_of_the_docs_run(tmp_path, monkeypatch, capsys):
+    """docs/analysis.md, top to bottom, over a cache at the path that it names."""
+    monkeypatch.chdir(tmp_path)
+    make_cache(Path("caches/demo/clip-lite.zarr"), points(150, 8))
+    examples = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "analysis.md").read_text(), re.S)
+    assert len(examples) == 2
+    names: dict = {}
+    for example in examples:
+        exec(compile(example, "docs/analysis.md", "exec"), names)
+    assert names["near"].shape == (100, 10)
+    rank, cosine = map(float, capsys.readouterr().out.split())
+    assert 5 < rank <= 8
+    assert 0 < cosine < 1
+
+
+def test_what_the_door_offers_is_there():
+    assert all(callable(getattr(analysis, name)) for name in analysis.__all__)

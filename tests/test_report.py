@@ -16,7 +16,8 @@ from PIL import Image
 from test_index import make_cache
 
 from teachercache import analysis, store
-from teachercache.analysis import compare, describe, report, subject, thumbnails
+from teachercache import vectors as vectors_module
+from teachercache.analysis import compare, describe, matching, neighbours, report, subject, thumbnails
 from teachercache.analysis.report import analyze
 from teachercache.samples import Sample, make_manifest, write_manifest
 
@@ -142,7 +143,9 @@ def test_texts_stay_texts_and_pictures_are_drawn_anew(tmp_path):
     evil = "</script><script>document.title='owned'</script><img src=x onerror=alert(1)> & \u2028"
     Image.new("RGB", (60, 30), "red").save(tmp_path / "0.png", pnginfo=secret())
     cache = make_cache(tmp_path / "c.zarr", pictures, texts=texts)
-    with_samples(cache, samples_of(40, texts=lambda i: (evil,), label=lambda i: evil, image=lambda i: "0.png"), tmp_path)
+    with_samples(
+        cache, samples_of(40, texts=lambda i: (evil,), label=lambda i: evil, image=lambda i: "0.png"), tmp_path
+    )
     found, _ = analyze(cache.path, out=tmp_path / "out")
     page = (tmp_path / "out" / "report.html").read_text()
     assert "document.title='owned'" not in re.sub(r'<script type="application/json".*?</script>', "", page, flags=re.S)
@@ -201,11 +204,11 @@ def test_pictures_alone(tmp_path):
 
 
 def test_texts_alone_and_several_a_row(tmp_path, teacher_folder):
-    (tmp_path / "names.txt").write_text("".join(f"a {word} bicycle\n" for word in "red blue old green fast".split()))
+    (tmp_path / "names.txt").write_text("".join(f"a {word} bicycle\n" for word in ("red", "blue", "old", "green")))
     cache = build_cache(tmp_path / "names.txt", teacher_folder, tmp_path / "c.zarr")
     found, _ = analyze(cache, out=tmp_path / "out")
     assert "no pictures" in found["left_out"]["pairs"]
-    assert found["cache"]["usable"] == 5
+    assert found["cache"]["usable"] == 4
     assert [each["title"] for each in page_data(tmp_path / "out", "points")["lists"]] == ["texts like it"]
 
 
@@ -375,9 +378,12 @@ def test_two_teachers_of_other_widths(tmp_path, teacher_folder):
 
 def test_memory_does_not_grow_with_the_rows(tmp_path, monkeypatch):
     """Above what all pairs allow, queries are drawn, and what is kept is some numbers a row."""
-    monkeypatch.setattr(subject, "ALL_PAIRS", 4_000_000)
+    for module, name, value in ((subject, "ALL_PAIRS", 3_000_000), (describe, "ALL_PAIRS", 3_000_000),
+                                (neighbours, "BLOCK_SCORES", 1 << 20), (matching, "BLOCK_SCORES", 1 << 20),
+                                (vectors_module, "CHUNK_BYTES", 1 << 18)):  # fmt: skip
+        monkeypatch.setattr(module, name, value)
     peaks = {}
-    for rows in (10_000, 40_000):
+    for rows in (5_000, 15_000):
         pictures, texts = embeddings(rows, dim=16)
         pictures[rows - 1] = -20 * pictures.astype(np.float32).mean(0)  # far from all: asked although not drawn
         cache = make_cache(tmp_path / f"{rows}.zarr", pictures, texts=texts)
@@ -392,8 +398,8 @@ def test_memory_does_not_grow_with_the_rows(tmp_path, monkeypatch):
         found = describe.duplicates(opened)
         peaks[rows] = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-        assert hubness["asked"] == 4_000_000 // rows
+        assert hubness["asked"] == 3_000_000 // rows
         assert outliers["worst"][0]["row"] == rows - 1
-        assert found["asked"] == 4_000_000 // rows
-    assert peaks[40_000] - peaks[10_000] < 30_000 * 200  # bytes a row; all vectors would be 16 * 2 * 4 in float32 too
-    assert peaks[40_000] < 400e6
+        assert found["asked"] == 3_000_000 // rows
+    assert peaks[15_000] - peaks[5_000] < 10_000 * 300  # bytes: some numbers a row
+    assert peaks[15_000] < 120e6

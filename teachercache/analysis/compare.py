@@ -144,7 +144,7 @@ def _regret(first: Vectors, at: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.
 
 
 def retrieval(pictures: Pair, texts: Pair, manifest: Any) -> dict[str, Any]:
-    """Recalls of both caches on the same queries, and the texts whose picture was gained or lost among the first ten."""
+    """Recalls of both caches on the same queries, and texts whose picture was gained or lost among the first ten."""
     kept = np.flatnonzero(np.isin(texts.owner, pictures.owner))
     owner = np.searchsorted(pictures.owner, texts.owner[kept])
     at = asked(len(kept), len(pictures))
@@ -204,4 +204,3 @@ def _one_a_row(texts: Pair) -> Pair | None:
         texts.first, texts.second, texts.first.ids[first], texts.second.ids[first],
         texts.owner[first],
     )  # fmt: skip
-

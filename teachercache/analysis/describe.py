@@ -117,7 +117,8 @@ def pairs(subject: Subject, known: PerRow) -> dict[str, Any]:
 
 def _worst(subject: Subject, owner: np.ndarray, matched: np.ndarray, surprise: np.ndarray) -> list[dict[str, Any]]:
     assert subject.texts is not None
-    rows, listed, seen = rows_of(subject.texts), [], set()
+    rows, seen = rows_of(subject.texts), set()
+    listed: list[dict[str, Any]] = []
     for i in np.argsort(-surprise, kind="stable")[: LISTED * max(1, subject.cache.meta.texts)].tolist():
         if owner[i] not in seen and len(listed) < LISTED:
             seen.add(owner[i])
@@ -154,7 +155,7 @@ def retrieval(subject: Subject, known: PerRow) -> dict[str, Any]:
 
 
 def matrix(subject: Subject, known: PerRow) -> dict[str, Any]:
-    """Cosines of some pictures (rows) to their first texts (columns), clusters together; its diagonal against the rest."""
+    """Cosines of some pictures (rows) to their first texts (columns), clusters together; diagonal against the rest."""
     pictures, firsts = subject.pictures, subject.firsts
     assert pictures is not None
     assert firsts is not None
@@ -208,7 +209,8 @@ def duplicates(subject: Subject, threshold: float = NEAR) -> dict[str, Any]:
     chain = [(group[0], i) for group in exact for i in group[1:]]
     groups = neighbours.grouped([*chain, *near.tolist()])
     lowest = _lowest(groups, near, cosines)
-    listed, leaks = [], 0
+    leaks = 0
+    listed: list[dict[str, Any]] = []
     for number, group in enumerate(groups):
         found = sorted({splits[int(rows[i])].as_py() for i in group})
         leaks += len(found) > 1

@@ -40,7 +40,7 @@ def _map(axis: Any, report: dict[str, Any], shown: Shown) -> None:
         colour = "0.7" if rest and number == len(names) - 1 else PALETTE[number % len(PALETTE)]
         axis.scatter(*xy[mine].T, s=40_000 / (2000 + len(xy)), color=colour, alpha=0.7, linewidths=0,
                      label=name[:24].replace("$", r"\$"), zorder=1 if colour == "0.7" else 2)  # fmt: skip
-    if 1 < len(names):
+    if len(names) > 1:
         axis.legend(frameon=False, fontsize=7, markerscale=1.5, loc="center left", bbox_to_anchor=(1, 0.5))
     axis.set(title=shown.maps[0]["title"].replace("$", r"\$"), xticks=[], yticks=[], aspect="equal")
 
@@ -66,7 +66,9 @@ def _spectrum(axis: Any, report: dict[str, Any], shown: Shown) -> None:
     for name in ("pictures", "texts"):
         if name in report["space"]:
             one = report["space"][name]
-            axis.semilogy(np.maximum(one["spectrum"], 1e-9), label=f"{name}, effective rank {one['effective_rank']:.1f}")
+            axis.semilogy(
+                np.maximum(one["spectrum"], 1e-9), label=f"{name}, effective rank {one['effective_rank']:.1f}"
+            )
     axis.legend(frameon=False)
     axis.grid(alpha=0.2)
     axis.set(xlabel="principal axis", ylabel="share of the variance")

@@ -17,7 +17,7 @@ def pair_cosines(pictures: Rows, texts: Rows, owner: Int[np.ndarray, " t"]) -> F
     found = np.empty(len(owner), np.float32)
     for first, part in parts(texts):
         mine = owner[first : first + len(part)]
-        found[first : first + len(part)] = np.einsum("nd,nd->n", part, take(pictures, mine))
+        found[first : first + len(part)] = np.einsum("ij,ij->i", part, take(pictures, mine))
     return found
 
 
@@ -35,14 +35,14 @@ def surprise(pictures: Rows, texts: Rows, owner: Int[np.ndarray, " t"], referenc
         span = slice(first, first + len(part))
         own = take(pictures, owner[span])
         same = owner[span, None] == other_owner
-        matched = sharpness * np.einsum("nd,nd->n", part, own)
+        matched = sharpness * np.einsum("ij,ij->i", part, own)
         found[span] = sum(_log_sum(sharpness * scores, same) for scores in (own @ others.T, part @ other_pictures.T))
         found[span] -= 2 * matched
     return found
 
 
 def _log_sum(scores: np.ndarray, left_out: np.ndarray) -> np.ndarray:
-    """log of the mean of exp over a row, without what is left out; -inf where that is everything."""
+    """Logarithm of the mean of exp over a row, without what is left out; -inf where that is everything."""
     scores = np.where(left_out, -np.inf, scores)
     most = np.maximum(scores.max(1, initial=-np.inf), -1e30)
     with np.errstate(divide="ignore"):
@@ -61,7 +61,7 @@ def strict_ranks(queries: Float[np.ndarray, "q dim"], owners: Int[np.ndarray, " 
     for k in range(int((high - low).max(initial=0))):
         at = low + k
         mine = np.flatnonzero(at < high)
-        best[mine] = np.maximum(best[mine], np.einsum("nd,nd->n", queries[mine], take(vectors, at[mine])))
+        best[mine] = np.maximum(best[mine], np.einsum("ij,ij->i", queries[mine], take(vectors, at[mine])))
     better = np.zeros(len(queries), np.int64)
     for first, part in parts(vectors):
         others = owner[first : first + len(part)]

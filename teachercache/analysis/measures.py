@@ -67,7 +67,7 @@ def principal_axes(values: Moments, count: int = 2) -> Float[np.ndarray, "dim co
 
 
 def effective_rank(variances: Float[np.ndarray, " dim"]) -> float:
-    """exp of the entropy of the singular values' shares (Roy and Vetterli 2007): how many directions are in use."""
+    """Exp of the entropy of the singular values' shares (Roy and Vetterli 2007): how many directions are in use."""
     singular = np.sqrt(variances)
     if not singular.sum():
         return 0.0
@@ -92,7 +92,7 @@ def alignment(x: Float[np.ndarray, "n dim"], y: Float[np.ndarray, "n dim"]) -> f
 
 
 def uniformity(x: Float[np.ndarray, "n dim"]) -> float:
-    """log of the mean of exp(-2 |x_i - x_j|^2) over all pairs i < j (Wang and Isola 2020); lower is more even."""
+    """Log of the mean of exp(-2 |x_i - x_j|^2) over all pairs i < j (Wang and Isola 2020); lower is more even."""
     squares, total = np.square(x).sum(1), 0.0
     for first in range(0, len(x), 1024):
         part = x[first : first + 1024]
@@ -170,7 +170,7 @@ def _hsic(cross: np.ndarray, x: np.ndarray, y: np.ndarray, x_by_y: np.ndarray, y
 
 
 def procrustes(pairs: CrossMoments) -> float:
-    """What is left of y after the best shift, rotation and scale onto x, of its variance: 0 the same shape, 1 nothing."""
+    """What is left of y after the best shift, rotation and scale onto x, of its variance: 0 the same shape."""
     n = pairs.x.count
     cross = pairs.cross - np.outer(pairs.x.total, pairs.y.total) / n
     spread = [np.trace(m.gram) - m.total @ m.total / n for m in (pairs.x, pairs.y)]

@@ -34,8 +34,9 @@ def take(rows: Rows, at: Int[np.ndarray, " q"]) -> Float[np.ndarray, "q dim"]:
     return vectors.take(vectors.ids[at])
 
 
-def nearest(rows: Rows, k: int,
-            at: Int[np.ndarray, " q"] | None = None) -> tuple[Float[np.ndarray, "q k"], Int[np.ndarray, "q k"]]:  # fmt: skip
+def nearest(
+    rows: Rows, k: int, at: Int[np.ndarray, " q"] | None = None
+) -> tuple[Float[np.ndarray, "q k"], Int[np.ndarray, "q k"]]:
     """Cosines and positions of the k nearest others of the rows at some positions (all), best first."""
     vectors = as_vectors(rows)
     at = np.arange(len(vectors)) if at is None else at
@@ -55,8 +56,9 @@ def positions(ids: Int[np.ndarray, " n"], found: Int[np.ndarray, "..."]) -> Int[
 # Duplicates
 
 
-def near_pairs(rows: Rows, threshold: float, at: Int[np.ndarray, " q"] | None = None, *,
-               limit: int = 100_000) -> tuple[Int[np.ndarray, "pairs 2"], Float[np.ndarray, " pairs"], int]:  # fmt: skip
+def near_pairs(
+    rows: Rows, threshold: float, at: Int[np.ndarray, " q"] | None = None, *, limit: int = 100_000
+) -> tuple[Int[np.ndarray, "pairs 2"], Float[np.ndarray, " pairs"], int]:
     """Pairs i < j with a cosine of at least `threshold`, most alike first, their cosines, and how many there are.
 
     Of rows at some positions (all) with every row. No more than `limit` pairs are kept, then of the highest cosines.

@@ -1,6 +1,6 @@
 """`tc analyze`: one cache, or two beside each other, into a folder with a page, numbers, figures and a table.
 
-report.json holds every number, also where the page or the pictures cannot be made. Not for computing: see `describe.py`.
+report.json holds every number and is written first. Not for computing: see `describe.py`.
 """
 
 import contextlib

@@ -123,11 +123,11 @@ def _at(vectors: Vectors, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def as_category(names: list[str]) -> tuple[list[str], Int[np.ndarray, " n"], bool]:
-    """The commonest names, the last standing for all others, which of them each row has, and whether there are others."""
+    """The commonest names, the last for all others; which of them each row has; whether there are others."""
     found, inverse, counts = np.unique(np.array(names, dtype=object), return_inverse=True, return_counts=True)
     order = np.argsort(-counts, kind="stable")
     place = np.empty(len(order), np.int32)
     place[order] = np.arange(len(order))
     values = [found[i] or "(none)" for i in order]
     rest = len(values) > COLOURS + 1
-    return (values[:COLOURS] + ["others"] if rest else values), np.minimum(place, COLOURS)[inverse], rest
+    return ([*values[:COLOURS], "others"] if rest else values), np.minimum(place, COLOURS)[inverse], rest

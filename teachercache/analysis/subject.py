@@ -86,7 +86,7 @@ def asked(queries: int, candidates: int) -> Int[np.ndarray, " q"]:
 
 
 def vectors_at(vectors: Vectors, rows: Int[np.ndarray, " q"]) -> tuple[np.ndarray, Float[np.ndarray, "n dim"]]:
-    """Of some rows those that have a vector: which of them, and their unit vectors. One vector a row, rows ascending."""
+    """Which of some rows have a vector, and their unit vectors; one vector a row, rows ascending."""
     mine = rows_of(vectors)
     at = np.minimum(np.searchsorted(mine, rows), len(mine) - 1)
     there = np.flatnonzero(mine[at] == rows)

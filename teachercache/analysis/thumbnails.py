@@ -45,7 +45,8 @@ class Thumbnails:
 def make_thumbnails(manifest: Manifest, rows: Int[np.ndarray, " n"]) -> Thumbnails:
     """Thumbnails of some rows; where none of the first can be read, no more are tried."""
     edge = next((size for most, size in EDGES.items() if len(rows) <= most), LEAST_EDGE)
-    number, pictures, failed, reason = np.full(len(rows), -1), [], 0, ""
+    number, failed, reason = np.full(len(rows), -1), 0, ""
+    pictures: list[Image.Image] = []
     for at, found in enumerate(_read_all(manifest, rows, edge)):
         if isinstance(found, str):
             failed, reason = failed + 1, reason or found
