@@ -356,7 +356,7 @@ def test_a_run_is_a_teacher_and_its_cache_can_be_compared(finished_run, squares,
     assert "is not a finished run: go on with `student train --resume" in error_of(capsys, *words, partial)
     facts = json.loads((partial / "run.json").read_text())
     (partial / "run.json").write_text(json.dumps({**facts, "student": None}))
-    assert "trained no model of its own" in error_of(capsys, *words, partial)
+    assert "trained no model of two towers" in error_of(capsys, *words, partial)
     (partial / "run.json").unlink()
     assert "neither an open_clip folder" in error_of(capsys, *words, partial)
 

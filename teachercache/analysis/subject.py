@@ -53,6 +53,8 @@ def rows_of(vectors: Vectors) -> Int[np.ndarray, " n"]:
 def open_subject(path: Any) -> Subject:
     """The cache at a path, whole; UserError where it holds nothing that can be looked at."""
     cache = store.open_complete(path)
+    if not any(_is_vector(cache, name) for name in ("image_emb", "text_emb")):
+        raise UserError(f"{path} holds no embeddings: build one with `tc build --outputs embeddings`, to another --out")
     manifest = store.cached_manifest(cache)
     found = {name: usable_vectors(cache, name) if _is_vector(cache, name) else None
              for name in ("image_emb", "text_emb")}  # fmt: skip

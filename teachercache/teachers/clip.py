@@ -133,8 +133,8 @@ def folder_parts(folder: str) -> tuple[dict[str, Any], dict[str, Any], Path]:
     try:
         if run_path.exists() and not config_path.exists():
             made, weights_path = json.loads(run_path.read_text())["student"], Path(folder, "model.safetensors")
-            if made is None:
-                raise UserError(f"{folder} trained no model of its own: pass another --teacher")
+            if not made or "model_cfg" not in made:
+                raise UserError(f"{folder} trained no model of two towers: pass another --teacher")
             if not weights_path.exists():
                 raise UserError(f"{folder} is not a finished run: go on with `student train --resume --out {folder}`")
             return made["model_cfg"], made["preprocess"], weights_path
