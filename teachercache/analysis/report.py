@@ -103,7 +103,7 @@ def _shown(first: Subject, second: Subject | None, rows: np.ndarray, said: dict[
            columns: dict[str, np.ndarray], moments: dict[str, Any], kind: str) -> Shown:  # fmt: skip
     """The rows of the page, with all that it shows of them."""
     placed = maps.make_maps(first, rows, moments, kind=kind)
-    found = [{"title": name, "parts": [{"what": name.removesuffix("s"), "xy": placed[name]}]}
+    found: list[dict[str, Any]] = [{"title": name, "parts": [{"what": name.removesuffix("s"), "xy": placed[name]}]}
              for name in ("pictures", "texts") if name in placed]  # fmt: skip
     if "both" in placed:
         found.append({"title": "pictures and texts", "parts": [
