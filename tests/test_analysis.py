@@ -267,7 +267,7 @@ def test_clusters_and_their_words():
 def test_the_examples_of_the_docs_run(tmp_path, monkeypatch, capsys):
     """docs/analysis.md, top to bottom, over a cache at the path that it names."""
     monkeypatch.chdir(tmp_path)
-    make_cache(Path("caches/demo/clip-lite.zarr"), points(150, 8))
+    make_cache(Path("caches/demo/clip-lite.zarr"), points(150, 8).astype(np.float16))
     examples = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "analysis.md").read_text(), re.S)
     assert len(examples) == 2
     names: dict = {}
