@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from student.distributed import from_all_ranks
 from student.engine_state import engine_state, load_engine_state
-from student.models.two_tower import TwoTower, open_clip_state, tokenizer_of
+from student.models.two_tower import TwoTower, open_clip_state
 from teachercache.names import UserError
 from teachercache.runtime import rank, say, world_size
 from teachercache.store import flush
-from teachercache.teachers.clip import build_module
+from teachercache.teachers.clip import build_module, tokenizer_of
 
 
 def save(engine: Any, run: Path, step: int) -> None:

@@ -42,7 +42,7 @@ def teachers(as_json: bool) -> None:
         return
     for name, entry in TEACHERS.items():
         print(f"{name:18} {entry.doc}  [{', '.join(entry.outputs)}]")
-    print("and open_clip:MODEL/TAG, hf:ORG/NAME, a local open_clip folder, or package.module:entry")
+    print("and open_clip:MODEL/TAG, hf:ORG/NAME, a folder of open_clip, a run of `student train`, package.module:entry")
 
 
 @tc.command()
@@ -281,6 +281,38 @@ def search(cache, text, images, keys, field, top, as_json) -> None:
         return
     for result in found:
         print(f"{result['score']:.3f}  {result['image'] or result['key']}  {'; '.join(result['texts'])}")
+
+
+@tc.command()
+@click.argument("cache")
+@click.option("--against", metavar="CACHE", help="A second cache of the same rows: a student's, another teacher's.")
+@click.option("--out", type=click.Path(path_type=Path), help="A folder; default <cache>.report beside the cache.")
+@click.option(
+    "--map", "kind", default="pca", show_default=True, help="pca, or umap (pip install 'teachercache[umap]')."
+)
+@click.option("--points", default=20_000, show_default=True, type=click.IntRange(10),
+              help="Rows on the map, drawn by chance where there are more; numbers are of all rows.")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout: what report.json holds.")
+def analyze(cache, against, out, kind, points, as_json) -> None:
+    """Look into a cache: a page with map, likely wrong captions, duplicates, outliers, groups; and all numbers.
+
+    \u0008
+    tc analyze caches/demo/clip-lite.zarr
+    tc build --teacher runs/mine --out caches/demo/mine.zarr       # a student says what it sees in the same rows
+    tc analyze caches/demo/clip-lite.zarr --against caches/demo/mine.zarr --out report
+    """
+    from teachercache.analysis.report import analyze as run
+    from teachercache.analysis.report import default_out
+
+    out = out or default_out(as_path(cache), against)
+    found, written = run(as_path(cache), against=against and as_path(against), out=out, kind=kind, points=points)
+    if as_json:
+        from teachercache.analysis.describe import as_json as json_of
+
+        print(json_of(found))
+        return
+    for line in written:
+        print(line)
 
 
 def main(args: list[str] | None = None) -> int:

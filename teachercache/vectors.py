@@ -70,13 +70,24 @@ def chunks(vectors: Vectors, *, start: int = 0) -> Iterator[tuple[Int[np.ndarray
 
 def exact_search(vectors: Vectors, queries: Float[np.ndarray, "q dim"],
                  top: int) -> tuple[Float[np.ndarray, "q top"], Int[np.ndarray, "q top"]]:  # fmt: skip
-    """Cosine to unit queries, best first, and ids; as many as there are where `top` is more."""
+    """Cosine to unit queries, best first, and ids; as many as there are where `top` is more.
+
+    Any number of queries: the scores of some CHUNK_BYTES are in memory at once.
+    """
     best = np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
     for ids, chunk in chunks(vectors):
-        scores = queries @ chunk.T
-        columns = np.argpartition(scores, -min(top, len(ids)), axis=1)[:, -top:]
-        scores = np.concatenate([best[0], np.take_along_axis(scores, columns, 1)], 1)
-        found = np.concatenate([best[1], ids[columns]], 1)
-        order = np.argsort(-scores, axis=1, kind="stable")[:, :top]
-        best = np.take_along_axis(scores, order, 1), np.take_along_axis(found, order, 1)
+        size = max(1, CHUNK_BYTES // (4 * len(ids)))
+        found = [_better(best[0][i : i + size], best[1][i : i + size], queries[i : i + size] @ chunk.T, ids, top)
+                 for i in range(0, max(1, len(queries)), size)]  # fmt: skip
+        best = np.concatenate([scores for scores, _ in found]), np.concatenate([ids for _, ids in found])
     return best
+
+
+def _better(old_scores: np.ndarray, old_ids: np.ndarray, scores: np.ndarray, ids: np.ndarray,
+            top: int) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """The best of what was found before and of a chunk's scores."""
+    columns = np.argpartition(scores, -min(top, len(ids)), axis=1)[:, -top:]
+    scores = np.concatenate([old_scores, np.take_along_axis(scores, columns, 1)], 1)
+    found = np.concatenate([old_ids, ids[columns]], 1)
+    order = np.argsort(-scores, axis=1, kind="stable")[:, :top]
+    return np.take_along_axis(scores, order, 1), np.take_along_axis(found, order, 1)

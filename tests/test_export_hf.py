@@ -17,8 +17,8 @@ from student.checkpoint import load_student
 from student.cli import main
 from student.export_hf import image_processor
 from student.export_tokenizer import clip_tokenizer
-from student.models.two_tower import TwoTower, open_clip_state, tokenizer_of
-from teachercache.teachers.clip import build_module
+from student.models.two_tower import TwoTower, open_clip_state
+from teachercache.teachers.clip import build_module, tokenizer_of
 from teachercache.views import image_view
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")

@@ -187,7 +187,8 @@ def mapped_files() -> dict[str, list[str]]:
 def test_the_map_names_every_module():
     found = mapped_files()
     for package in PACKAGES:
-        present = {path.relative_to(ROOT / package).as_posix() for path in (ROOT / package).rglob("*.py")}
+        files = [path for path in (ROOT / package).rglob("*") if path.suffix in (".py", ".html", ".css", ".js")]
+        present = {path.relative_to(ROOT / package).as_posix() for path in files}
         present -= {"__init__.py"}  # the line of the folder itself
         assert set(found[f"{package}/"]) == present, package
 

@@ -31,6 +31,7 @@ OPTIONS = {  # a contract: adding one is a decision, made here and in DESIGN.md
     "info": {"cache", "--json"},
     "verify": {"cache", "--samples", "--json"},
     "index": {"cache", "--field", "--kind"},
+    "analyze": {"cache", "--against", "--out", "--map", "--points", "--json"},
     "search": {"cache", "text", "--image", "--key", "--field", "--top", "--json"},
 }  # fmt: skip
 HERE = ("--device", "cpu", "--workers", "0")
@@ -86,7 +87,18 @@ def test_help_is_quick_and_imports_nothing_heavy(command: str):
     assert "Usage: " in done.stdout
     imported = {line.rsplit("|", 1)[-1].strip().split(".")[0] for line in done.stderr.splitlines()}
     assert "click" in imported
-    assert not imported & {"torch", "open_clip", "zarr", "faiss", "pyarrow", "transformers", "PIL", "numpy"}
+    assert not imported & {
+        "torch",
+        "open_clip",
+        "zarr",
+        "faiss",
+        "pyarrow",
+        "transformers",
+        "PIL",
+        "numpy",
+        "plotly",
+        "sklearn",
+    }
     # processor time, not the clock: other work on the machine must not fail this
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
 

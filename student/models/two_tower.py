@@ -12,12 +12,11 @@ from typing import Any
 import open_clip
 import torch
 from jaxtyping import Float, Int
-from open_clip.tokenizer import HFTokenizer
 from torch import Tensor, nn
 
 from teachercache.names import UserError, closest
 from teachercache.runtime import say
-from teachercache.teachers.clip import build_module, open_folder
+from teachercache.teachers.clip import build_module, open_folder, tokenizer_of
 from teachercache.teachers.clip_layers import EMBEDDINGS, picture_fields, text_fields
 from teachercache.teachers.clip_towers import image_blocks, text_blocks, text_tower
 from teachercache.views import describe_view, image_view, replay_view
@@ -159,16 +158,6 @@ def build_two_tower(name: str, init: str = "") -> TwoTower:
         raise UserError(f"--set model={name}: {closest(name, names)}choose {', '.join(TINY)} or an open_clip model")
     model, preprocess = build_module(model_cfg, WHITE_64 if name in TINY else {})
     return TwoTower(model, model_cfg, preprocess, tokenizer_of(model_cfg))
-
-
-def tokenizer_of(model_cfg: Mapping[str, Any], folder: str = "") -> Any:
-    """The tokenizer that a configuration names: CLIP's own, or a Hugging Face one (its files are in `folder`)."""
-    text_cfg = model_cfg["text_cfg"]
-    length, options = text_cfg.get("context_length", 77), text_cfg.get("tokenizer_kwargs", {})
-    if "hf_tokenizer_name" not in text_cfg:
-        return open_clip.SimpleTokenizer(context_length=length, **options)
-    source = folder if folder and Path(folder, "tokenizer_config.json").exists() else text_cfg["hf_tokenizer_name"]
-    return HFTokenizer(source, context_length=length, tokenizer_mode=text_cfg.get("tokenizer_mode"), **options)
 
 
 def open_clip_state(student: TwoTower) -> dict[str, Tensor]:

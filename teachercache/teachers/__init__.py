@@ -86,7 +86,7 @@ TEACHERS: dict[str, Entry] = {
 
 
 def find(name: str) -> Entry:
-    """The entry of a teacher's name, of `open_clip:MODEL/TAG`, `hf:ORG/NAME`, or of a local folder."""
+    """The entry of a teacher's name, of `open_clip:MODEL/TAG`, `hf:ORG/NAME`, or of a local folder or run."""
     from pathlib import Path
 
     if name.startswith("open_clip:"):
@@ -99,7 +99,7 @@ def find(name: str) -> Entry:
     if name.startswith("hf:"):
         return _clip(f"{name} on the Hugging Face hub", f"hf-hub:{name.removeprefix('hf:')}", "")
     if name not in TEACHERS and Path(name).is_dir():
-        return _clip(f"the open_clip folder {name}", f"local-dir:{name}", "")
+        return _clip(f"the open_clip folder or run {name}", f"local-dir:{name}", "")
     entry = resolve(name, TEACHERS, kind="teacher")
     if not isinstance(entry, Entry):
         raise UserError(f"--teacher {name} is a {type(entry).__name__} and not a teachercache.teachers.Entry")

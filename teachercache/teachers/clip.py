@@ -15,6 +15,8 @@ import huggingface_hub
 import open_clip
 import torch
 from jaxtyping import Float
+from open_clip.tokenizer import HFTokenizer
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -107,27 +109,52 @@ def digest_weights(module: nn.Module) -> str:
 
 
 def open_folder(folder: str) -> tuple[Any, dict[str, Any]]:
-    """Module and preprocess_cfg of an open_clip folder (open_clip_config.json, open_clip_model.safetensors).
+    """Module and preprocess_cfg of an open_clip folder, or of a run of `student train`.
 
     A text tower from transformers finds its config.json in the same folder, wherever that was moved.
     """
-    config_path, weights_path = (
-        Path(folder, "open_clip_config.json"),
-        Path(folder, "open_clip_model.safetensors"),
-    )
+    model_cfg, preprocess_cfg, weights_path = folder_parts(folder)
     try:
-        config = json.loads(config_path.read_text())
         state = load_file(weights_path)
-        model_cfg = config["model_cfg"]
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"{folder} is not an open_clip folder with open_clip_config.json and open_clip_model.safetensors: {error}"
-        ) from error
-    module, preprocess = build_module(model_cfg, config.get("preprocess_cfg", {}), folder=folder)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{folder} has no readable {weights_path.name}: {error}") from error
+    module, preprocess = build_module(model_cfg, preprocess_cfg, folder=folder)
     if state["logit_scale"].ndim:  # trained as a vector of one
         state["logit_scale"] = state["logit_scale"].reshape(module.logit_scale.shape)
     module.load_state_dict(state)
     return module, preprocess
+
+
+def folder_parts(folder: str) -> tuple[dict[str, Any], dict[str, Any], Path]:
+    """model_cfg, preprocess_cfg and the weights' file of an open_clip folder (open_clip_config.json beside
+    open_clip_model.safetensors), or of a run, whose run.json says the same of its student (model.safetensors).
+    """
+    config_path, run_path = Path(folder, "open_clip_config.json"), Path(folder, "run.json")
+    try:
+        if run_path.exists() and not config_path.exists():
+            made, weights_path = json.loads(run_path.read_text())["student"], Path(folder, "model.safetensors")
+            if not made or "model_cfg" not in made:
+                raise UserError(f"{folder} trained no model of two towers: pass another --teacher")
+            if not weights_path.exists():
+                raise UserError(f"{folder} is not a finished run: go on with `student train --resume --out {folder}`")
+            return made["model_cfg"], made["preprocess"], weights_path
+        config = json.loads(config_path.read_text())
+        return config["model_cfg"], config.get("preprocess_cfg", {}), Path(folder, "open_clip_model.safetensors")
+    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise UserError(
+            f"{folder} is neither an open_clip folder with open_clip_config.json and open_clip_model.safetensors, "
+            f"nor a run of `student train`: {error}"
+        ) from error
+
+
+def tokenizer_of(model_cfg: Mapping[str, Any], folder: str = "") -> Any:
+    """The tokenizer that a configuration names: CLIP's own, or a Hugging Face one (its files are in `folder`)."""
+    text_cfg = model_cfg["text_cfg"]
+    length, options = text_cfg.get("context_length", 77), text_cfg.get("tokenizer_kwargs", {})
+    if "hf_tokenizer_name" not in text_cfg:
+        return open_clip.SimpleTokenizer(context_length=length, **options)
+    source = folder if folder and Path(folder, "tokenizer_config.json").exists() else text_cfg["hf_tokenizer_name"]
+    return HFTokenizer(source, context_length=length, tokenizer_mode=text_cfg.get("tokenizer_mode"), **options)
 
 
 def build_module(model_cfg: Mapping[str, Any], preprocess_cfg: Mapping[str, Any], *,
@@ -198,6 +225,9 @@ def _hub_answers() -> bool:
 
 
 def _tokenizer(source: str) -> Any:
+    folder = source.removeprefix("local-dir:")
+    if folder != source and not Path(folder, "open_clip_config.json").exists():  # a run: open_clip does not know it
+        return tokenizer_of(folder_parts(folder)[0], folder)
     return open_clip.get_tokenizer(source)
 
 
