@@ -44,7 +44,14 @@ METHODS: dict[str, dict[str, str]] = {  # first: what a student begins from
     "CLIP-TD (AF + TS + CW)": {"adapted": W},
 }
 SWEEP = {f"naive VL, w={w}": NAIVE | {"w": w} for w in WEIGHTS}
-SETTINGS = METHODS | SWEEP
+LAYERS = {
+    "1 linear, concat": {"model": "clip-1-linear", "fusion": "concat"},
+    "1 linear, cosine": {"model": "clip-1-linear", "fusion": "cosine"},
+    "3 linear, concat": {"model": "clip-3-linear", "fusion": "concat"},
+    "3 linear, cosine": {"model": "clip-3-linear", "fusion": "cosine"},
+    "1 transformer layer": {"model": "clip-transformer"},
+}
+SETTINGS = METHODS | SWEEP | LAYERS
 PAPER = {  # tables 2, 5, 6 and 8, VL-BERT; SNLI-VE and VQA with a ViT-B/16
     "vcr": {
         "baseline": (30.85, 57.59, 76.02), "naive V": (40.13, 55.23, 76.28), "naive L": (44.07, 57.86, 76.57),
@@ -53,7 +60,9 @@ PAPER = {  # tables 2, 5, 6 and 8, VL-BERT; SNLI-VE and VQA with a ViT-B/16
         "CLIP-TD (AF + TS + CW)": (46.74, 59.98, 77.24),
         "naive VL, w=1": (35.39, 58.57, 76.4), "naive VL, w=0.5": (37.20, 58.96, 76.42),
         "naive VL, w=0.1": (40.47, 58.72, 76.62), "naive VL, w=0.05": (45.18, 58.91, 76.74),
-        "naive VL, w=0.01": (42.31, 58.65, 76.23)},
+        "naive VL, w=0.01": (42.31, 58.65, 76.23), "1 linear, concat": (30.13, 30.39, 31.86),
+        "1 linear, cosine": (28.64, 29.31, 30.42), "3 linear, concat": (30.43, 30.86, 32.31),
+        "3 linear, cosine": (29.65, 30.23, 30.84), "1 transformer layer": (34.41, 35.34, 36.42)},
     "snli_ve": {"baseline": (53.28, 62.31, 74.66), "naive VL": (56.02, 64.92, 75.08),
                 "CLIP-TD (AF + TS + CW)": (56.78, 65.37, 75.75)},
     "vqa": {"baseline": (35.33, 63.29, 69.05), "naive VL": (36.83, 64.43, 70.22),
@@ -87,6 +96,7 @@ TABLES = {
                         ("baseline", "naive VL", "CLIP-TD (AF + TS + CW)")),
     "snli_ve": table("snli_ve", "vl-bert", "SNLI-VE on drawn scenes, tiny VL-BERT (table 5)"),
     "vqa": table("vqa", "vl-bert", "VQA on easy-vqa, tiny VL-BERT (table 6)"),
+    "adapters": table("vcr", "vl-bert", "Layers on frozen CLIP, VCR Q2A (table 11)", ("baseline", *LAYERS)),
     "weight": table("vcr", "vl-bert", "Weight of the distillation, VCR Q2A (table 8)", ("baseline", *SWEEP)),
 }  # fmt: skip
 
@@ -109,7 +119,7 @@ def words(one: Row, seed: int) -> list[str]:
     task, face, size, chosen = given["task"], given["face"], given["size"], {"w": W} | SETTINGS[given["method"]]
     weight = chosen.pop("adapted", "")
     init = adapted(task, face, size, weight, seed) if weight else pretrained(face)
-    settings = [f"regime={size}", f"init={init}", f"optim.lr={LR:g}"]
+    settings = [f"regime={size}", f"optim.lr={LR:g}"] + ([] if "model" in chosen else [f"init={init}"])
     settings += [f"{name}={value}" for name, value in chosen.items()]
     return [*common(task, face, seed), "--steps", str(STEPS), *(w for setting in settings for w in ("--set", setting))]
 

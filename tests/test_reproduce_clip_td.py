@@ -31,6 +31,7 @@ def test_every_row_is_a_command_and_stages_belong_together(name):
         assert constants.regime == given["size"]
         assert constants.subset == 1
         assert (constants.w == 0) == (row.label in ("baseline", "2nd-stage pretraining"))
+        assert any(value.startswith("init=") for value in settings_of(words)) == (row.label not in paper.LAYERS)
         adapted = [value for value in settings_of(words) if "adapted" in value]
         assert bool(adapted) == any(part in row.label for part in ("AF", "2nd-stage"))
         if adapted:
