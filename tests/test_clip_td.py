@@ -138,5 +138,6 @@ def test_adaptive_finetuning_is_eq_11():
     itm = [-math.log(softmax(row.tolist())[kind]) for row, kind in zip(out["match"], (1, 1, 0), strict=True)]
     far = [[float(l1(out[name][i, 0], batch[field][i] if field == "image_emb" else batch[field][i, 0])) for i in (0, 1)]
            for name, field in (("img_t", "image_emb"), ("cls_t", "text_emb"))]  # fmt: skip
-    expected = {"mlm": ((first + second) / 2 + other) / (0.5 * N), "itm": np.mean(itm), "dv": 0.05 * sum(far[0]) / N, "dt": 0.05 * sum(far[1]) / N}
+    expected = {"mlm": ((first + second) / 2 + other) / (0.5 * N), "itm": np.mean(itm),
+                "dv": 0.05 * sum(far[0]) / N, "dt": 0.05 * sum(far[1]) / N}  # fmt: skip
     assert {name: float(term) for name, term in terms.items()} == pytest.approx(expected, rel=1e-5)

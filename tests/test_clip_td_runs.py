@@ -19,7 +19,7 @@ from student.answering import load_task_model
 from student.cli import main
 from student.judge import Judge, three_means, unit
 from student.prepare import prepare
-from student.recipe import Run, override
+from student.recipe import Now, Run, override
 from student.recipes.clip_td import CLIP_TD
 from student.tasks import read_question
 from teachercache import store
@@ -156,6 +156,29 @@ def test_adaptive_batches_mask_words_and_swap_pictures(home):
             assert batches.tokenizer.decode(ids.tolist()).replace(" ", "") == right.lower().replace(" ", "")
     assert 8 <= matched <= 24  # of 32
     assert masked > 5 * max(kept, 1) / 2
+
+
+@pytest.mark.parametrize("setting", ["regime=full", "regime=semi:2", "stage=adapt"])
+def test_gradients_of_two_ranks_are_those_of_one(home, setting):
+    """Each rank's loss over its rows, gradients averaged as DeepSpeed does, against one process with all rows."""
+    found = prepared(home, "vcr", setting)
+    whole, step = found.batches[1], found.step.eval()  # without dropout, which differs between ranks
+    halves = []
+    for rank in (0, 1):
+        found.batches.rank, found.batches.world = rank, 2
+        halves.append(found.batches[1])
+    assert torch.equal(torch.cat([half["image_emb"] for half in halves]), whole["image_emb"])
+    names, parameters = zip(*[(n, p) for n, p in step.named_parameters() if p.requires_grad], strict=True)
+
+    def gradient(batch):
+        loss, _, _ = step(batch, Now(0, 4))
+        found = torch.autograd.grad(loss, parameters, allow_unused=True)
+        return [torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters, strict=True)]
+
+    one, two = gradient(whole), [sum(pair) / 2 for pair in zip(*map(gradient, halves), strict=True)]
+    for name, a, b in zip(names, one, two, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6, msg=name)
+    assert sum(bool(a.abs().max() > 1e-6) for a in one) > len(one) / 2
 
 
 @pytest.mark.parametrize("task", ["snli_ve", "vqa"])
