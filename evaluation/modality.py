@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
 from teachercache.names import UserError
 from teachercache.paths import stream_whole
@@ -33,11 +33,11 @@ class Importance:
     num_skipped: int  # rows without a picture or without a text
 
 
-def importance(parts: Iterable[tuple[Float[np.ndarray, "layers n heads queries length"], Bool[np.ndarray, "n length"],
-                                     Bool[np.ndarray, "n length"]]], query: int = 0) -> Importance:  # fmt: skip
-    """Modality importance over parts of (attention, which tokens are the picture's, which the text's).
+def importance(parts: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]], query: int = 0) -> Importance:
+    """Modality importance over parts: attention [layers, n, heads, queries, length], and which tokens are the picture's
+    and which the text's, bool [n, length] each. Parts may differ in n and length; none is kept.
 
-    `query` is whose looks are counted, 0 for [CLS]. Parts may differ in length; none is kept.
+    `query` is whose looks are counted, 0 for [CLS].
     """
     sums: list[Any] = [0.0, 0.0, 0.0, 0.0]
     rows = skipped = 0
