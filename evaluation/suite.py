@@ -129,8 +129,8 @@ def run_suite(encoders: Sequence[Encoder], root: Path, *, seen: Seen | None = No
                     with report.skipping(name, "linear_probe", encoder.name):
                         _probe(report, name, encoder, found)
                 if seen:
-                    seen([bordered(each, labelled.border) for each in encoders], name, found.manifest, test_rows(found),
-                         found.names)  # fmt: skip
+                    shown = [bordered(each, labelled.border) for each in encoders]
+                    seen(shown, name, found.manifest, measured_rows(found), found.names)
     for name, captioned in CAPTIONED.items():
         with report.skipping(name, "zeroshot_retrieval"):
             manifest = read_manifest(str(locate(root, captioned.marker) / captioned.marker))
@@ -142,7 +142,7 @@ def run_suite(encoders: Sequence[Encoder], root: Path, *, seen: Seen | None = No
                 seen(encoders, name, manifest, manifest.rows_of_split(split).tolist(), {})
     _robustness(report, root)
     if not report.results:
-        raise UserError(f"nothing below {root} is a data set that is known: `student eval --help` lists their folders")
+        raise UserError(f"nothing below {root} is a known data set: README lists their folders under Evaluation")
     return report
 
 
@@ -156,7 +156,7 @@ def locate(root: Path, marker: str) -> Path:
     raise UserError(f"there is no {marker} in {root} or in a folder below it")
 
 
-def test_rows(found: Found) -> list[int]:
+def measured_rows(found: Found) -> list[int]:
     """The rows that zero-shot measures."""
     return list(range(len(found.manifest))) if found.whole else found.manifest.rows_of_split("test").tolist()
 
@@ -199,7 +199,7 @@ def _classify(report: Report, name: str, encoder: Encoder, found: Found, folder:
               imagenet: dict[str, Scores]) -> None:  # fmt: skip
     """Zero-shot, and what a set of its kind is reported with besides."""
     cosines, target, skipped = class_scores(
-        bordered(encoder, LABELLED[name].border), found.manifest, test_rows(found), found.names,
+        bordered(encoder, LABELLED[name].border), found.manifest, measured_rows(found), found.names,
         LABELLED[name].templates, fill)  # fmt: skip
     metrics: dict[str, Any] = {**accuracies(cosines, target), "num_images": len(cosines),
                                "num_classes": len(found.names), "num_skipped": skipped}  # fmt: skip

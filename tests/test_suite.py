@@ -22,13 +22,10 @@ from evaluation import datasets, encoder, suite
 from evaluation.metrics import average_precision
 from evaluation.prompts import CALTECH, CIFAR, IMAGENET_PLUS, fill
 from evaluation.robustness import effective_robustness, read_baselines
-from evaluation.suite import CAPTIONED, LABELLED, bordered, locate, run_suite, test_rows
+from evaluation.suite import CAPTIONED, LABELLED, bordered, locate, measured_rows, run_suite
 from evaluation.suite_report import suite_table, write_suite
 from teachercache.names import UserError
 from teachercache.samples import read_image
-
-rows_of = test_rows
-del test_rows  # pytest would take it for a test
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +79,7 @@ def torchvision_set(name: str, root):
 def test_a_layout_is_what_torchvision_reads(name, root, tmp_path):
     found, theirs = read(name, root, tmp_path), torchvision_set(name, root)
     classes = theirs.categories if name == "caltech101" else theirs.classes
-    labels, rows = found.manifest.column("label"), rows_of(found)
+    labels, rows = found.manifest.column("label"), measured_rows(found)
     assert len(rows) == len(theirs) > 0
     ours, wanted = Counter(), Counter()
     for row in rows:
@@ -195,7 +192,7 @@ def slow(root, scratch, name: str) -> tuple[torch.Tensor, torch.Tensor]:
     weights = [np.mean([slow_text(fill(each, words)) for each in templates], 0) for words in found.names.values()]
     weights = np.stack([weight / np.linalg.norm(weight) for weight in weights])
     images, target = [], []
-    for row in rows_of(found):
+    for row in measured_rows(found):
         sample = found.manifest.row(row)
         path = found.manifest.root / sample.image
         if not path.exists():
