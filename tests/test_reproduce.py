@@ -171,7 +171,7 @@ def test_psd_prepares_its_data_once(tmp_path, monkeypatch):
     monkeypatch.setattr(reproduce_psd, "PREPARE", dict.fromkeys(("demo", "scenes"), make))
     rows = [row for table in reproduce_psd.TABLES.values() for row in table.rows]
     for _ in range(2):
-        reproduce_psd.prepare(rows)
+        reproduce_psd.prepare(rows, [0], 1)
     assert made == ["demo", "scenes"]
     noisy = read_manifest("runs/reproduce/psd/demo-0.4.parquet")
     changed = sum('"noise"' in task for task in noisy.column("task"))
