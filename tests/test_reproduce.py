@@ -1,5 +1,6 @@
 """scripts/reproduce: what its tables say of given results, and every row is a command that `student train` takes."""
 
+import concurrent.futures
 import json
 import sys
 from pathlib import Path
@@ -85,7 +86,9 @@ def test_a_table_takes_its_place_between_its_marks(tmp_path, monkeypatch):
 
 def test_what_is_there_is_not_run_again(tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(reproduce, "in_process", lambda paper, folder, words: asked.append(folder))
+    monkeypatch.setattr(reproduce, "run_one", lambda folder, words, evaluations: asked.append(folder) or "")
+    threads = concurrent.futures.ThreadPoolExecutor  # in whose workers the line above holds
+    monkeypatch.setattr(concurrent.futures, "ProcessPoolExecutor", lambda jobs, mp_context: threads(jobs))
     (tmp_path / "done").mkdir()
     result = {"words": ["--steps", "2"], "metrics": {"acc1": 0.5}}
     (tmp_path / "done" / "result.json").write_text(json.dumps(result))
@@ -109,7 +112,7 @@ def test_a_run_leaves_numbers_and_no_weights(squares, cache, tmp_path, monkeypat
 
         real = cli.main
         patch.setattr(cli, "main", main)
-        assert reproduce.run_one(tmp_path / "runs" / "one", words) == 0
+        assert reproduce.run_one(tmp_path / "runs" / "one", words) == ""
     result = json.loads((tmp_path / "runs" / "one" / "result.json").read_text())
     assert {metric.key for metric in METRICS} <= result["metrics"].keys()
     assert result["words"] == words
