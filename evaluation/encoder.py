@@ -1,6 +1,7 @@
 """What an evaluation sees of a model: pictures and texts to embeddings. Not for loading models."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -30,6 +31,7 @@ class Encoder:
     tower: Any = None  # open_clip's picture tower behind encode_image, for tasks that look inside
     mean: tuple[float, ...] = (0.0, 0.0, 0.0)  # what `view` subtracts of a colour between 0 and 1, and divides by
     std: tuple[float, ...] = (1.0, 1.0, 1.0)
+    scale: float = 100.0  # of cosines in a softmax; CLIP's, where the model has none of its own
 
 
 def of_teacher(teacher: Teacher, *, device: str = "cpu") -> Encoder:
@@ -49,6 +51,7 @@ def of_teacher(teacher: Teacher, *, device: str = "cpu") -> Encoder:
         tower=getattr(teacher.module, "visual", None),
         mean=tuple(teacher.spec.view["mean"]),
         std=tuple(teacher.spec.view["std"]),
+        scale=math.exp(teacher.spec.constants.get("logit_scale", math.log(100))),
     )
 
 

@@ -47,3 +47,18 @@ def accuracies(scores: Float[Tensor, "n classes"], target: Int[Tensor, " n"]) ->
         "mean_per_class_recall": mean_per_class(ranks < 1, target),
         "tie_rate": float(ties.double().mean()),
     }
+
+
+def average_precision(scores: Float[Tensor, " n"], positive: Bool[Tensor, " n"]) -> float:
+    """Area under precision and recall as scikit-learn sums it; equal scores count together, so all equal is chance.
+
+    A score that is NaN counts against its row.
+    """
+    unknown = scores.isnan()
+    scores = scores.double().masked_fill(unknown & positive, -torch.inf).masked_fill(unknown & ~positive, torch.inf)
+    order = scores.argsort(descending=True)
+    scores, hits = scores[order], positive[order].double().cumsum(0)
+    last = torch.cat([scores[1:] != scores[:-1], torch.ones(1, dtype=torch.bool)])  # of each group of equals
+    hits, found = hits[last], torch.arange(1, len(scores) + 1)[last]
+    gained = torch.diff(hits, prepend=torch.zeros(1, dtype=hits.dtype)) / positive.sum()
+    return float((gained * hits / found).sum())

@@ -1,6 +1,7 @@
 """The command `student`: reads options, calls one function, prints. Training and evaluation meet here alone."""
 
 import dataclasses
+import functools
 import json as jsonlib
 import shlex
 import time
@@ -175,11 +176,11 @@ def _run_folder(recipe: str, resume: bool) -> str:
 
 
 @student.command("eval")
-@click.argument("model")
+@click.argument("models", nargs=-1, required=True, metavar="MODEL...")
 @click.option(
     "--task",
     required=True,
-    help=f"One of {', '.join(TASKS | ANSWERED)}; short: {', '.join(SHORT)}.",
+    help=f"One of {', '.join(TASKS | ANSWERED)}; short: {', '.join(SHORT)}; or all: the data sets in --data's folders.",
 )
 @click.option(
     "--data",
@@ -187,36 +188,79 @@ def _run_folder(recipe: str, resume: bool) -> str:
     show_default=True,
     help="Its test split, or all of it where it has no splits.",
 )
+@click.option("--out", type=Path, help="Where --task all writes suite.json, .csv and .md; default evals/<data>.")
+@click.option("--figures", type=Path, metavar="DIR", help="Also draw what the models say of some rows, as PNG.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
-def evaluate(model: str, task: str, data: str, as_json: bool) -> None:
-    """Measure a run, an exported open_clip folder, or a teacher by its name; vcr, snli_ve and vqa: a run or a cache.
+def evaluate(models: tuple[str, ...], task: str, data: str, out: Path | None, figures: Path | None,
+             as_json: bool) -> None:  # fmt: skip
+    """Measure runs, exported open_clip folders, or teachers by name; several stand side by side.
+
+    For vcr, snli_ve and vqa a MODEL is a run or a cache, and several are an ensemble too.
 
     \u0008
     student eval runs/NAME --task retrieval
-    student eval clip-lite --task zeroshot
+    student eval clip-lite runs/NAME --task zeroshot --figures figures/
     student eval runs/NAME --task imagenet --data imagenet-r/
     student eval runs/NAME --task coco_detection --data coco/
     student eval caches/vcr/clip-vit-b16.zarr --task vcr --data vcr1/val.jsonl
+    student eval runs/A runs/B --task all --data /datasets
     """
     from evaluation.report import run_answered, run_task, table
 
+    if task == "all":
+        return _suite(models, data, out or Path("evals", Path(data).name or "data"), figures, as_json)
+    if out is not None:
+        raise UserError("--out is where --task all writes its tables; a run's results are kept in RUN/eval")
     find_task(task)
     if task in ANSWERED:
-        answerers, folder = _answerers(model, task, data)
-        results = run_answered(task, [answerers], data)
+        if figures:
+            raise UserError(f"--figures draws what encoders say of pictures, not answers: leave it away for {task}")
+        answering = [_answerers(model, task, data) for model in models]
+        results = run_answered(task, [ways for ways, _ in answering], data)
+        for ways, folder in answering:
+            _keep(next(result for result in results if result["pretrained"] == ways[0].pretrained), folder)
     else:
-        encoder, folder = _encoder(model)
-        results = [run_task(task, encoder, data)]
+        loaded = [_encoder(model) for model in models]
+        results = [run_task(task, encoder, data) for encoder, _ in loaded]
+        for result, (_, folder) in zip(results, loaded, strict=True):
+            _keep(result, folder)
+        if figures:
+            from evaluation.figures import draw_data
+
+            for path in draw_data([encoder for encoder, _ in loaded], task, data, figures):
+                say(f"wrote {path}")
+    if as_json:
+        print(*map(jsonlib.dumps, results), sep="\n")  # a line for each model, and each way in which a cache answers
+    else:
+        print(table(results))
+    return None
+
+
+def _suite(models: tuple[str, ...], data: str, out: Path, figures: Path | None, as_json: bool) -> None:
+    """Every data set that is found below `data`."""
+    from evaluation.figures import draw_suite
+    from evaluation.suite import run_suite
+    from evaluation.suite_report import suite_table, write_suite
+
+    loaded = [_encoder(model) for model in models]
+    seen = functools.partial(draw_suite, figures) if figures else None
+    report = run_suite([encoder for encoder, _ in loaded], Path(data), seen=seen)
+    for result in report.results:
+        folders = [folder for encoder, folder in loaded if encoder.pretrained == result["pretrained"]]
+        _keep(result, folders[0] if folders else None)
+    say("wrote " + ", ".join(map(str, write_suite(report, out))))
+    found = {"results": report.results, "skipped": report.skipped}
+    print(jsonlib.dumps(found) if as_json else suite_table(report))
+
+
+def _keep(result: dict, folder: Path | None) -> None:
+    """A run's result stays with it."""
     if folder is not None:
         from teachercache.paths import write_whole
 
-        path = folder / "eval" / f"{results[0]['dataset']}_{results[0]['task']}.json"
+        path = folder / "eval" / f"{result['dataset']}_{result['task']}.json"
         path.parent.mkdir(exist_ok=True)
-        write_whole(path, jsonlib.dumps(results[0]) + "\n")
-    if as_json:
-        print(*map(jsonlib.dumps, results), sep="\n")  # one line for each way in which a cache answers
-    else:
-        print(table(results))
+        write_whole(path, jsonlib.dumps(result) + "\n")
 
 
 def _encoder(model: str):
@@ -247,6 +291,7 @@ def _encoder(model: str):
         tower=trained.model.visual,
         mean=tuple(trained.preprocess["mean"]),
         std=tuple(trained.preprocess["std"]),
+        scale=float(trained.model.logit_scale.detach().exp()),
     )
     return encoder, path
 

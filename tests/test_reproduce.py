@@ -1,5 +1,6 @@
 """scripts/reproduce: what its tables say of given results, and every row is a command that `student train` takes."""
 
+import concurrent.futures
 import json
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 
 import reproduce
 import reproduce_clip_kd
+import reproduce_psd
 from reproduce_tables import METRICS, Row, Table
 
 A = Row("a", (("fd", 1.0),), (30.0, None, None))
@@ -84,7 +86,9 @@ def test_a_table_takes_its_place_between_its_marks(tmp_path, monkeypatch):
 
 def test_what_is_there_is_not_run_again(tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(reproduce, "in_process", lambda paper, folder, words: asked.append(folder))
+    monkeypatch.setattr(reproduce, "run_one", lambda folder, words, evaluations: asked.append(folder) or "")
+    threads = concurrent.futures.ThreadPoolExecutor  # in whose workers the line above holds
+    monkeypatch.setattr(concurrent.futures, "ProcessPoolExecutor", lambda jobs, mp_context: threads(jobs))
     (tmp_path / "done").mkdir()
     result = {"words": ["--steps", "2"], "metrics": {"acc1": 0.5}}
     (tmp_path / "done" / "result.json").write_text(json.dumps(result))
@@ -108,10 +112,86 @@ def test_a_run_leaves_numbers_and_no_weights(squares, cache, tmp_path, monkeypat
 
         real = cli.main
         patch.setattr(cli, "main", main)
-        assert reproduce.run_one(tmp_path / "runs" / "one", words) == 0
+        assert reproduce.run_one(tmp_path / "runs" / "one", words) == ""
     result = json.loads((tmp_path / "runs" / "one" / "result.json").read_text())
     assert {metric.key for metric in METRICS} <= result["metrics"].keys()
     assert result["words"] == words
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["one"]
     assert not list((tmp_path / "runs").rglob("*.safetensors"))
     assert (tmp_path / "runs" / "one" / "metrics.jsonl").exists()
+
+
+# ----------------------------------------------------------------------------------------------------
+# PSD: other rows, other columns, data of its own
+
+
+@pytest.mark.parametrize("name", reproduce_psd.TABLES)
+def test_rows_of_psd_are_commands_and_pairs(name):
+    rows = reproduce_psd.TABLES[name].rows
+    for row in rows:
+        words = reproduce_psd.words(row, 7)
+        settings = [words[i + 1] for i, word in enumerate(words) if word == "--set"]
+        recipe, _ = override(find(words[words.index("--recipe") + 1]), Run(data="", cache="", out=""), settings)
+        assert (recipe.optim.weight_decay, recipe.optim.warmup, recipe.constants.model) == (1e-3, 0.2, "vit-micro")
+        share = dict(row.settings)["noise"]
+        data = words[words.index("--data") + 1]
+        assert data == f"runs/reproduce/psd/{name}" + (f"-{share:g}.parquet" if share else "")
+        tasks = reproduce_psd.evaluations(words)
+        assert {each[1]: each[3] for each in tasks} == dict.fromkeys(
+            ("retrieval", "zeroshot"), f"runs/reproduce/psd/{name}"
+        )  # clean rows, whatever it was trained on
+    for clip, psd in zip(rows[::2], rows[1::2], strict=True):
+        first, second = reproduce_psd.words(clip, 3), reproduce_psd.words(psd, 3)
+        assert [(a, b) for a, b in zip(first, second, strict=True) if a != b] == [("clip", "psd")]
+    assert len({reproduce.folder_of("psd", row, 0) for row in rows}) == len(rows)
+
+
+def test_psd_table_pairs_by_seed():
+    table = reproduce_psd.TABLES["demo"]
+    keys = [key for _, keys in reproduce_psd.COLUMNS for key in keys]
+    results = {row: [dict.fromkeys(keys, 0.01 * (i + seed)) for seed in range(2)] for i, row in enumerate(table.rows)}
+    results[table.rows[1]] = [dict.fromkeys(keys, 0.30), dict.fromkeys(keys, 0.00) | {"image_retrieval_recall@1": 0.5}]
+    lines = reproduce_psd.section(table, results, [0, 1]).splitlines()
+    cells = [cell.strip() for cell in lines[4].split("|")[1:-1]]
+    assert cells[:4] == ["0%", "0.5 (0.0 to 1.0)", "15.0 (0.0 to 30.0)", "14.5 (-1.0 to 30.0)"]
+    assert cells[4:7] == ["0.5 (0.0 to 1.0)", "27.5 (25.0 to 30.0)", "27.0 (24.0 to 30.0)"]  # R@1 of both directions
+    assert [line.split("|")[1].strip() for line in lines[4:8]] == ["0%", "20%", "40%", "60%"]
+    assert lines[2].count("psd - clip") == 3
+
+
+def test_psd_prepares_its_data_once(tmp_path, monkeypatch):
+    from conftest import make_folder
+
+    from teachercache.readers import read_manifest
+
+    monkeypatch.chdir(tmp_path)
+    made = []
+
+    def make(out: Path) -> None:
+        made.append(out.name)
+        make_folder(out, 20, splits=True)
+
+    monkeypatch.setattr(reproduce_psd, "PREPARE", dict.fromkeys(("demo", "scenes"), make))
+    rows = [row for table in reproduce_psd.TABLES.values() for row in table.rows]
+    for _ in range(2):
+        reproduce_psd.prepare(rows, [0], 1)
+    assert made == ["demo", "scenes"]
+    noisy = read_manifest("runs/reproduce/psd/demo-0.4.parquet")
+    changed = sum('"noise"' in task for task in noisy.column("task"))
+    assert changed == 6  # of 15 training rows
+
+
+def test_the_demo_is_shrunk(tmp_path, monkeypatch):
+    from PIL import Image
+
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "data/demo/train/bird"
+    folder.mkdir(parents=True)
+    Image.new("RGB", (200, 100), "red").save(folder / "a.jpg")
+    (folder / "a.txt").write_text("a red bird\n")
+    (tmp_path / "runs/reproduce/psd").mkdir(parents=True)
+    reproduce_psd.shrink_demo(Path("runs/reproduce/psd/demo"))
+    out = tmp_path / "runs/reproduce/psd/demo/train/bird"
+    with Image.open(out / "a.png") as small:
+        assert small.size == (64, 32)
+    assert (out / "a.txt").read_text() == "a red bird\n"

@@ -15,11 +15,8 @@ from collections import Counter
 from collections.abc import Collection
 from typing import Any
 
-import torch
-
-from evaluation.encoder import Encoder, embed_images
-from evaluation.metrics import accuracies
-from evaluation.tasks.zeroshot import classifier, given_names
+from evaluation.encoder import Encoder
+from evaluation.tasks.zeroshot import classify, given_names
 from teachercache.names import UserError
 from teachercache.runtime import say
 from teachercache.samples import Manifest
@@ -39,16 +36,8 @@ def evaluate(encoder: Encoder, manifest: Manifest) -> dict[str, Any]:
         say(f"{len(classes)} of ImageNet's 1,000 classes have a folder: their logits alone compete")
     words = class_words()
     names = {label: words[place] for label, place in places.items()} | given_names(manifest, places)
-    images, kept, skipped = embed_images(encoder, manifest, rows)
     templates = [template("{}") for template in OPENAI_IMAGENET_TEMPLATES]
-    weights = classifier(encoder, [names[label] for label in classes], templates)
-    column = {label: i for i, label in enumerate(classes)}
-    return {
-        **accuracies(images @ weights.T, torch.tensor([column[labels[row]] for row in kept])),
-        "num_images": len(images),
-        "num_classes": len(classes),
-        "num_skipped": len(skipped),
-    }
+    return classify(encoder, manifest, rows, {label: names[label] for label in classes}, templates)
 
 
 def _labelled_rows(manifest: Manifest, labels: list[str]) -> list[int]:

@@ -1,8 +1,11 @@
 """Image-text retrieval: R@1/5/10 both ways. Any of an image's texts counts (Karpathy's protocol)."""
 
+import statistics
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
+from torch import Tensor
 
 from evaluation.encoder import Encoder, embed_images, embed_texts
 from evaluation.metrics import recall_at, strict_ranks
@@ -12,17 +15,38 @@ from teachercache.samples import Manifest
 CHUNK = 1024  # queries scored at once
 
 
-def evaluate(encoder: Encoder, manifest: Manifest, split: str = "test") -> dict[str, Any]:
-    """Recalls over a split; keys as clip-benchmark writes them, ties and counts beside them."""
+def evaluate(encoder: Encoder, manifest: Manifest, split: str = "test", *, captions: int | None = None,
+             fold: int = 0) -> dict[str, Any]:  # fmt: skip
+    """Recalls over a split; keys as clip-benchmark writes them, ties and counts beside them.
+
+    `captions`: of each picture the first so many alone. `fold`: also the mean over that many pictures at a time, in the
+    data's order, keys behind `<fold>/`; what is left over is in no fold.
+    """
     rows = manifest.rows_of_split(split).tolist()
-    texts = manifest.column("texts")
-    rows = [row for row in rows if any(text.strip() for text in texts[row])]
+    texts = [[text for text in group if text.strip()][:captions] for group in manifest.column("texts")]
+    rows = [row for row in rows if texts[row]]
     if not rows:
         raise UserError(f"{manifest.data} has no {split} rows with texts: retrieval needs captions")
     images, kept, skipped = embed_images(encoder, manifest, rows)
-    pairs = [(i, text) for i, row in enumerate(kept) for text in texts[row] if text.strip()]
+    pairs = [(i, text) for i, row in enumerate(kept) for text in texts[row]]
     owner = torch.tensor([i for i, _ in pairs])
     sentences = embed_texts(encoder, [text for _, text in pairs])
+    metrics = recalls(images, sentences, owner)
+    folds = []
+    for start in range(0, len(images) - fold + 1 if fold else 0, max(1, fold)):
+        inside = (owner >= start) & (owner < start + fold)
+        folds.append(recalls(images[start : start + fold], sentences[inside], owner[inside] - start))
+    means = {f"{fold}/{key}": _mean([each[key] for each in folds]) for key in metrics} if folds else {}
+    counts = {"num_images": len(images), "num_texts": len(sentences), "num_skipped": len(skipped)}
+    return metrics | means | ({"num_folds": len(folds)} if fold else {}) | counts
+
+
+def recalls(images: Float[Tensor, "images dim"], sentences: Float[Tensor, "texts dim"],
+            owner: Int[Tensor, " texts"]) -> dict[str, float | None]:  # fmt: skip
+    """R@1/5/10 both ways and tie rates; `owner` is each text's picture.
+
+    R@K is None where there are fewer than K wrong answers: every model would score 1.
+    """
 
     def both(queries, items, positive_of):
         ranks, ties = [], []
@@ -36,12 +60,15 @@ def evaluate(encoder: Encoder, manifest: Manifest, split: str = "test") -> dict[
     image_ids = torch.arange(len(images))
     i2t, i2t_ties = both(images, sentences, lambda part: image_ids[part, None] == owner[None])
     t2i, t2i_ties = both(sentences, images, lambda part: owner[part, None] == image_ids[None])
-    metrics = {f"image_retrieval_recall@{k}": recall_at(t2i, k) for k in (1, 5, 10)}
-    metrics |= {f"text_retrieval_recall@{k}": recall_at(i2t, k) for k in (1, 5, 10)}
+    wrong_images, wrong_texts = len(images) - 1, len(sentences) - int(owner.bincount().max())
+    metrics = {f"image_retrieval_recall@{k}": recall_at(t2i, k) if k <= wrong_images else None for k in (1, 5, 10)}
+    metrics |= {f"text_retrieval_recall@{k}": recall_at(i2t, k) if k <= wrong_texts else None for k in (1, 5, 10)}
     return metrics | {
         "image_retrieval_tie_rate": float(t2i_ties.double().mean()),
         "text_retrieval_tie_rate": float(i2t_ties.double().mean()),
-        "num_images": len(images),
-        "num_texts": len(sentences),
-        "num_skipped": len(skipped),
     }
+
+
+def _mean(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.mean(known) if len(known) == len(values) else None

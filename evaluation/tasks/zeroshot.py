@@ -1,10 +1,10 @@
 """Zero-shot classification: the folder (or label column) is the class, templates are ensembled (CLIP, section 3.1)."""
 
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -13,6 +13,7 @@ from evaluation.metrics import accuracies
 from teachercache.names import UserError
 from teachercache.samples import Manifest
 
+Fill = Callable[[str, str], str]  # template and name to a prompt
 TEMPLATES = ("a picture of {}.", "a photo of {}.", "a drawing of {}.", "{}.")
 
 
@@ -26,21 +27,35 @@ def evaluate(encoder: Encoder, manifest: Manifest, split: str = "test") -> dict[
     if not rows:
         raise UserError(f"{manifest.data} has no labels: zero-shot classification needs a folder per class")
     names = class_names(manifest)
-    classes = sorted(names)
-    images, kept, skipped = embed_images(encoder, manifest, rows)
-    weights = classifier(encoder, [names[label] for label in classes], TEMPLATES)
-    target = torch.tensor([classes.index(labels[row]) for row in kept])
+    return classify(encoder, manifest, rows, {label: names[label] for label in sorted(names)}, TEMPLATES)
+
+
+def classify(encoder: Encoder, manifest: Manifest, rows: Sequence[int], names: Mapping[str, str],
+             templates: Sequence[str], fill: Fill = str.format) -> dict[str, Any]:  # fmt: skip
+    """Metrics of labelled rows; the labels of `names` compete, in that order."""
+    scores, target, skipped = class_scores(encoder, manifest, rows, names, templates, fill)
     return {
-        **accuracies(images @ weights.T, target),
-        "num_images": len(images),
-        "num_classes": len(classes),
-        "num_skipped": len(skipped),
+        **accuracies(scores, target),
+        "num_images": len(scores),
+        "num_classes": len(names),
+        "num_skipped": skipped,
     }
 
 
-def classifier(encoder: Encoder, names: Sequence[str], templates: Sequence[str]) -> Float[Tensor, "classes dim"]:
+def class_scores(encoder: Encoder, manifest: Manifest, rows: Sequence[int], names: Mapping[str, str],
+                 templates: Sequence[str], fill: Fill = str.format
+                 ) -> tuple[Float[Tensor, "n classes"], Int[Tensor, " n"], int]:  # fmt: skip
+    """Cosines of the rows that can be read to each class, their classes, and how many rows cannot be read."""
+    labels, column = manifest.column("label"), {label: i for i, label in enumerate(names)}
+    images, kept, skipped = embed_images(encoder, manifest, list(rows))
+    weights = classifier(encoder, list(names.values()), templates, fill)
+    return images @ weights.T, torch.tensor([column[labels[row]] for row in kept]), len(skipped)
+
+
+def classifier(encoder: Encoder, names: Sequence[str], templates: Sequence[str],
+               fill: Fill = str.format) -> Float[Tensor, "classes dim"]:  # fmt: skip
     """One unit vector per class: the mean over templates of unit text embeddings, normalised again."""
-    texts = [template.format(name) for name in names for template in templates]
+    texts = [fill(template, name) for name in names for template in templates]
     embeddings = embed_texts(encoder, texts).reshape(len(names), len(templates), -1)
     return normalize(embeddings.mean(1), dim=1)
 

@@ -1,0 +1,231 @@
+"""Classification data sets as they are published, each with its own layout: labelled pictures and names of classes.
+
+Nothing is unpacked or copied, but CIFAR's arrays become PNGs in one Parquet file of a scratch folder. What cannot be
+read as it should be is a UserError. Not for prompts or metrics: see `suite.py`.
+"""
+
+import csv
+import dataclasses
+import io
+import json
+import os
+import pickle
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from evaluation.tasks.imagenet import class_places, class_words
+from teachercache.names import UserError
+from teachercache.readers import read_manifest
+from teachercache.samples import Manifest, Sample, make_manifest
+
+CALTECH_TRAIN, CALTECH_SEED = 30, 0  # pictures a class that the probe is trained on, as CLIP has it
+PICTURES = (".jpg", ".jpeg", ".png")
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """Rows with labels, `split` train or test; every label's words, the classes that compete."""
+
+    manifest: Manifest
+    names: dict[str, str]
+    whole: bool = False  # zero-shot measures all rows, not the test rows alone
+
+
+def found(data: Path, samples: Iterable[Sample], names: dict[str, str], *, root: Path | None = None,
+          whole: bool = False) -> Found:  # fmt: skip
+    """Samples as a data set; the pictures' paths start at `root`."""
+    return Found(make_manifest(str(data), root or data, samples), names, whole)
+
+
+# ----------------------------------------------------------------------------------------------------
+# CIFAR
+
+
+def read_cifar10(root: Path, scratch: Path) -> Found:
+    """`cifar-10-batches-py/`: data_batch_1 to 5, test_batch, batches.meta."""
+    folder = root / "cifar-10-batches-py"
+    parts = [("train", folder / f"data_batch_{i}") for i in range(1, 6)] + [("test", folder / "test_batch")]
+    (names,) = unpickle(folder / "batches.meta", "label_names")
+    return _cifar(folder, parts, names, "labels", scratch / "cifar10.parquet")
+
+
+def read_cifar100(root: Path, scratch: Path) -> Found:
+    """`cifar-100-python/`: train, test, meta; the 100 fine classes."""
+    folder = root / "cifar-100-python"
+    (names,) = unpickle(folder / "meta", "fine_label_names")
+    parts = [(split, folder / split) for split in ("train", "test")]
+    return _cifar(folder, parts, names, "fine_labels", scratch / "cifar100.parquet")
+
+
+def _cifar(folder: Path, parts: list[tuple[str, Path]], names: list[str], key: str, out: Path) -> Found:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from PIL import Image
+
+    samples: list[Sample] = []
+    with pq.ParquetWriter(out, pa.schema([("image", pa.binary())])) as writer:
+        for split, path in parts:
+            data, labels = unpickle(path, "data", key)
+            pictures = np.asarray(data, np.uint8).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+            cells = []
+            for pixels, label in zip(pictures, labels, strict=True):
+                buffer = io.BytesIO()
+                Image.fromarray(np.ascontiguousarray(pixels)).save(buffer, "PNG", compress_level=1)
+                cells.append(buffer.getvalue())
+                row = len(samples)
+                samples.append(Sample(str(row), out.name, label=names[label], split=split, offset=row, size=1))
+            writer.write_table(pa.table({"image": pa.array(cells, pa.binary())}), row_group_size=1000)
+    return found(folder, samples, {name: name.replace("_", " ") for name in names}, root=out.parent)
+
+
+class _Arrays(pickle.Unpickler):
+    """Arrays, lists, strings, and nothing that runs: a pickle of a stranger may name any function."""
+
+    allowed = frozenset({"numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct", "numpy.ndarray",
+                         "numpy.dtype", "_codecs.encode"})  # fmt: skip
+
+    def find_class(self, module: str, name: str) -> Any:
+        if f"{module}.{name}" not in self.allowed:
+            raise UserError(f"a CIFAR file asks for {module}.{name}, which is no array: download it anew")
+        return super().find_class(module.replace("numpy.core", "numpy._core"), name)
+
+
+def unpickle(path: Path, *keys: str) -> list[Any]:
+    """Values of one of CIFAR's dictionaries, which Python 2 wrote."""
+    try:
+        with open(path, "rb") as file:
+            values = _Arrays(file, encoding="latin1").load()
+        return [values[key] for key in keys]
+    except FileNotFoundError as error:
+        raise UserError(f"there is no {path}: unpack the archive of CIFAR's Python version again") from error
+    except (pickle.UnpicklingError, EOFError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{path} is not one of CIFAR's Python files: {error!r}") from error
+
+
+# ----------------------------------------------------------------------------------------------------
+# Lists of files beside pictures
+
+
+def read_food101(root: Path, scratch: Path) -> Found:
+    """`food-101/`: meta/train.txt and test.txt (apple_pie/1005649), meta/labels.txt beside classes.txt."""
+    folder = root / "food-101"
+    classes = lines(folder / "meta/classes.txt")
+    words = lines(folder / "meta/labels.txt") if (folder / "meta/labels.txt").exists() else classes
+    names = {label: word.replace("_", " ") for label, word in zip(classes, words, strict=True)}
+    samples = (Sample(name, f"images/{name}.jpg", label=name.partition("/")[0], split=split)
+               for split in ("train", "test") for name in lines(folder / f"meta/{split}.txt"))  # fmt: skip
+    return found(folder, samples, names)
+
+
+def read_pets(root: Path, scratch: Path) -> Found:
+    """Oxford-IIIT Pets: annotations/trainval.txt and test.txt (Abyssinian_100 1 1 1), images/."""
+
+    def label(name: str) -> str:
+        return re.sub(r"_\d+$", "", name)
+
+    listed = [(split, line.split()[0]) for split, file in (("train", "trainval"), ("test", "test"))
+              for line in lines(root / f"annotations/{file}.txt")]  # fmt: skip
+    samples = [Sample(name, f"images/{name}.jpg", label=label(name), split=split) for split, name in listed]
+    return found(root, samples, {each: each.replace("_", " ") for each in sorted({row.label for row in samples})})
+
+
+def read_birdsnap(root: Path, scratch: Path) -> Found:
+    """Birdsnap 1.1: species.txt, images.txt, test_images.txt with a header and tabs; pictures in images/."""
+
+    def rows(name: str) -> Iterator[dict[str, str]]:
+        with open(root / name, encoding="utf-8", newline="") as file:
+            yield from csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+
+    names = {row["id"]: row["common"] for row in rows("species.txt")}
+    test = {row["path"] for row in rows("test_images.txt")}
+    folder = next((part for part in ("images", "download/images") if (root / part).is_dir()), "")
+    samples = (Sample(row["path"], os.path.join(folder, row["path"]), label=row["species_id"],
+                      split="test" if row["path"] in test else "train") for row in rows("images.txt"))  # fmt: skip
+    return found(root, samples, names)
+
+
+def read_places365(root: Path, scratch: Path) -> Found:
+    """Places365's validation: places365_val.txt, categories_places365.txt (/a/airfield 0), val_256/ or val_large/."""
+    folder = next((part for part in ("val_256", "val_large") if (root / part).is_dir()), "")
+    if not folder:
+        raise UserError(f"{root} has places365_val.txt and no val_256 or val_large with its pictures: put one there")
+    numbered = (line.split() for line in lines(root / "categories_places365.txt"))
+    names = {number: re.sub("[_/]", " ", name[3:]) for name, number in numbered}  # behind /a/
+    listed = (line.split() for line in lines(root / "places365_val.txt"))
+    return found(root, (Sample(name, f"{folder}/{name}", label=label, split="test") for name, label in listed), names)
+
+
+def lines(path: Path) -> list[str]:
+    """Lines that say something; a comment (#) does not."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(
+            f"cannot read {path}: {error.strerror or error}; unpack the data set's archive again"
+        ) from error
+    return [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
+
+
+# ----------------------------------------------------------------------------------------------------
+# A folder per class
+
+
+def read_caltech101(root: Path, scratch: Path) -> Found:
+    """`101_ObjectCategories/<class>/`, without BACKGROUND_Google, which is no class: 8,677 pictures.
+
+    Zero-shot measures all of them, as many as the supplement's table 2 has; the probe is trained on 30 a class, drawn
+    by a seed, and measured on the others, as in CLIP.
+    """
+    folder = root / "101_ObjectCategories"
+    draw, samples = np.random.default_rng(CALTECH_SEED), []
+    for label in sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name != "BACKGROUND_Google"):
+        own = pictures_in(folder / label)
+        train = set(draw.permutation(len(own))[:CALTECH_TRAIN].tolist())
+        samples += [Sample(f"{label}/{name}", f"{label}/{name}", label=label, split="train" if i in train else "test")
+                    for i, name in enumerate(own)]  # fmt: skip
+    return found(folder, samples, {label: label.replace("_", " ") for label in {row.label for row in samples}},
+                 whole=True)  # fmt: skip
+
+
+def read_objectnet(root: Path, scratch: Path) -> Found:
+    """`objectnet-1.0/`: images/<folder>/, mappings/folder_to_objectnet_label.json."""
+    folder = root / "objectnet-1.0"
+    names = json_of(folder / "mappings/folder_to_objectnet_label.json")
+    samples = [Sample(f"{label}/{name}", f"images/{label}/{name}", label=label, split="test")
+               for label in sorted(names) if (folder / "images" / label).is_dir()
+               for name in pictures_in(folder / "images" / label)]  # fmt: skip
+    present = {row.label for row in samples}
+    return found(folder, samples, {label: words.lower() for label, words in names.items() if label in present})
+
+
+def in_imagenet(folder: Path) -> set[str]:
+    """Folders of ObjectNet's classes that ImageNet has too, by mappings/objectnet_to_imagenet_1k.json: 113 of them."""
+    mapped = json_of(folder / "mappings/objectnet_to_imagenet_1k.json")
+    names = json_of(folder / "mappings/folder_to_objectnet_label.json")
+    return {label for label, words in names.items() if words in mapped}
+
+
+def read_wnids(folder: Path) -> Found:
+    """ImageNet's validation or a variant: folders are wnids, or 0 to 999; only classes that have one compete."""
+    manifest = read_manifest(str(folder))
+    places, words = class_places(set(manifest.column("label")), str(folder)), class_words()
+    return Found(
+        manifest, {label: words[places[label]] for label in sorted(places, key=places.__getitem__)}, whole=True
+    )
+
+
+def pictures_in(folder: Path) -> list[str]:
+    """Names of the pictures in a folder, sorted."""
+    return sorted(name for name in os.listdir(folder) if name.lower().endswith(PICTURES))
+
+
+def json_of(path: Path) -> dict[str, str]:
+    """A flat JSON object."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}; unpack the data set's archive again") from error

@@ -1,0 +1,228 @@
+"""What models say of a few pictures, side by side, as PNG: PSD's figures 1 to 4.
+
+Rows are drawn by a seed, not chosen: the same for every model, and no picture is shown because it looks good. Not for
+numbers: a retrieval figure searches among a thousand pictures at most.
+"""
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from evaluation.encoder import Encoder, embed_images, embed_texts
+from evaluation.prompts import fill
+from evaluation.suite import LABELLED
+from evaluation.tasks.imagenet import class_places, class_words
+from evaluation.tasks.zeroshot import TEMPLATES, Fill, class_names, classifier
+from teachercache.names import UserError
+from teachercache.readers import read_manifest
+from teachercache.samples import Manifest, read_image
+
+if TYPE_CHECKING:
+    import torch
+    from matplotlib.figure import Figure
+
+SEED, POOL = 0, 1000
+QUERIES, TOP = 6, 10  # figures 1 and 2
+CLASSES, BARS = 6, 5  # figure 3
+PAIRS = 8  # figure 4
+RIGHT, WRONG = "tab:green", "0.7"
+
+
+def draw_data(encoders: Sequence[Encoder], task: str, data: str, out: Path) -> list[Path]:
+    """What the test rows of any data allow: retrieval and similarities of captions, classes of labels."""
+    manifest = read_manifest(data)
+    name = manifest.data.rstrip("/").rsplit("/", 1)[-1]
+    rows, labels = manifest.rows_of_split("test").tolist(), manifest.column("label")
+    paths = []
+    if manifest.has_text()[rows].sum() > 1:
+        paths += draw_captions(encoders, manifest, rows, out, name)
+    labelled = [row for row in rows if labels[row]]
+    if labelled and task == "imagenet":
+        places, words = class_places({labels[row] for row in labelled}, data), class_words()
+        names = {label: words[place] for label, place in places.items()}
+        paths += draw_classes(encoders, manifest, labelled, names, TEMPLATES, out, name)
+    elif labelled:
+        paths += draw_classes(encoders, manifest, labelled, class_names(manifest), TEMPLATES, out, name)
+    if not paths:
+        raise UserError(f"{data} has no test rows with captions or labels: there is nothing to draw")
+    return paths
+
+
+def draw_suite(out: Path, encoders: Sequence[Encoder], name: str, manifest: Manifest, rows: Sequence[int],
+               names: Mapping[str, str]) -> None:  # fmt: skip
+    """The pictures of one of the suite's data sets, by the prompts that it is measured with."""
+    if names:
+        draw_classes(encoders, manifest, rows, names, LABELLED[name].templates, out, name, fill)
+    else:
+        draw_captions(encoders, manifest, rows, out, name)
+
+
+def draw_captions(encoders: Sequence[Encoder], manifest: Manifest, rows: Sequence[int], out: Path,
+                  name: str) -> list[Path]:  # fmt: skip
+    """Figures 1, 2 and 4 of rows with captions: `<name>-retrieval.png`, `<name>-similarity.png`."""
+    captions = _captions(manifest, rows)
+    pool = _draw([row for row in rows if captions.get(row)], POOL)
+    if len(pool) < 2:
+        raise UserError(f"{manifest.data} has fewer than two rows with captions: there is nothing to draw")
+    seen = [embed_images(encoder, manifest, pool) for encoder in encoders]
+    pool, images = seen[0][1], [embeddings for embeddings, _, _ in seen]
+    asked = _draw(pool, QUERIES)
+    paths = [out / f"{name}-retrieval.png", out / f"{name}-similarity.png"]
+    _save(_retrievals(encoders, manifest, pool, images, [(row, captions[row]) for row in asked]), paths[0])
+    _save(_similarities(encoders, manifest, pool, images, [(row, captions[row]) for row in _draw(pool, PAIRS)]),
+          paths[1])  # fmt: skip
+    return paths
+
+
+def draw_classes(encoders: Sequence[Encoder], manifest: Manifest, rows: Sequence[int], names: Mapping[str, str],
+                 templates: Sequence[str], out: Path, name: str, fill: Fill = str.format) -> list[Path]:  # fmt: skip
+    """Figure 3 of rows with labels, a class at most once: `<name>-classes.png`."""
+    labels = manifest.column("label")
+    shown: dict[str, int] = {}
+    for row in _draw(list(rows), len(rows), ordered=False):
+        shown.setdefault(labels[row], row)
+    chosen = list(shown.values())[:CLASSES]
+    figure = _figure(3.0 + 3.2 * len(encoders), 1.5 * len(chosen) + 0.5)
+    grid = figure.subplots(len(chosen), 1 + len(encoders), squeeze=False, width_ratios=[1.2] + [2] * len(encoders))
+    words = list(names.values())
+    for column, encoder in enumerate(encoders, start=1):
+        images, kept, _ = embed_images(encoder, manifest, chosen)
+        shares = (encoder.scale * images @ classifier(encoder, words, templates, fill).T).softmax(1)
+        for line, row in enumerate(chosen):
+            axis = grid[line][column]
+            if row in kept:
+                _bars(axis, shares[kept.index(row)], words, list(names).index(labels[row]))
+            if line == 0:
+                axis.set_title(encoder.name, fontsize=9)
+    for line, row in enumerate(chosen):
+        _picture(grid[line][0], manifest, row)
+        grid[line][0].set_title(textwrap.shorten(names[labels[row]], 28), fontsize=8, parse_math=False)
+    path = out / f"{name}-classes.png"
+    _save(figure, path)
+    return [path]
+
+
+# ----------------------------------------------------------------------------------------------------
+# Figures 1 and 2: the pictures that a text finds first
+
+
+def _retrievals(encoders: Sequence[Encoder], manifest: Manifest, pool: list[int], images: list[Any],
+                asked: list[tuple[int, str]]) -> "Figure":  # fmt: skip
+    """A line of pictures per text and model, best first; the text's own picture has a frame."""
+    top = min(TOP, len(pool))
+    figure = _figure(0.9 * top + 1.2, (0.95 * len(encoders) + 0.35) * len(asked))
+    parts = figure.subfigures(len(asked), 1, squeeze=False)[:, 0]
+    for part, (own, text) in zip(parts, asked, strict=True):
+        part.suptitle(textwrap.shorten(text, 100), fontsize=9, x=0.02, ha="left", parse_math=False)
+        grid = part.subplots(len(encoders), top, squeeze=False)
+        for line, (encoder, embeddings) in enumerate(zip(encoders, images, strict=True)):
+            scores = embeddings @ embed_texts(encoder, [text])[0]
+            best = scores.argsort(descending=True, stable=True)[:top].tolist()
+            for axis, place in zip(grid[line], best, strict=True):
+                _picture(axis, manifest, pool[place], frame=RIGHT if pool[place] == own else "")
+            grid[line][0].set_ylabel(textwrap.fill(encoder.name, 14), fontsize=7, rotation=0, ha="right", va="center")
+    return figure
+
+
+# ----------------------------------------------------------------------------------------------------
+# Figure 3: the likeliest classes
+
+
+def _bars(axis: Any, shares: "torch.Tensor", words: Sequence[str], right: int) -> None:
+    """The likeliest classes, the first on top, the right one in colour."""
+    best = shares.argsort(descending=True, stable=True)[:BARS].tolist()
+    places = range(len(best))
+    axis.barh(places, [float(shares[i]) for i in best], color=[RIGHT if i == right else WRONG for i in best])
+    for place, i in zip(places, best, strict=True):
+        label = f"{textwrap.shorten(words[i], 36)}  {100 * float(shares[i]):.0f} %"
+        axis.text(0.01, place, label, va="center", fontsize=7, parse_math=False)
+    axis.set(xlim=(0, 1), xticks=[], yticks=[])
+    axis.invert_yaxis()
+
+
+# ----------------------------------------------------------------------------------------------------
+# Figure 4: pairs against each other
+
+
+def _similarities(encoders: Sequence[Encoder], manifest: Manifest, pool: list[int], images: list[Any],
+                  pairs: list[tuple[int, str]]) -> "Figure":  # fmt: skip
+    """Cosines of each text (line) and each picture (column), a matrix per model on one scale of colours."""
+    texts = [text for _, text in pairs]
+    places = [pool.index(row) for row, _ in pairs]
+    found = [(embed_texts(encoder, texts) @ embeddings[places].T).numpy()
+             for encoder, embeddings in zip(encoders, images, strict=True)]  # fmt: skip
+    low, high = min(matrix.min() for matrix in found), max(matrix.max() for matrix in found)
+    size = len(pairs)
+    figure = _figure(2.6 + 0.62 * size * len(encoders), 0.62 * size + 1.4)
+    grid = figure.subplots(2, len(encoders), squeeze=False, height_ratios=[1, size], sharex="col")
+    for column, (encoder, matrix) in enumerate(zip(encoders, found, strict=True)):
+        strip, axis = grid[0][column], grid[1][column]
+        for i, (row, _) in enumerate(pairs):
+            picture = np.asarray(_thumbnail(manifest, row))
+            strip.imshow(picture, extent=(i - 0.45, i + 0.45, 0, 0.9), aspect="equal")
+        strip.set(ylim=(0, 0.9), xlim=(-0.5, size - 0.5))
+        strip.axis("off")
+        strip.set_title(encoder.name, fontsize=9)
+        axis.imshow(matrix, vmin=low, vmax=high, cmap="viridis", aspect="equal")
+        for (i, j), value in np.ndenumerate(matrix):
+            colour = "black" if value > (low + high) / 2 else "white"
+            axis.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=7, color=colour)
+        axis.set_xticks([])
+        axis.set_yticks([])
+        if column == 0:
+            lines = [textwrap.fill(textwrap.shorten(text, 60), 30) for text in texts]
+            axis.set_yticks(range(size), lines, fontsize=7, parse_math=False)
+    return figure
+
+
+# ----------------------------------------------------------------------------------------------------
+# What they share
+
+
+def _captions(manifest: Manifest, rows: Sequence[int]) -> dict[int, str]:
+    """The first text that says something, of rows that have one."""
+    texts = manifest.column("texts")
+    return {row: next(text for text in texts[row] if text.strip()) for row in rows if any(map(str.strip, texts[row]))}
+
+
+def _draw(rows: Sequence[int], count: int, *, ordered: bool = True) -> list[int]:
+    """So many of the rows, by the seed."""
+    drawn = np.random.default_rng(SEED).permutation(len(rows))[:count].tolist()
+    return [rows[i] for i in (sorted(drawn) if ordered else drawn)]
+
+
+def _figure(width: float, height: float) -> "Figure":
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _thumbnail(manifest: Manifest, row: int) -> Any:
+    """A picture on a white square."""
+    from PIL import Image, ImageOps
+
+    picture = read_image(manifest, manifest.row(row), at_least=128)
+    return ImageOps.pad(picture, (128, 128), method=Image.Resampling.BICUBIC, color="white")
+
+
+def _picture(axis: Any, manifest: Manifest, row: int, *, frame: str = "") -> None:
+    """A picture without ticks, in a frame of that colour."""
+    axis.imshow(_thumbnail(manifest, row))
+    axis.set(xticks=[], yticks=[])
+    for side in axis.spines.values():
+        side.set(visible=bool(frame), color=frame or "white", linewidth=3)
+
+
+def _save(figure: "Figure", path: Path) -> None:
+    """Write a picture whole, PNG."""
+    import io
+
+    from teachercache.paths import write_whole
+
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=110, format="png")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, buffer.getvalue())

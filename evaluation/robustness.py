@@ -1,0 +1,57 @@
+"""Effective robustness (Taori et al. 2020): how much better a model is on a shifted test set than its accuracy says.
+
+    rho = acc_shift - beta(acc),  beta = expit(a logit(acc) + b), fitted by least squares to standard models
+
+Where a shifted set has some of ImageNet's classes (-A, -R), acc is that on ImageNet's pictures of those classes. The
+standard models are the user's: `baselines.csv` beside the data, for example from the authors' testbed. Not for
+measuring them.
+"""
+
+import csv
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from teachercache.names import UserError
+
+Points = list[tuple[float, float]]  # accuracy on ImageNet and on the shifted set, of one standard model each
+
+
+def read_baselines(path: Path) -> dict[str, Points]:
+    """Points by shifted set, from a table with the columns `model`, `imagenet1k` and one a set, shares of 1.
+
+    A column `<set>:imagenet1k` holds accuracies on ImageNet's pictures of that set's classes, for -A and -R.
+    """
+    with open(path, encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    names = {name for row in rows for name in row if name and name not in ("model", "imagenet1k") and ":" not in name}
+    points: dict[str, Points] = {name: [] for name in sorted(names)}
+    try:
+        for name, row in ((name, row) for name in points for row in rows):
+            inside = row.get(f"{name}:imagenet1k") or row.get("imagenet1k")
+            if inside and row[name]:
+                points[name].append((float(inside), float(row[name])))
+    except ValueError as error:
+        raise UserError(f"{path}: {error}; write accuracies as shares, 0.562") from error
+    outside = [value for found in points.values() for pair in found for value in pair if not 0 <= value <= 1]
+    if outside:
+        raise UserError(f"{path} has an accuracy of {outside[0]:g}: write shares of 1, not per cent")
+    return points
+
+
+def effective_robustness(inside: float, shifted: float, points: Sequence[tuple[float, float]]) -> float:
+    """The rho of a model with these accuracies; UserError where the line cannot be fitted or is not defined there."""
+    if not 0 < inside < 1:
+        raise UserError(f"an accuracy of {inside:g} has no logit, so effective robustness is not defined")
+    usable = [(logit(x), logit(y)) for x, y in points if 0 < x < 1 and 0 < y < 1]
+    if len({x for x, _ in usable}) < 2:
+        raise UserError("effective robustness needs two standard models at least, of different accuracy")
+    mean_x, mean_y = (sum(values) / len(usable) for values in zip(*usable, strict=True))
+    slope = sum((x - mean_x) * (y - mean_y) for x, y in usable) / sum((x - mean_x) ** 2 for x, _ in usable)
+    expected = mean_y + slope * (logit(inside) - mean_x)
+    return shifted - 1 / (1 + math.exp(-expected))
+
+
+def logit(share: float) -> float:
+    """ln(p / (1 - p))."""
+    return math.log(share / (1 - share))
