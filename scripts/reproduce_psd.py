@@ -10,7 +10,7 @@ from pathlib import Path
 from reproduce_tables import Row, Table, spread
 
 BATCH, LR, MODEL = 64, 1e-3, "vit-micro"
-STEPS = {"demo": 600, "scenes": 1000}  # 16 and 22 epochs: PSD needs them (LOG.md)
+STEPS = {"demo": 300, "scenes": 700}  # 8 and 15 epochs: PSD needs time (LOG.md)
 SCENES, SMALL = 3500, 64  # pictures of the demo that large and scenes half as large: MODEL sees 32 pixels
 NOISE = (0.0, 0.2, 0.4, 0.6)
 METHODS = ("clip", "psd")
