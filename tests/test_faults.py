@@ -157,7 +157,7 @@ class Command(NamedTuple):
 @pytest.fixture
 def slow_command(teacher_folder: Path, tmp_path: Path):
     """The real command with two workers over pictures that take time, in a group of its own; block 0 is done."""
-    data = make_folder(tmp_path / "data", 700)
+    data = make_folder(tmp_path / "data", 1000)
     options = {"--teacher": teacher_folder, "--data": data, "--out": tmp_path / "c.zarr", "--device": "cpu"}
     options |= {"--workers": 2, "--batch-size": 2}
     words = [sys.executable, "-m", "teachercache", "build", *map(str, (w for pair in options.items() for w in pair))]
