@@ -157,7 +157,11 @@ class Command(NamedTuple):
 @pytest.fixture
 def slow_command(teacher_folder: Path, tmp_path: Path):
     """The real command with two workers over pictures that take time, in a group of its own; block 0 is done."""
-    data = make_folder(tmp_path / "data", 1000)
+    data = make_folder(tmp_path / "data", 500)  # 244 of them behind block 0
+    Image.new("RGB", (800, 600), "red").save(tmp_path / "large.png")
+    for path in data.rglob("*.png"):
+        path.unlink()
+        path.hardlink_to(tmp_path / "large.png")
     options = {"--teacher": teacher_folder, "--data": data, "--out": tmp_path / "c.zarr", "--device": "cpu"}
     options |= {"--workers": 2, "--batch-size": 2}
     words = [sys.executable, "-m", "teachercache", "build", *map(str, (w for pair in options.items() for w in pair))]
@@ -202,7 +206,7 @@ def test_a_dead_worker_is_told_from_an_error_in_one(error: Exception, death: boo
 def test_ctrl_c_and_sigterm_are_one_line_and_leave_no_process(slow_command, number: int, to_all: bool, code: int):
     (os.killpg if to_all else os.kill)(slow_command.process.pid, number)
     _, err = slow_command.process.communicate(timeout=60)
-    assert slow_command.process.returncode == code
+    assert slow_command.process.returncode == code, err
     assert err.splitlines()[-1] == "stopped; the same command goes on where it left off"
     assert "Traceback" not in err
     wait_for(lambda: not slow_command.children(), 10)
