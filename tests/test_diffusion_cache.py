@@ -310,7 +310,8 @@ def test_at_the_command_line(diffusion_folder, data, tmp_path, capsys, monkeypat
     assert "latent: cosine to the live teacher min 1.0000" in capsys.readouterr().out
     assert run("info", path) == 0
     assert "mean of the VAE's posterior" in capsys.readouterr().out
-    assert "has no field 'image_emb'" in error_of(capsys, "index", path)
+    for command in (["index", path], ["search", path, "a cube"]):
+        assert "none of its fields holds any: build another with `tc build --outputs" in error_of(capsys, *command)
     line = error_of(capsys, "build", "--teacher", diffusion_folder, *where, "--outputs", "latents,scores:2")
     assert "holds another build" in line
     monkeypatch.setattr("teachercache.teachers.diffusion_folders.HOME", tmp_path / "none")
