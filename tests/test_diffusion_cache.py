@@ -197,8 +197,9 @@ def test_a_build_that_was_stopped_goes_on_to_the_same_bytes(diffusion_folder, tm
     assert tree(tmp_path / "c.zarr") == tree(tmp_path / "whole/c.zarr")
 
 
-def test_texts_that_were_added(teacher, tmp_path):
+def test_texts_that_were_added(diffusion_folder, tmp_path):
     """Pictures are looked at again for the scores of the new texts alone."""
+    teacher = load(str(diffusion_folder), outputs=("text_states", "latents", "unet_features", "scores:1"))
     grown = [[*texts, f"said {i}"] for i, texts in enumerate(CAPTIONS)]
     data = pictures(tmp_path / "data")
     run_build(teacher, data, tmp_path / "c.zarr")
