@@ -2,7 +2,7 @@
 
 Of an encoder it is the cosine. Of a diffusion model it is minus the error of SDS-CLIP Eq. 1,
 d(x, c) = E || eps_theta(z_t, t, c) - eps ||^2, over the same draws of (t, eps) for every picture and text; Eq. 2 takes
-the text of least error. Asked for, also d(x, "") - d(x, c): what a text explains of a picture, comparable between pictures.
+the text of least error. Asked for, also d(x, "") - d(x, c): what a text explains, comparable between pictures.
 """
 
 import dataclasses
@@ -51,9 +51,10 @@ def of_encoder(encoder: Encoder) -> Matcher:
         with torch.inference_mode():
             images = encoder.encode_image(views.to(encoder.device))
         images = torch.nn.functional.normalize(images.float().cpu(), dim=1)
-        said = embed_texts(encoder, unique)
-        return {"score": [said[[place[text] for text in group]] @ image
-                          for image, group in zip(images, texts, strict=True)]}  # fmt: skip
+        said = embed_texts(encoder, unique).double()
+        pairs = zip(images.double(), texts, strict=True)
+        # not a matrix product: it rounds equal rows differently, and a tie is then a hit by chance
+        return {"score": [(said[[place[text] for text in group]] * image).sum(1).float() for image, group in pairs]}
 
     return Matcher(encoder.name, encoder.pretrained, score)
 
@@ -76,7 +77,7 @@ def of_diffusion(teacher: Teacher, *, samples: int = SAMPLES, t_range: tuple[int
         pairs = [(i, place[text]) for i, group in enumerate(asked) for text in group]
         with torch.inference_mode():
             views = torch.stack([teacher.view(picture) for picture in pictures]).to(device)
-            latents = diffusion.encode_latent(module, views)
+            latents = torch.cat([diffusion.encode_latent(module, part) for part in views.split(VIEWS)])
             states = torch.cat([diffusion.encode_states(module, tokenize(unique[i : i + BATCH]).to(device))
                                 for i in range(0, len(unique), BATCH)])  # fmt: skip
             errors = [
@@ -93,6 +94,7 @@ def of_diffusion(teacher: Teacher, *, samples: int = SAMPLES, t_range: tuple[int
 
 
 PAIRS = 1024  # of pictures and texts whose states lie side by side at one time
+VIEWS = 4  # pictures in the VAE at once: at 512 pixels it needs far more memory than the UNet
 
 
 def places_of(texts: Sequence[Sequence[str]]) -> tuple[dict[str, int], list[str]]:

@@ -34,7 +34,8 @@ def evaluate(matcher: Matcher, data: Path) -> dict[str, Any]:
         if not asked:
             return {"text_score": "skipped: no example has two pictures that can be read"} | heard.cost()
         found = metrics_of(np.array([scores for _, scores in asked]), [example for example, _ in asked])
-        metrics |= {f"{name}/{key}": value for key, value in found.items()} if name == NORMALISED else found
+        kept = [key for key in found if name != NORMALISED or key.startswith(("image", "group", "ties"))]
+        metrics |= {f"{name}/{key}" if name == NORMALISED else key: found[key] for key in kept}
     return metrics | heard.cost()
 
 
