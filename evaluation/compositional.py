@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import io
 import json
+import math
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
 WINOGROUND = ("caption_0", "caption_1", "image_0", "image_1", "collapsed_tag", "num_main_preds")
+TEXTS = {"caption_0", "caption_1", "collapsed_tag", "true_caption", "false_caption", "negative_caption", "image_path",
+         "filename", "relation_name", "image"}  # fmt: skip
 ENDINGS = ("", ".png", ".jpg", ".jpeg")  # Winoground leaves the ending away
 LARGEST = 256 << 20  # bytes of a picture inside an archive, unpacked
 Read = Callable[[], "Image.Image"]
@@ -104,7 +107,7 @@ def _members(path: Path) -> Callable[[str], bytes]:
     members = {Path(member.filename).name: member for member in archive.infolist() if not member.is_dir()}
 
     def read(name: str) -> bytes:
-        found = next((members[name + ending] for ending in ENDINGS if name + ending in members), None)
+        found = next((members[f"{name}{ending}"] for ending in ENDINGS if f"{name}{ending}" in members), None)
         if found is None:
             raise BadSample(f"no {name}.png in {path}")
         if found.file_size > LARGEST:
@@ -151,7 +154,7 @@ def read_attributions(path: Path) -> list[Case]:
     for i, line in _listed(path, (*CASE, "attributes")):
         if not isinstance(line["attributes"], list) or len(line["attributes"]) != 2:
             raise UserError(f"{path}, item {i}: attributes are a list of two")
-        cases.append(_case(path, i, line, "_".join(line["attributes"])))
+        cases.append(_case(path, i, line, "_".join(map(str, line["attributes"]))))
     return cases
 
 
@@ -160,7 +163,7 @@ CASE = ("image_path", "true_caption", "false_caption", "bbox_x", "bbox_y", "bbox
 
 def _case(path: Path, number: int, line: dict[str, Any], group: str) -> Case:
     x, y, width, height = box = [line[f"bbox_{key}"] for key in "xywh"]
-    if not all(isinstance(value, int | float) for value in box) or min(width, height) <= 0:
+    if not all(isinstance(value, int | float) and math.isfinite(value) for value in box) or min(width, height) <= 0:
         raise UserError(f"{path}, item {number}: bbox_x, _y, _w, _h are {box}, and no box in pixels")
     read = functools.partial(_crop, path.parent / "images", line["image_path"], (x, y, x + width, y + height))
     return Case(read, line["true_caption"], line["false_caption"], group)
@@ -185,7 +188,9 @@ def read_captioned(path: Path) -> list[tuple[Read, list[str]]]:
 def read_sugar_crepe(path: Path, pictures: Path) -> list[Case]:
     """One of its seven files: an object of numbered items, or a list of them; pictures are COCO's val2017."""
     cases = []
-    for _, line in _listed(path, ("filename", "caption", "negative_caption")):
+    for i, line in _listed(path, ("filename", "caption", "negative_caption")):
+        if not isinstance(line["caption"], str):
+            raise UserError(f"{path}, item {i}: 'caption' is not a text")
         read = functools.partial(_picture, pictures, line["filename"])
         cases.append(Case(read, line["caption"], line["negative_caption"], path.stem))
     return cases
@@ -223,9 +228,11 @@ def _listed(path: Path, keys: Sequence[str]) -> list[tuple[Any, dict[str, Any]]]
 
 
 def check_keys(item: Any, keys: Sequence[str], place: str) -> None:
-    """UserError names the first key that an item lacks."""
+    """UserError names the first key that an item lacks, or that holds no text where there should be one."""
     if not isinstance(item, dict):
         raise UserError(f"{place}: not an object with {', '.join(keys)}")
     for key in keys:
         if key not in item:
             raise UserError(f"{place}: no '{key}'")
+        if key in TEXTS and not isinstance(item[key], str):
+            raise UserError(f"{place}: '{key}' is {item[key]!r:.40}, and not a text")

@@ -271,6 +271,7 @@ def test_a_macro_without_groups_says_why(aro_folder, tmp_path):
         ("visual_genome_relation.json", "3", "neither a list nor an object"),
         ("visual_genome_relation.json", "[]", "has no items"),
         ("visual_genome_relation.json", '[{"image_path": "a"}]', "item 0: no 'true_caption'"),
+        ("coco_karpathy_test.json", '[{"image": 3, "caption": ["a"]}]', "item 0: 'image' is 3, and not a text"),
         ("visual_genome_attribution.json", '["a"]', "item 0: not an object with"),
         ("coco_karpathy_test.json", '[{"image": "a", "caption": [1]}]', "item 0: caption is a list of texts"),
         ("coco_karpathy_test.json", '[{"image": "a.jpg", "caption": "dog"}]', "no caption has words"),
