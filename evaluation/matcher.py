@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from evaluation.encoder import Encoder, embed_texts
@@ -119,7 +118,7 @@ class Question:
 class Heard:
     """Scores per question, None where its picture cannot be read; and what they cost."""
 
-    scores: dict[str, list[Float[Tensor, " texts"] | None]]
+    scores: dict[str, list[Tensor | None]]  # each [texts]
     seconds: float  # in the model alone, without reading pictures
     matches: int  # pictures x texts that the model compared
     problems: list[str]
