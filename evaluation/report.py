@@ -2,16 +2,17 @@
 
 import statistics
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from evaluation.answerer import Answerer, ensemble
 from evaluation.encoder import Encoder
+from evaluation.matcher import Matcher
 from evaluation.tasks import find
 from teachercache.names import UserError
 from teachercache.readers import read_manifest
-from teachercache.samples import Manifest
 
 # What a task's result is as one number, the mean of these
 SCORES = {
@@ -48,7 +49,7 @@ def run_task(task: str, encoder: Encoder, data: str) -> dict[str, Any]:
     """One result in clip-benchmark's JSON shape."""
     name, evaluate = find(task)
     manifest = read_manifest(data)
-    return _result(name, encoder, manifest, evaluate(encoder, manifest))
+    return result_of(name, encoder, manifest.data, evaluate(encoder, manifest))
 
 
 def run_answered(task: str, models: Sequence[Sequence[Answerer]], data: str) -> list[dict[str, Any]]:
@@ -60,12 +61,21 @@ def run_answered(task: str, models: Sequence[Sequence[Answerer]], data: str) -> 
     manifest = read_manifest(data)
     found = [one for model in models for one in model]
     found += [ensemble([model[0] for model in models])] if len(models) > 1 else []
-    return [_result(name, one, manifest, evaluate(one, manifest)) for one in found]
+    return [result_of(name, one, manifest.data, evaluate(one, manifest)) for one in found]
 
 
-def _result(task: str, model: Encoder | Answerer, manifest: Manifest, metrics: dict[str, Any]) -> dict[str, Any]:
+def run_matched(task: str, matcher: Matcher, data: str) -> dict[str, Any]:
+    """The result of a task that asks which text fits a picture; its data lie in a local folder."""
+    name, evaluate = find(task)
+    if not Path(data).is_dir():
+        raise UserError(f"no folder {data}: --task {name} wants the folder that the published set lies in")
+    return result_of(name, matcher, data, evaluate(matcher, Path(data)))
+
+
+def result_of(task: str, model: Encoder | Answerer | Matcher, data: str, metrics: dict[str, Any]) -> dict[str, Any]:
+    """clip-benchmark's JSON shape."""
     return {
-        "dataset": manifest.data.rstrip("/").rsplit("/", 1)[-1],
+        "dataset": data.rstrip("/").rsplit("/", 1)[-1],
         "model": model.name,
         "pretrained": model.pretrained,
         "task": task,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from evaluation.tasks import ANSWERED, SHORT, TASKS
+from evaluation.tasks import ANSWERED, MATCHED, SHORT, TASKS
 from evaluation.tasks import find as find_task
 from student.recipe import DEMO_DATA
 from teachercache.names import UserError
@@ -180,7 +180,8 @@ def _run_folder(recipe: str, resume: bool) -> str:
 @click.option(
     "--task",
     required=True,
-    help=f"One of {', '.join(TASKS | ANSWERED)}; short: {', '.join(SHORT)}; or all: the data sets in --data's folders.",
+    help=f"One of {', '.join(TASKS | ANSWERED | MATCHED)}; short: {', '.join(SHORT)}; or all: the data sets in "
+    "--data's folders.",
 )
 @click.option(
     "--data",
@@ -190,12 +191,14 @@ def _run_folder(recipe: str, resume: bool) -> str:
 )
 @click.option("--out", type=Path, help="Where --task all writes suite.json, .csv and .md; default evals/<data>.")
 @click.option("--figures", type=Path, metavar="DIR", help="Also draw what the models say of some rows, as PNG.")
+@click.option("--samples", type=click.IntRange(1), help="Draws of noise per match of a diffusion MODEL; default 16.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def evaluate(models: tuple[str, ...], task: str, data: str, out: Path | None, figures: Path | None,
-             as_json: bool) -> None:  # fmt: skip
+             samples: int | None, as_json: bool) -> None:  # fmt: skip
     """Measure runs, exported open_clip folders, or teachers by name; several stand side by side.
 
-    For vcr, snli_ve and vqa a MODEL is a run or a cache, and several are an ensemble too.
+    For vcr, snli_ve and vqa a MODEL is a run or a cache, and several are an ensemble too. For winoground, aro and
+    sugar_crepe it may be a diffusion model.
 
     \u0008
     student eval runs/NAME --task retrieval
@@ -203,18 +206,26 @@ def evaluate(models: tuple[str, ...], task: str, data: str, out: Path | None, fi
     student eval runs/NAME --task imagenet --data imagenet-r/
     student eval runs/NAME --task coco_detection --data coco/
     student eval caches/vcr/clip-vit-b16.zarr --task vcr --data vcr1/val.jsonl
+    student eval runs/NAME sd-tiny --task winoground --data data/compositions/winoground
     student eval runs/A runs/B --task all --data /datasets
     """
-    from evaluation.report import run_answered, run_task, table
+    from evaluation.report import run_answered, run_matched, run_task, table
 
+    if samples and task not in MATCHED:
+        raise UserError(f"--samples counts draws of a diffusion model: only {', '.join(MATCHED)} take one")
     if task == "all":
         return _suite(models, data, out or Path("evals", Path(data).name or "data"), figures, as_json)
     if out is not None:
         raise UserError("--out is where --task all writes its tables; a run's results are kept in RUN/eval")
     find_task(task)
-    if task in ANSWERED:
-        if figures:
-            raise UserError(f"--figures draws what encoders say of pictures, not answers: leave it away for {task}")
+    if figures and task in ANSWERED | MATCHED:
+        raise UserError(f"--figures draws what encoders say of pictures, not answers: leave it away for {task}")
+    if task in MATCHED:
+        results = []
+        for matcher, folder in [_matcher(model, samples) for model in models]:
+            results.append(run_matched(task, matcher, data))
+            _keep(results[-1], folder)
+    elif task in ANSWERED:
         answering = [_answerers(model, task, data) for model in models]
         results = run_answered(task, [ways for ways, _ in answering], data)
         for ways, folder in answering:
@@ -263,17 +274,38 @@ def _keep(result: dict, folder: Path | None) -> None:
         write_whole(path, jsonlib.dumps(result) + "\n")
 
 
+def _matcher(model: str, samples: int | None):
+    """A Matcher for whatever `_encoder` takes, or for a diffusion model; and the run folder."""
+    from evaluation.encoder import of_teacher
+    from evaluation.matcher import SAMPLES, of_diffusion, of_encoder
+    from teachercache.runtime import pick_device
+
+    if not (Path(model) / "run.json").exists():
+        teacher = _teacher(model)
+        if hasattr(teacher.module, "unet"):
+            return of_diffusion(teacher, samples=samples or SAMPLES, device=pick_device()), None
+        return of_encoder(of_teacher(teacher, device=pick_device())), None
+    encoder, folder = _encoder(model)
+    return of_encoder(encoder), folder
+
+
+def _teacher(model: str):
+    """A teacher by name or folder."""
+    from teachercache.teachers import load
+
+    if "/" in model and ":" not in model and not Path(model).is_dir():
+        raise UserError(f"no run or exported folder at {model}: pass one, or a teacher's name (`tc teachers`)")
+    return load(model)
+
+
 def _encoder(model: str):
     """An Encoder for a run, a folder or a teacher; and the run folder where results are kept."""
     from evaluation.encoder import Encoder, of_teacher
     from teachercache.runtime import pick_device
-    from teachercache.teachers import load
 
     path, device = Path(model), pick_device()
     if not (path / "run.json").exists():
-        if "/" in model and ":" not in model and not path.is_dir():
-            raise UserError(f"no run or exported folder at {model}: pass one, or a teacher's name (`tc teachers`)")
-        return of_teacher(load(model), device=device), None
+        return of_teacher(_teacher(model), device=device), None
 
     from student.checkpoint import load_student
     from teachercache.views import describe_view

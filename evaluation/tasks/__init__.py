@@ -1,6 +1,7 @@
-"""Evaluation tasks by name: ordinary dicts of functions (encoder or answerer, manifest) -> metrics."""
+"""Evaluation tasks by name: ordinary dicts of functions, (encoder or answerer, manifest) or (matcher, folder)."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from teachercache.names import resolve
@@ -54,6 +55,24 @@ def _vqa(answerer: Any, manifest: Any) -> dict[str, Any]:
     return evaluate(answerer, manifest)
 
 
+def _winoground(matcher: Any, data: Path) -> dict[str, Any]:
+    from evaluation.tasks.winoground import evaluate
+
+    return evaluate(matcher, data)
+
+
+def _aro(matcher: Any, data: Path) -> dict[str, Any]:
+    from evaluation.tasks.aro import evaluate
+
+    return evaluate(matcher, data)
+
+
+def _sugar_crepe(matcher: Any, data: Path) -> dict[str, Any]:
+    from evaluation.tasks.sugar_crepe import evaluate
+
+    return evaluate(matcher, data)
+
+
 TASKS: dict[str, Callable[..., dict[str, Any]]] = {
     "zeroshot_classification": _zeroshot,
     "zeroshot_retrieval": _retrieval,
@@ -63,10 +82,16 @@ TASKS: dict[str, Callable[..., dict[str, Any]]] = {
 }
 # Tasks of a model that chooses answers: these take an Answerer, those above an Encoder
 ANSWERED: dict[str, Callable[..., dict[str, Any]]] = {"vcr": _vcr, "snli_ve": _snli_ve, "vqa": _vqa}
+# Tasks that ask which text fits a picture, so that a diffusion model answers too: these take a Matcher and a folder
+MATCHED: dict[str, Callable[..., dict[str, Any]]] = {
+    "winoground": _winoground,
+    "aro": _aro,
+    "sugar_crepe": _sugar_crepe,
+}
 SHORT = {"zeroshot": "zeroshot_classification", "retrieval": "zeroshot_retrieval"}
 
 
 def find(name: str) -> tuple[str, Callable[..., dict[str, Any]]]:
     """Full name and function of a task."""
     full = SHORT.get(name, name)
-    return full, resolve(full, TASKS | ANSWERED, kind="task")
+    return full, resolve(full, TASKS | ANSWERED | MATCHED, kind="task")
