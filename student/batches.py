@@ -32,6 +32,9 @@ def epoch_order(rows: np.ndarray, *, seed: int, epoch: int, block_rows: int, win
     return rows[np.argsort(group.astype(np.int32)[rows // block_rows], kind="stable")]
 
 
+Draw = Callable[[np.random.Generator], dict[str, np.ndarray]]  # what a recipe draws for a row
+
+
 class Look(NamedTuple):
     """How one model sees a picture: plain, or replayed from stored parameters; and how small it may be decoded."""
 
@@ -69,11 +72,11 @@ class Batches(Dataset):
 
     def __init__(self, manifest: Manifest, rows: np.ndarray, *, student: Any, cache: store.Cache | None,
                  reads: tuple[str, ...], batch: int, steps: int, seed: int, live: Any = None,
-                 views: store.Cache | None = None, more: Sequence[store.Cache] = (), ensemble: str = "average",
-                 rank: int = 0, world: int = 1):  # fmt: skip
+                 draw: Draw | None = None, views: store.Cache | None = None, more: Sequence[store.Cache] = (),
+                 ensemble: str = "average", rank: int = 0, world: int = 1):  # fmt: skip
         self.manifest, self.rows, self.inputs = manifest, rows, student.inputs
         self.tokenizer, self.num_chances = getattr(student, "tokenizer", None), getattr(student, "num_chances", 0)
-        self.batch, self.steps, self.seed, self.rank, self.world = batch, steps, seed, rank, world
+        self.batch, self.steps, self.seed, self.rank, self.world, self.draw = batch, steps, seed, rank, world, draw
         block_rows = cache.meta.block_rows if cache else len(manifest)
         self.order = Order(rows, batch=batch, seed=seed, block_rows=block_rows)
         self.looks, self.live_tokenize = looks(student, live), getattr(live, "tokenize", None)
@@ -112,6 +115,8 @@ class Batches(Dataset):
         batch = concat_teachers(batch) if self.concat else batch
         if self.num_chances:
             batch["chance"] = torch.stack([self._chances(row, epoch) for row in rows.tolist()])
+        if self.draw is not None:
+            batch |= self._drawn(self.draw, rows, epoch)
         texts = [sample.texts[k] for sample, k in zip(samples, chosen["text"], strict=True)]
         if self.live_tokenize is not None:
             batch["teacher_text"] = self.live_tokenize(texts)
@@ -135,6 +140,11 @@ class Batches(Dataset):
         """Random numbers for a model that needs some per picture: the same on any number of ranks."""
         random = np.random.default_rng([self.seed, epoch, row, 1])
         return torch.from_numpy(random.random(self.num_chances, np.float32))
+
+    def _drawn(self, draw: Draw, rows: np.ndarray, epoch: int) -> dict[str, torch.Tensor]:
+        """What a recipe draws for each row, anew in every epoch: the same on any number of ranks, and resumed."""
+        found = [draw(np.random.default_rng([self.seed, epoch, row, 2])) for row in rows.tolist()]
+        return {name: torch.from_numpy(np.stack([one[name] for one in found])) for name in found[0]}
 
     def _view(self, row: int, epoch: int) -> int:
         """Which stored view this epoch shows: each once in as many epochs as there are views, rows out of step."""

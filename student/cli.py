@@ -118,7 +118,8 @@ def train(
     recipe, run = override(recipe, run, settings)
     if print_config:
         known = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
-        known = {key: value for key, value in known.items() if not callable(value)} | {"reads": recipe.fields}
+        known = {key: value for key, value in known.items() if not callable(value) and key != "live"}
+        known["reads"] = recipe.fields
         plain = {k: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for k, v in known.items()}
         print(jsonlib.dumps({"recipe": plain, "run": dataclasses.asdict(run)}, indent=1))
         return

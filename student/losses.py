@@ -207,3 +207,9 @@ def answer_kl(logits: Float[Tensor, "n k classes"], clean: Float[Tensor, "n clas
     if many:
         return ((Z.sigmoid() - C.sigmoid()) * (Z - C)).sum(-1).mean(1)
     return ((Z.softmax(-1) - C.softmax(-1)) * (Z.log_softmax(-1) - C.log_softmax(-1))).sum(-1).mean(1)
+
+
+def diffusion_loss(predicted: Float[Tensor, "n ..."], noise: Float[Tensor, "n ..."]) -> Float[Tensor, " n"]:
+    """SDS-CLIP Eq. 3 and 6: each row's squared error, mean over its elements."""
+    P, E = _wide(predicted, noise)
+    return (P - E).square().flatten(1).mean(1)

@@ -31,20 +31,24 @@ def prepare(recipe: Recipe, run: Run) -> Prepared:
     torch.manual_seed(run.seed)  # the same student and heads on every rank
     student = recipe.build(recipe.constants)
     reads = tuple(dict.fromkeys((*recipe.fields, *(name for name in student.inputs if name not in ("image", "text")))))
-    caches = find_caches(run.cache, reads, functools.partial(build_hint, run, reads))
+    caches = find_caches(run.cache, reads, functools.partial(build_hint, run, reads, recipe.teacher))
     ensemble = teachers_of(recipe, caches)
     cache, *more = caches or [None]
     looked = cache or same_data_cache(run.cache, manifest)  # whoever built it has read every picture
     rows = functools.reduce(np.intersect1d, [training_rows(manifest, one) for one in caches or [looked]])
     rows = readable_rows(manifest, rows) if looked is None else rows
-    heads = recipe.heads(recipe.constants, student, field_shapes(caches, ensemble)) if recipe.heads else None
-    live = live_teacher(caches, run.device) if run.live else None  # last: it draws random numbers
+    shapes = field_shapes(caches, ensemble)
+    heads = recipe.heads(recipe.constants, student, shapes) if recipe.heads else None
+    teacher = passed_teacher(recipe, caches, run)
+    live = live_teacher(caches, run.device) if run.live else None  # teachers last: they draw random numbers
+    draw = functools.partial(recipe.draw, constants=recipe.constants, shapes=shapes) if recipe.draw else None
     batches = Batches(manifest, rows, student=student, cache=cache, more=more, ensemble=ensemble, reads=reads,
-                      batch=recipe.batch, steps=recipe.steps, seed=run.seed, live=live, views=looked, rank=rank(),
-                      world=world_size())  # fmt: skip
+                      batch=recipe.batch, steps=recipe.steps, seed=run.seed, live=live, draw=draw, views=looked,
+                      rank=rank(), world=world_size())  # fmt: skip
     if looked is not None and batches.num_views:
         say(f"pictures: one of {batches.num_views} augmented views a step, as stored in {looked.path}")
-    return Prepared(TrainStep(recipe, student, heads, live, precision=run.precision), batches, caches)
+    step = TrainStep(recipe, student, heads, live, teacher=teacher, precision=run.precision)
+    return Prepared(step, batches, caches)
 
 
 def teachers_of(recipe: Recipe, caches: list[Cache]) -> str:
@@ -62,13 +66,24 @@ def teachers_of(recipe: Recipe, caches: list[Cache]) -> str:
     return ensemble
 
 
-def build_hint(run: Run, reads: tuple[str, ...], cache: str) -> str:
+def build_hint(run: Run, reads: tuple[str, ...], teacher: str, cache: str) -> str:
     """A `tc build` that makes the cache which this run looks for."""
     path = Path(cache)
-    out = path if path.suffix == ".zarr" else path / "clip-lite.zarr"
+    out = path if path.suffix == ".zarr" else path / f"{teacher}.zarr"
     layers = sorted({int(name.rpartition("_")[2]) for name in reads if "_hidden_" in name})
     outputs = ["--outputs", f"embeddings,hidden:{'+'.join(map(str, layers))}"] if layers else []
-    return shlex.join(["tc", "build", "--teacher", "clip-lite", *outputs, "--data", run.data, "--out", str(out)])
+    outputs = ["--outputs", "text_states,latents,unet_features"] if "unet_feature" in reads else outputs
+    return shlex.join(["tc", "build", "--teacher", teacher, *outputs, "--data", run.data, "--out", str(out)])
+
+
+def passed_teacher(recipe: Recipe, caches: list[Cache], run: Run) -> Any:
+    """The teacher that the gradient passes through, on the device; None where recipe or constants have none."""
+    if recipe.live is None:
+        return None
+    if run.live:
+        raise UserError(f"--live: {recipe.name} loads what it needs of its teacher by itself and reads the rest from "
+                        "the cache; leave --live away")  # fmt: skip
+    return recipe.live.load(caches[0], recipe.constants, run.device) if caches else None
 
 
 def live_teacher(caches: list[Cache], device: str) -> Any:

@@ -87,7 +87,7 @@ class Speed:
         teacher are not counted.
         """
         known = peak_flops(self.run.device, self.run.precision) is not None
-        if not known or self.run.compile or self.run.live:
+        if not known or self.run.compile or self.run.live or engine.module.teacher is not None:
             return
         from torch.utils.flop_counter import FlopCounterMode
 

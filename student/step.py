@@ -16,14 +16,15 @@ from teachercache.names import UserError
 class TrainStep(nn.Module):
     """One forward: batch of this rank -> loss of the global batch.
 
-    A live teacher is a plain attribute, not a submodule: never trained, sharded or saved.
+    A teacher is a plain attribute, not a submodule: never trained, sharded or saved. `live` stands in for a cache's
+    fields; through `teacher` a gradient passes.
     """
 
     def __init__(self, recipe: Recipe, student: nn.Module, heads: nn.Module | None, live: Any = None, *,
-                 precision: str = "float32"):  # fmt: skip
+                 teacher: Any = None, precision: str = "float32"):  # fmt: skip
         super().__init__()
         self.recipe, self.student, self.heads, self.precision = recipe, student, heads, precision
-        self.__dict__["live"] = live
+        self.__dict__ |= {"live": live, "teacher": teacher}
 
     def forward(self, batch: Mapping[str, Tensor], now: Now, gradients: Mapping[str, Tensor] | None = None) -> Any:
         """Loss to minimise, its weighted terms, and notes; the batch's fields come from a cache or a live teacher.
@@ -48,7 +49,17 @@ class TrainStep(nn.Module):
             outputs = self.student(batch)
             if self.heads is not None:
                 outputs |= self.heads(outputs | fields)
+        if self.teacher is not None:
+            outputs |= self._through(outputs, fields)
         return outputs, fields
+
+    def _through(self, outputs: dict[str, Tensor], fields: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What the teacher says of the student's outputs, in its own precision; it must let their gradient through."""
+        assert self.recipe.live is not None
+        said = self.recipe.live.call(self.teacher, outputs, fields, self.recipe.constants)
+        if torch.is_grad_enabled() and any(value.requires_grad for value in outputs.values()):
+            refuse_constants(said, self.recipe.name)
+        return said
 
     def loss(self, outputs: Mapping[str, Tensor], fields: Mapping[str, Tensor],
              now: Now) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:  # fmt: skip
@@ -65,6 +76,13 @@ class TrainStep(nn.Module):
 
     def _is_across(self, name: str) -> bool:
         return any(fnmatch.fnmatchcase(plain_name(name), pattern) for pattern in self.recipe.across)
+
+
+def refuse_constants(said: Mapping[str, Tensor], name: str) -> None:
+    """RuntimeError where what a teacher said of the student has no gradient: nothing would be learnt from it."""
+    lost = [key for key, value in said.items() if not value.requires_grad]
+    if lost:
+        raise RuntimeError(f"{name}: the live teacher gave {', '.join(lost)} without a gradient: is it under no_grad?")
 
 
 def batch_device(batch: Mapping[str, Tensor]) -> str:

@@ -149,6 +149,9 @@ def steps_from(engine: Any, prepared: Prepared, recipe: Recipe, speed: Speed,
 
 def rehearse(engine: Any, prepared: Prepared, recipe: Recipe, speed: Speed) -> Path:
     """Take two steps and say what all of them will need; the first warms up and is no measure."""
+    teacher, rows = prepared.step.teacher, speed.run.micro_batch or recipe.batch // world_size()
+    if teacher is not None and recipe.live:
+        say(recipe.live.memory(teacher, rows, recipe.constants))
     seconds = [0.0]
     for _, values, _ in itertools.islice(steps_from(engine, prepared, recipe, speed, 0), 2):
         refuse_nan(values["loss"], 0)

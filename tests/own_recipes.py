@@ -12,6 +12,7 @@ from student.recipes.clip_kd import CLIP_KD, heads, loss
 from student.recipes.clip_td import CLIP_TD
 from student.recipes.clip_td import build as build_td
 from student.recipes.psd import PSD
+from student.recipes.sds_clip import SDS_CLIP
 
 MICRO = dataclasses.replace(CLIP_KD, constants=dataclasses.replace(CLIP_KD.constants, model="vit-micro"))
 STOP_VARIABLE = "OWN_RECIPES_STOP_AT"  # the step in whose loss the process sends itself a SIGTERM
@@ -118,3 +119,24 @@ def still_build(*words):
 
 
 TD_STILL = dataclasses.replace(CLIP_TD, name="td_still", build=still_build, constants=TD_MICRO)
+
+
+SDS_MICRO = dataclasses.replace(SDS_CLIP.constants, model="vit-micro", lam=0.1)
+SDS_STOPPING = dataclasses.replace(
+    SDS_CLIP,
+    name="sds_stopping",
+    loss=stopping(SDS_CLIP.loss),
+    constants=SDS_MICRO,
+    optim=dataclasses.replace(SDS_CLIP.optim, lr=1e-2, weight_decay=0.5),
+)
+
+
+def deaf_call(*words):
+    """A teacher under no_grad by mistake."""
+    with torch.no_grad():
+        return SDS_CLIP.live.call(*words)
+
+
+SDS_DEAF = dataclasses.replace(
+    SDS_CLIP, name="sds_deaf", constants=SDS_MICRO, live=dataclasses.replace(SDS_CLIP.live, call=deaf_call)
+)

@@ -11,8 +11,10 @@ import signal
 import socket
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import own_recipes
+import own_teachers
 import pytest
 import torch
 from conftest import contained, read_lines, train_here, train_words, zero_noise
@@ -26,6 +28,7 @@ from student.recipe import Now, Optim, Run
 from student.recipes.clip import CLIP
 from student.recipes.clip_kd import CLIP_KD
 from student.recipes.psd import PSD
+from student.recipes.sds_clip import SDS_CLIP
 from student.step import TrainStep
 
 WORLD, ROWS = 2, 8
@@ -35,9 +38,11 @@ WIDTHS = {
     "clip_kd-equal": 64,
     "clip_kd-differing": 16,
     "clip_kd-all": 16,
+    "sds_clip": None,
 }  # vit-micro is 64 wide
 ENGINES = [(name, 0) for name in WIDTHS]
 ENGINES += [(name, stage) for name in ("clip_kd-differing", "clip_kd-all") for stage in (1, 2, 3)]
+ENGINES += [("sds_clip", stage) for stage in (2, 3)]
 ALL = {"fd": 10.0, "mfd": 10.0, "gd": 0.1, "afd": 1.0, "cross": 1.0, "hidden": 10.0,
        "hidden_image": "0:3", "hidden_text": "0:1"}  # fmt: skip
 FIELDS = {"image_emb": 16, "text_emb": 16, "image_hidden_3": 24, "text_hidden_1": 64,
@@ -52,6 +57,8 @@ HALF_PSD = dataclasses.replace(PSD, constants=dataclasses.replace(PSD.constants,
 def make_step(name: str) -> TrainStep:
     """The same step in every process, as `student train` makes it."""
     torch.manual_seed(3)
+    if name == "sds_clip":
+        return make_sds_step()
     if WIDTHS[name] is None:
         return TrainStep(CLIP if name == "clip" else HALF_PSD, build_two_tower("vit-micro"), None)
     changes = ALL if name == "clip_kd-all" else {"fd": 10.0}  # 2000 would hide the other terms' errors
@@ -60,6 +67,16 @@ def make_step(name: str) -> TrainStep:
     student = CLIP_KD.build(constants)
     heads = CLIP_KD.heads(constants, student, {field: (width,) for field, width in fields_of(name).items()})
     return TrainStep(recipe, student, heads)
+
+
+def make_sds_step() -> TrainStep:
+    """LayerNorms and h_w behind a UNet that is a matrix; the regulariser weighs as much as the task."""
+    constants = dataclasses.replace(SDS_CLIP.constants, model="vit-micro", lam=1.0, micro=3, init="")
+    recipe = dataclasses.replace(SDS_CLIP, constants=constants)
+    student = recipe.build(constants)
+    heads = recipe.heads(constants, student, {"latent": own_teachers.LATENT})
+    module = own_teachers.make_diffusion(unet=own_teachers.LinearUNet(own_teachers.random_matrix().float()))
+    return TrainStep(recipe, student, heads, teacher=SimpleNamespace(module=module))
 
 
 def fields_of(name: str) -> dict[str, int]:
@@ -77,12 +94,21 @@ def make_batch(name: str, number: int, rank: int, world: int) -> dict:
     for field, width in fields_of(name).items():
         batch[field] = torch.randn(ROWS, width, generator=random)
     batch["chance"] = torch.rand(ROWS, 16, generator=random)
+    if name == "sds_clip":
+        batch |= {"t": torch.randint(0, 1000, (ROWS,), generator=random),
+                  "noise": torch.randn(ROWS, *own_teachers.LATENT, generator=random),
+                  "text_states": torch.randn(ROWS, 6, 16, generator=random)}  # fmt: skip
     share = ROWS // world
     batch = {key: value[rank * share : (rank + 1) * share] for key, value in batch.items()}
-    scales = {"clip": {}, "psd": {}, "clip_kd-all": {"logit_scale": 3.0, "logit_scale@1": 2.0}}.get(
+    scales = {"clip": {}, "psd": {}, "sds_clip": {}, "clip_kd-all": {"logit_scale": 3.0, "logit_scale@1": 2.0}}.get(
         name, {"logit_scale": 3.0}
     )
     return batch | {key: torch.tensor(value) for key, value in scales.items()}
+
+
+def trained(step: TrainStep) -> list:
+    """Names and parameters that are not frozen."""
+    return [(name, parameter) for name, parameter in step.named_parameters() if parameter.requires_grad]
 
 
 def gradients(name: str, rank: int, world: int) -> dict[str, torch.Tensor]:
@@ -91,7 +117,7 @@ def gradients(name: str, rank: int, world: int) -> dict[str, torch.Tensor]:
     loss, terms, notes = step(make_batch(name, 0, rank, world), Now(0, 1))
     loss.backward()
     found = {"loss": loss.detach(), **{key: value.detach() for key, value in (terms | notes).items()}}
-    for key, parameter in step.named_parameters():
+    for key, parameter in trained(step):
         found[f"grad {key}"] = mean_over_ranks(parameter.grad)
     return found
 
@@ -111,7 +137,7 @@ def after_steps(name: str, stage: int, rank: int, world: int) -> dict[str, torch
         engine.step()
         clamp_scales(engine)
         found[f"loss {number}"] = loss.detach().clone()
-    for key, parameter in engine.module.named_parameters():
+    for key, parameter in trained(engine.module):
         value = safe_get_full_fp32_param(parameter) if stage else parameter.detach()
         found[key] = value.clone()
     engine.destroy()
@@ -277,7 +303,8 @@ def test_gradients_of_two_ranks_are_those_of_one(pair, name):
             assert value.norm() > 0, key
             assert relative(two[key], value) < 1e-5, f"rank {rank}, {key}"
     heads = {key for key in one if key.startswith("grad heads")}
-    assert len(heads) == {"clip": 0, "psd": 0, "clip_kd-equal": 1, "clip_kd-differing": 5, "clip_kd-all": 22}[name]
+    assert len(heads) == {"clip": 0, "psd": 0, "clip_kd-equal": 1, "clip_kd-differing": 5, "clip_kd-all": 22,
+                          "sds_clip": 1}[name]  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "stage"), ENGINES)

@@ -3,6 +3,7 @@
 Each module takes the student's outputs and the teacher's fields of this rank's rows by name and gives more outputs.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -110,3 +111,24 @@ class TokenSpace(nn.Module):
         """`img_t`, `cls_t` [n, C, width] and, where words were selected, `words_t` [n, C, m, width]."""
         found = {"img_t": self.image(values["img"]), "cls_t": self.text(values["cls"])}
         return found | ({"words_t": self.words(values["words"])} if "words" in values else {})
+
+
+class LatentSpace(nn.Module):
+    """SDS-CLIP's h_w: a linear map, without a bias, from the image embedding to what a UNet reads or says.
+
+    `start` is "default" (nn.Linear's own), "zero", or "unit" (elements of unit variance for unit embeddings).
+    """
+
+    def __init__(self, width: int, shape: Sequence[int], *, start: str = "default", unit: bool = True):
+        super().__init__()
+        self.shape, self.unit = tuple(shape), unit
+        self.linear = nn.Linear(width, math.prod(shape), bias=False)
+        if start == "zero":
+            nn.init.zeros_(self.linear.weight)
+        elif start == "unit":
+            nn.init.normal_(self.linear.weight)
+
+    def forward(self, values: Mapping[str, Tensor]) -> dict[str, Float[Tensor, "n ..."]]:
+        """`latent` [n, *shape] of `image` [n, width], of its direction alone where `unit`."""
+        image = values["image"]
+        return {"latent": self.linear(normalize(image) if self.unit else image).unflatten(1, self.shape)}
