@@ -3,6 +3,7 @@
     python scripts/bench.py cache    reading against np.memmap; building against the bare forward; another tool; memory
     python scripts/bench.py train    a distillation step against the same step without; the engine against bare torch
     python scripts/bench.py losses   clip_kd's losses in tiles against whole matrices: time, memory
+    python scripts/bench.py sds      a step of sds_clip against the bare UNet and student; the memory of a large UNet
 
 Measured in alternation and reported as the median with lowest and highest of several rounds. Not a test: nothing fails.
 """
@@ -21,7 +22,7 @@ PARTS = ("reading", "building", "peer", "memory")
 def main() -> int:
     """Pick a theme."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("theme", choices=["cache", "train", "losses"])
+    parser.add_argument("theme", choices=["cache", "train", "losses", "sds"])
     parser.add_argument("--rows", type=int, default=500_000, help="rows of the synthetic cache that is read")
     parser.add_argument("--memory-rows", type=int, nargs=3, default=[10_000, 300_000, 1_000_000])
     parser.add_argument("--memory-times", type=int, default=3, help="processes of each job; the median counts")
@@ -39,6 +40,8 @@ def main() -> int:
             from bench_cache import bench_cache as bench
         elif options.theme == "losses":
             from bench_losses import bench_losses as bench
+        elif options.theme == "sds":
+            from bench_sds import bench_sds as bench
         else:
             from bench_train import bench_train as bench
         text = bench(options)

@@ -166,5 +166,5 @@ def memory_words(teacher: Teacher, rows: int) -> str:
     """What a UNet that sees so many rows at a time needs, for a person."""
     unet, shapes = teacher.module.unet, (teacher.spec.field(name).shape for name in ("latent", "text_states"))
     weights, kept = unet_bytes(unet, *shapes, rows=rows, dtype=unet.dtype)
-    return (f"{teacher.spec.name}'s UNet, by estimate: {size(weights)} of weights and {size(kept)} at the peak of {rows} "
-            f"rows at a time: {size(weights + kept)} beside the student")  # fmt: skip
+    return (f"{teacher.spec.name}'s UNet, by estimate: {size(weights)} of weights and {size(kept)} at the peak of "
+            f"{rows} rows at a time: {size(weights + kept)} beside the student")  # fmt: skip

@@ -72,7 +72,7 @@ def build_hint(run: Run, reads: tuple[str, ...], teacher: str, cache: str) -> st
     out = path if path.suffix == ".zarr" else path / f"{teacher}.zarr"
     layers = sorted({int(name.rpartition("_")[2]) for name in reads if "_hidden_" in name})
     outputs = ["--outputs", f"embeddings,hidden:{'+'.join(map(str, layers))}"] if layers else []
-    outputs = ["--outputs", "text_states,latents,unet_features"] if "unet_feature" in reads else outputs
+    outputs = ["--outputs", "text_states,latents,unet_features:100+out"] if "unet_feature" in reads else outputs
     return shlex.join(["tc", "build", "--teacher", teacher, *outputs, "--data", run.data, "--out", str(out)])
 
 

@@ -1,4 +1,4 @@
-"""A tiny random diffusion model in pixel space, for tests: `--teacher own_teachers:DIFFUSION` with `tests` on the path."""
+"""A tiny random diffusion model on pixels, for tests: `--teacher own_teachers:DIFFUSION` with `tests` on the path."""
 
 import zlib
 from types import SimpleNamespace

@@ -1,28 +1,24 @@
 """sds_clip: the gradient that reaches CLIP through the UNet, what trains and what does not, draws, runs, memory."""
 
-import contextlib
 import dataclasses
-import json
 from pathlib import Path
 from types import SimpleNamespace
 
 import own_recipes
-import own_teachers
 import pytest
 import torch
-from conftest import build_cache, contained, read_lines, save_teacher, train_here, train_words, zero_noise
+from conftest import build_cache, read_lines, train_here, zero_noise
 from own_teachers import LATENT, LENGTH, WIDTH, LinearUNet, make_diffusion, random_matrix, tiny_unet
 from safetensors.torch import load_file
 from torch import nn
 
 from student import frozen_unet, losses
-from student.cli import main
 from student.frozen_unet import LiveBytes, Probe, diffusion_errors, unet_bytes
 from student.models.projection import LatentSpace
 from student.models.two_tower import build_two_tower
 from student.prepare import prepare
 from student.recipe import Now, Run, override
-from student.recipes.sds_clip import SDS_CLIP
+from student.recipes.sds_clip import SDS_CLIP, keep_norms
 from student.step import TrainStep
 
 ROWS = 5
@@ -172,17 +168,19 @@ def test_a_teacher_under_no_grad_is_refused(states, squares, tmp_path, monkeypat
         train_here(squares, states, tmp_path / "run", recipe="own_recipes:SDS_DEAF")
 
 
+@torch.no_grad()
 def test_the_map_has_the_papers_size_and_starts():
     head = LatentSpace(8, (4, 64, 64))
     assert [tuple(parameter.shape) for parameter in head.parameters()] == [(4 * 64 * 64, 8)]
     image = 7 * torch.randn(2, 8)
     latent = head({"image": image})["latent"]
     assert latent.shape == (2, 4, 64, 64)
-    torch.testing.assert_close(latent, LatentSpace.forward(head, {"image": 3 * image})["latent"])
+    torch.testing.assert_close(latent, head({"image": 3 * image})["latent"])
     raw = LatentSpace(8, (4, 64, 64), unit=False)
-    assert float(raw({"image": 2 * image})["latent"].norm() / raw({"image": image})["latent"].norm()) == pytest.approx(2)
+    torch.testing.assert_close(raw({"image": 3 * image})["latent"], 3 * raw({"image": image})["latent"])
     assert not LatentSpace(8, LATENT, start="zero")({"image": image})["latent"].any()
-    assert float(LatentSpace(8, (4, 64, 64), start="unit")({"image": image})["latent"].std()) == pytest.approx(1, rel=0.1)
+    wide = LatentSpace(8, (4, 64, 64), start="unit")({"image": image})["latent"]
+    assert float(wide.std()) == pytest.approx(1, rel=0.1)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -201,10 +199,9 @@ def test_layernorm_trains_nothing_else_and_all_trains_all():
     every, student = names(train="all")
     assert every == {name for name, _ in student.named_parameters()}
     resnet = nn.ModuleDict({"bn": nn.BatchNorm2d(3), "conv": nn.Conv2d(3, 3, 1)})
-    from student.recipes.sds_clip import keep_norms
-
     keep_norms(resnet)
-    assert [name for name, parameter in resnet.named_parameters() if parameter.requires_grad] == ["bn.weight", "bn.bias"]
+    kept = [name for name, parameter in resnet.named_parameters() if parameter.requires_grad]
+    assert kept == ["bn.weight", "bn.bias"]
 
 
 @zero_noise
@@ -276,13 +273,14 @@ def test_draws_depend_on_seed_epoch_and_row_alone(squares, states):
         batch, again = batches[step], batches[step]
         assert torch.equal(batch["t"], again["t"])
         assert torch.equal(batch["noise"], again["noise"])
-        for row, t, noise in zip(batches.order.share_of(step, 0, 1)[1].tolist(), batch["t"], batch["noise"], strict=True):
+        rows = batches.order.share_of(step, 0, 1)[1].tolist()
+        for row, t, noise in zip(rows, batch["t"], batch["noise"], strict=True):
             seen.setdefault(row, []).append((int(t), noise))
     assert {len(draws) for draws in seen.values()} == {2}
     assert len(seen) == 48
     assert not any(torch.equal(first[1], second[1]) for first, second in seen.values())
     steps = torch.tensor([t for draws in seen.values() for t, _ in draws])
-    assert (20 <= steps).all()
+    assert (steps >= 20).all()
     assert (steps < 980).all()
     assert abs(float(steps.float().mean()) - 500) < 120  # 28 is its standard deviation
     values = torch.stack([noise for draws in seen.values() for _, noise in draws])
@@ -326,14 +324,16 @@ def test_resumed_runs_micro_batches_and_a_regulariser_of_weight_zero(squares, st
         assert lines[-1]["task"] != pytest.approx(whole[-1]["task"], rel=1e-6)
 
 
-def test_the_regulariser_alone_lowers_the_error(squares, states, tmp_path):
-    """Same draws at the end of two runs: the one that learnt from the UNet has less of it."""
-    words = ("--steps", 24, "--set", "optim.lr=0.02", "--set", "hw_init=unit")
-    for name, lam in (("learnt", "lam=1.0"), ("not", "lam=1e-9")):
-        assert train_here(squares, states, tmp_path / name, *words, "--set", lam, recipe="sds_clip") == 0
-    learnt, other = ([line["error"] for line in read_lines(tmp_path / name)] for name in ("learnt", "not"))
-    assert learnt[0] == other[0]
-    assert sum(learnt[-6:]) < 0.97 * sum(other[-6:])
+def test_the_regulariser_alone_lowers_the_error():
+    step, batch = make_step(make_diffusion(unet=LinearUNet(random_matrix())), hw_init="unit")
+    optimizer, errors = torch.optim.Adam(trained(step).values(), lr=0.1), []
+    for _ in range(15):
+        error = step(batch, Now(0, 1), {})[0]["error"].mean()
+        optimizer.zero_grad()
+        error.backward()
+        optimizer.step()
+        errors.append(float(error.detach()))
+    assert errors[-1] < 0.7 * errors[0]
 
 
 @pytest.mark.parametrize("settings", [("grad=sds",), ("run.precision=bfloat16", "unet_precision=bfloat16"),
@@ -343,8 +343,8 @@ def test_switches_train(settings, squares, states, tmp_path):
     assert train_here(squares, states, tmp_path / "run", "--steps", 3, *words, recipe="sds_clip") == 0
     lines = read_lines(tmp_path / "run")
     assert len(lines) == 3
-    term = "features" if "objective=features" in settings else "sds"
-    assert set(lines[0]) - {"step", "lr"} == {"loss", "task", "scale", term} | ({"error"} - {term if term != "sds" else ""})
+    terms = {"features"} if "objective=features" in settings else {"sds", "error"}
+    assert set(lines[0]) == {"step", "lr", "loss", "task", "scale"} | terms
 
 
 def test_eq_6_against_numbers_from_the_cache(squares, states):
@@ -353,7 +353,8 @@ def test_eq_6_against_numbers_from_the_cache(squares, states):
     assert "noise" not in made.batches[0]
     batch = made.batches[0]
     _, terms, _ = made.step(batch, Now(0, 1))
-    rows = torch.nn.functional.normalize(made.step.student(batch)["image"]) @ made.step.heads.linear.weight.T
+    with torch.no_grad():
+        rows = torch.nn.functional.normalize(made.step.student(batch)["image"]) @ made.step.heads.linear.weight.T
     expected = (rows - batch["unet_feature"].flatten(1)).square().mean()
     assert float(terms["features"].detach()) == pytest.approx(0.5 * float(expected), rel=1e-5)
 
@@ -403,8 +404,9 @@ def test_a_dry_run_says_what_the_unet_needs(squares, states, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("words", "said"), [
-    (("--set", "objective=both"), "choose from score, features, none"), (("--set", "grad=half"), "choose from full, sds"),
-    (("--set", "train=norms"), "choose from layernorm, all"), (("--set", "hw_init=one"), "choose from default, zero, unit"),
+    (("--set", "objective=both"), "choose from score, features, none"),
+    (("--set", "grad=half"), "choose from full, sds"), (("--set", "train=norms"), "choose from layernorm, all"),
+    (("--set", "hw_init=one"), "choose from default, zero, unit"),
     (("--set", "t_max=1001"), "has 1000 time steps"), (("--set", "t_min=7", "--set", "t_max=7"), "t_min < t_max"),
     (("--set", "micro=-1"), "0 for all"), (("--set", "unet_precision=int8"), "choose from auto, float32, bfloat16"),
     (("--live",), "leave --live away"), (("--cache", "/nowhere"), "tc build --teacher sd-tiny --data")])  # fmt: skip
@@ -421,7 +423,7 @@ def test_a_cache_without_what_is_needed_says_what_to_build(squares, tmp_path, ca
     assert train_here(squares, bare, tmp_path / "run", recipe="sds_clip") == 2
     assert "no field latent, whose shape h_w needs" in capsys.readouterr().err
     assert train_here(squares, bare, tmp_path / "run", "--set", "objective=features", recipe="sds_clip") == 2
-    assert "--outputs text_states,latents,unet_features" in capsys.readouterr().err
+    assert "--outputs text_states,latents,unet_features:100+out --data" in capsys.readouterr().err
 
 
 def test_fine_tuning_starts_from_a_run_or_a_folder(squares, states, tmp_path, capsys):

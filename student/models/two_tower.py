@@ -4,7 +4,6 @@ The output embeddings are raw (not normalised). Not for losses: see `recipes/`.
 """
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from teachercache.names import UserError, closest
 from teachercache.runtime import say
-from teachercache.teachers.clip import build_module, open_folder, tokenizer_of
+from teachercache.teachers.clip import build_module, folder_parts, open_folder, tokenizer_of
 from teachercache.teachers.clip_layers import EMBEDDINGS, picture_fields, text_fields
 from teachercache.teachers.clip_towers import image_blocks, text_blocks, text_tower
 from teachercache.views import describe_view, image_view, replay_view
@@ -144,13 +143,13 @@ def show_blocks(student: Any, names: Sequence[str]) -> None:
 
 
 def build_two_tower(name: str, init: str = "") -> TwoTower:
-    """A student by configuration name, or from `init`, an exported folder whose configuration then counts."""
+    """A student by configuration name, or from `init`, a run or an exported folder whose configuration then counts."""
     if init:
         if not Path(init).is_dir():
-            raise UserError(f"--set init={init}: no such folder; it takes what `student export` wrote")
+            raise UserError(f"--set init={init}: no such folder; it takes a run, or what `student export` wrote")
         say(f"starting from {init}: its configuration counts, not model={name}")
         model, preprocess = open_folder(init)
-        model_cfg = json.loads(Path(init, "open_clip_config.json").read_text())["model_cfg"]
+        model_cfg = folder_parts(init)[0]
         return TwoTower(model, model_cfg, preprocess, tokenizer_of(model_cfg, init))
     model_cfg = TINY.get(name) or open_clip.get_model_config(name)
     if model_cfg is None:

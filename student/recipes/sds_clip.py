@@ -8,7 +8,7 @@ ViT-B/16 and Stable Diffusion (the paper's "about 8M" parameters).
     Eq. 3  L_SDS = E_{t, eps} ||eps_theta(z_t, t, c) - eps||^2,    z_t = sqrt(abar_t) h_w(f(x)) + sqrt(1 - abar_t) eps
     Eq. 4  L = L_CLIP + lam L_SDS
     Eq. 5  minimised over the LayerNorms of f and g, and w; the gradient passes through the UNet, which stays as it is
-    Eq. 6  L = L_CLIP + lam ||h_w(f(x)) - I(x, c)||^2, I what the UNet says of v(x)    (a negative result, appendix A.2)
+    Eq. 6  L = L_CLIP + lam ||h_w(f(x)) - I(x, c)||^2,  I(x, c) what the UNet says of v(x)    (appendix A.2: no help)
 
     objective  score: Eq. 3; features: Eq. 6, I from the cache; none: L_CLIP alone, a baseline. Vanilla CLIP is `init`
     train      layernorm, or all: full fine-tuning, a baseline
@@ -30,7 +30,7 @@ batches besides, which bounds the student's memory and costs another forward of 
     python scripts/prepare_scenes.py --out data/scenes && tc build --teacher sd-tiny --data data/scenes
     student train --recipe sds_clip --set init=runs/NAME          # a run or an exported folder to fine-tune
     student train --recipe sds_clip --set init=FOLDER --set objective=none
-    tc build --teacher sd-tiny --outputs text_states,latents,unet_features --data data/scenes    # objective=features
+    tc build --teacher sd-tiny --outputs text_states,latents,unet_features:100+out --data data/scenes    # for Eq. 6
 """
 
 import dataclasses
