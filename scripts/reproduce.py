@@ -27,14 +27,20 @@ from pathlib import Path
 import reproduce_clip_kd
 import reproduce_clip_td
 import reproduce_psd
+import reproduce_sds_clip
 from bench_report import cores
 from reproduce_tables import METRICS, Row, Table, spread
 
 from teachercache.paths import write_whole
 from teachercache.runtime import say, ticker
 
-# Each has TABLES and words(row, seed); where clip_kd's do not fit also evaluations, prepare and section
-PAPERS = {"clip_kd": reproduce_clip_kd, "clip_td": reproduce_clip_td, "psd": reproduce_psd}
+# Each has TABLES and words(row, seed); where clip_kd's do not fit also evaluations, prepare, seeds_of and section
+PAPERS = {
+    "clip_kd": reproduce_clip_kd,
+    "clip_td": reproduce_clip_td,
+    "psd": reproduce_psd,
+    "sds_clip": reproduce_sds_clip,
+}
 TASKS = [["--task", task] for task in sorted({metric.task for metric in METRICS})]
 RESULTS = Path("docs/RESULTS.md")
 Results = dict[Row, list[dict[str, float]]]  # of each seed
@@ -55,12 +61,13 @@ def main() -> int:
     tables = {name: paper.TABLES[name] for name in options.table or paper.TABLES}
     if hasattr(paper, "prepare"):
         paper.prepare([row for table in tables.values() for row in table.rows], options.seeds, options.jobs)
+    seeds_of = getattr(paper, "seeds_of", lambda row, seeds: seeds)
     folders = {folder_of(options.paper, row, seed): paper.words(row, seed)
-               for table in tables.values() for row in table.rows for seed in options.seeds}  # fmt: skip
+               for table in tables.values() for row in table.rows for seed in seeds_of(row, options.seeds)}  # fmt: skip
     run_missing(options.paper, folders, options.jobs)
     for name, table in tables.items():
         results = {row: [result_of(folder_of(options.paper, row, seed), paper.words(row, seed))
-                         for seed in options.seeds] for row in table.rows}  # fmt: skip
+                         for seed in seeds_of(row, options.seeds)] for row in table.rows}  # fmt: skip
         text = getattr(paper, "section", section)(table, results, options.seeds)
         print(text, end="\n\n")
         replace_section(f"{options.paper} {name}", text)
@@ -111,22 +118,26 @@ def run_missing(paper: str, folders: Mapping[Path, Sequence[str]], jobs: int) ->
 def run_one(folder: Path, words: Sequence[str], evaluations: Sequence[Sequence[str]] = TASKS) -> str:
     """`student train` and each `student eval`; the last line where one fails.
 
-    Weights are left behind, numbers and curves are kept.
+    Weights are left behind, numbers and curves are kept. With the words `--model MODEL` that is measured, untrained.
     """
     from student.cli import main as student
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as name, contextlib.redirect_stderr(io.StringIO()) as said:
         run, metrics = Path(name, "run"), {}
-        measured = [["eval", str(run), *one, "--json"] for one in evaluations]
-        for command in (["train", *words, "--out", str(run)], *measured):
+        trained = words[0] != "--model"
+        model = str(run) if trained else words[1]
+        measured = [["eval", model, *one, "--json"] for one in evaluations]
+        for command in ([["train", *words, "--out", str(run)]] if trained else []) + measured:
             with contextlib.redirect_stdout(io.StringIO()) as text:
                 if student(command):
                     return (said.getvalue().strip().splitlines() or ["?"])[-1]
             metrics |= json.loads(text.getvalue())["metrics"] if command[0] == "eval" else {}
-        metrics |= json.loads((run / "speed.json").read_text())
-        shutil.rmtree(run / "checkpoints")
-        (run / "model.safetensors").unlink()
+        if trained:
+            metrics |= json.loads((run / "speed.json").read_text())
+            shutil.rmtree(run / "checkpoints")
+            (run / "model.safetensors").unlink()
+        run.mkdir(exist_ok=True)
         write_whole(run / "result.json", json.dumps({"words": words, "metrics": metrics}) + "\n")
         shutil.rmtree(folder, ignore_errors=True)
         run.rename(folder)
