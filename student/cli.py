@@ -50,12 +50,12 @@ def recipes(name: str | None) -> None:
         print(f"  --set {field.name}={getattr(recipe.constants, field.name)}")
     for field in dataclasses.fields(recipe.optim):
         print(f"  --set optim.{field.name}={getattr(recipe.optim, field.name)}")
-    print(f"  --steps {recipe.steps} --batch-size {recipe.batch}")
+    print(f"  --data {recipe.data} --steps {recipe.steps} --batch-size {recipe.batch}")
 
 
 @student.command()
 @click.option("--recipe", "name", required=True, help="A name of `student recipes`, or package.module:RECIPE.")
-@click.option("--data", help="What `tc build --data` took; default the recipe's own, data/demo or data/scenes/vcr1.")
+@click.option("--data", help="What `tc build --data` took; default the recipe's own (`student recipes NAME`).")
 @click.option("--cache", help="A cache, or a folder of caches; several teachers with commas; default caches/<data>.")
 @click.option("--out", help="The run folder; default runs/<recipe>-<time>.")
 @click.option("--steps", type=click.IntRange(1), help="Training steps.")

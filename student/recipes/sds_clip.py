@@ -16,7 +16,7 @@ ViT-B/16 and Stable Diffusion (the paper's "about 8M" parameters).
                eps) in the place of the gradient with respect to h_w(f(x)), under the same value
 
 Free choices, where the paper is silent. ||.||^2 is the mean over elements, under which lam = 0.001; for the sum
-multiply lam by their number (16.4 for 4 x 64 x 64). One t, uniform in t_min to t_max - 1, and one eps for each row and
+multiply lam by their number (4 x 64 x 64 of them: 16.4). One t, uniform in t_min to t_max - 1, and one eps for each row and
 epoch. h_w sees the embedding of CLIP's joint space, normalised (unit=false: raw), and starts as nn.Linear does
 (hw_init=zero, or unit: latents of unit variance). layernorm leaves logit_scale frozen, and counts BatchNorm's weights
 in where a tower has no LayerNorm (RN50). AdamW without weight decay, warm-up and cosine. L_CLIP is the mean of the two
@@ -27,10 +27,10 @@ The text states c are read from the cache; only the UNet is loaded. It computes 
 nothing is computed twice. checkpoint=true keeps less of each; --dry-run says how much all of it is. --micro-batch cuts
 batches besides, which bounds the student's memory and costs another forward of both.
 
-    python scripts/prepare_scenes.py --out data/scenes && tc build --teacher sd-tiny --data data/scenes
+    python scripts/prepare_scenes.py --out data/scenes/pairs && tc build --teacher sd-tiny --data data/scenes/pairs
     student train --recipe sds_clip --set init=runs/NAME          # a run or an exported folder to fine-tune
     student train --recipe sds_clip --set init=FOLDER --set objective=none
-    tc build --teacher sd-tiny --outputs text_states,latents,unet_features:100+out --data data/scenes    # for Eq. 6
+    tc build --teacher sd-tiny --outputs text_states,latents,unet_features:100+out --data data/scenes/pairs    # Eq. 6
 """
 
 import dataclasses
@@ -188,7 +188,7 @@ SDS_CLIP = Recipe(
     loss=loss,
     reads=reads,
     given=("text_states", "unet_feature", "t", "noise"),
-    data="data/scenes",
+    data="data/scenes/pairs",
     teacher="sd-tiny",
     live=Live(load, call, memory),
     draw=draw,
