@@ -37,6 +37,7 @@ def prepare(recipe: Recipe, run: Run) -> Prepared:
     looked = cache or same_data_cache(run.cache, manifest)  # whoever built it has read every picture
     rows = functools.reduce(np.intersect1d, [training_rows(manifest, one) for one in caches or [looked]])
     rows = readable_rows(manifest, rows) if looked is None else rows
+    rows = student.choose_rows(manifest, rows) if hasattr(student, "choose_rows") else rows
     shapes = field_shapes(caches, ensemble)
     heads = recipe.heads(recipe.constants, student, shapes) if recipe.heads else None
     teacher = passed_teacher(recipe, caches, run)
@@ -48,7 +49,8 @@ def prepare(recipe: Recipe, run: Run) -> Prepared:
     if looked is not None and batches.num_views:
         say(f"pictures: one of {batches.num_views} augmented views a step, as stored in {looked.path}")
     step = TrainStep(recipe, student, heads, live, teacher=teacher, precision=run.precision)
-    return Prepared(step, batches, caches)
+    described = (student.describe(), student.files()) if hasattr(student, "describe") else (None, None)
+    return Prepared(step, batches, caches, *described)
 
 
 def teachers_of(recipe: Recipe, caches: list[Cache]) -> str:
@@ -71,7 +73,9 @@ def build_hint(run: Run, reads: tuple[str, ...], teacher: str, cache: str) -> st
     path = Path(cache)
     out = path if path.suffix == ".zarr" else path / f"{teacher}.zarr"
     layers = sorted({int(name.rpartition("_")[2]) for name in reads if "_hidden_" in name})
-    outputs = ["--outputs", f"embeddings,hidden:{'+'.join(map(str, layers))}"] if layers else []
+    more = [f"hidden:{'+'.join(map(str, layers))}"] if layers else []
+    more += ["patches"] if "patch_emb" in reads else []
+    outputs = ["--outputs", ",".join(["embeddings", *more])] if more else []
     outputs = ["--outputs", "text_states,latents,unet_features:100+out"] if "unet_feature" in reads else outputs
     return shlex.join(["tc", "build", "--teacher", teacher, *outputs, "--data", run.data, "--out", str(out)])
 

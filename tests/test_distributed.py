@@ -13,23 +13,28 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import own_recipes
 import own_teachers
 import pytest
 import torch
 from conftest import contained, read_lines, train_here, train_words, zero_noise
 from safetensors.torch import load_file
+from small_bart import micro_bart
 
 from student import checkpoint
 from student.distributed import first_row, gather, mean_over_ranks, num_ranks
 from student.engine import clamp_scales, learning_rate, start_engine
+from student.models.seq2seq import Seq2Seq
 from student.models.two_tower import build_two_tower
 from student.recipe import Now, Optim, Run
 from student.recipes.clip import CLIP
 from student.recipes.clip_kd import CLIP_KD
 from student.recipes.psd import PSD
 from student.recipes.sds_clip import SDS_CLIP
+from student.recipes.vlkd import VLKD
 from student.step import TrainStep
+from student.text_inputs import Marks, Reader
 
 WORLD, ROWS = 2, 8
 WIDTHS = {
@@ -39,8 +44,10 @@ WIDTHS = {
     "clip_kd-differing": 16,
     "clip_kd-all": 16,
     "sds_clip": None,
+    "vlkd": 16,
 }  # vit-micro is 64 wide
 ENGINES = [(name, 0) for name in WIDTHS]
+ENGINES += [("vlkd", 2)]
 ENGINES += [(name, stage) for name in ("clip_kd-differing", "clip_kd-all") for stage in (1, 2, 3)]
 ENGINES += [("sds_clip", stage) for stage in (2, 3)]
 ALL = {"fd": 10.0, "mfd": 10.0, "gd": 0.1, "afd": 1.0, "cross": 1.0, "hidden": 10.0,
@@ -61,6 +68,8 @@ def make_step(name: str) -> TrainStep:
         return make_sds_step()
     if WIDTHS[name] is None:
         return TrainStep(CLIP if name == "clip" else HALF_PSD, build_two_tower("vit-micro"), None)
+    if name == "vlkd":
+        return make_vlkd()
     changes = ALL if name == "clip_kd-all" else {"fd": 10.0}  # 2000 would hide the other terms' errors
     constants = dataclasses.replace(CLIP_KD.constants, model="vit-micro", **changes)
     recipe = dataclasses.replace(CLIP_KD, constants=constants)
@@ -77,6 +86,16 @@ def make_sds_step() -> TrainStep:
     heads = recipe.heads(constants, student, {"latent": own_teachers.LATENT})
     module = own_teachers.make_diffusion(unet=own_teachers.LinearUNet(own_teachers.random_matrix().float()))
     return TrainStep(recipe, student, heads, teacher=SimpleNamespace(module=module))
+
+
+def make_vlkd() -> TrainStep:
+    """Of vlkd, which reads ids here and needs no tokenizer for it."""
+    bart = micro_bart(dropout=0.0)[0]
+    reader = Reader(None, Marks(0, 1, 2, 4), np.empty(0), stage="distil", masks=6, share=0.15, max_text=16)
+    student = Seq2Seq(bart, reader, visual="cls")
+    constants = dataclasses.replace(VLKD.constants, ttdm=10.0)
+    heads = VLKD.heads(constants, student, {"image_emb": (16,), "text_emb": (16,)})
+    return TrainStep(dataclasses.replace(VLKD, constants=constants), student, heads)
 
 
 def fields_of(name: str) -> dict[str, int]:
@@ -98,11 +117,20 @@ def make_batch(name: str, number: int, rank: int, world: int) -> dict:
         batch |= {"t": torch.randint(0, 1000, (ROWS,), generator=random),
                   "noise": torch.randn(ROWS, *own_teachers.LATENT, generator=random),
                   "text_states": torch.randn(ROWS, 6, 16, generator=random)}  # fmt: skip
+    if name == "vlkd":
+        for key in ("text", "source"):  # of other lengths
+            batch[key] = torch.randint(5, 280, (ROWS, 9), generator=random)
+            batch[key][torch.arange(9) > torch.arange(ROWS)[:, None] + 2] = 1
+        batch["given"] = torch.zeros(ROWS, dtype=torch.long)
     share = ROWS // world
     batch = {key: value[rank * share : (rank + 1) * share] for key, value in batch.items()}
-    scales = {"clip": {}, "psd": {}, "sds_clip": {}, "clip_kd-all": {"logit_scale": 3.0, "logit_scale@1": 2.0}}.get(
-        name, {"logit_scale": 3.0}
-    )
+    scales = {
+        "clip": {},
+        "psd": {},
+        "sds_clip": {},
+        "vlkd": {},
+        "clip_kd-all": {"logit_scale": 3.0, "logit_scale@1": 2.0},
+    }.get(name, {"logit_scale": 3.0})
     return batch | {key: torch.tensor(value) for key, value in scales.items()}
 
 
@@ -260,6 +288,11 @@ def found(pair: Path, name: str, rank: int = 0) -> dict[str, torch.Tensor]:
     return torch.load(path, weights_only=True)
 
 
+def unseen(key: str) -> bool:
+    """A bias of attention's keys moves all of a softmax's logits alike: its gradient is rounding alone."""
+    return key.endswith("k_proj.bias")
+
+
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a.double() - b.double()).norm() / b.double().norm())
 
@@ -300,11 +333,13 @@ def test_gradients_of_two_ranks_are_those_of_one(pair, name):
         two = found(pair, f"gradients-{name}", rank)
         assert two.keys() == one.keys()
         for key, value in one.items():
+            if unseen(key):
+                continue
             assert value.norm() > 0, key
             assert relative(two[key], value) < 1e-5, f"rank {rank}, {key}"
     heads = {key for key in one if key.startswith("grad heads")}
     assert len(heads) == {"clip": 0, "psd": 0, "clip_kd-equal": 1, "clip_kd-differing": 5, "clip_kd-all": 22,
-                          "sds_clip": 1}[name]  # fmt: skip
+                          "sds_clip": 1, "vlkd": 1}[name]  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "stage"), ENGINES)
@@ -318,6 +353,8 @@ def test_steps_of_two_ranks_are_those_of_one(pair, name, stage):
         for key, value in one.items():
             if key.startswith("loss"):
                 assert relative(two[key], value) < 1e-5, key
+                continue
+            if unseen(key):
                 continue
             moved = (value - before[key].detach()).norm()
             assert moved > 0, key

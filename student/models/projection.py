@@ -40,6 +40,18 @@ class TeacherSpace(nn.Module):
         return found if self.icl_logit_scale is None else found | {"icl_scale": self.icl_logit_scale.exp()}
 
 
+class Temperature(nn.Module):
+    """VLKD's learnable temperature tau of ITCL, as the scale 1 / tau."""
+
+    def __init__(self, tau: float):
+        super().__init__()
+        self.logit_scale = nn.Parameter(torch.full((1,), -math.log(tau)))
+
+    def forward(self, values: Mapping[str, Tensor]) -> dict[str, Float[Tensor, "..."]]:
+        """`itcl_scale` [1]."""
+        return {"itcl_scale": self.logit_scale.exp()}
+
+
 class Fusion(nn.Module):
     """CLIP-KD's augmented embeddings W [V'; V_T], W' [S'; S_T] in the teacher's widths, and a scale f of their own."""
 

@@ -6,6 +6,7 @@ from student.recipes.clip_kd import CLIP_KD
 from student.recipes.clip_td import CLIP_TD
 from student.recipes.psd import PSD
 from student.recipes.sds_clip import SDS_CLIP
+from student.recipes.vlkd import VLKD
 from teachercache.names import UserError, resolve
 
 RECIPES: dict[str, Recipe] = {
@@ -13,6 +14,7 @@ RECIPES: dict[str, Recipe] = {
     "clip_kd": CLIP_KD,
     "clip_td": CLIP_TD,
     "sds_clip": SDS_CLIP,
+    "vlkd": VLKD,
     "psd": PSD,
 }
 

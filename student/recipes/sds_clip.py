@@ -15,12 +15,12 @@ ViT-B/16 and Stable Diffusion (the paper's "about 8M" parameters).
     grad       full: the paper's; sds: the UNet's Jacobian left out, as DreamFusion does, 2 sqrt(abar_t) (eps_theta -
                eps) in the place of the gradient with respect to h_w(f(x)), under the same value
 
-Free choices, where the paper is silent. ||.||^2 is the mean over elements, under which lam = 0.001; for the sum
-multiply lam by their number (4 x 64 x 64 of them: 16.4). One t, uniform in t_min to t_max - 1, and one eps for each row and
-epoch. h_w sees the embedding of CLIP's joint space, normalised (unit=false: raw), and starts as nn.Linear does
-(hw_init=zero, or unit: latents of unit variance). layernorm leaves logit_scale frozen, and counts BatchNorm's weights
-in where a tower has no LayerNorm (RN50). AdamW without weight decay, warm-up and cosine. L_CLIP is the mean of the two
-directions, which is what the appendix's Eq. 7 says.
+Free choices, where the paper is silent. ||.||^2 is the mean over elements, under which lam = 0.001; for the sum over
+4 x 64 x 64 of them that is 16.4. One t, uniform in t_min to t_max - 1, and one eps for each row and epoch. h_w sees
+the embedding of CLIP's joint space, normalised (unit=false: raw), and starts as nn.Linear does (hw_init=zero, or
+unit: latents of unit variance). layernorm leaves logit_scale frozen, and counts BatchNorm's weights in where a tower
+has no LayerNorm (RN50). AdamW without weight decay, warm-up and cosine. L_CLIP is the mean of the two directions,
+which is what the appendix's Eq. 7 says.
 
 The text states c are read from the cache; only the UNet is loaded. It computes in bfloat16 where the device does,
 `micro` rows at a time: forward and backward of these, then of the next, so that their number bounds its memory and
