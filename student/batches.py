@@ -73,6 +73,7 @@ class Batches(Dataset):
                  rank: int = 0, world: int = 1):  # fmt: skip
         self.manifest, self.rows, self.inputs = manifest, rows, student.inputs
         self.tokenizer, self.num_chances = getattr(student, "tokenizer", None), getattr(student, "num_chances", 0)
+        self.read_texts = getattr(student, "read_texts", None)  # rows, texts, a generator a row -> tensors
         self.batch, self.steps, self.seed, self.rank, self.world = batch, steps, seed, rank, world
         block_rows = cache.meta.block_rows if cache else len(manifest)
         self.order = Order(rows, batch=batch, seed=seed, block_rows=block_rows)
@@ -118,7 +119,10 @@ class Batches(Dataset):
         if self.looks:
             shown = [self._show(sample, row, v) for sample, row, v in zip(samples, rows, chosen["image"], strict=True)]
             batch |= {name: torch.stack([pictures[name] for pictures in shown]) for name in self.looks}
-        if "text" in self.inputs:
+        if self.read_texts is not None:
+            random = [np.random.default_rng([self.seed, epoch, row, 3]) for row in rows.tolist()]
+            batch |= self.read_texts(samples, texts, random)
+        elif "text" in self.inputs:
             batch["text"] = self.tokenizer(texts)
         return batch
 

@@ -14,12 +14,12 @@ from teachercache.names import UserError
 
 
 def model_card(facts: Mapping[str, Any], results: Sequence[Mapping[str, Any]], *, library: str, usage: str,
-               notes: Sequence[str] = ()) -> str:  # fmt: skip
+               notes: Sequence[str] = (), pipeline: str = "zero-shot-image-classification") -> str:  # fmt: skip
     """The card of a run: `facts` its run.json, `results` as `student eval` wrote them, `usage` the code that loads."""
     recipe, run = facts["recipe"], facts["run"]
     shown = {name: value for name, value in recipe["constants"].items() if name not in ("model", "init") or value}
     lines = [
-        *_front_matter(library, recipe["name"]),
+        *_front_matter(library, recipe["name"], pipeline),
         f"# {plain(recipe['constants'].get('model', 'student'))} trained by `{recipe['name']}`", "",
         f"- Recipe: {plain(recipe['paper'])}",
         f"- Constants: {_settings(shown)}",
@@ -75,10 +75,10 @@ def fenced(code: str, language: str = "") -> list[str]:
     return [fence + language, *code.strip("\n").splitlines(), fence, ""]
 
 
-def _front_matter(library: str, recipe: str) -> list[str]:
+def _front_matter(library: str, recipe: str, pipeline: str) -> list[str]:
     """YAML that the Hugging Face hub reads; JSON strings are YAML strings."""
     tags = ["clip", "distillation", "teachercache", recipe]
-    return ["---", f"library_name: {library}", "pipeline_tag: zero-shot-image-classification", "tags:",
+    return ["---", f"library_name: {library}", f"pipeline_tag: {pipeline}", "tags:",
             *(f"- {json.dumps(tag)}" for tag in tags), "---", ""]  # fmt: skip
 
 

@@ -23,6 +23,8 @@ from teachercache.runtime import rank, say, world_size
 from teachercache.store import flush
 from teachercache.teachers.clip import build_module, tokenizer_of
 
+OTHERS = {"vlkd": "`student generate` takes it, and `student export --format hf`"}  # instead of eval
+
 
 def save(engine: Any, run: Path, step: int) -> None:
     """A checkpoint of everything that the next step depends on; older ones go once it is whole."""
@@ -94,9 +96,14 @@ def save_student(student: nn.Module, path: Path) -> None:
 
     sharded = [parameter for parameter in student.parameters() if hasattr(parameter, "ds_id")]
     with deepspeed.zero.GatheredParameters(sharded):
-        state = open_clip_state(student) if isinstance(student, TwoTower) else student.state_dict()
+        state = open_clip_state(student) if isinstance(student, TwoTower) else _own_state(student)
         if rank() == 0:
             write_tensors({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, path)
+
+
+def _own_state(student: nn.Module) -> dict[str, Tensor]:
+    """A state dict; of a student that uses a tensor in several places each once."""
+    return student.plain_state() if hasattr(student, "plain_state") else student.state_dict()
 
 
 def load_student(run: Path) -> TwoTower:
@@ -108,6 +115,9 @@ def load_student(run: Path) -> TwoTower:
     if made is None:
         name = recipe["constants"]["model"]
         raise UserError(f"{run} trained {name}, which is no model of its own: see scripts/build_clip_lite.py")
+    if "model_cfg" not in made:
+        raise UserError(f"{run} is no model of two towers but a run of {recipe['name']}: " + OTHERS.get(
+            recipe["name"], "`student eval` takes it with the task that it was trained on"))  # fmt: skip
     if not (run / "model.safetensors").exists():
         raise UserError(f"{run} is not a finished run: `student train --recipe {recipe['name']} --resume --out {run}`")
     model, preprocess = build_module(made["model_cfg"], made["preprocess"])

@@ -136,7 +136,10 @@ def train(
     if rank() == 0 and not dry_run:
         made = jsonlib.loads((Path(folder) / "run.json").read_text()).get("student") or {}
         task = made.get("task", {}).get("name", "retrieval")
-        say(f"next: {shlex.join(['student', 'eval', str(folder), '--task', task, '--data', run.data])}")
+        words = ["student", "eval", str(folder), "--task", task, "--data", run.data]
+        if made.get("kind") == "seq2seq":
+            words = ["student", "generate", str(folder), "--image", "FILE"]
+        say(f"next: {shlex.join(words)}")
 
 
 def _evaluator(run):
@@ -325,6 +328,30 @@ def _answerer(run: Path, task: str, data: str):
     return Answerer(run.name, str(run), task, model.score, model.task.answers)
 
 
+@student.command()
+@click.argument("model", type=Path)
+@click.option(
+    "--image", "images", type=Path, required=True, multiple=True, metavar="FILE", help="A picture; repeatable."
+)
+@click.option("--question", default="", help="Answer it, instead of saying what is to be seen.")
+@click.option("--masks", type=click.IntRange(1), help="[MASK]s in the prompt; default 6, of a question 2.")
+@click.option("--beams", type=click.IntRange(1), help="Beam size; default 6, of a question 1.")
+def generate(model: Path, images: tuple[Path, ...], question: str, masks: int | None, beams: int | None) -> None:
+    """Say what is in a picture, or answer a question about it, with a run of vlkd or an export of one.
+
+    \u0008
+    student generate runs/NAME --image cat.jpg
+    student generate runs/NAME --image cat.jpg --question "What color is the cat?"
+    """
+    from student.generating import describe_pictures
+    from teachercache.runtime import pick_device
+
+    texts = describe_pictures(model, images, question=question.strip(), masks=masks or 0, beams=beams or 0,
+                              device=pick_device())  # fmt: skip
+    for image, text in zip(images, texts, strict=True):
+        print(f"{image}: {text}" if len(images) > 1 else text)
+
+
 @student.command("export")
 @click.argument("run", type=Path)
 @click.option("--format", "form", required=True, type=click.Choice(["open_clip", "hf"]), help="What it loads with.")
@@ -337,11 +364,15 @@ def write_export(run: Path, form: str, out: Path | None) -> None:
     student export runs/NAME --format hf
     """
     from student.export import FORMATS, export
+    from student.export_seq2seq import export_seq2seq
+    from student.models.seq2seq_init import is_seq2seq
 
-    out, notes = export(run, out or Path("exports", f"{run.resolve().name}-{form}"), form)
+    writes = is_seq2seq(run)
+    write = export_seq2seq if writes else export
+    out, notes = write(run, out or Path("exports", f"{run.resolve().name}-{form}"), form)
     for note in notes:
         say(note)
-    say(f"{out}: {FORMATS[form].call.format(out)}")
+    say(f"{out}: " + ("`student generate` takes it" if writes else FORMATS[form].call.format(out)))
     print(out)
 
 

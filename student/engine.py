@@ -31,11 +31,12 @@ def parameter_groups(step: nn.Module, weight_decay: float) -> list[dict[str, Any
 
 
 def learning_rate(optim: Optim, step: int, steps: int) -> float:
-    """Linear warm-up over a share of the steps, then a cosine to zero."""
+    """Linear warm-up over a share of the steps, then a cosine or a line to zero."""
     warmup = max(1, round(optim.warmup * steps))
     if step < warmup:
         return optim.lr * (step + 1) / warmup
-    return optim.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+    done = (step - warmup) / max(1, steps - warmup)
+    return optim.lr * (1 - done if optim.decay == "linear" else 0.5 * (1 + math.cos(math.pi * done)))
 
 
 def deepspeed_config(run: Run, optim: Optim, rows_per_rank: int) -> dict[str, Any]:
@@ -118,6 +119,8 @@ def start_engine(step: nn.Module, optim: Optim, run: Run, rows_per_rank: int) ->
         raise UserError(f"--set run.zero={run.zero}: choose 0, 1, 2 or 3")
     if run.precision not in ("float32", "bfloat16"):
         raise UserError(f"--set run.precision={run.precision}: choose float32 or bfloat16")
+    if optim.decay not in ("cosine", "linear"):
+        raise UserError(f"--set optim.decay={optim.decay}: choose cosine or linear")
     start_distributed(run.device)
     with quiet_deepspeed():
         deepspeed = _import_deepspeed(run.device)

@@ -8,7 +8,7 @@ tiled.TILED_FROM rows on the same numbers come from tiled.py, without a matrix o
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from student import tiled
@@ -207,3 +207,28 @@ def answer_kl(logits: Float[Tensor, "n k classes"], clean: Float[Tensor, "n clas
     if many:
         return ((Z.sigmoid() - C.sigmoid()) * (Z - C)).sum(-1).mean(1)
     return ((Z.softmax(-1) - C.softmax(-1)) * (Z.log_softmax(-1) - C.log_softmax(-1))).sum(-1).mean(1)
+
+
+def ttdm_loss(projected_text: Float[Tensor, "n d"], t_text: Float[Tensor, "n d"]) -> Float[Tensor, ""]:
+    """VLKD, text-text distance minimisation (section 3.2.1): mean over pairs of |t_eos - e_norm|^2, summed over d.
+
+    For unit rows it is 2 (1 - cos).
+    """
+    E, T = _wide(projected_text, t_text)
+    return (T - E).square().sum(1).mean()
+
+
+def text_nll(logits: Float[Tensor, "n length words"], text: Int[Tensor, "n length"],
+             counted: Bool[Tensor, "n length"]) -> Float[Tensor, " n"]:  # fmt: skip
+    """VLKD Eq. 2 before its mean over pairs: each row's -sum_j log P(w_j | w_<j, C) over the tokens that count."""
+    (Z,) = _wide(logits)
+    each = F.cross_entropy(Z.flatten(0, 1), text.flatten(), reduction="none").view_as(text)
+    return (each * counted).sum(1)
+
+
+def scst_loss(
+    nll: Float[Tensor, " n"], reward: Float[Tensor, " n"], baseline: Float[Tensor, " n"]
+) -> Float[Tensor, ""]:
+    """Self-critical training (Rennie et al., 2017): -mean over rows of (r(sampled) - r(greedy)) log P(sampled)."""
+    N, R, B = _wide(nll, reward, baseline)
+    return ((R - B) * N).mean()

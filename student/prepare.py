@@ -37,6 +37,7 @@ def prepare(recipe: Recipe, run: Run) -> Prepared:
     looked = cache or same_data_cache(run.cache, manifest)  # whoever built it has read every picture
     rows = functools.reduce(np.intersect1d, [training_rows(manifest, one) for one in caches or [looked]])
     rows = readable_rows(manifest, rows) if looked is None else rows
+    rows = student.choose_rows(manifest, rows) if hasattr(student, "choose_rows") else rows
     heads = recipe.heads(recipe.constants, student, field_shapes(caches, ensemble)) if recipe.heads else None
     live = live_teacher(caches, run.device) if run.live else None  # last: it draws random numbers
     batches = Batches(manifest, rows, student=student, cache=cache, more=more, ensemble=ensemble, reads=reads,
@@ -44,7 +45,9 @@ def prepare(recipe: Recipe, run: Run) -> Prepared:
                       world=world_size())  # fmt: skip
     if looked is not None and batches.num_views:
         say(f"pictures: one of {batches.num_views} augmented views a step, as stored in {looked.path}")
-    return Prepared(TrainStep(recipe, student, heads, live, precision=run.precision), batches, caches)
+    step = TrainStep(recipe, student, heads, live, precision=run.precision)
+    described = (student.describe(), student.files()) if hasattr(student, "describe") else (None, None)
+    return Prepared(step, batches, caches, *described)
 
 
 def teachers_of(recipe: Recipe, caches: list[Cache]) -> str:
@@ -67,7 +70,9 @@ def build_hint(run: Run, reads: tuple[str, ...], cache: str) -> str:
     path = Path(cache)
     out = path if path.suffix == ".zarr" else path / "clip-lite.zarr"
     layers = sorted({int(name.rpartition("_")[2]) for name in reads if "_hidden_" in name})
-    outputs = ["--outputs", f"embeddings,hidden:{'+'.join(map(str, layers))}"] if layers else []
+    more = [f"hidden:{'+'.join(map(str, layers))}"] if layers else []
+    more += ["patches"] if "patch_emb" in reads else []
+    outputs = ["--outputs", ",".join(["embeddings", *more])] if more else []
     return shlex.join(["tc", "build", "--teacher", "clip-lite", *outputs, "--data", run.data, "--out", str(out)])
 
 

@@ -12,7 +12,7 @@ DEMO_DATA = "data/demo"
 
 @dataclasses.dataclass(frozen=True)
 class Optim:
-    """AdamW and its schedule: linear warm-up, then cosine to zero."""
+    """AdamW and its schedule: linear warm-up, then down to zero."""
 
     lr: float = 1e-3
     beta1: float = 0.9
@@ -21,6 +21,7 @@ class Optim:
     weight_decay: float = 0.1  # on matrices; never on biases, norms and scales
     warmup: float = 0.1  # share of the steps
     clip: float = 0.0  # largest gradient norm, 0 for none
+    decay: str = "cosine"  # or linear
 
 
 class Now(NamedTuple):

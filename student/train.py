@@ -60,7 +60,7 @@ def train(recipe: Recipe, run: Run, *, resume: bool, dry_run: bool = False, eval
     start_distributed(run.device)
     prepared = prepare(recipe, run)
     step_module = prepared.step.to(run.device)
-    if run.eval_every and prepared.facts is None and not isinstance(step_module.student, TwoTower):
+    if run.eval_every and "task" not in (prepared.facts or {}) and not isinstance(step_module.student, TwoTower):
         raise UserError(f"--eval-every: {type(step_module.student).__name__} is no model of its own; leave it away")
     facts = describe(recipe, run, prepared)
     if not dry_run:
@@ -241,7 +241,7 @@ def open_run(out: Path, facts: dict[str, Any], resume: bool) -> None:
 def flat(facts: dict[str, Any]) -> dict[str, Any]:
     """The settings of a run that its losses depend on, each under its own name."""
     recipe, run = dict(facts["recipe"]), dict(facts["run"])
-    constants, optim = recipe.pop("constants"), recipe.pop("optim")
+    constants, optim = recipe.pop("constants"), {"decay": "cosine"} | recipe.pop("optim")  # older runs have no decay
     for name in HOW:
         run.pop(name, None)
     own = {name: facts[name] for name in ("cache", "rows", "views")}

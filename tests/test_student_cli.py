@@ -26,6 +26,7 @@ OPTIONS = {
     "train": ["--batch-size", "--cache", "--data", "--dry-run", "--eval-every", "--live", "--micro-batch", "--out",
               "--print-config", "--recipe", "--report-to", "--resume", "--seed", "--set", "--steps"],
     "eval": ["--data", "--figures", "--json", "--out", "--task", "models"],
+    "generate": ["--beams", "--image", "--masks", "--question", "model"],
     "export": ["--format", "--out", "run"],
 }  # fmt: skip
 

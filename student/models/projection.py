@@ -3,6 +3,7 @@
 Each module takes the student's outputs and the teacher's fields of this rank's rows by name and gives more outputs.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -37,6 +38,18 @@ class TeacherSpace(nn.Module):
         if "image_masked" in values:
             found["image_masked_t"] = self.image(values["image_masked"])
         return found if self.icl_logit_scale is None else found | {"icl_scale": self.icl_logit_scale.exp()}
+
+
+class Temperature(nn.Module):
+    """VLKD's learnable temperature tau of ITCL, as the scale 1 / tau."""
+
+    def __init__(self, tau: float):
+        super().__init__()
+        self.logit_scale = nn.Parameter(torch.full((1,), -math.log(tau)))
+
+    def forward(self, values: Mapping[str, Tensor]) -> dict[str, Float[Tensor, "..."]]:
+        """`itcl_scale` [1]."""
+        return {"itcl_scale": self.logit_scale.exp()}
 
 
 class Fusion(nn.Module):

@@ -5,9 +5,10 @@ from student.recipes.clip import CLIP
 from student.recipes.clip_kd import CLIP_KD
 from student.recipes.clip_td import CLIP_TD
 from student.recipes.psd import PSD
+from student.recipes.vlkd import VLKD
 from teachercache.names import UserError, resolve
 
-RECIPES: dict[str, Recipe] = {"clip": CLIP, "clip_kd": CLIP_KD, "clip_td": CLIP_TD, "psd": PSD}
+RECIPES: dict[str, Recipe] = {"clip": CLIP, "clip_kd": CLIP_KD, "clip_td": CLIP_TD, "psd": PSD, "vlkd": VLKD}
 
 
 def find(name: str) -> Recipe:
