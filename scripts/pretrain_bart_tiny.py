@@ -226,7 +226,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("models/bart-tiny"))
     parser.add_argument("--demo", type=Path, default=Path("data/demo"), help="its training captions, if it is there")
     parser.add_argument("--scenes", type=int, default=12000)
-    parser.add_argument("--steps", type=int, default=2500)
+    parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--vocabulary", type=int, default=4096)

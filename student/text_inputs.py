@@ -113,9 +113,9 @@ class Reader:
             captions = [[encode(self.tokenizer, text, self.max_text) for text in references(sample)]
                         for sample in samples]  # fmt: skip
             most, width = max(map(len, captions)), max(len(ids) for row in captions for ids in row)
-            blank = [marks.pad] * width
-            batch["reference"] = torch.stack([padded([*row, *[blank] * (most - len(row))], marks.pad)
-                                              for row in captions])  # fmt: skip
+            batch["reference"] = torch.full((len(samples), most, width), marks.pad)
+            for i, row in enumerate(captions):
+                batch["reference"][i, : len(row), : max(map(len, row))] = padded(row, marks.pad)
             chances = [one.random(self.num_chances, np.float32) for one in random]
             batch["chance"] = torch.from_numpy(np.stack(chances))
         return batch
@@ -156,7 +156,9 @@ def draw_answer(counts: Counter, random: np.random.Generator) -> str:
 def choose_rows(manifest: Manifest, rows: np.ndarray, stage: str, share: float) -> np.ndarray:
     """Rows that a stage can use, and that share of them: the smaller share is part of the larger one."""
     if stage == "vqa":
-        answered = np.array([bool(label) for label in manifest.column("label")])
-        rows = rows[answered[rows]]
+        columns = zip(manifest.column("task"), manifest.column("label"), strict=True)
+        rows = rows[np.array(['"vqa"' in task and bool(label) for task, label in columns])[rows]]
+        if not len(rows):
+            raise UserError(f"{manifest.data} asks nothing: stage=vqa takes VQA's questions .json as --data")
     order = np.random.default_rng(0).permutation(len(rows))
     return np.sort(rows[order[: max(1, round(share * len(rows)))]])

@@ -12,6 +12,7 @@ from student.recipes.clip_kd import CLIP_KD, heads, loss
 from student.recipes.clip_td import CLIP_TD
 from student.recipes.clip_td import build as build_td
 from student.recipes.psd import PSD
+from student.recipes.vlkd import VLKD
 
 MICRO = dataclasses.replace(CLIP_KD, constants=dataclasses.replace(CLIP_KD.constants, model="vit-micro"))
 STOP_VARIABLE = "OWN_RECIPES_STOP_AT"  # the step in whose loss the process sends itself a SIGTERM
@@ -29,6 +30,7 @@ def stopping(inner):
 
 
 STOPPING = dataclasses.replace(MICRO, name="stopping", loss=stopping(loss))
+VLKD_STOPPING = dataclasses.replace(VLKD, name="vlkd_stopping", loss=stopping(VLKD.loss))
 
 
 class NoisyHeads(nn.Module):

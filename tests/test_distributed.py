@@ -12,21 +12,26 @@ import socket
 import time
 from pathlib import Path
 
+import numpy as np
 import own_recipes
 import pytest
 import torch
 from conftest import contained, read_lines, train_here, train_words, zero_noise
 from safetensors.torch import load_file
+from small_bart import micro_bart
 
 from student import checkpoint
 from student.distributed import first_row, gather, mean_over_ranks, num_ranks
 from student.engine import clamp_scales, learning_rate, start_engine
+from student.models.seq2seq import Seq2Seq
 from student.models.two_tower import build_two_tower
 from student.recipe import Now, Optim, Run
 from student.recipes.clip import CLIP
 from student.recipes.clip_kd import CLIP_KD
 from student.recipes.psd import PSD
+from student.recipes.vlkd import VLKD
 from student.step import TrainStep
+from student.text_inputs import Marks, Reader
 
 WORLD, ROWS = 2, 8
 WIDTHS = {
@@ -35,8 +40,10 @@ WIDTHS = {
     "clip_kd-equal": 64,
     "clip_kd-differing": 16,
     "clip_kd-all": 16,
+    "vlkd": 16,
 }  # vit-micro is 64 wide
 ENGINES = [(name, 0) for name in WIDTHS]
+ENGINES += [("vlkd", 2)]
 ENGINES += [(name, stage) for name in ("clip_kd-differing", "clip_kd-all") for stage in (1, 2, 3)]
 ALL = {"fd": 10.0, "mfd": 10.0, "gd": 0.1, "afd": 1.0, "cross": 1.0, "hidden": 10.0,
        "hidden_image": "0:3", "hidden_text": "0:1"}  # fmt: skip
@@ -54,12 +61,24 @@ def make_step(name: str) -> TrainStep:
     torch.manual_seed(3)
     if WIDTHS[name] is None:
         return TrainStep(CLIP if name == "clip" else HALF_PSD, build_two_tower("vit-micro"), None)
+    if name == "vlkd":
+        return make_vlkd()
     changes = ALL if name == "clip_kd-all" else {"fd": 10.0}  # 2000 would hide the other terms' errors
     constants = dataclasses.replace(CLIP_KD.constants, model="vit-micro", **changes)
     recipe = dataclasses.replace(CLIP_KD, constants=constants)
     student = CLIP_KD.build(constants)
     heads = CLIP_KD.heads(constants, student, {field: (width,) for field, width in fields_of(name).items()})
     return TrainStep(recipe, student, heads)
+
+
+def make_vlkd() -> TrainStep:
+    """Of vlkd, which reads ids here and needs no tokenizer for it."""
+    bart = micro_bart(dropout=0.0)[0]
+    reader = Reader(None, Marks(0, 1, 2, 4), np.empty(0), stage="distil", masks=6, share=0.15, max_text=16)
+    student = Seq2Seq(bart, reader, visual="cls")
+    constants = dataclasses.replace(VLKD.constants, ttdm=10.0)
+    heads = VLKD.heads(constants, student, {"image_emb": (16,), "text_emb": (16,)})
+    return TrainStep(dataclasses.replace(VLKD, constants=constants), student, heads)
 
 
 def fields_of(name: str) -> dict[str, int]:
@@ -77,9 +96,14 @@ def make_batch(name: str, number: int, rank: int, world: int) -> dict:
     for field, width in fields_of(name).items():
         batch[field] = torch.randn(ROWS, width, generator=random)
     batch["chance"] = torch.rand(ROWS, 16, generator=random)
+    if name == "vlkd":
+        for key in ("text", "source"):  # of other lengths
+            batch[key] = torch.randint(5, 280, (ROWS, 9), generator=random)
+            batch[key][torch.arange(9) > torch.arange(ROWS)[:, None] + 2] = 1
+        batch["given"] = torch.zeros(ROWS, dtype=torch.long)
     share = ROWS // world
     batch = {key: value[rank * share : (rank + 1) * share] for key, value in batch.items()}
-    scales = {"clip": {}, "psd": {}, "clip_kd-all": {"logit_scale": 3.0, "logit_scale@1": 2.0}}.get(
+    scales = {"clip": {}, "psd": {}, "vlkd": {}, "clip_kd-all": {"logit_scale": 3.0, "logit_scale@1": 2.0}}.get(
         name, {"logit_scale": 3.0}
     )
     return batch | {key: torch.tensor(value) for key, value in scales.items()}
@@ -234,6 +258,11 @@ def found(pair: Path, name: str, rank: int = 0) -> dict[str, torch.Tensor]:
     return torch.load(path, weights_only=True)
 
 
+def unseen(key: str) -> bool:
+    """A bias of attention's keys moves all of a softmax's logits alike: its gradient is rounding alone."""
+    return key.endswith("k_proj.bias")
+
+
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a.double() - b.double()).norm() / b.double().norm())
 
@@ -274,10 +303,13 @@ def test_gradients_of_two_ranks_are_those_of_one(pair, name):
         two = found(pair, f"gradients-{name}", rank)
         assert two.keys() == one.keys()
         for key, value in one.items():
+            if unseen(key):
+                continue
             assert value.norm() > 0, key
             assert relative(two[key], value) < 1e-5, f"rank {rank}, {key}"
     heads = {key for key in one if key.startswith("grad heads")}
-    assert len(heads) == {"clip": 0, "psd": 0, "clip_kd-equal": 1, "clip_kd-differing": 5, "clip_kd-all": 22}[name]
+    assert len(heads) == {"clip": 0, "psd": 0, "clip_kd-equal": 1, "clip_kd-differing": 5, "clip_kd-all": 22,
+                          "vlkd": 1}[name]  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "stage"), ENGINES)
@@ -291,6 +323,8 @@ def test_steps_of_two_ranks_are_those_of_one(pair, name, stage):
         for key, value in one.items():
             if key.startswith("loss"):
                 assert relative(two[key], value) < 1e-5, key
+                continue
+            if unseen(key):
                 continue
             moved = (value - before[key].detach()).norm()
             assert moved > 0, key

@@ -37,6 +37,7 @@ class Seq2Seq(nn.Module):
         if visual not in VISUAL:
             raise UserError(f"--set visual={visual}: choose from {', '.join(VISUAL)}")
         self.bart, self.read_texts, self.visual, self.aligned = bart, reader, visual, aligned
+        bart.generation_config = plain_search(bart.config)
         self.inputs, self.data_share = ("text", VISUAL[visual]), data_share
         self.reward: Reward | None = None  # scst
 
@@ -119,7 +120,6 @@ class Seq2Seq(nn.Module):
         V = self.pictures(fields)
         found = [""] * len(prompts)
         encoded = [encode_prompt(tokenizer, marks, prompt, self.read_texts.max_text) for prompt in prompts]
-        config = generation_config(self.bart.config, num_beams, max_new_tokens)
         for size in sorted({len(given) for _, given in encoded}):
             rows = [i for i, (_, given) in enumerate(encoded) if len(given) == size]
             source = padded([[marks.begin, *encoded[i][0], marks.end] for i in rows], marks.pad).to(V.device)
@@ -127,8 +127,8 @@ class Seq2Seq(nn.Module):
             before = torch.tensor([[*start, *encoded[i][1]] for i in rows], device=V.device)
             context, there = self.context(source, V[rows])
             ids = self.bart.generate(encoder_outputs=BaseModelOutput(last_hidden_state=context),
-                                     attention_mask=there.long(), decoder_input_ids=before,
-                                     generation_config=config)  # fmt: skip
+                                     attention_mask=there.long(), decoder_input_ids=before, num_beams=num_beams,
+                                     max_new_tokens=max_new_tokens, early_stopping=num_beams > 1)  # fmt: skip
             for i, one in zip(rows, ids[:, before.shape[1] :].tolist(), strict=True):
                 text, after = tokenizer.decode(one, skip_special_tokens=True), prompts[i].rpartition(MASK)[2]
                 found[i] = " ".join(text.strip().removesuffix(after.strip()).split())
@@ -178,9 +178,7 @@ def load_plain_state(student: Seq2Seq, state: Mapping[str, Tensor]) -> None:
     student.load_state_dict({name: value.float() for name, value in state.items()}, strict=False)
 
 
-def generation_config(bart: Any, num_beams: int, max_new_tokens: int) -> GenerationConfig:
-    """Beam search as it is, whatever a checkpoint's own settings are."""
-    ids = {name: getattr(bart, name) for name in ("bos_token_id", "pad_token_id", "eos_token_id",
-                                                  "decoder_start_token_id")}  # fmt: skip
-    return GenerationConfig(num_beams=num_beams, max_new_tokens=max_new_tokens, do_sample=False,
-                            early_stopping=num_beams > 1, **ids)  # fmt: skip
+def plain_search(bart: Any) -> GenerationConfig:
+    """Beam search as it is: nothing forced, forbidden or favoured, whatever a checkpoint's own settings are."""
+    names = ("bos_token_id", "pad_token_id", "eos_token_id", "decoder_start_token_id")
+    return GenerationConfig(do_sample=False, **{name: getattr(bart, name) for name in names})
