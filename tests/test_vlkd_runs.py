@@ -198,3 +198,17 @@ def test_what_cannot_be_is_refused_in_one_line(run, squares, cache, bart, finish
         assert words in error(capsys)
     with pytest.raises(UserError, match="no run of vlkd"):
         load_seq2seq(tmp_path)
+
+
+def test_the_packaged_bart_mends_text():
+    from student.models.seq2seq_init import open_bart
+
+    model, tokenizer = open_bart("bart-tiny", scratch=False)
+    ids = torch.tensor([tokenizer.encode("A large<mask> circle left of a blue square.").ids])
+    written = tokenizer.decode(model.eval().generate(input_ids=ids, num_beams=4, max_new_tokens=24)[0].tolist())
+    assert written.startswith("A large")
+    assert written.endswith("circle left of a blue square.")
+    assert model.model.shared.weight.dtype == torch.float32
+    other, _ = open_bart("bart-tiny", scratch=True)
+    assert other.model.shared.weight.shape == model.model.shared.weight.shape
+    assert not torch.equal(other.model.shared.weight, model.model.shared.weight)
