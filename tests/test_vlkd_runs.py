@@ -120,6 +120,20 @@ def test_the_stages_go_on_from_a_run(squares, cache, bart, run, tmp_path):
     assert set(prepared(squares, cache, bart, "data_share=0.25").batches.rows) < set(half)
 
 
+def test_patches_are_read_in_the_place_of_the_picture(squares, bart, teacher_folder, tmp_path, capsys):
+    made = build_cache(squares, teacher_folder, tmp_path / "p.zarr", outputs=("embeddings", "patches"))
+    words = ["--set", "visual=patches", "--set", "run.precision=bfloat16"]
+    assert train(squares, made, bart, tmp_path / "run", *words, steps=2) == 0
+    batch = prepared(squares, made, bart, "visual=patches").batches[0]
+    assert batch["patch_emb"].shape == (8, 4, 16)
+    picture = sorted((squares / "test").rglob("*.png"))[0]
+    capsys.readouterr()
+    assert main(["generate", str(tmp_path / "run"), "--image", str(picture)]) == 0
+    assert capsys.readouterr().out.count("\n") == 1
+    assert train(squares, made, bart, tmp_path / "other", "--set", f"init={tmp_path / 'run'}") == 2
+    assert "visual=patches" in error(capsys)
+
+
 def test_answers_are_learned_of_a_vqa_file(bart, tmp_path):
     write_vqa(tmp_path / "vqa", [["red"] * 10, ["blue"] * 6 + ["red"] * 4] * 6)
     made = build_cache(tmp_path / "vqa", save_teacher(tmp_path / "clip"), tmp_path / "vqa.zarr")

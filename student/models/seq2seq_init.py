@@ -31,7 +31,11 @@ def open_student(constants: Any) -> Seq2Seq:
     aligned = bool(constants.ttdm or constants.itcl)
     if constants.init:
         facts, tokenizer = read_facts(Path(constants.init))
-        say(f"starting from {constants.init}: its BART and its V count, not model={constants.model}")
+        if facts["visual"] != constants.visual:
+            raise UserError(
+                f"--set init={constants.init} reads other parts of a picture: add --set visual={facts['visual']}"
+            )
+        say(f"starting from {constants.init}: its BART counts, not model={constants.model}")
         student = rebuild(facts, tokenizer, stage=constants.stage, masks=constants.masks, share=constants.mask_share,
                           max_text=constants.max_text)  # fmt: skip
         load_plain_state(student, load_file(Path(constants.init) / "model.safetensors"))
