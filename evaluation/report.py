@@ -8,6 +8,7 @@ import numpy as np
 
 from evaluation.answerer import Answerer, ensemble
 from evaluation.encoder import Encoder
+from evaluation.generator import Generator
 from evaluation.tasks import find
 from teachercache.names import UserError
 from teachercache.readers import read_manifest
@@ -63,11 +64,30 @@ def run_answered(task: str, models: Sequence[Sequence[Answerer]], data: str) -> 
     return [_result(name, one, manifest, evaluate(one, manifest)) for one in found]
 
 
-def _result(task: str, model: Encoder | Answerer, manifest: Manifest, metrics: dict[str, Any]) -> dict[str, Any]:
+def run_generated(task: str, generator: Generator, data: str) -> dict[str, Any]:
+    """One result of a model that writes; what it wrote beside the metrics, under `results`."""
+    name, evaluate = find(task)
+    manifest = read_manifest(data)
+    metrics = evaluate(generator, manifest)
+    return {"results": metrics.pop("results"), **_result(name, generator, manifest, metrics)}
+
+
+def run_language(task: str, model: str, data: str, folder: str) -> dict[str, Any]:
+    """One result of a model's language model, which lies in a transformers folder."""
+    name, evaluate = find(task)
+    return _shape(name, data, model.rstrip("/").rsplit("/", 1)[-1], model, evaluate(folder, data))
+
+
+def _result(task: str, model: Encoder | Answerer | Generator, manifest: Manifest,
+            metrics: dict[str, Any]) -> dict[str, Any]:  # fmt: skip
+    return _shape(task, manifest.data, model.name, model.pretrained, metrics)
+
+
+def _shape(task: str, data: str, model: str, pretrained: str, metrics: dict[str, Any]) -> dict[str, Any]:
     return {
-        "dataset": manifest.data.rstrip("/").rsplit("/", 1)[-1],
-        "model": model.name,
-        "pretrained": model.pretrained,
+        "dataset": data.rstrip("/").rsplit("/", 1)[-1],
+        "model": model,
+        "pretrained": pretrained,
         "task": task,
         "language": "en",
         "metrics": metrics,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from evaluation.tasks import ANSWERED, SHORT, TASKS
+from evaluation.tasks import ANSWERED, GENERATED, LANGUAGE, SHORT, TASKS
 from evaluation.tasks import find as find_task
 from student.recipe import DEMO_DATA
 from teachercache.names import UserError
@@ -183,7 +183,8 @@ def _run_folder(recipe: str, resume: bool) -> str:
 @click.option(
     "--task",
     required=True,
-    help=f"One of {', '.join(TASKS | ANSWERED)}; short: {', '.join(SHORT)}; or all: the data sets in --data's folders.",
+    help=f"One of {', '.join(TASKS | ANSWERED | GENERATED | LANGUAGE)}; short: {', '.join(SHORT)}; or all: the data "
+    "sets in --data's folders.",
 )
 @click.option(
     "--data",
@@ -198,7 +199,8 @@ def evaluate(models: tuple[str, ...], task: str, data: str, out: Path | None, fi
              as_json: bool) -> None:  # fmt: skip
     """Measure runs, exported open_clip folders, or teachers by name; several stand side by side.
 
-    For vcr, snli_ve and vqa a MODEL is a run or a cache, and several are an ensemble too.
+    For vcr, snli_ve and vqa a MODEL is a run or a cache, and several are an ensemble too. For captions and open_vqa it
+    is a run of vlkd or its export, for glue, xsum and text_loss a BART folder besides.
 
     \u0008
     student eval runs/NAME --task retrieval
@@ -207,6 +209,8 @@ def evaluate(models: tuple[str, ...], task: str, data: str, out: Path | None, fi
     student eval runs/NAME --task coco_detection --data coco/
     student eval caches/vcr/clip-vit-b16.zarr --task vcr --data vcr1/val.jsonl
     student eval runs/A runs/B --task all --data /datasets
+    student eval runs/NAME --task captions --data coco/dataset_coco.json
+    student eval models/bart-base runs/NAME --task glue:lr=1e-4,epochs=3 --data GLUE/
     """
     from evaluation.report import run_answered, run_task, table
 
@@ -215,9 +219,11 @@ def evaluate(models: tuple[str, ...], task: str, data: str, out: Path | None, fi
     if out is not None:
         raise UserError("--out is where --task all writes its tables; a run's results are kept in RUN/eval")
     find_task(task)
-    if task in ANSWERED:
-        if figures:
-            raise UserError(f"--figures draws what encoders say of pictures, not answers: leave it away for {task}")
+    if figures and task not in SHORT and task not in TASKS:
+        raise UserError(f"--figures draws what encoders say of pictures, not answers: leave it away for {task}")
+    if task.partition(":")[0] in GENERATED | LANGUAGE:
+        results = [_written(model, task, data) for model in models]
+    elif task in ANSWERED:
         answering = [_answerers(model, task, data) for model in models]
         results = run_answered(task, [ways for ways, _ in answering], data)
         for ways, folder in answering:
@@ -257,13 +263,16 @@ def _suite(models: tuple[str, ...], data: str, out: Path, figures: Path | None, 
 
 
 def _keep(result: dict, folder: Path | None) -> None:
-    """A run's result stays with it."""
+    """A run's result stays with it, and what it wrote."""
+    texts = result.pop("results", None)
     if folder is not None:
         from teachercache.paths import write_whole
 
-        path = folder / "eval" / f"{result['dataset']}_{result['task']}.json"
-        path.parent.mkdir(exist_ok=True)
-        write_whole(path, jsonlib.dumps(result) + "\n")
+        for inner, found in (("eval", result), ("written", texts)):
+            if found is not None:
+                path = folder / inner / f"{result['dataset']}_{result['task']}.json".replace(":", "-")
+                path.parent.mkdir(exist_ok=True)
+                write_whole(path, jsonlib.dumps(found) + "\n")
 
 
 def _encoder(model: str):
@@ -278,25 +287,9 @@ def _encoder(model: str):
             raise UserError(f"no run or exported folder at {model}: pass one, or a teacher's name (`tc teachers`)")
         return of_teacher(load(model), device=device), None
 
-    from student.checkpoint import load_student
-    from teachercache.views import describe_view
+    from student.encoding import encoder_parts
 
-    trained = load_student(path).to(device)
-    encoder = Encoder(
-        name=path.name,
-        pretrained=str(path),
-        size=tuple(describe_view(trained.preprocess)["size"]),
-        view=trained.view,
-        tokenize=trained.tokenizer,
-        encode_image=trained.model.encode_image,
-        encode_text=trained.model.encode_text,
-        device=device,
-        tower=trained.model.visual,
-        mean=tuple(trained.preprocess["mean"]),
-        std=tuple(trained.preprocess["std"]),
-        scale=float(trained.model.logit_scale.detach().exp()),
-    )
-    return encoder, path
+    return Encoder(**encoder_parts(path, device=device)), path
 
 
 def _answerers(model: str, task: str, data: str):
@@ -326,6 +319,23 @@ def _answerer(run: Path, task: str, data: str):
     if model.task.name != task:
         raise UserError(f"{run} was trained on {model.task.name}: pass --task {model.task.name} and its --data")
     return Answerer(run.name, str(run), task, model.score, model.task.answers)
+
+
+def _written(model: str, task: str, data: str) -> dict:
+    """The result of a model that writes, or of the language model that it is or has."""
+    from evaluation.generator import Generator
+    from evaluation.report import run_generated, run_language
+    from student.export_seq2seq import language_model_of
+    from student.generating import load_generator
+    from teachercache.runtime import pick_device
+
+    if task.partition(":")[0] in LANGUAGE:
+        with language_model_of(Path(model)) as place:
+            result = run_language(task, model, data, str(place))
+    else:
+        result = run_generated(task, Generator(*load_generator(Path(model), device=pick_device())), data)
+    _keep(result, Path(model) if (Path(model) / "run.json").exists() else None)
+    return result
 
 
 @student.command()
