@@ -27,6 +27,7 @@ from pathlib import Path
 import reproduce_clip_kd
 import reproduce_clip_td
 import reproduce_psd
+import reproduce_vlkd
 from bench_report import cores
 from reproduce_tables import METRICS, Row, Table, spread
 
@@ -34,7 +35,7 @@ from teachercache.paths import write_whole
 from teachercache.runtime import say, ticker
 
 # Each has TABLES and words(row, seed); where clip_kd's do not fit also evaluations, prepare and section
-PAPERS = {"clip_kd": reproduce_clip_kd, "clip_td": reproduce_clip_td, "psd": reproduce_psd}
+PAPERS = {"clip_kd": reproduce_clip_kd, "clip_td": reproduce_clip_td, "psd": reproduce_psd, "vlkd": reproduce_vlkd}
 TASKS = [["--task", task] for task in sorted({metric.task for metric in METRICS})]
 RESULTS = Path("docs/RESULTS.md")
 Results = dict[Row, list[dict[str, float]]]  # of each seed
@@ -108,22 +109,29 @@ def run_missing(paper: str, folders: Mapping[Path, Sequence[str]], jobs: int) ->
             raise
 
 
-def run_one(folder: Path, words: Sequence[str], evaluations: Sequence[Sequence[str]] = TASKS) -> str:
+Evaluations = Sequence[Sequence[str]] | Mapping[str, Sequence[str]]
+
+
+def run_one(folder: Path, words: Sequence[str], evaluations: Evaluations = TASKS) -> str:
     """`student train` and each `student eval`; the last line where one fails.
 
-    Weights are left behind, numbers and curves are kept.
+    Weights are left behind, numbers and curves are kept. Evaluations with names have them before their metrics, and
+    `other/` before those of a second model.
     """
     from student.cli import main as student
 
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as name, contextlib.redirect_stderr(io.StringIO()) as said:
-        run, metrics = Path(name, "run"), {}
-        measured = [["eval", str(run), *one, "--json"] for one in evaluations]
-        for command in (["train", *words, "--out", str(run)], *measured):
+    with tempfile.TemporaryDirectory(dir=folder.parent) as inner, contextlib.redirect_stderr(io.StringIO()) as said:
+        run, metrics = Path(inner, "run"), {}
+        named = evaluations.items() if isinstance(evaluations, Mapping) else [("", one) for one in evaluations]
+        measured = [(name, ["eval", str(run), *one, "--json"]) for name, one in named]
+        for name, command in (("", ["train", *words, "--out", str(run)]), *measured):
             with contextlib.redirect_stdout(io.StringIO()) as text:
                 if student(command):
                     return (said.getvalue().strip().splitlines() or ["?"])[-1]
-            metrics |= json.loads(text.getvalue())["metrics"] if command[0] == "eval" else {}
+            for n, line in enumerate(text.getvalue().splitlines() if command[0] == "eval" else []):
+                before = "".join(f"{part}/" for part in (name, "other" if n else "") if part)
+                metrics |= {before + key: value for key, value in json.loads(line)["metrics"].items()}
         metrics |= json.loads((run / "speed.json").read_text())
         shutil.rmtree(run / "checkpoints")
         (run / "model.safetensors").unlink()
