@@ -252,7 +252,7 @@ def test_what_cannot_write_is_one_line(capsys, tmp_path):
         ("captions:masks=0", "a number above 0"),
         ("open_vqa:mask=2", "choose from masks=NUMBER"),
         ("glue:lr=high", "choose from epochs=NUMBER"),
-        ("retrieval:k=3", "unknown task"),
+        ("retrieval:k=3", "has no settings"),
         ("linear_probe:c=3", "no settings"),
         ("glue:lr=1e-4", "no GLUE at"),
     ):

@@ -114,8 +114,9 @@ SHORT = {"zeroshot": "zeroshot_classification", "retrieval": "zeroshot_retrieval
 
 def find(name: str) -> tuple[str, Callable[..., dict[str, Any]]]:
     """Full name and function of a task; settings behind a colon are the function's."""
-    full = SHORT.get(name, name)
-    base, colon, given = full.partition(":")
+    short, colon, given = name.partition(":")
+    base = SHORT.get(short, short)
+    full = base + colon + given
     table = TASKS | ANSWERED | GENERATED | LANGUAGE
     if colon and base in table:
         return full, functools.partial(table[base], **_settings(base, given))
