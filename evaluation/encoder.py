@@ -36,7 +36,7 @@ class Encoder:
 
 def of_teacher(teacher: Teacher, *, device: str = "cpu") -> Encoder:
     """A teacher as an Encoder; UserError where it has no embeddings."""
-    if teacher.tokenize is None:
+    if teacher.tokenize is None or "image_emb" not in {field.name for field in teacher.spec.fields}:
         raise UserError(f"{teacher.spec.name} has no embeddings to evaluate: name a CLIP teacher (`tc teachers`)")
     teacher.module.to(device)
     return Encoder(

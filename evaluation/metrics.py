@@ -1,5 +1,6 @@
 """Ranks, recalls and accuracies, strict: a tie is never a hit, and how often ties happen is reported."""
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -62,3 +63,13 @@ def average_precision(scores: Float[Tensor, " n"], positive: Bool[Tensor, " n"])
     hits, found = hits[last], torch.arange(1, len(scores) + 1)[last]
     gained = torch.diff(hits, prepend=torch.zeros(1, dtype=hits.dtype)) / positive.sum()
     return float((gained * hits / found).sum())
+
+
+def bootstrap_interval(hits: Bool[np.ndarray, " n"], *, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
+    """The middle 95 % of the share of hits over `draws` samples of n with replacement (percentile bootstrap).
+
+    A sample's number of hits is binomial, so nothing is resampled row by row.
+    """
+    shares = np.random.default_rng(seed).binomial(len(hits), hits.mean(), draws) / len(hits)
+    low, high = np.quantile(shares, (0.025, 0.975))
+    return float(low), float(high)

@@ -2,17 +2,18 @@
 
 import statistics
 from collections.abc import Callable, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from evaluation.answerer import Answerer, ensemble
 from evaluation.encoder import Encoder
 from evaluation.generator import Generator
+from evaluation.matcher import Matcher
 from evaluation.tasks import find
 from teachercache.names import UserError
 from teachercache.readers import read_manifest
-from teachercache.samples import Manifest
 
 # What a task's result is as one number, the mean of these
 SCORES = {
@@ -49,7 +50,7 @@ def run_task(task: str, encoder: Encoder, data: str) -> dict[str, Any]:
     """One result in clip-benchmark's JSON shape."""
     name, evaluate = find(task)
     manifest = read_manifest(data)
-    return _result(name, encoder, manifest, evaluate(encoder, manifest))
+    return result_of(name, encoder, manifest.data, evaluate(encoder, manifest))
 
 
 def run_answered(task: str, models: Sequence[Sequence[Answerer]], data: str) -> list[dict[str, Any]]:
@@ -61,7 +62,7 @@ def run_answered(task: str, models: Sequence[Sequence[Answerer]], data: str) -> 
     manifest = read_manifest(data)
     found = [one for model in models for one in model]
     found += [ensemble([model[0] for model in models])] if len(models) > 1 else []
-    return [_result(name, one, manifest, evaluate(one, manifest)) for one in found]
+    return [result_of(name, one, manifest.data, evaluate(one, manifest)) for one in found]
 
 
 def run_generated(task: str, generator: Generator, data: str) -> dict[str, Any]:
@@ -69,25 +70,37 @@ def run_generated(task: str, generator: Generator, data: str) -> dict[str, Any]:
     name, evaluate = find(task)
     manifest = read_manifest(data)
     metrics = evaluate(generator, manifest)
-    return {"results": metrics.pop("results"), **_result(name, generator, manifest, metrics)}
+    return {"results": metrics.pop("results"), **result_of(name, generator, manifest.data, metrics)}
+
+
+class LanguageModel(NamedTuple):
+    """What a result says of a model whose language is measured."""
+
+    name: str
+    pretrained: str
 
 
 def run_language(task: str, model: str, data: str, folder: str) -> dict[str, Any]:
     """One result of a model's language model, which lies in a transformers folder."""
     name, evaluate = find(task)
-    return _shape(name, data, model.rstrip("/").rsplit("/", 1)[-1], model, evaluate(folder, data))
+    return result_of(name, LanguageModel(Path(model).name, model), data, evaluate(folder, data))
 
 
-def _result(task: str, model: Encoder | Answerer | Generator, manifest: Manifest,
-            metrics: dict[str, Any]) -> dict[str, Any]:  # fmt: skip
-    return _shape(task, manifest.data, model.name, model.pretrained, metrics)
+def run_matched(task: str, matcher: Matcher, data: str) -> dict[str, Any]:
+    """The result of a task that asks which text fits a picture; its data lie in a local folder."""
+    name, evaluate = find(task)
+    if not Path(data).is_dir():
+        raise UserError(f"no folder {data}: --task {name} wants the folder that the published set lies in")
+    return result_of(name, matcher, data, evaluate(matcher, Path(data)))
 
 
-def _shape(task: str, data: str, model: str, pretrained: str, metrics: dict[str, Any]) -> dict[str, Any]:
+def result_of(task: str, model: Encoder | Answerer | Matcher | Generator | LanguageModel, data: str,
+              metrics: dict[str, Any]) -> dict[str, Any]:  # fmt: skip
+    """clip-benchmark's JSON shape."""
     return {
         "dataset": data.rstrip("/").rsplit("/", 1)[-1],
-        "model": model,
-        "pretrained": pretrained,
+        "model": model.name,
+        "pretrained": model.pretrained,
         "task": task,
         "language": "en",
         "metrics": metrics,

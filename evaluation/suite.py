@@ -18,9 +18,11 @@ import torch
 from evaluation import datasets
 from evaluation.datasets import Found
 from evaluation.encoder import Encoder
+from evaluation.matcher import of_encoder
 from evaluation.metrics import accuracies, average_precision
 from evaluation.prompts import CALTECH, CIFAR, IMAGENET_PLUS, fill
 from evaluation.robustness import effective_robustness, read_baselines
+from evaluation.tasks import MATCHED
 from evaluation.tasks import find as find_task
 from evaluation.tasks.retrieval import evaluate as retrieve
 from evaluation.tasks.zeroshot import class_scores
@@ -79,6 +81,11 @@ CAPTIONED: dict[str, Captioned] = {
     "mscoco_captions": Captioned("dataset_coco.json", captions=5, fold=1000),
     "flickr30k": Captioned("dataset_flickr30k.json", captions=5),
     "cc3m": Captioned("Validation_GCC-1.1.0-Validation.tsv"),
+}
+COMPOSED = {  # task -> what says that its set is there
+    "winoground": ("data/examples.jsonl", "data/test-*.parquet"),
+    "aro": ("visual_genome_relation.json", "visual_genome_attribution.json"),
+    "sugar_crepe": ("swap_att.json", "replace_att.json"),
 }
 SHIFTED = ("imagenet-a", "imagenet-r", "imagenetv2", "imagenetv2-threshold0.7", "imagenetv2-top-images",
            "imagenet_sketch")  # fmt: skip
@@ -140,6 +147,12 @@ def run_suite(encoders: Sequence[Encoder], root: Path, *, seen: Seen | None = No
                 report.add(name, "zeroshot_retrieval", encoder, metrics)
             if seen:
                 seen(encoders, name, manifest, manifest.rows_of_split(split).tolist(), {})
+    for name, markers in COMPOSED.items():
+        with report.skipping(name, name):
+            folder = locate_any(root, markers)
+            for encoder in encoders:
+                with report.skipping(name, name, encoder.name):
+                    report.add(name, name, encoder, MATCHED[name](of_encoder(encoder), folder))
     _robustness(report, root)
     if not report.results:
         raise UserError(f"nothing below {root} is a known data set: README lists their folders under Evaluation")
@@ -154,6 +167,14 @@ def locate(root: Path, marker: str) -> Path:
         if hits:
             return hits[0].parents[parts - 1]
     raise UserError(f"there is no {marker} in {root} or in a folder below it")
+
+
+def locate_any(root: Path, markers: Sequence[str]) -> Path:
+    """The folder that holds the first of the markers that is there."""
+    for marker in markers:
+        with contextlib.suppress(UserError):
+            return locate(root, marker)
+    raise UserError(f"there is no {' or '.join(markers)} in {root} or in a folder below it")
 
 
 def measured_rows(found: Found) -> list[int]:

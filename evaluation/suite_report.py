@@ -63,6 +63,11 @@ def suite_table(report: Report) -> str:
     return text + ("\n\nSkipped:\n\n" + "\n".join(skipped) if skipped else "")
 
 
+COMPOSED = {
+    "winoground": ("text_score", "image_score", "group_score"),
+    "aro": ("relation_macro", "attribution_macro", "aro_overall", "coco_order", "flickr_order"),
+    "sugar_crepe": ("add", "replace", "swap", "acc"),
+}
 TOP1 = ("top-1", "mean per class")
 
 
@@ -71,6 +76,8 @@ def reported(dataset: str, task: str) -> list[tuple[str, str]]:
     if task == "zeroshot_retrieval":
         folds = [(f"1000/{key}", f"{name}, 1k folds") for key, name in RETRIEVAL]
         return [*RETRIEVAL, *(folds if dataset == "mscoco_captions" else [])]
+    if task in COMPOSED:
+        return [(key, key.replace("_", " ")) for key in COMPOSED[task]]
     prefix = "lp_" if task == "linear_probe" else ""
     key, name = ("mean_per_class_recall", TOP1[1]) if dataset in MEAN_PER_CLASS else ("acc1", TOP1[0])
     more = [
@@ -81,5 +88,5 @@ def reported(dataset: str, task: str) -> list[tuple[str, str]]:
     return [(prefix + key, name), *([] if prefix else more)]
 
 
-def _per_cent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f}"
+def _per_cent(value: Any) -> str:
+    return f"{100 * value:.1f}" if isinstance(value, float) else "-"

@@ -4,12 +4,11 @@ import dataclasses
 import functools
 import json as jsonlib
 import shlex
-import time
 from pathlib import Path
 
 import click
 
-from evaluation.tasks import ANSWERED, GENERATED, LANGUAGE, SHORT, TASKS
+from evaluation.tasks import ANSWERED, GENERATED, LANGUAGE, MATCHED, SHORT, TASKS
 from evaluation.tasks import find as find_task
 from student.recipe import DEMO_DATA
 from teachercache.names import UserError
@@ -97,7 +96,7 @@ def train(
     student train --recipe clip_kd --resume --out runs/clip_kd-20260101-120000
     torchrun --nproc-per-node 4 -m student train --recipe clip_kd --out runs/four
     """
-    from student.recipe import Run, override
+    from student.recipe import Run, override, run_folder
     from student.recipes import find
     from teachercache.readers import cache_folder
 
@@ -108,7 +107,7 @@ def train(
     run = Run(
         data=data,
         cache=cache,
-        out=out or _run_folder(recipe.name, resume),
+        out=out or run_folder(recipe.name, resume=resume),
         seed=seed,
         live=live,
         micro_batch=micro_batch or 0,
@@ -168,39 +167,26 @@ def _answer_evaluator(run):
     return score
 
 
-def _run_folder(recipe: str, resume: bool) -> str:
-    """The newest run of the recipe to resume, or a new folder named by the time."""
-    if not resume:
-        return str(Path("runs", f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}"))
-    runs = sorted(Path("runs").glob(f"{recipe}-*/run.json"), key=lambda path: path.stat().st_mtime)
-    if not runs:
-        raise UserError(f"no run of {recipe} in runs/: pass --out RUN, or leave --resume away")
-    return str(runs[-1].parent)
-
-
 @student.command("eval")
 @click.argument("models", nargs=-1, required=True, metavar="MODEL...")
 @click.option(
     "--task",
     required=True,
-    help=f"One of {', '.join(TASKS | ANSWERED | GENERATED | LANGUAGE)}; short: {', '.join(SHORT)}; or all: the data "
-    "sets in --data's folders.",
+    help=f"One of {', '.join(TASKS | ANSWERED | MATCHED | GENERATED | LANGUAGE)}; short: {', '.join(SHORT)}; or all: "
+    "the data sets in --data's folders.",
 )
-@click.option(
-    "--data",
-    default=DEMO_DATA,
-    show_default=True,
-    help="Its test split, or all of it where it has no splits.",
-)
+@click.option("--data", default=DEMO_DATA, show_default=True, help="Its test split; all of it where it has no splits.")
 @click.option("--out", type=Path, help="Where --task all writes suite.json, .csv and .md; default evals/<data>.")
 @click.option("--figures", type=Path, metavar="DIR", help="Also draw what the models say of some rows, as PNG.")
+@click.option("--samples", type=click.IntRange(1), help="Draws of noise per match of a diffusion MODEL; default 16.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def evaluate(models: tuple[str, ...], task: str, data: str, out: Path | None, figures: Path | None,
-             as_json: bool) -> None:  # fmt: skip
+             samples: int | None, as_json: bool) -> None:  # fmt: skip
     """Measure runs, exported open_clip folders, or teachers by name; several stand side by side.
 
-    For vcr, snli_ve and vqa a MODEL is a run or a cache, and several are an ensemble too. For captions and open_vqa it
-    is a run of vlkd or its export, for glue, xsum and text_loss a BART folder besides.
+    For vcr, snli_ve and vqa a MODEL is a run or a cache, and several are an ensemble too. For winoground, aro and
+    sugar_crepe it may be a diffusion model. For captions and open_vqa it is a run of vlkd or its export, for glue, xsum
+    and text_loss a BART folder besides.
 
     \u0008
     student eval runs/NAME --task retrieval
@@ -208,12 +194,15 @@ def evaluate(models: tuple[str, ...], task: str, data: str, out: Path | None, fi
     student eval runs/NAME --task imagenet --data imagenet-r/
     student eval runs/NAME --task coco_detection --data coco/
     student eval caches/vcr/clip-vit-b16.zarr --task vcr --data vcr1/val.jsonl
+    student eval runs/NAME sd-tiny --task winoground --data data/compositions/winoground
     student eval runs/A runs/B --task all --data /datasets
     student eval runs/NAME --task captions --data coco/dataset_coco.json
     student eval models/bart-base runs/NAME --task glue:lr=1e-4,epochs=3 --data GLUE/
     """
-    from evaluation.report import run_answered, run_task, table
+    from evaluation.report import run_answered, run_matched, run_task, table
 
+    if samples and task not in MATCHED:
+        raise UserError(f"--samples counts draws of a diffusion model: only {', '.join(MATCHED)} take one")
     if task == "all":
         return _suite(models, data, out or Path("evals", Path(data).name or "data"), figures, as_json)
     if out is not None:
@@ -223,6 +212,11 @@ def evaluate(models: tuple[str, ...], task: str, data: str, out: Path | None, fi
         raise UserError(f"--figures draws what encoders say of pictures, not answers: leave it away for {task}")
     if task.partition(":")[0] in GENERATED | LANGUAGE:
         results = [_written(model, task, data) for model in models]
+    elif task in MATCHED:
+        results = []
+        for matcher, folder in [_matcher(model, samples) for model in models]:
+            results.append(run_matched(task, matcher, data))
+            _keep(results[-1], folder)
     elif task in ANSWERED:
         answering = [_answerers(model, task, data) for model in models]
         results = run_answered(task, [ways for ways, _ in answering], data)
@@ -275,20 +269,31 @@ def _keep(result: dict, folder: Path | None) -> None:
                 write_whole(path, jsonlib.dumps(found) + "\n")
 
 
+def _matcher(model: str, samples: int | None):
+    """A Matcher for whatever `_encoder` takes, or for a diffusion model; and the run folder."""
+    from evaluation.encoder import of_teacher
+    from evaluation.matcher import SAMPLES, of_diffusion, of_encoder
+    from student.encoding import named_teacher
+    from teachercache.runtime import pick_device
+
+    if not (Path(model) / "run.json").exists():
+        teacher = named_teacher(model)
+        if hasattr(teacher.module, "unet"):
+            return of_diffusion(teacher, samples=samples or SAMPLES, device=pick_device()), None
+        return of_encoder(of_teacher(teacher, device=pick_device())), None
+    encoder, folder = _encoder(model)
+    return of_encoder(encoder), folder
+
+
 def _encoder(model: str):
     """An Encoder for a run, a folder or a teacher; and the run folder where results are kept."""
     from evaluation.encoder import Encoder, of_teacher
+    from student.encoding import encoder_parts, named_teacher
     from teachercache.runtime import pick_device
-    from teachercache.teachers import load
 
     path, device = Path(model), pick_device()
     if not (path / "run.json").exists():
-        if "/" in model and ":" not in model and not path.is_dir():
-            raise UserError(f"no run or exported folder at {model}: pass one, or a teacher's name (`tc teachers`)")
-        return of_teacher(load(model), device=device), None
-
-    from student.encoding import encoder_parts
-
+        return of_teacher(named_teacher(model), device=device), None
     return Encoder(**encoder_parts(path, device=device)), path
 
 

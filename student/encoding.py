@@ -1,9 +1,11 @@
-"""A trained two-tower student as what an Encoder is made of. Knows no tasks."""
+"""A trained two-tower student as what an Encoder is made of; teachers by name. Knows no tasks."""
 
 from pathlib import Path
 from typing import Any
 
 from student.checkpoint import load_student
+from teachercache.names import UserError
+from teachercache.teachers import load
 from teachercache.views import describe_view
 
 
@@ -24,3 +26,10 @@ def encoder_parts(run: Path, *, device: str) -> dict[str, Any]:
         "std": tuple(trained.preprocess["std"]),
         "scale": float(trained.model.logit_scale.detach().exp()),
     }
+
+
+def named_teacher(model: str) -> Any:
+    """A teacher by name or folder."""
+    if "/" in model and ":" not in model and not Path(model).is_dir():
+        raise UserError(f"no run or exported folder at {model}: pass one, or a teacher's name (`tc teachers`)")
+    return load(model)

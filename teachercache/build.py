@@ -31,7 +31,7 @@ from teachercache.paths import is_url
 from teachercache.remote import asking
 from teachercache.runtime import Precision, keep_memory, rank, say, terminable, ticker, world_size
 from teachercache.samples import Manifest
-from teachercache.spec import CacheMeta
+from teachercache.spec import PAIRED, CacheMeta
 from teachercache.stages import Stages
 from teachercache.teachers import Teacher
 from teachercache.views import Augment
@@ -115,9 +115,11 @@ def plan(teacher: Teacher, manifest: Manifest, precision: Precision, block_rows:
          views: int = 0, augment: Augment | None = None, limit: int = 0) -> CacheMeta:  # fmt: skip
     """The CacheMeta of this teacher over this data."""
     has = {"image": manifest.has_images, "text": manifest.texts > 0, "row": True}
-    fields = tuple(field for field in teacher.spec.fields if has[field.per])
+    fields = tuple(field for field in teacher.spec.fields
+                   if has[field.per] and (has["image"] or field.name not in PAIRED))  # fmt: skip
     if not fields:
-        wanted = " or ".join(sorted({field.per for field in teacher.spec.fields}))
+        paired = any(field.name in PAIRED for field in teacher.spec.fields)
+        wanted = "picture and text pair" if paired else " or ".join(sorted({f.per for f in teacher.spec.fields}))
         raise UserError(
             f"--outputs {','.join(teacher.spec.outputs)} of {teacher.spec.name} is about {wanted}s, and "
             f"{manifest.data} has none: pass other --outputs (`tc teachers`) or other --data"
@@ -126,6 +128,10 @@ def plan(teacher: Teacher, manifest: Manifest, precision: Precision, block_rows:
         raise UserError(f"--views {views}: {manifest.data} has no pictures; leave --views away")
     if views and teacher.tokens is not None:
         raise UserError(f"--views {views}: words are weighed beside the plain picture; leave --views or tokens away")
+    if views and teacher.pair is not None:
+        raise UserError(
+            f"--views {views}: scores and UNet features are of the plain picture; leave --views or those --outputs away"
+        )
     if views and "boxes" in teacher.spec.view:
         raise UserError(
             f"--views {views}: {teacher.spec.name} looks at regions of the plain picture; leave --views away"

@@ -42,7 +42,8 @@ def teachers(as_json: bool) -> None:
         return
     for name, entry in TEACHERS.items():
         print(f"{name:18} {entry.doc}  [{', '.join(entry.outputs)}]")
-    print("and open_clip:MODEL/TAG, hf:ORG/NAME, a folder of open_clip, a run of `student train`, package.module:entry")
+    print("and open_clip:MODEL/TAG, hf:ORG/NAME, diffusers:ORG/NAME, a folder of open_clip or diffusers, a run of "
+          "`student train`, package.module:entry")  # fmt: skip
 
 
 @tc.command()
@@ -114,7 +115,8 @@ def manifest(data: str, out: str | None, limit: int | None, noise: str | None, n
 @click.option(
     "--outputs",
     help="What to keep, comma-separated: embeddings, patches, hidden, hidden:3+7, tokens, random_tokens; regions of a "
-    "regions teacher (tc teachers). Default: a teacher's first, embeddings or regions.",
+    "regions teacher; text_states, latents, unet_features, scores of a diffusion teacher (tc teachers). Default: a "
+    "teacher's first, embeddings or regions; text_states,latents.",
 )
 @click.option("--weights", default="pretrained", show_default=True,
               help="pretrained, a checkpoint file or open_clip folder, or random:SEED (knows nothing).")  # fmt: skip

@@ -51,11 +51,14 @@ def launch(teacher: Teacher, module: nn.Module, cache: Cache, batch: dict[str, A
         if text is not None and i == 0:
             inputs["text"] = text.to(device, non_blocking=True)
         with torch.inference_mode():
-            said = teacher.encode(module, inputs)
-            said = {name: _each(values, places.get(cache.fields[name].per)) for name, values in said.items()}
+            distinct = teacher.encode(module, inputs)
+            said = {name: _each(values, places.get(cache.fields[name].per)) for name, values in distinct.items()}
             if "words" in batch and i == 0 and teacher.tokens is not None:
                 pictures = _pictures_of_texts(said.get("image_emb"), batch["usable"], len(piece.texts))
                 said |= teacher.tokens.weigh(module, batch["words"], pictures)
+            if teacher.pair is not None and {"image", "text"} <= inputs.keys():
+                paired = teacher.pair(module, {**inputs, **distinct}, places)
+                said |= {name: _of_usable(values, batch["usable"], len(piece.texts)) for name, values in paired.items()}
         for name, values in said.items():
             if cache.fields[name].per == "text":
                 values = values.unflatten(0, (len(piece.rows), len(piece.texts)))
@@ -74,8 +77,13 @@ def _pictures_of_texts(embeddings: torch.Tensor | None, usable: np.ndarray, text
     """The embedding of each text's picture [n * texts, dim], zeros where it cannot be used."""
     if embeddings is None:
         return None
-    known = torch.from_numpy(usable).to(embeddings.device)
-    return torch.where(known[:, None], embeddings, 0).repeat_interleave(texts, 0)
+    return _of_usable(embeddings.repeat_interleave(texts, 0), usable, texts)
+
+
+def _of_usable(values: torch.Tensor, usable: np.ndarray, texts: int) -> torch.Tensor:
+    """Values [n * texts, ...] with zeros where the row's picture cannot be used."""
+    known = torch.from_numpy(usable).to(values.device).repeat_interleave(texts)
+    return torch.where(known.view(-1, *[1] * (values.ndim - 1)), values, 0)
 
 
 def _fetch(cache: Cache, batch: dict[str, Any], outputs: list[tuple[str, int, torch.Tensor]]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from teachercache.paths import is_url, write_whole
 from teachercache.runtime import say
 from teachercache.samples import Manifest, row_digests, write_manifest
 from teachercache.space import ask_space
-from teachercache.spec import CacheMeta, differences
+from teachercache.spec import PAIRED, CacheMeta, differences
 
 MAY_DIFFER = ("data", "versions", "block_rows", "manifest", "rows", "texts", "views", "limit")
 
@@ -216,7 +216,7 @@ def job_for(target: Target, block: int) -> Job:
     record, old = store.done_record(cache, block), target.old
     if record is not None and record["rows"][1] == rows[-1] + 1:  # texts or views were added
         texts = range(record["texts"], meta.texts)
-        if "word_span" not in cache.fields:  # words are weighed beside the picture, which is encoded again
+        if not any(name in cache.fields for name in ("word_span", *PAIRED)):  # of these pictures are encoded again
             views = range(record["views"], meta.views)
         return Job(block, rows, views, texts, none, None, none, _facts(record["invalid"], rows, rows))
     if record is not None and (record["views"], record["texts"]) == (meta.views, meta.texts):  # rows were added

@@ -1,6 +1,7 @@
 """A cache and its teacher together: load it, check rows against it. Not for building."""
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from teachercache.teachers import Teacher, load
 from teachercache.views import Augment
 
 BAR = 0.999  # cosine of a float16 row to the live teacher
+# A score off by a hundredth of the error of Eq. 1 is at the bar: the tangent of its angle, for a hundredth
+STEEP = 100 * math.tan(math.acos(BAR))
 Values = dict[tuple[str, int], np.ndarray]  # field and copy (text or view) -> [rows, ...]
 
 
@@ -95,8 +98,12 @@ def _live_cosines(cache: store.Cache, samples: int) -> dict[str, np.ndarray]:
 def _comparable(values: Values, name: str, copy: int, live: Values, stored: Values) -> np.ndarray:
     """A field as it can be compared: of two words that are worth the same either may be the better one.
 
-    Their places count by the scores that they have now, embeddings where both chose the same word.
+    Their places count by the scores that they have now, embeddings where both chose the same word. A number alone
+    becomes the angle by which it differs from what is stored.
     """
+    if name in ("diffusion_score", "diffusion_score_normalised"):
+        scale = np.abs(stored["diffusion_score", copy])
+        return np.stack([STEEP * (values[name, copy] - stored[name, copy]), scale], 1)
     if name not in ("word_index", "word_feature"):
         return values[name, copy]
     index, found = values["word_index", copy].astype(int), live["word_score", copy]

@@ -11,6 +11,7 @@ from teachercache.names import UserError
 
 FORMAT = 1
 DTYPES = ("float16", "float32", "int16", "int32", "int64", "bool")
+PAIRED = ("diffusion_score", "diffusion_score_normalised", "unet_feature")  # of a text beside its row's picture
 
 
 @dataclasses.dataclass(frozen=True)

@@ -44,7 +44,9 @@ def usable_vectors(cache: store.Cache, name: str) -> Vectors:
     names = vector_fields(cache)
     if name not in names:
         what = f"field '{name}' holds no vectors" if name in cache.fields else f"{cache.path} has no field '{name}'"
-        raise UserError(f"{what}: index one with `tc index {cache.path} --field {(names or ['image_emb'])[0]}`")
+        if not names:
+            raise UserError(f"{what}, none of its fields holds any: build another with `tc build --outputs embeddings`")
+        raise UserError(f"{what}: index one with `tc index {cache.path} --field {names[0]}`")
     stored, usable = store.read_field(cache, name), store.read_field(cache, "valid")
     if cache.fields[name].per != "text":
         return Vectors(stored, np.flatnonzero(usable), 1)

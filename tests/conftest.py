@@ -64,6 +64,57 @@ def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_teacher(tmp_path_factory.mktemp("teacher") / "tiny")
 
 
+LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
+
+
+def save_diffusion(folder: Path, *, prediction: str = "epsilon", pixels: bool = False, seed: int = 0) -> Path:
+    """A random Stable Diffusion in diffusers' folder format, 16 px, or without a VAE 8 px."""
+    import torch
+    from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    torch.manual_seed(seed)
+    words = [*LETTERS, *(f"{letter}</w>" for letter in LETTERS), "re", "red</w>", "<|startoftext|>", "<|endoftext|>"]
+    ends = {"bos_token_id": len(words) - 2, "eos_token_id": len(words) - 1, "pad_token_id": len(words) - 1}
+    channels = 3 if pixels else 4
+    parts = {
+        "unet": UNet2DConditionModel(
+            sample_size=8, in_channels=channels, out_channels=channels, layers_per_block=1, block_out_channels=(8, 16),
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), cross_attention_dim=16, attention_head_dim=4,
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), norm_num_groups=4),
+        "text_encoder": CLIPTextModel(CLIPTextConfig(
+            vocab_size=len(words), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+            max_position_embeddings=12, **ends)),
+        "scheduler": DDPMScheduler(beta_schedule="scaled_linear", prediction_type=prediction, steps_offset=1,
+                                   clip_sample=False),
+    }  # fmt: skip
+    if not pixels:
+        parts["vae"] = AutoencoderKL(
+            block_out_channels=(4, 8), down_block_types=("DownEncoderBlock2D",) * 2, norm_num_groups=2,
+            up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, sample_size=16)  # fmt: skip
+    for name, part in parts.items():
+        part.save_pretrained(folder / name)
+    tokenizer = folder / "tokenizer"
+    tokenizer.mkdir()
+    (tokenizer / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (tokenizer / "merges.txt").write_text("#version: 0.2\nr e\nre d</w>\n")
+    (tokenizer / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "CLIPTokenizer", "model_max_length": 12, "pad_token": "<|endoftext|>"})
+    )
+    index = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "scheduler": "DDPMScheduler"}
+    index = {name: ["diffusers", kind] for name, kind in index.items() if name in parts}
+    index |= {"text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"]}
+    index |= {"safety_checker": [None, None], "feature_extractor": [None, None], "image_encoder": [None, None]}
+    whole = {"_class_name": "StableDiffusionPipeline", "requires_safety_checker": False, **index}
+    (folder / "model_index.json").write_text(json.dumps(whole))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def diffusion_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_diffusion(tmp_path_factory.mktemp("diffusion") / "small")
+
+
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     return make_folder(tmp_path / "squares")

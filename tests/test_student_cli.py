@@ -25,7 +25,7 @@ OPTIONS = {
     "recipes": ["name"],
     "train": ["--batch-size", "--cache", "--data", "--dry-run", "--eval-every", "--live", "--micro-batch", "--out",
               "--print-config", "--recipe", "--report-to", "--resume", "--seed", "--set", "--steps"],
-    "eval": ["--data", "--figures", "--json", "--out", "--task", "models"],
+    "eval": ["--data", "--figures", "--json", "--out", "--samples", "--task", "models"],
     "generate": ["--beams", "--image", "--masks", "--question", "model"],
     "export": ["--format", "--out", "run"],
 }  # fmt: skip

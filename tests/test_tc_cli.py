@@ -185,7 +185,7 @@ def test_teacher_without_weights_offline_says_what_can_be_done(photos, tmp_path,
     for name in ("connect", "connect_ex"):
         monkeypatch.setattr(socket.socket, name, refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    monkeypatch.setattr(teachercache.teachers.clip, "_hub_answers", lambda: False)
+    monkeypatch.setattr(teachercache.teachers.clip, "hub_answers", lambda: False)
     for name in ("HF_HOME", "HF_HUB_CACHE"):
         monkeypatch.setenv(name, str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from teachercache.names import UserError, resolve
@@ -87,6 +88,24 @@ def _text_loss(folder: str, data: str) -> dict[str, Any]:
     return evaluate(folder, data)
 
 
+def _winoground(matcher: Any, data: Path) -> dict[str, Any]:
+    from evaluation.tasks.winoground import evaluate
+
+    return evaluate(matcher, data)
+
+
+def _aro(matcher: Any, data: Path) -> dict[str, Any]:
+    from evaluation.tasks.aro import evaluate
+
+    return evaluate(matcher, data)
+
+
+def _sugar_crepe(matcher: Any, data: Path) -> dict[str, Any]:
+    from evaluation.tasks.sugar_crepe import evaluate
+
+    return evaluate(matcher, data)
+
+
 TASKS: dict[str, Callable[..., dict[str, Any]]] = {
     "zeroshot_classification": _zeroshot,
     "zeroshot_retrieval": _retrieval,
@@ -109,6 +128,12 @@ SETTINGS: dict[str, Settings] = {
     "glue": FITTING,
     "xsum": FITTING,
 }
+# Tasks that ask which text fits a picture, so that a diffusion model answers too: these take a Matcher and a folder
+MATCHED: dict[str, Callable[..., dict[str, Any]]] = {
+    "winoground": _winoground,
+    "aro": _aro,
+    "sugar_crepe": _sugar_crepe,
+}
 SHORT = {"zeroshot": "zeroshot_classification", "retrieval": "zeroshot_retrieval"}
 
 
@@ -117,7 +142,7 @@ def find(name: str) -> tuple[str, Callable[..., dict[str, Any]]]:
     short, colon, given = name.partition(":")
     base = SHORT.get(short, short)
     full = base + colon + given
-    table = TASKS | ANSWERED | GENERATED | LANGUAGE
+    table = TASKS | ANSWERED | GENERATED | LANGUAGE | MATCHED
     if colon and base in table:
         return full, functools.partial(table[base], **_settings(base, given))
     return full, resolve(full, table, kind="task")

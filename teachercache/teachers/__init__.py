@@ -23,6 +23,9 @@ class Teacher:
     view: "Callable[[Any], Tensor]"  # RGB picture -> [3, height, width]
     tokenize: "Callable[[list[str]], Tensor] | None"  # texts -> ids [texts, length]; None: of pictures alone
     tokens: "Tokens | None" = None  # the words of texts beside their pictures, where that was asked for
+    # What is said of each text beside its row's picture [n * texts, ...]: of distinct pictures and texts, as they came
+    # and as `encode` made them, and of the places of the n rows' pictures and texts among them (`image`, `text`)
+    pair: "Callable[[nn.Module, Mapping[str, Tensor], Mapping[str, Tensor]], dict[str, Tensor]] | None" = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,10 +35,14 @@ class Entry:
     doc: str
     load: Callable[..., Teacher]  # load(name, weights=..., outputs=...)
     outputs: tuple[str, ...] = ("embeddings",)
+    default: int = 1  # how many of them, from the first, a build keeps that names none
 
 
 WORD_OUTPUTS = ("tokens", "random_tokens")  # three words of a text, `tokens:2` two
 CLIP_OUTPUTS = ("embeddings", "patches", "hidden", *WORD_OUTPUTS)  # `hidden` is the last block, `hidden:3+7` those two
+
+# `scores:16+seed=1+t=200-800` draws so often, from that seed and of those timesteps; `unet_features:100+up_blocks.1`
+DIFFUSION_OUTPUTS = ("text_states", "latents", "unet_features", "scores")
 
 
 def _clip(doc: str, architecture: str, tag: str) -> Entry:
@@ -51,6 +58,15 @@ def _clip_lite(name: str, *, weights: str, outputs: tuple[str, ...]) -> Teacher:
     from teachercache.teachers.clip_lite import load_clip_lite
 
     return load_clip_lite(name, weights=weights, outputs=outputs)
+
+
+def _diffusion(doc: str, source: str) -> Entry:
+    def load(name: str, *, weights: str, outputs: tuple[str, ...]) -> Teacher:
+        from teachercache.teachers.diffusion_folders import load_diffusion
+
+        return load_diffusion(name, source=source, weights=weights, outputs=outputs)
+
+    return Entry(doc, load, DIFFUSION_OUTPUTS, default=2)
 
 
 def _regions(name: str, *, weights: str, outputs: tuple[str, ...]) -> Teacher:
@@ -82,11 +98,13 @@ TEACHERS: dict[str, Entry] = {
         _regions,
         ("regions",),
     ),
+    "sd-v1-4": _diffusion("Stable Diffusion v1-4, 512 px, text states 77 x 768", "hub:CompVis/stable-diffusion-v1-4"),
+    "sd-tiny": _diffusion("a small Stable Diffusion of drawn scenes, made by scripts/train_sd_tiny.py", "folder:"),
 }
 
 
 def find(name: str) -> Entry:
-    """The entry of a teacher's name, of `open_clip:MODEL/TAG`, `hf:ORG/NAME`, or of a local folder or run."""
+    """The entry of a teacher's name, of `open_clip:MODEL/TAG`, `hf:ORG/NAME`, `diffusers:ORG/NAME`, a folder or run."""
     from pathlib import Path
 
     if name.startswith("open_clip:"):
@@ -98,6 +116,10 @@ def find(name: str) -> Entry:
         return _clip(f"open_clip {architecture}, {tag}", architecture, tag)
     if name.startswith("hf:"):
         return _clip(f"{name} on the Hugging Face hub", f"hf-hub:{name.removeprefix('hf:')}", "")
+    if name.startswith("diffusers:"):
+        return _diffusion(f"{name} on the Hugging Face hub", f"hub:{name.removeprefix('diffusers:')}")
+    if name not in TEACHERS and Path(name, "model_index.json").is_file():
+        return _diffusion(f"the diffusers folder {name}", f"folder:{name}")
     if name not in TEACHERS and Path(name).is_dir():
         return _clip(f"the open_clip folder or run {name}", f"local-dir:{name}", "")
     entry = resolve(name, TEACHERS, kind="teacher")
@@ -107,9 +129,9 @@ def find(name: str) -> Entry:
 
 
 def load(name: str, *, weights: str = "pretrained", outputs: tuple[str, ...] | None = None) -> Teacher:
-    """A teacher in float32 on the CPU, in evaluation mode, parameters frozen; its first output unless told others."""
+    """A teacher in float32 on the CPU, in evaluation mode, parameters frozen; its first outputs unless told others."""
     entry = find(name)
-    outputs = entry.outputs[:1] if outputs is None else outputs
+    outputs = entry.outputs[: entry.default] if outputs is None else outputs
     if not outputs:
         raise UserError(f"--outputs names nothing: choose from {', '.join(entry.outputs)}")
     for output in outputs:

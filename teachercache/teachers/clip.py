@@ -196,7 +196,7 @@ def _pretrained(name: str, architecture: str, tag: str, weights: str) -> tuple[A
         raise UserError(f"--weights {weights}: no such file or folder (or write pretrained, or random:SEED)")
     logging.getLogger().setLevel(logging.CRITICAL)  # open_clip logs its failures to the root logger
     offline = huggingface_hub.constants.HF_HUB_OFFLINE
-    huggingface_hub.constants.HF_HUB_OFFLINE = offline or not _hub_answers()
+    huggingface_hub.constants.HF_HUB_OFFLINE = offline or not hub_answers()
     try:
         module = open_clip.create_model(
             architecture,
@@ -215,7 +215,7 @@ def _pretrained(name: str, architecture: str, tag: str, weights: str) -> tuple[A
     return module, module.visual.preprocess_cfg
 
 
-def _hub_answers() -> bool:
+def hub_answers() -> bool:
     """Whether the hub can be reached: asked once, since its client would retry for a minute."""
     try:
         huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=5)
