@@ -3,12 +3,13 @@
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from evaluation.answerer import Answerer, ensemble
 from evaluation.encoder import Encoder
+from evaluation.generator import Generator
 from evaluation.matcher import Matcher
 from evaluation.tasks import find
 from teachercache.names import UserError
@@ -64,6 +65,27 @@ def run_answered(task: str, models: Sequence[Sequence[Answerer]], data: str) -> 
     return [result_of(name, one, manifest.data, evaluate(one, manifest)) for one in found]
 
 
+def run_generated(task: str, generator: Generator, data: str) -> dict[str, Any]:
+    """One result of a model that writes; what it wrote beside the metrics, under `results`."""
+    name, evaluate = find(task)
+    manifest = read_manifest(data)
+    metrics = evaluate(generator, manifest)
+    return {"results": metrics.pop("results"), **result_of(name, generator, manifest.data, metrics)}
+
+
+class LanguageModel(NamedTuple):
+    """What a result says of a model whose language is measured."""
+
+    name: str
+    pretrained: str
+
+
+def run_language(task: str, model: str, data: str, folder: str) -> dict[str, Any]:
+    """One result of a model's language model, which lies in a transformers folder."""
+    name, evaluate = find(task)
+    return result_of(name, LanguageModel(Path(model).name, model), data, evaluate(folder, data))
+
+
 def run_matched(task: str, matcher: Matcher, data: str) -> dict[str, Any]:
     """The result of a task that asks which text fits a picture; its data lie in a local folder."""
     name, evaluate = find(task)
@@ -72,7 +94,8 @@ def run_matched(task: str, matcher: Matcher, data: str) -> dict[str, Any]:
     return result_of(name, matcher, data, evaluate(matcher, Path(data)))
 
 
-def result_of(task: str, model: Encoder | Answerer | Matcher, data: str, metrics: dict[str, Any]) -> dict[str, Any]:
+def result_of(task: str, model: Encoder | Answerer | Matcher | Generator | LanguageModel, data: str,
+              metrics: dict[str, Any]) -> dict[str, Any]:  # fmt: skip
     """clip-benchmark's JSON shape."""
     return {
         "dataset": data.rstrip("/").rsplit("/", 1)[-1],

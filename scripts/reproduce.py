@@ -28,6 +28,7 @@ import reproduce_clip_kd
 import reproduce_clip_td
 import reproduce_psd
 import reproduce_sds_clip
+import reproduce_vlkd
 from bench_report import cores
 from reproduce_tables import METRICS, Row, Table, spread
 
@@ -40,6 +41,7 @@ PAPERS = {
     "clip_td": reproduce_clip_td,
     "psd": reproduce_psd,
     "sds_clip": reproduce_sds_clip,
+    "vlkd": reproduce_vlkd,
 }
 TASKS = [["--task", task] for task in sorted({metric.task for metric in METRICS})]
 RESULTS = Path("docs/RESULTS.md")
@@ -115,24 +117,32 @@ def run_missing(paper: str, folders: Mapping[Path, Sequence[str]], jobs: int) ->
             raise
 
 
-def run_one(folder: Path, words: Sequence[str], evaluations: Sequence[Sequence[str]] = TASKS) -> str:
+Evaluations = Sequence[Sequence[str]] | Mapping[str, Sequence[str]]
+
+
+def run_one(folder: Path, words: Sequence[str], evaluations: Evaluations = TASKS) -> str:
     """`student train` and each `student eval`; the last line where one fails.
 
     Weights are left behind, numbers and curves are kept. With the words `--model MODEL` that is measured, untrained.
+    Evaluations with names have them before their metrics, and `other/` before those of a second model.
     """
     from student.cli import main as student
 
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as name, contextlib.redirect_stderr(io.StringIO()) as said:
-        run, metrics = Path(name, "run"), {}
+    with tempfile.TemporaryDirectory(dir=folder.parent) as inner, contextlib.redirect_stderr(io.StringIO()) as said:
+        run, metrics = Path(inner, "run"), {}
         trained = words[0] != "--model"
         model = str(run) if trained else words[1]
-        measured = [["eval", model, *one, "--json"] for one in evaluations]
-        for command in ([["train", *words, "--out", str(run)]] if trained else []) + measured:
+        named = evaluations.items() if isinstance(evaluations, Mapping) else [("", one) for one in evaluations]
+        commands = [("", ["train", *words, "--out", str(run)])] if trained else []
+        commands += [(name, ["eval", model, *one, "--json"]) for name, one in named]
+        for name, command in commands:
             with contextlib.redirect_stdout(io.StringIO()) as text:
                 if student(command):
                     return (said.getvalue().strip().splitlines() or ["?"])[-1]
-            metrics |= json.loads(text.getvalue())["metrics"] if command[0] == "eval" else {}
+            for n, line in enumerate(text.getvalue().splitlines() if command[0] == "eval" else []):
+                before = "".join(f"{part}/" for part in (name, "other" if n else "") if part)
+                metrics |= {before + key: value for key, value in json.loads(line)["metrics"].items()}
         if trained:
             metrics |= json.loads((run / "speed.json").read_text())
             shutil.rmtree(run / "checkpoints")

@@ -4,12 +4,11 @@ import dataclasses
 import functools
 import json as jsonlib
 import shlex
-import time
 from pathlib import Path
 
 import click
 
-from evaluation.tasks import ANSWERED, MATCHED, SHORT, TASKS
+from evaluation.tasks import ANSWERED, GENERATED, LANGUAGE, MATCHED, SHORT, TASKS
 from evaluation.tasks import find as find_task
 from student.recipe import DEMO_DATA
 from teachercache.names import UserError
@@ -97,7 +96,7 @@ def train(
     student train --recipe clip_kd --resume --out runs/clip_kd-20260101-120000
     torchrun --nproc-per-node 4 -m student train --recipe clip_kd --out runs/four
     """
-    from student.recipe import Run, override
+    from student.recipe import Run, override, run_folder
     from student.recipes import find
     from teachercache.readers import cache_folder
 
@@ -108,7 +107,7 @@ def train(
     run = Run(
         data=data,
         cache=cache,
-        out=out or _run_folder(recipe.name, resume),
+        out=out or run_folder(recipe.name, resume=resume),
         seed=seed,
         live=live,
         micro_batch=micro_batch or 0,
@@ -169,30 +168,15 @@ def _answer_evaluator(run):
     return score
 
 
-def _run_folder(recipe: str, resume: bool) -> str:
-    """The newest run of the recipe to resume, or a new folder named by the time."""
-    if not resume:
-        return str(Path("runs", f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}"))
-    runs = sorted(Path("runs").glob(f"{recipe}-*/run.json"), key=lambda path: path.stat().st_mtime)
-    if not runs:
-        raise UserError(f"no run of {recipe} in runs/: pass --out RUN, or leave --resume away")
-    return str(runs[-1].parent)
-
-
 @student.command("eval")
 @click.argument("models", nargs=-1, required=True, metavar="MODEL...")
 @click.option(
     "--task",
     required=True,
-    help=f"One of {', '.join(TASKS | ANSWERED | MATCHED)}; short: {', '.join(SHORT)}; or all: the data sets in "
-    "--data's folders.",
+    help=f"One of {', '.join(TASKS | ANSWERED | MATCHED | GENERATED | LANGUAGE)}; short: {', '.join(SHORT)}; or all: "
+    "the data sets in --data's folders.",
 )
-@click.option(
-    "--data",
-    default=DEMO_DATA,
-    show_default=True,
-    help="Its test split, or all of it where it has no splits.",
-)
+@click.option("--data", default=DEMO_DATA, show_default=True, help="Its test split; all of it where it has no splits.")
 @click.option("--out", type=Path, help="Where --task all writes suite.json, .csv and .md; default evals/<data>.")
 @click.option("--figures", type=Path, metavar="DIR", help="Also draw what the models say of some rows, as PNG.")
 @click.option("--samples", type=click.IntRange(1), help="Draws of noise per match of a diffusion MODEL; default 16.")
@@ -202,7 +186,8 @@ def evaluate(models: tuple[str, ...], task: str, data: str, out: Path | None, fi
     """Measure runs, exported open_clip folders, or teachers by name; several stand side by side.
 
     For vcr, snli_ve and vqa a MODEL is a run or a cache, and several are an ensemble too. For winoground, aro and
-    sugar_crepe it may be a diffusion model.
+    sugar_crepe it may be a diffusion model. For captions and open_vqa it is a run of vlkd or its export, for glue, xsum
+    and text_loss a BART folder besides.
 
     \u0008
     student eval runs/NAME --task retrieval
@@ -212,6 +197,8 @@ def evaluate(models: tuple[str, ...], task: str, data: str, out: Path | None, fi
     student eval caches/vcr/clip-vit-b16.zarr --task vcr --data vcr1/val.jsonl
     student eval runs/NAME sd-tiny --task winoground --data data/compositions/winoground
     student eval runs/A runs/B --task all --data /datasets
+    student eval runs/NAME --task captions --data coco/dataset_coco.json
+    student eval models/bart-base runs/NAME --task glue:lr=1e-4,epochs=3 --data GLUE/
     """
     from evaluation.report import run_answered, run_matched, run_task, table
 
@@ -222,9 +209,11 @@ def evaluate(models: tuple[str, ...], task: str, data: str, out: Path | None, fi
     if out is not None:
         raise UserError("--out is where --task all writes its tables; a run's results are kept in RUN/eval")
     find_task(task)
-    if figures and task in ANSWERED | MATCHED:
+    if figures and task not in SHORT and task not in TASKS:
         raise UserError(f"--figures draws what encoders say of pictures, not answers: leave it away for {task}")
-    if task in MATCHED:
+    if task.partition(":")[0] in GENERATED | LANGUAGE:
+        results = [_written(model, task, data) for model in models]
+    elif task in MATCHED:
         results = []
         for matcher, folder in [_matcher(model, samples) for model in models]:
             results.append(run_matched(task, matcher, data))
@@ -269,23 +258,27 @@ def _suite(models: tuple[str, ...], data: str, out: Path, figures: Path | None, 
 
 
 def _keep(result: dict, folder: Path | None) -> None:
-    """A run's result stays with it."""
+    """A run's result stays with it, and what it wrote."""
+    texts = result.pop("results", None)
     if folder is not None:
         from teachercache.paths import write_whole
 
-        path = folder / "eval" / f"{result['dataset']}_{result['task']}.json"
-        path.parent.mkdir(exist_ok=True)
-        write_whole(path, jsonlib.dumps(result) + "\n")
+        for inner, found in (("eval", result), ("written", texts)):
+            if found is not None:
+                path = folder / inner / f"{result['dataset']}_{result['task']}.json".replace(":", "-")
+                path.parent.mkdir(exist_ok=True)
+                write_whole(path, jsonlib.dumps(found) + "\n")
 
 
 def _matcher(model: str, samples: int | None):
     """A Matcher for whatever `_encoder` takes, or for a diffusion model; and the run folder."""
     from evaluation.encoder import of_teacher
     from evaluation.matcher import SAMPLES, of_diffusion, of_encoder
+    from student.encoding import named_teacher
     from teachercache.runtime import pick_device
 
     if not (Path(model) / "run.json").exists():
-        teacher = _teacher(model)
+        teacher = named_teacher(model)
         if hasattr(teacher.module, "unet"):
             return of_diffusion(teacher, samples=samples or SAMPLES, device=pick_device()), None
         return of_encoder(of_teacher(teacher, device=pick_device())), None
@@ -293,43 +286,16 @@ def _matcher(model: str, samples: int | None):
     return of_encoder(encoder), folder
 
 
-def _teacher(model: str):
-    """A teacher by name or folder."""
-    from teachercache.teachers import load
-
-    if "/" in model and ":" not in model and not Path(model).is_dir():
-        raise UserError(f"no run or exported folder at {model}: pass one, or a teacher's name (`tc teachers`)")
-    return load(model)
-
-
 def _encoder(model: str):
     """An Encoder for a run, a folder or a teacher; and the run folder where results are kept."""
     from evaluation.encoder import Encoder, of_teacher
+    from student.encoding import encoder_parts, named_teacher
     from teachercache.runtime import pick_device
 
     path, device = Path(model), pick_device()
     if not (path / "run.json").exists():
-        return of_teacher(_teacher(model), device=device), None
-
-    from student.checkpoint import load_student
-    from teachercache.views import describe_view
-
-    trained = load_student(path).to(device)
-    encoder = Encoder(
-        name=path.name,
-        pretrained=str(path),
-        size=tuple(describe_view(trained.preprocess)["size"]),
-        view=trained.view,
-        tokenize=trained.tokenizer,
-        encode_image=trained.model.encode_image,
-        encode_text=trained.model.encode_text,
-        device=device,
-        tower=trained.model.visual,
-        mean=tuple(trained.preprocess["mean"]),
-        std=tuple(trained.preprocess["std"]),
-        scale=float(trained.model.logit_scale.detach().exp()),
-    )
-    return encoder, path
+        return of_teacher(named_teacher(model), device=device), None
+    return Encoder(**encoder_parts(path, device=device)), path
 
 
 def _answerers(model: str, task: str, data: str):
@@ -359,6 +325,23 @@ def _answerer(run: Path, task: str, data: str):
     if model.task.name != task:
         raise UserError(f"{run} was trained on {model.task.name}: pass --task {model.task.name} and its --data")
     return Answerer(run.name, str(run), task, model.score, model.task.answers)
+
+
+def _written(model: str, task: str, data: str) -> dict:
+    """The result of a model that writes, or of the language model that it is or has."""
+    from evaluation.generator import Generator
+    from evaluation.report import run_generated, run_language
+    from student.export_seq2seq import language_model_of
+    from student.generating import load_generator
+    from teachercache.runtime import pick_device
+
+    if task.partition(":")[0] in LANGUAGE:
+        with language_model_of(Path(model)) as place:
+            result = run_language(task, model, data, str(place))
+    else:
+        result = run_generated(task, Generator(*load_generator(Path(model), device=pick_device())), data)
+    _keep(result, Path(model) if (Path(model) / "run.json").exists() else None)
+    return result
 
 
 @student.command()

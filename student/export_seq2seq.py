@@ -4,9 +4,12 @@ seq2seq.json model.safetensors tokenizer.json README.md      `student generate F
 language_model/                                              BartForConditionalGeneration.from_pretrained(...)
 """
 
+import contextlib
 import json
 import os
 import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ import torch
 from student.card import model_card, read_results
 from student.checkpoint import write_tensors
 from student.models.seq2seq import Seq2Seq
-from student.models.seq2seq_init import load_seq2seq
+from student.models.seq2seq_init import is_seq2seq, load_seq2seq
 from teachercache.names import UserError
 from teachercache.paths import write_whole
 
@@ -106,3 +109,14 @@ from transformers import AutoTokenizer, BartForConditionalGeneration
 language_model = BartForConditionalGeneration.from_pretrained("{folder}/language_model")
 tokenizer = AutoTokenizer.from_pretrained("{folder}/language_model")
 """
+
+
+@contextlib.contextmanager
+def language_model_of(model: Path) -> Iterator[Path]:
+    """Where the language model of a run or an export lies, for the time being; of anything else the folder itself."""
+    if not is_seq2seq(model) or (model / "language_model").exists():
+        yield model / "language_model" if is_seq2seq(model) else model
+        return
+    with tempfile.TemporaryDirectory() as name:
+        write_language_model(load_seq2seq(model), Path(name))
+        yield Path(name)

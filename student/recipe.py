@@ -2,7 +2,9 @@
 
 import ast
 import dataclasses
+import time
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from teachercache.names import UserError, closest
@@ -141,3 +143,13 @@ def _choices(key: str, recipe: Recipe) -> str:
     names += [f"optim.{field.name}" for field in dataclasses.fields(Optim)]
     names += [f"run.{field.name}" for field in dataclasses.fields(Run) if field.name not in OPTIONS]
     return f"no such setting of {recipe.name}; {closest(key, names)}choose from {', '.join(names)}"
+
+
+def run_folder(recipe: str, *, resume: bool) -> str:
+    """The newest run of the recipe to resume, or a new folder named by the time."""
+    if not resume:
+        return str(Path("runs", f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}"))
+    runs = sorted(Path("runs").glob(f"{recipe}-*/run.json"), key=lambda path: path.stat().st_mtime)
+    if not runs:
+        raise UserError(f"no run of {recipe} in runs/: pass --out RUN, or leave --resume away")
+    return str(runs[-1].parent)

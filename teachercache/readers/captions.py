@@ -7,13 +7,16 @@ from typing import Any
 from teachercache.names import UserError
 from teachercache.readers.files import picture_folder, split_in_name
 from teachercache.remote import sizes_below
-from teachercache.samples import Sample
+from teachercache.samples import Sample, task_columns
 
 
 def read_coco(path: Any, values: Any) -> Iterator[Sample]:
-    """COCO captions: rows in the order of `images`, captions in the order of their ids; pictures near the JSON."""
+    """COCO captions: rows in the order of `images`, captions in the order of their ids; pictures near the JSON.
+
+    NoCaps' file has this form too; its `domain` of a picture is a task column.
+    """
     try:
-        images = [(image["id"], image["file_name"]) for image in values["images"]]
+        images = [(image["id"], image["file_name"], image.get("domain")) for image in values["images"]]
         captions: dict[int, list[tuple[int, str]]] = {}
         for i, annotation in enumerate(values["annotations"]):
             captions.setdefault(annotation["image_id"], []).append((annotation.get("id", i), annotation["caption"]))
@@ -21,14 +24,15 @@ def read_coco(path: Any, values: Any) -> Iterator[Sample]:
         raise UserError(f"{path} is not a COCO captions file (`images` and `annotations`): {error!r}") from error
     split = path.stem.split("_")[-1]  # captions_val2014.json
     folders = ["", split, "images", f"../{split}", "../images", f"../images/{split}"]
-    names = [name for _, name in images[:100]]
+    names = [name for _, name, _ in images[:100]]
     size = sizes_below(path.parent)
     advice = path.parent.parent / split
     folder = picture_folder(path.parent, names, folders, advice=advice, size=size) if names else ""
-    for number, file_name in images:
+    for number, file_name, domain in images:
         name = os.path.join(folder, file_name)
         texts = tuple(caption.strip() for _, caption in sorted(captions.get(number, [])))
-        yield Sample(key=str(number), image=name, texts=texts, size=size(name) or 0)
+        task = task_columns(task="captions", domain=domain) if domain else ""
+        yield Sample(key=str(number), image=name, texts=texts, size=size(name) or 0, task=task)
 
 
 def read_karpathy(path: Any, values: Any) -> Iterator[Sample]:

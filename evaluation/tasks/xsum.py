@@ -1,0 +1,125 @@
+"""XSUM: a summary of one sentence, by fine-tuning (VLKD, table 6; settings of Lewis et al. 2020). Not for pictures.
+
+`--data` is a folder of one of three forms: `train.source`, `train.target` and the same of test, a line a text, as BART
+has it; XSum's own `bbc-summary-data/<id>.summary` with XSum-TRAINING-DEV-TEST-SPLIT-90-5-5.json; or train.jsonl and
+test.jsonl with `document` and `summary`.
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from evaluation.finetune_text import Options, Row, batches, encode_texts, fine_tune, load_text_model
+from teachercache.names import UserError
+from teachercache.readers.tasks import json_lines
+from teachercache.runtime import pick_device, say, ticker
+
+SPLIT_FILE = "XSum-TRAINING-DEV-TEST-SPLIT-90-5-5.json"
+BART = Options(epochs=5, batch=64, lr=3e-5, weight_decay=0.01, clip=0.1, label_smoothing=0.1, longest=1024)
+BEAMS, SHORTEST, LONGEST, NO_REPEAT = 6, 10, 60, 3
+ROUGE = ("rouge1", "rouge2", "rougeL")
+
+
+def evaluate(folder: str, data: str, options: Options = BART) -> dict[str, Any]:
+    """F-measures of ROUGE-1, -2 and -L with stems on the test split, after fine-tuning on the training split."""
+    rouge = _rouge()
+    train, test = read_split(data, "train"), read_split(data, "test")
+    say(f"fine-tuning {folder} on {len(train):,} documents, {options.epochs} epochs")
+    said = summaries(folder, train, test, options)
+    scores = [rouge.score(truth, text) for (_, truth), text in zip(test, said, strict=True)]
+    names = {"rouge1": "ROUGE_1", "rouge2": "ROUGE_2", "rougeL": "ROUGE_L"}
+    found = {names[key]: sum(score[key].fmeasure for score in scores) / len(scores) for key in ROUGE}
+    counts = {"num_train": len(train), "num_test": len(test), "num_different": len(set(said))}
+    return found | counts | dataclasses.asdict(options) | {"beams": BEAMS}
+
+
+def _rouge() -> Any:
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError as error:
+        raise UserError("XSUM needs rouge-score: try `pip install -e .[language]`") from error
+    return RougeScorer(list(ROUGE), use_stemmer=True)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Files
+
+
+def read_split(data: str, split: str) -> list[Row]:
+    """Documents and summaries of train or test; a pair of which either is empty is left out."""
+    root = Path(data)
+    found: Iterator[tuple[str, str]] | None = None
+    if (root / f"{split}.source").exists():
+        found = _lines(root, split)
+    elif (root / SPLIT_FILE).exists():
+        found = _bbc(root, split)
+    elif (root / f"{split}.jsonl").exists():
+        lines = json_lines(root / f"{split}.jsonl")
+        found = ((str(line.get("document", "")), str(line.get("summary", ""))) for line in lines)
+    if found is None:
+        raise UserError(f"no XSUM at {data}: {split}.source and {split}.target, {split}.jsonl, or {SPLIT_FILE} with "
+                        "bbc-summary-data/ are expected")  # fmt: skip
+    rows: list[Row] = [((document.strip(),), summary.strip()) for document, summary in found
+                       if document.strip() and summary.strip()]  # fmt: skip
+    if not rows:
+        raise UserError(f"the split {split} of {data} is empty")
+    return rows
+
+
+def _lines(root: Path, split: str) -> Iterator[tuple[str, str]]:
+    documents, targets = ((root / f"{split}.{kind}").read_text(encoding="utf-8").removesuffix("\n").split("\n")
+                          for kind in ("source", "target"))  # fmt: skip
+    if len(documents) != len(targets):
+        raise UserError(f"{root}/{split}.source has {len(documents)} lines, {split}.target {len(targets)}: they belong "
+                        "together line by line")  # fmt: skip
+    yield from zip(documents, targets, strict=True)
+
+
+def _bbc(root: Path, split: str) -> Iterator[tuple[str, str]]:
+    """Files of marked sections; one that the split names and that is not there is left out."""
+    for number in json.loads((root / SPLIT_FILE).read_text(encoding="utf-8"))[split]:
+        path = root / "bbc-summary-data" / f"{number}.summary"
+        if path.exists():
+            sections = read_sections(path.read_text(encoding="utf-8"))
+            yield sections.get("RESTBODY", ""), sections.get("FIRST-SENTENCE", "")
+
+
+def read_sections(text: str) -> dict[str, str]:
+    """`[SN]NAME[SN]` and the lines behind it, of each section of a .summary file; lines are joined by spaces."""
+    parts = re.split(r"\[SN\]([A-Z-]+)\[SN\]", text)
+    return {name: " ".join(body.split()) for name, body in zip(parts[1::2], parts[2::2], strict=True)}
+
+
+# ----------------------------------------------------------------------------------------------------
+# The model
+
+
+def summaries(folder: str, train: Sequence[Row], test: Sequence[Row], options: Options) -> list[str]:
+    """What a fine-tuned model writes of each test document, by beam search as BART's own for XSUM."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(options.seed)  # dropout
+        model, tokenizer = load_text_model("Seq2SeqLM", folder)
+        model.to(pick_device())
+        longest = min(options.longest, model.config.max_position_embeddings)
+
+        def collate(rows: Sequence[Row]) -> dict[str, torch.Tensor]:
+            labels = encode_texts(tokenizer, [((summary,), None) for _, summary in rows], min(longest, 128))
+            ids = labels["input_ids"].masked_fill(labels["attention_mask"] == 0, -100)
+            return encode_texts(tokenizer, rows, longest) | {"labels": ids}
+
+        fine_tune(model, train, collate, options, "XSUM")
+    said, device = [], next(model.parameters()).device
+    with torch.inference_mode(), ticker(len(test), "summaries", folder) as tick:
+        for part in batches(test, 16):
+            inputs = {name: value.to(device) for name, value in encode_texts(tokenizer, part, longest).items()}
+            ids = model.generate(**inputs, num_beams=BEAMS, min_new_tokens=SHORTEST, max_new_tokens=LONGEST,
+                                 no_repeat_ngram_size=NO_REPEAT, early_stopping=True, length_penalty=1.0,
+                                 do_sample=False)  # fmt: skip
+            said += [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+            tick.step(len(part))
+    return said
