@@ -30,6 +30,9 @@ from teachercache.runtime import say, ticker
 
 CHECK_EVERY = 500  # steps; the binding is measured and the folder renewed
 SAVE_EVERY = 250  # steps
+# From step; t in [low, high) for most draws; the power of abar that errors are weighed with. Colours and shapes are
+# learnt first, from t where they are in doubt; where things lie is in doubt only where almost all is noise.
+RANGES = ((0, 250, 850, 0.0), (1750, 450, 950, -0.5), (2750, 750, 1000, -0.5))
 WHITENED = 500  # pictures that say how large a latent channel is
 
 
@@ -46,13 +49,13 @@ class Settings:
     lr: float = 1e-3
     vae_lr: float = 2e-3
     warmup: int = 100
-    decay_from: float = 0.7  # part of the steps at a constant rate; then a cosine to 0, so that --steps can be raised
+    decay_from: float = 0.8  # part of the steps at a constant rate; then a cosine to 0, so that --steps can be raised
     ema: float = 0.998
     vae_ema: float = 0.99
     kl: float = 1e-5  # of the KL per latent element, beside the squared error per value
     first_caption: float = 0.85  # how often the caption that names everything is read, else the other
     dropout: float = 0.1  # of whole captions to "", for guidance and for d(x, "")
-    middle: float = 0.6  # part of the draws with t in [250, 850), where a caption tells most; the rest over all t
+    ranged: float = 0.6  # part of the draws with t in the range of RANGES; the rest over all t
 
 
 # --- the data ---------------------------------------------------------------------------------------
@@ -76,6 +79,11 @@ def latents_of(vae: Any, pictures: torch.Tensor) -> torch.Tensor:
     return torch.cat(parts)
 
 
+def range_at(step: int) -> tuple[int, int, float]:
+    """The row of RANGES that holds at a step, without its step."""
+    return next(row[1:] for row in reversed(RANGES) if step >= row[0])
+
+
 def draws_of(settings: Settings, step: int, ids: torch.Tensor, latents: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """A step's (latents, ids, t, noise), from the seed and the step alone. ids [n + 1, 2, L], the last row is ""."""
     pen = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
@@ -83,9 +91,10 @@ def draws_of(settings: Settings, step: int, ids: torch.Tensor, latents: torch.Te
     rows = torch.randint(len(latents), (n,), generator=pen)
     which = (torch.rand(n, generator=pen) >= settings.first_caption).long()
     empty = torch.rand(n, generator=pen) < settings.dropout
+    low, high, _ = range_at(step)
     t = torch.where(
-        torch.rand(n, generator=pen) < settings.middle,
-        torch.randint(250, 850, (n,), generator=pen),
+        torch.rand(n, generator=pen) < settings.ranged,
+        torch.randint(low, high, (n,), generator=pen),
         torch.randint(0, 1000, (n,), generator=pen),
     )
     noise = torch.randn(n, *latents.shape[1:], generator=pen)
@@ -213,7 +222,8 @@ def train_denoiser(
         noised = (a.sqrt() * z + (1 - a).sqrt() * noise).contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16):
             predicted = unet(noised, t, text_encoder(words)[0]).sample
-        return (predicted.float() - noise).square().mean()
+        weight = a ** range_at(step)[2]
+        return (weight * (predicted.float() - noise).square()).mean()
 
     def after(step: int, state: dict) -> None:
         if step % CHECK_EVERY == 0 or step == settings.steps:
@@ -251,8 +261,8 @@ def train(out: Path, settings: Settings, sizes: dict = sd_tiny.SIZES, *, check_n
         (work / "checks.json").write_text(json.dumps(checks))
         about.update(
             settings=asdict(settings), sizes=sizes, steps=state["step"], samples=state["step"] * settings.batch,
-            vae=vae_about, seconds=round(state["seconds"]), losses=state["losses"], check=found, checks=checks[:],
-            torch=torch.__version__,
+            ranges=RANGES, vae=vae_about, seconds=round(state["seconds"]), losses=state["losses"],
+            check=found, checks=checks[:], torch=torch.__version__,
         )  # fmt: skip
         sd_tiny.save_folder(out, vae=vae, unet=unet, text_encoder=text_encoder, tokenizer=tokenizer, about=about)
 

@@ -101,6 +101,23 @@ def test_user_errors_are_one_line(tmp_path, capsys, monkeypatch, given):
     assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_draws_depend_on_seed_and_step_alone_and_lie_in_the_range_of_the_step():
+    latents, ids = torch.randn(5, 4, 8, 8), torch.arange(6 * 2 * 3).view(6, 2, 3)
+    settings = train_sd_tiny.Settings(batch=400)
+    low, high, _ = train_sd_tiny.RANGES[-1][1:]
+    for step, bounds in ((0, train_sd_tiny.RANGES[0][1:3]), (10**6, (low, high))):
+        z, words, t, noise = train_sd_tiny.draws_of(settings, step, ids, latents)
+        again = train_sd_tiny.draws_of(settings, step, ids, latents)
+        assert all(torch.equal(a, b) for a, b in zip((z, words, t, noise), again, strict=True))
+        inside = ((t >= bounds[0]) & (t < bounds[1])).float().mean()
+        assert 0.6 < inside < 0.95  # the ranged part and what of the rest falls in by itself
+        empty = (words >= ids[-1].min()).all(1)
+        assert 0.04 < empty.float().mean() < 0.18
+        rows = words[~empty][:, 0] // 6
+        assert torch.equal(z[~empty], latents[rows])
+    assert not torch.equal(noise, train_sd_tiny.draws_of(settings, 0, ids, latents)[3])
+
+
 def test_ties_are_misses():
     errors = torch.tensor([[1.0, 2.0, 1.0], [1.0, 1.0, 3.0], [1.0, 2.0, 2.0], [2.0, 1.0, 3.0]])
     assert sd_tiny.accuracies(errors, ["a", "b"]) == {"a": 0.5, "b": 0.75, "all": 0.25}
