@@ -1,6 +1,7 @@
 """Activation checkpointing and torch.compile: the same losses, less memory; and the reason where they are off."""
 
 import dataclasses
+import functools
 import shutil
 
 import pytest
@@ -100,10 +101,15 @@ def test_why_a_student_is_not_compiled(monkeypatch, capsys):
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
-def test_a_compiled_student_has_the_same_losses(squares, cache, tmp_path, capsys):
+def test_a_compiled_student_has_the_same_losses(squares, cache, tmp_path, capsys, monkeypatch):
+    """Traced as a whole, forward and backward; generating C++ besides would take forty seconds and is torch's."""
+    whole, compiled = torch.nn.Module.compile, []
+    traced = functools.partial(whole, backend="aot_eager")
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(traced(self)))
     for name, setting in (("plain", "false"), ("compiled", "true")):
         words = ("--steps", 3, "--set", f"run.compile={setting}")
         assert train_here(squares, cache, tmp_path / name, *words) == 0
     for a, b in zip(read_lines(tmp_path / "plain"), read_lines(tmp_path / "compiled"), strict=True):
         assert a == {key: pytest.approx(value, rel=1e-4) for key, value in b.items()}
+    assert len(compiled) == 1
     assert "run.compile is off" not in capsys.readouterr().err
