@@ -139,6 +139,7 @@ def test_the_decoder_reads_pictures_before_the_text_and_padding_is_not_there():
     torch.testing.assert_close(seen.norm(dim=-1), torch.ones(2, 5))
 
 
+@torch.no_grad()
 def test_the_likelihood_is_that_of_one_token_after_the_other_and_rows_do_not_meet():
     student = make_student().eval()
     batch = read(student, *CAPTIONS)
