@@ -172,7 +172,10 @@ def test_init_and_a_model_that_disagree(exported, squares, cache, tmp_path, caps
 
 def test_init_that_is_no_folder(squares, cache, tmp_path, capsys):
     assert train_here(squares, cache, tmp_path / "run", "--set", "init=nowhere") == 2
-    assert "error: --set init=nowhere: no such folder; it takes what `student export` wrote" in capsys.readouterr().err
+    assert (
+        "error: --set init=nowhere: no such folder; it takes a run, or what `student export` wrote"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_run_of_a_recipe_of_ones_own_exports(squares, cache, tmp_path):

@@ -157,15 +157,13 @@ class Command(NamedTuple):
 @pytest.fixture
 def slow_command(teacher_folder: Path, tmp_path: Path):
     """The real command with two workers over pictures that take time, in a group of its own; block 0 is done."""
-    data = make_folder(tmp_path / "data", 500)  # 244 of them behind block 0
-    Image.new("RGB", (800, 600), "red").save(tmp_path / "large.png")
-    for path in data.rglob("*.png"):
-        path.unlink()
-        path.hardlink_to(tmp_path / "large.png")
+    data = make_folder(tmp_path / "data", 1000)
     options = {"--teacher": teacher_folder, "--data": data, "--out": tmp_path / "c.zarr", "--device": "cpu"}
     options |= {"--workers": 2, "--batch-size": 2}
     words = [sys.executable, "-m", "teachercache", "build", *map(str, (w for pair in options.items() for w in pair))]
-    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    # A shell's background job ignores SIGINT, and so do its children: not this one
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, start_new_session=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # fmt: skip
     command = Command(process, words, tmp_path / "c.zarr")
     wait_for(lambda: list(command.out.glob("done/*.json")) or process.poll() is not None)
     yield command
