@@ -59,7 +59,7 @@ class Constants:
     t_max: int = 1000  # t is below it
     hw_init: str = "default"  # or zero, unit; free choice
     unit: bool = True  # h_w sees unit embeddings; free choice
-    micro: int = 8  # rows that the UNet sees at a time, 0 for all
+    micro: int = 16  # rows that the UNet sees at a time, 0 for all
     checkpoint: bool = False  # compute the UNet's inner activations again instead of keeping them
     unet_precision: str = "auto"  # or float32, bfloat16
     model: str = "vit-tiny-long"
