@@ -39,14 +39,17 @@ def learning_rate(optim: Optim, step: int, steps: int) -> float:
     return optim.lr * (1 - done if optim.decay == "linear" else 0.5 * (1 + math.cos(math.pi * done)))
 
 
-def deepspeed_config(run: Run, optim: Optim, rows_per_rank: int) -> dict[str, Any]:
-    """The whole configuration; every default of DeepSpeed that would change the mathematics is set."""
+def deepspeed_config(run: Run, optim: Optim, rows_per_rank: int, parameters: int) -> dict[str, Any]:
+    """The whole configuration; every default of DeepSpeed that would change the mathematics is set.
+
+    Its gradient bucket has 500 million elements, 2 GB, whatever the model's size: no more here than are trained.
+    """
     micro = run.micro_batch or rows_per_rank
     return {
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": rows_per_rank // micro,
         "gradient_clipping": optim.clip,  # DeepSpeed's own default is 1.0
-        "zero_optimization": {"stage": run.zero},
+        "zero_optimization": {"stage": run.zero, "reduce_bucket_size": max(1, min(500_000_000, parameters))},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
@@ -125,12 +128,13 @@ def start_engine(step: nn.Module, optim: Optim, run: Run, rows_per_rank: int) ->
     with quiet_deepspeed():
         deepspeed = _import_deepspeed(run.device)
         groups = parameter_groups(step, optim.weight_decay)
+        trained = sum(parameter.numel() for group in groups for parameter in group["params"])
         betas = (optim.beta1, optim.beta2)
         optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=betas, eps=optim.eps, fused=True)
         engine, *_ = deepspeed.initialize(
             model=step,
             optimizer=optimizer,
-            config=deepspeed_config(run, optim, rows_per_rank),
+            config=deepspeed_config(run, optim, rows_per_rank, trained),
             dist_init_required=False,
         )
     if torch.distributed.get_world_size() == 1 and run.zero == 0:

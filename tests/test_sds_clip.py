@@ -377,7 +377,7 @@ def test_the_estimate_counts_what_a_real_pass_holds():
 
 
 def test_batch_32_of_stable_diffusion_fits_24_gb():
-    """A UNet of v1's size, without weights: what is not counted, the student above all, has 8 GB left."""
+    """A UNet of v1's size, without weights: what is not counted, the student above all, has 4.5 GB left; ViT-B/16's step takes 4.2."""
     from diffusers import UNet2DConditionModel
 
     with torch.device("meta"):
@@ -387,7 +387,7 @@ def test_batch_32_of_stable_diffusion_fits_24_gb():
     weights, kept = unet_bytes(unet, (4, 64, 64), (77, 768), rows=micro, dtype=torch.bfloat16)
     assert weights == 2 * 859_520_964
     assert SDS_CLIP.batch % micro == 0
-    assert 4e9 < weights + kept < 16e9
+    assert 4e9 < weights + kept < 19.5e9
 
 
 def test_a_dry_run_says_what_the_unet_needs(squares, states, tmp_path, capsys):
