@@ -377,7 +377,7 @@ def test_the_estimate_counts_what_a_real_pass_holds():
 
 
 def test_batch_32_of_stable_diffusion_fits_24_gb():
-    """A UNet of v1's size, without weights: what is not counted, the student above all, has 4.5 GB left; ViT-B/16's step takes 4.2."""
+    """A UNet of v1's size, without weights: what is not counted has 4.5 GB left; ViT-B/16's step takes 4.2."""
     from diffusers import UNet2DConditionModel
 
     with torch.device("meta"):
