@@ -13,11 +13,11 @@ import math
 import re
 import shutil
 import subprocess
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from teachercache.cider import cider_d, document_frequency, ngrams
 from teachercache.names import UserError
 
 NGRAMS = 4
@@ -78,7 +78,7 @@ def bleu(said: list[str], references: list[list[str]]) -> dict[str, float | str]
     correct, guessed = [0] * NGRAMS, [0] * NGRAMS
     length = closest = 0
     for text, others in zip(said, references, strict=True):
-        own, theirs = ngrams(text), [ngrams(other) for other in others]
+        own, theirs = ngrams(text.split()), [ngrams(other.split()) for other in others]
         count = len(text.split())
         length += count
         closest += min((abs(n - count), n) for n in (len(other.split()) for other in others))[1]
@@ -95,42 +95,12 @@ def bleu(said: list[str], references: list[list[str]]) -> dict[str, float | str]
 
 
 def cider(said: list[str], references: list[list[str]]) -> dict[str, float | str]:
-    """CIDEr-D (Vedantam et al. 2015), ten times the mean over captions; frequencies from these references.
-
-    A length is counted in pairs of words, as pycocoevalcap does.
-    """
-    theirs = [[ngrams(other) for other in others] for others in references]
-    frequency = Counter(gram for others in theirs for gram in set().union(*others))
-    total = math.log(len(references))
-    scores = [_cider_of(ngrams(text), others, frequency, total) for text, others in zip(said, theirs, strict=True)]
+    """CIDEr-D (Vedantam et al. 2015), ten times the mean over captions; frequencies from these references."""
+    theirs = [[other.split() for other in others] for others in references]
+    frequency = document_frequency(theirs)
+    pairs = zip(said, theirs, strict=True)
+    scores = [cider_d(text.split(), others, frequency, len(references)) for text, others in pairs]
     return {"CIDEr": sum(scores) / len(scores)}
-
-
-def _cider_of(own: Counter, others: list[Counter], frequency: Counter, total: float) -> float:
-    """CIDEr-D of one caption; `total` is the logarithm of the number of pictures."""
-
-    def weighted(grams: Counter) -> tuple[list[dict[Any, float]], int]:
-        weights: list[dict[Any, float]] = [{} for _ in range(NGRAMS)]
-        for gram, times in grams.items():
-            weights[len(gram) - 1][gram] = times * (total - math.log(max(1, frequency[gram])))
-        return weights, sum(times for gram, times in grams.items() if len(gram) == 2)
-
-    mine, length = weighted(own)
-    sums = 0.0
-    for other in others:
-        its, its_length = weighted(other)
-        near = math.exp(-((length - its_length) ** 2) / (2 * 6.0**2))
-        for a, b in zip(mine, its, strict=True):
-            norm = math.sqrt(sum(v * v for v in a.values())) * math.sqrt(sum(v * v for v in b.values()))
-            alike = sum(min(value, b[gram]) * b[gram] for gram, value in a.items() if gram in b)
-            sums += near * (alike / norm if norm else alike) / NGRAMS
-    return 10 * sums / len(others)
-
-
-def ngrams(text: str) -> Counter:
-    """How often each run of one to four words stands in a text."""
-    words = text.split()
-    return Counter(tuple(words[i : i + n]) for n in range(1, NGRAMS + 1) for i in range(len(words) - n + 1))
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -387,7 +387,7 @@ def test_batch_32_of_stable_diffusion_fits_24_gb():
     weights, kept = unet_bytes(unet, (4, 64, 64), (77, 768), rows=micro, dtype=torch.bfloat16)
     assert weights == 2 * 859_520_964
     assert SDS_CLIP.batch % micro == 0
-    assert 4e9 < weights + kept < 19.5e9
+    assert 4e9 < weights + kept < 19.5e9  # 17.5 where ZeRO 3 was on before: its linear layers keep their inputs
 
 
 def test_a_dry_run_says_what_the_unet_needs(squares, states, tmp_path, capsys):

@@ -1,5 +1,6 @@
-"""CIDEr-D (Vedantam et al., 2015) of one caption: the reward of self-critical training. Not the published scorer's
-tokenizer: words come as they are given.
+"""CIDEr-D (Vedantam et al., 2015) of one caption, for those who score captions and those who are trained by the score.
+
+Not the published scorer's tokenizer: words come as they are given.
 """
 
 import math
