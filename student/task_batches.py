@@ -5,6 +5,7 @@ read. Not for choosing rows: see `prepare_task`.
 """
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch.utils.data import Dataset
 
 from student.batches import Order
 from student.caches import Source
-from student.tasks import Question, Task, read_question
+from student.tasks import Mentions, Question, Task, read_question
 from student.words import encode_pairs, tokens_of
 from teachercache.names import UserError
 from teachercache.samples import BadSample, Manifest, Sample, read_image
@@ -84,11 +85,15 @@ class TaskBatches(Dataset):
         return batch
 
     def texts(self, questions: list[Question], batch: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """`text`, `second`, `there` [n, C, length]; of selected words `word_tokens` [n, C, m, length] and features."""
+        """`text`, `second`, `there`, `text_region` (what a sub-word speaks of) [n, C, length]; selected words.
+
+        Of those `word_tokens` [n, C, m, length], `word_there` [n, C, m] and `word_feature` [n, C, m, d].
+        """
         n, C = len(questions), len(questions[0].parts)
         pairs = [pair for question in questions for pair in question.parts]
         encoded = encode_pairs(self.tokenizer, pairs, self.constants.max_text)
         found = {"text": encoded.ids, "second": encoded.second, "there": encoded.there}
+        found["text_region"] = regions_of(encoded.spans, [one for question in questions for one in question.mentions])
         found = {name: value.unflatten(0, (n, C)) for name, value in found.items()}
         if "word_span" not in batch:
             return found
@@ -149,10 +154,11 @@ class TaskBatches(Dataset):
         """What is said of the picture as far as it may be known: the right choice, or the question alone."""
         kinds = json.loads(sample.task)["texts"]
         if self.task.name == "vcr" and not self.labelled[row]:
-            place = kinds.index("question")
-            return Question(((sample.texts[place].strip(), ""),), (place,), (), {}, False, "")
+            place, text = kinds.index("question"), sample.texts[kinds.index("question")].strip()
+            named = tuple(one for one in question.mentions[0] if one[1] <= len(text))
+            return Question(((text, ""),), (place,), (), {}, False, "", (named,))
         k = max(question.target, key=question.target.__getitem__) if self.task.name == "vcr" else 0
-        return Question((question.parts[k],), (question.places[k],), (), {}, False, "")
+        return Question((question.parts[k],), (question.places[k],), (), {}, False, "", question.mentions[k : k + 1])
 
     def picture_of(self, row: int) -> tuple[str, int]:
         """Which picture a row has: other questions about it are no strangers."""
@@ -173,3 +179,14 @@ class TaskBatches(Dataset):
             elif chance < MASK + OTHER:
                 ids[i] = int(random.integers(self.tokenizer.get_vocab_size()))
         return place, word
+
+
+def regions_of(spans: np.ndarray, mentions: Sequence[Mentions]) -> torch.Tensor:
+    """The region that each sub-word speaks of, int64 [texts, length]: object k is region k + 1, 0 the whole picture."""
+    found = np.zeros(spans.shape[:2], np.int64)
+    for i, named in enumerate(mentions):
+        if named:
+            said = np.array(named)
+            tokens = tokens_of(spans[i], said[:, :2])  # [mentions, length]
+            found[i] = (tokens * (said[:, 2:] + 1)).max(0)
+    return torch.from_numpy(found)

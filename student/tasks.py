@@ -32,6 +32,9 @@ class Task:
     answers: tuple[str, ...] = ()  # VQA's vocabulary
 
 
+Mentions = tuple[tuple[int, int, int], ...]  # first character, the one behind the last, object
+
+
 @dataclasses.dataclass(frozen=True)
 class Question:
     """One row: the parts before and behind [SEP] of each input, which of the row's texts it is, what is right."""
@@ -42,6 +45,7 @@ class Question:
     target: dict[int, float]  # class -> how right it is; {} where nobody says
     labelled: bool
     group: str  # low-shot takes as many of each
+    mentions: tuple[Mentions, ...] = ()  # of each input: where its joined parts speak of which object (VCR)
 
 
 def find_task(manifest: Manifest, rows: np.ndarray, mode: str) -> Task:
@@ -91,8 +95,10 @@ def _vcr(task: Task, sample: Sample, columns: dict, kinds: Sequence[str]) -> Que
     q2a = task.which == "q2a"
     pairs = _places(kinds, "pair" if q2a else "rationale_pair")
     label = columns.get("label" if q2a else "rationale_label")
-    first = columns["question"].strip()
+    mentions = columns.get("mentions") or [()] * (1 + 2 * task.inputs)  # the question's, the choices', the rationales'
+    first, named = columns["question"].strip(), _moved(mentions[0], 0)
     if not q2a and "label" in columns:
+        named += _moved(mentions[1 + columns["label"]], len(first) + 1)
         first = f"{first} {columns['choices'][columns['label']].strip()}"
     target = {} if label is None else {int(label): 1.0}
     group = columns.get("category") or question_category(columns["question"])
@@ -101,7 +107,13 @@ def _vcr(task: Task, sample: Sample, columns: dict, kinds: Sequence[str]) -> Que
         raise ValueError(f"{len(texts)} texts to choose from, {task.inputs} are expected")
     parts = tuple((first, text[len(first) + 1 :]) for text in texts)
     choices = _places(kinds, "choice" if q2a else "rationale")
-    return Question(parts, pairs, choices, target, label is not None, group)
+    start = 1 if q2a else 1 + len(columns["choices"])
+    named_in = tuple(named + _moved(one, len(first) + 1) for one in mentions[start : start + task.inputs])
+    return Question(parts, pairs, choices, target, label is not None, group, named_in)
+
+
+def _moved(mentions: Sequence[Sequence[int]], by: int) -> Mentions:
+    return tuple((start + by, end + by, place) for start, end, place in mentions)
 
 
 def _snli_ve(task: Task, sample: Sample, columns: dict, kinds: Sequence[str]) -> Question:

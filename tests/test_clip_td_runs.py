@@ -115,6 +115,32 @@ def test_a_batch_holds_what_the_caches_say_of_its_rows(home, select):
     assert checked == 64
 
 
+@pytest.mark.parametrize("settings", [("mode=qa2r",), ("stage=adapt",), ("stage=adapt", "regime=semi:1")])
+def test_sub_words_know_the_region_of_the_object_that_they_name(home, settings):
+    """Sub-words with a region are the objects' names in the order of VCR's own line, question before choice."""
+    batches, checked = prepared(home, "vcr", *settings).batches, 0
+    batches.mask = lambda ids, there, random: (np.zeros(1, np.int64), np.zeros(1, np.int64))
+    text = (data_of(home)["vcr"] / "train.jsonl").read_text()
+    lines = {line["annot_id"]: line for line in map(json.loads, text.splitlines())}
+    for step in range(4):
+        batch = batches[step]
+        for i, row in enumerate(batches.rows_of(step).tolist()):
+            line = lines[batches.manifest.row(row).key.split("/")[-1]]
+            right = line["answer_choices"][line["answer_label"]]
+            for c in range(batch["text"].shape[1]):
+                if settings[0] == "stage=adapt":
+                    tokens = line["question"] + (right if batches.labelled[row] else [])
+                else:
+                    tokens = line["question"] + right + line["rationale_choices"][c]
+                places = [place for token in tokens if isinstance(token, list) for place in token]
+                region = batch["text_region"][i, c]
+                assert (region[region > 0] - 1).tolist() == places
+                named = [batches.tokenizer.id_to_token(int(one)) for one in batch["text"][i, c][region > 0]]
+                assert named == [line["objects"][place] for place in places]
+                checked += len(named)
+    assert checked > 20
+
+
 def test_labels_of_rows_outside_the_subset_are_hidden_and_half_of_a_batch_has_some(home, tmp_path):
     found = prepared(home, "vcr", "regime=semi:2").batches
     chosen = np.flatnonzero(found.labelled)

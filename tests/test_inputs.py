@@ -16,6 +16,7 @@ from teachercache import columns, store
 from teachercache.cli import default_cache, main
 from teachercache.names import UserError
 from teachercache.readers import cache_folder, read_manifest
+from teachercache.readers.tasks import mentions_of, render_tokens
 from teachercache.samples import BadSample, Manifest, Sample, load_manifest, make_manifest, read_image, write_manifest
 
 NONE = {"bytes": None, "path": None}
@@ -393,6 +394,12 @@ def test_vcr(tmp_path):
     assert first["texts"] == [*second["texts"], *["rationale"] * 4, *["rationale_pair"] * 4]
     assert (first["label"], first["rationale_label"], first["rationales"][1]) == (2, 1, "person 2 said")
     assert first["boxes"] == [[1, 2, 3, 4], [0, 0, 1, 1], [5, 5, 6, 6]]
+    one, two = ("person 1", 0), ("person 2", 1)
+    named = [[one, two], [one, ("chair", 2)], [], [one, two], [], [], [two], [], []]
+    texts = (question, *choices, *rationales)
+    assert [[(text[a:b], place) for a, b, place in said]
+            for text, said in zip(texts, first["mentions"], strict=True)] == named  # fmt: skip
+    assert second["mentions"] == first["mentions"][:5]
     assert not {"label", "rationales", "rationale_label"} & set(second)
     assert "names an object that is not among the 3" in manifest.row(2).problem
     assert "boxes" not in json.loads(manifest.row(3).task)
@@ -405,6 +412,14 @@ def test_json_lines_errors(tmp_path):
     refuses(write(tmp_path / "x.jsonl", '{"sentence2": "a"}\n{'), "line 2 of .* is not JSON")
     refuses(write(tmp_path / "x.jsonl", '{"sentence2": "a"}\n'), "names no picture: one of Flickr30K_ID")
     refuses(write(tmp_path / "v.jsonl", json.dumps(vcr_line(0))), r"put the pictures into .*vcr1images")
+
+
+def test_mentions_of_many_objects_are_where_the_sentence_names_them():
+    objects, tokens = ["person", "cup", "person"], ["(", [2, 0, 1], ")", "wo", "n't", ",", [1], "'s", [0, 2], "?"]
+    text = render_tokens(tokens, objects)
+    assert text == "(person 3, person 1 and cup) won't, cup's person 1 and person 3?"
+    assert [(text[a:b], place) for a, b, place in mentions_of(tokens, objects)] == [
+        ("person 3", 2), ("person 1", 0), ("cup", 1), ("cup", 1), ("person 1", 0), ("person 3", 2)]  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------

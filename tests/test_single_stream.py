@@ -10,12 +10,13 @@ from transformers import BertConfig, BertModel
 from student import losses
 from student.models.adversarial import Perturbation, ascend
 from student.models.regions import geometry, known, waves
-from student.models.single_stream import IMAGE, SIZES, Shape, SingleStream, rebuild
+from student.models.single_stream import FIRST, IMAGE, SECOND, SIZES, Shape, SingleStream, rebuild
 from student.models.single_stream_init import load_into, open_student, read_state, renamed
 from student.words import encode_pairs, tokens_of, vocabulary_tokenizer
 from teachercache.names import UserError
 
 MICRO = SIZES["micro"]
+TEXT = ("text", "second", "there", "text_region")
 TEXTS = ["Is the red circle above?", "It is a striped star.", "yes", "no"]
 
 
@@ -31,10 +32,19 @@ def batch_of(n=2, C=2, regions=3, width=5, **more) -> dict:
     box = torch.tensor([[0, 0, 1, 1], [0.1, 0.2, 0.5, 0.9], [0.3, 0.3, 0.4, 0.4]]).expand(n, -1, -1).clone()
     box[1, 2] = 0
     batch = {"text": encoded.ids, "second": encoded.second, "there": encoded.there}
+    batch["text_region"] = torch.zeros_like(encoded.ids)
     batch = {name: value.unflatten(0, (n, C)) for name, value in batch.items()}
     feature = torch.randn(n, regions, width) * known(box)[..., None]
     target = torch.eye(C)[torch.arange(n) % C] if C > 1 else torch.eye(3)[:n]
     return batch | {"region_feature": feature, "region_box": box, "target": target} | more
+
+
+def seeing(student: SingleStream) -> SingleStream:
+    """VL-BERT's words and regions with scales as if trained: they begin at 0."""
+    if student.shape.face == "vl-bert":
+        for norm in (student.regions.word_norm, student.regions.region_norm):
+            torch.nn.init.normal_(norm.weight, 1, 0.3)
+    return student
 
 
 def student_of(face="uniter", *, inputs=2, classes=2, many=False, stage="task", perturbation=None) -> SingleStream:
@@ -90,10 +100,10 @@ def test_geometry_and_waves_are_the_papers_numbers():
 
 @pytest.mark.parametrize("face", ["uniter", "vl-bert"])
 def test_padding_and_missing_regions_change_nothing(face):
-    student, batch = student_of(face).eval().double(), batch_of()
+    student, batch = seeing(student_of(face)).eval().double(), batch_of()
     batch = {name: value.double() if value.is_floating_point() else value for name, value in batch.items()}
     before = student(batch)
-    longer = batch | {name: torch.nn.functional.pad(batch[name], (0, 3)) for name in ("text", "second", "there")}
+    longer = batch | {name: torch.nn.functional.pad(batch[name], (0, 3)) for name in TEXT}
     noisy = batch["region_feature"].clone()
     noisy[1, 2] = 100.0  # a box of zeros: no region
     after = student(longer | {"region_feature": noisy})
@@ -112,7 +122,7 @@ def test_words_are_means_of_their_tokens_and_each_choice_is_read_alone():
     hidden = student.encode(*student.embed(batch))
     torch.testing.assert_close(found["words"][0, 1, 0], (hidden[1, 2] + hidden[1, 4]) / 2)
     assert (found["words"][1] == 0).all()
-    alone = {name: value[:, 1:] if name in ("text", "second", "there") else value for name, value in batch.items()}
+    alone = {name: value[:, 1:] if name in TEXT else value for name, value in batch.items()}
     student.shape = Shape("uniter", 5, 2, 1)
     torch.testing.assert_close(student(alone)["cls"][:, 0], found["cls"][:, 1], rtol=1e-5, atol=1e-6)
 
@@ -136,6 +146,34 @@ def test_an_element_of_uniters_picture_by_hand():
     where = part.pos_layer_norm(part.pos_linear(geometry(b)))
     kind = student.bert.embeddings.token_type_embeddings.weight[IMAGE]
     torch.testing.assert_close(regions[0, 1], part.LayerNorm(part.img_layer_norm(part.img_linear(f)) + where + kind))
+
+
+def test_a_word_of_vl_bert_sees_the_object_that_it_names_or_the_whole_picture():
+    """VL-BERT: the sum of word, type, place and visual feature embedding; region 2 is not there in the second row."""
+    student, batch = seeing(student_of("vl-bert")).eval(), batch_of()
+    said = torch.zeros_like(batch["text"])
+    said[:, 0, 3], said[:, 1, 4], said[0, 1, 5] = 1, 2, 7  # the last: a region that was left out
+    words, _, _ = student.embed(batch | {"text_region": said})
+    embed, part = student.bert.embeddings, student.regions
+    visual = part.word_norm(part.features(batch["region_feature"], batch["region_box"]))
+    for n, c, place, region in ((0, 0, 3, 1), (0, 0, 2, 0), (0, 1, 4, 2), (1, 1, 4, 0), (0, 1, 5, 0)):
+        kind = embed.token_type_embeddings.weight[SECOND if batch["second"][n, c, place] else FIRST]
+        word = embed.word_embeddings.weight[batch["text"][n, c, place]]
+        expected = embed.LayerNorm(word + kind + embed.position_embeddings.weight[place] + visual[n, region])
+        torch.testing.assert_close(words[2 * n + c, place], expected)
+
+
+def test_vl_bert_begins_blind_to_the_picture_and_learns_to_see():
+    """Its scales begin at 0 and have a gradient, so a BERT that starts it reads its words as before."""
+    student, batch = student_of("vl-bert").eval(), batch_of()
+    other = batch | {"region_feature": batch["region_feature"] + 1}
+    assert torch.equal(student(batch)["cls"], student(other)["cls"])
+    student(batch)["logits"].square().sum().backward()
+    for norm in (student.regions.word_norm, student.regions.region_norm):
+        assert norm.weight.grad.abs().sum() > 0
+        with torch.no_grad():
+            norm.weight -= norm.weight.grad
+    assert not torch.equal(student(batch)["cls"], student(other)["cls"])
 
 
 def test_a_student_is_built_again_from_what_run_json_holds():

@@ -63,6 +63,26 @@ def test_a_vcr_row_asks_four_pairs_and_its_rationales_know_the_right_answer(scen
             assert sample.texts[reasons.places[k]] == f"{first} {second}"
 
 
+@pytest.mark.parametrize("which", ["q2a", "qa2r"])
+def test_mentions_point_at_the_words_of_their_objects_in_the_joined_parts(scenes, which):
+    """Each reference of VCR's own lines once, in order: the question's, then of what follows."""
+    manifest = read_manifest(str(scenes / "vcr1"))
+    texts = [line for name in ("train", "val") for line in (scenes / f"vcr1/{name}.jsonl").read_text().splitlines()]
+    lines = {line["annot_id"]: line for line in map(json.loads, texts)}
+    checked = 0
+    for number in range(len(manifest)):
+        sample = manifest.row(number)
+        line, found = lines[sample.key.split("/")[-1]], read_question(Task("vcr", which, 4, 4), sample)
+        before = line["question"] + (line["answer_choices"][line["answer_label"]] if which == "qa2r" else [])
+        for k, (parts, named) in enumerate(zip(found.parts, found.mentions, strict=True)):
+            tokens = before + line["answer_choices" if which == "q2a" else "rationale_choices"][k]
+            places = [place for token in tokens if isinstance(token, list) for place in token]
+            assert [place for *_, place in named] == places
+            assert [" ".join(parts)[a:b] for a, b, _ in named] == [line["objects"][place] for place in places]
+            checked += len(places)
+    assert checked > 500
+
+
 def test_an_snli_ve_row_asks_its_hypothesis(scenes):
     manifest = read_manifest(str(scenes / "snli_ve"))
     task = find_task(manifest, np.arange(3), "q2a")

@@ -4,10 +4,8 @@ A region comes as its cached feature and its box, x1 y1 x2 y2 as shares of the p
 region 0 is the whole picture. Not for detecting them: see `teachercache.teachers.regions`.
 """
 
-import math
-
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 WAVES = 8  # VL-BERT: wavelengths per coordinate; the paper embeds each in 1/4 of 2048 numbers
@@ -51,21 +49,32 @@ class UniterRegions(nn.Module):
 class VlBertRegions(nn.Module):
     """VL-BERT's visual feature embedding, LN(W [W_a f; waves(box)]), and its [IMG] token.
 
-    Every element has one: a region its own, a word that of the whole picture (region 0). Free choice: no [END] element.
+    Every element has one: a region its own, a word that of the object that it names (VCR) or else of the whole picture
+    (region 0), each kind under a LayerNorm of its own whose weight begins at 0: a BERT that starts the student reads
+    its words first as it did. Free choice: no [END] element.
     """
 
     def __init__(self, width: int, hidden: int, eps: float, dropout: float):
         super().__init__()
         self.appearance = nn.Linear(width, hidden)
         self.visual = nn.Linear(hidden + 8 * WAVES, hidden)
-        self.LayerNorm = nn.LayerNorm(hidden, eps)
-        self.image_token = nn.Parameter(torch.empty(hidden).normal_(0, 1 / math.sqrt(hidden)))
+        self.word_norm, self.region_norm = nn.LayerNorm(hidden, eps), nn.LayerNorm(hidden, eps)
+        for norm in (self.word_norm, self.region_norm):
+            nn.init.zeros_(norm.weight)
+        self.image_token = nn.Parameter(torch.empty(hidden).normal_(0, 0.02))
         self.join, self.dropout = nn.LayerNorm(hidden, eps), nn.Dropout(dropout)
 
     def features(self, feature: Float[Tensor, "n r d"], box: Float[Tensor, "n r 4"]) -> Float[Tensor, "n r h"]:
-        """The visual feature embedding of each region."""
-        return self.LayerNorm(self.visual(torch.cat([self.appearance(feature), waves(box)], -1)))
+        """What both kinds of elements have of each region."""
+        return self.visual(torch.cat([self.appearance(feature), waves(box)], -1))
+
+    def of_words(self, visual: Float[Tensor, "n r h"], box: Float[Tensor, "n r 4"],
+                 region: Int[Tensor, "n l"]) -> Float[Tensor, "n l h"]:  # fmt: skip
+        """The visual feature embedding of words that speak of `region`; of region 0 where there is no such region."""
+        region = torch.where(region < visual.shape[1], region, 0)
+        region = region * known(box).gather(1, region)
+        return self.word_norm(visual).gather(1, region.unsqueeze(-1).expand(-1, -1, visual.shape[-1]))
 
     def forward(self, visual: Float[Tensor, "n r h"], rest: Float[Tensor, "n any h"]) -> Float[Tensor, "n r h"]:
         """Elements of the picture; `rest` is type and position, which all of them share."""
-        return self.dropout(self.join(visual + self.image_token + rest))
+        return self.dropout(self.join(self.region_norm(visual) + self.image_token + rest))

@@ -110,7 +110,7 @@ class SingleStream(nn.Module):
         kind = embed.token_type_embeddings.weight[IMAGE]
         if isinstance(self.regions, VlBertRegions):
             visual = self.regions.features(feature, box)
-            words = words + visual[:, :1]  # a word sees the whole picture
+            words = words + self.regions.of_words(visual, box, batch["text_region"].flatten(0, 1))
             rest = kind + embed.position_embeddings(there.sum(1))  # all regions are at one place, behind the text
             regions = self.regions(visual, rest.unsqueeze(1))
         else:

@@ -150,9 +150,10 @@ def read_vcr(path: Any, lines: list[dict[str, Any]]) -> Iterator[Sample]:
 
 def _vcr_row(line: dict[str, Any], images: Any) -> tuple[tuple[str, ...], str]:
     objects = line["objects"]
-    question = render_tokens(line["question"], objects)
-    choices = [render_tokens(tokens, objects) for tokens in line["answer_choices"]]
-    rationales = [render_tokens(tokens, objects) for tokens in line.get("rationale_choices", [])]
+    said = [line["question"], *line["answer_choices"], *line.get("rationale_choices", [])]
+    question, *others = [render_tokens(tokens, objects) for tokens in said]
+    num = len(line["answer_choices"])
+    choices, rationales = others[:num], others[num:]
     boxes = _vcr_boxes(images / line["metadata_fn"]) if line.get("metadata_fn") else None
     label = line.get("answer_label")
     texts = _vcr_texts(question, choices, rationales, "" if label is None else choices[label])
@@ -160,6 +161,7 @@ def _vcr_row(line: dict[str, Any], images: Any) -> tuple[tuple[str, ...], str]:
         task="vcr", id=line["annot_id"], question=question, choices=choices, label=label,
         rationales=rationales or None, rationale_label=line.get("rationale_label"), objects=objects,
         category=line.get("category"), boxes=boxes, texts=[kind for kind, _ in texts],
+        mentions=[mentions_of(tokens, objects) for tokens in said],
     )  # fmt: skip
     return tuple(text for _, text in texts), task
 
@@ -194,8 +196,27 @@ def render_tokens(tokens: list[Any], objects: list[str]) -> str:
     return re.sub(r"(?<=[(\[{]) ", "", text)
 
 
+def mentions_of(tokens: list[Any], objects: list[str]) -> list[list[int]]:
+    """Where the sentence of `render_tokens` speaks of objects: first character, the one behind the last, which."""
+    found = []
+    for k, token in enumerate(tokens):
+        if isinstance(token, str):
+            continue
+        text = render_tokens(tokens[: k + 1], objects)  # what follows moves nothing
+        at = len(text) - len(_mention(token, objects))
+        for place, name in zip(token, _names(token, objects), strict=True):
+            at = text.index(name, at)
+            found.append([at, at + len(name), place])
+            at += len(name)
+    return found
+
+
 def _mention(places: list[int], objects: list[str]) -> str:
+    names = _names(places, objects)
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+
+
+def _names(places: list[int], objects: list[str]) -> list[str]:
     if any(not 0 <= place < len(objects) for place in places):
         raise IndexError(f"{places} names an object that is not among the {len(objects)} of the picture")
-    names = [f"person {place + 1}" if objects[place] == "person" else objects[place] for place in places]
-    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+    return [f"person {place + 1}" if objects[place] == "person" else objects[place] for place in places]
