@@ -1,6 +1,6 @@
 """VCR with its shortcuts taken away: by rules on person tags, by other words, by what a text-only model can answer.
 
-    rules      Ye & Kovashka 2021: the right choice loses the question's person, the wrong ones get it
+    rules      Ye & Kovashka 2021: the right choice loses its person to a pronoun, the wrong ones get the question's
     explicit   CLIP-TD, 8.4: frequent words that question (or picture) and right choice share give way to others
     implicit   CLIP-TD, 8.4: rows that a text-only model answers rightly and surely, apart from those it gets wrong
 
@@ -17,10 +17,8 @@ import numpy as np
 
 Line = dict[str, Any]
 PEOPLE = frozenset({"person"})
-SINGULAR = {"he": "he", "him": "he", "his": "he", "she": "she", "her": "she", "hers": "she"}
-PLURAL = {word: "they" for word in ("they", "them", "their", "theirs")}
-POSSESSIVE = {"he": "his", "she": "her", "they": "their"}
-OWNED = frozenset(POSSESSIVE.values())  # "her" as well: "saw her" gets an 's too much
+NAMED = {False: frozenset({"he", "she"}), True: frozenset({"they"})}  # pronouns that stand for a person, for a group
+COUNTED = {"he": "he", "him": "he", "his": "he", "she": "she", "her": "she", "hers": "she"}
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -28,72 +26,66 @@ OWNED = frozenset(POSSESSIVE.values())  # "her" as well: "saw her" gets an 's to
 
 
 def rule_mitigated(lines: Iterable[Line], *, plural: bool = False, people: frozenset[str] = PEOPLE) -> list[Line]:
-    """Lines whose question speaks of one person (`plural`: of one group of people) alone, with their choices changed.
+    """Lines whose question speaks of one person (`plural`: of one group and of nothing else), answers and rationales
+    changed as in the published Rule-Singular and Rule-Plural.
 
-    In the right choice that person becomes a pronoun, by the pronouns of the choice, else of the question, else he;
-    a wrong choice that holds exactly one person or pronoun gets the question's person in its place. How groups are
-    done is our reading: the group `[0, 1]` as a whole is the person, and they the pronoun.
+    Of one person: a choice with exactly one person or he or she in it changes, wherever those stand. In a right choice
+    its person becomes he or she, by the pronouns of the choice, else of the question, else he; in a wrong one both
+    become the question's person. Of a group: a choice whose only mention is a group, or that has they in it.
     """
-    return [_ruled(line, whom, people) for line in lines if (whom := asked_about(line, people, plural)) is not None]
+    return [
+        _ruled(line, whom, people) for line in lines if (whom := asked_about(line["question"], line, people, plural))
+    ]
 
 
-def asked_about(line: Line, people: frozenset[str], plural: bool) -> list[int] | None:
-    """The one person (the one group) that the question names, None where there is none or another besides."""
-    named = {tuple(token) for token in line["question"] if _is_mention(token, line, people)}
-    whom = next(iter(named)) if len(named) == 1 else ()
-    return list(whom) if whom and (len(whom) > 1) == plural else None
-
-
-def _is_mention(token: Any, line: Line, people: frozenset[str]) -> bool:
-    return isinstance(token, list) and bool(token) and all(line["objects"][place] in people for place in token)
+def asked_about(tokens: Sequence[Any], line: Line, people: frozenset[str], plural: bool) -> list[int]:
+    """The one person (the one group) that the tokens name, [] where there is none or another besides."""
+    mentions = [token for token in tokens if isinstance(token, list)]
+    persons = sorted({place for mention in mentions for place in mention if line["objects"][place] in people})
+    if not plural:
+        return persons if len(persons) == 1 else []
+    return persons if len(mentions) == 1 and 1 < len(persons) == len(mentions[0]) else []
 
 
 def _ruled(line: Line, whom: list[int], people: frozenset[str]) -> Line:
-    choices = list(line["answer_choices"])
-    known = PLURAL if len(whom) > 1 else SINGULAR
-    for k, choice in enumerate(choices):
-        if k == line["answer_label"]:
-            choices[k] = _with_pronoun(choice, whom, _pronoun(known, choice, line["question"]))
-            continue
-        places = [i for i, token in enumerate(choice) if _is_person(token, line, people, len(whom), known)]
-        if len(places) == 1:
-            owned = isinstance(choice[places[0]], str) and choice[places[0]].lower() in OWNED
-            choices[k] = [*choice[: places[0]], whom, *(["'s"] if owned else []), *choice[places[0] + 1 :]]
-    return line | {"answer_choices": choices}
+    changed = {}
+    for kind in ("answer", "rationale"):
+        if line.get(f"{kind}_label") is not None and f"{kind}_choices" in line:
+            choices = enumerate(line[f"{kind}_choices"])
+            changed[f"{kind}_choices"] = [
+                _choice(tokens, line, whom, people, right=k == line[f"{kind}_label"]) for k, tokens in choices
+            ]
+    return line | changed
 
 
-def _is_person(token: Any, line: Line, people: frozenset[str], size: int, known: Mapping[str, str]) -> bool:
-    if isinstance(token, str):
-        return token.lower() in known
-    return (len(token) > 1) == (size > 1) and _is_mention(token, line, people)
-
-
-def _pronoun(known: Mapping[str, str], *texts: Sequence[Any]) -> str:
-    """The pronoun that the first text with more of one than of others uses."""
-    for tokens in texts:
-        counts = Counter(known[token.lower()] for token in tokens if isinstance(token, str) and token.lower() in known)
-        best = counts.most_common(2)
-        if best and (len(best) == 1 or best[0][1] > best[1][1]):
-            return best[0][0]
-    return "they" if known is PLURAL else "he"
-
-
-def _with_pronoun(choice: Sequence[Any], whom: list[int], pronoun: str) -> list[Any]:
-    """The tokens with a pronoun for the person; `'s` or `' s` behind goes into his, her or their."""
+def _choice(tokens: list[Any], line: Line, whom: list[int], people: frozenset[str], *, right: bool) -> list[Any]:
+    """A choice without the shortcut, as it was where the rule does not reach it."""
+    plural = len(whom) > 1
+    said = {token.lower() for token in tokens if isinstance(token, str)} & NAMED[plural]
+    named = {
+        place for token in tokens if isinstance(token, list) for place in token if line["objects"][place] in people
+    }
+    mine = asked_about(tokens, line, people, plural)
+    if not (mine or said) or (not plural and len(named) + len(said) != 1):
+        return tokens
+    pronoun = "they" if plural else _pronoun(tokens, line["question"])
     out: list[Any] = []
-    skip = 0
-    for i, token in enumerate(choice):
-        if skip:
-            skip -= 1
-            continue
-        if token != whom:
-            out.append(token)
-            continue
-        behind = [word for word in choice[i + 1 : i + 3] if isinstance(word, str)]
-        skip = 1 if behind[:1] == ["'s"] else 2 if behind == ["'", "s"] else 0
-        word = POSSESSIVE[pronoun] if skip else pronoun
-        out.append(word.capitalize() if i == 0 else word)
+    for i, token in enumerate(tokens):
+        is_mine = isinstance(token, list) and sorted(token) == mine
+        if right:
+            out.append((pronoun if i else pronoun.capitalize()) if is_mine else token)
+        else:
+            out.append(whom if is_mine or (isinstance(token, str) and token.lower() in said) else token)
     return out
+
+
+def _pronoun(*texts: Sequence[Any]) -> str:
+    """Whether it is he or she: whichever the first text with more of one than of the other uses; else he."""
+    for tokens in texts:
+        counts = Counter(COUNTED.get(token.lower()) for token in tokens if isinstance(token, str))
+        if counts["he"] != counts["she"]:
+            return "he" if counts["he"] > counts["she"] else "she"
+    return "he"
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -39,40 +39,69 @@ def said(found: dict, k: int) -> str:
 
 
 @pytest.mark.parametrize(
+    ("question", "choices", "label", "then"),
+    [
+        # the four examples that the authors show of their files, persons from 0
+        ("Where is 1 going ?",
+         ("1 is going into the store .", "1 is getting into a carriage .", "0 is going to the bathroom .",
+          "0 is going outside to play after the conversation with 1 is over ."), 0,
+         ("He is going into the store .", "1 is getting into a carriage .", "1 is going to the bathroom .",
+          "0 is going outside to play after the conversation with 1 is over .")),
+        ("What are 0,1 feeling ?",
+         ("0,1 do not like the restaurant .", "They are apprehensive .", "They are both feeling happy .",
+          "0,1 are feeling drunk ."), 2,
+         ("0,1 do not like the restaurant .", "0,1 are apprehensive .", "They are both feeling happy .",
+          "0,1 are feeling drunk .")),
+        ("How is 0 feeling ?",
+         ("0 is feeling amused .", "0 is upset and disgusted .", "0 is feeling very scared .",
+          "0 is feeling uncomfortable with 1 ."), 1,
+         ("0 is feeling amused .", "He is upset and disgusted .", "0 is feeling very scared .",
+          "0 is feeling uncomfortable with 1 .")),
+        ("How does 0 feel right now ?",
+         ("0 is tired and concerned .", "0 feels admonished .", "1 is a bit upset .", "0 is aroused and happy ."), 0,
+         ("He is tired and concerned .", "0 feels admonished .", "0 is a bit upset .", "0 is aroused and happy .")),
+    ],
+)  # fmt: skip
+def test_rules_make_what_is_published(question, choices, label, then):
+    given = line(question, *choices, label=label)
+    given["rationale_choices"], given["rationale_label"] = given["answer_choices"][::-1], 3 - label
+    before = json.dumps(given)
+    (found,) = vm.rule_mitigated([given], plural="," in question)
+    assert [said(found, k) for k in range(4)] == list(then)
+    assert found["rationale_choices"] == found["answer_choices"][::-1]
+    assert json.dumps(given) == before
+    kept = {name for name in given if not name.endswith("_choices")}
+    assert {name: found[name] for name in kept} == {name: given[name] for name in kept}
+
+
+@pytest.mark.parametrize(
     ("question", "right", "wrong", "right_then", "wrong_then"),
     [
-        ("Why is 0 here ?", "0 is tired .", "1 is late .", "He is tired .", "0 is late ."),
         ("Why is 0 here ?", "0 wants her cup .", "He is late .", "She wants her cup .", "0 is late ."),
-        ("Where does 0 go with her cup ?", "To 1 , says 0 .", "Away .", "To 1 , says she .", "Away ."),
-        ("Why is 0 here ?", "0 's cup is .", "1 and 3 talk .", "His cup is .", "1 and 3 talk ."),  # two: as it was
-        ("Why is 0 here ?", "0 ' s cup is .", "1 likes his cup .", "His cup is .", "1 likes his cup ."),
-        ("Why is 0 near 2 ?", "It is 0 .", "It is his cup .", "It is he .", "It is 0 's cup ."),  # a cup is nobody
+        ("Where does 0 go with her cup ?", "Away , says 0 .", "Away .", "Away , says she .", "Away ."),
+        ("Why is 0 here ?", "To 1 , says 0 .", "1 and 3 talk .", "To 1 , says 0 .", "1 and 3 talk ."),  # two: as it was
+        ("Why is 0 here ?", "1 is tired .", "1 says 1 is late .", "He is tired .", "0 says 0 is late ."),  # wherever
+        ("Why is 0 here ?", "0 says he is .", "He says 1 is .", "0 says he is .", "He says 1 is ."),  # one and a he
+        ("Why is 0 near 2 ?", "It is 2 .", "It is his cup .", "It is 2 .", "It is his cup ."),  # a cup is nobody
         ("Why is 0 here ? 0 waves .", "No one .", "0,1 wave .", "No one .", "0,1 wave ."),  # a group is no person
     ],
 )
 def test_rule_singular(question, right, wrong, right_then, wrong_then):
-    given = line(question, wrong, right, label=1)
-    before = json.dumps(given)
-    (found,) = vm.rule_mitigated([given])
+    (found,) = vm.rule_mitigated([line(question, wrong, right, label=1)])
     assert (said(found, 1), said(found, 0)) == (right_then, wrong_then)
-    assert json.dumps(given) == before
-    assert {name: value for name, value in found.items() if name != "answer_choices"} == {
-        name: value for name, value in given.items() if name != "answer_choices"
-    }
 
 
-@pytest.mark.parametrize("question", ["Why ?", "Why is 0 near 1 ?", "What is 2 ?", "Who are 0,1 ?", "Is 0,2 here ?"])
+@pytest.mark.parametrize("question", ["Why ?", "Why is 0 near 1 ?", "What is 2 ?", "Who are 0,1 ?", "Is 0 at 0,3 ?"])
 def test_rule_singular_leaves_out_what_is_not_about_one_person(question):
     assert vm.rule_mitigated([line(question, "0 is .")]) == []
 
 
 def test_rule_plural():
-    (found,) = vm.rule_mitigated([line("What do 0,1 do ?", "0,1 eat .", "They sleep .", "0,3 sing .", "1 sings .")],
+    (found,) = vm.rule_mitigated([line("What do 0,1 do ?", "0,3 eat .", "They sleep .", "0,3 sing .", "1 sings .")],
                                  plural=True)  # fmt: skip
     assert [said(found, k) for k in range(4)] == ["They eat .", "0,1 sleep .", "0,1 sing .", "1 sings ."]
-    (found,) = vm.rule_mitigated([line("Why ? 0,1 !", "I see 0,1 's cup .", "Their cup .")], plural=True)
-    assert [said(found, k) for k in range(2)] == ["I see their cup .", "0,1 's cup ."]
-    assert vm.rule_mitigated([line("Why is 0 ?", "x"), line("Why do 0,1 see 3 ?", "x")], plural=True) == []
+    asked = ("Why is 0 ?", "Why do 0,1 see 3 ?", "Why do 0,1 see 2 ?", "Is 0,2 here ?", "Do 0,1 see 0,1 ?")
+    assert vm.rule_mitigated([line(question, "x") for question in asked], plural=True) == []
 
 
 # ----------------------------------------------------------------------------------------------------
