@@ -407,6 +407,29 @@ def test_vcr(tmp_path):
     assert_pictures(Manifest("", manifest.root, manifest.table.slice(0, 2), ""), [1, 1])
 
 
+@pytest.mark.parametrize(("changed", "problem"), [
+    ({"answer_choices": [["Yes"], ["No"], ["So"]]}, "3 answers and 4 rationales, 4 of each"),
+    ({"rationale_choices": [["So"]]}, "4 answers and 1 rationales, 4 of each"),
+    ({"answer_label": 4}, "answer_label is 4, 0 to 3"), ({"answer_label": -1}, "answer_label is -1"),
+    ({"rationale_label": "2"}, "rationale_label is 2")])  # fmt: skip
+def test_vcr_rows_with_other_choices_than_four_are_told(tmp_path, changed, problem):
+    write(tmp_path / "vcr1images/m/a@0.jpg", png(1))
+    lines = [vcr_line(0), vcr_line(1, **changed)]
+    manifest = read_manifest(str(write(tmp_path / "train.jsonl", "".join(json.dumps(line) + "\n" for line in lines))))
+    assert manifest.row(0).problem == ""
+    assert problem in manifest.row(1).problem
+    assert manifest.row(1).texts == ()
+
+
+def test_a_folder_is_read_without_the_variants_of_its_files(tmp_path):
+    write(tmp_path / "vcr1images/m/a@0.jpg", png(1))
+    for name in ("train", "val", "val_rule_singular", "val_explicit"):
+        write(tmp_path / f"{name}.jsonl", json.dumps(vcr_line(0)) + "\n")
+    assert read_manifest(str(tmp_path)).column("key") == ["train/val-0", "val/val-0"]
+    assert len(read_manifest(str(tmp_path / "val_rule_singular.jsonl"))) == 1
+    assert len(read_manifest(f"{tmp_path}/val.jsonl,{tmp_path}/val_explicit.jsonl")) == 2
+
+
 def test_json_lines_errors(tmp_path):
     refuses(write(tmp_path / "x.jsonl", '{"a": 1}\n'), r"neither VCR \(`answer_choices`\) nor SNLI-VE")
     refuses(write(tmp_path / "x.jsonl", '{"sentence2": "a"}\n{'), "line 2 of .* is not JSON")

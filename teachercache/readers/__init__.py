@@ -117,12 +117,18 @@ def find_sources(data: str) -> list[Source]:
 
 
 def _annotations(path: Any, is_folder: bool) -> list[tuple[Any, bool]]:
-    """A folder of VCR, SNLI-VE or VQA as the files in it that say what is asked; anything else as it is."""
+    """A folder of VCR, SNLI-VE or VQA as the files in it that say what is asked; anything else as it is.
+
+    A file named after another one (val_rule_singular beside val) is a variant of it, the same questions changed: who
+    wants it names it.
+    """
     if not is_folder:
         return [(path, is_folder)]
     with remote.asking(path):
         names = [entry for entry, inner in remote.children(path) if not inner]
         found = [entry for entry in names if entry.name.endswith((".jsonl", "_questions.json"))]
+    stems = [entry.name.removesuffix(".jsonl") for entry in found]
+    found = [entry for entry in found if not any(entry.name.startswith(f"{stem}_") for stem in stems)]
     return [(entry, False) for entry in sorted(found, key=str)] or [(path, is_folder)]
 
 

@@ -18,6 +18,7 @@ from teachercache.samples import Sample, task_columns
 
 LABELS = ("entailment", "neutral", "contradiction")
 FLICKR_IDS = ("Flickr30K_ID", "Flikr30kID", "Flickr30kID")  # all three are about
+NUM_CHOICES = 4  # of answers, and of rationales, in VCR
 VCR_FIELDS = ("question", "answer_choices", "objects", "img_fn", "annot_id")
 
 
@@ -156,6 +157,11 @@ def _vcr_row(line: dict[str, Any], images: Any) -> tuple[tuple[str, ...], str]:
     choices, rationales = others[:num], others[num:]
     boxes = _vcr_boxes(images / line["metadata_fn"]) if line.get("metadata_fn") else None
     label = line.get("answer_label")
+    if len(choices) != NUM_CHOICES or len(rationales) not in (0, NUM_CHOICES):
+        raise ValueError(f"{len(choices)} answers and {len(rationales)} rationales, {NUM_CHOICES} of each are expected")
+    for name in ("answer_label", "rationale_label"):
+        if line.get(name) not in (None, *range(NUM_CHOICES)):
+            raise ValueError(f"{name} is {line[name]}, 0 to {NUM_CHOICES - 1} is expected")
     texts = _vcr_texts(question, choices, rationales, "" if label is None else choices[label])
     task = task_columns(
         task="vcr", id=line["annot_id"], question=question, choices=choices, label=label,
