@@ -222,6 +222,16 @@ def test_a_uniter_checkpoint_starts_words_and_regions(tmp_path):
         assert (tensor == 0.5).all() == name.startswith(("bert.", "regions.")), name
 
 
+def test_uniters_second_stage_of_vcr_is_inside_and_has_four_token_types(tmp_path):
+    student = student_of(inputs=1, classes=3)
+    state = {name.replace("bert.", "uniter.", 1): tensor for name, tensor in student.state_dict().items()
+             if name.startswith("bert.")}  # fmt: skip
+    kinds = state["uniter.embeddings.token_type_embeddings.weight"] = torch.randn(4, MICRO["hidden_size"])
+    torch.save({"model_state": state, "step": 7}, tmp_path / "vcr.pt")
+    load_into(student, read_state(tmp_path / "vcr.pt"), "vcr.pt")
+    assert torch.equal(student.bert.embeddings.token_type_embeddings.weight, kinds[:3])
+
+
 def test_old_names_and_foreign_files(tmp_path):
     found = renamed({"bert.embeddings.LayerNorm.gamma": torch.ones(1), "cls.seq": torch.ones(1)})
     assert set(found) == {"bert.embeddings.LayerNorm.weight"}

@@ -80,7 +80,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
         raise UserError(f"--set init={path}: {found.name} cannot be loaded: {reason}") from error
     if (path / "run.json").exists():
         return state
-    return renamed(state)
+    return renamed(state.get("model_state", state))  # UNITER's second-stage VCR checkpoints have it inside
 
 
 def renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -101,6 +101,8 @@ def load_into(student: SingleStream, state: dict[str, Tensor], init: str) -> Non
     """Copy what fits and say what does not; UserError where nothing of BERT does."""
     own = student.state_dict()
     kinds = "bert.embeddings.token_type_embeddings.weight"
+    if kinds in state:
+        state[kinds] = state[kinds][: len(own[kinds])]  # UNITER's of VCR has four: words, picture, answer, rationale
     if kinds in state and len(state[kinds]) < len(own[kinds]):
         rows = state[kinds]
         state[kinds] = torch.cat([rows, rows[-1:].expand(len(own[kinds]) - len(rows), -1)])
