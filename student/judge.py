@@ -58,6 +58,9 @@ def unit(rows: np.ndarray) -> np.ndarray:
 
 def three_means(values: np.ndarray) -> np.ndarray:
     """Centres of k-means with k = 3, lowest first: contradiction, neutral, entailment (CLIP-TD, section 4.2.1)."""
+    if len(np.unique(values)) < 3:
+        raise UserError(f"{len(values)} rows of SNLI-VE are too few or too alike for three anchors: take more, or add "
+                        "--set confidence=false")  # fmt: skip
     try:
         from sklearn.cluster import KMeans
     except ImportError as error:

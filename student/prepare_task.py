@@ -52,6 +52,7 @@ def prepare_task(recipe: Recipe, run: Run) -> Prepared:
     if not len(rows):
         raise UserError(f"{manifest.data} has no training rows that ask something: is its file called train...?")
     task = find_task(manifest, rows, constants.mode)
+    check_words(constants, caches)
     known = labelled_rows(task, manifest, rows, constants.regime, constants.subset)
     say_labels(task, constants.regime, known)
     torch.manual_seed(run.seed)  # the same student and heads on every rank
@@ -107,6 +108,19 @@ def find_among(run: Run, reads: tuple[str, ...]) -> Cache:
             if i == len(parts) - 1 or "several caches" in str(error):
                 raise
     raise AssertionError("parts_of gives one part at least")
+
+
+def check_words(constants: Any, caches: list[Cache]) -> None:
+    """Refuse more words than a cache has of each text."""
+    if constants.stage != "task":
+        return
+    kind = {"best": "word", "random": "random"}.get(constants.select, "")
+    for cache in caches:
+        found = cache.fields.get(f"{kind}_index")
+        if found is not None and constants.w and constants.m > found.shape[0]:
+            name = "tokens" if kind == "word" else "random_tokens"
+            raise UserError(f"--set m={constants.m}: {cache.path} has {found.shape[0]} words of each text; build one "
+                            f"with --outputs embeddings,{name}:{constants.m}")  # fmt: skip
 
 
 def build_hint(run: Run, reads: tuple[str, ...], cache: str) -> str:

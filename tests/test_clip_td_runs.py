@@ -23,6 +23,7 @@ from student.recipe import Now, Run, override
 from student.recipes.clip_td import CLIP_TD
 from student.tasks import read_question
 from teachercache import store
+from teachercache.names import UserError
 from teachercache.readers import read_manifest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
@@ -227,6 +228,8 @@ def test_clip_as_a_judge_of_snli_ve_and_vqa(home, task):
                         for answer in batches.task.answers]  # fmt: skip
         assert batch["clip_logits"][i].tolist() == pytest.approx(expected, rel=1e-3, abs=2e-2)
     assert three_means(np.array([0.0, 0.1, 1.0, 1.1, 5.0])) == pytest.approx([0.05, 1.05, 5.0])
+    with pytest.raises(UserError, match="too few or too alike"):
+        three_means(np.array([0.0, 1.0, 1.0]))
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -304,6 +307,7 @@ def test_the_best_student_so_far_is_a_run_that_answers(home, tmp_path):
 
 def test_a_student_without_pictures_splits_vcr_by_what_words_tell(home, tmp_path, monkeypatch):
     import mitigate_vcr
+    import show_attention
 
     from evaluation.vcr_mitigation import implicit_parts
     from teachercache.readers.tasks import json_lines
@@ -318,6 +322,8 @@ def test_a_student_without_pictures_splits_vcr_by_what_words_tell(home, tmp_path
     monkeypatch.setattr(sys, "argv", ["mitigate_vcr.py", "implicit", str(source)])
     assert mitigate_vcr.main() == 2  # neither --run nor --scores
     assert train(home, tmp_path / "other", *sets(model="bert-micro")) == 2  # there is nothing to distil into
+    monkeypatch.setattr(sys, "argv", ["show_attention.py", str(tmp_path / "run"), "--data", str(source)])
+    assert show_attention.main() == 2  # it looks at no regions
 
 
 def test_clip_itself_is_tuned_and_answers_from_its_run_alone(home, tmp_path):
@@ -374,7 +380,11 @@ def test_training_reads_no_picture_and_loads_no_teacher(home, tmp_path, monkeypa
     (("--set", "regime=low"), "choose full, zero, low:N or semi:N"), (("--live",), "leave --live away"),
     (("--set", "model=lxmert-tiny"), "choose from uniter-base"),
     (("--set", "model=bert-tiny"), "add --set w=0"), (("--set", "init=/nowhere"), "is not there"),
-    (("--set", "max_text=900"), "positions at most"), (("--set", "tokenizer=/nowhere"), "neither tokenizer.json"),
+    (("--set", "max_text=900"), "positions at most"),
+    (("--set", "m=4"), "--outputs embeddings,tokens:4"),
+    (("--set", "m=4", "--set", "select=random"), "--outputs embeddings,random_tokens:4"),
+    (("--set", "model=clip-transformer", "--set", "fusion=cosine"), "reads both side by side"),
+    (("--set", "tokenizer=/nowhere"), "neither tokenizer.json"),
     (("--set", "model=villa-micro", "--set", "run.zero=3"), "choose 0, 1 or 2"),
     (("--batch-size", 500), "fewer than --batch-size"),
     (("--cache", "/nowhere"), "tc build --teacher regions-lite")])  # fmt: skip

@@ -22,12 +22,13 @@ Free choices, where the paper is silent: linear maps to the teacher's width; |.|
 rows are scaled to a root mean square of 1 before it; the mean over selected words, choices and rows; T = 1;
 CLIP's logits are its scale times cosines to the answers, and in SNLI-VE the distances to three anchors (k-means);
 f_img is the element of region 0, the whole picture; half of a batch has labels in semi; AF's masked words count on
-matching pairs alone, and a row without a label shows its question.
+matching pairs alone, and AF reads the right choice of rows with a label, of others their question: before low:N use
+semi:N, all rows and the same N labels.
 
     tc build --teacher regions-lite --data data/scenes/vcr1
     tc build --teacher clip-lite --outputs embeddings,tokens --data data/scenes/vcr1
     student train --recipe clip_td
-    student train --recipe clip_td --set stage=adapt --out runs/adapted
+    student train --recipe clip_td --set stage=adapt --set regime=semi:100 --out runs/adapted
     student train --recipe clip_td --set init=runs/adapted --set regime=low:100
 """
 
@@ -93,6 +94,8 @@ def _check(constants: Constants) -> None:
     for name, choices in allowed.items():
         if getattr(constants, name) not in choices:
             raise UserError(f"--set {name}={getattr(constants, name)}: choose from {', '.join(choices)}")
+    if constants.model == "clip-transformer" and constants.fusion == "cosine":
+        raise UserError("--set fusion=cosine: clip-transformer reads both side by side; choose a clip-...-linear")
     if constants.m < 1 or constants.T <= 0 or constants.w < 0:
         raise UserError("--set m must be 1 or more, T above 0 and w not below 0")
 
