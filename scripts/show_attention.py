@@ -43,8 +43,8 @@ class Looks:
         self.made = json.loads((run / "run.json").read_text())
         self.cache = self.made["run"]["cache"] if self.made["run"]["data"] == data else ""
         self.model: TaskModel = load_task_model(run, device=device)
-        if not hasattr(self.model.student, "bert"):
-            raise UserError(f"{run} is an adapter on frozen CLIP: only single-stream students have attention to show")
+        if not hasattr(self.model.student, "regions"):
+            raise UserError(f"{run} has no words and regions in one stream: pass runs of uniter, vl-bert or villa")
         self.tokenizer, self.device = load_tokenizer(run), device
         self.model.student.bert.config._attn_implementation = "eager"  # the others never make the weights
         self.kept: list[torch.Tensor] = []
@@ -99,11 +99,13 @@ def show(runs: list[Path], data: str, out: Path, *, rows: int, example: str, tok
         raise UserError(f"no row '{example}' in {data}: pass a key of `tc manifest {data}`")
     row = keys.index(example) if example else int(chosen[0])
     found, drawn, text = {}, {}, ""
+    names = [run.name for run in runs]
     for run in runs:
         looks = Looks(run, data, device)
-        found[run.name] = importance(looks.parts(manifest, chosen))
+        name = run.name if names.count(run.name) == 1 else str(run)  # runs/a/best and runs/b/best
+        found[name] = importance(looks.parts(manifest, chosen))
         text, place, spans, weights = looks.example(manifest, row)
-        drawn[f"{run.name}: attention from [CLS], last layer"] = (spans, weights)
+        drawn[f"{name}: attention from [CLS], last layer"] = (spans, weights)
     if tokens is not None:
         drawn["teacher's word scores S (Eq. 5)"] = word_scores(tokens, keys[row], place)
     numbers: dict[str, Any] = {name: as_numbers(one) for name, one in found.items()}

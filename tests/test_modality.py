@@ -213,6 +213,12 @@ def test_numbers_and_pictures_of_two_runs(student, tmp_path, monkeypatch, capsys
     assert numbers["change"] == pytest.approx({"difference_reduction": 0, "picture_gain": 0}, abs=0.05)
     assert {path.suffix for path in (folder / "out").iterdir()} == {".json", ".png"}
     assert "difference" in capsys.readouterr().out
+    (folder / "best").mkdir()
+    (folder / "before").rename(folder / "best" / "after")
+    monkeypatch.setattr(sys, "argv", ["show_attention.py", str(folder / "best" / "after"), *words[1:]])
+    assert show.main() == 0  # two runs of one name
+    assert len(json.loads((folder / "out/modality.json").read_text())) == 3
+    (folder / "best" / "after").rename(folder / "before")
     for more, message in ((["--example", "none"], "no row 'none'"), (["--data", str(tmp_path / "no")], "no data at")):
         monkeypatch.setattr(sys, "argv", ["show_attention.py", *words, *more])
         assert show.main() == 2
