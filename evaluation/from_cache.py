@@ -12,20 +12,19 @@ All times the teacher's scale. Not for students, which answer by heads of their 
 
 import functools
 import json
-from collections import Counter
 from typing import Any
 
 import numpy as np
 
 from evaluation.answerer import Answerer
 from teachercache import store
+from teachercache.answers import normalise_answer, vocabulary
 from teachercache.names import UserError
 from teachercache.readers.tasks import LABELS
 from teachercache.samples import Manifest
 from teachercache.vectors import unit
 
 CHUNK = 4096  # rows whose vectors are in memory at once
-VOCABULARY = 3129  # answers at most, the most common first; VQA v2's usual number
 KINDS = {"IA": {"q2a": "choice", "qa2r": "rationale"}, "IQA": {"q2a": "pair", "qa2r": "rationale_pair"}}
 
 
@@ -42,7 +41,7 @@ def answerers(path: str, task: str) -> list[Answerer]:
                 for name, kinds in KINDS.items()]  # fmt: skip
     if task == "snli_ve":
         return [Answerer(f"{spec.name} 3-means", str(path), task, functools.partial(_snli_ve, cache), clusters=True)]
-    words, vectors = vocabulary(cache)
+    words, vectors = answers_of(cache)
     score = functools.partial(_vqa, cache, vectors)
     return [Answerer(f"{spec.name} nearest answer", str(path), task, score, tuple(words))]
 
@@ -83,25 +82,25 @@ def _vqa(cache: store.Cache, vectors: np.ndarray, manifest: Manifest, rows: np.n
     return scores
 
 
-def vocabulary(cache: store.Cache) -> tuple[list[str], np.ndarray]:
-    """The most common answers of the cached training rows (of all, where none are), and their unit vectors."""
+def answers_of(cache: store.Cache) -> tuple[list[str], np.ndarray]:
+    """VQA's vocabulary of the cached training rows (of all, where none are), and the answers' unit vectors."""
     manifest = store.cached_manifest(cache)
     rows = manifest.rows_of_split("train")
     rows = rows if len(rows) else np.arange(len(manifest))
     valid = np.asarray(store.read_field(cache, "text_valid"))
     first: dict[str, tuple[int, int]] = {}
-    times: Counter[str] = Counter()
+    said: list[str] = []
     for row in rows.tolist():
         task, texts = json.loads(manifest.table["task"][row].as_py() or "{}"), manifest.table["texts"][row].as_py()
         column = column_of(task, "answer")
         if column >= 0 and valid[row, column]:
-            first.setdefault(texts[column], (row, column))
-            times[texts[column]] += 1
-    if not times:
+            first.setdefault(normalise_answer(texts[column]), (row, column))
+            said.append(texts[column])
+    if not said:
         raise UserError(
             f"{cache.path} holds no answers: build it from VQA's questions with their annotations beside them"
         )
-    words = sorted(times, key=lambda word: (-times[word], word))[:VOCABULARY]
+    words = vocabulary(said)
     stored = store.read_field(cache, "text_emb")
     return words, unit(np.stack([stored[first[word]] for word in words]))
 

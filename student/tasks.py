@@ -8,16 +8,15 @@ import functools
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from teachercache.answers import normalise_answer
+from teachercache.answers import normalise_answer, vocabulary
 from teachercache.names import UserError
 from teachercache.readers.tasks import LABELS
 from teachercache.samples import Manifest, Sample
 
-NUM_ANSWERS, MIN_ANSWERS = 3129, 9  # VQA's vocabulary: answers that are the most common one of 9 questions or more
 VQA_SCORES = (0.0, 0.3, 0.6, 0.9)  # of an answer that 0, 1, 2 or 3 of the ten people gave; 1 from four on
 
 
@@ -59,26 +58,15 @@ def find_task(manifest: Manifest, rows: np.ndarray, mode: str) -> Task:
     if name == "snli-ve":
         return Task("snli_ve", "", 1, len(LABELS))
     if name == "vqa":
-        answers = vocabulary(manifest.row(row) for row in rows.tolist())
-        return Task("vqa", "", 1, len(answers), answers)
+        answers = vocabulary(manifest.row(row).label for row in rows.tolist())
+        if len(answers) < 2:
+            raise UserError("the training rows have fewer than two different answers: is the annotations file beside "
+                            "them?")  # fmt: skip
+        return Task("vqa", "", 1, len(answers), tuple(answers))
     raise UserError(
         f"{manifest.data} asks nothing: pass VCR's .jsonl, SNLI-VE's .jsonl or VQA's questions .json as --data "
         "(scripts/prepare_scene_tasks.py and prepare_easy_vqa.py make small ones)"
     )
-
-
-def vocabulary(samples: Iterable[Sample]) -> tuple[str, ...]:
-    """VQA's answers to choose from, the most common first: those of nine questions or more, 3,129 at most.
-
-    Of small data (fewer than 20 answers are that common) all answers that are some question's most common one.
-    """
-    counts = Counter(normalise_answer(sample.label) for sample in samples if sample.label)
-    ordered = sorted(counts, key=lambda answer: (-counts[answer], answer))
-    common = [answer for answer in ordered if counts[answer] >= MIN_ANSWERS]
-    found = (common if len(common) >= 20 else ordered)[:NUM_ANSWERS]
-    if len(found) < 2:
-        raise UserError("the training rows have fewer than two different answers: is the annotations file beside them?")
-    return tuple(found)
 
 
 def read_question(task: Task, sample: Sample) -> Question:

@@ -1,4 +1,4 @@
-"""VQA's answers made comparable, by the rules of its official evaluation. Not for scores: see `evaluation.tasks.vqa`.
+"""VQA's answers made comparable by the rules of its official evaluation; its vocabulary. Not for scores.
 
 Its quirks are kept: a mark beside a space, or any mark where digits stand about a comma, goes without a
 trace, others become a space; a period goes unless a digit follows it, whatever is before it, and only 32 times; some
@@ -7,7 +7,10 @@ contractions are missing and one is taken apart.
 
 import functools
 import re
+from collections import Counter
+from collections.abc import Iterable
 
+NUM_ANSWERS, MIN_ANSWERS = 3129, 9  # VQA's vocabulary: answers that are the most common one of 9 questions or more
 MARKS = ';/[]"{}()=+\\_-><@`,?!'
 NUMBERS = dict(zip(["none", "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"],
                    ["0", "0", "1", "2", "3", "4", "5", "6", "7", "8", "9", "10"], strict=True))  # fmt: skip
@@ -35,3 +38,14 @@ def normalise_answer(answer: str) -> str:
     out = re.sub(r"\.(?!\d)", "", out, count=32)
     words = [NUMBERS.get(word, word) for word in out.lower().split()]
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ("a", "an", "the"))
+
+
+def vocabulary(answers: Iterable[str]) -> list[str]:
+    """VQA's answers to choose from, of each question's most common one ("" for none), the most common first.
+
+    Those of nine questions or more, 3,129 at most; of small data (fewer than 20 are that common) all of them.
+    """
+    counts = Counter(normalise_answer(answer) for answer in answers if answer)
+    ordered = sorted(counts, key=lambda answer: (-counts[answer], answer))
+    common = [answer for answer in ordered if counts[answer] >= MIN_ANSWERS]
+    return (common if len(common) >= 20 else ordered)[:NUM_ANSWERS]

@@ -139,11 +139,13 @@ def test_vqa_by_the_nearest_answer_of_training(caches, capfd):
 
 
 def test_the_vocabulary_keeps_the_most_common(caches, monkeypatch):
-    from teachercache import store
+    from teachercache import answers, store
 
-    monkeypatch.setattr(from_cache, "VOCABULARY", 2)
-    words, vectors = from_cache.vocabulary(store.open_complete(caches["vqa"][0]))
+    monkeypatch.setattr(answers, "NUM_ANSWERS", 2)
+    words, vectors = from_cache.answers_of(store.open_complete(caches["vqa"][0]))
     assert words == ["cat", "dog"]  # 3, 3 and 2 of the training rows; alphabetical among equals
+    monkeypatch.setattr(answers, "NUM_ANSWERS", 3129)
+    assert from_cache.answers_of(store.open_complete(caches["vqa"][0]))[0] == ["cat", "dog", "owl"]
     assert np.linalg.norm(vectors, axis=1) == pytest.approx([1, 1])
 
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from student.tasks import VQA_SCORES, Task, find_task, labelled_rows, question_category, read_question, vocabulary
+from student.tasks import VQA_SCORES, Task, find_task, labelled_rows, question_category, read_question
+from teachercache.answers import vocabulary
 from teachercache.names import UserError
 from teachercache.readers import read_manifest
-from teachercache.samples import Sample
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 VCR = Task("vcr", "q2a", 4, 4)
@@ -112,13 +112,14 @@ def test_vqa_targets_are_the_mean_accuracy_over_nine_of_ten_people(tmp_path):
     assert len(VQA_SCORES) == 4
 
 
-def test_a_vocabulary_has_the_common_answers_first_and_all_of_small_data():
-    rows = [Sample(str(i), "", label=label) for i, label in enumerate(["red"] * 3 + ["blue"] * 5 + ["Red"])]
-    assert vocabulary(rows) == ("blue", "red")
-    many = [Sample(f"{n}-{i}", "", label=f"answer{n:02d}") for n in range(25) for i in range(9 if n < 21 else 8)]
-    assert vocabulary(many) == tuple(f"answer{n:02d}" for n in range(21))
+def test_a_vocabulary_has_the_common_answers_first_and_all_of_small_data(tmp_path):
+    assert vocabulary(["red"] * 3 + [""] * 9 + ["blue"] * 5 + ["Red", "a red"]) == ["blue", "red"]
+    many = [f"answer{n:02d}" for n in range(25) for _ in range(9 if n < 21 else 8)]
+    assert vocabulary(many) == [f"answer{n:02d}" for n in range(21)]
+    assert len(vocabulary(f"answer{n}" for n in range(3200) for _ in range(9))) == 3129
+    manifest = read_manifest(str(write_vqa(tmp_path, [["red"] * 10] * 3)))
     with pytest.raises(UserError, match="annotations file"):
-        vocabulary([Sample("a", "", label="one")])
+        find_task(manifest, np.arange(3), "q2a")
 
 
 def test_regimes_choose_so_many_of_each_group_and_the_same_again(scenes):
