@@ -10,8 +10,8 @@
 words.json is {"walk": ["stroll", "move"], "coffee cup": ["mug"]}: synonyms and hypernyms, from WordNet or by hand; none
 come with it. runs/text is a student without pictures (`student train --recipe clip_td --set model=bert-base --set w=0
 --set init=BERT`); text.json is {annot_id: [four logits or chances]} of a model that saw no picture (or an .npz with
-annot_id and scores); `implicit` writes val_image_biased, val_language_biased and val_unsure. Not for measuring: see
-`student eval MODEL --task vcr --data FILE`.
+annot_id and scores); `implicit` writes val_image_biased, val_language_biased and val_unsure. A folder is read without
+these files: name the one that is to be measured, `student eval MODEL --task vcr --data FILE`.
 """
 
 import argparse
