@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+SCALE = 0.2  # VL-BERT from scratch: of the visual feature embedding in each element
 WAVES = 8  # VL-BERT: wavelengths per coordinate; the paper embeds each in 1/4 of 2048 numbers
 
 
@@ -50,8 +51,9 @@ class VlBertRegions(nn.Module):
     """VL-BERT's visual feature embedding, LN(W [W_a f; waves(box)]), and its [IMG] token.
 
     Every element has one: a region its own, a word that of the object that it names (VCR) or else of the whole picture
-    (region 0), each kind under a LayerNorm of its own whose weight begins at 0: a BERT that starts the student reads
-    its words first as it did. Free choice: no [END] element.
+    (region 0), each kind under a LayerNorm of its own. Free choices: no [END] element; the LayerNorms' weights begin at
+    SCALE, beside words of 0.02, in a student from scratch (0.02 and 1 both learn later to see). A BERT that starts the
+    student begins at 0, as the paper's does, so that it reads its words first as it did: `single_stream_init`.
     """
 
     def __init__(self, width: int, hidden: int, eps: float, dropout: float):
@@ -60,7 +62,7 @@ class VlBertRegions(nn.Module):
         self.visual = nn.Linear(hidden + 8 * WAVES, hidden)
         self.word_norm, self.region_norm = nn.LayerNorm(hidden, eps), nn.LayerNorm(hidden, eps)
         for norm in (self.word_norm, self.region_norm):
-            nn.init.zeros_(norm.weight)
+            nn.init.constant_(norm.weight, SCALE)
         self.image_token = nn.Parameter(torch.empty(hidden).normal_(0, 0.02))
         self.join, self.dropout = nn.LayerNorm(hidden, eps), nn.Dropout(dropout)
 

@@ -111,6 +111,9 @@ def load_into(student: SingleStream, state: dict[str, Tensor], init: str) -> Non
     if not any(name.startswith("bert.encoder.") for name in fitting):
         raise UserError(f"--set init={init} has no BERT in it that fits --set model: is it of another size?")
     student.load_state_dict(fitting, strict=False)
+    if student.shape.face == "vl-bert" and not any(name.startswith("regions.") for name in fitting):
+        for norm in (student.regions.word_norm, student.regions.region_norm):
+            torch.nn.init.zeros_(norm.weight)  # a BERT knows no pictures
     new = sorted({name.rpartition(".")[0] for name in own if name not in fitting})
     say(f"init {init}: {len(fitting)} of {len(own)} tensors; new: {', '.join(new[:8]) or 'none'}"
         + (f" and {len(new) - 8} more" if len(new) > 8 else ""))  # fmt: skip
