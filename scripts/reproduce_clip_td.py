@@ -2,7 +2,7 @@
 
 The teacher is a CLIP trained on other drawn scenes by our own `clip` recipe: clip-lite knows photographs and drawings
 of things, not which of two shapes is striped. Students are tiny and begin, as the paper's do, pretrained: by
-stage=adapt without distillation on the right question-answer pairs of other scenes.
+stage=adapt without distillation on questions about other scenes, their right answers and rationales.
 """
 
 import concurrent.futures
@@ -16,9 +16,9 @@ from reproduce_tables import Row, Table, spread
 
 FOLDER = Path("runs/reproduce/clip_td")
 PICTURES, PAIRS, SIZE = 3000, 8000, 96
-STEPS = {"vcr": 120, "snli_ve": 200, "vqa": 200}  # a VCR row is four texts
+STEPS = {"vcr": 200, "snli_ve": 400, "vqa": 300}  # a VCR row is four texts
 BATCH, LR, ADAPT = 32, 1e-3, 150
-PRETRAIN, PRETRAIN_BATCH = 2500, 64
+PRETRAIN, PRETRAIN_BATCH = 1000, 64
 VQA_PICTURES = 600  # of each split
 HOME, CACHES = Path("data/clip_td"), Path("caches/clip_td")
 DATA = {"vcr": str(HOME / "scenes/vcr1"), "snli_ve": str(HOME / "scenes/snli_ve"), "vqa": str(HOME / "easy-vqa")}
@@ -30,7 +30,7 @@ SIZES = {  # labels in all: 17 of each of 6 categories, 34 of each of 3 classes
     "vqa": ("low:100", "low:1000", "full"),
 }
 TEACHER, WORDS = FOLDER / "teacher", FOLDER / "words"
-W = "0.5"  # of the distillation, where a row does not say; the table `weight` has others
+W = "0.15"  # of the distillation, where a row does not say; the table `weight` has others
 NAIVE = {"select": "none", "confidence": "false"}
 WEIGHTS = ("1", "0.5", "0.1", "0.05", "0.01")
 METHODS: dict[str, dict[str, str]] = {  # first: what a student begins from
@@ -160,7 +160,7 @@ def prepare(rows: Sequence[Row], seeds: Sequence[int], jobs: int) -> None:
     prepare_data()
     given = [dict(one.settings) for one in rows]
     faces = sorted({one["face"] for one in given})
-    settings = [f"tokenizer={WORDS}", "stage=adapt", "w=0", f"optim.lr={LR:g}", "run.workers=0"]
+    settings = [f"tokenizer={WORDS}", "stage=adapt", "mode=qa2r", "w=0", f"optim.lr={LR:g}", "run.workers=0"]
     start = ["--recipe", "clip_td", "--data", OTHER, "--cache", str(CACHES / "other")]
     start += ["--batch-size", str(PRETRAIN_BATCH), "--steps", str(PRETRAIN)]
     start += [word for setting in settings for word in ("--set", setting)]

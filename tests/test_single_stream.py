@@ -183,7 +183,7 @@ def test_a_bert_that_starts_vl_bert_reads_its_words_as_before_and_learns_to_see(
         with torch.no_grad():
             norm.weight -= norm.weight.grad
     assert not torch.equal(student(batch)["cls"], student(other)["cls"])
-    scratch = student_of("vl-bert").eval()
+    scratch = student_of("vl-bert", inputs=1, classes=3).eval()
     assert not torch.equal(scratch(batch)["cls"], scratch(other)["cls"])
 
 
