@@ -6,6 +6,8 @@ stage=adapt without distillation on questions about other scenes, their right an
 """
 
 import concurrent.futures
+import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -171,10 +173,19 @@ def prepare(rows: Sequence[Row], seeds: Sequence[int], jobs: int) -> None:
 
 
 def train_all(runs: dict[Path, list[str]], jobs: int) -> None:
-    """`student train` of each run that is not finished, `jobs` at a time."""
-    missing = {out: given for out, given in runs.items() if not (out / "model.safetensors").exists()}
+    """`student train` of each run that is not there or was another command, `jobs` at a time."""
+    from teachercache.paths import write_whole
+
+    def made(out: Path) -> str:
+        return (out / "words.json").read_text() if (out / "words.json").exists() else ""
+
+    def train(out: Path) -> None:
+        shutil.rmtree(out, ignore_errors=True)
+        command("student", "train", "--out", str(out), *runs[out])
+        write_whole(out / "words.json", json.dumps(runs[out]))
+
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(lambda out: command("student", "train", "--out", str(out), *missing[out]), missing))
+        list(pool.map(train, [out for out, given in runs.items() if made(out) != json.dumps(given)]))
 
 
 def command(module: str, *given: str) -> None:

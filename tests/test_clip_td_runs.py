@@ -344,10 +344,23 @@ def test_other_tasks_train_and_answer(home, tmp_path, task, monkeypatch, capsys)
     assert train(home, tmp_path / "run", task=task) == 0
     model = load_task_model(tmp_path / "run", device="cpu", cache=str(home / "caches" / task))
     manifest = read_manifest(str(data_of(home)[task]))
-    scores = model.score(manifest, np.arange(5), "")
-    assert scores.shape == (5, model.task.classes)
+    rows = manifest.rows_of_split("val") if task == "snli_ve" else np.arange(len(manifest))
+    scores = model.score(manifest, rows, "")
+    assert scores.shape == (len(rows), model.task.classes)
     assert np.isfinite(scores).all()
-    assert model.score(manifest, np.arange(5), "q2a") is None
+    assert model.score(manifest, rows, "q2a") is None
+    monkeypatch.chdir(home)  # caches/<name of the data> are found from here
+    capsys.readouterr()
+    assert main(["eval", str(tmp_path / "run"), "--task", task, "--data", str(data_of(home)[task]), "--json"]) == 0
+    metrics = json.loads(capsys.readouterr().out)["metrics"]
+    columns = [json.loads(manifest.row(row).task) for row in rows.tolist()]
+    if task == "snli_ve":
+        right = [float(column["label"] == best) for column, best in zip(columns, scores.argmax(1), strict=True)]
+    else:  # of ten answers, nine are left for each that is left out: min(1, matches / 3) in the mean
+        given = [[answer == model.task.answers[best] for answer in column["answers"]]
+                 for column, best in zip(columns, scores.argmax(1), strict=True)]  # fmt: skip
+        right = [np.mean([min(1, (sum(one) - one[k]) / 3) for k in range(10)]) for one in given]
+    assert metrics["accuracy"] == pytest.approx(np.mean(right))
 
 
 def test_adapted_students_begin_the_task_and_do_not_answer_themselves(home, tmp_path, capsys):
