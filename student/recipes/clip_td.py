@@ -21,10 +21,9 @@ clip-3-linear and clip-transformer on frozen CLIP (fusion=concat|cosine), and cl
 Free choices, where the paper is silent: linear maps to the teacher's width; |.|_1 is a mean over the width, and CLIP's
 rows are scaled to a root mean square of 1 before it; the mean over selected words, choices and rows; T = 1;
 CLIP's logits are its scale times cosines to the answers, and in SNLI-VE the distances to three anchors (k-means);
-f_img is the element of region 0, the whole picture; half of a batch has labels in semi; RTS's
-words are drawn once for each text; AF's masked words count on
-matching pairs alone, and AF reads the right choice of rows with a label, of others their question: before low:N use
-semi:N, all rows and the same N labels.
+f_img is the element of region 0, the whole picture; half of a batch has labels in semi; RTS's words are drawn once for
+each text; AF's masked words count on matching pairs alone, and AF reads the right choice of rows with a label, of
+others their question: before low:N use semi:N, all rows and the same N labels.
 
     tc build --teacher regions-lite --data data/scenes/vcr1
     tc build --teacher clip-lite --outputs embeddings,tokens --data data/scenes/vcr1
