@@ -421,11 +421,13 @@ def test_vcr_rows_with_other_choices_than_four_are_told(tmp_path, changed, probl
     assert manifest.row(1).texts == ()
 
 
-def test_a_folder_is_read_without_the_variants_of_its_files(tmp_path):
+def test_a_folder_is_read_without_the_variants_of_its_files_and_says_so(tmp_path, capsys):
     write(tmp_path / "vcr1images/m/a@0.jpg", png(1))
     for name in ("train", "val", "val_rule_singular", "val_explicit"):
         write(tmp_path / f"{name}.jsonl", json.dumps(vcr_line(0)) + "\n")
     assert read_manifest(str(tmp_path)).column("key") == ["train/val-0", "val/val-0"]
+    said = capsys.readouterr().err
+    assert "left out val_explicit.jsonl, val_rule_singular.jsonl, named after files beside them" in said
     assert len(read_manifest(str(tmp_path / "val_rule_singular.jsonl"))) == 1
     assert len(read_manifest(f"{tmp_path}/val.jsonl,{tmp_path}/val_explicit.jsonl")) == 2
 

@@ -17,6 +17,7 @@ from teachercache.columns import COLUMN_FILES
 from teachercache.names import UserError
 from teachercache.paths import as_path, is_url
 from teachercache.readers import captions, files, tables, tasks
+from teachercache.runtime import say
 from teachercache.samples import Manifest, Sample, load_manifest, make_manifest, write_manifest
 
 MAPPED = "Arrow files are mapped into memory: download them, or write them as Parquet (Dataset.to_parquet)"
@@ -128,8 +129,11 @@ def _annotations(path: Any, is_folder: bool) -> list[tuple[Any, bool]]:
         names = [entry for entry, inner in remote.children(path) if not inner]
         found = [entry for entry in names if entry.name.endswith((".jsonl", "_questions.json"))]
     stems = [entry.name.removesuffix(".jsonl") for entry in found]
-    found = [entry for entry in found if not any(entry.name.startswith(f"{stem}_") for stem in stems)]
-    return [(entry, False) for entry in sorted(found, key=str)] or [(path, is_folder)]
+    variants = [entry for entry in found if any(entry.name.startswith(f"{stem}_") for stem in stems)]
+    if variants:
+        left_out = ", ".join(sorted(entry.name for entry in variants))
+        say(f"{path}: left out {left_out}, named after files beside them; to read one, pass it as --data")
+    return [(entry, False) for entry in sorted(set(found) - set(variants), key=str)] or [(path, is_folder)]
 
 
 def cache_folder(data: str) -> Path:
