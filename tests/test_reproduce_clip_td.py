@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 
 import reproduce
 import reproduce_clip_td as paper
+import reproduce_modality
 
 
 def settings_of(words: list[str]) -> list[str]:
@@ -56,3 +57,13 @@ def test_a_table_pairs_seeds_and_says_what_a_step_costs():
     assert cells[:4] == ["naive V", "42.5 (40.0 to 45.0)", "2.5 (-5.0 to 10.0)", "+9.3"]
     assert cells[-1] == "1.20"
     assert [cell.strip() for cell in lines[-4].split("|")[1:-1]][:4] == ["baseline", "40.0 (30.0 to 50.0)", "-", "-"]
+
+
+def test_modality_rows_are_the_tables_and_figures_stand_in_their_columns():
+    for method in reproduce_modality.METHODS.values():
+        assert paper.row("vcr", "vl-bert", method, reproduce_modality.FULL) in paper.TABLES["vcr"].rows
+    one = {"before": {"picture_mean": 0.1, "text_mean": 0.8}, "after": {"picture_mean": 0.2, "text_mean": 0.7},
+           "change": {"difference_reduction": 0.25, "picture_gain": 1.0}}  # fmt: skip
+    lines = reproduce_modality.section([4], [one]).splitlines()
+    assert lines[2] == "| seed 4 | 0.100 | 0.200 | 0.800 | 0.700 | 25.0 % | 100.0 % |"
+    assert lines[3] == "| paper |  |  |  |  | 36.0 % | 10.6 % |"
