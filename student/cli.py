@@ -139,6 +139,8 @@ def train(
         words = ["student", "eval", str(folder), "--task", task, "--data", run.data]
         if made.get("kind") == "seq2seq":
             words = ["student", "generate", str(folder), "--image", "FILE"]
+        if made.get("shape", {}).get("stage") == "adapt":  # has no answers yet
+            words = ["student", "train", "--recipe", recipe.name, "--data", run.data, "--set", f"init={folder}"]
         say(f"next: {shlex.join(words)}")
 
 

@@ -365,6 +365,9 @@ def test_other_tasks_train_and_answer(home, tmp_path, task, monkeypatch, capsys)
 
 def test_adapted_students_begin_the_task_and_do_not_answer_themselves(home, tmp_path, capsys):
     assert train(home, tmp_path / "adapted", *sets(stage="adapt")) == 0
+    data = data_of(home)["vcr"]
+    hint = f"next: student train --recipe clip_td --data {data} --set init={tmp_path / 'adapted'}"
+    assert hint in capsys.readouterr().err
     assert {"mlm", "itm", "dv", "dt"} <= set(read_lines(tmp_path / "adapted")[0])
     assert train(home, tmp_path / "task", "--steps", 1, *sets(init=tmp_path / "adapted", **{"optim.lr": 0.0})) == 0
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("adapted", "task"))
