@@ -23,7 +23,9 @@ class Answerer:
     name: str
     pretrained: str
     task: str  # "vcr", "snli_ve" or "vqa"
-    score: Callable[[Manifest, np.ndarray, str], np.ndarray | None]  # float32 [n, choices]; None: not made for `which`
+    score: Callable[
+        [Manifest, np.ndarray, str], np.ndarray | None
+    ]  # float32 [n, choices]; None: not made for `which`
     answers: tuple[str, ...] = ()  # vqa: what the columns of score are
     clusters: bool = False  # columns are clusters of the very rows asked, named without labels
 
@@ -52,8 +54,14 @@ def ensemble(answerers: Sequence[Answerer]) -> Answerer:
 
     first = answerers[0]
     name, pretrained = (" + ".join(getattr(one, key) for one in answerers) for key in ("name", "pretrained"))
-    return Answerer(f"ensemble of {name}", pretrained, first.task, score, answers,
-                    clusters=any(one.clusters for one in answerers))  # fmt: skip
+    return Answerer(
+        f"ensemble of {name}",
+        pretrained,
+        first.task,
+        score,
+        answers,
+        clusters=any(one.clusters for one in answerers),
+    )
 
 
 def softmax(scores: Float[np.ndarray, "n choices"]) -> Float[np.ndarray, "n choices"]:
@@ -79,8 +87,10 @@ def rows_to_measure(manifest: Manifest) -> np.ndarray:
         return np.arange(len(manifest))
     found = next((split for split in SPLITS if split in there), None)
     if found is None:
-        raise UserError(f"{manifest.data} has the splits {', '.join(sorted(there))} but neither val nor test: pass the "
-                        "file of one split")  # fmt: skip
+        raise UserError(
+            f"{manifest.data} has the splits {', '.join(sorted(there))} but neither val nor test: pass the "
+            "file of one split"
+        )
     return manifest.rows_of_split(found)
 
 

@@ -28,9 +28,14 @@ JARS = "skipped: SPICE needs {0}/stanford-corenlp-3.6.0.jar and {0}/stanford-cor
 Scorer = Callable[[list[str], list[list[str]]], dict[str, float | str]]  # words with a space between
 
 
-def score_captions(said: Sequence[str], references: Sequence[Sequence[str]],
-                   groups: dict[str, list[int]] | None = None, *, only: Sequence[str] = METRICS,
-                   java: bool = True) -> dict[str, Any]:  # fmt: skip
+def score_captions(
+    said: Sequence[str],
+    references: Sequence[Sequence[str]],
+    groups: dict[str, list[int]] | None = None,
+    *,
+    only: Sequence[str] = METRICS,
+    java: bool = True,
+) -> dict[str, Any]:
     """Bleu_1 to Bleu_4, METEOR, ROUGE_L, CIDEr and SPICE, clip-benchmark's keys, as they are (papers: times 100).
 
     `groups`: places of the captions that a name is about; its keys are `CIDEr:NAME`, with document frequencies of its
@@ -112,7 +117,9 @@ def _missing(key: str, reason: str) -> Scorer:
     return lambda said, references: {key: reason}
 
 
-def _peer(module: str, name: str, key: str, said: list[str], references: list[list[str]]) -> dict[str, float | str]:
+def _peer(
+    module: str, name: str, key: str, said: list[str], references: list[list[str]]
+) -> dict[str, float | str]:
     """One of its scorers, a fresh one each time."""
     made = getattr(importlib.import_module(f"pycocoevalcap.{module}"), name)()
     return {key: float(made.compute_score(*_numbered(said, references))[0])}
@@ -177,7 +184,9 @@ def has_java() -> bool:
     return shutil.which("java") is not None
 
 
-def _numbered(said: list[str], references: list[list[str]]) -> tuple[dict[int, list[str]], dict[int, list[str]]]:
+def _numbered(
+    said: list[str], references: list[list[str]]
+) -> tuple[dict[int, list[str]], dict[int, list[str]]]:
     """References and captions by number, as its scorers take them."""
     return dict(enumerate(references)), {i: [text] for i, text in enumerate(said)}
 
@@ -201,10 +210,24 @@ def _treebank_words(texts: list[str]) -> list[list[str]]:
     """The Penn Treebank's, by the jar that pycocoevalcap's PTBTokenizer runs on a file in its own folder."""
     from pycocoevalcap.tokenizer import ptbtokenizer as peer
 
-    command = ["java", "-cp", peer.STANFORD_CORENLP_3_4_1_JAR, "edu.stanford.nlp.process.PTBTokenizer",
-               "-preserveLines", "-lowerCase", "-encoding", "utf-8"]  # fmt: skip
-    done = subprocess.run(command, cwd=Path(peer.__file__).parent, input="\n".join(texts) + "\n", capture_output=True,
-                          text=True, encoding="utf-8")  # fmt: skip
+    command = [
+        "java",
+        "-cp",
+        peer.STANFORD_CORENLP_3_4_1_JAR,
+        "edu.stanford.nlp.process.PTBTokenizer",
+        "-preserveLines",
+        "-lowerCase",
+        "-encoding",
+        "utf-8",
+    ]
+    done = subprocess.run(
+        command,
+        cwd=Path(peer.__file__).parent,
+        input="\n".join(texts) + "\n",
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+    )
     lines = done.stdout.split("\n")
     if done.returncode or len(lines) != len(texts) + 1:
         raise UserError(f"java cannot split the captions: {(done.stderr.strip().splitlines() or ['?'])[-1]}")

@@ -50,7 +50,9 @@ def read_instances(root: Any, split: str) -> Instances:
         raise UserError(MISSING) from error
     found = sorted(Path(root).glob(f"annotations/instances_{split}*.json"))
     if not found:
-        raise UserError(f"no {root}/annotations/instances_{split}2017.json: pass COCO's folder (train2017/, val2017/)")
+        raise UserError(
+            f"no {root}/annotations/instances_{split}2017.json: pass COCO's folder (train2017/, val2017/)"
+        )
     name = found[-1].stem.removeprefix("instances_")
     if not (Path(root) / name).is_dir():
         raise UserError(f"no folder {Path(root) / name}: put the pictures of {found[-1].name} there")
@@ -111,7 +113,9 @@ def objects_of(instances: Instances, facts: dict[str, Any]) -> dict[str, Tensor]
     return {
         "boxes": torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
         "labels": torch.tensor(labels, dtype=torch.int64),
-        "masks": torch.stack(masks) if masks else torch.zeros(0, facts["height"], facts["width"], dtype=torch.uint8),
+        "masks": torch.stack(masks)
+        if masks
+        else torch.zeros(0, facts["height"], facts["width"], dtype=torch.uint8),
     }
 
 
@@ -128,7 +132,9 @@ def usable_notes(instances: Instances, facts: dict[str, Any]) -> list[dict[str, 
 
 def images_with_objects(instances: Instances) -> list[int]:
     """Ids of the pictures that have something to learn from."""
-    return [facts["id"] for facts in instances.coco.loadImgs(instances.images) if usable_notes(instances, facts)]
+    return [
+        facts["id"] for facts in instances.coco.loadImgs(instances.images) if usable_notes(instances, facts)
+    ]
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -140,21 +146,29 @@ def results_of(image: int, found: dict[str, Tensor], categories: list[int]) -> l
     from pycocotools import mask
 
     results = []
-    for box, label, score, soft in zip(found["boxes"].tolist(), found["labels"].tolist(), found["scores"].tolist(),
-                                       found["masks"][:, 0].cpu().numpy() > 0.5, strict=True):  # fmt: skip
+    for box, label, score, soft in zip(
+        found["boxes"].tolist(),
+        found["labels"].tolist(),
+        found["scores"].tolist(),
+        found["masks"][:, 0].cpu().numpy() > 0.5,
+        strict=True,
+    ):
         runs = mask.encode(np.asfortranarray(soft, dtype=np.uint8))
-        results.append({
-            "image_id": image,
-            "category_id": categories[label - 1],
-            "bbox": [box[0], box[1], box[2] - box[0], box[3] - box[1]],
-            "score": score,
-            "segmentation": {"size": runs["size"], "counts": runs["counts"].decode("ascii")},
-        })  # fmt: skip
+        results.append(
+            {
+                "image_id": image,
+                "category_id": categories[label - 1],
+                "bbox": [box[0], box[1], box[2] - box[0], box[3] - box[1]],
+                "score": score,
+                "segmentation": {"size": runs["size"], "counts": runs["counts"].decode("ascii")},
+            }
+        )
     return results
 
 
-def average_precisions(instances: Instances, results: list[dict[str, Any]],
-                       images: list[int]) -> dict[str, float | None]:  # fmt: skip
+def average_precisions(
+    instances: Instances, results: list[dict[str, Any]], images: list[int]
+) -> dict[str, float | None]:
     """bbox_AP, segm_AP and their parts over these pictures; None where the truth has no object of that size.
 
     Masks are scored without their boxes, or pycocotools would sort them into sizes by the boxes' areas.
@@ -182,6 +196,10 @@ def _loaded(truth: Any, results: list[dict[str, Any]]) -> Any:
     if results:
         return truth.loadRes(results)
     empty = type(truth)()
-    empty.dataset = {"images": truth.dataset["images"], "categories": truth.dataset["categories"], "annotations": []}
+    empty.dataset = {
+        "images": truth.dataset["images"],
+        "categories": truth.dataset["categories"],
+        "annotations": [],
+    }
     empty.createIndex()
     return empty

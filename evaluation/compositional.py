@@ -21,8 +21,18 @@ if TYPE_CHECKING:
     from PIL import Image
 
 WINOGROUND = ("caption_0", "caption_1", "image_0", "image_1", "collapsed_tag", "num_main_preds")
-TEXTS = {"caption_0", "caption_1", "collapsed_tag", "true_caption", "false_caption", "negative_caption", "image_path",
-         "filename", "relation_name", "image"}  # fmt: skip
+TEXTS = {
+    "caption_0",
+    "caption_1",
+    "collapsed_tag",
+    "true_caption",
+    "false_caption",
+    "negative_caption",
+    "image_path",
+    "filename",
+    "relation_name",
+    "image",
+}
 ENDINGS = ("", ".png", ".jpg", ".jpeg")  # Winoground leaves the ending away
 LARGEST = 256 << 20  # bytes of a picture inside an archive, unpacked
 Read = Callable[[], "Image.Image"]
@@ -90,8 +100,13 @@ def _example(line: Any, find: Sequence[Callable[[Any], bytes]], place: str) -> E
     if str(line["num_main_preds"]) not in ("1", "2"):
         raise UserError(f"{place}: num_main_preds is {line['num_main_preds']!r}, and not 1 or 2")
     readers = [functools.partial(_decoded, find[k % len(find)], line[f"image_{k}"]) for k in (0, 1)]
-    return Example((line["caption_0"], line["caption_1"]), (readers[0], readers[1]), line["collapsed_tag"],
-                   int(line["num_main_preds"]), line.get("secondary_tag") or "")  # fmt: skip
+    return Example(
+        (line["caption_0"], line["caption_1"]),
+        (readers[0], readers[1]),
+        line["collapsed_tag"],
+        int(line["num_main_preds"]),
+        line.get("secondary_tag") or "",
+    )
 
 
 def _decoded(find: Callable[[Any], bytes], name: Any) -> "Image.Image":
@@ -145,7 +160,9 @@ def _cell(value: Any) -> bytes:
 
 def read_relations(path: Path) -> list[Case]:
     """`visual_genome_relation.json`: crops of `images/`, grouped by relation."""
-    return [_case(path, i, line, line["relation_name"]) for i, line in _listed(path, (*CASE, "relation_name"))]
+    return [
+        _case(path, i, line, line["relation_name"]) for i, line in _listed(path, (*CASE, "relation_name"))
+    ]
 
 
 def read_attributions(path: Path) -> list[Case]:
@@ -163,7 +180,10 @@ CASE = ("image_path", "true_caption", "false_caption", "bbox_x", "bbox_y", "bbox
 
 def _case(path: Path, number: int, line: dict[str, Any], group: str) -> Case:
     x, y, width, height = box = [line[f"bbox_{key}"] for key in "xywh"]
-    if not all(isinstance(value, int | float) and math.isfinite(value) for value in box) or min(width, height) <= 0:
+    if (
+        not all(isinstance(value, int | float) and math.isfinite(value) for value in box)
+        or min(width, height) <= 0
+    ):
         raise UserError(f"{path}, item {number}: bbox_x, _y, _w, _h are {box}, and no box in pixels")
     read = functools.partial(_crop, path.parent / "images", line["image_path"], (x, y, x + width, y + height))
     return Case(read, line["true_caption"], line["false_caption"], group)

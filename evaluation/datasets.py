@@ -35,8 +35,14 @@ class Found:
     whole: bool = False  # zero-shot measures all rows, not the test rows alone
 
 
-def found(data: Path, samples: Iterable[Sample], names: dict[str, str], *, root: Path | None = None,
-          whole: bool = False) -> Found:  # fmt: skip
+def found(
+    data: Path,
+    samples: Iterable[Sample],
+    names: dict[str, str],
+    *,
+    root: Path | None = None,
+    whole: bool = False,
+) -> Found:
     """Samples as a data set; the pictures' paths start at `root`."""
     return Found(make_manifest(str(data), root or data, samples), names, whole)
 
@@ -77,7 +83,9 @@ def _cifar(folder: Path, parts: list[tuple[str, Path]], names: list[str], key: s
                 Image.fromarray(np.ascontiguousarray(pixels)).save(buffer, "PNG", compress_level=1)
                 cells.append(buffer.getvalue())
                 row = len(samples)
-                samples.append(Sample(str(row), out.name, label=names[label], split=split, offset=row, size=1))
+                samples.append(
+                    Sample(str(row), out.name, label=names[label], split=split, offset=row, size=1)
+                )
             writer.write_table(pa.table({"image": pa.array(cells, pa.binary())}), row_group_size=1000)
     return found(folder, samples, {name: name.replace("_", " ") for name in names}, root=out.parent)
 
@@ -85,8 +93,15 @@ def _cifar(folder: Path, parts: list[tuple[str, Path]], names: list[str], key: s
 class _Arrays(pickle.Unpickler):
     """Arrays, lists, strings, and nothing that runs: a pickle of a stranger may name any function."""
 
-    allowed = frozenset({"numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct", "numpy.ndarray",
-                         "numpy.dtype", "_codecs.encode"})  # fmt: skip
+    allowed = frozenset(
+        {
+            "numpy.core.multiarray._reconstruct",
+            "numpy._core.multiarray._reconstruct",
+            "numpy.ndarray",
+            "numpy.dtype",
+            "_codecs.encode",
+        }
+    )
 
     def find_class(self, module: str, name: str) -> Any:
         if f"{module}.{name}" not in self.allowed:
@@ -116,8 +131,11 @@ def read_food101(root: Path, scratch: Path) -> Found:
     classes = lines(folder / "meta/classes.txt")
     words = lines(folder / "meta/labels.txt") if (folder / "meta/labels.txt").exists() else classes
     names = {label: word.replace("_", " ") for label, word in zip(classes, words, strict=True)}
-    samples = (Sample(name, f"images/{name}.jpg", label=name.partition("/")[0], split=split)
-               for split in ("train", "test") for name in lines(folder / f"meta/{split}.txt"))  # fmt: skip
+    samples = (
+        Sample(name, f"images/{name}.jpg", label=name.partition("/")[0], split=split)
+        for split in ("train", "test")
+        for name in lines(folder / f"meta/{split}.txt")
+    )
     return found(folder, samples, names)
 
 
@@ -127,10 +145,15 @@ def read_pets(root: Path, scratch: Path) -> Found:
     def label(name: str) -> str:
         return re.sub(r"_\d+$", "", name)
 
-    listed = [(split, line.split()[0]) for split, file in (("train", "trainval"), ("test", "test"))
-              for line in lines(root / f"annotations/{file}.txt")]  # fmt: skip
+    listed = [
+        (split, line.split()[0])
+        for split, file in (("train", "trainval"), ("test", "test"))
+        for line in lines(root / f"annotations/{file}.txt")
+    ]
     samples = [Sample(name, f"images/{name}.jpg", label=label(name), split=split) for split, name in listed]
-    return found(root, samples, {each: each.replace("_", " ") for each in sorted({row.label for row in samples})})
+    return found(
+        root, samples, {each: each.replace("_", " ") for each in sorted({row.label for row in samples})}
+    )
 
 
 def read_birdsnap(root: Path, scratch: Path) -> Found:
@@ -143,8 +166,15 @@ def read_birdsnap(root: Path, scratch: Path) -> Found:
     names = {row["id"]: row["common"] for row in rows("species.txt")}
     test = {row["path"] for row in rows("test_images.txt")}
     folder = next((part for part in ("images", "download/images") if (root / part).is_dir()), "")
-    samples = (Sample(row["path"], os.path.join(folder, row["path"]), label=row["species_id"],
-                      split="test" if row["path"] in test else "train") for row in rows("images.txt"))  # fmt: skip
+    samples = (
+        Sample(
+            row["path"],
+            os.path.join(folder, row["path"]),
+            label=row["species_id"],
+            split="test" if row["path"] in test else "train",
+        )
+        for row in rows("images.txt")
+    )
     return found(root, samples, names)
 
 
@@ -152,11 +182,15 @@ def read_places365(root: Path, scratch: Path) -> Found:
     """Places365's validation: places365_val.txt, categories_places365.txt (/a/airfield 0), val_256/ or val_large/."""
     folder = next((part for part in ("val_256", "val_large") if (root / part).is_dir()), "")
     if not folder:
-        raise UserError(f"{root} has places365_val.txt and no val_256 or val_large with its pictures: put one there")
+        raise UserError(
+            f"{root} has places365_val.txt and no val_256 or val_large with its pictures: put one there"
+        )
     numbered = (line.split() for line in lines(root / "categories_places365.txt"))
     names = {number: re.sub("[_/]", " ", name[3:]) for name, number in numbered}  # behind /a/
     listed = (line.split() for line in lines(root / "places365_val.txt"))
-    return found(root, (Sample(name, f"{folder}/{name}", label=label, split="test") for name, label in listed), names)
+    return found(
+        root, (Sample(name, f"{folder}/{name}", label=label, split="test") for name, label in listed), names
+    )
 
 
 def lines(path: Path) -> list[str]:
@@ -182,24 +216,37 @@ def read_caltech101(root: Path, scratch: Path) -> Found:
     """
     folder = root / "101_ObjectCategories"
     draw, samples = np.random.default_rng(CALTECH_SEED), []
-    for label in sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name != "BACKGROUND_Google"):
+    for label in sorted(
+        path.name for path in folder.iterdir() if path.is_dir() and path.name != "BACKGROUND_Google"
+    ):
         own = pictures_in(folder / label)
         train = set(draw.permutation(len(own))[:CALTECH_TRAIN].tolist())
-        samples += [Sample(f"{label}/{name}", f"{label}/{name}", label=label, split="train" if i in train else "test")
-                    for i, name in enumerate(own)]  # fmt: skip
-    return found(folder, samples, {label: label.replace("_", " ") for label in {row.label for row in samples}},
-                 whole=True)  # fmt: skip
+        samples += [
+            Sample(f"{label}/{name}", f"{label}/{name}", label=label, split="train" if i in train else "test")
+            for i, name in enumerate(own)
+        ]
+    return found(
+        folder,
+        samples,
+        {label: label.replace("_", " ") for label in {row.label for row in samples}},
+        whole=True,
+    )
 
 
 def read_objectnet(root: Path, scratch: Path) -> Found:
     """`objectnet-1.0/`: images/<folder>/, mappings/folder_to_objectnet_label.json."""
     folder = root / "objectnet-1.0"
     names = json_of(folder / "mappings/folder_to_objectnet_label.json")
-    samples = [Sample(f"{label}/{name}", f"images/{label}/{name}", label=label, split="test")
-               for label in sorted(names) if (folder / "images" / label).is_dir()
-               for name in pictures_in(folder / "images" / label)]  # fmt: skip
+    samples = [
+        Sample(f"{label}/{name}", f"images/{label}/{name}", label=label, split="test")
+        for label in sorted(names)
+        if (folder / "images" / label).is_dir()
+        for name in pictures_in(folder / "images" / label)
+    ]
     present = {row.label for row in samples}
-    return found(folder, samples, {label: words.lower() for label, words in names.items() if label in present})
+    return found(
+        folder, samples, {label: words.lower() for label, words in names.items() if label in present}
+    )
 
 
 def in_imagenet(folder: Path) -> set[str]:
@@ -214,7 +261,9 @@ def read_wnids(folder: Path) -> Found:
     manifest = read_manifest(str(folder))
     places, words = class_places(set(manifest.column("label")), str(folder)), class_words()
     return Found(
-        manifest, {label: words[places[label]] for label in sorted(places, key=places.__getitem__)}, whole=True
+        manifest,
+        {label: words[places[label]] for label in sorted(places, key=places.__getitem__)},
+        whole=True,
     )
 
 

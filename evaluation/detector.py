@@ -85,8 +85,10 @@ def build_detector(encoder: Encoder, classes: int, options: Options) -> MaskRCNN
     """Mask R-CNN over the encoder's frozen tower; UserError where that is no ResNet."""
     tower = encoder.tower
     if tower is None or tower_kind(tower) != "resnet":
-        raise UserError(f"coco_detection needs a ResNet picture tower (RN50 to RN50x64), which {encoder.name} "
-                        "has not: train one, `student train --recipe clip_kd --set model=RN50`")  # fmt: skip
+        raise UserError(
+            f"coco_detection needs a ResNet picture tower (RN50 to RN50x64), which {encoder.name} "
+            "has not: train one, `student train --recipe clip_kd --set model=RN50`"
+        )
     tower.eval()  # BatchNorm's statistics are frozen too
     blocks: list[Any] = list(image_blocks(tower))
 
@@ -119,7 +121,9 @@ def train(detector: MaskRCNN, pictures: Pictures, options: Options, device: str)
     """Train by the schedule; how many steps that are."""
     draw = torch.Generator().manual_seed(options.seed)
     learning = [parameter for parameter in detector.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.SGD(learning, options.lr, momentum=options.momentum, weight_decay=options.weight_decay)
+    optimizer = torch.optim.SGD(
+        learning, options.lr, momentum=options.momentum, weight_decay=options.weight_decay
+    )
     per_epoch = -(-len(pictures) // options.batch)
     detector.train()
     with ticker(per_epoch * options.epochs, "steps", "detector") as tick:
@@ -131,8 +135,10 @@ def train(detector: MaskRCNN, pictures: Pictures, options: Options, device: str)
                 flips = (torch.rand(len(batch), generator=draw) < options.flip).tolist()
                 loss = torch.stack(list(detector(*on_device(batch, flips, device)).values())).sum()
                 if not loss.isfinite():
-                    raise UserError(f"the detector's loss is {loss.item()} at step {step}: the tower's features are "
-                                    "not finite or too large, check the model with --task zeroshot")  # fmt: skip
+                    raise UserError(
+                        f"the detector's loss is {loss.item()} at step {step}: the tower's features are "
+                        "not finite or too large, check the model with --task zeroshot"
+                    )
                 for group in optimizer.param_groups:
                     group["lr"] = options.rate(step, per_epoch)
                 optimizer.zero_grad()
@@ -152,7 +158,9 @@ def detect(detector: MaskRCNN, pictures: Pictures, device: str) -> Iterator[tupl
             tick.step(1)
 
 
-def batches(pictures: Pictures, order: list[int], size: int) -> Iterator[list[tuple[int, Tensor, dict[str, Tensor]]]]:
+def batches(
+    pictures: Pictures, order: list[int], size: int
+) -> Iterator[list[tuple[int, Tensor, dict[str, Tensor]]]]:
     """Pictures in an order, decoded ahead; those that cannot be read are missing in their batch."""
     yield from DataLoader(
         pictures,
@@ -168,17 +176,21 @@ def _readable(batch: list[Any]) -> list[Any]:
     return [entry for entry in batch if entry is not None]
 
 
-def on_device(batch: list[tuple[int, Tensor, dict[str, Tensor]]], flips: list[bool],
-              device: str) -> tuple[list[Tensor], list[dict[str, Tensor]]]:  # fmt: skip
+def on_device(
+    batch: list[tuple[int, Tensor, dict[str, Tensor]]], flips: list[bool], device: str
+) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
     """Pictures and targets, turned left to right where `flips` says so."""
-    pairs = [mirrored(pixels, target) if flip else (pixels, target)
-             for (_, pixels, target), flip in zip(batch, flips, strict=True)]  # fmt: skip
+    pairs = [
+        mirrored(pixels, target) if flip else (pixels, target)
+        for (_, pixels, target), flip in zip(batch, flips, strict=True)
+    ]
     images = [pixels.to(device) for pixels, _ in pairs]
     return images, [{name: value.to(device) for name, value in target.items()} for _, target in pairs]
 
 
-def mirrored(pixels: Float[Tensor, "3 height width"], target: dict[str, Tensor]
-             ) -> tuple[Float[Tensor, "3 height width"], dict[str, Tensor]]:  # fmt: skip
+def mirrored(
+    pixels: Float[Tensor, "3 height width"], target: dict[str, Tensor]
+) -> tuple[Float[Tensor, "3 height width"], dict[str, Tensor]]:
     """A picture and its objects as a mirror shows them."""
     left, top, right, bottom = target["boxes"].unbind(1)
     boxes = torch.stack([pixels.shape[2] - right, top, pixels.shape[2] - left, bottom], 1)

@@ -29,7 +29,11 @@ class Encoder:
     encode_text: Callable[[Tensor], Tensor]
     device: str = "cpu"  # where both expect their input
     tower: Any = None  # open_clip's picture tower behind encode_image, for tasks that look inside
-    mean: tuple[float, ...] = (0.0, 0.0, 0.0)  # what `view` subtracts of a colour between 0 and 1, and divides by
+    mean: tuple[float, ...] = (
+        0.0,
+        0.0,
+        0.0,
+    )  # what `view` subtracts of a colour between 0 and 1, and divides by
     std: tuple[float, ...] = (1.0, 1.0, 1.0)
     scale: float = 100.0  # of cosines in a softmax; CLIP's, where the model has none of its own
 
@@ -37,7 +41,9 @@ class Encoder:
 def of_teacher(teacher: Teacher, *, device: str = "cpu") -> Encoder:
     """A teacher as an Encoder; UserError where it has no embeddings."""
     if teacher.tokenize is None or "image_emb" not in {field.name for field in teacher.spec.fields}:
-        raise UserError(f"{teacher.spec.name} has no embeddings to evaluate: name a CLIP teacher (`tc teachers`)")
+        raise UserError(
+            f"{teacher.spec.name} has no embeddings to evaluate: name a CLIP teacher (`tc teachers`)"
+        )
     teacher.module.to(device)
     return Encoder(
         name=teacher.spec.name,
@@ -55,15 +61,22 @@ def of_teacher(teacher: Teacher, *, device: str = "cpu") -> Encoder:
     )
 
 
-def embed_images(encoder: Encoder, manifest: Manifest, rows: list[int], *,
-                 batch: int = 64) -> tuple[Float[Tensor, "n dim"], list[int], list[dict]]:  # fmt: skip
+def embed_images(
+    encoder: Encoder, manifest: Manifest, rows: list[int], *, batch: int = 64
+) -> tuple[Float[Tensor, "n dim"], list[int], list[dict]]:
     """Unit embeddings of the rows whose picture can be read, those rows, and the others with their reason."""
     embeddings, kept, skipped = features_of(encoder, manifest, rows, encoder.encode_image, batch=batch)
     return torch.nn.functional.normalize(embeddings, dim=1), kept, skipped
 
 
-def features_of(encoder: Encoder, manifest: Manifest, rows: list[int], encode: Callable[[Tensor], Tensor], *,
-                batch: int = 64) -> tuple[Float[Tensor, "n dim"], list[int], list[dict]]:  # fmt: skip
+def features_of(
+    encoder: Encoder,
+    manifest: Manifest,
+    rows: list[int],
+    encode: Callable[[Tensor], Tensor],
+    *,
+    batch: int = 64,
+) -> tuple[Float[Tensor, "n dim"], list[int], list[dict]]:
     """What `encode` says of each row whose picture can be read, those rows, and the others with their reason."""
     pieces = [Piece(tuple(rows[i : i + batch])) for i in range(0, len(rows), batch)]
     loader = decoded(Rows(manifest, view=encoder.view, size=encoder.size), pieces, workers=default_workers())
@@ -71,18 +84,24 @@ def features_of(encoder: Encoder, manifest: Manifest, rows: list[int], encode: C
     with torch.inference_mode(), ticker(len(rows), "pictures", encoder.name) as tick:
         for part in loader:
             usable, numbers = torch.from_numpy(part["usable"]), part["piece"].rows
-            features.append(encode(part["image"][0].to(encoder.device)).float().cpu()[part["image_at"]][usable])
+            features.append(
+                encode(part["image"][0].to(encoder.device)).float().cpu()[part["image_at"]][usable]
+            )
             kept += [row for row, good in zip(numbers, usable.tolist(), strict=True) if good]
             skipped += part["problems"]
             tick.step(len(numbers))
     if not kept:
-        raise UserError(f"no picture of {manifest.data} can be read, the first because: {skipped[0]['reason']}")
+        raise UserError(
+            f"no picture of {manifest.data} can be read, the first because: {skipped[0]['reason']}"
+        )
     return torch.cat(features), kept, skipped
 
 
 def embed_texts(encoder: Encoder, texts: list[str], *, batch: int = 256) -> Float[Tensor, "n dim"]:
     """Unit embeddings of texts."""
     with torch.inference_mode():
-        chunks = [encoder.tokenize(texts[i : i + batch]).to(encoder.device) for i in range(0, len(texts), batch)]
+        chunks = [
+            encoder.tokenize(texts[i : i + batch]).to(encoder.device) for i in range(0, len(texts), batch)
+        ]
         parts = [encoder.encode_text(ids).float().cpu() for ids in chunks]
     return torch.nn.functional.normalize(torch.cat(parts), dim=1)

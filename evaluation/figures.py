@@ -51,8 +51,14 @@ def draw_data(encoders: Sequence[Encoder], task: str, data: str, out: Path) -> l
     return paths
 
 
-def draw_suite(out: Path, encoders: Sequence[Encoder], name: str, manifest: Manifest, rows: Sequence[int],
-               names: Mapping[str, str]) -> None:  # fmt: skip
+def draw_suite(
+    out: Path,
+    encoders: Sequence[Encoder],
+    name: str,
+    manifest: Manifest,
+    rows: Sequence[int],
+    names: Mapping[str, str],
+) -> None:
     """The pictures of one of the suite's data sets, by the prompts that it is measured with."""
     if names:
         draw_classes(encoders, manifest, rows, names, LABELLED[name].templates, out, name, fill)
@@ -60,8 +66,9 @@ def draw_suite(out: Path, encoders: Sequence[Encoder], name: str, manifest: Mani
         draw_captions(encoders, manifest, rows, out, name)
 
 
-def draw_captions(encoders: Sequence[Encoder], manifest: Manifest, rows: Sequence[int], out: Path,
-                  name: str) -> list[Path]:  # fmt: skip
+def draw_captions(
+    encoders: Sequence[Encoder], manifest: Manifest, rows: Sequence[int], out: Path, name: str
+) -> list[Path]:
     """Figures 1, 2 and 4 of rows with captions: `<name>-retrieval.png`, `<name>-similarity.png`."""
     captions = _captions(manifest, rows)
     pool = _draw([row for row in rows if captions.get(row)], POOL)
@@ -72,13 +79,23 @@ def draw_captions(encoders: Sequence[Encoder], manifest: Manifest, rows: Sequenc
     asked = _draw(pool, QUERIES)
     paths = [out / f"{name}-retrieval.png", out / f"{name}-similarity.png"]
     _save(_retrievals(encoders, manifest, pool, images, [(row, captions[row]) for row in asked]), paths[0])
-    _save(_similarities(encoders, manifest, pool, images, [(row, captions[row]) for row in _draw(pool, PAIRS)]),
-          paths[1])  # fmt: skip
+    _save(
+        _similarities(encoders, manifest, pool, images, [(row, captions[row]) for row in _draw(pool, PAIRS)]),
+        paths[1],
+    )
     return paths
 
 
-def draw_classes(encoders: Sequence[Encoder], manifest: Manifest, rows: Sequence[int], names: Mapping[str, str],
-                 templates: Sequence[str], out: Path, name: str, fill: Fill = str.format) -> list[Path]:  # fmt: skip
+def draw_classes(
+    encoders: Sequence[Encoder],
+    manifest: Manifest,
+    rows: Sequence[int],
+    names: Mapping[str, str],
+    templates: Sequence[str],
+    out: Path,
+    name: str,
+    fill: Fill = str.format,
+) -> list[Path]:
     """Figure 3 of rows with labels, a class at most once: `<name>-classes.png`."""
     labels = manifest.column("label")
     shown: dict[str, int] = {}
@@ -86,7 +103,9 @@ def draw_classes(encoders: Sequence[Encoder], manifest: Manifest, rows: Sequence
         shown.setdefault(labels[row], row)
     chosen = list(shown.values())[:CLASSES]
     figure = _figure(3.0 + 3.2 * len(encoders), 1.5 * len(chosen) + 0.5)
-    grid = figure.subplots(len(chosen), 1 + len(encoders), squeeze=False, width_ratios=[1.2] + [2] * len(encoders))
+    grid = figure.subplots(
+        len(chosen), 1 + len(encoders), squeeze=False, width_ratios=[1.2] + [2] * len(encoders)
+    )
     words = list(names.values())
     for column, encoder in enumerate(encoders, start=1):
         images, kept, _ = embed_images(encoder, manifest, chosen)
@@ -109,8 +128,13 @@ def draw_classes(encoders: Sequence[Encoder], manifest: Manifest, rows: Sequence
 # Figures 1 and 2: the pictures that a text finds first
 
 
-def _retrievals(encoders: Sequence[Encoder], manifest: Manifest, pool: list[int], images: list[Any],
-                asked: list[tuple[int, str]]) -> "Figure":  # fmt: skip
+def _retrievals(
+    encoders: Sequence[Encoder],
+    manifest: Manifest,
+    pool: list[int],
+    images: list[Any],
+    asked: list[tuple[int, str]],
+) -> "Figure":
     """A line of pictures per text and model, best first; the text's own picture has a frame."""
     top = min(TOP, len(pool))
     figure = _figure(0.9 * top + 1.2, (0.95 * len(encoders) + 0.35) * len(asked))
@@ -123,7 +147,9 @@ def _retrievals(encoders: Sequence[Encoder], manifest: Manifest, pool: list[int]
             best = scores.argsort(descending=True, stable=True)[:top].tolist()
             for axis, place in zip(grid[line], best, strict=True):
                 _picture(axis, manifest, pool[place], frame=RIGHT if pool[place] == own else "")
-            grid[line][0].set_ylabel(textwrap.fill(encoder.name, 14), fontsize=7, rotation=0, ha="right", va="center")
+            grid[line][0].set_ylabel(
+                textwrap.fill(encoder.name, 14), fontsize=7, rotation=0, ha="right", va="center"
+            )
     return figure
 
 
@@ -147,13 +173,20 @@ def _bars(axis: Any, shares: "torch.Tensor", words: Sequence[str], right: int) -
 # Figure 4: pairs against each other
 
 
-def _similarities(encoders: Sequence[Encoder], manifest: Manifest, pool: list[int], images: list[Any],
-                  pairs: list[tuple[int, str]]) -> "Figure":  # fmt: skip
+def _similarities(
+    encoders: Sequence[Encoder],
+    manifest: Manifest,
+    pool: list[int],
+    images: list[Any],
+    pairs: list[tuple[int, str]],
+) -> "Figure":
     """Cosines of each text (line) and each picture (column), a matrix per model on one scale of colours."""
     texts = [text for _, text in pairs]
     places = [pool.index(row) for row, _ in pairs]
-    found = [(embed_texts(encoder, texts) @ embeddings[places].T).numpy()
-             for encoder, embeddings in zip(encoders, images, strict=True)]  # fmt: skip
+    found = [
+        (embed_texts(encoder, texts) @ embeddings[places].T).numpy()
+        for encoder, embeddings in zip(encoders, images, strict=True)
+    ]
     low, high = min(matrix.min() for matrix in found), max(matrix.max() for matrix in found)
     size = len(pairs)
     figure = _figure(2.6 + 0.62 * size * len(encoders), 0.62 * size + 1.4)
@@ -185,7 +218,11 @@ def _similarities(encoders: Sequence[Encoder], manifest: Manifest, pool: list[in
 def _captions(manifest: Manifest, rows: Sequence[int]) -> dict[int, str]:
     """The first text that says something, of rows that have one."""
     texts = manifest.column("texts")
-    return {row: next(text for text in texts[row] if text.strip()) for row in rows if any(map(str.strip, texts[row]))}
+    return {
+        row: next(text for text in texts[row] if text.strip())
+        for row in rows
+        if any(map(str.strip, texts[row]))
+    }
 
 
 def _draw(rows: Sequence[int], count: int, *, ordered: bool = True) -> list[int]:

@@ -44,8 +44,10 @@ def load_text_model(kind: str, folder: str, **options: Any) -> tuple[Any, Any]:
     import transformers
 
     if not (Path(folder) / "config.json").exists():
-        raise UserError(f"{folder} is no transformers folder (config.json): pass a BART, or the language_model/ of an "
-                        "exported student")  # fmt: skip
+        raise UserError(
+            f"{folder} is no transformers folder (config.json): pass a BART, or the language_model/ of an "
+            "exported student"
+        )
     said = transformers.utils.logging.get_verbosity()
     transformers.utils.logging.set_verbosity_error()  # a head is new, and says so at length
     transformers.utils.logging.disable_progress_bar()
@@ -61,8 +63,13 @@ def load_text_model(kind: str, folder: str, **options: Any) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def fine_tune(model: Any, rows: Sequence[Row], collate: Callable[[Sequence[Row]], dict[str, Tensor]],
-              options: Options, title: str) -> list[float]:  # fmt: skip
+def fine_tune(
+    model: Any,
+    rows: Sequence[Row],
+    collate: Callable[[Sequence[Row]], dict[str, Tensor]],
+    options: Options,
+    title: str,
+) -> list[float]:
     """Train in place, in an order drawn from the seed; the loss of each step."""
     per_epoch = math.ceil(len(rows) / options.batch)
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, weight_decay=options.weight_decay)
@@ -77,7 +84,9 @@ def fine_tune(model: Any, rows: Sequence[Row], collate: Callable[[Sequence[Row]]
             batch = collate([rows[i] for i in places[start : start + options.batch]])
             for group in optimizer.param_groups:
                 group["lr"] = options.rate(step, per_epoch)
-            loss = loss_of(model, {name: value.to(device) for name, value in batch.items()}, options.label_smoothing)
+            loss = loss_of(
+                model, {name: value.to(device) for name, value in batch.items()}, options.label_smoothing
+            )
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip)
@@ -86,7 +95,9 @@ def fine_tune(model: Any, rows: Sequence[Row], collate: Callable[[Sequence[Row]]
             tick.step(1)
     model.eval()
     if not math.isfinite(losses[-1]):
-        raise UserError(f"{title}: the loss became {losses[-1]}: the learning rate {options.lr:g} is too high")
+        raise UserError(
+            f"{title}: the loss became {losses[-1]}: the learning rate {options.lr:g} is too high"
+        )
     return losses
 
 
@@ -95,8 +106,9 @@ def loss_of(model: Any, batch: dict[str, Tensor], smoothing: float) -> Tensor:
     found = model(**batch)
     if not smoothing:
         return found.loss
-    return torch.nn.functional.cross_entropy(found.logits.flatten(0, -2), batch["labels"].flatten(),
-                                             label_smoothing=smoothing)  # fmt: skip
+    return torch.nn.functional.cross_entropy(
+        found.logits.flatten(0, -2), batch["labels"].flatten(), label_smoothing=smoothing
+    )
 
 
 def batches(rows: Sequence[Row], size: int) -> Iterator[Sequence[Row]]:

@@ -33,14 +33,22 @@ def answerers(path: str, task: str) -> list[Answerer]:
     cache = store.open_complete(path)
     widths = {name: cache.fields[name].shape for name in ("image_emb", "text_emb") if name in cache.fields}
     if len(widths) < 2 or len(set(widths.values())) > 1 or cache.meta.views:
-        raise UserError(f"{path} has no pictures and texts in one space, seen plainly: zero-shot needs a cache of a "
-                        "CLIP teacher with --outputs embeddings and without --views")  # fmt: skip
+        raise UserError(
+            f"{path} has no pictures and texts in one space, seen plainly: zero-shot needs a cache of a "
+            "CLIP teacher with --outputs embeddings and without --views"
+        )
     spec = cache.meta.spec
     if task == "vcr":
-        return [Answerer(f"{spec.name} {name}", str(path), task, functools.partial(_vcr, cache, kinds))
-                for name, kinds in KINDS.items()]  # fmt: skip
+        return [
+            Answerer(f"{spec.name} {name}", str(path), task, functools.partial(_vcr, cache, kinds))
+            for name, kinds in KINDS.items()
+        ]
     if task == "snli_ve":
-        return [Answerer(f"{spec.name} 3-means", str(path), task, functools.partial(_snli_ve, cache), clusters=True)]
+        return [
+            Answerer(
+                f"{spec.name} 3-means", str(path), task, functools.partial(_snli_ve, cache), clusters=True
+            )
+        ]
     words, vectors = answers_of(cache)
     score = functools.partial(_vqa, cache, vectors)
     return [Answerer(f"{spec.name} nearest answer", str(path), task, score, tuple(words))]
@@ -51,7 +59,9 @@ def scale_of(cache: store.Cache) -> float:
     return float(np.exp(cache.meta.spec.constants.get("logit_scale", 0.0)))
 
 
-def _vcr(cache: store.Cache, kinds: dict[str, str], manifest: Manifest, rows: np.ndarray, which: str) -> np.ndarray:
+def _vcr(
+    cache: store.Cache, kinds: dict[str, str], manifest: Manifest, rows: np.ndarray, which: str
+) -> np.ndarray:
     return scale_of(cache) * cosines(cache, manifest, rows, kinds[which], 4)
 
 
@@ -59,7 +69,9 @@ def _snli_ve(cache: store.Cache, manifest: Manifest, rows: np.ndarray, which: st
     similar = cosines(cache, manifest, rows, "hypothesis", 1)[:, 0]
     low, middle, high = anchors(similar[~np.isnan(similar)])
     place = {"contradiction": low, "neutral": middle, "entailment": high}
-    return (-scale_of(cache) * np.abs(similar[:, None] - [[place[label] for label in LABELS]])).astype(np.float32)
+    return (-scale_of(cache) * np.abs(similar[:, None] - [[place[label] for label in LABELS]])).astype(
+        np.float32
+    )
 
 
 def anchors(similar: np.ndarray) -> tuple[float, float, float]:
@@ -75,7 +87,9 @@ def anchors(similar: np.ndarray) -> tuple[float, float, float]:
     return low, middle, high
 
 
-def _vqa(cache: store.Cache, vectors: np.ndarray, manifest: Manifest, rows: np.ndarray, which: str) -> np.ndarray:
+def _vqa(
+    cache: store.Cache, vectors: np.ndarray, manifest: Manifest, rows: np.ndarray, which: str
+) -> np.ndarray:
     at = places(cache, manifest, rows)
     scores = scale_of(cache) * (unit(store.read_field(cache, "image_emb")[at]) @ vectors.T)
     scores[~np.asarray(store.read_field(cache, "valid"))[at]] = np.nan
@@ -91,7 +105,10 @@ def answers_of(cache: store.Cache) -> tuple[list[str], np.ndarray]:
     first: dict[str, tuple[int, int]] = {}
     said: list[str] = []
     for row in rows.tolist():
-        task, texts = json.loads(manifest.table["task"][row].as_py() or "{}"), manifest.table["texts"][row].as_py()
+        task, texts = (
+            json.loads(manifest.table["task"][row].as_py() or "{}"),
+            manifest.table["texts"][row].as_py(),
+        )
         column = column_of(task, "answer")
         if column >= 0 and valid[row, column]:
             first.setdefault(normalise_answer(texts[column]), (row, column))
@@ -112,11 +129,17 @@ def cosines(cache: store.Cache, manifest: Manifest, rows: np.ndarray, kind: str,
         return out
     at = places(cache, manifest, rows)
     images, texts = store.read_field(cache, "image_emb"), store.read_field(cache, "text_emb")
-    usable, told = np.asarray(store.read_field(cache, "valid")), np.asarray(store.read_field(cache, "text_valid"))
-    columns = np.array([column_of(json.loads(manifest.table["task"][row].as_py() or "{}"), kind)
-                        for row in rows.tolist()])  # fmt: skip
+    usable, told = (
+        np.asarray(store.read_field(cache, "valid")),
+        np.asarray(store.read_field(cache, "text_valid")),
+    )
+    columns = np.array(
+        [column_of(json.loads(manifest.table["task"][row].as_py() or "{}"), kind) for row in rows.tolist()]
+    )
     for start in range(0, len(rows), CHUNK):
-        part = start + np.flatnonzero((columns[start : start + CHUNK] >= 0) & usable[at[start : start + CHUNK]])
+        part = start + np.flatnonzero(
+            (columns[start : start + CHUNK] >= 0) & usable[at[start : start + CHUNK]]
+        )
         if not len(part):
             continue
         pictures = unit(images[at[part]])
@@ -144,7 +167,9 @@ def places(cache: store.Cache, manifest: Manifest, rows: np.ndarray) -> np.ndarr
     if manifest.digest != cache.meta.manifest:
         then = store.cached_manifest(cache).table["texts"].take(at)
         now = manifest.table["texts"].take(rows)
-        changed = [i for i, (a, b) in enumerate(zip(then.to_pylist(), now.to_pylist(), strict=True)) if a != b]
+        changed = [
+            i for i, (a, b) in enumerate(zip(then.to_pylist(), now.to_pylist(), strict=True)) if a != b
+        ]
         if changed:
             raise UserError(
                 f"{len(changed)} rows of {manifest.data} have other texts than in {cache.path}, the first is "

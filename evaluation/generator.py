@@ -35,8 +35,9 @@ def answer_prompt(question: str, masks: int) -> str:
     return f"{question.strip()} Answer: {MASK * masks}."
 
 
-def written(generator: Generator, manifest: Manifest, rows: list[int], prompts: list[str], *, beams: int,
-            longest: int) -> tuple[list[str], list[int], list[dict[str, str]]]:  # fmt: skip
+def written(
+    generator: Generator, manifest: Manifest, rows: list[int], prompts: list[str], *, beams: int, longest: int
+) -> tuple[list[str], list[int], list[dict[str, str]]]:
     """What a model writes for each prompt where the row's picture can be read; those rows, and the others with reasons.
 
     `longest`: most sub-words that may be written.
@@ -59,11 +60,15 @@ def written(generator: Generator, manifest: Manifest, rows: list[int], prompts: 
             kept += [rows[i] for i in there]
             tick.step(len(part))
     if not kept:
-        raise UserError(f"no picture of {manifest.data} can be read, the first because: {skipped[0]['reason']}")
+        raise UserError(
+            f"no picture of {manifest.data} can be read, the first because: {skipped[0]['reason']}"
+        )
     return texts, kept, skipped
 
 
-def _pictures(manifest: Manifest, rows: list[int], skipped: list[dict[str, str]]) -> Iterator[tuple[int, Any]]:
+def _pictures(
+    manifest: Manifest, rows: list[int], skipped: list[dict[str, str]]
+) -> Iterator[tuple[int, Any]]:
     """Place and picture of each row that has one; the others go to `skipped`."""
     for i, row in enumerate(rows):
         sample = manifest.row(row)

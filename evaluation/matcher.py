@@ -43,8 +43,9 @@ class Matcher:
 def of_encoder(encoder: Encoder) -> Matcher:
     """Cosines."""
 
-    def score(pictures: Sequence["Image.Image"], texts: Sequence[Sequence[str]], *, normalise: bool = False
-              ) -> dict[str, list[Tensor]]:  # fmt: skip
+    def score(
+        pictures: Sequence["Image.Image"], texts: Sequence[Sequence[str]], *, normalise: bool = False
+    ) -> dict[str, list[Tensor]]:
         place, unique = places_of(texts)
         views = torch.stack([encoder.view(picture) for picture in pictures])
         with torch.inference_mode():
@@ -53,13 +54,23 @@ def of_encoder(encoder: Encoder) -> Matcher:
         said = embed_texts(encoder, unique).double()
         pairs = zip(images.double(), texts, strict=True)
         # not a matrix product: it rounds equal rows differently, and a tie is then a hit by chance
-        return {"score": [(said[[place[text] for text in group]] * image).sum(1).float() for image, group in pairs]}
+        return {
+            "score": [
+                (said[[place[text] for text in group]] * image).sum(1).float() for image, group in pairs
+            ]
+        }
 
     return Matcher(encoder.name, encoder.pretrained, score)
 
 
-def of_diffusion(teacher: Teacher, *, samples: int = SAMPLES, t_range: tuple[int, int] | None = None, seed: int = 0,
-                 device: str = "cpu") -> Matcher:  # fmt: skip
+def of_diffusion(
+    teacher: Teacher,
+    *,
+    samples: int = SAMPLES,
+    t_range: tuple[int, int] | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+) -> Matcher:
     """Minus the error of Eq. 1 over `samples` draws of (t, eps), one draw for all pictures and texts."""
     from teachercache.teachers import diffusion
 
@@ -69,25 +80,36 @@ def of_diffusion(teacher: Teacher, *, samples: int = SAMPLES, t_range: tuple[int
         raise UserError(f"{teacher.spec.name} reads no texts: name a text-to-image model (`tc teachers`)")
     t, noise = diffusion.draw_noise(module, samples, seed=seed, t_range=t_range)
 
-    def score(pictures: Sequence["Image.Image"], texts: Sequence[Sequence[str]], *, normalise: bool = False
-              ) -> dict[str, list[Tensor]]:  # fmt: skip
+    def score(
+        pictures: Sequence["Image.Image"], texts: Sequence[Sequence[str]], *, normalise: bool = False
+    ) -> dict[str, list[Tensor]]:
         asked = [[*group, ""] for group in texts] if normalise else texts
         place, unique = places_of(asked)
         pairs = [(i, place[text]) for i, group in enumerate(asked) for text in group]
         with torch.inference_mode():
             views = torch.stack([teacher.view(picture) for picture in pictures]).to(device)
             latents = torch.cat([diffusion.encode_latent(module, part) for part in views.split(VIEWS)])
-            states = torch.cat([diffusion.encode_states(module, tokenize(unique[i : i + BATCH]).to(device))
-                                for i in range(0, len(unique), BATCH)])  # fmt: skip
+            states = torch.cat(
+                [
+                    diffusion.encode_states(module, tokenize(unique[i : i + BATCH]).to(device))
+                    for i in range(0, len(unique), BATCH)
+                ]
+            )
             errors = [
-                diffusion.pair_errors(module, latents[[i for i, _ in part]], states[[j for _, j in part]][:, None],
-                                      t, noise)[:, 0].float().cpu()
+                diffusion.pair_errors(
+                    module, latents[[i for i, _ in part]], states[[j for _, j in part]][:, None], t, noise
+                )[:, 0]
+                .float()
+                .cpu()
                 for part in (pairs[k : k + PAIRS] for k in range(0, len(pairs), PAIRS))
-            ]  # fmt: skip
+            ]
         found = torch.cat(errors).split([len(group) for group in asked])
         if not normalise:
             return {"score": [-error for error in found]}
-        return {"score": [-error[:-1] for error in found], NORMALISED: [error[-1] - error[:-1] for error in found]}
+        return {
+            "score": [-error[:-1] for error in found],
+            NORMALISED: [error[-1] - error[:-1] for error in found],
+        }
 
     return Matcher(teacher.spec.name, f"{teacher.spec.weights}, {samples} draws", score)
 
@@ -125,8 +147,11 @@ class Heard:
 
     def cost(self) -> dict[str, Any]:
         """The part of a result that says how long a match took, and how many pictures could not be read."""
-        return {"seconds_per_match": self.seconds / self.matches, "num_matches": self.matches,
-                "num_skipped": len(self.problems)}  # fmt: skip
+        return {
+            "seconds_per_match": self.seconds / self.matches,
+            "num_matches": self.matches,
+            "num_skipped": len(self.problems),
+        }
 
 
 def together(parts: Sequence[Heard]) -> Heard:
@@ -158,7 +183,9 @@ def ask(matcher: Matcher, questions: Sequence[Question], *, normalise: bool = Fa
                         column[start + i] = value
             tick.step(len(part))
     if not matches:
-        raise UserError("no picture can be read" + (f", the first because: {problems[0]}" if problems else ""))
+        raise UserError(
+            "no picture can be read" + (f", the first because: {problems[0]}" if problems else "")
+        )
     return Heard(scores, seconds, matches, problems)
 
 

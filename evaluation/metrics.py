@@ -9,8 +9,9 @@ from torch.nn.functional import one_hot
 CHUNK = 4096  # queries ranked at once
 
 
-def strict_ranks(scores: Float[Tensor, "queries items"], positive: Bool[Tensor, "queries items"]
-                 ) -> tuple[Int[Tensor, " queries"], Bool[Tensor, " queries"]]:  # fmt: skip
+def strict_ranks(
+    scores: Float[Tensor, "queries items"], positive: Bool[Tensor, "queries items"]
+) -> tuple[Int[Tensor, " queries"], Bool[Tensor, " queries"]]:
     """Rank (from 0) of each query's best positive, and whether a negative ties with it.
 
     Every negative that scores at least as high comes first: a model that says the same of everything is last, and so
@@ -56,7 +57,11 @@ def average_precision(scores: Float[Tensor, " n"], positive: Bool[Tensor, " n"])
     A score that is NaN counts against its row.
     """
     unknown = scores.isnan()
-    scores = scores.double().masked_fill(unknown & positive, -torch.inf).masked_fill(unknown & ~positive, torch.inf)
+    scores = (
+        scores.double()
+        .masked_fill(unknown & positive, -torch.inf)
+        .masked_fill(unknown & ~positive, torch.inf)
+    )
     order = scores.argsort(descending=True)
     scores, hits = scores[order], positive[order].double().cumsum(0)
     last = torch.cat([scores[1:] != scores[:-1], torch.ones(1, dtype=torch.bool)])  # of each group of equals
@@ -65,7 +70,9 @@ def average_precision(scores: Float[Tensor, " n"], positive: Bool[Tensor, " n"])
     return float((gained * hits / found).sum())
 
 
-def bootstrap_interval(hits: Bool[np.ndarray, " n"], *, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
+def bootstrap_interval(
+    hits: Bool[np.ndarray, " n"], *, draws: int = 2000, seed: int = 0
+) -> tuple[float, float]:
     """The middle 95 % of the share of hits over `draws` samples of n with replacement (percentile bootstrap).
 
     A sample's number of hits is binomial, so nothing is resampled row by row.

@@ -52,7 +52,9 @@ def importance(parts: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]], query
             sums[i] = sums[i] + mass.sum(1)
             sums[i + 2] = sums[i + 2] + (mass / mask[both].sum(1)[:, None]).sum(1)
     if not rows:
-        raise UserError("no row has both a picture and a text: modality importance needs a model that reads both")
+        raise UserError(
+            "no row has both a picture and a text: modality importance needs a model that reads both"
+        )
     means = [total / rows for total in sums]
     return Importance(means[0], means[1], means[2], means[3], num_rows=rows, num_skipped=skipped)
 
@@ -94,8 +96,9 @@ def draw_importance(found: Mapping[str, Importance], out: Path, *, per_token: bo
     top = max(getattr(one, kind).max() for one in found.values() for kind in kinds)
     layers, heads = next(iter(found.values())).picture.shape
     size = (max(3.0, 0.32 * heads + 1.2), max(2.0, 0.26 * layers + 1.1))
-    figure, axes = plt.subplots(len(found), 2, figsize=(2 * size[0] + 0.8, len(found) * size[1]), squeeze=False,
-                                layout="constrained")  # fmt: skip
+    figure, axes = plt.subplots(
+        len(found), 2, figsize=(2 * size[0] + 0.8, len(found) * size[1]), squeeze=False, layout="constrained"
+    )
     for row, (name, one) in zip(axes, found.items(), strict=True):
         for axis, kind in zip(row, kinds, strict=True):
             values = getattr(one, kind)
@@ -105,12 +108,19 @@ def draw_importance(found: Mapping[str, Importance], out: Path, *, per_token: bo
             axis.set_yticks(range(layers), [str(k + 1) for k in range(layers)], fontsize=7)
             axis.set_xlabel("head", fontsize=8)
             axis.set_ylabel("layer", fontsize=8)
-    figure.colorbar(drawn, ax=axes, label="attention from [CLS]" + (" per token" if per_token else ""), shrink=0.8)
+    figure.colorbar(
+        drawn, ax=axes, label="attention from [CLS]" + (" per token" if per_token else ""), shrink=0.8
+    )
     return _save(plt, figure, out)
 
 
-def draw_token_scores(text: str, scores: Mapping[str, tuple[Int[np.ndarray, "l 2"], Float[np.ndarray, " l"]]],
-                      out: Path, *, title: str = "") -> Path:  # fmt: skip
+def draw_token_scores(
+    text: str,
+    scores: Mapping[str, tuple[Int[np.ndarray, "l 2"], Float[np.ndarray, " l"]]],
+    out: Path,
+    *,
+    title: str = "",
+) -> Path:
     """A PNG: the text once for each row of (character spans, scores), the more score the darker behind the word.
 
     Spans 0, 0 are no words. Each row's darkest is its highest score: rows are compared by order, not by height.
@@ -135,8 +145,15 @@ def draw_token_scores(text: str, scores: Mapping[str, tuple[Int[np.ndarray, "l 2
             for i in range(start, end):
                 shaded = plt.cm.Oranges(shade[i]) if shade[i] else "white"
                 axis.add_patch(plt.Rectangle((i - start, y - 0.08), 1, LINE - 0.04, color=shaded, lw=0))
-                axis.text(i - start + 0.5, y, text[i], family="monospace", fontsize=10, ha="center",
-                          color="white" if shade[i] > 0.6 else "black")  # fmt: skip
+                axis.text(
+                    i - start + 0.5,
+                    y,
+                    text[i],
+                    family="monospace",
+                    fontsize=10,
+                    ha="center",
+                    color="white" if shade[i] > 0.6 else "black",
+                )
         y -= 0.18
     return _save(plt, figure, out)
 
@@ -155,7 +172,10 @@ def wrapped(text: str) -> list[tuple[int, int]]:
 def _shades(length: int, spans: np.ndarray, values: np.ndarray) -> np.ndarray:
     """How dark each character is, 0 to .85: a word's share of the highest score."""
     shade = np.zeros(length)
-    spans, values = np.asarray(spans), np.where(np.asarray(spans)[:, 1] > 0, values, 0.0)  # not what [CLS] has itself
+    spans, values = (
+        np.asarray(spans),
+        np.where(np.asarray(spans)[:, 1] > 0, values, 0.0),
+    )  # not what [CLS] has itself
     top = max(float(values.max(initial=0)), 1e-12)
     for (start, end), value in zip(spans.tolist(), values.tolist(), strict=True):
         shade[start:end] = np.maximum(shade[start:end], 0.85 * max(value, 0) / top)

@@ -93,8 +93,10 @@ def options_of(captions: Sequence[str], tagger: Tagger, *, seed: int = 0) -> Opt
             (shuffle_within_trigrams, tokens),
             (shuffle_trigrams, tokens),
         ]
-        wrong = [shuffle(words, random.Random(f"{seed} {i} {name} {caption}"))
-                 for name, (shuffle, words) in zip(SHUFFLES, drawn, strict=True)]  # fmt: skip
+        wrong = [
+            shuffle(words, random.Random(f"{seed} {i} {name} {caption}"))
+            for name, (shuffle, words) in zip(SHUFFLES, drawn, strict=True)
+        ]
         texts.append([pre_caption(caption), *(pre_caption(" ".join(words)) for words in wrong)])
     return Options(texts, tagger.name, seed)
 
@@ -114,7 +116,13 @@ def stored_options(path: Path, captions: Sequence[str], *, seed: int = 0) -> Opt
             raise UserError(f"{path} was made of other captions: remove it to have new ones drawn")
         return Options(known["options"], known["tagger"], known["seed"])
     made = options_of(captions, find_tagger(path.parent), seed=seed)
-    content = {"tagger": made.tagger, "seed": seed, "source": source, "shuffles": SHUFFLES, "options": made.texts}
+    content = {
+        "tagger": made.tagger,
+        "seed": seed,
+        "source": source,
+        "shuffles": SHUFFLES,
+        "options": made.texts,
+    }
     try:
         write_whole(path, json.dumps(content) + "\n")
     except OSError as error:
@@ -132,4 +140,6 @@ def _read(path: Path, num: int) -> dict:
             return known
     except (ValueError, TypeError):
         pass
-    raise UserError(f"{path} is not the file of options that was written there: remove it to have it written anew")
+    raise UserError(
+        f"{path} is not the file of options that was written there: remove it to have it written anew"
+    )

@@ -15,10 +15,24 @@ from teachercache.names import UserError
 
 KINDS = ("noun", "adjective", "other")
 SPACY_MODEL = "en_core_web_sm"
-PENN = {"NN": "noun", "NNS": "noun", "NNP": "noun", "NNPS": "noun", "JJ": "adjective", "JJR": "adjective",
-        "JJS": "adjective"}  # fmt: skip
-CLAWS = {"NN0": "noun", "NN1": "noun", "NN2": "noun", "NP0": "noun", "AJ0": "adjective", "AJC": "adjective",
-         "AJS": "adjective"}  # fmt: skip
+PENN = {
+    "NN": "noun",
+    "NNS": "noun",
+    "NNP": "noun",
+    "NNPS": "noun",
+    "JJ": "adjective",
+    "JJR": "adjective",
+    "JJS": "adjective",
+}
+CLAWS = {
+    "NN0": "noun",
+    "NN1": "noun",
+    "NN2": "noun",
+    "NP0": "noun",
+    "AJ0": "adjective",
+    "AJC": "adjective",
+    "AJS": "adjective",
+}
 MISSING = (
     "ARO's order sets need a tagger of nouns and adjectives: pip install 'teachercache[aro]', or put pos_tags.json "
     "beside the data"
@@ -58,8 +72,10 @@ def of_file(path: Path) -> Tagger:
         if text not in known:
             raise UserError(f"{path} has no tags of the caption {text!r}")
         pairs = known[text]
-        if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str)
-                                                  and pair[1] in KINDS for pair in pairs):  # fmt: skip
+        if not isinstance(pairs, list) or not all(
+            isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str) and pair[1] in KINDS
+            for pair in pairs
+        ):
             raise UserError(f"{path}: the tags of {text!r} are not pairs of a token and {', '.join(KINDS)}")
         return [(token, kind) for token, kind in pairs]
 

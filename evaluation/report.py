@@ -33,8 +33,11 @@ def scorer(task: str, data: str) -> tuple[Callable[[Encoder], tuple[float, dict[
     if name == "zeroshot_classification":
         needed, what = np.array([bool(label) for label in labels]), "label"
     splits = set(manifest.column("split"))
-    found = [split for split in ("val", "validation", "test")
-             if split in splits and needed[manifest.rows_of_split(split)].any()]  # fmt: skip
+    found = [
+        split
+        for split in ("val", "validation", "test")
+        if split in splits and needed[manifest.rows_of_split(split)].any()
+    ]
     if not found:
         raise UserError(f"{data} has no val or test rows with a {what}: leave --eval-every away")
 
@@ -94,8 +97,12 @@ def run_matched(task: str, matcher: Matcher, data: str) -> dict[str, Any]:
     return result_of(name, matcher, data, evaluate(matcher, Path(data)))
 
 
-def result_of(task: str, model: Encoder | Answerer | Matcher | Generator | LanguageModel, data: str,
-              metrics: dict[str, Any]) -> dict[str, Any]:  # fmt: skip
+def result_of(
+    task: str,
+    model: Encoder | Answerer | Matcher | Generator | LanguageModel,
+    data: str,
+    metrics: dict[str, Any],
+) -> dict[str, Any]:
     """clip-benchmark's JSON shape."""
     return {
         "dataset": data.rstrip("/").rsplit("/", 1)[-1],
@@ -114,7 +121,8 @@ def table(results: list[dict[str, Any]]) -> str:
     lines = [header, *([name, *(_cell(result["metrics"].get(name)) for result in results)] for name in names)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
     )
 
 

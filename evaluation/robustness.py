@@ -24,7 +24,12 @@ def read_baselines(path: Path) -> dict[str, Points]:
     """
     with open(path, encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    names = {name for row in rows for name in row if name and name not in ("model", "imagenet1k") and ":" not in name}
+    names = {
+        name
+        for row in rows
+        for name in row
+        if name and name not in ("model", "imagenet1k") and ":" not in name
+    }
     points: dict[str, Points] = {name: [] for name in sorted(names)}
     try:
         for name, row in ((name, row) for name in points for row in rows):

@@ -87,8 +87,14 @@ COMPOSED = {  # task -> what says that its set is there
     "aro": ("visual_genome_relation.json", "visual_genome_attribution.json"),
     "sugar_crepe": ("swap_att.json", "replace_att.json"),
 }
-SHIFTED = ("imagenet-a", "imagenet-r", "imagenetv2", "imagenetv2-threshold0.7", "imagenetv2-top-images",
-           "imagenet_sketch")  # fmt: skip
+SHIFTED = (
+    "imagenet-a",
+    "imagenet-r",
+    "imagenetv2",
+    "imagenetv2-threshold0.7",
+    "imagenetv2-top-images",
+    "imagenet_sketch",
+)
 OF_IMAGENET = {IMAGENET, "imagenet-o", *SHIFTED}
 
 
@@ -101,8 +107,16 @@ class Report:
 
     def add(self, dataset: str, task: str, encoder: Encoder, metrics: Mapping[str, Any]) -> None:
         """A result."""
-        self.results.append({"dataset": dataset, "model": encoder.name, "pretrained": encoder.pretrained,
-                             "task": task, "language": "en", "metrics": dict(metrics)})  # fmt: skip
+        self.results.append(
+            {
+                "dataset": dataset,
+                "model": encoder.name,
+                "pretrained": encoder.pretrained,
+                "task": task,
+                "language": "en",
+                "metrics": dict(metrics),
+            }
+        )
 
     @contextlib.contextmanager
     def skipping(self, dataset: str, task: str, model: str = "") -> Iterator[None]:
@@ -122,7 +136,9 @@ def run_suite(encoders: Sequence[Encoder], root: Path, *, seen: Seen | None = No
     """All sets below `root`; `seen` is told of each one that could be read."""
     report = Report()
     if not root.is_dir():
-        raise UserError(f"no folder {root}: --task all wants the folder that holds the data sets' own folders")
+        raise UserError(
+            f"no folder {root}: --task all wants the folder that holds the data sets' own folders"
+        )
     with tempfile.TemporaryDirectory() as scratch:
         imagenet: dict[str, Scores] = {}
         for name, labelled in LABELLED.items():
@@ -155,7 +171,9 @@ def run_suite(encoders: Sequence[Encoder], root: Path, *, seen: Seen | None = No
                     report.add(name, name, encoder, MATCHED[name](of_encoder(encoder), folder))
     _robustness(report, root)
     if not report.results:
-        raise UserError(f"nothing below {root} is a known data set: README lists their folders under Evaluation")
+        raise UserError(
+            f"nothing below {root} is a known data set: README lists their folders under Evaluation"
+        )
     return report
 
 
@@ -216,14 +234,24 @@ class Scores:
         return Scores(self.cosines[rows][:, columns], place[self.target[rows]], tuple(labels))
 
 
-def _classify(report: Report, name: str, encoder: Encoder, found: Found, folder: Path,
-              imagenet: dict[str, Scores]) -> None:  # fmt: skip
+def _classify(
+    report: Report, name: str, encoder: Encoder, found: Found, folder: Path, imagenet: dict[str, Scores]
+) -> None:
     """Zero-shot, and what a set of its kind is reported with besides."""
     cosines, target, skipped = class_scores(
-        bordered(encoder, LABELLED[name].border), found.manifest, measured_rows(found), found.names,
-        LABELLED[name].templates, fill)  # fmt: skip
-    metrics: dict[str, Any] = {**accuracies(cosines, target), "num_images": len(cosines),
-                               "num_classes": len(found.names), "num_skipped": skipped}  # fmt: skip
+        bordered(encoder, LABELLED[name].border),
+        found.manifest,
+        measured_rows(found),
+        found.names,
+        LABELLED[name].templates,
+        fill,
+    )
+    metrics: dict[str, Any] = {
+        **accuracies(cosines, target),
+        "num_images": len(cosines),
+        "num_classes": len(found.names),
+        "num_skipped": skipped,
+    }
     labels: tuple[Any, ...] = tuple(found.names)
     if name == "objectnet":
         shared = datasets.in_imagenet(folder / "objectnet-1.0")
@@ -257,7 +285,9 @@ def out_of_distribution(known: torch.Tensor, unknown: torch.Tensor, scale: float
 def _probe(report: Report, name: str, encoder: Encoder, found: Found) -> None:
     """A linear probe, where training pictures are read."""
     if "train" not in set(found.manifest.column("split")):
-        raise UserError("its training pictures are not read here: `--task linear_probe --data FOLDER` takes any folder")
+        raise UserError(
+            "its training pictures are not read here: `--task linear_probe --data FOLDER` takes any folder"
+        )
     report.add(name, "linear_probe", encoder, find_task("linear_probe")[1](encoder, found.manifest))
 
 

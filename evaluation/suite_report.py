@@ -13,7 +13,9 @@ from teachercache.paths import write_whole
 
 MEAN_PER_CLASS = ("caltech101", "pets")  # what CLIP reports of these; accuracy of the others
 WAYS = (("image", "T2I"), ("text", "I2T"))
-RETRIEVAL = tuple((f"{way}_retrieval_recall@{k}", f"{short} R@{k}") for way, short in WAYS for k in (1, 5, 10))
+RETRIEVAL = tuple(
+    (f"{way}_retrieval_recall@{k}", f"{short} R@{k}") for way, short in WAYS for k in (1, 5, 10)
+)
 
 
 def write_suite(report: Report, out: Path) -> list[Path]:
@@ -31,10 +33,13 @@ def write_suite(report: Report, out: Path) -> list[Path]:
 
 def _csv(results: Sequence[dict[str, Any]]) -> str:
     lines = [
-        result["metrics"] | {key: value for key, value in result.items() if key != "metrics"} for result in results
+        result["metrics"] | {key: value for key, value in result.items() if key != "metrics"}
+        for result in results
     ]
     file = io.StringIO()
-    writer = csv.DictWriter(file, list(dict.fromkeys(name for line in lines for name in line)), lineterminator="\n")
+    writer = csv.DictWriter(
+        file, list(dict.fromkeys(name for line in lines for name in line)), lineterminator="\n"
+    )
     writer.writeheader()
     writer.writerows(lines)
     return file.getvalue()
@@ -52,14 +57,20 @@ def suite_table(report: Report) -> str:
     lines = [["task", "data", "metric", *(name for name, _ in models)]]
     lines += [["---"] * 3 + ["---:"] * len(models)]
     lines += [[*row, *(_per_cent(cells.get(model)) for model in models)] for row, cells in rows.items()]
-    means = [cells for (task, _, name), cells in rows.items() if task == "zeroshot_classification" and name in TOP1]
+    means = [
+        cells for (task, _, name), cells in rows.items() if task == "zeroshot_classification" and name in TOP1
+    ]
     whole = [cells for cells in means if all(cells.get(model) is not None for model in models)]
     if len(whole) > 1:
         average = [_per_cent(statistics.mean(cells[model] for cells in whole)) for model in models]
-        lines.append(["zeroshot_classification", f"mean of {len(whole)}", "top-1 or mean per class", *average])
+        lines.append(
+            ["zeroshot_classification", f"mean of {len(whole)}", "top-1 or mean per class", *average]
+        )
     text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    skipped = [" ".join(filter(None, [f"- {each['dataset']}", each["task"], each["model"]])) + f": {each['reason']}"
-               for each in report.skipped]  # fmt: skip
+    skipped = [
+        " ".join(filter(None, [f"- {each['dataset']}", each["task"], each["model"]])) + f": {each['reason']}"
+        for each in report.skipped
+    ]
     return text + ("\n\nSkipped:\n\n" + "\n".join(skipped) if skipped else "")
 
 

@@ -17,7 +17,10 @@ import numpy as np
 
 Line = dict[str, Any]
 PEOPLE = frozenset({"person"})
-NAMED = {False: frozenset({"he", "she"}), True: frozenset({"they"})}  # pronouns that stand for a person, for a group
+NAMED = {
+    False: frozenset({"he", "she"}),
+    True: frozenset({"they"}),
+}  # pronouns that stand for a person, for a group
 COUNTED = {"he": "he", "him": "he", "his": "he", "she": "she", "her": "she", "hers": "she"}
 
 
@@ -25,7 +28,9 @@ COUNTED = {"he": "he", "him": "he", "his": "he", "she": "she", "her": "she", "he
 # Rules
 
 
-def rule_mitigated(lines: Iterable[Line], *, plural: bool = False, people: frozenset[str] = PEOPLE) -> list[Line]:
+def rule_mitigated(
+    lines: Iterable[Line], *, plural: bool = False, people: frozenset[str] = PEOPLE
+) -> list[Line]:
     """Lines whose question speaks of one person (`plural`: of one group and of nothing else), answers and rationales
     changed as in the published Rule-Singular and Rule-Plural.
 
@@ -34,7 +39,9 @@ def rule_mitigated(lines: Iterable[Line], *, plural: bool = False, people: froze
     become the question's person. Of a group: a choice whose only mention is a group, or that has they in it.
     """
     return [
-        _ruled(line, whom, people) for line in lines if (whom := asked_about(line["question"], line, people, plural))
+        _ruled(line, whom, people)
+        for line in lines
+        if (whom := asked_about(line["question"], line, people, plural))
     ]
 
 
@@ -58,12 +65,18 @@ def _ruled(line: Line, whom: list[int], people: frozenset[str]) -> Line:
     return line | changed
 
 
-def _choice(tokens: list[Any], line: Line, whom: list[int], people: frozenset[str], *, right: bool) -> list[Any]:
+def _choice(
+    tokens: list[Any], line: Line, whom: list[int], people: frozenset[str], *, right: bool
+) -> list[Any]:
     """A choice without the shortcut, as it was where the rule does not reach it."""
     plural = len(whom) > 1
     said = {token.lower() for token in tokens if isinstance(token, str)} & NAMED[plural]
     named = {
-        place for token in tokens if isinstance(token, list) for place in token if line["objects"][place] in people
+        place
+        for token in tokens
+        if isinstance(token, list)
+        for place in token
+        if line["objects"][place] in people
     }
     mine = asked_about(tokens, line, people, plural)
     if not (mine or said) or (not plural and len(named) + len(said) != 1):
@@ -132,7 +145,10 @@ def overlap_table(lines: Sequence[Line], lemmatise: Callable[[str], str] = lemma
     shared: dict[str, list[tuple[float, float]]] = {"question": [], "image": []}
     for line in lines:
         choices = [set(words_of(choice, lemmatise)) for choice in line["answer_choices"]]
-        places = {"question": set(words_of(line["question"], lemmatise)), "image": set(_labels(line, lemmatise))}
+        places = {
+            "question": set(words_of(line["question"], lemmatise)),
+            "image": set(_labels(line, lemmatise)),
+        }
         for where, words in places.items():
             counts = [len(words & choice) for choice in choices]
             right = counts.pop(line["answer_label"])
@@ -140,9 +156,12 @@ def overlap_table(lines: Sequence[Line], lemmatise: Callable[[str], str] = lemma
     found: dict[str, float] = {}
     for where, pairs in shared.items():
         of_right, of_wrong = np.array(pairs, np.float64).reshape(-1, 2).T
-        found |= {f"{where}_correct": float(of_right.mean()), f"{where}_incorrect": float(of_wrong.mean()),
-                  f"{where}_correct_more": float((of_right > of_wrong).mean()),
-                  f"{where}_incorrect_more": float((of_wrong > of_right).mean())}  # fmt: skip
+        found |= {
+            f"{where}_correct": float(of_right.mean()),
+            f"{where}_incorrect": float(of_wrong.mean()),
+            f"{where}_correct_more": float((of_right > of_wrong).mean()),
+            f"{where}_incorrect_more": float((of_wrong > of_right).mean()),
+        }
     return found
 
 
@@ -157,14 +176,24 @@ class Explicit(NamedTuple):
     replaced: dict[str, int]
 
 
-def explicit_mitigated(lines: Sequence[Line], synonyms: Mapping[str, Sequence[str]], *, n: int = 3, min_count: int = 5,
-                       seed: int = 0, lemmatise: Callable[[str], str] = lemma) -> Explicit:  # fmt: skip
+def explicit_mitigated(
+    lines: Sequence[Line],
+    synonyms: Mapping[str, Sequence[str]],
+    *,
+    n: int = 3,
+    min_count: int = 5,
+    seed: int = 0,
+    lemmatise: Callable[[str], str] = lemma,
+) -> Explicit:
     """Right choices without the frequent n-grams that they share with question or picture.
 
     An n-gram of the word list that `min_count` right choices or more share gives way to one of its synonyms or
     hypernyms, longest first, drawn by the row's annot_id; never to words that the question has too.
     """
-    table = {tuple(lemmatise(word) for word in key.split()): (key, list(values)) for key, values in synonyms.items()}
+    table = {
+        tuple(lemmatise(word) for word in key.split()): (key, list(values))
+        for key, values in synonyms.items()
+    }
     table = {key: found for key, found in table.items() if len(key) <= n}
     shared = [_shared_grams(line, table, n, lemmatise) for line in lines]
     counts = Counter(gram for grams in shared for gram in grams)
@@ -187,12 +216,17 @@ def explicit_mitigated(lines: Sequence[Line], synonyms: Mapping[str, Sequence[st
     return Explicit(out, dict(replaced.most_common()))
 
 
-def _shared_grams(line: Line, table: Mapping[tuple[str, ...], Any], n: int,
-                  lemmatise: Callable[[str], str]) -> set[tuple[str, ...]]:  # fmt: skip
+def _shared_grams(
+    line: Line, table: Mapping[tuple[str, ...], Any], n: int, lemmatise: Callable[[str], str]
+) -> set[tuple[str, ...]]:
     """N-grams of the word list that the right choice has, and the question or the picture's labels too."""
     right = line["answer_choices"][line["answer_label"]]
     given = _grams(words_of(line["question"], lemmatise), n)
-    given |= {gram for name in line["objects"] for gram in _grams([lemmatise(w) for w in re.findall(r"\w+", name)], n)}
+    given |= {
+        gram
+        for name in line["objects"]
+        for gram in _grams([lemmatise(w) for w in re.findall(r"\w+", name)], n)
+    }
     return _grams(words_of(right, lemmatise), n) & given & table.keys()
 
 
@@ -200,8 +234,9 @@ def _grams(words: Sequence[str], n: int) -> set[tuple[str, ...]]:
     return {tuple(words[i : i + k]) for k in range(1, n + 1) for i in range(len(words) - k + 1)}
 
 
-def _replaced(choice: Sequence[Any], gram: tuple[str, ...], key: str, value: str,
-              lemmatise: Callable[[str], str]) -> list[Any]:  # fmt: skip
+def _replaced(
+    choice: Sequence[Any], gram: tuple[str, ...], key: str, value: str, lemmatise: Callable[[str], str]
+) -> list[Any]:
     """The tokens with `value` for each occurrence of the n-gram; its last word takes the ending of what was there."""
     out: list[Any] = []
     i = 0
@@ -235,8 +270,9 @@ def inflected(word: str, like: str, base: str) -> str:
 # What a text-only model can answer
 
 
-def implicit_parts(lines: Iterable[Line], scores: Mapping[str, Sequence[float]], *,
-                   sure: float = 0.9) -> dict[str, list[Line]]:  # fmt: skip
+def implicit_parts(
+    lines: Iterable[Line], scores: Mapping[str, Sequence[float]], *, sure: float = 0.9
+) -> dict[str, list[Line]]:
     """`language_biased`: right and surer than `sure`; `image_biased`: wrong, a tie too; `unsure`: right, but not sure.
 
     `scores` has four logits for each annot_id, or four chances that add up to one.

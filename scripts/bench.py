@@ -25,7 +25,9 @@ def main() -> int:
     parser.add_argument("theme", choices=["cache", "train", "losses", "sds"])
     parser.add_argument("--rows", type=int, default=500_000, help="rows of the synthetic cache that is read")
     parser.add_argument("--memory-rows", type=int, nargs=3, default=[10_000, 300_000, 1_000_000])
-    parser.add_argument("--memory-times", type=int, default=3, help="processes of each job; the median counts")
+    parser.add_argument(
+        "--memory-times", type=int, default=3, help="processes of each job; the median counts"
+    )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--pictures", type=int, default=512, help="pictures of one build")
     parser.add_argument("--data", default="data/demo")

@@ -90,7 +90,9 @@ def reading(cache: store.Cache, flat: Path, options: argparse.Namespace) -> list
     for title, action in ((f"{SCATTERED} scattered rows", scattered), ("whole blocks", blocks)):
         figures = alternate(options.rounds, ours=lambda a=action: a(ours), memmap=lambda a=action: a(memmap))
         title = f"reading {title} of {options.rows:,} x {DIM} float16"
-        lines.append(compare(title, figures, "ours", "memmap", unit="rows/s", other="np.memmap", bar=">= 0.9"))
+        lines.append(
+            compare(title, figures, "ours", "memmap", unit="rows/s", other="np.memmap", bar=">= 0.9")
+        )
     return lines
 
 
@@ -136,10 +138,20 @@ def building(case: Case, options: argparse.Namespace) -> tuple[Line, str]:
         torch.set_num_threads(threads)
     spare = cores() - (used if device == "cpu" else 1)
     bottleneck, judgement = judge_bottleneck(figures, spare=spare, workers=workers)
-    line = compare(what, figures, "whole", "bare", unit="rows/s", other="bare forward", bar=f">= {BAR}",
-                   reason="" if bottleneck else judgement)  # fmt: skip
-    alone = ", ".join(f"{name} {middle(figures, key)}" for name, key in
-                      (("decode", "decode"), ("forward", "bare"), ("write", "write")))  # fmt: skip
+    line = compare(
+        what,
+        figures,
+        "whole",
+        "bare",
+        unit="rows/s",
+        other="bare forward",
+        bar=f">= {BAR}",
+        reason="" if bottleneck else judgement,
+    )
+    alone = ", ".join(
+        f"{name} {middle(figures, key)}"
+        for name, key in (("decode", "decode"), ("forward", "bare"), ("write", "write"))
+    )
     note = (
         f"{what}: {len(manifest)} rows, counted from the second batch on, {middle(figures, 'start')} s "
         f"after the start; each alone, rows/s: {alone}; {workers} decoding processes; {judgement}"
@@ -158,17 +170,25 @@ def judge_bottleneck(figures: Figures, *, spare: int, workers: int) -> tuple[boo
     limit = 1 / (1 + forward / (decode / workers * cores()))
     bottleneck = limit >= BAR
     what = "the teacher is the bottleneck" if bottleneck else "no spare core"
-    return bottleneck, f"{what}: decoding takes its time from the same cores, which leaves {limit:.2f} at best"
+    return (
+        bottleneck,
+        f"{what}: decoding takes its time from the same cores, which leaves {limit:.2f} at best",
+    )
 
 
-def rates(teacher: Teacher, manifest: Manifest, case: Case, device: str, workers: int, rounds: int) -> Figures:
+def rates(
+    teacher: Teacher, manifest: Manifest, case: Case, device: str, workers: int, rounds: int
+) -> Figures:
     """Rows per second: whole build, bare forward, decoding alone, writing alone; and seconds before the first batch."""
     dtype, rows = getattr(torch, case.dtype), len(manifest)
     precision = Precision(case.dtype, "benchmark")
     keep_memory()
     module = teacher.module.to(device, dtype).to(memory_format=torch.channels_last)
     rows_in = rows_for(teacher, manifest)
-    ready = [on_device(part, device, dtype) for part in decoded(rows_in, pieces(manifest, case.batch), workers=workers)]
+    ready = [
+        on_device(part, device, dtype)
+        for part in decoded(rows_in, pieces(manifest, case.batch), workers=workers)
+    ]
 
     def bare() -> float:
         begin = time.perf_counter()
@@ -190,10 +210,19 @@ def rates(teacher: Teacher, manifest: Manifest, case: Case, device: str, workers
         with tempfile.TemporaryDirectory(dir=".") as folder:
             begin = time.perf_counter()
             began.clear()
-            build(dataclasses.replace(teacher, encode=encode), manifest, Path(folder, "c.zarr"), batch_size=case.batch,
-                  workers=workers, device=device, precision=precision)  # fmt: skip
+            build(
+                dataclasses.replace(teacher, encode=encode),
+                manifest,
+                Path(folder, "c.zarr"),
+                batch_size=case.batch,
+                workers=workers,
+                device=device,
+                precision=precision,
+            )
             end = time.perf_counter()
-        starts.append(began[1] - begin)  # once in a build of any size: the first batch shares its cores with decoders
+        starts.append(
+            began[1] - begin
+        )  # once in a build of any size: the first batch shares its cores with decoders
         return (rows - case.batch) / (end - began[1])  # that fill their queue, and memory is new to it
 
     def decode() -> float:

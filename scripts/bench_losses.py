@@ -78,7 +78,9 @@ def measure(form: str, pairs: int, runs: int) -> dict[str, float]:
 def in_process(form: str, pairs: int, runs: int) -> dict[str, float] | str:
     """The figures from a fresh process, or the last line of its error."""
     say(f"{form}, {pairs} pairs")
-    done = subprocess.run([sys.executable, __file__, form, str(pairs), str(runs)], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, __file__, form, str(pairs), str(runs)], capture_output=True, text=True
+    )
     if done.returncode:
         return (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1]
     return json.loads(done.stdout.splitlines()[-1])
@@ -105,7 +107,10 @@ def bench_losses(options: argparse.Namespace) -> list[str]:
         whole = max(memory["whole"]) * 1e6 / pairs**2
         for form in forms[1:]:
             judged = pairs == JUDGED and form == "tiled"
-            for what, figures, unit, bar in (("time", seconds, "s", "<= 1.0"), ("memory", memory, "MB", "<= 0.05")):
+            for what, figures, unit, bar in (
+                ("time", seconds, "s", "<= 1.0"),
+                ("memory", memory, "MB", "<= 0.05"),
+            ):
                 title, bar = f"{pairs:,} pairs, {form}, {what}", bar if judged else "-"
                 lines.append(compare(title, figures, form, "whole", unit=unit, other="whole", bar=bar))
     lines += growth(peaks)
@@ -130,7 +135,9 @@ def alternate_processes(forms: tuple[str, ...], pairs: int, rounds: int) -> tupl
             seconds[form].append(found["seconds"])
             memory[form].append(found["bytes"] / 1e6)
             values.append((found["value"], found["slope"]))
-        differ = max(abs(part / first - 1) for value in values for part, first in zip(value, values[0], strict=True))
+        differ = max(
+            abs(part / first - 1) for value in values for part, first in zip(value, values[0], strict=True)
+        )
         if differ > 1e-4:
             return seconds, memory, f"the forms disagree by {differ:.1e}"
     return seconds, memory, ""

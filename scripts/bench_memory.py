@@ -33,7 +33,10 @@ from teachercache.samples import Manifest, Sample, load_manifest, make_manifest,
 from teachercache.spec import CacheMeta, Field, TeacherSpec
 from teachercache.teachers import Teacher
 
-DIM, BLOCK = 512, 4096  # blocks of one size at both sizes: their buffers are bounded, and not what is asked here
+DIM, BLOCK = (
+    512,
+    4096,
+)  # blocks of one size at both sizes: their buffers are bounded, and not what is asked here
 BATCHES, BATCH = 3000, 1024
 WRITES = {"write": ("written.zarr",), "build": ("built.zarr",)}
 BAR = "<= 16"  # bytes a row that a job may grow by; the vectors themselves have 1,024
@@ -49,10 +52,14 @@ SPEC = TeacherSpec("bench", "random:0", "0" * 64, ("embeddings",), (FIELD,), {"s
 
 def short_texts(folder: Path, rows: int) -> Manifest:
     """A manifest of short texts, without pictures."""
-    return make_manifest("bench", folder, (Sample(f"{i:08d}", "", (f"a picture of {i}",)) for i in range(rows)))
+    return make_manifest(
+        "bench", folder, (Sample(f"{i:08d}", "", (f"a picture of {i}",)) for i in range(rows))
+    )
 
 
-def empty_cache(path: Path, rows: int, manifest: Manifest | None = None, *, block_rows: int = 0) -> store.Cache:
+def empty_cache(
+    path: Path, rows: int, manifest: Manifest | None = None, *, block_rows: int = 0
+) -> store.Cache:
     """A cache for vectors whose blocks are still to be written."""
     manifest = manifest or short_texts(path.parent, rows)
     size = block_rows or block_rows_for((FIELD,), rows)
@@ -63,8 +70,11 @@ def empty_cache(path: Path, rows: int, manifest: Manifest | None = None, *, bloc
 def put_block(cache: store.Cache, block: int, chunks: Mapping[tuple[str, int], np.ndarray]) -> None:
     """Write a block; chunks that are not given are all valid, or ones."""
     rows = cache.meta.block(block)
-    whole = {(name, copy): np.ones((len(rows), *field.shape), field.dtype)
-             for name, field in cache.fields.items() for copy in range(cache.copies(name))}  # fmt: skip
+    whole = {
+        (name, copy): np.ones((len(rows), *field.shape), field.dtype)
+        for name, field in cache.fields.items()
+        for copy in range(cache.copies(name))
+    }
     keys = np.array([f"{i:08d}" for i in rows], dtype=np.dtypes.StringDType())
     store.write_block(cache, block, {**whole, **chunks, ("key", 0): keys}, [])
 
@@ -124,8 +134,16 @@ def job_build(folder: Path, rows: int, start) -> None:
 
     manifest = load_manifest(folder / "manifest.parquet")
     start()
-    build(cheap_teacher(), manifest, folder / "built.zarr", batch_size=1024, workers=1, device="cpu",
-          precision=Precision("float32", "benchmark"), block_rows=BLOCK)  # fmt: skip
+    build(
+        cheap_teacher(),
+        manifest,
+        folder / "built.zarr",
+        batch_size=1024,
+        workers=1,
+        device="cpu",
+        precision=Precision("float32", "benchmark"),
+        block_rows=BLOCK,
+    )
 
 
 def job_read(folder: Path, rows: int, start) -> None:
@@ -146,8 +164,16 @@ def job_join(folder: Path, rows: int, start) -> None:
     start()
     cache = store.open_complete(folder / "written.zarr")
     usable = training_rows(manifest, cache)
-    batches = Batches(manifest, usable, student=types.SimpleNamespace(inputs=()), cache=cache, reads=("text_emb",),
-                      batch=BATCH, steps=20, seed=0)  # fmt: skip
+    batches = Batches(
+        manifest,
+        usable,
+        student=types.SimpleNamespace(inputs=()),
+        cache=cache,
+        reads=("text_emb",),
+        batch=BATCH,
+        steps=20,
+        seed=0,
+    )
     for step in range(len(batches)):
         batches[step]
 
@@ -193,12 +219,16 @@ def free_in_malloc() -> int:
 
 def written_by_children() -> int:
     """Bytes of the largest child that it does not share: after a fork only what it wrote itself."""
-    children = [child for path in Path("/proc/self/task").glob("*/children") for child in path.read_text().split()]
+    children = [
+        child for path in Path("/proc/self/task").glob("*/children") for child in path.read_text().split()
+    ]
     sizes = [0]
     for child in children:
         with contextlib.suppress(OSError):
             lines = Path("/proc", child, "smaps_rollup").read_text().splitlines()
-            sizes.append(sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Private_Dirty")))
+            sizes.append(
+                sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Private_Dirty"))
+            )
     return max(sizes)
 
 
@@ -247,8 +277,10 @@ def memory(options: argparse.Namespace) -> tuple[list[Line], str]:
         for job, (_, title) in JOBS.items():
             say(f"memory: {title}")
             try:
-                at = [middle_of(job, rows, folder, options.memory_times)
-                      for rows, folder in zip(sizes, folders, strict=True)]  # fmt: skip
+                at = [
+                    middle_of(job, rows, folder, options.memory_times)
+                    for rows, folder in zip(sizes, folders, strict=True)
+                ]
             except subprocess.CalledProcessError as error:
                 reason = (error.stderr.strip().splitlines() or [f"exit {error.returncode}"])[-1]
                 lines.append(Line(f"memory, {title}", f"skipped: {reason}", "-"))

@@ -55,29 +55,46 @@ def measured(what: str, options: argparse.Namespace) -> tuple[list[Line], str]:
         def once(who: str, size: str) -> float:
             out = folder / f"{who}-{size}"
             shutil.rmtree(out, ignore_errors=True)
-            words = (our_words if who == "ours" else their_words)(folder / size, out, weights, workers, precision)
+            words = (our_words if who == "ours" else their_words)(
+                folder / size, out, weights, workers, precision
+            )
             say(f"{who}: {sizes[size]} pictures")
             return seconds([sys.executable, "-m", "teachercache"] if who == "ours" else [str(tool)], words)
 
-        once("ours", "small"), once("theirs", "small")  # programs and pictures are in the page cache from here on
-        actions = {f"{who} {size}": lambda who=who, size=size: once(who, size)
-                   for size in sizes for who in ("ours", "theirs")}  # fmt: skip
+        (
+            once("ours", "small"),
+            once("theirs", "small"),
+        )  # programs and pictures are in the page cache from here on
+        actions = {
+            f"{who} {size}": lambda who=who, size=size: once(who, size)
+            for size in sizes
+            for who in ("ours", "theirs")
+        }
         times = alternate(max(2, options.rounds // 3), uncounted=0, **actions)
         cosine = smallest_cosine(folder / "ours-large", folder / "theirs-large")
     figures = {
-        f"{who} whole": [sizes["large"] / large for large in times[f"{who} large"]] for who in ("ours", "theirs")
+        f"{who} whole": [sizes["large"] / large for large in times[f"{who} large"]]
+        for who in ("ours", "theirs")
     }
     for who in ("ours", "theirs"):
         start = statistics.median(times[f"{who} small"])  # and a few pictures; round by round it is too noisy
-        figures[f"{who} steady"] = [(sizes["large"] - SMALL) / (large - start) for large in times[f"{who} large"]]
+        figures[f"{who} steady"] = [
+            (sizes["large"] - SMALL) / (large - start) for large in times[f"{who} large"]
+        ]
     other = f"clip-retrieval {version(tool)}"
     unit = {"unit": "rows/s", "other": other, "bar": ">= 1.0"}
-    lines = [compare(f"{what}, {sizes['large']} rows, start included", figures, "ours whole", "theirs whole", **unit)]
+    lines = [
+        compare(
+            f"{what}, {sizes['large']} rows, start included", figures, "ours whole", "theirs whole", **unit
+        )
+    ]
     if min(map(min, figures.values())) > 0:
         lines.append(compare(f"{what}, without the start", figures, "ours steady", "theirs steady", **unit))
     else:
         lines.append(
-            Line(f"{what}, without the start", "skipped: the machine was too busy to tell the start apart", "-")
+            Line(
+                f"{what}, without the start", "skipped: the machine was too busy to tell the start apart", "-"
+            )
         )
     note = (
         f"beside clip-retrieval: {precision} on {device}, batch {BATCH}, {workers} decoding processes, the same random "
@@ -89,16 +106,42 @@ def measured(what: str, options: argparse.Namespace) -> tuple[list[Line], str]:
 
 def our_words(pictures: Path, out: Path, weights: Path, workers: int, precision: str) -> list[str]:
     """Behind `tc`."""
-    return ["build", "--teacher", f"open_clip:{ARCHITECTURE}/file", "--weights", str(weights), "--data", str(pictures),
-            "--out", str(out), "--batch-size", str(BATCH), "--workers", str(workers),
-            "--precision", precision]  # fmt: skip
+    return [
+        "build",
+        "--teacher",
+        f"open_clip:{ARCHITECTURE}/file",
+        "--weights",
+        str(weights),
+        "--data",
+        str(pictures),
+        "--out",
+        str(out),
+        "--batch-size",
+        str(BATCH),
+        "--workers",
+        str(workers),
+        "--precision",
+        precision,
+    ]
 
 
 def their_words(pictures: Path, out: Path, weights: Path, workers: int, precision: str) -> list[str]:
     """Behind `clip-retrieval`; its precision follows from the device."""
-    return ["inference", "--input_dataset", str(pictures), "--output_folder", str(out), "--enable_text", "False",
-            "--clip_model", f"open_clip:{ARCHITECTURE}/{weights}", "--batch_size", str(BATCH),
-            "--num_prepro_workers", str(workers)]  # fmt: skip
+    return [
+        "inference",
+        "--input_dataset",
+        str(pictures),
+        "--output_folder",
+        str(out),
+        "--enable_text",
+        "False",
+        "--clip_model",
+        f"open_clip:{ARCHITECTURE}/{weights}",
+        "--batch_size",
+        str(BATCH),
+        "--num_prepro_workers",
+        str(workers),
+    ]
 
 
 def environment() -> Path:
@@ -115,7 +158,9 @@ def environment() -> Path:
 
 def version(tool: Path) -> str:
     """The installed version of clip-retrieval."""
-    code = "import importlib.metadata as m; print(m.version('clip-retrieval'), 'with torch', m.version('torch'))"
+    code = (
+        "import importlib.metadata as m; print(m.version('clip-retrieval'), 'with torch', m.version('torch'))"
+    )
     return run([str(tool.with_name("python")), "-c", code]).strip()
 
 
@@ -167,9 +212,14 @@ def smallest_cosine(ours: Path, theirs: Path) -> float:
     import pyarrow.parquet as pq
 
     cache = store.open_complete(ours)
-    found = np.concatenate([np.load(path) for path in sorted(theirs.glob("img_emb/*.npy"))]).astype(np.float32)
-    paths = [path for part in sorted(theirs.glob("metadata/*.parquet"))
-             for path in pq.read_table(part)["image_path"].to_pylist()]  # fmt: skip
+    found = np.concatenate([np.load(path) for path in sorted(theirs.glob("img_emb/*.npy"))]).astype(
+        np.float32
+    )
+    paths = [
+        path
+        for part in sorted(theirs.glob("metadata/*.parquet"))
+        for path in pq.read_table(part)["image_path"].to_pylist()
+    ]
     at = store.join(cache, [Path(path).stem for path in paths])
     if (at < 0).any() or len(at) != cache.meta.rows:
         raise Skipped(f"{len(paths)} of {cache.meta.rows} pictures came out, as {json.dumps(paths[:1])}")

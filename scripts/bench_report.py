@@ -63,8 +63,17 @@ def judge(value: float, bar: str) -> str:
     return "met" if met else "missed"
 
 
-def compare(what: str, figures: Figures, ours: str, theirs: str, *, unit: str, other: str, bar: str = "-",
-            reason: str = "") -> Line:  # fmt: skip
+def compare(
+    what: str,
+    figures: Figures,
+    ours: str,
+    theirs: str,
+    *,
+    unit: str,
+    other: str,
+    bar: str = "-",
+    reason: str = "",
+) -> Line:
     """The line of two figures: median ratio with lowest and highest, round by round; `reason`: why no bar applies."""
     ratios = [x / y for x, y in zip(figures[ours], figures[theirs], strict=True)]
     ratio = f"{statistics.median(ratios):.3f} ({min(ratios):.2f} to {max(ratios):.2f})"
@@ -89,7 +98,9 @@ def machine() -> str:
     model = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), model)
+        model = next(
+            (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), model
+        )
     devices = [torch.cuda.get_device_name()] if torch.cuda.is_available() else []
     names = ("torch", "open_clip_torch", "zarr", "numpy", "pyarrow", "deepspeed")
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
@@ -100,7 +111,9 @@ def machine() -> str:
 
 def write(theme: str, text: list[str]) -> None:
     """Print the report and keep it."""
-    hardware = torch.cuda.get_device_name().replace(" ", "-") if torch.cuda.is_available() else f"{cores()}cpu"
+    hardware = (
+        torch.cuda.get_device_name().replace(" ", "-") if torch.cuda.is_available() else f"{cores()}cpu"
+    )
     path = Path("docs/benchmarks", f"{theme}_{hardware}_{datetime.date.today().isoformat()}.md")
     path.parent.mkdir(parents=True, exist_ok=True)
     head = [f"# {theme}", "", f"`{' '.join(['python', *sys.argv])}`; {machine()}.", ""]

@@ -31,10 +31,15 @@ def make_diffusion() -> Diffusion:
     from diffusers import UNet2DConditionModel
 
     torch.manual_seed(1)
-    unet = UNet2DConditionModel(sample_size=LATENT[1], block_out_channels=(64, 128), layers_per_block=1,
-                                down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-                                up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), cross_attention_dim=STATES[1],
-                                attention_head_dim=8)  # fmt: skip
+    unet = UNet2DConditionModel(
+        sample_size=LATENT[1],
+        block_out_channels=(64, 128),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=STATES[1],
+        attention_head_dim=8,
+    )
     alphas = (1 - torch.linspace(1e-4, 0.02, 1000)).cumprod(0)
     return Diffusion(unet, None, torch.nn.Identity(), alphas_cumprod=alphas, prediction="epsilon").to(DEVICE)
 
@@ -48,9 +53,13 @@ def make_step(module: Diffusion, **constants: Any) -> tuple[TrainStep, dict[str,
     student = recipe.build(constants)
     teacher = SimpleNamespace(module=module) if recipe.fields else None
     step = TrainStep(recipe, student, recipe.heads(constants, student, {"latent": LATENT}), teacher=teacher)
-    batch = {"image": torch.randn(BATCH, 3, 64, 64), "text": torch.randint(1, 5000, (BATCH, 16)),
-             "text_states": torch.randn(BATCH, *STATES), "noise": torch.randn(BATCH, *LATENT),
-             "t": torch.randint(0, 1000, (BATCH,))}  # fmt: skip
+    batch = {
+        "image": torch.randn(BATCH, 3, 64, 64),
+        "text": torch.randint(1, 5000, (BATCH, 16)),
+        "text_states": torch.randn(BATCH, *STATES),
+        "noise": torch.randn(BATCH, *LATENT),
+        "t": torch.randint(0, 1000, (BATCH,)),
+    }
     return step.to(DEVICE), {name: value.to(DEVICE) for name, value in batch.items()}
 
 
@@ -87,7 +96,9 @@ def bare_step(module: Diffusion) -> Callable[[], float]:
         begin = time.perf_counter()
         said = step.student(batch)
         image, text = normalize(said["image"]), normalize(said["text"])
-        noised = abar.sqrt() * step.heads.linear(image).view(BATCH, *LATENT) + (1 - abar).sqrt() * batch["noise"]
+        noised = (
+            abar.sqrt() * step.heads.linear(image).view(BATCH, *LATENT) + (1 - abar).sqrt() * batch["noise"]
+        )
         predicted = module.unet(noised, batch["t"], encoder_hidden_states=batch["text_states"]).sample
         loss = clip_loss(image, text, said["scale"]) + 0.001 * mse_loss(predicted, batch["noise"])
         optimizer.zero_grad()
@@ -117,10 +128,16 @@ def memory_lines() -> list[Line]:
 def bench_sds(options: argparse.Namespace) -> list[str]:
     """The tables of step times and of memory."""
     module = make_diffusion()
-    times = alternate(options.rounds, bare=bare_step(module), step=engine_step(module),
-                      whole=engine_step(module, micro=0), few=engine_step(module, micro=8),
-                      checkpoint=engine_step(module, checkpoint=True),
-                      sds=engine_step(module, grad="sds"), none=engine_step(module, objective="none"))  # fmt: skip
+    times = alternate(
+        options.rounds,
+        bare=bare_step(module),
+        step=engine_step(module),
+        whole=engine_step(module, micro=0),
+        few=engine_step(module, micro=8),
+        checkpoint=engine_step(module, checkpoint=True),
+        sds=engine_step(module, grad="sds"),
+        none=engine_step(module, objective="none"),
+    )
     bare = {"unit": "s", "other": "bare UNet forward and backward, and student"}
     lines = [
         compare("sds_clip as it is, 16 rows at a time", times, "step", "bare", bar="<= 1.05", **bare),

@@ -35,8 +35,9 @@ def ready(name: str, data: str, *, live: bool = False) -> Any:
     TINY["bench"] = copy.deepcopy(TINY["vit-tiny"])
     TINY["bench"]["vision_cfg"] |= {"width": 384, "layers": 6}
     recipe = find(name)
-    recipe = dataclasses.replace(recipe, batch=BATCH, steps=4,
-                                 constants=dataclasses.replace(recipe.constants, model="bench"))  # fmt: skip
+    recipe = dataclasses.replace(
+        recipe, batch=BATCH, steps=4, constants=dataclasses.replace(recipe.constants, model="bench")
+    )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     run = Run(data=data, cache=CACHE, out="unused", device=device, live=live)
     prepared = prepare(recipe, run)
@@ -107,18 +108,31 @@ def memory_in_process(name: str, data: str) -> float:
 def bench_train(options: argparse.Namespace) -> list[str]:
     """The table of step times."""
     data = options.data
-    peaks = alternate(max(1, options.rounds // 3), uncounted=0, clip=lambda: memory_in_process("clip", data),
-                      clip_kd=lambda: memory_in_process("clip_kd", data))  # fmt: skip
-    times = alternate(options.rounds, clip=engine_step("clip", data), clip_kd=engine_step("clip_kd", data),
-                      psd=engine_step("psd", data), bare=bare_step("clip", data),
-                      live=engine_step("clip_kd", data, live=True))  # fmt: skip
+    peaks = alternate(
+        max(1, options.rounds // 3),
+        uncounted=0,
+        clip=lambda: memory_in_process("clip", data),
+        clip_kd=lambda: memory_in_process("clip_kd", data),
+    )
+    times = alternate(
+        options.rounds,
+        clip=engine_step("clip", data),
+        clip_kd=engine_step("clip_kd", data),
+        psd=engine_step("psd", data),
+        bare=bare_step("clip", data),
+        live=engine_step("clip_kd", data, live=True),
+    )
     alone = {"unit": "s", "other": "clip alone"}
     lines = [
         compare("clip_kd on a cache", times, "clip_kd", "clip", bar="<= 1.05", **alone),
-        compare("clip_kd on a cache, peak memory", peaks, "clip_kd", "clip", bar="<= 1.1", unit="MB", other="clip"),
+        compare(
+            "clip_kd on a cache, peak memory", peaks, "clip_kd", "clip", bar="<= 1.1", unit="MB", other="clip"
+        ),
         compare("psd", times, "psd", "clip", bar="<= 1.02", **alone),
         compare("clip_kd with clip-lite live", times, "live", "clip", **alone),
-        compare("DeepSpeed engine, clip", times, "clip", "bare", unit="s", other="bare torch loop", bar="<= 1.05"),
+        compare(
+            "DeepSpeed engine, clip", times, "clip", "bare", unit="s", other="bare torch loop", bar="<= 1.05"
+        ),
     ]
     size = sum(parameter.numel() for parameter in ready("clip", data).step.parameters()) / 1e6
     note = (

@@ -39,8 +39,23 @@ def main() -> None:
             "run.workers=0",
         ]
         chosen = [word for setting in settings for word in ("--set", setting)]
-        command("student", "train", "--recipe", "clip", "--data", options.data, "--cache", cache, "--out", run,
-                "--steps", STEPS, "--batch-size", BATCH, *chosen)  # fmt: skip
+        command(
+            "student",
+            "train",
+            "--recipe",
+            "clip",
+            "--data",
+            options.data,
+            "--cache",
+            cache,
+            "--out",
+            run,
+            "--steps",
+            STEPS,
+            "--batch-size",
+            BATCH,
+            *chosen,
+        )
     assemble(load_file(run / "model.safetensors"), options.out)
     print(f"{options.out} is ready: tc build --teacher clip-lite", file=sys.stderr)
 

@@ -41,7 +41,9 @@ def main() -> None:
     runs = {recipe: [trained(recipe, seed) for seed in options.seeds] for recipe in RECIPES}
     text = table(teacher, runs)
     print(text)
-    print("\nstudents: runs/demo   teacher: models/clip-lite   cache and index: caches/demo   pictures: data/demo")
+    print(
+        "\nstudents: runs/demo   teacher: models/clip-lite   cache and index: caches/demo   pictures: data/demo"
+    )
     if options.write:
         for name in ("README.md", "LOG.md"):
             replace_table(Path(name), text)
@@ -90,9 +92,7 @@ def table(teacher: dict[str, float], runs: dict[str, list[dict[str, float]]]) ->
         cells = [cell([run[name] for run in part]) for part in runs.values()]
         lines.append([title, *cells, cell([teacher[name]]) if name in teacher else "-"])
     note = f"{STEPS} steps of {BATCH}, {seeds} seed{'s: mean (lowest to highest)' if seeds > 1 else ''}"
-    note += (
-        f"; {teacher['num_images']} held-out pictures, {teacher['num_texts']} texts, {teacher['num_classes']} classes"
-    )
+    note += f"; {teacher['num_images']} held-out pictures, {teacher['num_texts']} texts, {teacher['num_classes']} classes"
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\n{note}."
 
 

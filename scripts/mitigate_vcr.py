@@ -38,7 +38,9 @@ def read(path: Path) -> list[dict[str, Any]]:
     needed = ("question", "answer_choices", "answer_label", "objects", "annot_id")
     for number, line in enumerate(lines, start=1):
         if missing := [name for name in needed if name not in line]:
-            raise UserError(f"line {number} of {path} has no {', '.join(missing)}: pass VCR's train or val .jsonl")
+            raise UserError(
+                f"line {number} of {path} has no {', '.join(missing)}: pass VCR's train or val .jsonl"
+            )
     return lines
 
 
@@ -46,7 +48,10 @@ def read_words(path: Path) -> dict[str, list[str]]:
     """The word list; UserError where it is not one."""
     try:
         words = json.loads(path.read_text(encoding="utf-8"))
-        assert all(isinstance(value, list) and all(isinstance(word, str) for word in value) for value in words.values())
+        assert all(
+            isinstance(value, list) and all(isinstance(word, str) for word in value)
+            for value in words.values()
+        )
     except FileNotFoundError as error:
         raise UserError(f'no word list {path}: write one as {{"walk": ["stroll"]}}') from error
     except (ValueError, AttributeError, AssertionError) as error:
@@ -63,7 +68,9 @@ def read_scores(path: Path, lines: list[dict[str, Any]]) -> dict[str, list[float
         else:
             scores = dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"cannot read {path}: {error}; pass a .json or .npz of annot_id and scores") from error
+        raise UserError(
+            f"cannot read {path}: {error}; pass a .json or .npz of annot_id and scores"
+        ) from error
     missing = [line["annot_id"] for line in lines if len(scores.get(line["annot_id"], ())) != 4]
     if missing:
         raise UserError(f"{path} has no four scores for {len(missing)} lines, the first is '{missing[0]}'")
@@ -88,13 +95,25 @@ def run(options: argparse.Namespace) -> None:
     elif options.command == "explicit":
         if options.words is None:
             raise UserError("explicit mitigation needs other words: pass --words FILE.json")
-        made = explicit_mitigated(lines, read_words(options.words), min_count=options.min_count, seed=options.seed)
+        made = explicit_mitigated(
+            lines, read_words(options.words), min_count=options.min_count, seed=options.seed
+        )
         write(path.with_name(f"{path.stem}_explicit.jsonl"), made.lines)
-        print(json.dumps({"before": overlap_table(lines), "after": overlap_table(made.lines),
-                          "replaced": made.replaced}, indent=1))  # fmt: skip
+        print(
+            json.dumps(
+                {
+                    "before": overlap_table(lines),
+                    "after": overlap_table(made.lines),
+                    "replaced": made.replaced,
+                },
+                indent=1,
+            )
+        )
     else:
         if (options.scores is None) == (options.run is None):
-            raise UserError("implicit mitigation needs a text-only model: pass --run RUN, or its --scores FILE.json")
+            raise UserError(
+                "implicit mitigation needs a text-only model: pass --run RUN, or its --scores FILE.json"
+            )
         scores = read_scores(options.scores, lines) if options.scores else scores_of(options.run, path)
         parts = implicit_parts(lines, scores, sure=options.sure)
         for name, part in parts.items():
@@ -121,12 +140,16 @@ def scores_of(run: Path, path: Path) -> dict[str, list[float]]:
 
 def main() -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("command", choices=("singular", "plural", "overlap", "explicit", "implicit"))
     parser.add_argument("file", type=Path, help="a .jsonl of VCR with labels")
     parser.add_argument("--people", default="person", help="object classes that count as people, with commas")
     parser.add_argument("--words", type=Path, help="explicit: a JSON of other words")
-    parser.add_argument("--min-count", type=int, default=5, help="explicit: right choices that share a word, at least")
+    parser.add_argument(
+        "--min-count", type=int, default=5, help="explicit: right choices that share a word, at least"
+    )
     parser.add_argument("--seed", type=int, default=0, help="explicit: draws among other words")
     parser.add_argument("--scores", type=Path, help="implicit: a text-only model's scores")
     parser.add_argument("--run", type=Path, help="implicit: a run of a student that sees no picture")

@@ -146,7 +146,11 @@ def choose_test(pairs: list[Pair], num_test: int, seed: int) -> set[int]:
     for label in by_remainder[: num_test - sum(quota.values())]:
         quota[label] += 1
     rng = random.Random(seed)
-    return {row for label in sorted(alone) for row in rng.sample(alone[label], min(quota[label], len(alone[label])))}
+    return {
+        row
+        for label in sorted(alone)
+        for row in rng.sample(alone[label], min(quota[label], len(alone[label])))
+    }
 
 
 # --- the two sources ----------------------------------------------------------------------------------
@@ -161,14 +165,18 @@ def write_debian(partial: Path, *, downloads: Path, seed: int) -> dict:
     return {"packages": {package: package_version(deb) for package, deb in debs.items()}} | about
 
 
-def write_pairs(partial: Path, pairs: list[Pair], *, num_test: int, seed: int, min_train: int = MIN_TRAIN) -> dict:
+def write_pairs(
+    partial: Path, pairs: list[Pair], *, num_test: int, seed: int, min_train: int = MIN_TRAIN
+) -> dict:
     """Removes duplicates, splits and writes; returns the counts of each of these."""
     removed = Counter(candidates=len(pairs))
     pairs = distinct_captions(pairs)
     removed["same caption"] = removed["candidates"] - len(pairs)
     rendered = render_all(pairs)
     removed.update(result for result in rendered if isinstance(result, str))
-    drawn = [(pair, *result) for pair, result in zip(pairs, rendered, strict=True) if not isinstance(result, str)]
+    drawn = [
+        (pair, *result) for pair, result in zip(pairs, rendered, strict=True) if not isinstance(result, str)
+    ]
     thumbnails = np.stack([thumbnail for _, _, thumbnail in drawn])
     kept, groups = distinct_pictures(thumbnails, np.array([pair.group for pair, _, _ in drawn]))
     removed["same picture"] = len(drawn) - len(kept)
@@ -205,7 +213,9 @@ def write_pip(partial: Path, *, seed: int, num_vqa: int = NUM_VQA, num_scenes: i
     for i, (picture, captions, label, scene) in enumerate(scenes):
         split = "test" if prepare_scenes.held_out(scene, seed=seed, test=0.15) else "train"
         if split == "test":
-            captions = captions[:1]  # the second one leaves things out, so that it is true of several pictures
+            captions = captions[
+                :1
+            ]  # the second one leaves things out, so that it is true of several pictures
             if captions[0] in tested:
                 continue
             tested.update(captions)
@@ -267,8 +277,12 @@ def prepare(out: Path, *, source: str, seed: int, downloads: Path) -> dict:
 
 def parse_options() -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("data/demo"), help="folder to make (default: data/demo)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("data/demo"), help="folder to make (default: data/demo)"
+    )
     parser.add_argument("--source", choices=("auto", "debian", "pip"), default="auto")
     parser.add_argument("--seed", type=int, default=0, help="chooses the test pictures")
     parser.add_argument("--force", action="store_true", help="make the folder again if it is there")

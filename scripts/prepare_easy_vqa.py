@@ -22,9 +22,20 @@ from rich.progress import track
 SPLITS = {"train2014": ("train", 1), "val2014": ("test", 100_001)}  # its folder, and where image ids start
 # VQA v2's question types that its questions have; the longest that begins a question is its type
 QUESTION_TYPES = (
-    "what color is the", "what color", "what shape is", "what is the", "what is", "what", "is there a", "is there",
-    "is the", "is a", "is", "does the", "does",
-)  # fmt: skip
+    "what color is the",
+    "what color",
+    "what shape is",
+    "what is the",
+    "what is",
+    "what",
+    "is there a",
+    "is there",
+    "is the",
+    "is a",
+    "is",
+    "does the",
+    "does",
+)
 
 
 def write_vqa(out: Path, package: Path, *, limit: int | None = None) -> Counter:
@@ -39,11 +50,20 @@ def write_vqa(out: Path, package: Path, *, limit: int | None = None) -> Counter:
         (partial / subset).mkdir(parents=True)
         for image in track(images, f"writing {subset}"):
             with Image.open(source / "images" / f"{image}.png") as picture:
-                picture.convert("RGB").save(partial / subset / f"COCO_{subset}_{start + image:012d}.jpg", quality=95)
+                picture.convert("RGB").save(
+                    partial / subset / f"COCO_{subset}_{start + image:012d}.jpg", quality=95
+                )
         questions, annotations = questions_and_annotations(entries, set(images), start)
-        head = {"info": {"description": "easy-vqa"}, "data_type": "mscoco", "data_subtype": subset, "license": {}}
-        write(partial / f"v2_OpenEnded_mscoco_{subset}_questions.json",
-              head | {"task_type": "Open-Ended", "questions": questions})  # fmt: skip
+        head = {
+            "info": {"description": "easy-vqa"},
+            "data_type": "mscoco",
+            "data_subtype": subset,
+            "license": {},
+        }
+        write(
+            partial / f"v2_OpenEnded_mscoco_{subset}_questions.json",
+            head | {"task_type": "Open-Ended", "questions": questions},
+        )
         write(partial / f"v2_mscoco_{subset}_annotations.json", head | {"annotations": annotations})
         counts[subset] = len(questions)
     partial.rename(out)
@@ -68,7 +88,9 @@ def questions_and_annotations(entries: list, images: set[int], start: int) -> tu
             {
                 "question_type": question_type(question),
                 "multiple_choice_answer": answer,
-                "answers": [{"answer": answer, "answer_confidence": "yes", "answer_id": k + 1} for k in range(10)],
+                "answers": [
+                    {"answer": answer, "answer_confidence": "yes", "answer_id": k + 1} for k in range(10)
+                ],
                 "image_id": start + image,
                 "answer_type": answer_type(answer),
                 "question_id": number,
@@ -91,7 +113,9 @@ def question_type(question: str) -> str:
 
 def main() -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder to make")
     parser.add_argument("--limit", type=int, help="pictures per split (default: all)")
     options = parser.parse_args()

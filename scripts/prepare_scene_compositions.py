@@ -218,7 +218,9 @@ def write_compositions(out: Path, num: int, *, seed: int = 1, size: int = 64) ->
 
 def main() -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder to make")
     parser.add_argument("--num", type=int, default=400, help="examples of each set; Winoground has 400")
     parser.add_argument("--seed", type=int, default=1)

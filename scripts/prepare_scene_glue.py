@@ -40,8 +40,20 @@ def inference(num: int, seed: int) -> tuple[list[str], list[str]]:
         for sentence, label in hypotheses_of(scene, rng):
             for k, genre in enumerate(("scene", "scene-2")):
                 number = len(lines[k])
-                cells = [number, number, f"{number}{label[0]}", genre, "( )", "( )", "(ROOT )", "(ROOT )", captions[k],
-                         sentence, label, label]  # fmt: skip
+                cells = [
+                    number,
+                    number,
+                    f"{number}{label[0]}",
+                    genre,
+                    "( )",
+                    "( )",
+                    "(ROOT )",
+                    "(ROOT )",
+                    captions[k],
+                    sentence,
+                    label,
+                    label,
+                ]
                 lines[k].append("\t".join(map(str, cells)))
     return lines
 
@@ -75,7 +87,9 @@ def write_sets(out: Path, *, train: int, dev: int, texts: int, seed: int) -> dic
 
 def main() -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder to make")
     parser.add_argument("--train", type=int, default=1500, help="rows of the train file, about")
     parser.add_argument("--dev", type=int, default=600, help="rows of each dev file, about")
@@ -86,7 +100,9 @@ def main() -> int:
         print(f"error: {options.out} exists; give another --out or remove it", file=sys.stderr)
         return 2
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    found = write_sets(options.out, train=options.train, dev=options.dev, texts=options.texts, seed=options.seed)
+    found = write_sets(
+        options.out, train=options.train, dev=options.dev, texts=options.texts, seed=options.seed
+    )
     for name, num in found.items():
         print(f"{options.out / name}: {num} lines")
     return 0

@@ -12,9 +12,16 @@ from prepare_scenes import article
 
 # What no picture of the scene can show
 OPEN = (
-    "belongs to a child", "belongs to a teacher", "is very heavy", "weighs nothing", "is used as a sign",
-    "is part of a game", "was drawn in a hurry", "has another one behind the edge of the picture", "is for sale",
-)  # fmt: skip
+    "belongs to a child",
+    "belongs to a teacher",
+    "is very heavy",
+    "weighs nothing",
+    "is used as a sign",
+    "is part of a game",
+    "was drawn in a hurry",
+    "has another one behind the edge of the picture",
+    "is for sale",
+)
 
 
 def hypotheses_of(scene: dict, rng: random.Random) -> list[tuple[str, str]]:
@@ -30,7 +37,9 @@ def hypotheses_of(scene: dict, rng: random.Random) -> list[tuple[str, str]]:
 def _visible(scene: dict, rng: random.Random, *, true: bool) -> str:
     """A sentence that the picture decides; a false one has one thing wrong in it."""
     at = rng.randrange(len(scene["objects"]))
-    kinds = ("colour", "shape", "texture", "count") + (("place", "place") if len(scene["objects"]) == 2 else ())
+    kinds = ("colour", "shape", "texture", "count") + (
+        ("place", "place") if len(scene["objects"]) == 2 else ()
+    )
     kind = rng.choice(kinds)
     thing = scene["objects"][at]
     if kind == "count":
@@ -65,7 +74,9 @@ def _thing(scene: dict, at: int, rng: random.Random, *, true: bool) -> str:
     if not true:
         name = rng.choice(("colour", "shape"))
         present = {(thing["colour"], thing["shape"]) for thing in scene["objects"]}
-        wrong = [value for value in values_of(scene, at, name, rng)[1:] if _pair(facts, name, value) not in present]
+        wrong = [
+            value for value in values_of(scene, at, name, rng)[1:] if _pair(facts, name, value) not in present
+        ]
         facts[name] = (wrong or absent(scene, name))[0]
     return article(f"{facts['colour']} {facts['shape']}")
 

@@ -72,12 +72,17 @@ def _texture(scene: dict, at: int, rng: random.Random) -> tuple[Tokens, list[Tok
 def _size(scene: dict, at: int, rng: random.Random) -> tuple[Tokens, list[Tokens], set[str]]:
     pairs = _combined(values_of(scene, at, "size", rng), values_of(scene, at, "texture", rng))
     answers = [["It", "is", "a", size, value, [at], "."] for size, value in pairs]
-    return ["How", "large", "is", "the", [at], "and", "how", "is", "it", "filled", "?"], answers, {"size", "texture"}
+    return (
+        ["How", "large", "is", "the", [at], "and", "how", "is", "it", "filled", "?"],
+        answers,
+        {"size", "texture"},
+    )
 
 
 def _position(scene: dict, at: int, rng: random.Random) -> tuple[Tokens, list[Tokens], set[str]]:
     answers = [
-        ["The", [at], "is", *value.split(), "the", [1 - at], "."] for value in values_of(scene, at, "place", rng)
+        ["The", [at], "is", *value.split(), "the", [1 - at], "."]
+        for value in values_of(scene, at, "place", rng)
     ]
     return ["Where", "is", "the", [at], "?"], answers, {"place"}
 
@@ -92,14 +97,21 @@ def _shape(scene: dict, at: int, rng: random.Random) -> tuple[Tokens, list[Token
 def _count(scene: dict, at: int, rng: random.Random) -> tuple[Tokens, list[Tokens], set[str]]:
     counts = ["is one shape", "are two shapes"][:: 1 if len(scene["objects"]) == 1 else -1]
     colours = [scene["objects"][at]["colour"], rng.choice(absent(scene, "colour"))]
-    answers = [["There", *count.split(), "and", "something", "is", colour, "."] for count, colour in
-               _combined(counts, colours)]  # fmt: skip
+    answers = [
+        ["There", *count.split(), "and", "something", "is", colour, "."]
+        for count, colour in _combined(counts, colours)
+    ]
     return ["How", "many", "shapes", "are", "there", "?"], answers, {"colour"}
 
 
 ASK: dict[str, Callable[..., tuple[Tokens, list[Tokens], set[str]]]] = {
-    "color": _color, "texture": _texture, "size": _size, "position": _position, "shape": _shape, "count": _count,
-}  # fmt: skip
+    "color": _color,
+    "texture": _texture,
+    "size": _size,
+    "position": _position,
+    "shape": _shape,
+    "count": _count,
+}
 
 
 def _rationales(scene: dict, at: int, told: set[str], rng: random.Random) -> list[Tokens]:
@@ -126,8 +138,13 @@ def values_of(scene: dict, at: int, fact: str, rng: random.Random) -> list[str]:
     found = [true]
     if len(scene["objects"]) == 2 and fact_of(scene, 1 - at, fact) != true:
         found.append(fact_of(scene, 1 - at, fact))
-    known = {"colour": sorted(COLOURS), "shape": SHAPES, "size": sorted(SIZES), "texture": TEXTURES,
-             "place": sorted(RELATIONS)}[fact]  # fmt: skip
+    known = {
+        "colour": sorted(COLOURS),
+        "shape": SHAPES,
+        "size": sorted(SIZES),
+        "texture": TEXTURES,
+        "place": sorted(RELATIONS),
+    }[fact]
     rest = [value for value in known if value not in found]
     return [*found, *rng.sample(rest, min(len(rest), 4 - len(found)))]
 

@@ -62,7 +62,9 @@ def swapped(first: dict, second: dict, key: str) -> tuple[dict, dict]:
     return first | {key: second[key]}, second | {key: first[key]}
 
 
-def scene_of(things: list[dict], centres: list[list[float]], relation: str | None, background: int) -> dict[str, Any]:
+def scene_of(
+    things: list[dict], centres: list[list[float]], relation: str | None, background: int
+) -> dict[str, Any]:
     """A scene as `prepare_scenes.render` takes it; `relation` only where one word says all of it."""
     objects = [thing | {"centre": centre} for thing, centre in zip(things, centres, strict=True)]
     return {"objects": objects, "relation": relation, "background": background}
@@ -71,8 +73,10 @@ def scene_of(things: list[dict], centres: list[list[float]], relation: str | Non
 def same_words(tellings: list[tuple[str, list[dict]]]) -> tuple[str, str]:
     """Templates filled with "a" or "an" phrases, with "the" where the two captions would differ in "a" and "an"."""
     for determine in (article, lambda words: f"the {words}"):
-        told = [capital(template.format(*(determine(describe(thing)) for thing in things)))
-                for template, things in tellings]  # fmt: skip
+        told = [
+            capital(template.format(*(determine(describe(thing)) for thing in things)))
+            for template, things in tellings
+        ]
         if words_of(told[0]) == words_of(told[1]):
             break
     return told[0], told[1]
@@ -94,7 +98,9 @@ def centres_of(relation: str, rng: random.Random) -> list[list[float]]:
     return [first["centre"], second["centre"]]
 
 
-def one_relation(rng: random.Random, first: list[dict], second: list[dict], tag: str, *, moved: bool = False) -> Pair:
+def one_relation(
+    rng: random.Random, first: list[dict], second: list[dict], tag: str, *, moved: bool = False
+) -> Pair:
     """Two pairs of objects in the same two places; `moved`: the second caption begins with its relation."""
     relation, background = rng.choice(sorted(RELATIONS)), rng.randrange(len(BACKGROUNDS))
     template = TOLD[1] if moved else rng.choice(TOLD)
@@ -116,7 +122,9 @@ def attributes(rng: random.Random) -> Pair:
     """A red circle left of a blue square. A blue circle left of a red square."""
     key = rng.choice(("colour", "colour", "texture", "size"))
     first, second = draw_two(rng, key, unsaid=True)
-    return one_relation(rng, [first, second], list(swapped(first, second, key)), f"Adjective-{key.capitalize()}")
+    return one_relation(
+        rng, [first, second], list(swapped(first, second, key)), f"Adjective-{key.capitalize()}"
+    )
 
 
 def draw_two(rng: random.Random, key: str, *, unsaid: bool) -> tuple[dict, dict]:
@@ -149,7 +157,9 @@ def facts(rng: random.Random) -> Pair:
     first, second = draw_two(rng, key, unsaid=False)
     changed = swapped(first, second, key)
     template = "The {} is {} and the {} is {}."
-    captions = tuple(template.format(a["shape"], a[key], b["shape"], b[key]) for a, b in ((first, second), changed))
+    captions = tuple(
+        template.format(a["shape"], a[key], b["shape"], b[key]) for a, b in ((first, second), changed)
+    )
     relation, background = rng.choice(sorted(RELATIONS)), rng.randrange(len(BACKGROUNDS))
     centres = centres_of(relation, rng)
     scenes = [scene_of(list(things), centres, relation, background) for things in ((first, second), changed)]
@@ -187,8 +197,10 @@ def corners(rng: random.Random, *, objects: bool, relations: bool) -> Pair:
     for (one, two), told in (((first, second), order), (others, other_order)):
         captions.append(capital(template.format(describe(one), describe(two), relations=told)))
         across = opposite_of(told[1])  # the second object is told[1] the first
-        centres = [point(random.Random(seen_first), told[0], across),
-                   point(random.Random(seen_second), opposite_of(told[0]), told[1])]  # fmt: skip
+        centres = [
+            point(random.Random(seen_first), told[0], across),
+            point(random.Random(seen_second), opposite_of(told[0]), told[1]),
+        ]
         scenes.append(scene_of([one, two], centres, None, background))
     tag = "Adjective-Colour" if others[0]["shape"] == first["shape"] else "Noun Phrase"
     kinds = ([tag] if objects else []) + (["Preposition"] if relations else [])
@@ -207,8 +219,11 @@ def three(rng: random.Random, *, objects: bool, relations: bool) -> Pair:
     scenes = []
     for named, told in ((things, order), (others, other_order)):
         places = random.Random(jitter)
-        centres = [point(places, *told), point(places, opposite_of(told[0]), told[1]),
-                   point(places, told[0], opposite_of(told[1]))]  # fmt: skip
+        centres = [
+            point(places, *told),
+            point(places, opposite_of(told[0]), told[1]),
+            point(places, told[0], opposite_of(told[1])),
+        ]
         scenes.append(scene_of(named, centres, None, background))
     kinds = (["Noun Phrase"] if objects else []) + (["Preposition"] if relations else [])
     return Pair(captions, (scenes[0], scenes[1]), ", ".join(kinds), "Three Objects")

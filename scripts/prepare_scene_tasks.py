@@ -46,7 +46,9 @@ def write_tasks(out: Path, num: int, *, seed: int = 0, size: int = 96, test: flo
         write(partial / f"vcr1/vcr1images/{name}.json", json.dumps(metadata(scene, size)).encode())
         questions = questions_of(scene, rng)
         found = lines[f"vcr1/{split}.jsonl"]
-        found += [vcr_line(item, scene, name, split, i, k, len(found) + k) for k, item in enumerate(questions)]
+        found += [
+            vcr_line(item, scene, name, split, i, k, len(found) + k) for k, item in enumerate(questions)
+        ]
         write(partial / f"snli_ve/flickr30k-images/{1_000_000 + i}.jpg", jpeg)
         hypotheses = snli_ve_lines(str(1_000_000 + i), captions[0], hypotheses_of(scene, rng))
         lines[f"snli_ve/snli_ve_{DEV[split]}.jsonl"] += hypotheses
@@ -72,7 +74,9 @@ def as_jpeg(picture: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def vcr_line(item: dict, scene: dict, name: str, split: str, image: int, number: int, place: int) -> dict[str, Any]:
+def vcr_line(
+    item: dict, scene: dict, name: str, split: str, image: int, number: int, place: int
+) -> dict[str, Any]:
     """One line of VCR: every key that its files have, in tokens and as text, and `category`."""
     objects = [thing["shape"] for thing in scene["objects"]]
     answer = item["answer_choices"][item["answer_label"]]
@@ -107,14 +111,20 @@ def vcr_line(item: dict, scene: dict, name: str, split: str, image: int, number:
 
 def as_written(tokens: list[Any]) -> str:
     """As an annotator typed it: an object is its number, from 1."""
-    words = [token if isinstance(token, str) else " and ".join(str(place + 1) for place in token) for token in tokens]
+    words = [
+        token if isinstance(token, str) else " and ".join(str(place + 1) for place in token)
+        for token in tokens
+    ]
     return " ".join(words).replace(" .", ".").replace(" ?", "?")
 
 
 def metadata(scene: dict, size: int) -> dict[str, Any]:
     """VCR's file beside a picture: boxes with a score, polygons, names, width and height, in pixels."""
     polygons = [polygon(thing, size) for thing in scene["objects"]]
-    boxes = [[*map(min, zip(*points, strict=True)), *map(max, zip(*points, strict=True)), 1.0] for points in polygons]
+    boxes = [
+        [*map(min, zip(*points, strict=True)), *map(max, zip(*points, strict=True)), 1.0]
+        for points in polygons
+    ]
     return {
         "boxes": boxes,
         "segms": [[points] for points in polygons],
@@ -137,7 +147,9 @@ def polygon(thing: dict, size: int) -> list[list[float]]:
 
 def main() -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder to make")
     parser.add_argument("--num", type=int, default=3000, help="number of pictures")
     parser.add_argument("--seed", type=int, default=0)

@@ -50,7 +50,9 @@ def class_names() -> dict[str, str]:
     return {shape: f"a {shape}" for shape in SHAPES} | {PAIR: "two shapes"}
 
 
-def generate(num: int, seed: int, size: int = 128) -> Iterator[tuple[Image.Image, list[str], str, dict[str, Any]]]:
+def generate(
+    num: int, seed: int, size: int = 128
+) -> Iterator[tuple[Image.Image, list[str], str, dict[str, Any]]]:
     """Yields (picture, captions, class, scene); scene i depends on the seed and i alone."""
     for i in range(num):
         rng = random.Random(f"{seed}-{i}")
@@ -88,8 +90,12 @@ def random_object(rng: random.Random) -> dict[str, Any]:
 def place_two(first: dict, second: dict, relation: str, rng: random.Random) -> None:
     """Sets both centres so that the relation holds on its axis and the objects never touch."""
     step_x, step_y = RELATIONS[relation]
-    apart = 0.25 + rng.uniform(-0.01, 0.03)  # half the distance: 0.5 > 0.42, two large ones stay clear of each other
-    jitter = rng.uniform(-0.06, 0.06)  # across the axis; small beside `apart`, so that no second relation comes true
+    apart = 0.25 + rng.uniform(
+        -0.01, 0.03
+    )  # half the distance: 0.5 > 0.42, two large ones stay clear of each other
+    jitter = rng.uniform(
+        -0.06, 0.06
+    )  # across the axis; small beside `apart`, so that no second relation comes true
     across = (jitter if step_x == 0 else 0.0, jitter if step_y == 0 else 0.0)
     first["centre"] = [0.5 + apart * step_x + across[0], 0.5 + apart * step_y + across[1]]
     second["centre"] = [0.5 - apart * step_x - across[0], 0.5 - apart * step_y - across[1]]
@@ -139,7 +145,9 @@ def capital(sentence: str) -> str:
 
 def description_key(scene: dict) -> str:
     """What the scene says, without exact places: scenes with the same first caption have the same key."""
-    things = [f"{thing['size']} {thing['texture']} {thing['colour']} {thing['shape']}" for thing in scene["objects"]]
+    things = [
+        f"{thing['size']} {thing['texture']} {thing['colour']} {thing['shape']}" for thing in scene["objects"]
+    ]
     if len(things) == 2 and scene["relation"] in ("right of", "below"):
         return f"{things[1]} {opposite_of(scene['relation'])} {things[0]}"  # "B left of A" is "A right of B"
     return f" {scene['relation']} ".join(things)
@@ -195,7 +203,9 @@ def outline(shape: str) -> list[tuple[float, float]]:
         return [point for turn in range(4) for point in (rotate(corner, turn) for corner in quarter)]
     assert shape == "heart", shape
     angles = [2 * math.pi * k / 60 for k in range(60)]
-    curve = [(16 * math.sin(a) ** 3, 13 * math.cos(a) - 5 * math.cos(2 * a) - 2 * math.cos(3 * a)) for a in angles]
+    curve = [
+        (16 * math.sin(a) ** 3, 13 * math.cos(a) - 5 * math.cos(2 * a) - 2 * math.cos(3 * a)) for a in angles
+    ]
     return [(x / 17, -(y - math.cos(4 * a)) / 17) for (x, y), a in zip(curve, angles, strict=True)]
 
 
@@ -215,7 +225,9 @@ def texture(thing: dict, side: int) -> Image.Image:
         return canvas
     light = tuple(value + (255 - value) * 2 // 3 for value in colour)
     draw = ImageDraw.Draw(canvas)
-    period = side // 16  # in pixels of the canvas, not of the object: a small striped star still shows three stripes
+    period = (
+        side // 16
+    )  # in pixels of the canvas, not of the object: a small striped star still shows three stripes
     for i, left in enumerate(range(0, side, period)):
         if thing["texture"] == "striped":
             draw.rectangle((left, 0, left + period // 2, side), fill=light)
@@ -249,7 +261,9 @@ def as_png(picture: Image.Image) -> bytes:
 
 def write_class_names(out: Path, names: dict[str, str]) -> None:
     """Writes classnames.txt for the classes that have a folder in train/."""
-    lines = [f"{label}\t{words}\n" for label, words in sorted(names.items()) if (out / "train" / label).is_dir()]
+    lines = [
+        f"{label}\t{words}\n" for label, words in sorted(names.items()) if (out / "train" / label).is_dir()
+    ]
     (out / "classnames.txt").write_text("".join(lines), encoding="utf-8")
 
 
@@ -268,7 +282,9 @@ def write_scenes(out: Path, num: int, *, seed: int = 0, size: int = 128, test: f
     for i, (picture, captions, label, scene) in enumerate(scenes):
         split = "test" if held_out(scene, seed=seed, test=test) else "train"
         buffer = io.BytesIO()
-        picture.save(buffer, "PNG")  # lossless: these also train a diffusion model, which would learn JPEG's blocks
+        picture.save(
+            buffer, "PNG"
+        )  # lossless: these also train a diffusion model, which would learn JPEG's blocks
         write_pair(partial / split / label, f"scene_{i:06d}", buffer.getvalue(), captions, suffix="png")
         counts[split] += 1
     write_class_names(partial, class_names())
@@ -286,7 +302,9 @@ def write_scenes(out: Path, num: int, *, seed: int = 0, size: int = 128, test: f
 
 def main() -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder to make")
     parser.add_argument("--num", type=int, default=2000, help="number of pictures")
     parser.add_argument("--seed", type=int, default=0)

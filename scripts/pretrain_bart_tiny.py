@@ -32,9 +32,16 @@ from student.infilling import infill
 from student.text_inputs import Marks, marks_of, padded, word_starts
 
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]  # BART's order: their ids are 0 to 4
-SHAPE = {"d_model": 128, "encoder_layers": 3, "decoder_layers": 3, "encoder_attention_heads": 4,
-         "decoder_attention_heads": 4, "encoder_ffn_dim": 512, "decoder_ffn_dim": 512,
-         "max_position_embeddings": 128}  # fmt: skip
+SHAPE = {
+    "d_model": 128,
+    "encoder_layers": 3,
+    "decoder_layers": 3,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 512,
+    "decoder_ffn_dim": 512,
+    "max_position_embeddings": 128,
+}
 SHARE = 0.3  # of the words, in BART's pretraining; VLKD's own is 0.15
 LONGEST, SHORTEST = 300, 15  # characters of a piece of text
 SCENES_SEED, HELD_OUT = 4, 0.02
@@ -106,12 +113,14 @@ def short_question(scene: dict, rng: random.Random) -> tuple[str, str]:
     thing = rng.choice(scene["objects"])
     shapes = [one["shape"] for one in scene["objects"]]
     absent = rng.choice([shape for shape in prepare_scenes.SHAPES if shape not in shapes])
-    return rng.choice([
-        (f"What color is the {thing['shape']}?", thing["colour"]),
-        (f"Which shape is {thing['colour']}?", thing["shape"]),
-        (f"Is there a {thing['shape']} in the picture?", "yes"),
-        (f"Is there a {absent} in the picture?", "no"),
-    ])  # fmt: skip
+    return rng.choice(
+        [
+            (f"What color is the {thing['shape']}?", thing["colour"]),
+            (f"Which shape is {thing['colour']}?", thing["shape"]),
+            (f"Is there a {thing['shape']} in the picture?", "yes"),
+            (f"Is there a {absent} in the picture?", "no"),
+        ]
+    )
 
 
 def spoken(words: list, shapes: list[str]) -> str:
@@ -123,7 +132,11 @@ def spoken(words: list, shapes: list[str]) -> str:
 def demo_captions(folder: Path) -> list[str]:
     """Public-domain captions of the training split; none where there is no such folder."""
     files = sorted(folder.glob("train/*/clipart_*.txt"))
-    return list(dict.fromkeys(line.strip() for file in files for line in file.read_text().splitlines() if line.strip()))
+    return list(
+        dict.fromkeys(
+            line.strip() for file in files for line in file.read_text().splitlines() if line.strip()
+        )
+    )
 
 
 def train_tokenizer(texts: list[str], size: int):
@@ -135,23 +148,39 @@ def train_tokenizer(texts: list[str], size: int):
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=size, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False))  # fmt: skip
+    tokenizer.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=size, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+        ),
+    )
     tokenizer.add_special_tokens([AddedToken("<mask>", lstrip=True, special=True)])
     tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), add_prefix_space=False)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", sep_token="</s>",
-                                   cls_token="<s>", unk_token="<unk>", pad_token="<pad>",
-                                   mask_token=AddedToken("<mask>", lstrip=True, special=True),
-                                   model_max_length=SHAPE["max_position_embeddings"])  # fmt: skip
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        sep_token="</s>",
+        cls_token="<s>",
+        unk_token="<unk>",
+        pad_token="<pad>",
+        mask_token=AddedToken("<mask>", lstrip=True, special=True),
+        model_max_length=SHAPE["max_position_embeddings"],
+    )
 
 
 def make_batch(rows: list[list[int]], marks: Marks, starts: np.ndarray, rng: np.random.Generator) -> dict:
     """A batch as BartForConditionalGeneration takes it."""
-    holes = [[marks.begin, *infill(row, starts[row], marks.mask, rng, share=SHARE), marks.end] for row in rows]
+    holes = [
+        [marks.begin, *infill(row, starts[row], marks.mask, rng, share=SHARE), marks.end] for row in rows
+    ]
     whole = padded([[marks.begin, *row, marks.end] for row in rows], marks.pad)
     source = padded(holes, marks.pad)
-    return {"input_ids": source, "attention_mask": (source != marks.pad).long(),
-            "labels": whole.masked_fill(whole == marks.pad, -100)}  # fmt: skip
+    return {
+        "input_ids": source,
+        "attention_mask": (source != marks.pad).long(),
+        "labels": whole.masked_fill(whole == marks.pad, -100),
+    }
 
 
 def held_out_loss(model, rows: list[list[int]], marks: Marks, starts: np.ndarray) -> float:
@@ -195,7 +224,9 @@ def pretrain(out: Path, texts: list[str], *, steps: int, batch: int, lr: float, 
         )  # alike in length: no padding
         start = int(rng.integers(4)) * batch
         warm = min(1.0, (step + 1) / 100)
-        optimizer.param_groups[0]["lr"] = lr * warm * (0.02 + 0.98 * (1 + math.cos(math.pi * step / steps)) / 2)
+        optimizer.param_groups[0]["lr"] = (
+            lr * warm * (0.02 + 0.98 * (1 + math.cos(math.pi * step / steps)) / 2)
+        )
         loss = model(**make_batch(pool[start : start + batch], marks, starts, rng)).loss
         optimizer.zero_grad()
         loss.backward()
@@ -203,10 +234,21 @@ def pretrain(out: Path, texts: list[str], *, steps: int, batch: int, lr: float, 
         optimizer.step()
         if (step + 1) % 250 == 0 or step + 1 == steps:
             found = held_out_loss(model, held, marks, starts)
-            print(json.dumps({"step": step + 1, "loss": round(loss.item(), 4), "held_out": round(found, 4),
-                              "seconds": round(time.monotonic() - began)}), flush=True)  # fmt: skip
-            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1},
-                       partial.with_suffix(".new"))  # fmt: skip
+            print(
+                json.dumps(
+                    {
+                        "step": step + 1,
+                        "loss": round(loss.item(), 4),
+                        "held_out": round(found, 4),
+                        "seconds": round(time.monotonic() - began),
+                    }
+                ),
+                flush=True,
+            )
+            torch.save(
+                {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1},
+                partial.with_suffix(".new"),
+            )
             os.replace(partial.with_suffix(".new"), partial)
     write_folder(model, tokenizer, out)
     partial.unlink(missing_ok=True)
@@ -222,9 +264,13 @@ def write_folder(model, tokenizer, out: Path) -> None:
 
 def main() -> None:
     """Read options, gather text, train."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path("models/bart-tiny"))
-    parser.add_argument("--demo", type=Path, default=Path("data/demo"), help="its training captions, if it is there")
+    parser.add_argument(
+        "--demo", type=Path, default=Path("data/demo"), help="its training captions, if it is there"
+    )
     parser.add_argument("--scenes", type=int, default=12000)
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--batch-size", type=int, default=64)
@@ -236,8 +282,14 @@ def main() -> None:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     texts = documentation() + scene_texts(options.scenes) + 4 * demo_captions(options.demo)
-    pretrain(options.out, texts, steps=options.steps, batch=options.batch_size, lr=options.lr,
-             vocabulary=options.vocabulary)  # fmt: skip
+    pretrain(
+        options.out,
+        texts,
+        steps=options.steps,
+        batch=options.batch_size,
+        lr=options.lr,
+        vocabulary=options.vocabulary,
+    )
 
 
 if __name__ == "__main__":

@@ -64,12 +64,21 @@ def main() -> int:
     if hasattr(paper, "prepare"):
         paper.prepare([row for table in tables.values() for row in table.rows], options.seeds, options.jobs)
     seeds_of = getattr(paper, "seeds_of", lambda row, seeds: seeds)
-    folders = {folder_of(options.paper, row, seed): paper.words(row, seed)
-               for table in tables.values() for row in table.rows for seed in seeds_of(row, options.seeds)}  # fmt: skip
+    folders = {
+        folder_of(options.paper, row, seed): paper.words(row, seed)
+        for table in tables.values()
+        for row in table.rows
+        for seed in seeds_of(row, options.seeds)
+    }
     run_missing(options.paper, folders, options.jobs)
     for name, table in tables.items():
-        results = {row: [result_of(folder_of(options.paper, row, seed), paper.words(row, seed))
-                         for seed in seeds_of(row, options.seeds)] for row in table.rows}  # fmt: skip
+        results = {
+            row: [
+                result_of(folder_of(options.paper, row, seed), paper.words(row, seed))
+                for seed in seeds_of(row, options.seeds)
+            ]
+            for row in table.rows
+        }
         text = getattr(paper, "section", section)(table, results, options.seeds)
         print(text, end="\n\n")
         replace_section(f"{options.paper} {name}", text)
@@ -83,7 +92,9 @@ def main() -> int:
 
 def folder_of(paper: str, row: Row, seed: int) -> Path:
     """Where a run lies: rows of several tables that are one setting share it."""
-    settings = "-".join(f"{name}={value if isinstance(value, str) else f'{value:g}'}" for name, value in row.settings)
+    settings = "-".join(
+        f"{name}={value if isinstance(value, str) else f'{value:g}'}" for name, value in row.settings
+    )
     settings = re.sub(r"[^\w.=+-]+", "_", settings)
     return Path("runs/reproduce", paper, f"{settings or 'paper'}-seed{seed}")
 
@@ -106,7 +117,10 @@ def run_missing(paper: str, folders: Mapping[Path, Sequence[str]], jobs: int) ->
         concurrent.futures.ProcessPoolExecutor(min(jobs, len(missing) or 1), mp_context=fresh) as pool,
     ):
         evaluations = getattr(PAPERS[paper], "evaluations", lambda words: TASKS)
-        waiting = {pool.submit(run_one, folder, words, evaluations(words)): folder for folder, words in missing.items()}
+        waiting = {
+            pool.submit(run_one, folder, words, evaluations(words)): folder
+            for folder, words in missing.items()
+        }
         try:
             for done in concurrent.futures.as_completed(waiting):
                 if last := done.result():
@@ -129,11 +143,16 @@ def run_one(folder: Path, words: Sequence[str], evaluations: Evaluations = TASKS
     from student.cli import main as student
 
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as inner, contextlib.redirect_stderr(io.StringIO()) as said:
+    with (
+        tempfile.TemporaryDirectory(dir=folder.parent) as inner,
+        contextlib.redirect_stderr(io.StringIO()) as said,
+    ):
         run, metrics = Path(inner, "run"), {}
         trained = words[0] != "--model"
         model = str(run) if trained else words[1]
-        named = evaluations.items() if isinstance(evaluations, Mapping) else [("", one) for one in evaluations]
+        named = (
+            evaluations.items() if isinstance(evaluations, Mapping) else [("", one) for one in evaluations]
+        )
         commands = [("", ["train", *words, "--out", str(run)])] if trained else []
         commands += [(name, ["eval", model, *one, "--json"]) for name, one in named]
         for name, command in commands:
@@ -161,14 +180,22 @@ def run_one(folder: Path, words: Sequence[str], evaluations: Evaluations = TASKS
 def section(table: Table, results: Results, seeds: Sequence[int]) -> str:
     """Markdown: a row per setting; paper, ours, and both's difference to the reference row, paired by seed."""
     reference = table.rows[table.reference]
-    head = ["", *(f"{metric.theirs}, paper" for metric in METRICS if any_paper(table, metric.place)),
-            *(f"{metric.ours}, here" for metric in METRICS), "paper's difference", "ours", "same sign"]  # fmt: skip
+    head = [
+        "",
+        *(f"{metric.theirs}, paper" for metric in METRICS if any_paper(table, metric.place)),
+        *(f"{metric.ours}, here" for metric in METRICS),
+        "paper's difference",
+        "ours",
+        "same sign",
+    ]
     lines = [head, ["---"] * len(head)]
     for row in table.rows:
         theirs = [number(row.paper[m.place]) for m in METRICS if any_paper(table, m.place)]
         ours = [spread([100 * result[metric.key] for result in results[row]]) for metric in METRICS]
         lines.append([f"`{row.label}`", *theirs, *ours, *difference(row, reference, results)])
-    agreement = f"Pairs of rows that zero-shot top-1 orders as the paper's top-1 does: {order(table, results)}."
+    agreement = (
+        f"Pairs of rows that zero-shot top-1 orders as the paper's top-1 does: {order(table, results)}."
+    )
     seeds_text = f"{len(seeds)} seed{'s' if len(seeds) > 1 else ''}: mean (lowest to highest)"
     body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     title = f"### {table.title}"

@@ -24,7 +24,11 @@ LR = {"vcr": 3e-4, "snli_ve": 3e-4, "vqa": 1e-3}  # on VCR 1e-3 tears down what 
 PRETRAIN, PRETRAIN_BATCH, SCRATCH_LR = 1000, 64, 1e-3
 VQA_PICTURES = 600  # of each split
 HOME, CACHES = Path("data/clip_td"), Path("caches/clip_td")
-DATA = {"vcr": str(HOME / "scenes/vcr1"), "snli_ve": str(HOME / "scenes/snli_ve"), "vqa": str(HOME / "easy-vqa")}
+DATA = {
+    "vcr": str(HOME / "scenes/vcr1"),
+    "snli_ve": str(HOME / "scenes/snli_ve"),
+    "vqa": str(HOME / "easy-vqa"),
+}
 OTHER, CAPTIONED = str(HOME / "scenes-other/vcr1"), str(HOME / "pairs")
 SCORE = {"vcr": "q2a", "snli_ve": "accuracy", "vqa": "accuracy"}
 SIZES = {  # labels in all: 17 of each of 6 categories, 34 of each of 3 classes
@@ -59,23 +63,48 @@ LAYERS = {
 SETTINGS = METHODS | SWEEP | LAYERS
 PAPER = {  # tables 2, 5, 6 and 8, VL-BERT; SNLI-VE and VQA with a ViT-B/16
     "vcr": {
-        "baseline": (30.85, 57.59, 76.02), "naive V": (40.13, 55.23, 76.28), "naive L": (44.07, 57.86, 76.57),
-        "naive VL": (45.18, 58.91, 76.74), "VL RTS": (40.21, 57.24, 75.34), "VL TS": (46.28, 59.68, 77.08),
-        "VL CW": (46.54, 58.93, 76.84), "2nd-stage pretraining": (38.32, 58.13, 76.38), "VL AF": (46.02, 59.23, 76.93),
+        "baseline": (30.85, 57.59, 76.02),
+        "naive V": (40.13, 55.23, 76.28),
+        "naive L": (44.07, 57.86, 76.57),
+        "naive VL": (45.18, 58.91, 76.74),
+        "VL RTS": (40.21, 57.24, 75.34),
+        "VL TS": (46.28, 59.68, 77.08),
+        "VL CW": (46.54, 58.93, 76.84),
+        "2nd-stage pretraining": (38.32, 58.13, 76.38),
+        "VL AF": (46.02, 59.23, 76.93),
         "CLIP-TD (AF + TS + CW)": (46.74, 59.98, 77.24),
-        "naive VL, w=1": (35.39, 58.57, 76.4), "naive VL, w=0.5": (37.20, 58.96, 76.42),
-        "naive VL, w=0.1": (40.47, 58.72, 76.62), "naive VL, w=0.05": (45.18, 58.91, 76.74),
-        "naive VL, w=0.01": (42.31, 58.65, 76.23), "1 linear, concat": (30.13, 30.39, 31.86),
-        "1 linear, cosine": (28.64, 29.31, 30.42), "3 linear, concat": (30.43, 30.86, 32.31),
-        "3 linear, cosine": (29.65, 30.23, 30.84), "1 transformer layer": (34.41, 35.34, 36.42)},
-    "snli_ve": {"baseline": (53.28, 62.31, 74.66), "naive VL": (56.02, 64.92, 75.08),
-                "CLIP-TD (AF + TS + CW)": (56.78, 65.37, 75.75)},
-    "vqa": {"baseline": (35.33, 63.29, 69.05), "naive VL": (36.83, 64.43, 70.22),
-            "CLIP-TD (AF + TS + CW)": (37.12, 65.71, 71.42)},
-    "uniter": {"baseline": (31.31, 57.02, 74.23), "naive VL": (39.32, 57.23, 75.21),
-               "CLIP-TD (AF + TS + CW)": (45.58, 58.42, 76.35)},
-}  # fmt: skip
-THEIRS = {"vcr": ("700", "7000", "full"), "snli_ve": ("3000", "30000", "full"), "vqa": ("100", "1000", "full")}
+        "naive VL, w=1": (35.39, 58.57, 76.4),
+        "naive VL, w=0.5": (37.20, 58.96, 76.42),
+        "naive VL, w=0.1": (40.47, 58.72, 76.62),
+        "naive VL, w=0.05": (45.18, 58.91, 76.74),
+        "naive VL, w=0.01": (42.31, 58.65, 76.23),
+        "1 linear, concat": (30.13, 30.39, 31.86),
+        "1 linear, cosine": (28.64, 29.31, 30.42),
+        "3 linear, concat": (30.43, 30.86, 32.31),
+        "3 linear, cosine": (29.65, 30.23, 30.84),
+        "1 transformer layer": (34.41, 35.34, 36.42),
+    },
+    "snli_ve": {
+        "baseline": (53.28, 62.31, 74.66),
+        "naive VL": (56.02, 64.92, 75.08),
+        "CLIP-TD (AF + TS + CW)": (56.78, 65.37, 75.75),
+    },
+    "vqa": {
+        "baseline": (35.33, 63.29, 69.05),
+        "naive VL": (36.83, 64.43, 70.22),
+        "CLIP-TD (AF + TS + CW)": (37.12, 65.71, 71.42),
+    },
+    "uniter": {
+        "baseline": (31.31, 57.02, 74.23),
+        "naive VL": (39.32, 57.23, 75.21),
+        "CLIP-TD (AF + TS + CW)": (45.58, 58.42, 76.35),
+    },
+}
+THEIRS = {
+    "vcr": ("700", "7000", "full"),
+    "snli_ve": ("3000", "30000", "full"),
+    "vqa": ("100", "1000", "full"),
+}
 
 
 def row(task: str, face: str, method: str, size: int) -> Row:
@@ -85,8 +114,12 @@ def row(task: str, face: str, method: str, size: int) -> Row:
     return Row(method, settings, (known[size] if known and face == FACE[task, face] else None, None, None))
 
 
-FACE = {("vcr", "vl-bert"): "vl-bert", ("vcr", "uniter"): "uniter", ("snli_ve", "vl-bert"): "vl-bert",
-        ("vqa", "vl-bert"): "vl-bert"}  # fmt: skip
+FACE = {
+    ("vcr", "vl-bert"): "vl-bert",
+    ("vcr", "uniter"): "uniter",
+    ("snli_ve", "vl-bert"): "vl-bert",
+    ("vqa", "vl-bert"): "vl-bert",
+}
 
 
 def table(task: str, face: str, title: str, methods: Sequence[str] = tuple(METHODS)) -> Table:
@@ -95,16 +128,22 @@ def table(task: str, face: str, title: str, methods: Sequence[str] = tuple(METHO
     return Table(title, rows, reference=0)
 
 
-ONE_STAGE = tuple(name for name in METHODS if name != "2nd-stage pretraining")  # which the paper has for VCR alone
+ONE_STAGE = tuple(
+    name for name in METHODS if name != "2nd-stage pretraining"
+)  # which the paper has for VCR alone
 TABLES = {
     "vcr": table("vcr", "vl-bert", "VCR Q2A on drawn scenes, tiny VL-BERT (tables 2 and 8)"),
-    "vcr_uniter": table("vcr", "uniter", "VCR Q2A on drawn scenes, tiny UNITER (table 1)",
-                        ("baseline", "naive VL", "CLIP-TD (AF + TS + CW)")),
+    "vcr_uniter": table(
+        "vcr",
+        "uniter",
+        "VCR Q2A on drawn scenes, tiny UNITER (table 1)",
+        ("baseline", "naive VL", "CLIP-TD (AF + TS + CW)"),
+    ),
     "snli_ve": table("snli_ve", "vl-bert", "SNLI-VE on drawn scenes, tiny VL-BERT (table 5)", ONE_STAGE),
     "vqa": table("vqa", "vl-bert", "VQA on easy-vqa, tiny VL-BERT (table 6)", ONE_STAGE),
     "adapters": table("vcr", "vl-bert", "Layers on frozen CLIP, VCR Q2A (table 11)", ("baseline", *LAYERS)),
     "weight": table("vcr", "vl-bert", "Weight of the distillation, VCR Q2A (table 8)", ("baseline", *SWEEP)),
-}  # fmt: skip
+}
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -122,7 +161,12 @@ def common(task: str, face: str, seed: int) -> list[str]:
 def words(one: Row, seed: int) -> list[str]:
     """The command line of a run behind `student train --out RUN`."""
     given = dict(one.settings)
-    task, face, size, chosen = given["task"], given["face"], given["size"], {"w": W} | SETTINGS[given["method"]]
+    task, face, size, chosen = (
+        given["task"],
+        given["face"],
+        given["size"],
+        {"w": W} | SETTINGS[given["method"]],
+    )
     weight = chosen.pop("adapted", "")
     init = adapted(task, face, size, weight, seed) if weight else pretrained(face)
     scratch = "model" in chosen
@@ -155,9 +199,19 @@ def adapted(task: str, face: str, size: str, weight: str, seed: int) -> Path:
 
 def adapt_words(task: str, face: str, size: str, weight: str, seed: int) -> list[str]:
     """Adaptive Finetuning on all training rows, of which as many as later show their right answer."""
-    settings = ["stage=adapt", f"w={weight}", f"init={pretrained(face)}", f"regime={size.replace('low', 'semi')}",
-                f"optim.lr={LR[task]:g}"]  # fmt: skip
-    return [*common(task, face, seed), "--steps", str(ADAPT), *(w for setting in settings for w in ("--set", setting))]
+    settings = [
+        "stage=adapt",
+        f"w={weight}",
+        f"init={pretrained(face)}",
+        f"regime={size.replace('low', 'semi')}",
+        f"optim.lr={LR[task]:g}",
+    ]
+    return [
+        *common(task, face, seed),
+        "--steps",
+        str(ADAPT),
+        *(w for setting in settings for w in ("--set", setting)),
+    ]
 
 
 def prepare(rows: Sequence[Row], seeds: Sequence[int], jobs: int) -> None:
@@ -165,12 +219,21 @@ def prepare(rows: Sequence[Row], seeds: Sequence[int], jobs: int) -> None:
     prepare_data()
     given = [dict(one.settings) for one in rows]
     faces = sorted({one["face"] for one in given})
-    settings = [f"tokenizer={WORDS}", "stage=adapt", "mode=qa2r", "w=0", f"optim.lr={SCRATCH_LR:g}", "run.workers=0"]
+    settings = [
+        f"tokenizer={WORDS}",
+        "stage=adapt",
+        "mode=qa2r",
+        "w=0",
+        f"optim.lr={SCRATCH_LR:g}",
+        "run.workers=0",
+    ]
     start = ["--recipe", "clip_td", "--data", OTHER, "--cache", str(CACHES / "other")]
     start += ["--batch-size", str(PRETRAIN_BATCH), "--steps", str(PRETRAIN)]
     start += [word for setting in settings for word in ("--set", setting)]
     train_all({pretrained(face): [*start, "--set", f"model={face}-tiny"] for face in faces}, jobs)
-    wanted = {(one["task"], one["face"], one["size"], SETTINGS[one["method"]].get("adapted", "")) for one in given}
+    wanted = {
+        (one["task"], one["face"], one["size"], SETTINGS[one["method"]].get("adapted", "")) for one in given
+    }
     keys = [(*key, seed) for key in sorted(wanted) if key[-1] for seed in seeds]
     train_all({adapted(*key): adapt_words(*key) for key in keys}, jobs)
 
@@ -204,7 +267,15 @@ def prepare_data() -> None:
     for out, seed in ((HOME / "scenes", 0), (HOME / "scenes-other", 7)):
         if not out.exists():
             out.parent.mkdir(parents=True, exist_ok=True)
-            command("scripts/prepare_scene_tasks.py", "--out", str(out), "--num", str(PICTURES), "--seed", str(seed))
+            command(
+                "scripts/prepare_scene_tasks.py",
+                "--out",
+                str(out),
+                "--num",
+                str(PICTURES),
+                "--seed",
+                str(seed),
+            )
     if not Path(DATA["vqa"]).exists():
         command("scripts/prepare_easy_vqa.py", "--out", DATA["vqa"], "--limit", str(VQA_PICTURES))
     if not Path(CAPTIONED).exists():
@@ -212,15 +283,41 @@ def prepare_data() -> None:
         command("scripts/prepare_scenes.py", "--out", CAPTIONED, "--seed", "100", *sizes)
     if not TEACHER.exists():
         run = FOLDER / "scene-clip"
-        sizes = ["--steps", "800", "--batch-size", "64", "--set", "model=vit-tiny-long", "--set", "run.workers=0"]
+        sizes = [
+            "--steps",
+            "800",
+            "--batch-size",
+            "64",
+            "--set",
+            "model=vit-tiny-long",
+            "--set",
+            "run.workers=0",
+        ]
         train_all({run: ["--recipe", "clip", "--data", CAPTIONED, *sizes]}, 1)
         command("student", "export", str(run), "--format", "open_clip", "--out", str(TEACHER))
     for task, data in {**DATA, "other": OTHER}.items():
-        regions = ["--teacher", "regions-lite", "--outputs", "regions:5", "--out", str(CACHES / task / "regions.zarr")]
+        regions = [
+            "--teacher",
+            "regions-lite",
+            "--outputs",
+            "regions:5",
+            "--out",
+            str(CACHES / task / "regions.zarr"),
+        ]
         command("teachercache", "build", "--data", data, *regions)
         if task in DATA:
-            command("teachercache", "build", "--data", data, "--teacher", str(TEACHER), "--outputs",
-                    "embeddings,tokens,random_tokens", "--out", str(CACHES / task / "clip.zarr"))  # fmt: skip
+            command(
+                "teachercache",
+                "build",
+                "--data",
+                data,
+                "--teacher",
+                str(TEACHER),
+                "--outputs",
+                "embeddings,tokens,random_tokens",
+                "--out",
+                str(CACHES / task / "clip.zarr"),
+            )
     if not (WORDS / "tokenizer.json").exists():
         write_words()
 
@@ -256,9 +353,17 @@ def section(one: Table, results: dict[Row, list[dict[str, float]]], seeds: Seque
             gains = [a - b for a, b in zip(ours, theirs, strict=True)]
             known = cell.paper[0] is not None and reference.paper[0] is not None
             paper = f"{cell.paper[0] - reference.paper[0]:+.1f}" if known else "-"
-            line += [spread(ours), "-" if cell == reference else spread(gains), "-" if cell == reference else paper]
-        times = [[found["seconds_per_step"] for of in part for found in results[of]] for part in (cells, base)]
+            line += [
+                spread(ours),
+                "-" if cell == reference else spread(gains),
+                "-" if cell == reference else paper,
+            ]
+        times = [
+            [found["seconds_per_step"] for of in part for found in results[of]] for part in (cells, base)
+        ]
         lines.append([*line, f"{statistics.median(times[0]) / statistics.median(times[1]):.2f}"])
     body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     count = f"{len(seeds)} seed{'s' if len(seeds) > 1 else ''}, each with labels of its own: mean (lowest to highest)"
-    return f"### {one.title}\n\n{body}\n\n{count}; the paper's columns are its differences. {one.note}".strip()
+    return (
+        f"### {one.title}\n\n{body}\n\n{count}; the paper's columns are its differences. {one.note}".strip()
+    )

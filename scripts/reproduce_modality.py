@@ -33,12 +33,16 @@ def main() -> int:
     rows = {name: paper.row("vcr", "vl-bert", method, FULL) for name, method in METHODS.items()}
     paper.prepare(list(rows.values()), options.seeds, cores())
     home = paper.FOLDER / "modality"
-    runs = {seed: {home / f"seed{seed}" / name: paper.words(row, seed) for name, row in rows.items()}
-            for seed in options.seeds}  # fmt: skip
+    runs = {
+        seed: {home / f"seed{seed}" / name: paper.words(row, seed) for name, row in rows.items()}
+        for seed in options.seeds
+    }
     paper.train_all({out: given for pair in runs.values() for out, given in pair.items()}, cores())
     tokens, data = paper.CACHES / "vcr" / "clip.zarr", paper.DATA["vcr"]
-    found = [show(list(pair), data, home / f"seed{seed}", rows=ALL, example="", tokens=tokens)
-             for seed, pair in runs.items()]  # fmt: skip
+    found = [
+        show(list(pair), data, home / f"seed{seed}", rows=ALL, example="", tokens=tokens)
+        for seed, pair in runs.items()
+    ]
     for name, picture in (("modality", "modality"), ("word_scores", "text")):
         shutil.copy(home / f"seed{options.seeds[0]}" / f"{picture}.png", Path("docs") / f"{name}.png")
     text = section(options.seeds, found)

@@ -53,7 +53,11 @@ def source(one: Row) -> tuple[str, Path, Path]:
 def words(one: Row, seed: int) -> list[str]:
     """The command line of a run behind `student train --out RUN`: one optimizer for both, the supplement's table 3."""
     settings = [f"model={MODEL}", f"optim.lr={LR:g}", "optim.weight_decay=0.001", "optim.warmup=0.2"]
-    chosen = [word for setting in (*settings, "run.save_every=1000000", "run.workers=0") for word in ("--set", setting)]
+    chosen = [
+        word
+        for setting in (*settings, "run.save_every=1000000", "run.workers=0")
+        for word in ("--set", setting)
+    ]
     name, _, trained = source(one)
     sizes = ["--steps", str(STEPS[name]), "--batch-size", str(BATCH), "--seed", str(seed)]
     return ["--recipe", METHODS[int(dict(one.settings)["method"])], "--data", str(trained), *sizes, *chosen]
@@ -117,7 +121,10 @@ def section(one: Table, results: dict[Row, list[dict[str, float]]], seeds: Seque
     for clip, psd in zip(one.rows[::2], one.rows[1::2], strict=True):
         line = [f"{dict(clip.settings)['noise']:.0%}"]
         for _, keys in COLUMNS:
-            both = [[100 * sum(found[key] for key in keys) / len(keys) for found in results[of]] for of in (clip, psd)]
+            both = [
+                [100 * sum(found[key] for key in keys) / len(keys) for found in results[of]]
+                for of in (clip, psd)
+            ]
             gains = [b - a for a, b in zip(*both, strict=True)]
             line += [spread(both[0]), spread(both[1]), spread(gains)]
         lines.append(line)

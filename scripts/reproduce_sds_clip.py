@@ -69,8 +69,10 @@ def rows(world: str, names: Sequence[str]) -> tuple[Row, ...]:
 
 TABLES = {
     "table1": Table("Winoground- and ARO-shaped scenes (table 1)", rows("test", tuple(METHODS)), reference=1),
-    "sweep": Table("What was tried, on the validation sets", rows("validation", ("vanilla CLIP", *SWEEP)), reference=0),
-}  # fmt: skip
+    "sweep": Table(
+        "What was tried, on the validation sets", rows("validation", ("vanilla CLIP", *SWEEP)), reference=0
+    ),
+}
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -91,7 +93,13 @@ def words(one: Row, seed: int) -> list[str]:
     settings += [f"{name}={value}" for name, value in chosen.items()]
     sizes = ["--steps", str(STEPS), "--batch-size", str(BATCH), "--seed", str(seed)]
     where = ["--data", str(HOME / world / "pairs"), "--cache", str(CACHES / world)]
-    return ["--recipe", "sds_clip", *where, *sizes, *(word for setting in settings for word in ("--set", setting))]
+    return [
+        "--recipe",
+        "sds_clip",
+        *where,
+        *sizes,
+        *(word for setting in settings for word in ("--set", setting)),
+    ]
 
 
 def evaluations(given: Sequence[str]) -> list[list[str]]:
@@ -128,7 +136,14 @@ def prepare(wanted: Sequence[Row], seeds: Sequence[int], jobs: int) -> None:
                 link.symlink_to(Path("questions", task))
     settings = [f"model={MODEL}", "run.workers=0", "run.save_every=1000000"]
     sizes = ["--steps", str(VANILLA_STEPS), "--batch-size", str(VANILLA_BATCH)]
-    start = ["--recipe", "clip", "--data", str(pretrain), *sizes, *(w for one in settings for w in ("--set", one))]
+    start = [
+        "--recipe",
+        "clip",
+        "--data",
+        str(pretrain),
+        *sizes,
+        *(w for one in settings for w in ("--set", one)),
+    ]
     train_all({vanilla(seed): [*start, "--seed", str(seed)] for seed in seeds}, jobs)
     for world in worlds:
         outputs = ["text_states", "latents"] + ([FEATURE] if world == "test" else [])
@@ -157,14 +172,18 @@ def section(one: Table, results: dict[Row, list[dict[str, float]]], seeds: Seque
         lines.append([row.label, *(cell([result.get(key) for result in found]) for _, key in COLUMNS), cost])
         if row != base and len(found) == len(results[base]):
             pairs = list(zip(found, results[base], strict=True))
-            lines.append(["- to reference", *(cell([a[key] - b[key] for a, b in pairs]) for _, key in COLUMNS), ""])
+            lines.append(
+                ["- to reference", *(cell([a[key] - b[key] for a, b in pairs]) for _, key in COLUMNS), ""]
+            )
         if row != base and {row.label, base.label} <= PAPER.keys():
             gains = [f"{a - b:g}" for a, b in zip(PAPER[row.label], PAPER[base.label], strict=True)]
             lines.append(["- to reference, paper", *gains, *[""] * (len(COLUMNS) + 1 - len(gains))])
     body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     count = f"{len(seeds)} seed{'s' if len(seeds) > 1 else ''}: mean (lowest to highest), per cent"
     chance = "Chance is 25 in Winoground's columns, 50 in ARO's, 20 in the orders'"
-    return f"### {one.title}\n\n{body}\n\n{count}; the reference is {base.label}. {chance}. {one.note}".strip()
+    return (
+        f"### {one.title}\n\n{body}\n\n{count}; the reference is {base.label}. {chance}. {one.note}".strip()
+    )
 
 
 def cell(values: Sequence[float | None]) -> str:

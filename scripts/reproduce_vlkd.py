@@ -35,7 +35,9 @@ SHOWN = {  # column: its key in result.json, its place in Row.paper and what the
 
 def _losses(gone: tuple[str, ...]) -> Row:
     names = " and ".join(PARTS[name] for name in gone)
-    return Row(f"without {names}" if gone else "VLKD", tuple((name, 0.0) for name in gone), (*LOSSES[gone], None))
+    return Row(
+        f"without {names}" if gone else "VLKD", tuple((name, 0.0) for name in gone), (*LOSSES[gone], None)
+    )
 
 
 PRINTED = Row("gamma = 1000 of the printed sum", (("ttdm", 1000.0),), (*LOSSES[()], None))
@@ -49,12 +51,22 @@ def _size(name: str) -> Row:
 LANGUAGE_ROWS = (Row("BART as it was", (), (87.2, 45.14, None)), Row("after VLKD", (), (85.7, 44.86, None)))
 TABLES = {
     "losses": Table("What each loss brings (table 7)", (*map(_losses, LOSSES), PRINTED), reference=0),
-    "masks": Table("How many masks (table 8)", tuple(Row(f"{m} masks", (), (None, CIDER[m], None)) for m in MASKS), 1),
-    "size": Table("How many pairs (table 9)", tuple(map(_size, SIZES)), reference=0,
-                  note="The paper's pairs: 3M, 1M, 100K."),
-    "language": Table("The language model before and after (tables 5 and 6)", LANGUAGE_ROWS, reference=0,
-                      note="A loss is in nats a token, of prose that no training has seen; lower is better."),
-}  # fmt: skip
+    "masks": Table(
+        "How many masks (table 8)", tuple(Row(f"{m} masks", (), (None, CIDER[m], None)) for m in MASKS), 1
+    ),
+    "size": Table(
+        "How many pairs (table 9)",
+        tuple(map(_size, SIZES)),
+        reference=0,
+        note="The paper's pairs: 3M, 1M, 100K.",
+    ),
+    "language": Table(
+        "The language model before and after (tables 5 and 6)",
+        LANGUAGE_ROWS,
+        reference=0,
+        note="A loss is in nats a token, of prose that no training has seen; lower is better.",
+    ),
+}
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -63,8 +75,10 @@ TABLES = {
 
 def bart() -> Path:
     """The small BART that a student begins from."""
-    return next((path for path in map(Path, ("student/models/bart_tiny", "models/bart-tiny")) if path.exists()),
-                Path("models/bart-tiny"))  # fmt: skip
+    return next(
+        (path for path in map(Path, ("student/models/bart_tiny", "models/bart-tiny")) if path.exists()),
+        Path("models/bart-tiny"),
+    )
 
 
 def words(one: Row, seed: int) -> list[str]:
@@ -81,7 +95,9 @@ def words(one: Row, seed: int) -> list[str]:
 def evaluations(given: Sequence[str]) -> dict[str, list[str]]:
     """The words of each `student eval RUN`, by a name that stands before its metrics; a second model's is `other`."""
     found = {"vqa": ["--task", "open_vqa", "--data", str(VQA / "v2_OpenEnded_mscoco_val2014_questions.json")]}
-    whole = f"ttdm={GAMMA:g}" in given and not any(word.split("=")[0] in ("itcl", "data_share") for word in given)
+    whole = f"ttdm={GAMMA:g}" in given and not any(
+        word.split("=")[0] in ("itcl", "data_share") for word in given
+    )
     for name, data in HELD_OUT.items():
         for masks in MASKS if whole else (6,):
             label = name if masks == 6 else f"{name} {masks}"
@@ -89,14 +105,22 @@ def evaluations(given: Sequence[str]) -> dict[str, list[str]]:
     if whole:
         seed = given[given.index("--seed") + 1]
         found["text"] = [str(bart()), "--task", "text_loss", "--data", str(LANGUAGE / "texts.txt")]
-        found["glue"] = [str(bart()), "--task", f"glue:{FITTING},seed={seed}", "--data", str(LANGUAGE / "GLUE")]
+        found["glue"] = [
+            str(bart()),
+            "--task",
+            f"glue:{FITTING},seed={seed}",
+            "--data",
+            str(LANGUAGE / "GLUE"),
+        ]
     return found
 
 
 def prepare(rows: Iterable[Row], seeds: Sequence[int], jobs: int) -> None:
     """Scenes, questions, language tasks, held-out pictures and what the teacher says, where they are not there."""
     if not DEMO.exists() or not bart().exists():
-        sys.exit(f"error: no {DEMO} or no {bart()}: run `bash scripts/demo` and scripts/pretrain_bart_tiny.py first")
+        sys.exit(
+            f"error: no {DEMO} or no {bart()}: run `bash scripts/demo` and scripts/pretrain_bart_tiny.py first"
+        )
     HOME.mkdir(parents=True, exist_ok=True)
     made: dict[Path, list[str | int]] = {
         SCENES: ["prepare_scenes.py", "--num", NUM_SCENES, "--seed", SCENES_SEED, "--size", SIZE],
@@ -109,7 +133,17 @@ def prepare(rows: Iterable[Row], seeds: Sequence[int], jobs: int) -> None:
     for name, data in (("demo", DEMO), ("scenes", SCENES)):
         if not HELD_OUT[name].exists():
             hold_out(data, HELD_OUT[name])
-    command("-m", "teachercache", "build", "--teacher", "clip-lite", "--data", f"{DEMO},{SCENES}", "--out", str(CACHE))
+    command(
+        "-m",
+        "teachercache",
+        "build",
+        "--teacher",
+        "clip-lite",
+        "--data",
+        f"{DEMO},{SCENES}",
+        "--out",
+        str(CACHE),
+    )
 
 
 def hold_out(data: Path, out: Path) -> None:
@@ -155,7 +189,11 @@ def ablation_lines(one: Table, results: dict[Row, list[dict[str, float]]]) -> li
     asked = one.rows[0].paper[0] is not None  # table 8 has captions alone
     shown = {name: column for name, column in SHOWN.items() if asked or "CIDEr" in name}
     for name, (_, place, theirs) in shown.items():
-        head += [f"{name}, here", "difference", *([f"{theirs}, paper", "difference"] if place is not None else [])]
+        head += [
+            f"{name}, here",
+            "difference",
+            *([f"{theirs}, paper", "difference"] if place is not None else []),
+        ]
     lines = [head]
     for row in one.rows:
         line = [row.label]
@@ -179,8 +217,12 @@ def key_of(row: Row, key: str) -> str:
 
 def language_lines(one: Table, results: dict[Row, list[dict[str, float]]]) -> list[list[str]]:
     """BART and what VLKD made of it."""
-    keys = {"loss": "text/nll_per_token", "loss of what is masked": "text/nll_per_masked_token",
-            "MNLI-m": "glue/MNLI/acc", "MNLI-mm": "glue/MNLI-mm/acc"}  # fmt: skip
+    keys = {
+        "loss": "text/nll_per_token",
+        "loss of what is masked": "text/nll_per_masked_token",
+        "MNLI-m": "glue/MNLI/acc",
+        "MNLI-mm": "glue/MNLI-mm/acc",
+    }
     lines = [["", *keys, "GLUE, paper", "XSUM ROUGE-1, paper"]]
     for row, place in zip(one.rows, ("other/", ""), strict=True):
         line = [row.label]
@@ -189,7 +231,10 @@ def language_lines(one: Table, results: dict[Row, list[dict[str, float]]]) -> li
             values = [found[f"{label}/{place}{metric}"] for found in results[row]]
             line.append(spread3(values) if label == "text" else spread([100 * value for value in values]))
         lines.append([*line, *(f"{value:g}" for value in row.paper[:2])])
-    usual = [[100 * found[f"glue/{name}/majority"] for found in results[one.rows[0]]] for name in ("MNLI", "MNLI-mm")]
+    usual = [
+        [100 * found[f"glue/{name}/majority"] for found in results[one.rows[0]]]
+        for name in ("MNLI", "MNLI-mm")
+    ]
     lines.append(["the most frequent label", "-", "-", *map(spread, usual), "-", "-"])
     return lines
 

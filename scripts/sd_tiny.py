@@ -87,18 +87,29 @@ def make_tokenizer() -> Any:
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    scene_words = (*prepare_scenes.COLOURS, *prepare_scenes.SHAPES, *prepare_scenes.SIZES, *prepare_scenes.TEXTURES)
+    scene_words = (
+        *prepare_scenes.COLOURS,
+        *prepare_scenes.SHAPES,
+        *prepare_scenes.SIZES,
+        *prepare_scenes.TEXTURES,
+    )
     end, start, unknown = MARKS
     words = [*MARKS, *WORDS_BESIDE, *scene_words]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=unknown))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Replace(Regex("[^a-z ]"), " ")])
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Lowercase(), normalizers.Replace(Regex("[^a-z ]"), " ")]
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     marks = [(end, 0), (start, 1)]
     tokenizer.post_processor = processors.TemplateProcessing(single=f"{start} $A {end}", special_tokens=marks)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, model_max_length=NUM_TOKENS, pad_token=end, eos_token=end, bos_token=start,
+        tokenizer_object=tokenizer,
+        model_max_length=NUM_TOKENS,
+        pad_token=end,
+        eos_token=end,
+        bos_token=start,
         unk_token=unknown,
-    )  # fmt: skip
+    )
 
 
 def tokenize(tokenizer: Any, texts: list[str]) -> torch.Tensor:
@@ -112,9 +123,17 @@ def make_vae(sizes: dict) -> Any:
     from diffusers import AutoencoderKL
 
     depth = len(sizes["block_out_channels"])
-    blocks = {"down_block_types": ["DownEncoderBlock2D"] * depth, "up_block_types": ["UpDecoderBlock2D"] * depth}
+    blocks = {
+        "down_block_types": ["DownEncoderBlock2D"] * depth,
+        "up_block_types": ["UpDecoderBlock2D"] * depth,
+    }
     # The latents are whitened per channel inside (see `whiten`), so the scale of the pipeline is 1.
-    common = {"layers_per_block": 1, "sample_size": SIDE, "mid_block_add_attention": False, "scaling_factor": 1.0}
+    common = {
+        "layers_per_block": 1,
+        "sample_size": SIDE,
+        "mid_block_add_attention": False,
+        "scaling_factor": 1.0,
+    }
     vae = AutoencoderKL(**blocks, **common, **sizes)
     start_near_identity(vae)
     return vae
@@ -138,7 +157,10 @@ def make_unet(sizes: dict, channels: int, width: int) -> Any:
     from diffusers import UNet2DConditionModel
 
     depth = len(sizes["block_out_channels"])
-    blocks = {"down_block_types": ["CrossAttnDownBlock2D"] * depth, "up_block_types": ["CrossAttnUpBlock2D"] * depth}
+    blocks = {
+        "down_block_types": ["CrossAttnDownBlock2D"] * depth,
+        "up_block_types": ["CrossAttnUpBlock2D"] * depth,
+    }
     latents = {"sample_size": SIDE // 8, "in_channels": channels, "out_channels": channels}
     return UNet2DConditionModel(**blocks, **latents, layers_per_block=1, cross_attention_dim=width, **sizes)
 
@@ -157,9 +179,15 @@ def make_scheduler() -> Any:
     from diffusers import DDIMScheduler
 
     return DDIMScheduler(
-        num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
-        clip_sample=False, set_alpha_to_one=False, steps_offset=1, prediction_type="epsilon",
-    )  # fmt: skip
+        num_train_timesteps=1000,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type="epsilon",
+    )
 
 
 @torch.no_grad()
@@ -192,14 +220,20 @@ def save_folder(out: Path, *, vae: Any, unet: Any, text_encoder: Any, tokenizer:
     parts = {"vae": vae, "unet": unet, "text_encoder": text_encoder}
     parts = {name: copy.deepcopy(part).half() for name, part in parts.items()}
     pipeline = StableDiffusionPipeline(
-        **parts, tokenizer=tokenizer, scheduler=make_scheduler(),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
+        **parts,
+        tokenizer=tokenizer,
+        scheduler=make_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     pipeline.save_pretrained(partial, safe_serialization=True)
     for name in ("model_index.json", "tokenizer/tokenizer_config.json"):
-        path = partial / name  # transformers 5 writes a name that transformers 4 does not know; both know the old one
+        path = (
+            partial / name
+        )  # transformers 5 writes a name that transformers 4 does not know; both know the old one
         path.write_text(path.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
     (partial / "training.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     shutil.rmtree(out, ignore_errors=True)
@@ -222,7 +256,9 @@ def load_folder(folder: Path) -> Any:
 def wrong_captions(scene: dict) -> dict[str, str]:
     """A pair's caption with colours swapped, objects swapped (so the relation is reversed), one colour changed."""
     first, second = scene["objects"]
-    colours = [name for name in sorted(prepare_scenes.COLOURS) if name not in (first["colour"], second["colour"])]
+    colours = [
+        name for name in sorted(prepare_scenes.COLOURS) if name not in (first["colour"], second["colour"])
+    ]
     other = colours[(len(first["shape"]) + 3 * len(second["shape"])) % len(colours)]
     swapped = [first | {"colour": second["colour"]}, second | {"colour": first["colour"]}]
     return {
@@ -252,7 +288,9 @@ def check_scenes(num: int, *, seed: int = 2) -> list[tuple[str, dict]]:
 
 
 @torch.no_grad()
-def check(vae: Any, unet: Any, text_encoder: Any, tokenizer: Any, *, num: int = 200, draws: int = 16) -> dict[str, Any]:
+def check(
+    vae: Any, unet: Any, text_encoder: Any, tokenizer: Any, *, num: int = 200, draws: int = 16
+) -> dict[str, Any]:
     """Accuracies: the part of `num` held-out pairs whose true caption has the strictly lower error than each wrong one.
 
     All captions of a picture share the same (t, eps), t evenly over [100, 900].
@@ -285,19 +323,32 @@ def accuracies(errors: torch.Tensor, names: list[str]) -> dict[str, float]:
 # --- samples --------------------------------------------------------------------------------------
 
 PROMPTS = (
-    "A red circle.", "A large striped blue star.", "A small dotted green heart.", "A checked purple hexagon.",
-    "A red circle left of a blue square.", "A blue circle left of a red square.",
-    "A blue square left of a red circle.", "A yellow star above a green heart.",
-    "A large pink ring below a small brown triangle.", "A cyan cross right of an orange diamond.",
-    "A large striped gray rectangle above a purple star.", "There is a small dotted orange hexagon in the picture.",
-)  # fmt: skip
+    "A red circle.",
+    "A large striped blue star.",
+    "A small dotted green heart.",
+    "A checked purple hexagon.",
+    "A red circle left of a blue square.",
+    "A blue circle left of a red square.",
+    "A blue square left of a red circle.",
+    "A yellow star above a green heart.",
+    "A large pink ring below a small brown triangle.",
+    "A cyan cross right of an orange diamond.",
+    "A large striped gray rectangle above a purple star.",
+    "There is a small dotted orange hexagon in the picture.",
+)
 
 
 def sample(pipeline: Any, prompts: Sequence[str], *, seed: int = 0, num_steps: int = 30) -> list[Image.Image]:
     """One picture per prompt, DDIM with guidance 3."""
     generators = [torch.Generator().manual_seed(1000 * seed + i) for i in range(len(prompts))]
-    out = pipeline(list(prompts), height=SIDE, width=SIDE, num_inference_steps=num_steps, guidance_scale=3.0,
-                   generator=generators)  # fmt: skip
+    out = pipeline(
+        list(prompts),
+        height=SIDE,
+        width=SIDE,
+        num_inference_steps=num_steps,
+        guidance_scale=3.0,
+        generator=generators,
+    )
     return out.images
 
 
@@ -306,12 +357,18 @@ def sample_grid(pipeline: Any, *, rows: int = 3, scale: int = 2) -> Image.Image:
     side, gap, height = SIDE * scale, 12, 44
     columns, num = 6, len(PROMPTS)
     blocks = -(-num // columns)
-    grid = Image.new("RGB", (columns * (side + gap) + gap, blocks * (rows * (side + 4) + height) + gap), "white")
+    grid = Image.new(
+        "RGB", (columns * (side + gap) + gap, blocks * (rows * (side + 4) + height) + gap), "white"
+    )
     pen = ImageDraw.Draw(grid)
     drawn = [sample(pipeline, PROMPTS, seed=row) for row in range(rows)]
     for i, prompt in enumerate(PROMPTS):
         x, y = gap + i % columns * (side + gap), gap + i // columns * (rows * (side + 4) + height)
         for row in range(rows):
-            grid.paste(drawn[row][i].resize((side, side), Image.Resampling.BICUBIC), (x, y + row * (side + 4)))
-        pen.multiline_text((x, y + rows * (side + 4)), "\n".join(textwrap.wrap(prompt, 22)), fill="black", spacing=1)
+            grid.paste(
+                drawn[row][i].resize((side, side), Image.Resampling.BICUBIC), (x, y + row * (side + 4))
+            )
+        pen.multiline_text(
+            (x, y + rows * (side + 4)), "\n".join(textwrap.wrap(prompt, 22)), fill="black", spacing=1
+        )
     return grid

@@ -44,14 +44,20 @@ class Looks:
         self.cache = self.made["run"]["cache"] if self.made["run"]["data"] == data else ""
         self.model: TaskModel = load_task_model(run, device=device)
         if not hasattr(self.model.student, "regions"):
-            raise UserError(f"{run} has no words and regions in one stream: pass runs of uniter, vl-bert or villa")
+            raise UserError(
+                f"{run} has no words and regions in one stream: pass runs of uniter, vl-bert or villa"
+            )
         self.tokenizer, self.device = load_tokenizer(run), device
         self.model.student.bert.config._attn_implementation = "eager"  # the others never make the weights
         self.kept: list[torch.Tensor] = []
         for layer in self.model.student.bert.encoder.layer:
-            layer.attention.self.register_forward_hook(lambda _, inputs, output: self.kept.append(output[1][:, :, :1]))
+            layer.attention.self.register_forward_hook(
+                lambda _, inputs, output: self.kept.append(output[1][:, :, :1])
+            )
 
-    def parts(self, manifest: Manifest, rows: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    def parts(
+        self, manifest: Manifest, rows: np.ndarray
+    ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """Attention from [CLS] [layers, texts, heads, 1, length], and which elements are picture and which text."""
         student, most = self.model.student, self.made["student"]["max_text"]
         special = torch.tensor([self.tokenizer.token_to_id(name) for name in SPECIAL], device=self.device)
@@ -89,7 +95,9 @@ def word_scores(path: Path, key: str, place: int) -> tuple[np.ndarray, np.ndarra
     return store.read_field(cache, "word_span")[row, place], store.read_field(cache, "word_score")[row, place]
 
 
-def show(runs: list[Path], data: str, out: Path, *, rows: int, example: str, tokens: Path | None) -> dict[str, Any]:
+def show(
+    runs: list[Path], data: str, out: Path, *, rows: int, example: str, tokens: Path | None
+) -> dict[str, Any]:
     """Writes everything into `out`; returns the numbers."""
     manifest, device = read_manifest(data), pick_device()
     there = rows_to_measure(manifest)
@@ -120,7 +128,9 @@ def show(runs: list[Path], data: str, out: Path, *, rows: int, example: str, tok
 
 def main() -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("runs", type=Path, nargs="+", help="runs of clip_td, before first")
     parser.add_argument("--data", required=True, help="what the runs are asked; its caches as in training")
     parser.add_argument("--out", type=Path, default=Path("attention"), help="folder for numbers and pictures")
@@ -129,8 +139,14 @@ def main() -> int:
     parser.add_argument("--tokens", type=Path, help="a CLIP teacher's cache with --outputs tokens")
     options = parser.parse_args()
     try:
-        numbers = show(options.runs, options.data, options.out, rows=options.rows, example=options.example,
-                       tokens=options.tokens)  # fmt: skip
+        numbers = show(
+            options.runs,
+            options.data,
+            options.out,
+            rows=options.rows,
+            example=options.example,
+            tokens=options.tokens,
+        )
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -49,7 +49,9 @@ class Settings:
     lr: float = 1e-3
     vae_lr: float = 2e-3
     warmup: int = 100
-    decay_from: float = 0.8  # part of the steps at a constant rate; then a cosine to 0, so that --steps can be raised
+    decay_from: float = (
+        0.8  # part of the steps at a constant rate; then a cosine to 0, so that --steps can be raised
+    )
     ema: float = 0.998
     vae_ema: float = 0.99
     kl: float = 1e-5  # of the KL per latent element, beside the squared error per value
@@ -84,7 +86,9 @@ def range_at(step: int) -> tuple[int, int, float]:
     return next(row[1:] for row in reversed(RANGES) if step >= row[0])
 
 
-def draws_of(settings: Settings, step: int, ids: torch.Tensor, latents: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def draws_of(
+    settings: Settings, step: int, ids: torch.Tensor, latents: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
     """A step's (latents, ids, t, noise), from the seed and the step alone. ids [n + 1, 2, L], the last row is ""."""
     pen = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
     n = settings.batch
@@ -112,12 +116,21 @@ def rate_at(step: int, settings: Settings, steps: int, peak: float) -> float:
 
 
 def train_loop(
-    part: torch.nn.Module, loss_at: Callable[[int], torch.Tensor], settings: Settings, *,
-    steps: int, peak: float, decay: float, checkpoint: Path, title: str,
+    part: torch.nn.Module,
+    loss_at: Callable[[int], torch.Tensor],
+    settings: Settings,
+    *,
+    steps: int,
+    peak: float,
+    decay: float,
+    checkpoint: Path,
+    title: str,
     after: Callable[[int, dict], None] = lambda step, state: None,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Steps of AdamW, averaging the weights; goes on from `checkpoint`. Returns {step, ema, seconds, losses}."""
-    optimizer = torch.optim.AdamW(part.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    optimizer = torch.optim.AdamW(
+        part.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=0.01, fused=True
+    )
     ema = {name: value.detach().clone() for name, value in part.state_dict().items()}
     state: dict[str, Any] = {"step": 0, "seconds": 0.0, "losses": []}
     if checkpoint.exists():
@@ -175,9 +188,15 @@ def train_vae(settings: Settings, sizes: dict, pictures: torch.Tensor, work: Pat
         return error.square().mean() + 0.1 * error.abs().mean() + settings.kl * kl
 
     state = train_loop(
-        vae, loss_at, settings, steps=settings.vae_steps, peak=settings.vae_lr, decay=settings.vae_ema,
-        checkpoint=work / "vae.pt", title="autoencoder",
-    )  # fmt: skip
+        vae,
+        loss_at,
+        settings,
+        steps=settings.vae_steps,
+        peak=settings.vae_lr,
+        decay=settings.vae_ema,
+        checkpoint=work / "vae.pt",
+        title="autoencoder",
+    )
     vae.load_state_dict(state["ema"])
     vae.eval().requires_grad_(False)
     sd_tiny.whiten(vae, pictures[:WHITENED])
@@ -199,9 +218,13 @@ def cached_latents(vae: Any, pictures: torch.Tensor, work: Path) -> torch.Tensor
 
 
 def train_denoiser(
-    settings: Settings, sizes: dict, latents: torch.Tensor, captions: list[list[str]], work: Path,
+    settings: Settings,
+    sizes: dict,
+    latents: torch.Tensor,
+    captions: list[list[str]],
+    work: Path,
     renew: Callable[[Any, Any, dict], None],
-) -> tuple[Any, Any, dict]:  # fmt: skip
+) -> tuple[Any, Any, dict]:
     """The UNet and the text encoder together: Eq. 1 of latent diffusion, the error in eps."""
     from diffusers.models.attention_processor import AttnProcessor
 
@@ -233,15 +256,24 @@ def train_denoiser(
             renew(averaged["unet"], averaged["text_encoder"], state)
 
     state = train_loop(
-        both, loss_at, settings, steps=settings.steps, peak=settings.lr, decay=settings.ema,
-        checkpoint=work / "denoiser.pt", title="denoiser", after=after,
-    )  # fmt: skip
+        both,
+        loss_at,
+        settings,
+        steps=settings.steps,
+        peak=settings.lr,
+        decay=settings.ema,
+        checkpoint=work / "denoiser.pt",
+        title="denoiser",
+        after=after,
+    )
     both.load_state_dict(state["ema"])
     both.eval().requires_grad_(False)
     return unet, text_encoder, state
 
 
-def train(out: Path, settings: Settings, sizes: dict = sd_tiny.SIZES, *, check_num: int = 100, draws: int = 8) -> dict:
+def train(
+    out: Path, settings: Settings, sizes: dict = sd_tiny.SIZES, *, check_num: int = 100, draws: int = 8
+) -> dict:
     """Trains what is left to train and writes `out`; checkpoints lie in `out`.work until all is done."""
     work = out.with_name(out.name + ".work")
     work.mkdir(parents=True, exist_ok=True)
@@ -251,20 +283,34 @@ def train(out: Path, settings: Settings, sizes: dict = sd_tiny.SIZES, *, check_n
     vae, vae_about = train_vae(settings, sizes["vae"], pictures, work)
     latents = cached_latents(vae, pictures, work)
     tokenizer = sd_tiny.make_tokenizer()
-    checks: list[dict] = json.loads((work / "checks.json").read_text()) if (work / "checks.json").exists() else []
+    checks: list[dict] = (
+        json.loads((work / "checks.json").read_text()) if (work / "checks.json").exists() else []
+    )
     about: dict[str, Any] = {}
 
     def renew(unet: Any, text_encoder: Any, state: dict) -> None:
         found = sd_tiny.check(vae, unet, text_encoder, tokenizer, num=check_num, draws=draws)
         say(f"step {state['step']}: {found}")
-        checks[:] = [row for row in checks if row["step"] < state["step"]] + [{"step": state["step"], **found}]
+        checks[:] = [row for row in checks if row["step"] < state["step"]] + [
+            {"step": state["step"], **found}
+        ]
         (work / "checks.json").write_text(json.dumps(checks))
         about.update(
-            settings=asdict(settings), sizes=sizes, steps=state["step"], samples=state["step"] * settings.batch,
-            ranges=RANGES, vae=vae_about, seconds=round(state["seconds"]), losses=state["losses"],
-            check=found, checks=checks[:], torch=torch.__version__,
-        )  # fmt: skip
-        sd_tiny.save_folder(out, vae=vae, unet=unet, text_encoder=text_encoder, tokenizer=tokenizer, about=about)
+            settings=asdict(settings),
+            sizes=sizes,
+            steps=state["step"],
+            samples=state["step"] * settings.batch,
+            ranges=RANGES,
+            vae=vae_about,
+            seconds=round(state["seconds"]),
+            losses=state["losses"],
+            check=found,
+            checks=checks[:],
+            torch=torch.__version__,
+        )
+        sd_tiny.save_folder(
+            out, vae=vae, unet=unet, text_encoder=text_encoder, tokenizer=tokenizer, about=about
+        )
 
     train_denoiser(settings, sizes, latents, captions, work, renew)
     shutil.rmtree(work)
@@ -303,7 +349,9 @@ def inspect(out: Path, *, check: bool, samples: Path | None) -> None:
 
 def main() -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     defaults = Settings()
     parser.add_argument("--out", type=Path, required=True, help="folder to make, or made already")
     for name in ("steps", "scenes", "vae_steps", "seed"):
@@ -315,7 +363,9 @@ def main() -> int:
     try:
         if options.check or options.samples:
             if not (options.out / "model_index.json").exists():
-                raise UserError(f"{options.out}: no such teacher; train it first, without --check and --samples")
+                raise UserError(
+                    f"{options.out}: no such teacher; train it first, without --check and --samples"
+                )
             inspect(options.out, check=options.check, samples=options.samples)
             return 0
         given = {name: getattr(options, name) for name in ("steps", "scenes", "vae_steps", "seed")}

@@ -37,7 +37,9 @@ def accumulate(engine: Any, parts: list[Batch], now: Now, device: str) -> tuple[
     after = random_state()
     for part, state, own in zip(parts, states, gradients, strict=True):
         set_random_state(state)
-        engine.backward(len(parts) * engine(on_device(part, device), now, own))  # DeepSpeed divides by their number
+        engine.backward(
+            len(parts) * engine(on_device(part, device), now, own)
+        )  # DeepSpeed divides by their number
         take_optimizer_step(engine)  # which it takes after the last
     set_random_state(after)
     return loss.detach(), {name: term.detach() for name, term in terms.items()}, notes
@@ -55,15 +57,21 @@ def num_rows(part: Batch) -> int:
 
 def joined(parts: list[Batch], rows: list[int]) -> Batch:
     """Rows of all parts; what is no row of theirs (a scale) is the same in each and taken once."""
-    return {name: torch.cat([part[name] for part in parts]) if per_row(value, rows[0]) else value
-            for name, value in parts[0].items()}  # fmt: skip
+    return {
+        name: torch.cat([part[name] for part in parts]) if per_row(value, rows[0]) else value
+        for name, value in parts[0].items()
+    }
 
 
 def split(whole: Batch, rows: list[int]) -> list[Batch]:
     """What `joined` joined; a share of a scale's gradient goes to each part."""
     parts: list[Batch] = [{} for _ in rows]
     for name, value in whole.items():
-        shares = value.split(rows) if len(value.shape) and len(value) == sum(rows) else [value / len(rows)] * len(rows)
+        shares = (
+            value.split(rows)
+            if len(value.shape) and len(value) == sum(rows)
+            else [value / len(rows)] * len(rows)
+        )
         for part, share in zip(parts, shares, strict=True):
             part[name] = share
     return parts

@@ -57,7 +57,9 @@ def load_task_model(run: Path, *, device: str, cache: str = "") -> TaskModel:
     task = Task(**{**made["task"], "answers": tuple(made["task"]["answers"])})
     student: Any = _baseline(made) if "adapter" in made else rebuild(made)
     if not hasattr(student, "answer") and "adapter" not in made:
-        raise UserError(f"{run} is a stage=adapt run without answers: train on with `--set init={run}`, then evaluate")
+        raise UserError(
+            f"{run} is a stage=adapt run without answers: train on with `--set init={run}`, then evaluate"
+        )
     student.load_state_dict(load_file(run / "model.safetensors"))
     student = student.to(device).eval()
     tokenizer = load_tokenizer(run)
@@ -67,7 +69,9 @@ def load_task_model(run: Path, *, device: str, cache: str = "") -> TaskModel:
             return None
         parts = batches_of(task, student, tokenizer, manifest, rows, made["max_text"], cache)
         with torch.inference_mode():
-            found = [student({name: value.to(device) for name, value in part.items()})["logits"] for part in parts]
+            found = [
+                student({name: value.to(device) for name, value in part.items()})["logits"] for part in parts
+            ]
         return torch.cat(found).float().cpu().numpy()
 
     return TaskModel(task, student, score)
@@ -84,18 +88,33 @@ def _baseline(made: dict[str, Any]) -> Any:
     return TunedClip(TwoTower(model, cfg, preprocess, tokenizer_of(cfg)), **sizes)
 
 
-def batches_of(task: Task, student: Any, tokenizer: Any, manifest: Manifest, rows: np.ndarray, max_text: int,
-               cache: str) -> Iterator[dict[str, torch.Tensor]]:  # fmt: skip
+def batches_of(
+    task: Task, student: Any, tokenizer: Any, manifest: Manifest, rows: np.ndarray, max_text: int, cache: str
+) -> Iterator[dict[str, torch.Tensor]]:
     """Rows as the student reads them, some at a time; UserError names the `tc build` of a cache that is missing."""
     fields = tuple(name for name in student.inputs if name not in ("text", "image", "pair_text"))
     run = Run(data=manifest.data, cache=cache or str(cache_folder(manifest.data)), out="")
-    sources = [open_source(cache, manifest, rows, tuple(name for name in fields if name in cache.fields))
-               for cache in find_task_caches(run, fields)]  # fmt: skip
+    sources = [
+        open_source(cache, manifest, rows, tuple(name for name in fields if name in cache.fields))
+        for cache in find_task_caches(run, fields)
+    ]
     for source in sources:
         if (source.at[rows] < 0).any():
-            raise UserError(f"{(source.at[rows] < 0).sum()} rows of {manifest.data} are not in the cache: extend it")
-    reader = TaskBatches(manifest, task, sources=sources, order=None, labelled=np.empty(0), tokenizer=tokenizer,
-                         constants=Reading(max_text), student=student, steps=0, seed=0)  # fmt: skip
+            raise UserError(
+                f"{(source.at[rows] < 0).sum()} rows of {manifest.data} are not in the cache: extend it"
+            )
+    reader = TaskBatches(
+        manifest,
+        task,
+        sources=sources,
+        order=None,
+        labelled=np.empty(0),
+        tokenizer=tokenizer,
+        constants=Reading(max_text),
+        student=student,
+        steps=0,
+        seed=0,
+    )
     for start in range(0, len(rows), ROWS):
         part = rows[start : start + ROWS]
         yield reader.read(part, [read_question(task, manifest.row(row)) for row in part.tolist()])

@@ -21,14 +21,20 @@ from teachercache.views import replay_view
 WINDOW_BLOCKS = 64  # blocks whose rows are mixed; a mapped cache of up to 64 blocks is shuffled as a whole
 
 
-def epoch_order(rows: np.ndarray, *, seed: int, epoch: int, block_rows: int, window: int = WINDOW_BLOCKS) -> np.ndarray:
+def epoch_order(
+    rows: np.ndarray, *, seed: int, epoch: int, block_rows: int, window: int = WINDOW_BLOCKS
+) -> np.ndarray:
     """Rows in this epoch's order: blocks shuffled, then rows shuffled within windows of `window` blocks.
 
     Reading stays within a window of files, so a cache larger than memory is read at disk speed; blocks mix freely.
     """
     random = np.random.default_rng([seed, epoch])
-    rows = rows[random.permutation(len(rows))]  # first: up to `window` blocks it alone decides, whatever their size
-    group = random.permutation(int(rows.max()) // block_rows + 1) // window  # of a block, by its place in this epoch
+    rows = rows[
+        random.permutation(len(rows))
+    ]  # first: up to `window` blocks it alone decides, whatever their size
+    group = (
+        random.permutation(int(rows.max()) // block_rows + 1) // window
+    )  # of a block, by its place in this epoch
     return rows[np.argsort(group.astype(np.int32)[rows // block_rows], kind="stable")]
 
 
@@ -57,7 +63,10 @@ class Order:
         """Manifest rows of a step."""
         epoch, place = divmod(step, self.per_epoch)
         if self.last[0] != epoch:
-            self.last = (epoch, epoch_order(self.rows, seed=self.seed, epoch=epoch, block_rows=self.block_rows))
+            self.last = (
+                epoch,
+                epoch_order(self.rows, seed=self.seed, epoch=epoch, block_rows=self.block_rows),
+            )
         return self.last[1][place * self.batch : (place + 1) * self.batch]
 
     def share_of(self, item: int | tuple[int, int, int], rank: int, world: int) -> tuple[int, np.ndarray]:
@@ -70,14 +79,39 @@ class Order:
 class Batches(Dataset):
     """Item s is this rank's part of the batch of step s: pictures, token ids and the cached fields of its rows."""
 
-    def __init__(self, manifest: Manifest, rows: np.ndarray, *, student: Any, cache: store.Cache | None,
-                 reads: tuple[str, ...], batch: int, steps: int, seed: int, live: Any = None,
-                 draw: Draw | None = None, views: store.Cache | None = None, more: Sequence[store.Cache] = (),
-                 ensemble: str = "average", rank: int = 0, world: int = 1):  # fmt: skip
+    def __init__(
+        self,
+        manifest: Manifest,
+        rows: np.ndarray,
+        *,
+        student: Any,
+        cache: store.Cache | None,
+        reads: tuple[str, ...],
+        batch: int,
+        steps: int,
+        seed: int,
+        live: Any = None,
+        draw: Draw | None = None,
+        views: store.Cache | None = None,
+        more: Sequence[store.Cache] = (),
+        ensemble: str = "average",
+        rank: int = 0,
+        world: int = 1,
+    ):
         self.manifest, self.rows, self.inputs = manifest, rows, student.inputs
-        self.tokenizer, self.num_chances = getattr(student, "tokenizer", None), getattr(student, "num_chances", 0)
+        self.tokenizer, self.num_chances = (
+            getattr(student, "tokenizer", None),
+            getattr(student, "num_chances", 0),
+        )
         self.read_texts = getattr(student, "read_texts", None)  # rows, texts, a generator a row -> tensors
-        self.batch, self.steps, self.seed, self.rank, self.world, self.draw = batch, steps, seed, rank, world, draw
+        self.batch, self.steps, self.seed, self.rank, self.world, self.draw = (
+            batch,
+            steps,
+            seed,
+            rank,
+            world,
+            draw,
+        )
         block_rows = cache.meta.block_rows if cache else len(manifest)
         self.order = Order(rows, batch=batch, seed=seed, block_rows=block_rows)
         self.looks, self.live_tokenize = looks(student, live), getattr(live, "tokenize", None)
@@ -94,7 +128,10 @@ class Batches(Dataset):
     def _draw_views_of(self, cache: store.Cache) -> None:
         """Show pictures in the views that the teacher saw, decoded as small as it decoded them."""
         self.num_views, self.view_params = cache.meta.views, store.read_field(cache, "view_params")
-        self.views_at, at_least = places(cache, self.manifest, self.rows), cache.meta.spec.view.get("at_least", 0)
+        self.views_at, at_least = (
+            places(cache, self.manifest, self.rows),
+            cache.meta.spec.view.get("at_least", 0),
+        )
         if any(look.replay is None for look in self.looks.values()):
             raise UserError(
                 f"{cache.path} holds augmented views, this student cannot replay them: pass another --cache"
@@ -108,8 +145,10 @@ class Batches(Dataset):
         """The rows of this rank in a step; of (step, first, last) those of its rows alone, a micro-batch."""
         epoch, rows = self.order.share_of(step, self.rank, self.world)
         samples = [self.manifest.row(row) for row in rows.tolist()]
-        chosen = {"text": [self._text(sample, row, epoch) for sample, row in zip(samples, rows, strict=True)],
-                  "image": [self._view(row, epoch) for row in rows.tolist()]}  # fmt: skip
+        chosen = {
+            "text": [self._text(sample, row, epoch) for sample, row in zip(samples, rows, strict=True)],
+            "image": [self._view(row, epoch) for row in rows.tolist()],
+        }
         batch: dict[str, Any] = {}
         for k, source in enumerate(self.sources):
             batch |= {named(name, k): value for name, value in self._read(source, rows, chosen).items()}
@@ -122,7 +161,10 @@ class Batches(Dataset):
         if self.live_tokenize is not None:
             batch["teacher_text"] = self.live_tokenize(texts)
         if self.looks:
-            shown = [self._show(sample, row, v) for sample, row, v in zip(samples, rows, chosen["image"], strict=True)]
+            shown = [
+                self._show(sample, row, v)
+                for sample, row, v in zip(samples, rows, chosen["image"], strict=True)
+            ]
             batch |= {name: torch.stack([pictures[name] for pictures in shown]) for name in self.looks}
         if self.read_texts is not None:
             random = [np.random.default_rng([self.seed, epoch, row, 3]) for row in rows.tolist()]
@@ -131,7 +173,9 @@ class Batches(Dataset):
             batch["text"] = self.tokenizer(texts)
         return batch
 
-    def _read(self, source: Source, rows: np.ndarray, chosen: dict[str, list[int]]) -> dict[str, torch.Tensor]:
+    def _read(
+        self, source: Source, rows: np.ndarray, chosen: dict[str, list[int]]
+    ) -> dict[str, torch.Tensor]:
         """What one cache holds of some rows, and its constants."""
         found = {name: torch.tensor(value) for name, value in source.constants.items()}
         for name, values in source.fields.items():
@@ -164,13 +208,19 @@ class Batches(Dataset):
         if not self.num_views:
             return {name: look.view(pictures[look.at_least]) for name, look in self.looks.items()}
         params = self.view_params[self.views_at[row], view]
-        return {name: look.replay(pictures[look.at_least], params) for name, look in self.looks.items() if look.replay}
+        return {
+            name: look.replay(pictures[look.at_least], params)
+            for name, look in self.looks.items()
+            if look.replay
+        }
 
     def _text(self, sample: Sample, row: int, epoch: int) -> int:
         """Which of a row's usable texts this epoch shows."""
         if self.sources:
             masks = [source.text_valid[source.at[row]] for source in self.sources]
-            usable = np.flatnonzero(np.logical_and.reduce([mask[: min(map(len, masks))] for mask in masks])).tolist()
+            usable = np.flatnonzero(
+                np.logical_and.reduce([mask[: min(map(len, masks))] for mask in masks])
+            ).tolist()
         else:
             usable = [k for k, (_, good) in enumerate(clean_texts(sample)) if good]
         if len(usable) == 1:
@@ -190,7 +240,9 @@ def looks(student: Any, live: Any) -> dict[str, Look]:
     if "image" in student.inputs:
         found["image"] = Look(student.view, getattr(student, "replay", None), getattr(student, "at_least", 0))
     if live is not None:
-        found["teacher_image"] = Look(live.view, replay_view(live.spec.view), live.spec.view.get("at_least", 0))
+        found["teacher_image"] = Look(
+            live.view, replay_view(live.spec.view), live.spec.view.get("at_least", 0)
+        )
     return found
 
 

@@ -57,7 +57,12 @@ def find_cache(folder: str, reads: tuple[str, ...], build_hint: str) -> store.Ca
 
 def same_data_cache(folder: str, manifest: Manifest) -> store.Cache | None:
     """Any finished cache of exactly this data, one with augmented views first: it knows which rows can be read."""
-    found = [cache for part in parts_of(folder) for cache in caches_in(part) if cache.meta.manifest == manifest.digest]
+    found = [
+        cache
+        for part in parts_of(folder)
+        for cache in caches_in(part)
+        if cache.meta.manifest == manifest.digest
+    ]
     whole = [cache for cache in found if len(store.done_blocks(cache)) == cache.meta.num_blocks]
     return next((cache for cache in whole if cache.meta.views), whole[0] if whole else None)
 
@@ -101,7 +106,9 @@ def _same_rows(manifest: Manifest, cache: store.Cache, rows: np.ndarray, at: np.
     now = manifest.table.take(rows)
     for name in ("texts", "size"):
         changed = [
-            i for i, (a, b) in enumerate(zip(then[name].to_pylist(), now[name].to_pylist(), strict=True)) if a != b
+            i
+            for i, (a, b) in enumerate(zip(then[name].to_pylist(), now[name].to_pylist(), strict=True))
+            if a != b
         ]
         if changed:
             raise UserError(
@@ -164,15 +171,21 @@ def same_views(caches: Sequence[store.Cache], manifest: Manifest, rows: np.ndarr
     for other in others:
         same = first.meta.views == other.meta.views
         if same and first.meta.views:
-            here, there = (store.read_field(cache, "view_params")[places(cache, manifest, rows)[rows]]
-                           for cache in (first, other))  # fmt: skip
+            here, there = (
+                store.read_field(cache, "view_params")[places(cache, manifest, rows)[rows]]
+                for cache in (first, other)
+            )
             same = np.array_equal(here, there)
         if not same:
-            raise UserError(f"{first.path} and {other.path} hold different views: build both with the same --views "
-                            "and --augment")  # fmt: skip
+            raise UserError(
+                f"{first.path} and {other.path} hold different views: build both with the same --views "
+                "and --augment"
+            )
 
 
 def field_shapes(caches: Sequence[store.Cache], ensemble: str) -> dict[str, tuple[int, ...]]:
     """Shapes of the fields as a batch names them, for heads."""
-    shapes = {named(name, k): field.shape for k, cache in enumerate(caches) for name, field in cache.fields.items()}
+    shapes = {
+        named(name, k): field.shape for k, cache in enumerate(caches) for name, field in cache.fields.items()
+    }
     return concat_shapes(shapes) if ensemble == "concat" and len(caches) > 1 else shapes

@@ -13,23 +13,37 @@ from student.recipes import RECIPES
 from teachercache.names import UserError
 
 
-def model_card(facts: Mapping[str, Any], results: Sequence[Mapping[str, Any]], *, library: str, usage: str,
-               notes: Sequence[str] = (), pipeline: str = "zero-shot-image-classification") -> str:  # fmt: skip
+def model_card(
+    facts: Mapping[str, Any],
+    results: Sequence[Mapping[str, Any]],
+    *,
+    library: str,
+    usage: str,
+    notes: Sequence[str] = (),
+    pipeline: str = "zero-shot-image-classification",
+) -> str:
     """The card of a run: `facts` its run.json, `results` as `student eval` wrote them, `usage` the code that loads."""
     recipe, run = facts["recipe"], facts["run"]
-    shown = {name: value for name, value in recipe["constants"].items() if name not in ("model", "init") or value}
+    shown = {
+        name: value for name, value in recipe["constants"].items() if name not in ("model", "init") or value
+    }
     lines = [
         *_front_matter(library, recipe["name"], pipeline),
-        f"# {plain(recipe['constants'].get('model', 'student'))} trained by `{recipe['name']}`", "",
+        f"# {plain(recipe['constants'].get('model', 'student'))} trained by `{recipe['name']}`",
+        "",
         f"- Recipe: {plain(recipe['paper'])}",
         f"- Constants: {_settings(shown)}",
         f"- Teacher: {'; '.join(map(_teacher, facts['teachers'])) or 'none'}",
         f"- Data: {', '.join(plain(place(part)) for part in run['data'].split(','))}; {_rows(facts)}",
         f"- Steps: {recipe['steps']}, batch {recipe['batch']}, seed {run['seed']}, {plain(run['precision'])}",
         f"- Optimizer: AdamW, {_settings(recipe['optim'])}",
-        f"- Versions: {_settings(facts.get('versions', {}))}", "",
-        "## Load", "", *fenced(usage, "python"), *(line for note in notes for line in (plain(note), "")),
-    ]  # fmt: skip
+        f"- Versions: {_settings(facts.get('versions', {}))}",
+        "",
+        "## Load",
+        "",
+        *fenced(usage, "python"),
+        *(line for note in notes for line in (plain(note), "")),
+    ]
     equations = _equations(recipe)
     if equations:
         lines += ["## Equations", "", *fenced(equations)]
@@ -78,8 +92,15 @@ def fenced(code: str, language: str = "") -> list[str]:
 def _front_matter(library: str, recipe: str, pipeline: str) -> list[str]:
     """YAML that the Hugging Face hub reads; JSON strings are YAML strings."""
     tags = ["clip", "distillation", "teachercache", recipe]
-    return ["---", f"library_name: {library}", f"pipeline_tag: {pipeline}", "tags:",
-            *(f"- {json.dumps(tag)}" for tag in tags), "---", ""]  # fmt: skip
+    return [
+        "---",
+        f"library_name: {library}",
+        f"pipeline_tag: {pipeline}",
+        "tags:",
+        *(f"- {json.dumps(tag)}" for tag in tags),
+        "---",
+        "",
+    ]
 
 
 def _settings(values: Mapping[str, Any]) -> str:

@@ -37,7 +37,9 @@ def save(engine: Any, run: Path, step: int) -> None:
     if rank() == 0:
         folder = run / "checkpoints"
         folder.mkdir(exist_ok=True)
-        write_tensors(state, folder / f"step-{step:08d}.safetensors", {"step": str(step), "world": str(world_size())})
+        write_tensors(
+            state, folder / f"step-{step:08d}.safetensors", {"step": str(step), "world": str(world_size())}
+        )
         for old in (*checkpoints_of(run)[:-1], *folder.glob("*.partial")):
             old.unlink()
     dist.barrier()
@@ -60,7 +62,9 @@ def last_checkpoint(run: Path) -> Path | None:
     """The newest checkpoint of a run."""
     found = checkpoints_of(run)
     if not found and any((run / "checkpoints").glob("step-*/")):
-        raise UserError(f"{run / 'checkpoints'} is an older version's, which alone can resume it: pass another --out")
+        raise UserError(
+            f"{run / 'checkpoints'} is an older version's, which alone can resume it: pass another --out"
+        )
     return found[-1] if found else None
 
 
@@ -79,7 +83,9 @@ def resume(engine: Any, checkpoint: Path) -> int:
             f"{checkpoint} cannot be loaded ({reason}): remove {checkpoint.parent} to start over"
         ) from error
     if world != world_size():
-        say(f"saved by {world} processes, going on with {world_size()}: a model that draws random numbers draws others")
+        say(
+            f"saved by {world} processes, going on with {world_size()}: a model that draws random numbers draws others"
+        )
         torch.manual_seed(torch.initial_seed() + step)
     return step
 
@@ -116,10 +122,14 @@ def load_student(run: Path) -> TwoTower:
         name = recipe["constants"]["model"]
         raise UserError(f"{run} trained {name}, which is no model of its own: see scripts/build_clip_lite.py")
     if "model_cfg" not in made:
-        raise UserError(f"{run} is no model of two towers but a run of {recipe['name']}: " + OTHERS.get(
-            recipe["name"], "`student eval` takes it with the task that it was trained on"))  # fmt: skip
+        raise UserError(
+            f"{run} is no model of two towers but a run of {recipe['name']}: "
+            + OTHERS.get(recipe["name"], "`student eval` takes it with the task that it was trained on")
+        )
     if not (run / "model.safetensors").exists():
-        raise UserError(f"{run} is not a finished run: `student train --recipe {recipe['name']} --resume --out {run}`")
+        raise UserError(
+            f"{run} is not a finished run: `student train --recipe {recipe['name']} --resume --out {run}`"
+        )
     model, preprocess = build_module(made["model_cfg"], made["preprocess"])
     student = TwoTower(model, made["model_cfg"], preprocess, tokenizer_of(made["model_cfg"]))
     state = load_file(run / "model.safetensors")

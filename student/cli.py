@@ -53,16 +53,28 @@ def recipes(name: str | None) -> None:
 
 
 @student.command()
-@click.option("--recipe", "name", required=True, help="A name of `student recipes`, or package.module:RECIPE.")
-@click.option("--data", help="What `tc build --data` took; default the recipe's own (`student recipes NAME`).")
-@click.option("--cache", help="A cache, or a folder of caches; several teachers with commas; default caches/<data>.")
+@click.option(
+    "--recipe", "name", required=True, help="A name of `student recipes`, or package.module:RECIPE."
+)
+@click.option(
+    "--data", help="What `tc build --data` took; default the recipe's own (`student recipes NAME`)."
+)
+@click.option(
+    "--cache", help="A cache, or a folder of caches; several teachers with commas; default caches/<data>."
+)
 @click.option("--out", help="The run folder; default runs/<recipe>-<time>.")
 @click.option("--steps", type=click.IntRange(1), help="Training steps.")
 @click.option("--batch-size", type=click.IntRange(2), help="Pairs per step, over all processes.")
-@click.option("--micro-batch", type=click.IntRange(2),
-              help="Rows that a device computes at a time; the gradient is that of the whole batch.")  # fmt: skip
-@click.option("--eval-every", type=click.IntRange(1),
-              help="Steps between evaluations; the best student is kept in OUT/best.")  # fmt: skip
+@click.option(
+    "--micro-batch",
+    type=click.IntRange(2),
+    help="Rows that a device computes at a time; the gradient is that of the whole batch.",
+)
+@click.option(
+    "--eval-every",
+    type=click.IntRange(1),
+    help="Steps between evaluations; the best student is kept in OUT/best.",
+)
 @click.option("--report-to", default="", metavar="NAMES", help="tensorboard, wandb, or both with a comma.")
 @click.option("--seed", default=0, show_default=True)
 @click.option(
@@ -70,7 +82,9 @@ def recipes(name: str | None) -> None:
     is_flag=True,
     help="Go on from the last checkpoint of --out (default: the recipe's newest run).",
 )
-@click.option("--live", is_flag=True, help="Run the cache's teacher in this process instead of reading its fields.")
+@click.option(
+    "--live", is_flag=True, help="Run the cache's teacher in this process instead of reading its fields."
+)
 @click.option(
     "--dry-run",
     is_flag=True,
@@ -85,9 +99,22 @@ def recipes(name: str | None) -> None:
     help="A constant, optim.NAME or run.NAME; repeatable.",
 )
 def train(
-    name, data, cache, out, steps, batch_size, micro_batch, eval_every, report_to, seed, resume, live, dry_run,
-    print_config, settings
-) -> None:  # fmt: skip
+    name,
+    data,
+    cache,
+    out,
+    steps,
+    batch_size,
+    micro_batch,
+    eval_every,
+    report_to,
+    seed,
+    resume,
+    live,
+    dry_run,
+    print_config,
+    settings,
+) -> None:
     """Train a student by a recipe.
 
     \u0008
@@ -140,7 +167,16 @@ def train(
         if made.get("kind") == "seq2seq":
             words = ["student", "generate", str(folder), "--image", "FILE"]
         if made.get("shape", {}).get("stage") == "adapt":  # has no answers yet
-            words = ["student", "train", "--recipe", recipe.name, "--data", run.data, "--set", f"init={folder}"]
+            words = [
+                "student",
+                "train",
+                "--recipe",
+                recipe.name,
+                "--data",
+                run.data,
+                "--set",
+                f"init={folder}",
+            ]
         say(f"next: {shlex.join(words)}")
 
 
@@ -164,7 +200,9 @@ def _answer_evaluator(run):
     def score(folder):
         task = load_task_model(folder, device="cpu", cache=run.cache).task.name
         metrics = run_answered(task, [[_answerer(folder, task, run.data)]], run.data)[0]["metrics"]
-        chosen = {key: metrics[key] for key in ("q2a", "qa2r", "accuracy") if isinstance(metrics.get(key), float)}
+        chosen = {
+            key: metrics[key] for key in ("q2a", "qa2r", "accuracy") if isinstance(metrics.get(key), float)
+        }
         return sum(chosen.values()) / len(chosen), chosen
 
     return score
@@ -178,13 +216,28 @@ def _answer_evaluator(run):
     help=f"One of {', '.join(TASKS | ANSWERED | MATCHED | GENERATED | LANGUAGE)}; short: {', '.join(SHORT)}; or all: "
     "the data sets in --data's folders.",
 )
-@click.option("--data", default=DEMO_DATA, show_default=True, help="Its test split; all of it where it has no splits.")
-@click.option("--out", type=Path, help="Where --task all writes suite.json, .csv and .md; default evals/<data>.")
-@click.option("--figures", type=Path, metavar="DIR", help="Also draw what the models say of some rows, as PNG.")
-@click.option("--samples", type=click.IntRange(1), help="Draws of noise per match of a diffusion MODEL; default 16.")
+@click.option(
+    "--data", default=DEMO_DATA, show_default=True, help="Its test split; all of it where it has no splits."
+)
+@click.option(
+    "--out", type=Path, help="Where --task all writes suite.json, .csv and .md; default evals/<data>."
+)
+@click.option(
+    "--figures", type=Path, metavar="DIR", help="Also draw what the models say of some rows, as PNG."
+)
+@click.option(
+    "--samples", type=click.IntRange(1), help="Draws of noise per match of a diffusion MODEL; default 16."
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
-def evaluate(models: tuple[str, ...], task: str, data: str, out: Path | None, figures: Path | None,
-             samples: int | None, as_json: bool) -> None:  # fmt: skip
+def evaluate(
+    models: tuple[str, ...],
+    task: str,
+    data: str,
+    out: Path | None,
+    figures: Path | None,
+    samples: int | None,
+    as_json: bool,
+) -> None:
     """Measure runs, exported open_clip folders, or teachers by name; several stand side by side.
 
     For vcr, snli_ve and vqa a MODEL is a run or a cache, and several are an ensemble too. For winoground, aro and
@@ -212,7 +265,9 @@ def evaluate(models: tuple[str, ...], task: str, data: str, out: Path | None, fi
         raise UserError("--out is where --task all writes its tables; a run's results are kept in RUN/eval")
     find_task(task)
     if figures and task not in SHORT and task not in TASKS:
-        raise UserError(f"--figures draws what encoders say of pictures, not answers: leave it away for {task}")
+        raise UserError(
+            f"--figures draws what encoders say of pictures, not answers: leave it away for {task}"
+        )
     if task.partition(":")[0] in GENERATED | LANGUAGE:
         results = [_written(model, task, data) for model in models]
     elif task in MATCHED:
@@ -236,7 +291,9 @@ def evaluate(models: tuple[str, ...], task: str, data: str, out: Path | None, fi
             for path in draw_data([encoder for encoder, _ in loaded], task, data, figures):
                 say(f"wrote {path}")
     if as_json:
-        print(*map(jsonlib.dumps, results), sep="\n")  # a line for each model, and each way in which a cache answers
+        print(
+            *map(jsonlib.dumps, results), sep="\n"
+        )  # a line for each model, and each way in which a cache answers
     else:
         print(table(results))
     return None
@@ -308,8 +365,10 @@ def _answerers(model: str, task: str, data: str):
         return answerers(model, task), None
     path = Path(model)
     if not (path / "run.json").exists():
-        raise UserError(f"{model} is neither a run nor a cache: --task {task} measures a run trained on it, or the "
-                        "embeddings of a CACHE.zarr as they are")  # fmt: skip
+        raise UserError(
+            f"{model} is neither a run nor a cache: --task {task} measures a run trained on it, or the "
+            "embeddings of a CACHE.zarr as they are"
+        )
     return [_answerer(path, task, data)], path
 
 
@@ -320,12 +379,16 @@ def _answerer(run: Path, task: str, data: str):
     from teachercache.runtime import pick_device
 
     if not is_task_run(run):
-        raise UserError(f"{run} was not trained to answer: pass a run of clip_td, or a CACHE.zarr for zero-shot")
+        raise UserError(
+            f"{run} was not trained to answer: pass a run of clip_td, or a CACHE.zarr for zero-shot"
+        )
     trained = jsonlib.loads((run / "run.json").read_text())["run"]
     cache = trained["cache"] if trained["data"] == data else ""  # of other data: caches/<data>
     model = load_task_model(run, device=pick_device(), cache=cache)
     if model.task.name != task:
-        raise UserError(f"{run} was trained on {model.task.name}: pass --task {model.task.name} and its --data")
+        raise UserError(
+            f"{run} was trained on {model.task.name}: pass --task {model.task.name} and its --data"
+        )
     return Answerer(run.name, str(run), task, model.score, model.task.answers)
 
 
@@ -349,12 +412,20 @@ def _written(model: str, task: str, data: str) -> dict:
 @student.command()
 @click.argument("model", type=Path)
 @click.option(
-    "--image", "images", type=Path, required=True, multiple=True, metavar="FILE", help="A picture; repeatable."
+    "--image",
+    "images",
+    type=Path,
+    required=True,
+    multiple=True,
+    metavar="FILE",
+    help="A picture; repeatable.",
 )
 @click.option("--question", default="", help="Answer it, instead of saying what is to be seen.")
 @click.option("--masks", type=click.IntRange(1), help="[MASK]s in the prompt; default 6, of a question 2.")
 @click.option("--beams", type=click.IntRange(1), help="Beam size; default 6, of a question 1.")
-def generate(model: Path, images: tuple[Path, ...], question: str, masks: int | None, beams: int | None) -> None:
+def generate(
+    model: Path, images: tuple[Path, ...], question: str, masks: int | None, beams: int | None
+) -> None:
     """Say what is in a picture, or answer a question about it, with a run of vlkd or an export of one.
 
     \u0008
@@ -364,15 +435,18 @@ def generate(model: Path, images: tuple[Path, ...], question: str, masks: int | 
     from student.generating import describe_pictures
     from teachercache.runtime import pick_device
 
-    texts = describe_pictures(model, images, question=question.strip(), masks=masks or 0, beams=beams or 0,
-                              device=pick_device())  # fmt: skip
+    texts = describe_pictures(
+        model, images, question=question.strip(), masks=masks or 0, beams=beams or 0, device=pick_device()
+    )
     for image, text in zip(images, texts, strict=True):
         print(f"{image}: {text}" if len(images) > 1 else text)
 
 
 @student.command("export")
 @click.argument("run", type=Path)
-@click.option("--format", "form", required=True, type=click.Choice(["open_clip", "hf"]), help="What it loads with.")
+@click.option(
+    "--format", "form", required=True, type=click.Choice(["open_clip", "hf"]), help="What it loads with."
+)
 @click.option("--out", type=Path, help="Default exports/<run>-<format>.")
 def write_export(run: Path, form: str, out: Path | None) -> None:
     """Write a trained student as a folder that open_clip or transformers load; distillation heads stay behind.

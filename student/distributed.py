@@ -34,7 +34,9 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> Tensor:
-        gradient = gradient.clone(memory_format=torch.contiguous_format)  # autograd may share it with other branches
+        gradient = gradient.clone(
+            memory_format=torch.contiguous_format
+        )  # autograd may share it with other branches
         dist.all_reduce(gradient)
         start = first_row(ctx.rows)
         return gradient[start : start + ctx.rows]

@@ -31,5 +31,7 @@ def encoder_parts(run: Path, *, device: str) -> dict[str, Any]:
 def named_teacher(model: str) -> Any:
     """A teacher by name or folder."""
     if "/" in model and ":" not in model and not Path(model).is_dir():
-        raise UserError(f"no run or exported folder at {model}: pass one, or a teacher's name (`tc teachers`)")
+        raise UserError(
+            f"no run or exported folder at {model}: pass one, or a teacher's name (`tc teachers`)"
+        )
     return load(model)

@@ -74,7 +74,9 @@ def start_distributed(device: str) -> None:
         os.environ.update(single)
     if not dist.is_initialized():
         backend = "nccl" if device.startswith("cuda") else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(hours=1))  # others wait while one evaluates
+        dist.init_process_group(
+            backend, timeout=datetime.timedelta(hours=1)
+        )  # others wait while one evaluates
 
 
 def set_up_student(student: nn.Module, run: Run) -> None:
@@ -95,7 +97,11 @@ def _no_checkpointing(student: nn.Module) -> str:
     if getattr(student, "block_widths", None):
         return "hidden looks into the blocks by hooks"
     model = getattr(student, "model", None)
-    return "" if hasattr(model, "set_grad_checkpointing") else f"{type(model or student).__name__} has no blocks for it"
+    return (
+        ""
+        if hasattr(model, "set_grad_checkpointing")
+        else f"{type(model or student).__name__} has no blocks for it"
+    )
 
 
 def _no_compile(student: nn.Module, run: Run) -> str:

@@ -47,7 +47,9 @@ def load_engine_state(engine: Any, names: set[str], read: Callable[[str], Tensor
                 parameter.data.copy_(value)
     for name, buffer in _buffers(engine.module):
         buffer.copy_(read(f"{MODEL}{name}"))
-    trained = {name: parameter for name, parameter in engine.module.named_parameters() if parameter.requires_grad}
+    trained = {
+        name: parameter for name, parameter in engine.module.named_parameters() if parameter.requires_grad
+    }
     _refresh_masters(engine, trained, read)
     counts = {name: read(f"{OPTIM}{name}{COUNT}") for name in trained if f"{OPTIM}{name}{COUNT}" in names}
     if not counts:
@@ -61,7 +63,9 @@ def load_engine_state(engine: Any, names: set[str], read: Callable[[str], Tensor
 def _gathered(parameter: nn.Parameter, modifier_rank: int | None = None) -> Any:
     import deepspeed
 
-    return deepspeed.zero.GatheredParameters([parameter] if hasattr(parameter, "ds_id") else [], modifier_rank)
+    return deepspeed.zero.GatheredParameters(
+        [parameter] if hasattr(parameter, "ds_id") else [], modifier_rank
+    )
 
 
 def _buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -148,8 +152,11 @@ def _allocate_moments(engine: Any, count: Tensor) -> None:
 def _link_moments(engine: Any) -> None:
     """Tell ZeRO 1 and 2 where a parameter's moments lie in the flat ones: they do so for their first group alone."""
     state = _adam(engine).state
-    groups = zip(getattr(engine.optimizer, "bit16_groups", ()),
-                 getattr(engine.optimizer, "single_partition_of_fp32_groups", ()), strict=True)  # fmt: skip
+    groups = zip(
+        getattr(engine.optimizer, "bit16_groups", ()),
+        getattr(engine.optimizer, "single_partition_of_fp32_groups", ()),
+        strict=True,
+    )
     for parameters, flat in groups:
         for parameter in parameters:
             if parameter._hp_mapping is not None and flat in state:

@@ -40,8 +40,11 @@ def check_ensemble(ensemble: str) -> None:
 def concat_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     """Shapes of fields behind `concat_teachers`: the widths add."""
     parts = [of_teacher(shapes, k) for k in range(num_teachers(shapes))]
-    return {name: (*shape[:-1], sum(part[name][-1] for part in parts)) for name, shape in parts[0].items()
-            if shape and all(name in part for part in parts)}  # fmt: skip
+    return {
+        name: (*shape[:-1], sum(part[name][-1] for part in parts))
+        for name, shape in parts[0].items()
+        if shape and all(name in part for part in parts)
+    }
 
 
 def concat_teachers(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -53,8 +56,11 @@ def concat_teachers(fields: Mapping[str, Any]) -> dict[str, Any]:
     from torch.nn.functional import normalize
 
     parts = [of_teacher(fields, k) for k in range(num_teachers(fields))]
-    joined = {name: torch.cat([normalize(part[name], dim=-1) for part in parts], -1) / math.sqrt(len(parts))
-              for name, value in parts[0].items() if value.ndim}  # fmt: skip
+    joined = {
+        name: torch.cat([normalize(part[name], dim=-1) for part in parts], -1) / math.sqrt(len(parts))
+        for name, value in parts[0].items()
+        if value.ndim
+    }
     if "logit_scale" in parts[0]:
         joined["logit_scale"] = torch.stack([part["logit_scale"].exp() for part in parts]).mean().log()
     return joined

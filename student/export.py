@@ -28,7 +28,9 @@ from teachercache.views import describe_view
 TOLERANCE = 1e-4  # of the largest value in an embedding, and of 1
 PROBES = ["a photo of a red bird", "It's 12 o'clock, \u00fcber \u65e5\u672c \U0001f44d", "", "word " * 100]
 
-Encode = Callable[[Tensor, list[str]], tuple[Tensor, Tensor]]  # pixels, texts -> raw image and text embeddings
+Encode = Callable[
+    [Tensor, list[str]], tuple[Tensor, Tensor]
+]  # pixels, texts -> raw image and text embeddings
 
 
 class Format(NamedTuple):
@@ -64,7 +66,9 @@ def export(run: Path, out: Path, form: str) -> tuple[Path, list[str]]:
 
 def _compare(student: TwoTower, encode: Encode, form: str) -> None:
     """UserError unless what was written gives the student's embeddings of random pictures and of some texts."""
-    pixels = torch.randn(2, 3, *describe_view(student.preprocess)["size"], generator=torch.Generator().manual_seed(0))
+    pixels = torch.randn(
+        2, 3, *describe_view(student.preprocess)["size"], generator=torch.Generator().manual_seed(0)
+    )
     with torch.inference_mode():
         ours = student.model.encode_image(pixels), student.model.encode_text(student.tokenizer(PROBES))
         theirs = encode(pixels, PROBES)
@@ -72,7 +76,9 @@ def _compare(student: TwoTower, encode: Encode, form: str) -> None:
         worst = float((a - b).abs().max()) if a.shape == b.shape else float("inf")
         if not worst <= TOLERANCE * max(1.0, float(a.abs().max())):
             other = "" if form == "open_clip" else ": use --format open_clip"
-            raise UserError(f"as {form} this student would give other {name} embeddings (by {worst:.2g}){other}")
+            raise UserError(
+                f"as {form} this student would give other {name} embeddings (by {worst:.2g}){other}"
+            )
 
 
 def _write_open_clip(student: TwoTower, folder: Path) -> list[str]:
@@ -105,8 +111,18 @@ tokenizer = open_clip.get_tokenizer("local-dir:{folder}")
 
 
 FORMATS = {
-    "open_clip": Format("open_clip", _write_open_clip, _load_open_clip, _open_clip_usage,
-                        "open_clip.create_model_and_transforms('local-dir:{}')"),
-    "hf": Format("transformers", export_hf.write, export_hf.load, export_hf.usage,
-                 "transformers.AutoModel.from_pretrained('{}')"),
-}  # fmt: skip
+    "open_clip": Format(
+        "open_clip",
+        _write_open_clip,
+        _load_open_clip,
+        _open_clip_usage,
+        "open_clip.create_model_and_transforms('local-dir:{}')",
+    ),
+    "hf": Format(
+        "transformers",
+        export_hf.write,
+        export_hf.load,
+        export_hf.usage,
+        "transformers.AutoModel.from_pretrained('{}')",
+    ),
+}

@@ -60,7 +60,9 @@ def write(student: TwoTower, folder: Path) -> list[str]:
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text())
     length = {"model_max_length": student.tokenizer.context_length}
-    other = {} if dual else {"tokenizer_class": "PreTrainedTokenizerFast"}  # CLIPTokenizer ignores our normalizer
+    other = (
+        {} if dual else {"tokenizer_class": "PreTrainedTokenizerFast"}
+    )  # CLIPTokenizer ignores our normalizer
     path.write_text(json.dumps(config | length | other, indent=2) + "\n")
     return notes(student)
 
@@ -129,11 +131,16 @@ def image_processor(view: Mapping[str, Any]) -> Any:
 
     height, width = view["size"]
     bilinear = view["interpolation"] == "bilinear"
-    options = {"image_mean": view["mean"], "image_std": view["std"],
-               "resample": int(Image.Resampling.BILINEAR if bilinear else Image.Resampling.BICUBIC)}  # fmt: skip
+    options = {
+        "image_mean": view["mean"],
+        "image_std": view["std"],
+        "resample": int(Image.Resampling.BILINEAR if bilinear else Image.Resampling.BICUBIC),
+    }
     size = {"height": height, "width": width}
     if view["resize_mode"] in (None, "shortest") and height == width:
-        return CLIPImageProcessor(size={"shortest_edge": height}, crop_size=size, do_center_crop=True, **options)
+        return CLIPImageProcessor(
+            size={"shortest_edge": height}, crop_size=size, do_center_crop=True, **options
+        )
     return CLIPImageProcessor(size=size, crop_size=size, do_center_crop=False, **options)
 
 
@@ -153,11 +160,21 @@ def clip_model(model: Any) -> Any:
     if not isinstance(model, open_clip.CLIP):
         raise refusal(f"its towers are open_clip's {type(model).__name__}")
     width, eos = model.visual.output_dim, model.vocab_size - 1  # open_clip pools at the largest id
-    text = {**_tower(model.transformer, model.ln_final), "vocab_size": model.vocab_size, "projection_dim": width,
-            "max_position_embeddings": model.positional_embedding.shape[0],
-            "bos_token_id": eos - 1, "eos_token_id": eos, "pad_token_id": eos}  # fmt: skip
-    config = CLIPConfig(text_config=text, vision_config=_vision_config(model.visual), projection_dim=width,
-                        logit_scale_init_value=model.logit_scale.item())  # fmt: skip
+    text = {
+        **_tower(model.transformer, model.ln_final),
+        "vocab_size": model.vocab_size,
+        "projection_dim": width,
+        "max_position_embeddings": model.positional_embedding.shape[0],
+        "bos_token_id": eos - 1,
+        "eos_token_id": eos,
+        "pad_token_id": eos,
+    }
+    config = CLIPConfig(
+        text_config=text,
+        vision_config=_vision_config(model.visual),
+        projection_dim=width,
+        logit_scale_init_value=model.logit_scale.item(),
+    )
     state = _state(model)
     words = {name: value for name, value in state.items() if not name.startswith("visual.")}
     projection, logit_scale = words.pop("text_projection"), words.pop("logit_scale")
@@ -177,9 +194,11 @@ def dual_encoder(model: Any, model_cfg: Mapping[str, Any]) -> Any:
     text_projection = _linear(text.proj, "text", text.transformer.config.hidden_size)
     vision, visual_projection = _dual_vision(model.visual, model_cfg["vision_cfg"])
     config = VisionTextDualEncoderConfig.from_vision_text_configs(
-        vision.config, text.transformer.config,
-        projection_dim=text_projection.shape[0], logit_scale_init_value=model.logit_scale.item(),
-    )  # fmt: skip
+        vision.config,
+        text.transformer.config,
+        projection_dim=text_projection.shape[0],
+        logit_scale_init_value=model.logit_scale.item(),
+    )
     config.text_config.name_or_path = ""  # where it once came from
     joined = VisionTextDualEncoderModel(config, vision_model=vision, text_model=text.transformer)
     with torch.no_grad():
@@ -198,8 +217,11 @@ def _dual_vision(visual: Any, cfg: Mapping[str, Any]) -> tuple[Any, Tensor]:
         head = heads[-1][1] if [name for name, _ in heads] == ["drop", "proj"] else visual.head
         projection = _linear(head, "image", visual.trunk.num_features)
         pool = cfg.get("timm_pool", "avg")
-        config = TimmWrapperConfig(architecture=cfg["timm_model_name"], hidden_size=visual.trunk.num_features,
-                                   model_args={"global_pool": pool} if pool else {})  # fmt: skip
+        config = TimmWrapperConfig(
+            architecture=cfg["timm_model_name"],
+            hidden_size=visual.trunk.num_features,
+            model_args={"global_pool": pool} if pool else {},
+        )
         own = {f"timm_model.{name}": value for name, value in visual.trunk.state_dict().items()}
         return _filled(TimmWrapperModel(config), own), projection
     module = CLIPVisionModel(CLIPVisionConfig(**_vision_config(visual)))
@@ -224,8 +246,12 @@ def _vision_config(visual: Any) -> dict[str, Any]:
     height, width = visual.image_size
     if height != width or visual.patch_size[0] != visual.patch_size[1]:
         raise refusal(f"its pictures or patches are not square ({height} x {width})")
-    return {**_tower(visual.transformer, visual.ln_post), "image_size": height, "patch_size": visual.patch_size[0],
-            "projection_dim": visual.output_dim}  # fmt: skip
+    return {
+        **_tower(visual.transformer, visual.ln_post),
+        "image_size": height,
+        "patch_size": visual.patch_size[0],
+        "projection_dim": visual.output_dim,
+    }
 
 
 def _tower(transformer: Any, norm: nn.LayerNorm) -> dict[str, Any]:
@@ -236,9 +262,14 @@ def _tower(transformer: Any, norm: nn.LayerNorm) -> dict[str, Any]:
     names = {QuickGELU: "quick_gelu", nn.GELU: "gelu_pytorch_tanh" if tanh else "gelu"}
     if type(activation) not in names:
         raise refusal(f"its blocks use {type(activation).__name__}")
-    return {"hidden_size": norm.normalized_shape[0], "intermediate_size": block.mlp.c_fc.out_features,
-            "num_hidden_layers": len(transformer.resblocks), "num_attention_heads": block.attn.num_heads,
-            "hidden_act": names[type(activation)], "layer_norm_eps": norm.eps}  # fmt: skip
+    return {
+        "hidden_size": norm.normalized_shape[0],
+        "intermediate_size": block.mlp.c_fc.out_features,
+        "num_hidden_layers": len(transformer.resblocks),
+        "num_attention_heads": block.attn.num_heads,
+        "hidden_act": names[type(activation)],
+        "layer_norm_eps": norm.eps,
+    }
 
 
 def _state(model: Any) -> dict[str, Tensor]:

@@ -40,10 +40,18 @@ def export_seq2seq(run: Path, out: Path, form: str) -> tuple[Path, list[str]]:
         write_folder(student, facts, partial)
         write_language_model(student, partial / "language_model")
         _compare(student, partial)
-        notes = ["language_model/ is its language model alone, a plain BART: "
-                 "transformers.BartForConditionalGeneration.from_pretrained(\".../language_model\")"]  # fmt: skip
-        card = model_card(facts, results, library="transformers", usage=_usage(out.name), notes=notes,
-                          pipeline="image-to-text")  # fmt: skip
+        notes = [
+            "language_model/ is its language model alone, a plain BART: "
+            'transformers.BartForConditionalGeneration.from_pretrained(".../language_model")'
+        ]
+        card = model_card(
+            facts,
+            results,
+            library="transformers",
+            usage=_usage(out.name),
+            notes=notes,
+            pipeline="image-to-text",
+        )
         write_whole(partial / "README.md", card)
         os.replace(partial, out)
     finally:
@@ -68,11 +76,16 @@ def write_language_model(student: Seq2Seq, folder: Path) -> None:
 
     read, names = student.read_texts, ("bos", "pad", "eos", "mask")
     special = {
-        f"{name}_token": read.tokenizer.id_to_token(number) for name, number in zip(names, read.marks, strict=True)
+        f"{name}_token": read.tokenizer.id_to_token(number)
+        for name, number in zip(names, read.marks, strict=True)
     }
     special |= {"cls_token": special["bos_token"], "sep_token": special["eos_token"]}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=read.tokenizer, unk_token="<unk>", **special,
-                                        model_max_length=student.bart.config.max_position_embeddings)  # fmt: skip
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=read.tokenizer,
+        unk_token="<unk>",
+        **special,
+        model_max_length=student.bart.config.max_position_embeddings,
+    )
     logging.disable_progress_bar()
     try:
         student.language_model().save_pretrained(folder)
@@ -87,13 +100,22 @@ def _compare(student: Seq2Seq, folder: Path) -> None:
     from transformers import AutoTokenizer, BartForConditionalGeneration
 
     tokenizer = AutoTokenizer.from_pretrained(folder / "language_model")
-    ids = tokenizer(PROBES, padding=True, truncation=True, max_length=student.read_texts.max_text, return_tensors="pt")
+    ids = tokenizer(
+        PROBES, padding=True, truncation=True, max_length=student.read_texts.max_text, return_tensors="pt"
+    )
     text, there = ids["input_ids"], ids["attention_mask"]
-    pictures = torch.randn(len(PROBES), 2, student.text_out.out_features, generator=torch.Generator().manual_seed(0))
-    again, alone = load_seq2seq(folder), BartForConditionalGeneration.from_pretrained(folder / "language_model")
+    pictures = torch.randn(
+        len(PROBES), 2, student.text_out.out_features, generator=torch.Generator().manual_seed(0)
+    )
+    again, alone = (
+        load_seq2seq(folder),
+        BartForConditionalGeneration.from_pretrained(folder / "language_model"),
+    )
     ours = [student.decode(text, *student.context(text, V)) for V in (pictures, None)]
     start = torch.full_like(text[:, :1], student.bart.config.decoder_start_token_id)
-    plain = alone.eval()(input_ids=text, attention_mask=there, decoder_input_ids=torch.cat([start, text[:, :-1]], 1))
+    plain = alone.eval()(
+        input_ids=text, attention_mask=there, decoder_input_ids=torch.cat([start, text[:, :-1]], 1)
+    )
     theirs = [again.decode(text, *again.context(text, pictures)), plain.logits]
     for name, a, b in zip(("model", "language_model"), ours, theirs, strict=True):
         worst = float((a - b)[there.bool()].abs().max())

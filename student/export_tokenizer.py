@@ -23,7 +23,11 @@ def clip_tokenizer(tokenizer: Any, folder: Path) -> Any:
     """A fast tokenizer with these words; vocab.json and merges.txt, which older programs read, go into the folder."""
     from transformers import CLIPTokenizer, PreTrainedTokenizerFast
 
-    if not isinstance(tokenizer, SimpleTokenizer) or len(tokenizer.all_special_ids) != 2 or tokenizer.reduction_fn:
+    if (
+        not isinstance(tokenizer, SimpleTokenizer)
+        or len(tokenizer.all_special_ids) != 2
+        or tokenizer.reduction_fn
+    ):
         raise UserError("only CLIP's own tokenizer can be written for transformers: use --format open_clip")
     words = sorted(tokenizer.encoder, key=lambda word: tokenizer.encoder[word])
     vocab = {word: i for i, word in enumerate([*words[:-2], START, END])}
@@ -34,8 +38,14 @@ def clip_tokenizer(tokenizer: Any, folder: Path) -> Any:
     backend = CLIPTokenizer(vocab=vocab, merges=merges).backend_tokenizer
     backend.normalizer = _normalizer()
     backend.decoder = _decoder()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=START, eos_token=END, pad_token=END,
-                                   unk_token=END, model_max_length=tokenizer.context_length)  # fmt: skip
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token=START,
+        eos_token=END,
+        pad_token=END,
+        unk_token=END,
+        model_max_length=tokenizer.context_length,
+    )
 
 
 def _normalizer() -> Any:
@@ -46,13 +56,19 @@ def _normalizer() -> Any:
 
     characters = {chr(code): text for code, text in {**LIGATURES, **WIDTH_MAP}.items()}
     pairs = [("&amp;", "&"), *ENTITIES.items(), *characters.items()]  # &amp;amp; is unescaped twice there too
-    return Sequence([
-        Replace(Regex(ESCAPES), ""),
-        *(Replace(old, new) for old, new in pairs),
-        Replace(Regex("[\u02bc\u2018-\u201b]"), "'"), Replace(Regex("[\u201c-\u201f]"), '"'),
-        Replace(Regex(CONTROLS), ""),
-        NFC(), Replace(Regex(r"\s+"), " "), Strip(), Lowercase(),
-    ])  # fmt: skip
+    return Sequence(
+        [
+            Replace(Regex(ESCAPES), ""),
+            *(Replace(old, new) for old, new in pairs),
+            Replace(Regex("[\u02bc\u2018-\u201b]"), "'"),
+            Replace(Regex("[\u201c-\u201f]"), '"'),
+            Replace(Regex(CONTROLS), ""),
+            NFC(),
+            Replace(Regex(r"\s+"), " "),
+            Strip(),
+            Lowercase(),
+        ]
+    )
 
 
 def _decoder() -> Any:

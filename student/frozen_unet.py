@@ -32,7 +32,9 @@ def load_unet(cache: Cache, device: str, *, precision: str = "auto", checkpoint:
     teacher = load_teacher(cache)
     module = teacher.module
     if not isinstance(module, Diffusion):
-        raise UserError(f"{cache.path} is of {teacher.spec.name}, which has no UNet: pass a diffusion model's --cache")
+        raise UserError(
+            f"{cache.path} is of {teacher.spec.name}, which has no UNet: pass a diffusion model's --cache"
+        )
     module.vae = module.text_encoder = None  # what they say is cached
     dtype, reason = precision, "asked for"
     if precision == "auto":
@@ -43,7 +45,9 @@ def load_unet(cache: Cache, device: str, *, precision: str = "auto", checkpoint:
     nn.Module.to(module.unet, getattr(torch, dtype))  # diffusers' own warns of what it has nothing of
     if checkpoint:
         module.unet.enable_gradient_checkpointing()
-    say(f"{teacher.spec.name}'s UNet: {num_weights(module.unet) / 1e6:,.1f}M parameters, frozen, {dtype} ({reason})")
+    say(
+        f"{teacher.spec.name}'s UNet: {num_weights(module.unet) / 1e6:,.1f}M parameters, frozen, {dtype} ({reason})"
+    )
     return teacher
 
 
@@ -57,10 +61,15 @@ def num_weights(module: nn.Module) -> int:
 
 
 def diffusion_errors(
-    module: Diffusion, latents: Float[Tensor, "n channels down across"],
-    noise: Float[Tensor, "n channels down across"], t: Int[Tensor, " n"], states: Float[Tensor, "n length dim"], *,
-    full: bool = True, micro: int = 0,
-) -> Float[Tensor, " n"]:  # fmt: skip
+    module: Diffusion,
+    latents: Float[Tensor, "n channels down across"],
+    noise: Float[Tensor, "n channels down across"],
+    t: Int[Tensor, " n"],
+    states: Float[Tensor, "n length dim"],
+    *,
+    full: bool = True,
+    micro: int = 0,
+) -> Float[Tensor, " n"]:
     """Each row's ||eps_theta(z_t, t, c) - eps||^2, mean over elements; its gradient reaches `latents`.
 
     `full` is the gradient through the UNet; else the UNet's Jacobian is taken for the identity (DreamFusion), under the
@@ -79,17 +88,22 @@ def diffusion_errors(
     return errors + (slopes * change).flatten(1).sum(1)
 
 
-def _slope(module: Diffusion, noised: Tensor, noise: Tensor, t: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
+def _slope(
+    module: Diffusion, noised: Tensor, noise: Tensor, t: Tensor, states: Tensor
+) -> tuple[Tensor, Tensor]:
     """Errors of some rows, and their gradient with respect to what the UNet saw."""
     noised = noised.requires_grad_()
     errors = diffusion_loss(predict_noise(module, noised, t, states), noise)
     if not errors.requires_grad:
-        raise RuntimeError("the UNet predicted noise without a gradient: is it under no_grad or inference_mode?")
+        raise RuntimeError(
+            "the UNet predicted noise without a gradient: is it under no_grad or inference_mode?"
+        )
     return errors.detach(), torch.autograd.grad(errors.sum(), noised)[0]
 
 
-def _identity_slope(module: Diffusion, noised: Tensor, noise: Tensor, t: Tensor,
-                    states: Tensor) -> tuple[Tensor, Tensor]:  # fmt: skip
+def _identity_slope(
+    module: Diffusion, noised: Tensor, noise: Tensor, t: Tensor, states: Tensor
+) -> tuple[Tensor, Tensor]:
     """The same with the identity for the UNet's Jacobian, which needs no backward."""
     with torch.no_grad():
         rest = predict_noise(module, noised, t, states) - noise
@@ -143,8 +157,9 @@ class Probe(nn.Module):
         return torch.autograd.grad(said.sum(), noised)[0]
 
 
-def unet_bytes(unet: nn.Module, latent: Sequence[int], states: Sequence[int], *, rows: int,
-               dtype: torch.dtype) -> tuple[int, int]:  # fmt: skip
+def unet_bytes(
+    unet: nn.Module, latent: Sequence[int], states: Sequence[int], *, rows: int, dtype: torch.dtype
+) -> tuple[int, int]:
     """Bytes of the weights, and of all else at the peak of a forward and backward of so many rows; computes nothing.
 
     Fake tensors take the UNet's place, so it may lie on the meta device. A GPU's libraries need some space besides.
@@ -154,7 +169,9 @@ def unet_bytes(unet: nn.Module, latent: Sequence[int], states: Sequence[int], *,
     probe = Probe(unet)
     with FakeTensorMode():
         weights = {name: torch.empty(value.shape, dtype=dtype) for name, value in probe.named_parameters()}
-        weights |= {name: torch.empty(value.shape, dtype=value.dtype) for name, value in probe.named_buffers()}
+        weights |= {
+            name: torch.empty(value.shape, dtype=value.dtype) for name, value in probe.named_buffers()
+        }
         noised = torch.zeros(rows, *latent, dtype=dtype, requires_grad=True)
         inputs = noised, torch.zeros(rows, dtype=torch.int64), torch.zeros(rows, *states, dtype=dtype)
         with LiveBytes() as live, torch.enable_grad():
@@ -166,5 +183,7 @@ def memory_words(teacher: Teacher, rows: int) -> str:
     """What a UNet that sees so many rows at a time needs, for a person."""
     unet, shapes = teacher.module.unet, (teacher.spec.field(name).shape for name in ("latent", "text_states"))
     weights, kept = unet_bytes(unet, *shapes, rows=rows, dtype=unet.dtype)
-    return (f"{teacher.spec.name}'s UNet, by estimate: {size(weights)} of weights and {size(kept)} at the peak of "
-            f"{rows} rows at a time: {size(weights + kept)} beside the student")  # fmt: skip
+    return (
+        f"{teacher.spec.name}'s UNet, by estimate: {size(weights)} of weights and {size(kept)} at the peak of "
+        f"{rows} rows at a time: {size(weights + kept)} beside the student"
+    )

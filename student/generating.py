@@ -36,8 +36,12 @@ def load_generator(folder: Path, *, device: str = "cpu") -> Generator:
     teacher = picture_teacher(folder, student.inputs[1])
     teacher.module.to(device)
 
-    def generate(pictures: Sequence[Any], prompts: Sequence[str], num_beams: int = CAPTION_BEAMS,
-                 max_length: int = MOST_TOKENS) -> list[str]:  # fmt: skip
+    def generate(
+        pictures: Sequence[Any],
+        prompts: Sequence[str],
+        num_beams: int = CAPTION_BEAMS,
+        max_length: int = MOST_TOKENS,
+    ) -> list[str]:
         if len(pictures) != len(prompts):
             raise ValueError(f"{len(pictures)} pictures and {len(prompts)} prompts")
         found: list[str] = []
@@ -46,7 +50,9 @@ def load_generator(folder: Path, *, device: str = "cpu") -> Generator:
             images = torch.stack([teacher.view(picture) for picture in pictures[part]]).to(device)
             with torch.inference_mode():
                 fields = teacher.encode(teacher.module, {"image": images})
-            found += student.generate_texts(fields, prompts[part], num_beams=num_beams, max_new_tokens=max_length)
+            found += student.generate_texts(
+                fields, prompts[part], num_beams=num_beams, max_new_tokens=max_length
+            )
         return found
 
     return Generator(folder.resolve().name, str(folder), generate)
@@ -60,13 +66,22 @@ def picture_teacher(folder: Path, field: str) -> Any:
     outputs = ("patches",) if field == "patch_emb" else ("embeddings",)
     teacher = load(facts["name"], weights=facts["weights"], outputs=outputs)
     if teacher.spec.digest != facts["digest"]:
-        raise UserError(f"{folder} was distilled from other weights of {facts['name']} than there are now: put those "
-                        "back, or train again")  # fmt: skip
+        raise UserError(
+            f"{folder} was distilled from other weights of {facts['name']} than there are now: put those "
+            "back, or train again"
+        )
     return teacher
 
 
-def describe_pictures(folder: Path, files: Sequence[Path], *, question: str = "", masks: int = 0, beams: int = 0,
-                      device: str = "cpu") -> list[str]:  # fmt: skip
+def describe_pictures(
+    folder: Path,
+    files: Sequence[Path],
+    *,
+    question: str = "",
+    masks: int = 0,
+    beams: int = 0,
+    device: str = "cpu",
+) -> list[str]:
     """A caption of each picture file, or an answer to the question; masks and beams 0 for the paper's."""
     pictures = []
     for file in files:
@@ -78,4 +93,6 @@ def describe_pictures(folder: Path, files: Sequence[Path], *, question: str = ""
     masks = masks or NUM_MASKS[kind]
     prompt = answer_prompt(question, masks) if question else caption_prompt(masks)
     beams = beams or (ANSWER_BEAMS if question else CAPTION_BEAMS)
-    return load_generator(folder, device=device).generate(pictures, [prompt] * len(pictures), beams, MOST_TOKENS)
+    return load_generator(folder, device=device).generate(
+        pictures, [prompt] * len(pictures), beams, MOST_TOKENS
+    )

@@ -13,7 +13,9 @@ import numpy as np
 LENGTH = 3.0  # words of a span in the mean
 
 
-def draw_lengths(words: int, random: np.random.Generator, *, share: float, length: float = LENGTH) -> np.ndarray:
+def draw_lengths(
+    words: int, random: np.random.Generator, *, share: float, length: float = LENGTH
+) -> np.ndarray:
     """Lengths of the spans of a text, zeros among them, that together use up ceil(share * words)."""
     budget = math.ceil(round(share * words, 9))
     lengths = np.empty(0, int)
@@ -28,8 +30,15 @@ def draw_lengths(words: int, random: np.random.Generator, *, share: float, lengt
     return lengths
 
 
-def infill(ids: Sequence[int], starts: Sequence[bool], mask: int, random: np.random.Generator, *, share: float,
-           length: float = LENGTH) -> list[int]:  # fmt: skip
+def infill(
+    ids: Sequence[int],
+    starts: Sequence[bool],
+    mask: int,
+    random: np.random.Generator,
+    *,
+    share: float,
+    length: float = LENGTH,
+) -> list[int]:
     """The tokens of a text, without its marks of begin and end, with masks in the place of spans.
 
     `starts` says which tokens begin a word; the first one does in any case.
@@ -39,7 +48,10 @@ def infill(ids: Sequence[int], starts: Sequence[bool], mask: int, random: np.ran
     lengths = draw_lengths(words, random, share=share, length=length)
     spans = lengths[lengths > 0]
     places = random.permutation(words)[: len(spans)]
-    begins, inside = np.zeros(words, bool), np.zeros(words, bool)  # inside: behind the first word of some span
+    begins, inside = (
+        np.zeros(words, bool),
+        np.zeros(words, bool),
+    )  # inside: behind the first word of some span
     begins[places] = True
     for place, size in zip(places, spans, strict=True):
         inside[place + 1 : place + size] = True

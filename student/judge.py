@@ -59,16 +59,22 @@ def unit(rows: np.ndarray) -> np.ndarray:
 def three_means(values: np.ndarray) -> np.ndarray:
     """Centres of k-means with k = 3, lowest first: contradiction, neutral, entailment (CLIP-TD, section 4.2.1)."""
     if len(np.unique(values)) < 3:
-        raise UserError(f"{len(values)} rows of SNLI-VE are too few or too alike for three anchors: take more, or add "
-                        "--set confidence=false")  # fmt: skip
+        raise UserError(
+            f"{len(values)} rows of SNLI-VE are too few or too alike for three anchors: take more, or add "
+            "--set confidence=false"
+        )
     try:
         from sklearn.cluster import KMeans
     except ImportError as error:
-        raise UserError("the anchors of SNLI-VE need scikit-learn: pip install 'teachercache[eval]'") from error
+        raise UserError(
+            "the anchors of SNLI-VE need scikit-learn: pip install 'teachercache[eval]'"
+        ) from error
     return np.sort(KMeans(3, n_init=10, random_state=0).fit(values[:, None]).cluster_centers_[:, 0])
 
 
-def answer_rows(task: Task, source: Source, manifest: Manifest, rows: np.ndarray) -> Float[np.ndarray, "answers d"]:
+def answer_rows(
+    task: Task, source: Source, manifest: Manifest, rows: np.ndarray
+) -> Float[np.ndarray, "answers d"]:
     """The text embedding of each answer of the vocabulary: of the first row that has it (at place 1 in VQA)."""
     labels = manifest.column("label")
     first: dict[str, int] = {}
@@ -78,7 +84,9 @@ def answer_rows(task: Task, source: Source, manifest: Manifest, rows: np.ndarray
     return unit(source.fields["text_emb"][at, 1])
 
 
-def find_judge(task: Task, sources: Sequence[Source], manifest: Manifest, rows: np.ndarray, *, asked: bool) -> Any:
+def find_judge(
+    task: Task, sources: Sequence[Source], manifest: Manifest, rows: np.ndarray, *, asked: bool
+) -> Any:
     """A Judge where confidence weighting asks for one."""
     found = next((source for source in sources if {"image_emb", "text_emb"} <= set(source.fields)), None)
     return Judge(task, found, manifest, rows) if asked and found is not None else None

@@ -40,8 +40,14 @@ def clip_loss(image: Float[Tensor, "n d"], text: Float[Tensor, "n d"], scale: Sc
     return (_diagonal_ce(logits) + _diagonal_ce(logits.T)) / 2
 
 
-def crd_loss(image: Float[Tensor, "n d"], text: Float[Tensor, "n d"], scale: Scale, t_image: Float[Tensor, "n e"],
-             t_text: Float[Tensor, "n e"], t_scale: Scale) -> Float[Tensor, ""]:  # fmt: skip
+def crd_loss(
+    image: Float[Tensor, "n d"],
+    text: Float[Tensor, "n d"],
+    scale: Scale,
+    t_image: Float[Tensor, "n e"],
+    t_text: Float[Tensor, "n e"],
+    t_scale: Scale,
+) -> Float[Tensor, ""]:
     """Contrastive relational distillation (CLIP-KD): KL of the teacher's to the student's contrastive softmax.
 
     1/2 [KL(sm(a_T V_T S_T^T) || sm(a_S V S^T)) + KL(sm(a_T S_T V_T^T) || sm(a_S S V^T))], each with its own scale.
@@ -54,17 +60,26 @@ def crd_loss(image: Float[Tensor, "n d"], text: Float[Tensor, "n d"], scale: Sca
     return (_kl_rows(teacher, student) + _kl_rows(teacher.T, student.T)) / 2
 
 
-def clip_crd_losses(image: Float[Tensor, "n d"], text: Float[Tensor, "n d"], scale: Scale,
-                    t_image: Float[Tensor, "n e"], t_text: Float[Tensor, "n e"],
-                    t_scale: Scale) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:  # fmt: skip
+def clip_crd_losses(
+    image: Float[Tensor, "n d"],
+    text: Float[Tensor, "n d"],
+    scale: Scale,
+    t_image: Float[Tensor, "n e"],
+    t_text: Float[Tensor, "n e"],
+    t_scale: Scale,
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """clip_loss and crd_loss of the same rows: in tiles they share their products of matrices."""
     if tiled.pays(image, t_image, t_text, t_scale):
         return tiled.tiled_clip_crd(image, text, scale, t_image, t_text, t_scale)
     return clip_loss(image, text, scale), crd_loss(image, text, scale, t_image, t_text, t_scale)
 
 
-def fd_loss(image: Float[Tensor, "n d"], text: Float[Tensor, "n d"], t_image: Float[Tensor, "n d"],
-            t_text: Float[Tensor, "n d"]) -> Float[Tensor, ""]:  # fmt: skip
+def fd_loss(
+    image: Float[Tensor, "n d"],
+    text: Float[Tensor, "n d"],
+    t_image: Float[Tensor, "n d"],
+    t_text: Float[Tensor, "n d"],
+) -> Float[Tensor, ""]:
     """Feature distillation (CLIP-KD): mean over pairs and dims of (V' - V_T)^2, plus the same for text.
 
     For unit rows it is 2/d (1 - cos) per modality, so a weight means something only beside d.
@@ -73,8 +88,13 @@ def fd_loss(image: Float[Tensor, "n d"], text: Float[Tensor, "n d"], t_image: Fl
     return F.mse_loss(V, V_T) + F.mse_loss(S, S_T)
 
 
-def icl_loss(image: Float[Tensor, "n d"], text: Float[Tensor, "n d"], t_image: Float[Tensor, "n d"],
-             t_text: Float[Tensor, "n d"], scale: Scale) -> Float[Tensor, ""]:  # fmt: skip
+def icl_loss(
+    image: Float[Tensor, "n d"],
+    text: Float[Tensor, "n d"],
+    t_image: Float[Tensor, "n d"],
+    t_text: Float[Tensor, "n d"],
+    scale: Scale,
+) -> Float[Tensor, ""]:
     """Interactive contrastive learning (CLIP-KD): the student's rows against the teacher's other modality.
 
     1/2 [CE(g V' S_T^T, I) + CE(g S' V_T^T, I)], g a learnable scale of its own.
@@ -85,8 +105,14 @@ def icl_loss(image: Float[Tensor, "n d"], text: Float[Tensor, "n d"], t_image: F
     return (_diagonal_ce(scale * V @ S_T.T) + _diagonal_ce(scale * S @ V_T.T)) / 2
 
 
-def gd_loss(image: Float[Tensor, "n d"], text: Float[Tensor, "n d"], scale: Scale, t_image: Float[Tensor, "n d"],
-            t_text: Float[Tensor, "n d"], t_scale: Scale) -> Float[Tensor, ""]:  # fmt: skip
+def gd_loss(
+    image: Float[Tensor, "n d"],
+    text: Float[Tensor, "n d"],
+    scale: Scale,
+    t_image: Float[Tensor, "n d"],
+    t_text: Float[Tensor, "n d"],
+    t_scale: Scale,
+) -> Float[Tensor, ""]:
     """Gradient distillation (CLIP-KD, appendix Eq. 7): mean over pairs of |G_V,T - G_V|^2 + |G_S,T - G_S|^2.
 
     G is the gradient of the batch-mean task loss, so its square shrinks as (a / N)^2 and a weight means something only
@@ -99,8 +125,9 @@ def gd_loss(image: Float[Tensor, "n d"], text: Float[Tensor, "n d"], scale: Scal
     return sum((G_T - G).square().sum(1).mean() for G, G_T in zip(student, teacher, strict=True))
 
 
-def _task_gradients(V: Float[Tensor, "n d"], S: Float[Tensor, "n d"],
-                    scale: Scale) -> tuple[Float[Tensor, "n d"], Float[Tensor, "n d"]]:  # fmt: skip
+def _task_gradients(
+    V: Float[Tensor, "n d"], S: Float[Tensor, "n d"], scale: Scale
+) -> tuple[Float[Tensor, "n d"], Float[Tensor, "n d"]]:
     """G_V, G_S = d clip_loss / dV, dS in closed form (CLIP-KD, appendix Eq. 1-6), themselves differentiable.
 
     P = sm(a V S^T), Q = sm(a S V^T): G_V = a/2N [(P - I) S + (Q - I)^T S], G_S = a/2N [(Q - I) V + (P - I)^T V].
@@ -110,8 +137,14 @@ def _task_gradients(V: Float[Tensor, "n d"], S: Float[Tensor, "n d"],
     return scale * (both @ S) / (2 * len(V)), scale * (both.T @ V) / (2 * len(V))
 
 
-def cross_kd_loss(image: Float[Tensor, "n d"], text: Float[Tensor, "n d"], scale: Scale, t_image: Float[Tensor, "n d"],
-                  t_text: Float[Tensor, "n d"], t_scale: Scale) -> Float[Tensor, ""]:  # fmt: skip
+def cross_kd_loss(
+    image: Float[Tensor, "n d"],
+    text: Float[Tensor, "n d"],
+    scale: Scale,
+    t_image: Float[Tensor, "n d"],
+    t_text: Float[Tensor, "n d"],
+    t_scale: Scale,
+) -> Float[Tensor, ""]:
     """Cross distribution distillation (CLIP-KD): CRD whose student logits meet the teacher's other modality.
 
     1/2 [KL(sm(a_T V_T S_T^T) || sm(g V' S_T^T)) + KL(sm(a_T S_T V_T^T) || sm(g S' V_T^T))], g as in ICL.
@@ -123,8 +156,14 @@ def cross_kd_loss(image: Float[Tensor, "n d"], text: Float[Tensor, "n d"], scale
     return (_kl_rows(teacher, scale * V @ S_T.T) + _kl_rows(teacher.T, scale * S @ V_T.T)) / 2
 
 
-def soft_clip_loss(image: Float[Tensor, "n d"], text: Float[Tensor, "n d"], scale: Scale, t_image: Float[Tensor, "n e"],
-                   t_text: Float[Tensor, "n e"], t_scale: Scale) -> Float[Tensor, ""]:  # fmt: skip
+def soft_clip_loss(
+    image: Float[Tensor, "n d"],
+    text: Float[Tensor, "n d"],
+    scale: Scale,
+    t_image: Float[Tensor, "n e"],
+    t_text: Float[Tensor, "n e"],
+    t_scale: Scale,
+) -> Float[Tensor, ""]:
     """Affinity mimicking: InfoNCE whose targets are the teacher's softmax, crd_loss and the teacher's entropy.
 
     1/2 [CE(a V S^T, sm(a_T V_T S_T^T)) + CE(a S V^T, sm(a_T S_T V_T^T))].
@@ -138,9 +177,15 @@ def soft_clip_loss(image: Float[Tensor, "n d"], text: Float[Tensor, "n d"], scal
     return sum(F.cross_entropy(z, t.softmax(1)) for z, t in both) / 2
 
 
-def psd_loss(image: Float[Tensor, "n d"], text: Float[Tensor, "n d"], scale: Scale, t_image: Float[Tensor, "n e"],
-             t_text: Float[Tensor, "n e"], t_scale: Scale,
-             unaligned: Bool[Tensor, " n"]) -> Float[Tensor, ""]:  # fmt: skip
+def psd_loss(
+    image: Float[Tensor, "n d"],
+    text: Float[Tensor, "n d"],
+    scale: Scale,
+    t_image: Float[Tensor, "n e"],
+    t_text: Float[Tensor, "n e"],
+    t_scale: Scale,
+    unaligned: Bool[Tensor, " n"],
+) -> Float[Tensor, ""]:
     """Progressive self-distillation: hard targets for aligned pairs, swapped soft ones for unaligned pairs.
 
     1/N [sum over aligned i of CE(Z_i, i) + sum over unaligned i of KL(R_i || sm(Z)_i)], Z = a V S^T, and the same for
@@ -155,7 +200,9 @@ def psd_loss(image: Float[Tensor, "n d"], text: Float[Tensor, "n d"], scale: Sca
     return (_psd_rows(student, teacher, unaligned) + _psd_rows(student.T, teacher.T, unaligned)) / 2
 
 
-def _psd_rows(z: Float[Tensor, "n n"], t: Float[Tensor, "n n"], unaligned: Bool[Tensor, " n"]) -> Float[Tensor, ""]:
+def _psd_rows(
+    z: Float[Tensor, "n n"], t: Float[Tensor, "n n"], unaligned: Bool[Tensor, " n"]
+) -> Float[Tensor, ""]:
     """One direction of psd_loss: softmax over rows of t - lse_j is sm(t^T)^T with its rows renormalised."""
     log_p, log_r = z.log_softmax(1), (t - t.logsumexp(0)).log_softmax(1)
     soft = F.kl_div(log_p, log_r, log_target=True, reduction="none").sum(1)
@@ -168,8 +215,9 @@ def hidden_loss(hidden: Float[Tensor, "n d"], t_hidden: Float[Tensor, "n d"]) ->
     return F.mse_loss(H, H_T)
 
 
-def answer_loss(logits: Float[Tensor, "n classes"], target: Float[Tensor, "n classes"], *,
-                many: bool = False) -> Float[Tensor, " n"]:  # fmt: skip
+def answer_loss(
+    logits: Float[Tensor, "n classes"], target: Float[Tensor, "n classes"], *, many: bool = False
+) -> Float[Tensor, " n"]:
     """Each row's task loss: cross-entropy, or where several answers may be right (VQA) binary ones, summed."""
     Z, T = _wide(logits, target)
     if many:
@@ -177,8 +225,11 @@ def answer_loss(logits: Float[Tensor, "n classes"], target: Float[Tensor, "n cla
     return -(T * Z.log_softmax(1)).sum(1)
 
 
-def token_l1(student_tokens: Float[Tensor, "*rows d"], teacher_tokens: Float[Tensor, "*rows d"],
-             weight: Float[Tensor, "*rows"]) -> Float[Tensor, ""]:  # fmt: skip
+def token_l1(
+    student_tokens: Float[Tensor, "*rows d"],
+    teacher_tokens: Float[Tensor, "*rows d"],
+    weight: Float[Tensor, "*rows"],
+) -> Float[Tensor, ""]:
     """CLIP-TD Eq. 3, 4, 7: L1 distance of each token to the teacher's, times its weight, mean over tokens and width.
 
     A token that is not there has weight 0, and so has a row that confidence weighting leaves out (Eq. 10). Free choice:
@@ -188,16 +239,18 @@ def token_l1(student_tokens: Float[Tensor, "*rows d"], teacher_tokens: Float[Ten
     return (W * (S - T).abs().mean(-1)).mean()
 
 
-def confidence_weight(teacher_logits: Float[Tensor, "n classes"], student_logits: Float[Tensor, "n classes"],
-                      temperature: float) -> Float[Tensor, " n"]:  # fmt: skip
+def confidence_weight(
+    teacher_logits: Float[Tensor, "n classes"], student_logits: Float[Tensor, "n classes"], temperature: float
+) -> Float[Tensor, " n"]:
     """CLIP-TD Eq. 9-10: 1 where r = T max(sm(teacher)) / max(sm(student)) > 1, else 0; no gradient."""
     Z_T, Z = _wide(teacher_logits.detach(), student_logits.detach())
     r = temperature * Z_T.softmax(1).amax(1) / Z.softmax(1).amax(1)
     return (r > 1).to(r.dtype)
 
 
-def answer_kl(logits: Float[Tensor, "n k classes"], clean: Float[Tensor, "n classes"], *,
-              many: bool = False) -> Float[Tensor, " n"]:  # fmt: skip
+def answer_kl(
+    logits: Float[Tensor, "n k classes"], clean: Float[Tensor, "n classes"], *, many: bool = False
+) -> Float[Tensor, " n"]:
     """VILLA's divergence of k perturbed predictions from the clean one, both ways, mean over k; each row's.
 
     KL(p_clean || p_k) + KL(p_k || p_clean) of softmaxes, or of each answer's own yes and no, summed (VQA).
@@ -224,8 +277,9 @@ def ttdm_loss(projected_text: Float[Tensor, "n d"], t_text: Float[Tensor, "n d"]
     return (T - E).square().sum(1).mean()
 
 
-def text_nll(logits: Float[Tensor, "n length words"], text: Int[Tensor, "n length"],
-             counted: Bool[Tensor, "n length"]) -> Float[Tensor, " n"]:  # fmt: skip
+def text_nll(
+    logits: Float[Tensor, "n length words"], text: Int[Tensor, "n length"], counted: Bool[Tensor, "n length"]
+) -> Float[Tensor, " n"]:
     """VLKD Eq. 2 before its mean over pairs: each row's -sum_j log P(w_j | w_<j, C) over the tokens that count."""
     (Z,) = _wide(logits)
     each = F.cross_entropy(Z.flatten(0, 1), text.flatten(), reduction="none").view_as(text)

@@ -45,7 +45,9 @@ def plain(values: dict[str, torch.Tensor]) -> dict[str, float]:
     """Scalars as Python floats, exactly."""
     if not values:
         return {}
-    numbers = torch.stack([value.detach().reshape(-1)[0].float() for value in values.values()]).tolist()  # one wait
+    numbers = torch.stack(
+        [value.detach().reshape(-1)[0].float() for value in values.values()]
+    ).tolist()  # one wait
     return dict(zip(values, numbers, strict=True))
 
 
@@ -58,4 +60,6 @@ def refuse_nan(loss: float, step: int) -> None:
 def refuse_nan_weights(module: torch.nn.Module, step: int) -> None:
     """Before a checkpoint replaces the last good one: stop where a weight is no number any more."""
     if any_rank(not all(bool(parameter.isfinite().all()) for parameter in module.parameters())):
-        raise UserError(f"a weight is no finite number after step {step}, the last checkpoint was kept: {CALMER}")
+        raise UserError(
+            f"a weight is no finite number after step {step}, the last checkpoint was kept: {CALMER}"
+        )

@@ -30,7 +30,9 @@ def prepare(recipe: Recipe, run: Run) -> Prepared:
     manifest = read_manifest(run.data)
     torch.manual_seed(run.seed)  # the same student and heads on every rank
     student = recipe.build(recipe.constants)
-    reads = tuple(dict.fromkeys((*recipe.fields, *(name for name in student.inputs if name not in ("image", "text")))))
+    reads = tuple(
+        dict.fromkeys((*recipe.fields, *(name for name in student.inputs if name not in ("image", "text"))))
+    )
     caches = find_caches(run.cache, reads, functools.partial(build_hint, run, reads, recipe.teacher))
     ensemble = teachers_of(recipe, caches)
     cache, *more = caches or [None]
@@ -43,9 +45,23 @@ def prepare(recipe: Recipe, run: Run) -> Prepared:
     teacher = passed_teacher(recipe, caches, run)
     live = live_teacher(caches, run.device) if run.live else None  # teachers last: they draw random numbers
     draw = functools.partial(recipe.draw, constants=recipe.constants, shapes=shapes) if recipe.draw else None
-    batches = Batches(manifest, rows, student=student, cache=cache, more=more, ensemble=ensemble, reads=reads,
-                      batch=recipe.batch, steps=recipe.steps, seed=run.seed, live=live, draw=draw, views=looked,
-                      rank=rank(), world=world_size())  # fmt: skip
+    batches = Batches(
+        manifest,
+        rows,
+        student=student,
+        cache=cache,
+        more=more,
+        ensemble=ensemble,
+        reads=reads,
+        batch=recipe.batch,
+        steps=recipe.steps,
+        seed=run.seed,
+        live=live,
+        draw=draw,
+        views=looked,
+        rank=rank(),
+        world=world_size(),
+    )
     if looked is not None and batches.num_views:
         say(f"pictures: one of {batches.num_views} augmented views a step, as stored in {looked.path}")
     step = TrainStep(recipe, student, heads, live, teacher=teacher, precision=run.precision)
@@ -76,7 +92,9 @@ def build_hint(run: Run, reads: tuple[str, ...], teacher: str, cache: str) -> st
     more = [f"hidden:{'+'.join(map(str, layers))}"] if layers else []
     more += ["patches"] if "patch_emb" in reads else []
     outputs = ["--outputs", ",".join(["embeddings", *more])] if more else []
-    outputs = ["--outputs", "text_states,latents,unet_features:100+out"] if "unet_feature" in reads else outputs
+    outputs = (
+        ["--outputs", "text_states,latents,unet_features:100+out"] if "unet_feature" in reads else outputs
+    )
     return shlex.join(["tc", "build", "--teacher", teacher, *outputs, "--data", run.data, "--out", str(out)])
 
 
@@ -85,8 +103,10 @@ def passed_teacher(recipe: Recipe, caches: list[Cache], run: Run) -> Any:
     if recipe.live is None:
         return None
     if run.live:
-        raise UserError(f"--live: {recipe.name} loads what it needs of its teacher by itself and reads the rest from "
-                        "the cache; leave --live away")  # fmt: skip
+        raise UserError(
+            f"--live: {recipe.name} loads what it needs of its teacher by itself and reads the rest from "
+            "the cache; leave --live away"
+        )
     return recipe.live.load(caches[0], recipe.constants, run.device) if caches else None
 
 

@@ -50,7 +50,9 @@ def prepare_task(recipe: Recipe, run: Run) -> Prepared:
         rows = np.intersect1d(rows, training_rows(manifest, cache))
     rows = rows[np.array([bool(task) for task in manifest.column("task")])[rows]]
     if not len(rows):
-        raise UserError(f"{manifest.data} has no training rows that ask something: is its file called train...?")
+        raise UserError(
+            f"{manifest.data} has no training rows that ask something: is its file called train...?"
+        )
     task = find_task(manifest, rows, constants.mode)
     check_words(constants, caches)
     known = labelled_rows(task, manifest, rows, constants.regime, constants.subset)
@@ -62,8 +64,10 @@ def prepare_task(recipe: Recipe, run: Run) -> Prepared:
     if getattr(student, "perturbation", None) and run.zero == 3:
         raise UserError("--set run.zero=3: VILLA's perturbations need whole parameters; choose 0, 1 or 2")
     heads = recipe.heads(constants, student, shapes) if recipe.heads else None
-    sources = [open_source(cache, manifest, rows, tuple(name for name in recipe.fields if name in cache.fields))
-               for cache in caches]  # fmt: skip
+    sources = [
+        open_source(cache, manifest, rows, tuple(name for name in recipe.fields if name in cache.fields))
+        for cache in caches
+    ]
     batches = make_batches(recipe, run, manifest, task, sources, caches, rows, known, tokenizer, student)
     keys = "".join(f"{key}\n" for key in manifest.table["key"].take(rows[known]).to_pylist())
     facts = {"task": dataclasses.asdict(task), "max_text": constants.max_text, **student.describe()}
@@ -71,24 +75,55 @@ def prepare_task(recipe: Recipe, run: Run) -> Prepared:
     return Prepared(TrainStep(recipe, student, heads, precision=run.precision), batches, caches, facts, files)
 
 
-def make_batches(recipe: Recipe, run: Run, manifest: Manifest, task: Task, sources: list[Any], caches: list[Cache],
-                 rows: np.ndarray, known: np.ndarray, tokenizer: Any, student: Any) -> TaskBatches:  # fmt: skip
+def make_batches(
+    recipe: Recipe,
+    run: Run,
+    manifest: Manifest,
+    task: Task,
+    sources: list[Any],
+    caches: list[Cache],
+    rows: np.ndarray,
+    known: np.ndarray,
+    tokenizer: Any,
+    student: Any,
+) -> TaskBatches:
     """Batches of the rows that the regime trains on; with semi, half of each has labels."""
     constants, block_rows = recipe.constants, caches[0].meta.block_rows if caches else len(manifest)
     kind, size = constants.regime.partition(":")[0], recipe.batch
     halves = kind == "semi" and constants.stage == "task"
     if halves and size % (2 * world_size()):
-        raise UserError(f"--batch-size {size}: with semi half of each process's rows have labels; choose an even share")
-    order = Order(rows[known] if kind in ("full", "low") or halves else rows, batch=size // 2 if halves else size,
-                  seed=run.seed, block_rows=block_rows)  # fmt: skip
-    others = Order(rows[~known], batch=size // 2, seed=run.seed + 1, block_rows=block_rows) if halves else None
+        raise UserError(
+            f"--batch-size {size}: with semi half of each process's rows have labels; choose an even share"
+        )
+    order = Order(
+        rows[known] if kind in ("full", "low") or halves else rows,
+        batch=size // 2 if halves else size,
+        seed=run.seed,
+        block_rows=block_rows,
+    )
+    others = (
+        Order(rows[~known], batch=size // 2, seed=run.seed + 1, block_rows=block_rows) if halves else None
+    )
     labelled = np.zeros(len(manifest), bool)
     labelled[rows[known]] = True
     weighed = constants.w > 0 and constants.confidence and constants.stage == "task"
     judge = find_judge(task, sources, manifest, rows, asked=weighed)
-    return TaskBatches(manifest, task, sources=sources, order=order, unlabelled=others, labelled=labelled,
-                       tokenizer=tokenizer, constants=constants, student=student, judge=judge,
-                       steps=recipe.steps, seed=run.seed, rank=rank(), world=world_size())  # fmt: skip
+    return TaskBatches(
+        manifest,
+        task,
+        sources=sources,
+        order=order,
+        unlabelled=others,
+        labelled=labelled,
+        tokenizer=tokenizer,
+        constants=constants,
+        student=student,
+        judge=judge,
+        steps=recipe.steps,
+        seed=run.seed,
+        rank=rank(),
+        world=world_size(),
+    )
 
 
 def find_task_caches(run: Run, reads: tuple[str, ...]) -> list[Cache]:
@@ -119,8 +154,10 @@ def check_words(constants: Any, caches: list[Cache]) -> None:
         found = cache.fields.get(f"{kind}_index")
         if found is not None and constants.w and constants.m > found.shape[0]:
             name = "tokens" if kind == "word" else "random_tokens"
-            raise UserError(f"--set m={constants.m}: {cache.path} has {found.shape[0]} words of each text; build one "
-                            f"with --outputs embeddings,{name}:{constants.m}")  # fmt: skip
+            raise UserError(
+                f"--set m={constants.m}: {cache.path} has {found.shape[0]} words of each text; build one "
+                f"with --outputs embeddings,{name}:{constants.m}"
+            )
 
 
 def build_hint(run: Run, reads: tuple[str, ...], cache: str) -> str:
@@ -129,8 +166,14 @@ def build_hint(run: Run, reads: tuple[str, ...], cache: str) -> str:
     name = "regions-lite" if regions else "clip-lite"
     tokens = any(name.startswith("word_") for name in reads)
     random = any(name.startswith("random_") for name in reads)
-    outputs = [] if regions else ["--outputs", ",".join(
-        ["embeddings", *(["tokens"] if tokens else []), *(["random_tokens"] if random else [])])]  # fmt: skip
+    outputs = (
+        []
+        if regions
+        else [
+            "--outputs",
+            ",".join(["embeddings", *(["tokens"] if tokens else []), *(["random_tokens"] if random else [])]),
+        ]
+    )
     path = Path(cache)
     out = path if path.suffix == ".zarr" else path / f"{name}.zarr"
     return shlex.join(["tc", "build", "--teacher", name, *outputs, "--data", run.data, "--out", str(out)])
@@ -139,7 +182,9 @@ def build_hint(run: Run, reads: tuple[str, ...], cache: str) -> str:
 def say_labels(task: Task, regime: str, known: np.ndarray) -> None:
     """How many labels are used."""
     what = f"{task.name} {task.which}".strip()
-    say(f"{what}: {known.sum():,} of {len(known):,} training rows with labels ({regime}), {task.classes} answers")
+    say(
+        f"{what}: {known.sum():,} of {len(known):,} training rows with labels ({regime}), {task.classes} answers"
+    )
     if not known.any() and not regime.startswith("zero"):
         raise UserError(f"--set regime={regime}: no training row has a label")
 

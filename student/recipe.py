@@ -37,9 +37,13 @@ class Now(NamedTuple):
 class Live:
     """A teacher that a gradient passes through: loaded in every run, never trained, sharded or saved."""
 
-    load: Callable[[Any, Any, str], Any]  # cache, constants, device -> teacher, or None where the constants need none
+    load: Callable[
+        [Any, Any, str], Any
+    ]  # cache, constants, device -> teacher, or None where the constants need none
     call: Callable[[Any, dict, dict, Any], dict]  # teacher, outputs, fields, constants -> more outputs
-    memory: Callable[[Any, int, Any], str]  # teacher, rows, constants -> what it needs, in words, for --dry-run
+    memory: Callable[
+        [Any, int, Any], str
+    ]  # teacher, rows, constants -> what it needs, in words, for --dry-run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,16 +54,24 @@ class Recipe:
     paper: str
     doc: str
     constants: Any  # the paper's own frozen dataclass; `model` and `init` are in it
-    build: Callable[..., Any]  # constants -> student; of questions: constants, task, tokenizer, shapes -> student
+    build: Callable[
+        ..., Any
+    ]  # constants -> student; of questions: constants, task, tokenizer, shapes -> student
     heads: Callable[[Any, Any, dict], Any] | None  # constants, student, shapes of fields -> module, or None
-    loss: Callable[[dict, dict, Any, Now], tuple[dict, dict]]  # outputs, batch, constants, now -> terms, notes
-    reads: tuple[str, ...] | Callable[[Any], tuple[str, ...]] = ()  # teacher fields, or constants -> teacher fields
+    loss: Callable[
+        [dict, dict, Any, Now], tuple[dict, dict]
+    ]  # outputs, batch, constants, now -> terms, notes
+    reads: (
+        tuple[str, ...] | Callable[[Any], tuple[str, ...]]
+    ) = ()  # teacher fields, or constants -> teacher fields
     given: tuple[str, ...] = ()  # what of a batch the loss sees, where that is not what is read
     questions: bool = False  # rows are a task's questions (`tasks.py`), not pairs of a picture and a text
     data: str = DEMO_DATA  # what `--data` is where nobody says
     teacher: str = "clip-lite"  # what a hint says to build where there is no cache
     live: Live | None = None  # a teacher that the gradient passes through
-    draw: Callable[[Any, Any, dict], dict] | None = None  # a row's generator, constants, shapes -> random arrays
+    draw: Callable[[Any, Any, dict], dict] | None = (
+        None  # a row's generator, constants, shapes -> random arrays
+    )
     across: tuple[str, ...] = ()  # outputs and fields, or patterns, that the loss sees of the whole batch
     optim: Optim = Optim()
     steps: int = 500

@@ -22,11 +22,15 @@ def asked(run: Run) -> list[str]:
     names = [name for name in run.report_to.replace(" ", "").split(",") if name]
     for name in names:
         if name not in SINKS:
-            raise UserError(f"--report-to {name}: choose from {', '.join(SINKS)}; metrics.jsonl is always written")
+            raise UserError(
+                f"--report-to {name}: choose from {', '.join(SINKS)}; metrics.jsonl is always written"
+            )
         try:
             __import__(name)
         except ImportError as error:
-            raise UserError(f"--report-to {name} needs its package: pip install 'teachercache[{name}]'") from error
+            raise UserError(
+                f"--report-to {name} needs its package: pip install 'teachercache[{name}]'"
+            ) from error
     return names
 
 
@@ -36,8 +40,10 @@ def reporting(run: Run, facts: dict[str, Any], *, start: int) -> Iterator[Report
     out = Path(run.out)
     metrics = Metrics(out / "metrics.jsonl", start=start)
     with contextlib.ExitStack() as stack:
-        sinks = [stack.enter_context({"tensorboard": _tensorboard, "wandb": _wandb}[name](out, facts, start))
-                 for name in (asked(run) if rank() == 0 else [])]  # fmt: skip
+        sinks = [
+            stack.enter_context({"tensorboard": _tensorboard, "wandb": _wandb}[name](out, facts, start))
+            for name in (asked(run) if rank() == 0 else [])
+        ]
 
         def report(step: int, values: dict[str, float]) -> None:
             metrics.write({"step": step, **values})
@@ -69,7 +75,9 @@ def _wandb(out: Path, facts: dict[str, Any], start: int) -> Iterator[Report]:
     path = out / "wandb.id"  # of this run folder alone: another of the same name is another run
     if not (start and path.exists()):
         write_whole(path, uuid.uuid4().hex)
-    run = wandb.init(project="teachercache", name=out.name, id=path.read_text(), dir=out, config=facts, resume="allow")
+    run = wandb.init(
+        project="teachercache", name=out.name, id=path.read_text(), dir=out, config=facts, resume="allow"
+    )
     try:
         yield lambda step, values: run.log(values, step=step)
     finally:

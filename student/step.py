@@ -20,13 +20,23 @@ class TrainStep(nn.Module):
     fields; through `teacher` a gradient passes.
     """
 
-    def __init__(self, recipe: Recipe, student: nn.Module, heads: nn.Module | None, live: Any = None, *,
-                 teacher: Any = None, precision: str = "float32"):  # fmt: skip
+    def __init__(
+        self,
+        recipe: Recipe,
+        student: nn.Module,
+        heads: nn.Module | None,
+        live: Any = None,
+        *,
+        teacher: Any = None,
+        precision: str = "float32",
+    ):
         super().__init__()
         self.recipe, self.student, self.heads, self.precision = recipe, student, heads, precision
         self.__dict__ |= {"live": live, "teacher": teacher}
 
-    def forward(self, batch: Mapping[str, Tensor], now: Now, gradients: Mapping[str, Tensor] | None = None) -> Any:
+    def forward(
+        self, batch: Mapping[str, Tensor], now: Now, gradients: Mapping[str, Tensor] | None = None
+    ) -> Any:
         """Loss to minimise, its weighted terms, and notes; the batch's fields come from a cache or a live teacher.
 
         For `accumulate`: with `gradients` {} the outputs and fields of these rows alone; with the gradient of some
@@ -37,7 +47,9 @@ class TrainStep(nn.Module):
             return self.loss(outputs, fields, now)
         if not gradients:
             return outputs, fields
-        return torch.stack([(outputs[name].float() * gradient).sum() for name, gradient in gradients.items()]).sum()
+        return torch.stack(
+            [(outputs[name].float() * gradient).sum() for name, gradient in gradients.items()]
+        ).sum()
 
     def outputs(self, batch: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """What student and heads say of this rank's rows, and what the teacher said."""
@@ -61,8 +73,9 @@ class TrainStep(nn.Module):
             refuse_constants(said, self.recipe.name)
         return said
 
-    def loss(self, outputs: Mapping[str, Tensor], fields: Mapping[str, Tensor],
-             now: Now) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:  # fmt: skip
+    def loss(
+        self, outputs: Mapping[str, Tensor], fields: Mapping[str, Tensor], now: Now
+    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
         """Loss of the global batch from this rank's outputs and fields; no parameter is used here."""
         outputs, fields = (
             {name: gather(rows) if self._is_across(name) else rows for name, rows in part.items()}
@@ -82,7 +95,9 @@ def refuse_constants(said: Mapping[str, Tensor], name: str) -> None:
     """RuntimeError where what a teacher said of the student has no gradient: nothing would be learnt from it."""
     lost = [key for key, value in said.items() if not value.requires_grad]
     if lost:
-        raise RuntimeError(f"{name}: the live teacher gave {', '.join(lost)} without a gradient: is it under no_grad?")
+        raise RuntimeError(
+            f"{name}: the live teacher gave {', '.join(lost)} without a gradient: is it under no_grad?"
+        )
 
 
 def batch_device(batch: Mapping[str, Tensor]) -> str:

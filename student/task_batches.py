@@ -19,7 +19,11 @@ from student.words import encode_pairs, tokens_of
 from teachercache.names import UserError
 from teachercache.samples import BadSample, Manifest, Sample, read_image
 
-MASKED_SHARE, MASK, OTHER = 0.15, 0.8, 0.1  # BERT: of the masked places 80 % [MASK], 10 % another word, 10 % as it was
+MASKED_SHARE, MASK, OTHER = (
+    0.15,
+    0.8,
+    0.1,
+)  # BERT: of the masked places 80 % [MASK], 10 % another word, 10 % as it was
 
 
 class TaskBatches(Dataset):
@@ -27,14 +31,37 @@ class TaskBatches(Dataset):
 
     num_views = 0  # no pictures, so no views of them
 
-    def __init__(self, manifest: Manifest, task: Task, *, sources: list[Source], order: Order | None,
-                 labelled: np.ndarray, tokenizer: Any, constants: Any, student: Any, judge: Any = None,
-                 steps: int, seed: int, unlabelled: Order | None = None, rank: int = 0, world: int = 1):  # fmt: skip
-        self.manifest, self.task, self.sources, self.order, self.unlabelled = manifest, task, sources, order, unlabelled
+    def __init__(
+        self,
+        manifest: Manifest,
+        task: Task,
+        *,
+        sources: list[Source],
+        order: Order | None,
+        labelled: np.ndarray,
+        tokenizer: Any,
+        constants: Any,
+        student: Any,
+        judge: Any = None,
+        steps: int,
+        seed: int,
+        unlabelled: Order | None = None,
+        rank: int = 0,
+        world: int = 1,
+    ):
+        self.manifest, self.task, self.sources, self.order, self.unlabelled = (
+            manifest,
+            task,
+            sources,
+            order,
+            unlabelled,
+        )
         self.labelled, self.tokenizer, self.constants, self.judge = labelled, tokenizer, constants, judge
         self.student, self.steps, self.seed, self.rank, self.world = student, steps, seed, rank, world
         self.batch = (order.batch if order else 0) + (unlabelled.batch if unlabelled else 0)
-        self.rows = np.sort(np.concatenate([one.rows for one in (order, unlabelled) if one] or [np.empty(0, int)]))
+        self.rows = np.sort(
+            np.concatenate([one.rows for one in (order, unlabelled) if one] or [np.empty(0, int)])
+        )
 
     def __len__(self) -> int:
         return self.steps
@@ -67,7 +94,9 @@ class TaskBatches(Dataset):
             at = source.at[rows]
             for name, values in source.fields.items():
                 found = values[at[:, None], places] if source.per[name] == "text" else values[at]
-                batch[name] = torch.from_numpy(np.asarray(found)).float() if found.dtype.kind == "f" else found
+                batch[name] = (
+                    torch.from_numpy(np.asarray(found)).float() if found.dtype.kind == "f" else found
+                )
         if "text" in self.student.inputs:
             batch |= self.texts(questions, batch)
         if "image" in self.student.inputs:
@@ -93,7 +122,9 @@ class TaskBatches(Dataset):
         pairs = [pair for question in questions for pair in question.parts]
         encoded = encode_pairs(self.tokenizer, pairs, self.constants.max_text)
         found = {"text": encoded.ids, "second": encoded.second, "there": encoded.there}
-        found["text_region"] = regions_of(encoded.spans, [one for question in questions for one in question.mentions])
+        found["text_region"] = regions_of(
+            encoded.spans, [one for question in questions for one in question.mentions]
+        )
         found = {name: value.unflatten(0, (n, C)) for name, value in found.items()}
         if "word_span" not in batch:
             return found
@@ -112,8 +143,10 @@ class TaskBatches(Dataset):
         try:
             image = torch.stack([self.student.view(read_image(self.manifest, sample)) for sample in samples])
         except BadSample as error:
-            raise UserError(f"a picture of {self.manifest.data} cannot be read: {error}; `tc build` on it first, which "
-                            "finds such rows") from error  # fmt: skip
+            raise UserError(
+                f"a picture of {self.manifest.data} cannot be read: {error}; `tc build` on it first, which "
+                "finds such rows"
+            ) from error
         texts = [" ".join(part for part in pair if part) for question in questions for pair in question.parts]
         return {"image": image, "pair_text": self.student.tokenizer(texts).unflatten(0, (len(rows), -1))}
 
@@ -130,20 +163,29 @@ class TaskBatches(Dataset):
     # ------------------------------------------------------------------------------------------------
     # Adaptive finetuning (Eq. 11): masked words, and pictures that do not belong
 
-    def adapt_batch(self, step: int, rows: np.ndarray, samples: list[Sample],
-                    questions: list[Question]) -> dict[str, torch.Tensor]:  # fmt: skip
+    def adapt_batch(
+        self, step: int, rows: np.ndarray, samples: list[Sample], questions: list[Question]
+    ) -> dict[str, torch.Tensor]:
         """One text a row; of half of the rows another row's regions, some sub-words masked."""
-        shown = [self.statement(row, sample, question)
-                 for row, sample, question in zip(rows.tolist(), samples, questions, strict=True)]  # fmt: skip
+        shown = [
+            self.statement(row, sample, question)
+            for row, sample, question in zip(rows.tolist(), samples, questions, strict=True)
+        ]
         batch = self.read(rows, shown)
         random = [np.random.default_rng([self.seed, step, row, 2]) for row in rows.tolist()]
         matched = np.array([one.random() < 0.5 for one in random])
         others = np.array([one.choice(self.rows) for one in random])
-        pictures = [self.picture_of(row) for row in rows.tolist()], [self.picture_of(row) for row in others.tolist()]
+        pictures = (
+            [self.picture_of(row) for row in rows.tolist()],
+            [self.picture_of(row) for row in others.tolist()],
+        )
         matched |= np.array([a == b for a, b in zip(*pictures, strict=True)])
         source = next(source for source in self.sources if "region_feature" in source.fields)
         at = source.at[np.where(matched, rows, others)]
-        batch |= {name: torch.from_numpy(source.fields[name][at]).float() for name in ("region_feature", "region_box")}
+        batch |= {
+            name: torch.from_numpy(source.fields[name][at]).float()
+            for name in ("region_feature", "region_box")
+        }
         batch = self.trimmed(batch)
         masked = [self.mask(batch["text"][i, 0], batch["there"][i, 0], one) for i, one in enumerate(random)]
         for name, values in zip(("masked_place", "masked_word"), zip(*masked, strict=True), strict=True):
@@ -158,7 +200,9 @@ class TaskBatches(Dataset):
             named = tuple(one for one in question.mentions[0] if one[1] <= len(text))
             return Question(((text, ""),), (place,), (), {}, False, "", (named,))
         k = max(question.target, key=question.target.__getitem__) if self.task.name == "vcr" else 0
-        return Question((question.parts[k],), (question.places[k],), (), {}, False, "", question.mentions[k : k + 1])
+        return Question(
+            (question.parts[k],), (question.places[k],), (), {}, False, "", question.mentions[k : k + 1]
+        )
 
     def picture_of(self, row: int) -> tuple[str, int]:
         """Which picture a row has: other questions about it are no strangers."""

@@ -40,7 +40,9 @@ class Question:
 
     parts: tuple[tuple[str, str], ...]
     places: tuple[int, ...]  # of the inputs among the row's texts, as a teacher's cache numbers them
-    answers: tuple[int, ...]  # of the texts that the teacher compares with the picture, () where it is otherwise
+    answers: tuple[
+        int, ...
+    ]  # of the texts that the teacher compares with the picture, () where it is otherwise
     target: dict[int, float]  # class -> how right it is; {} where nobody says
     labelled: bool
     group: str  # low-shot takes as many of each
@@ -60,8 +62,10 @@ def find_task(manifest: Manifest, rows: np.ndarray, mode: str) -> Task:
     if name == "vqa":
         answers = vocabulary(manifest.row(row).label for row in rows.tolist())
         if len(answers) < 2:
-            raise UserError("the training rows have fewer than two different answers: is the annotations file beside "
-                            "them?")  # fmt: skip
+            raise UserError(
+                "the training rows have fewer than two different answers: is the annotations file beside "
+                "them?"
+            )
         return Task("vqa", "", 1, len(answers), tuple(answers))
     raise UserError(
         f"{manifest.data} asks nothing: pass VCR's .jsonl, SNLI-VE's .jsonl or VQA's questions .json as --data "
@@ -83,7 +87,9 @@ def _vcr(task: Task, sample: Sample, columns: dict, kinds: Sequence[str]) -> Que
     q2a = task.which == "q2a"
     pairs = _places(kinds, "pair" if q2a else "rationale_pair")
     label = columns.get("label" if q2a else "rationale_label")
-    mentions = columns.get("mentions") or [()] * (1 + 2 * task.inputs)  # the question's, the choices', the rationales'
+    mentions = columns.get("mentions") or [()] * (
+        1 + 2 * task.inputs
+    )  # the question's, the choices', the rationales'
     first, named = columns["question"].strip(), _moved(mentions[0], 0)
     if not q2a and "label" in columns:
         named += _moved(mentions[1 + columns["label"]], len(first) + 1)
@@ -108,15 +114,20 @@ def _snli_ve(task: Task, sample: Sample, columns: dict, kinds: Sequence[str]) ->
     label = columns.get("label")
     target = {} if label is None else {int(label): 1.0}
     places = _places(kinds, "hypothesis")
-    return Question(((sample.texts[places[0]].strip(), ""),), places, (), target, label is not None, sample.label)
+    return Question(
+        ((sample.texts[places[0]].strip(), ""),), places, (), target, label is not None, sample.label
+    )
 
 
 def _vqa(task: Task, sample: Sample, columns: dict, kinds: Sequence[str]) -> Question:
     places = _places(kinds, "question")
     counts = Counter(normalise_answer(answer) for answer in columns.get("answers") or ())
     index = _index_of(task.answers)
-    target = {index[answer]: VQA_SCORES[n] if n < len(VQA_SCORES) else 1.0
-              for answer, n in counts.items() if answer in index}  # fmt: skip
+    target = {
+        index[answer]: VQA_SCORES[n] if n < len(VQA_SCORES) else 1.0
+        for answer, n in counts.items()
+        if answer in index
+    }
     return Question(((sample.texts[places[0]].strip(), ""),), places, (), target, bool(counts), "")
 
 
@@ -140,9 +151,15 @@ def _places(kinds: Sequence[str], kind: str) -> tuple[int, ...]:
 CATEGORIES = (
     ("explanation", r"\bwhy\b|\bhow come\b|\bhow does\b"),
     ("hypothetical", r"\bif\b|\bwould\b|\bcould\b|\bchance\b|\bmight\b|\bmay\b"),
-    ("temporal", r"\bhappen(s|ed|ing)?\b|\bbefore\b|\bafter\b|\bearlier\b|\blater\b|\bfail\b|\bnext\b|\bgoing to\b"),
+    (
+        "temporal",
+        r"\bhappen(s|ed|ing)?\b|\bbefore\b|\bafter\b|\bearlier\b|\blater\b|\bfail\b|\bnext\b|\bgoing to\b",
+    ),
     ("mental", r"\bfeel(s|ing)?\b|\bthink(s|ing)?\b|\blov(e|es)\b|\bupset\b|\bangry\b|\bhappy\b|\bemotion"),
-    ("role", r"\brelat(ed|ion|ionship)\b|\boccupation\b|\bstrangers\b|\bmarried\b|\bjob\b|\bknow each other\b"),
+    (
+        "role",
+        r"\brelat(ed|ion|ionship)\b|\boccupation\b|\bstrangers\b|\bmarried\b|\bjob\b|\bknow each other\b",
+    ),
     ("scene", r"\bwhere\b|\btime\b|\bnear\b|\bweather\b|\bseason\b|\bplace\b"),
 )
 
@@ -167,7 +184,9 @@ def labelled_rows(task: Task, manifest: Manifest, rows: np.ndarray, regime: str,
     if kind not in ("full", "low", "semi", "zero") or bool(colon) != (kind in ("low", "semi")):
         raise UserError(f"--set regime={regime}: choose full, zero, low:N or semi:N (N labels of each group)")
     if colon and (not number.isdecimal() or not int(number)):
-        raise UserError(f"--set regime={regime}: {number or 'nothing'} is no number of rows; low:100 for example")
+        raise UserError(
+            f"--set regime={regime}: {number or 'nothing'} is no number of rows; low:100 for example"
+        )
     questions = [read_question(task, manifest.row(row)) for row in rows.tolist()]
     labelled = np.array([question.labelled for question in questions], bool)
     if kind in ("full", "zero"):

@@ -98,20 +98,25 @@ class Reader:
     max_text: int
     num_chances: int = 0  # scst: random numbers of a sampled caption
 
-    def __call__(self, samples: Sequence[Sample], texts: Sequence[str],
-                 random: Sequence[np.random.Generator]) -> dict[str, Tensor]:  # fmt: skip
+    def __call__(
+        self, samples: Sequence[Sample], texts: Sequence[str], random: Sequence[np.random.Generator]
+    ) -> dict[str, Tensor]:
         """`text` [n, L] what is to be written, `source` [n, M] the same with holes, `given` [n] see `encode_prompt`.
 
         scst: also `reference` [n, R, W], every caption of the picture, and `chance` [n, num_chances] in [0, 1).
         """
         marks = self.marks
         rows = [self.row(sample, text, one) for sample, text, one in zip(samples, texts, random, strict=True)]
-        batch = {name: padded([[marks.begin, *row[k], marks.end] for row in rows], marks.pad)
-                 for k, name in enumerate(("text", "source"))}  # fmt: skip
+        batch = {
+            name: padded([[marks.begin, *row[k], marks.end] for row in rows], marks.pad)
+            for k, name in enumerate(("text", "source"))
+        }
         batch["given"] = torch.tensor([row[2] for row in rows])
         if self.stage == "scst":
-            captions = [[encode(self.tokenizer, text, self.max_text) for text in references(sample)]
-                        for sample in samples]  # fmt: skip
+            captions = [
+                [encode(self.tokenizer, text, self.max_text) for text in references(sample)]
+                for sample in samples
+            ]
             most, width = max(map(len, captions)), max(len(ids) for row in captions for ids in row)
             batch["reference"] = torch.full((len(samples), most, width), marks.pad)
             for i, row in enumerate(captions):

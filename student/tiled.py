@@ -42,7 +42,9 @@ def pays(rows: Float[Tensor, "n d"], *teacher: Tensor | float) -> bool:
 def _refuse_a_graph() -> None:
     """Where backward runs with create_graph=True: a second derivative would be silently wrong."""
     if torch.is_grad_enabled():
-        raise RuntimeError("the tiled losses cannot be differentiated twice: raise tiled.TILED_FROM above the batch")
+        raise RuntimeError(
+            "the tiled losses cannot be differentiated twice: raise tiled.TILED_FROM above the batch"
+        )
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -78,8 +80,17 @@ class _Both(torch.autograd.Function):
     """(hard, soft) of the module's docstring; soft is 0 without a teacher."""
 
     @staticmethod
-    def forward(ctx: Any, X: Tensor, Y: Tensor, a: Tensor, targets: Targets | None, h: Tensor, s: Tensor, kl: bool,
-                size: int) -> tuple[Tensor, Tensor]:  # fmt: skip
+    def forward(
+        ctx: Any,
+        X: Tensor,
+        Y: Tensor,
+        a: Tensor,
+        targets: Targets | None,
+        h: Tensor,
+        s: Tensor,
+        kl: bool,
+        size: int,
+    ) -> tuple[Tensor, Tensor]:
         logits, diagonal = Logits(X, Y, a), torch.empty_like(h)
         z_rows, z_columns, t_rows, t_columns = (Stream(logits, dim) for dim in (1, 0, 1, 0))
         for i, j in tiles(logits, size):
@@ -115,8 +126,9 @@ class _Both(torch.autograd.Function):
         return dX.mul_(a), dY, da, *[None] * 5
 
 
-def _grown(ctx: Any, logits: Logits, h: Float[Tensor, " n"],
-           s: Float[Tensor, " n"]) -> tuple[Float[Tensor, "n d"], Float[Tensor, "n d"]]:  # fmt: skip
+def _grown(
+    ctx: Any, logits: Logits, h: Float[Tensor, " n"], s: Float[Tensor, " n"]
+) -> tuple[Float[Tensor, "n d"], Float[Tensor, "n d"]]:
     """Both directions' dZ Y and a dZ^T X, where h and s already hold what comes from above."""
     dX, dY = torch.zeros_like(logits.X), torch.zeros_like(logits.Y)
     both = h + s if ctx.targets is not None else h
@@ -143,9 +155,14 @@ class _Rows(torch.autograd.Function):
     """Mean over rows of CE(Z, I), or with a teacher of KL(sm(T) || sm(Z)); its gradient is ready after forward."""
 
     @staticmethod
-    def forward(ctx: Any, X: Tensor, Y: Tensor, a: Tensor, teacher: Logits | None, grad: bool, size: int) -> Tensor:
+    def forward(
+        ctx: Any, X: Tensor, Y: Tensor, a: Tensor, teacher: Logits | None, grad: bool, size: int
+    ) -> Tensor:
         logits, total, n = Logits(X, Y, a), X.new_zeros(()), len(X)
-        of_x, of_y = grad and (ctx.needs_input_grad[0] or ctx.needs_input_grad[2]), grad and ctx.needs_input_grad[1]
+        of_x, of_y = (
+            grad and (ctx.needs_input_grad[0] or ctx.needs_input_grad[2]),
+            grad and ctx.needs_input_grad[1],
+        )
         dX, dY = torch.empty_like(X) if of_x else None, torch.zeros_like(Y) if of_y else None
         for i in cut(n, max(size * size // n, min(size, 128))):
             z = logits.tile(i, slice(0, n))
@@ -180,8 +197,13 @@ class _Rows(torch.autograd.Function):
 # The gradients of the task loss
 
 
-def _add_gradient(to_X: Float[Tensor, "n d"], to_Y: Float[Tensor, "n d"], logits: Logits, factor: Float[Tensor, ""],
-                  size: int) -> tuple[Float[Tensor, "n 1"], Float[Tensor, "1 n"]]:  # fmt: skip
+def _add_gradient(
+    to_X: Float[Tensor, "n d"],
+    to_Y: Float[Tensor, "n d"],
+    logits: Logits,
+    factor: Float[Tensor, ""],
+    size: int,
+) -> tuple[Float[Tensor, "n 1"], Float[Tensor, "1 n"]]:
     """Add factor (P + Q - 2 I) Y and factor (P + Q - 2 I)^T X; the log-sum-exps."""
     rows, columns = log_sums(logits, size)
     for i, j in tiles(logits, size):
@@ -224,7 +246,9 @@ class _Gradients(torch.autograd.Function):
         return dX.mul_(factor * a), dY.mul_(factor * a), factor * da, None, None
 
 
-def _second_gradient(logits: Logits, D: Logits, lse: tuple[Tensor, Tensor], size: int) -> tuple[Tensor, Tensor, Tensor]:
+def _second_gradient(
+    logits: Logits, D: Logits, lse: tuple[Tensor, Tensor], size: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """The sums a E Y + A D_Y, a E^T X + A^T D_X and da of _Gradients, with D instead of B, without 1/2N."""
     X, Y, a, D_X, D_Y = logits.X, logits.Y, logits.a, D.X, D.Y
 
@@ -282,44 +306,76 @@ def _apply(function: type[torch.autograd.Function], student: Logits, *others: An
         return function.apply(student.X, student.Y, student.a, *others, size)
 
 
-def _both(student: Logits, targets: Targets | None, *, hard: Any = 1, soft: Any = 1, kl: bool = True,
-          tile: int = 0) -> tuple[Tensor, Tensor]:  # fmt: skip
+def _both(
+    student: Logits, targets: Targets | None, *, hard: Any = 1, soft: Any = 1, kl: bool = True, tile: int = 0
+) -> tuple[Tensor, Tensor]:
     """Hard and soft loss, pair i weighing hard_i / 2N and soft_i / 2N."""
     half = student.X.new_full((len(student.X),), 0.5 / len(student.X))
     return _apply(_Both, student, targets, hard * half, soft * half, kl, tile=tile)
 
 
-def tiled_clip(image: Float[Tensor, "n d"], text: Float[Tensor, "n d"], scale: Scale, *,
-               tile: int = 0) -> Float[Tensor, ""]:  # fmt: skip
+def tiled_clip(
+    image: Float[Tensor, "n d"], text: Float[Tensor, "n d"], scale: Scale, *, tile: int = 0
+) -> Float[Tensor, ""]:
     """losses.clip_loss."""
     return _both(_logits(image, text, scale), None, tile=tile)[0]
 
 
-def tiled_crd(image: Float[Tensor, "n d"], text: Float[Tensor, "n d"], scale: Scale, t_image: Float[Tensor, "n e"],
-              t_text: Float[Tensor, "n e"], t_scale: Scale, *, tile: int = 0) -> Float[Tensor, ""]:  # fmt: skip
+def tiled_crd(
+    image: Float[Tensor, "n d"],
+    text: Float[Tensor, "n d"],
+    scale: Scale,
+    t_image: Float[Tensor, "n e"],
+    t_text: Float[Tensor, "n e"],
+    t_scale: Scale,
+    *,
+    tile: int = 0,
+) -> Float[Tensor, ""]:
     """losses.crd_loss."""
     teacher = Targets(_teacher(t_image, t_text, t_scale))
     return _both(_logits(image, text, scale), teacher, hard=0, tile=tile)[1]
 
 
-def tiled_clip_crd(image: Float[Tensor, "n d"], text: Float[Tensor, "n d"], scale: Scale, t_image: Float[Tensor, "n e"],
-                   t_text: Float[Tensor, "n e"], t_scale: Scale, *,
-                   tile: int = 0) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:  # fmt: skip
+def tiled_clip_crd(
+    image: Float[Tensor, "n d"],
+    text: Float[Tensor, "n d"],
+    scale: Scale,
+    t_image: Float[Tensor, "n e"],
+    t_text: Float[Tensor, "n e"],
+    t_scale: Scale,
+    *,
+    tile: int = 0,
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """losses.clip_loss and losses.crd_loss from one set of tiles: six products of matrices instead of ten."""
     return _both(_logits(image, text, scale), Targets(_teacher(t_image, t_text, t_scale)), tile=tile)
 
 
-def tiled_soft_clip(image: Float[Tensor, "n d"], text: Float[Tensor, "n d"], scale: Scale,
-                    t_image: Float[Tensor, "n e"], t_text: Float[Tensor, "n e"], t_scale: Scale, *,
-                    tile: int = 0) -> Float[Tensor, ""]:  # fmt: skip
+def tiled_soft_clip(
+    image: Float[Tensor, "n d"],
+    text: Float[Tensor, "n d"],
+    scale: Scale,
+    t_image: Float[Tensor, "n e"],
+    t_text: Float[Tensor, "n e"],
+    t_scale: Scale,
+    *,
+    tile: int = 0,
+) -> Float[Tensor, ""]:
     """1/2 [CE(a V S^T, sm(a_T V_T S_T^T)) + CE(a S V^T, sm(a_T S_T V_T^T))]: CRD and the teacher's entropy."""
     teacher = Targets(_teacher(t_image, t_text, t_scale))
     return _both(_logits(image, text, scale), teacher, hard=0, kl=False, tile=tile)[1]
 
 
-def tiled_psd(image: Float[Tensor, "n d"], text: Float[Tensor, "n d"], scale: Scale, t_image: Float[Tensor, "n e"],
-              t_text: Float[Tensor, "n e"], t_scale: Scale, unaligned: Bool[Tensor, " n"], *,
-              tile: int = 0) -> Float[Tensor, ""]:  # fmt: skip
+def tiled_psd(
+    image: Float[Tensor, "n d"],
+    text: Float[Tensor, "n d"],
+    scale: Scale,
+    t_image: Float[Tensor, "n e"],
+    t_text: Float[Tensor, "n e"],
+    t_scale: Scale,
+    unaligned: Bool[Tensor, " n"],
+    *,
+    tile: int = 0,
+) -> Float[Tensor, ""]:
     """1/N sum over aligned pairs of CE to the diagonal, over unaligned ones of KL to the swapped targets (PSD).
 
     Both directions, halved. The swapped target of an image's row is the transpose of the teacher's text-to-image
@@ -331,17 +387,31 @@ def tiled_psd(image: Float[Tensor, "n d"], text: Float[Tensor, "n d"], scale: Sc
     return sum(_both(student, targets, hard=~unaligned, soft=unaligned, tile=tile))
 
 
-def tiled_icl(image: Float[Tensor, "n d"], text: Float[Tensor, "n d"], t_image: Float[Tensor, "n d"],
-              t_text: Float[Tensor, "n d"], scale: Scale, *, tile: int = 0) -> Float[Tensor, ""]:  # fmt: skip
+def tiled_icl(
+    image: Float[Tensor, "n d"],
+    text: Float[Tensor, "n d"],
+    t_image: Float[Tensor, "n d"],
+    t_text: Float[Tensor, "n d"],
+    scale: Scale,
+    *,
+    tile: int = 0,
+) -> Float[Tensor, ""]:
     """losses.icl_loss; here the teacher may learn."""
     grad = torch.is_grad_enabled()
     forward = _apply(_Rows, _logits(image, t_text, scale), None, grad, tile=tile)
     return (forward + _apply(_Rows, _logits(text, t_image, scale), None, grad, tile=tile)) / 2
 
 
-def tiled_cross(image: Float[Tensor, "n d"], text: Float[Tensor, "n d"], t_image: Float[Tensor, "n d"],
-                t_text: Float[Tensor, "n d"], scale: Scale, t_scale: Scale, *,
-                tile: int = 0) -> Float[Tensor, ""]:  # fmt: skip
+def tiled_cross(
+    image: Float[Tensor, "n d"],
+    text: Float[Tensor, "n d"],
+    t_image: Float[Tensor, "n d"],
+    t_text: Float[Tensor, "n d"],
+    scale: Scale,
+    t_scale: Scale,
+    *,
+    tile: int = 0,
+) -> Float[Tensor, ""]:
     """CRD whose student logits are g V' S_T^T and g S' V_T^T (CLIP-KD)."""
     grad, there = torch.is_grad_enabled(), _teacher(t_image, t_text, t_scale)
     back = dataclasses.replace(there, X=there.Y, Y=there.X)
@@ -349,7 +419,15 @@ def tiled_cross(image: Float[Tensor, "n d"], text: Float[Tensor, "n d"], t_image
     return (forward + _apply(_Rows, _logits(text, t_image, scale), back, grad, tile=tile)) / 2
 
 
-def tiled_gd(image: Float[Tensor, "n d"], text: Float[Tensor, "n d"], scale: Scale, t_image: Float[Tensor, "n d"],
-             t_text: Float[Tensor, "n d"], t_scale: Scale, *, tile: int = 0) -> Float[Tensor, ""]:  # fmt: skip
+def tiled_gd(
+    image: Float[Tensor, "n d"],
+    text: Float[Tensor, "n d"],
+    scale: Scale,
+    t_image: Float[Tensor, "n d"],
+    t_text: Float[Tensor, "n d"],
+    t_scale: Scale,
+    *,
+    tile: int = 0,
+) -> Float[Tensor, ""]:
     """Gradient distillation (CLIP-KD, appendix Eq. 1-7): mean over pairs of |G_V,T - G_V|^2 + |G_S,T - G_S|^2."""
     return _apply(_Gradients, _logits(image, text, scale), _teacher(t_image, t_text, t_scale), tile=tile)

@@ -58,7 +58,9 @@ class Stream:
     def add(self, at: slice, tile: Float[Tensor, "i j"], what: Float[Tensor, "i j"] | None = None) -> None:
         """A tile whose rows, or columns, are `at`; `what` is overwritten."""
         start, count = at.start, at.stop - at.start
-        top, total, sums = (part.narrow(1 - self.dim, start, count) for part in (self.top, self.total, self.sums))
+        top, total, sums = (
+            part.narrow(1 - self.dim, start, count) for part in (self.top, self.total, self.sums)
+        )
         higher = torch.maximum(top, tile.amax(self.dim, keepdim=True))
         shrink = (top - higher).exp_()
         weights = (tile - higher).exp_()

@@ -42,11 +42,25 @@ from teachercache.runtime import keep_memory, rank, say, ticker, world_size
 from teachercache.spec import fingerprint, to_dict
 
 # Settings of a run that say where things lie and how they are computed, not what is computed: a resume may change them
-HOW = ("cache", "data", "out", "device", "workers", "save_every", "zero", "micro_batch", "grad_checkpointing",
-       "compile", "report_to", "eval_every")  # fmt: skip
+HOW = (
+    "cache",
+    "data",
+    "out",
+    "device",
+    "workers",
+    "save_every",
+    "zero",
+    "micro_batch",
+    "grad_checkpointing",
+    "compile",
+    "report_to",
+    "eval_every",
+)
 
 
-def train(recipe: Recipe, run: Run, *, resume: bool, dry_run: bool = False, evaluate: Evaluate | None = None) -> Path:
+def train(
+    recipe: Recipe, run: Run, *, resume: bool, dry_run: bool = False, evaluate: Evaluate | None = None
+) -> Path:
     """Train a student; returns the run folder. With `dry_run` two steps are taken and nothing is left behind.
 
     `evaluate` gives a run folder's score, for `run.eval_every`.
@@ -60,8 +74,14 @@ def train(recipe: Recipe, run: Run, *, resume: bool, dry_run: bool = False, eval
     start_distributed(run.device)
     prepared = prepare(recipe, run)
     step_module = prepared.step.to(run.device)
-    if run.eval_every and "task" not in (prepared.facts or {}) and not isinstance(step_module.student, TwoTower):
-        raise UserError(f"--eval-every: {type(step_module.student).__name__} is no model of its own; leave it away")
+    if (
+        run.eval_every
+        and "task" not in (prepared.facts or {})
+        and not isinstance(step_module.student, TwoTower)
+    ):
+        raise UserError(
+            f"--eval-every: {type(step_module.student).__name__} is no model of its own; leave it away"
+        )
     facts = describe(recipe, run, prepared)
     if not dry_run:
         open_run(out, facts, resume)
@@ -86,7 +106,9 @@ def train(recipe: Recipe, run: Run, *, resume: bool, dry_run: bool = False, eval
     with reporting(run, facts, start=done) as report:
         step, stopping = run_steps(engine, prepared, recipe, speed, done, report, evaluate)
     if stopping:
-        raise KeyboardInterrupt(f"stopped after step {step}; the same command with --resume --out {out} goes on")
+        raise KeyboardInterrupt(
+            f"stopped after step {step}; the same command with --resume --out {out} goes on"
+        )
     checkpoint.save_student(step_module.student, out / "model.safetensors")
     if speed.steps and rank() == 0:
         write_whole(out / "speed.json", json.dumps(speed.facts()) + "\n")
@@ -94,8 +116,15 @@ def train(recipe: Recipe, run: Run, *, resume: bool, dry_run: bool = False, eval
     return out
 
 
-def run_steps(engine: Any, prepared: Prepared, recipe: Recipe, speed: Speed, done: int, report: Report,
-              evaluate: Evaluate | None) -> tuple[int, bool]:  # fmt: skip
+def run_steps(
+    engine: Any,
+    prepared: Prepared,
+    recipe: Recipe,
+    speed: Speed,
+    done: int,
+    report: Report,
+    evaluate: Evaluate | None,
+) -> tuple[int, bool]:
     """Every step from `done` on, with checkpoints and evaluations; the steps done, and whether a signal ended them."""
     run, out = speed.run, Path(speed.run.out)
     step, stopping = done, False
@@ -126,8 +155,9 @@ def run_steps(engine: Any, prepared: Prepared, recipe: Recipe, speed: Speed, don
     return step, stopping
 
 
-def steps_from(engine: Any, prepared: Prepared, recipe: Recipe, speed: Speed,
-               done: int) -> Iterator[tuple[int, dict[str, float], tuple[str, ...]]]:  # fmt: skip
+def steps_from(
+    engine: Any, prepared: Prepared, recipe: Recipe, speed: Speed, done: int
+) -> Iterator[tuple[int, dict[str, float], tuple[str, ...]]]:
     """Take each step: how many are done with it, what it showed, and which of that are terms of the loss."""
     run = speed.run
     stream = loader(prepared.batches, start=done, workers=run.workers, micro=run.micro_batch)
@@ -135,13 +165,17 @@ def steps_from(engine: Any, prepared: Prepared, recipe: Recipe, speed: Speed,
     for step, parts in enumerate(batched(stream, count_parts(recipe.batch, run.micro_batch)), start=done):
         speed.compute()
         if not speed.steps:
-            speed.count_products(engine, (on_device(part, run.device) for part in parts), Now(step, recipe.steps))
+            speed.count_products(
+                engine, (on_device(part, run.device) for part in parts), Now(step, recipe.steps)
+            )
         for group in engine.optimizer.param_groups:
             group["lr"] = learning_rate(recipe.optim, step, recipe.steps)
         with quiet_deepspeed():
             loss, terms, notes = take_step(engine, parts, Now(step, recipe.steps), run.device)
             clamp_scales(engine)
-        values = plain({"loss": mean_over_ranks(loss), **{k: mean_over_ranks(v) for k, v in terms.items()}, **notes})
+        values = plain(
+            {"loss": mean_over_ranks(loss), **{k: mean_over_ranks(v) for k, v in terms.items()}, **notes}
+        )
         speed.end_step()
         yield step + 1, values | {"lr": group["lr"]}, tuple(terms)
         speed.wait()
@@ -159,8 +193,10 @@ def rehearse(engine: Any, prepared: Prepared, recipe: Recipe, speed: Speed) -> P
     first, later = seconds[1], seconds[-1] - seconds[-2]
     minutes = (first + later * (recipe.steps - 1)) / 60
     memory = peak_memory(speed.run.device) / 1e9
-    say(f"the first step took {first:.2f} s, another {later:.2f} s, {memory:.1f} GB at the peak; {recipe.steps} steps "
-        f"take about {minutes:.1f} min; nothing was written")  # fmt: skip
+    say(
+        f"the first step took {first:.2f} s, another {later:.2f} s, {memory:.1f} GB at the peak; {recipe.steps} steps "
+        f"take about {minutes:.1f} min; nothing was written"
+    )
     return Path(speed.run.out)
 
 
@@ -204,18 +240,25 @@ def describe(recipe: Recipe, run: Run, prepared: Prepared) -> dict[str, Any]:
     made = prepared.facts
     if isinstance(student, TwoTower):
         made = {"model_cfg": student.model_cfg, "preprocess": student.preprocess}
-    return json.loads(json.dumps({
-        "recipe": known,
-        "run": dataclasses.asdict(run),
-        "world_size": world_size(),
-        "rows": rows,
-        "num_rows": len(batches.rows),
-        "student": made,
-        "teachers": [to_dict(cache.meta.spec) for cache in caches],
-        "cache": "+".join(fingerprint(cache.meta) for cache in caches) or None,
-        "views": batches.num_views,
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "open_clip_torch", "deepspeed")},
-    }))  # fmt: skip
+    return json.loads(
+        json.dumps(
+            {
+                "recipe": known,
+                "run": dataclasses.asdict(run),
+                "world_size": world_size(),
+                "rows": rows,
+                "num_rows": len(batches.rows),
+                "student": made,
+                "teachers": [to_dict(cache.meta.spec) for cache in caches],
+                "cache": "+".join(fingerprint(cache.meta) for cache in caches) or None,
+                "views": batches.num_views,
+                "versions": {
+                    name: importlib.metadata.version(name)
+                    for name in ("torch", "open_clip_torch", "deepspeed")
+                },
+            }
+        )
+    )
 
 
 def open_run(out: Path, facts: dict[str, Any], resume: bool) -> None:
@@ -227,8 +270,11 @@ def open_run(out: Path, facts: dict[str, Any], resume: bool) -> None:
         if not resume:
             raise UserError(f"{out} exists: go on with --resume, or pass another --out")
         then, now = flat(json.loads(path.read_text())), flat(facts)
-        changed = [f"{name}: {then.get(name)} there, {value} asked" for name, value in now.items()
-                   if then.get(name) != value]  # fmt: skip
+        changed = [
+            f"{name}: {then.get(name)} there, {value} asked"
+            for name, value in now.items()
+            if then.get(name) != value
+        ]
         if changed:
             raise UserError(f"{out} is another run ({'; '.join(changed)}): pass another --out")
         return
@@ -244,7 +290,10 @@ def open_run(out: Path, facts: dict[str, Any], resume: bool) -> None:
 def flat(facts: dict[str, Any]) -> dict[str, Any]:
     """The settings of a run that its losses depend on, each under its own name."""
     recipe, run = dict(facts["recipe"]), dict(facts["run"])
-    constants, optim = recipe.pop("constants"), {"decay": "cosine"} | recipe.pop("optim")  # older runs have no decay
+    constants, optim = (
+        recipe.pop("constants"),
+        {"decay": "cosine"} | recipe.pop("optim"),
+    )  # older runs have no decay
     for name in HOW:
         run.pop(name, None)
     own = {name: facts[name] for name in ("cache", "rows", "views")}

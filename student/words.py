@@ -51,9 +51,14 @@ def load_tokenizer(folder: Path) -> Any:
     if (folder / "vocab.txt").exists():
         pieces = (folder / "vocab.txt").read_text(encoding="utf-8").splitlines()
         cased = any(piece != piece.lower() for piece in pieces if not piece.startswith("["))
-        return BertWordPieceTokenizer({piece: number for number, piece in enumerate(pieces)}, lowercase=not cased,
-                                      strip_accents=not cased)._tokenizer  # fmt: skip
-    raise UserError(f"{folder} has neither tokenizer.json nor vocab.txt: copy one from the model that it came from")
+        return BertWordPieceTokenizer(
+            {piece: number for number, piece in enumerate(pieces)},
+            lowercase=not cased,
+            strip_accents=not cased,
+        )._tokenizer
+    raise UserError(
+        f"{folder} has neither tokenizer.json nor vocab.txt: copy one from the model that it came from"
+    )
 
 
 def encode_pairs(tokenizer: Any, pairs: Sequence[tuple[str, str]], most: int) -> Encoded:
@@ -78,5 +83,8 @@ def encode_pairs(tokenizer: Any, pairs: Sequence[tuple[str, str]], most: int) ->
 
 def tokens_of(spans: np.ndarray, words: np.ndarray) -> np.ndarray:
     """Which sub-words lie in which words: bool [words, length] from spans [length, 2] and [words, 2]."""
-    start, end = np.maximum(spans[None, :, 0], words[:, None, 0]), np.minimum(spans[None, :, 1], words[:, None, 1])
+    start, end = (
+        np.maximum(spans[None, :, 0], words[:, None, 0]),
+        np.minimum(spans[None, :, 1], words[:, None, 1]),
+    )
     return start < end

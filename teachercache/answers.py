@@ -10,10 +10,18 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 
-NUM_ANSWERS, MIN_ANSWERS = 3129, 9  # VQA's vocabulary: answers that are the most common one of 9 questions or more
+NUM_ANSWERS, MIN_ANSWERS = (
+    3129,
+    9,
+)  # VQA's vocabulary: answers that are the most common one of 9 questions or more
 MARKS = ';/[]"{}()=+\\_-><@`,?!'
-NUMBERS = dict(zip(["none", "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"],
-                   ["0", "0", "1", "2", "3", "4", "5", "6", "7", "8", "9", "10"], strict=True))  # fmt: skip
+NUMBERS = dict(
+    zip(
+        ["none", "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"],
+        ["0", "0", "1", "2", "3", "4", "5", "6", "7", "8", "9", "10"],
+        strict=True,
+    )
+)
 # Each is meant where one of its apostrophes is missing; words are in lower case by then, so I'm and I've never come
 CONTRACTED = (
     "ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd "
@@ -24,8 +32,11 @@ CONTRACTED = (
     "weren't what'll what're what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll "
     "why're why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've"
 )
-CONTRACTIONS = {word[: at.start()] + word[at.end() :]: word for word in CONTRACTED.split()
-                for at in re.finditer("'", word)} | {"somebody'd": "somebodyd"}  # fmt: skip
+CONTRACTIONS = {
+    word[: at.start()] + word[at.end() :]: word
+    for word in CONTRACTED.split()
+    for at in re.finditer("'", word)
+} | {"somebody'd": "somebodyd"}
 
 
 @functools.lru_cache(maxsize=1 << 18)  # annotators repeat themselves

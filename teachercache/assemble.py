@@ -16,14 +16,18 @@ from teachercache.samples import Manifest
 NO_TEXT, EMPTY = "the row has no text that is not empty", "empty text"
 
 
-def collect(target: Target, job: Job, parts: Iterable[dict[str, Any]],
-            tick: Callable[[int], None]) -> tuple[dict[tuple[str, int], np.ndarray], list[dict[str, Any]]]:  # fmt: skip
+def collect(
+    target: Target, job: Job, parts: Iterable[dict[str, Any]], tick: Callable[[int], None]
+) -> tuple[dict[tuple[str, int], np.ndarray], list[dict[str, Any]]]:
     """All chunks of a block that are new, and all its unusable rows and texts."""
     cache, meta = target.cache, target.cache.meta
     rows = meta.block(job.block)
     copies = {"image": job.views, "text": job.texts, "row": range(0)}
-    chunks = {(name, copy): np.zeros((len(rows), *field.shape), field.dtype)
-              for name, field in cache.fields.items() for copy in copies[field.per]}  # fmt: skip
+    chunks = {
+        (name, copy): np.zeros((len(rows), *field.shape), field.dtype)
+        for name, field in cache.fields.items()
+        for copy in copies[field.per]
+    }
     if job.source is not None:
         for (name, copy), values in chunks.items():
             values[job.kept - rows.start] = store.read_rows(job.source, name, copy, job.source_rows)
@@ -41,7 +45,9 @@ def collect(target: Target, job: Job, parts: Iterable[dict[str, Any]],
     here = np.arange(rows.start, rows.stop)
     masks = {k: store.read_rows(cache, "text_valid", k, here) for k in before}
     masks |= {k: chunks["text_valid", k] for k in job.texts}
-    text_valid = np.stack([masks[k] for k in range(meta.texts)], 1) if masks else np.ones((len(rows), 1), bool)
+    text_valid = (
+        np.stack([masks[k] for k in range(meta.texts)], 1) if masks else np.ones((len(rows), 1), bool)
+    )
     chunks["valid", 0], invalid = _judge(target.manifest, rows, problems, text_valid)
     return chunks, invalid
 
@@ -53,8 +59,9 @@ def _is_fact(entry: dict[str, Any], has_images: bool) -> bool:
     return has_images and "text" not in entry and entry["reason"] != NO_TEXT
 
 
-def _judge(manifest: Manifest, rows: range, problems: list[dict[str, Any]],
-           text_valid: np.ndarray) -> tuple[np.ndarray, list[dict[str, Any]]]:  # fmt: skip
+def _judge(
+    manifest: Manifest, rows: range, problems: list[dict[str, Any]], text_valid: np.ndarray
+) -> tuple[np.ndarray, list[dict[str, Any]]]:
     """Which rows of a block can be used, and every entry of its quarantine in order."""
     valid: np.ndarray = np.any(text_valid, axis=1)
     for entry in problems:
@@ -69,7 +76,11 @@ def _judge(manifest: Manifest, rows: range, problems: list[dict[str, Any]],
             broken = sample.problem if not manifest.has_images else ""
             found = [{**about, "reason": broken or NO_TEXT}]
         else:
-            found = [{**about, "text": k, "reason": EMPTY} for k, text in enumerate(sample.texts) if not text.strip()]
+            found = [
+                {**about, "text": k, "reason": EMPTY}
+                for k, text in enumerate(sample.texts)
+                if not text.strip()
+            ]
         entries |= {tuple(sorted(entry.items())): entry for entry in found}
     return valid, sorted(entries.values(), key=_order)
 

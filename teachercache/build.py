@@ -49,19 +49,35 @@ class Summary:
     quarantined: int
 
 
-def build(teacher: Teacher, manifest: Manifest, out: Path, *, batch_size: int, workers: int, device: str,
-          precision: Precision, block_rows: int | None = None, views: int = 0, augment: Augment | None = None,
-          prune: bool = False, limit: int = 0) -> Summary:  # fmt: skip
+def build(
+    teacher: Teacher,
+    manifest: Manifest,
+    out: Path,
+    *,
+    batch_size: int,
+    workers: int,
+    device: str,
+    precision: Precision,
+    block_rows: int | None = None,
+    views: int = 0,
+    augment: Augment | None = None,
+    prune: bool = False,
+    limit: int = 0,
+) -> Summary:
     """Run the teacher over everything that is not there yet and that no other process writes."""
     with asking(out, what="write"), terminable(), lease(out):
         meta = plan(teacher, manifest, precision, block_rows, views=views, augment=augment, limit=limit)
         target = settle(out, meta, manifest, prune=prune)
         keep_memory()
-        rows = _compute(target, teacher, batch_size=batch_size, workers=workers, device=device, dtype=precision.dtype)
+        rows = _compute(
+            target, teacher, batch_size=batch_size, workers=workers, device=device, dtype=precision.dtype
+        )
         return _finish(target, rows)
 
 
-def _compute(target: Target, teacher: Teacher, *, batch_size: int, workers: int, device: str, dtype: str) -> int:
+def _compute(
+    target: Target, teacher: Teacher, *, batch_size: int, workers: int, device: str, dtype: str
+) -> int:
     """Write every block that this process gets hold of; the rows that the teacher ran over."""
     cache, meta = target.cache, target.cache.meta
     computed = getattr(torch, dtype)
@@ -76,7 +92,9 @@ def _compute(target: Target, teacher: Teacher, *, batch_size: int, workers: int,
         claims(cache) as claim,
         ThreadPoolExecutor(1, "write") as writer,
         contextlib.closing(
-            decoded(decoder, _pieces(target, jobs, todo, claim, batch_size), workers=workers, pin=device != "cpu")
+            decoded(
+                decoder, _pieces(target, jobs, todo, claim, batch_size), workers=workers, pin=device != "cpu"
+            )
         ) as batches,
     ):
         pending: Future | None = None
@@ -111,15 +129,28 @@ def _finish(target: Target, rows: int) -> Summary:
     return Summary(cache, rows, 0, quarantined)
 
 
-def plan(teacher: Teacher, manifest: Manifest, precision: Precision, block_rows: int | None = None, *,
-         views: int = 0, augment: Augment | None = None, limit: int = 0) -> CacheMeta:  # fmt: skip
+def plan(
+    teacher: Teacher,
+    manifest: Manifest,
+    precision: Precision,
+    block_rows: int | None = None,
+    *,
+    views: int = 0,
+    augment: Augment | None = None,
+    limit: int = 0,
+) -> CacheMeta:
     """The CacheMeta of this teacher over this data."""
     has = {"image": manifest.has_images, "text": manifest.texts > 0, "row": True}
-    fields = tuple(field for field in teacher.spec.fields
-                   if has[field.per] and (has["image"] or field.name not in PAIRED))  # fmt: skip
+    fields = tuple(
+        field
+        for field in teacher.spec.fields
+        if has[field.per] and (has["image"] or field.name not in PAIRED)
+    )
     if not fields:
         paired = any(field.name in PAIRED for field in teacher.spec.fields)
-        wanted = "picture and text pair" if paired else " or ".join(sorted({f.per for f in teacher.spec.fields}))
+        wanted = (
+            "picture and text pair" if paired else " or ".join(sorted({f.per for f in teacher.spec.fields}))
+        )
         raise UserError(
             f"--outputs {','.join(teacher.spec.outputs)} of {teacher.spec.name} is about {wanted}s, and "
             f"{manifest.data} has none: pass other --outputs (`tc teachers`) or other --data"
@@ -127,7 +158,9 @@ def plan(teacher: Teacher, manifest: Manifest, precision: Precision, block_rows:
     if views and not has["image"]:
         raise UserError(f"--views {views}: {manifest.data} has no pictures; leave --views away")
     if views and teacher.tokens is not None:
-        raise UserError(f"--views {views}: words are weighed beside the plain picture; leave --views or tokens away")
+        raise UserError(
+            f"--views {views}: words are weighed beside the plain picture; leave --views or tokens away"
+        )
     if views and teacher.pair is not None:
         raise UserError(
             f"--views {views}: scores and UNet features are of the plain picture; leave --views or those --outputs away"
@@ -136,7 +169,9 @@ def plan(teacher: Teacher, manifest: Manifest, precision: Precision, block_rows:
         raise UserError(
             f"--views {views}: {teacher.spec.name} looks at regions of the plain picture; leave --views away"
         )
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "open_clip_torch", "zarr", "pillow")}
+    versions = {
+        name: importlib.metadata.version(name) for name in ("torch", "open_clip_torch", "zarr", "pillow")
+    }
     return CacheMeta(
         spec=dataclasses.replace(teacher.spec, fields=fields),
         data=manifest.data,
@@ -163,7 +198,9 @@ def claims(cache: store.Cache) -> Iterator[Callable[[int], bool]]:
     def unfinished(block: int) -> bool:
         return not store.covers(cache, store.done_record(cache, block))
 
-    if is_url(cache.path):  # no locks there, one job at a time (`lease.py`): its ranks take their own blocks alone
+    if is_url(
+        cache.path
+    ):  # no locks there, one job at a time (`lease.py`): its ranks take their own blocks alone
         yield unfinished
         return
     descriptor = store.open_lock(cache)
@@ -181,8 +218,9 @@ def claims(cache: store.Cache) -> Iterator[Callable[[int], bool]]:
         os.close(descriptor)
 
 
-def _pieces(target: Target, jobs: dict[int, Job], todo: list[int], claim: Callable[[int], bool],
-            batch_size: int) -> Iterator[Piece]:  # fmt: skip
+def _pieces(
+    target: Target, jobs: dict[int, Job], todo: list[int], claim: Callable[[int], bool], batch_size: int
+) -> Iterator[Piece]:
     """One batch at a time, block by block, claiming each block when its turn comes; an empty one where none is left."""
     for block in todo:
         if not claim(block):
@@ -196,7 +234,9 @@ def _pieces(target: Target, jobs: dict[int, Job], todo: list[int], claim: Callab
                 yield Piece(part, views[first : first + VIEWS_AT_ONCE], range(0), block)
 
 
-def _write(cache: store.Cache, block: int, chunks: store.Chunks, invalid: list[dict[str, Any]], stages: Stages) -> None:
+def _write(
+    cache: store.Cache, block: int, chunks: store.Chunks, invalid: list[dict[str, Any]], stages: Stages
+) -> None:
     begin, rows = time.perf_counter(), len(cache.meta.block(block))
     store.write_block(cache, block, chunks, invalid)
     stages.add("write", time.perf_counter() - begin, rows)
@@ -207,8 +247,12 @@ def announce(summary: Summary) -> None:
     """Say what the build did and what comes next."""
     cache = summary.cache
     if summary.blocks_left:
-        say(f"{summary.blocks_left} blocks are in the hands of another builder; run the same command to check on them")
+        say(
+            f"{summary.blocks_left} blocks are in the hands of another builder; run the same command to check on them"
+        )
         return
     if summary.quarantined:
-        say(f"{summary.quarantined} entries in {cache.path / 'quarantine.jsonl'} (rows or texts that cannot be used)")
+        say(
+            f"{summary.quarantined} entries in {cache.path / 'quarantine.jsonl'} (rows or texts that cannot be used)"
+        )
     say(f"{cache.path} is complete: {cache.meta.rows:,} rows ({summary.rows_written:,} written now)")

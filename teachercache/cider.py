@@ -35,16 +35,21 @@ def cider_d(candidate: Words, references: Sequence[Words], frequency: Counter, p
         penalty = math.exp(-((len(candidate) - len(words)) ** 2) / (2 * SIGMA**2))
         for n in LENGTHS:
             norms = _norm(own, n) * _norm(other, n)
-            shared = sum(min(value, other[ngram]) * other[ngram] for ngram, value in own.items()
-                         if len(ngram) == n and ngram in other)  # fmt: skip
+            shared = sum(
+                min(value, other[ngram]) * other[ngram]
+                for ngram, value in own.items()
+                if len(ngram) == n and ngram in other
+            )
             total += penalty * shared / norms if norms else 0.0
     return 10 * total / len(LENGTHS) / len(references)
 
 
 def _weighted(words: Words, frequency: Counter, pictures: int) -> dict[tuple, float]:
     """tf-idf of each n-gram; one that no reference has is as rare as one that a single picture's have."""
-    return {ngram: count * (math.log(pictures) - math.log(max(1, frequency[ngram])))
-            for ngram, count in ngrams(words).items()}  # fmt: skip
+    return {
+        ngram: count * (math.log(pictures) - math.log(max(1, frequency[ngram])))
+        for ngram, count in ngrams(words).items()
+    }
 
 
 def _norm(weights: dict[tuple, float], n: int) -> float:

@@ -42,19 +42,26 @@ def teachers(as_json: bool) -> None:
         return
     for name, entry in TEACHERS.items():
         print(f"{name:18} {entry.doc}  [{', '.join(entry.outputs)}]")
-    print("and open_clip:MODEL/TAG, hf:ORG/NAME, diffusers:ORG/NAME, a folder of open_clip or diffusers, a run of "
-          "`student train`, package.module:entry")  # fmt: skip
+    print(
+        "and open_clip:MODEL/TAG, hf:ORG/NAME, diffusers:ORG/NAME, a folder of open_clip or diffusers, a run of "
+        "`student train`, package.module:entry"
+    )
 
 
 @tc.command()
 @click.argument("data")
 @click.option("--out", help="Write a manifest .parquet, which --data takes.")
 @click.option("--limit", type=click.IntRange(1), help="Only the first N rows.")
-@click.option("--noise", metavar="KIND=SHARE",
-              help="Give a share of the training rows wrong texts: shuffle, partial or near.")  # fmt: skip
+@click.option(
+    "--noise",
+    metavar="KIND=SHARE",
+    help="Give a share of the training rows wrong texts: shuffle, partial or near.",
+)
 @click.option("--noise-seed", default=0, show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
-def manifest(data: str, out: str | None, limit: int | None, noise: str | None, noise_seed: int, as_json: bool) -> None:
+def manifest(
+    data: str, out: str | None, limit: int | None, noise: str | None, noise_seed: int, as_json: bool
+) -> None:
     """Show what data is understood as, before a teacher runs over it; write it down with --out.
 
     \u0008
@@ -79,7 +86,9 @@ def manifest(data: str, out: str | None, limit: int | None, noise: str | None, n
         clean, found = found, corrupt(found, kind, share, seed=noise_seed)
         rows = clean.rows_of_split("train")
         count = int(clean.has_text()[rows].sum())
-        say(f"{kind}: {round(share * count)} of {count} training rows have other texts; their task columns say which")
+        say(
+            f"{kind}: {round(share * count)} of {count} training rows have other texts; their task columns say which"
+        )
     facts = describe(sources, found)
     if out is not None:
         save(found, as_path(out))
@@ -90,11 +99,15 @@ def manifest(data: str, out: str | None, limit: int | None, noise: str | None, n
     low, high = facts["texts"]
     for path, kind in facts["formats"].items():
         print(f"format     {kind}  ({path})")
-    print(f"rows       {facts['rows']:,}, {facts['pictures']:,} with a picture, {facts['tasks']:,} with task columns")
+    print(
+        f"rows       {facts['rows']:,}, {facts['pictures']:,} with a picture, {facts['tasks']:,} with task columns"
+    )
     print(f"texts      {low if low == high else f'{low} to {high}'} a row")
     for name in ("splits", "labels"):
         counts = [f"{value or '(none)'} {count:,}" for value, count in facts[name].items()]
-        print(f"{name:10} {', '.join(counts[:10]) or '(none)'}{f', ... {len(counts):,} in all' * (len(counts) > 10)}")
+        print(
+            f"{name:10} {', '.join(counts[:10]) or '(none)'}{f', ... {len(counts):,} in all' * (len(counts) > 10)}"
+        )
     for row in facts["first"]:
         print(f"  {row['key']}  {row['image'] or '(no picture)'}  {' | '.join(row['texts'])[:200]}")
         if row["task"]:
@@ -106,33 +119,58 @@ def manifest(data: str, out: str | None, limit: int | None, noise: str | None, n
 
 @tc.command()
 @click.option("--teacher", "name", required=True, help="A name of `tc teachers`.")
-@click.option("--data", default=DEMO_DATA, show_default=True,
-              help="A folder of pictures, .tar shards, Parquet, captions, questions, texts, ...: see `tc manifest "
-                   "--help`. Several with commas between them, each may be a quoted glob or a URL: "
-                   "s3://bucket/shards/*.tar")  # fmt: skip
-@click.option("--out", help="The cache, a folder or a URL; default caches/<data>/<teacher>.zarr, "
-                            "<teacher>-views.zarr with --views.")  # fmt: skip
+@click.option(
+    "--data",
+    default=DEMO_DATA,
+    show_default=True,
+    help="A folder of pictures, .tar shards, Parquet, captions, questions, texts, ...: see `tc manifest "
+    "--help`. Several with commas between them, each may be a quoted glob or a URL: "
+    "s3://bucket/shards/*.tar",
+)
+@click.option(
+    "--out",
+    help="The cache, a folder or a URL; default caches/<data>/<teacher>.zarr, "
+    "<teacher>-views.zarr with --views.",
+)
 @click.option(
     "--outputs",
     help="What to keep, comma-separated: embeddings, patches, hidden, hidden:3+7, tokens, random_tokens; regions of a "
     "regions teacher; text_states, latents, unet_features, scores of a diffusion teacher (tc teachers). Default: a "
     "teacher's first, embeddings or regions; text_states,latents.",
 )
-@click.option("--weights", default="pretrained", show_default=True,
-              help="pretrained, a checkpoint file or open_clip folder, or random:SEED (knows nothing).")  # fmt: skip
-@click.option("--views", default=0, show_default=True, type=click.IntRange(0),
-              help="Augmented views of every picture, stored with their parameters; 0 for the plain picture. "
-                   "A larger number later adds views.")  # fmt: skip
-@click.option("--augment", multiple=True, metavar="KEY=VALUE",
-              help="How views are drawn, for example flip=0, scale_min=0.9 (see README).")  # fmt: skip
+@click.option(
+    "--weights",
+    default="pretrained",
+    show_default=True,
+    help="pretrained, a checkpoint file or open_clip folder, or random:SEED (knows nothing).",
+)
+@click.option(
+    "--views",
+    default=0,
+    show_default=True,
+    type=click.IntRange(0),
+    help="Augmented views of every picture, stored with their parameters; 0 for the plain picture. "
+    "A larger number later adds views.",
+)
+@click.option(
+    "--augment",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="How views are drawn, for example flip=0, scale_min=0.9 (see README).",
+)
 @click.option("--batch-size", default=32, show_default=True, type=click.IntRange(1))
-@click.option("--workers", type=click.IntRange(0), help="Decoding processes; default: spare cores, at most 8.")
+@click.option(
+    "--workers", type=click.IntRange(0), help="Decoding processes; default: spare cores, at most 8."
+)
 @click.option("--precision", default="auto", show_default=True, help="auto, fp32, bf16 or fp16.")
 @click.option("--device", default="auto", show_default=True)
 @click.option("--limit", type=click.IntRange(1), help="Only the first N rows.")
-@click.option("--prune", is_flag=True, help="Follow data that lost or changed rows; the others are not computed again.")
-def build(name, data, out, outputs, weights, views, augment, batch_size, workers, precision, device, limit,
-          prune) -> None:  # fmt: skip
+@click.option(
+    "--prune", is_flag=True, help="Follow data that lost or changed rows; the others are not computed again."
+)
+def build(
+    name, data, out, outputs, weights, views, augment, batch_size, workers, precision, device, limit, prune
+) -> None:
     """Run a teacher over data and write a cache. Killed at any time, the same command goes on.
 
     Data that gained rows or texts, or a larger --views, extend the cache that is there.
@@ -158,7 +196,9 @@ def build(name, data, out, outputs, weights, views, augment, batch_size, workers
     dtype = runtime.pick_precision(precision, device)
     manifest = read_manifest(data, limit=limit)
     if weights.startswith("random:"):
-        say(f"WARNING: --weights {weights}: the true architecture of {name} with random weights; it knows nothing")
+        say(
+            f"WARNING: --weights {weights}: the true architecture of {name} with random weights; it knows nothing"
+        )
 
     from teachercache.build import announce
     from teachercache.build import build as run
@@ -168,8 +208,21 @@ def build(name, data, out, outputs, weights, views, augment, batch_size, workers
     say(f"{name} on {device} in {dtype.dtype} ({dtype.reason}); {len(manifest):,} rows of {manifest.data}")
     workers = runtime.default_workers() if workers is None else workers
     out = as_path(out) if out else default_cache(data, name, views)
-    announce(run(teacher, manifest, out, batch_size=batch_size, workers=workers, device=device, precision=dtype,
-                 views=views, augment=drawn, prune=prune, limit=limit or 0))  # fmt: skip
+    announce(
+        run(
+            teacher,
+            manifest,
+            out,
+            batch_size=batch_size,
+            workers=workers,
+            device=device,
+            precision=dtype,
+            views=views,
+            augment=drawn,
+            prune=prune,
+            limit=limit or 0,
+        )
+    )
 
 
 @tc.command()
@@ -182,7 +235,9 @@ def info(cache: str, as_json: bool) -> None:
 
     opened = store.open_cache(cache)
     meta, done = opened.meta, store.done_blocks(opened)
-    records = [record for block in store.listed_blocks(opened) if (record := store.done_record(opened, block))]
+    records = [
+        record for block in store.listed_blocks(opened) if (record := store.done_record(opened, block))
+    ]
     invalid = [entry for record in records for entry in record["invalid"]]
     size = sum(path.stat().st_size for path in opened.path.rglob("*") if path.is_file())
     if as_json:
@@ -194,12 +249,16 @@ def info(cache: str, as_json: bool) -> None:
         }
         print(jsonlib.dumps({**to_dict(meta), **facts}))
         return
-    print(f"teacher    {meta.spec.name} ({meta.spec.weights}), weights {meta.spec.digest[:12]}, {meta.precision}")
+    print(
+        f"teacher    {meta.spec.name} ({meta.spec.weights}), weights {meta.spec.digest[:12]}, {meta.precision}"
+    )
     print(
         f"data       {meta.data}, {meta.rows:,} rows, {meta.texts} texts a row"
         + (f", {meta.views} augmented views a picture" if meta.views else "")
     )
-    print(f"blocks     {len(done)} of {meta.num_blocks} done, {meta.block_rows:,} rows each, {size / 1e6:,.1f} MB")
+    print(
+        f"blocks     {len(done)} of {meta.num_blocks} done, {meta.block_rows:,} rows each, {size / 1e6:,.1f} MB"
+    )
     print(f"unusable   {len(invalid)}")
     for field in opened.fields.values():
         shape = "x".join(map(str, field.array_shape(meta.rows, meta.texts, meta.views)))
@@ -210,8 +269,13 @@ def info(cache: str, as_json: bool) -> None:
 
 @tc.command()
 @click.argument("cache")
-@click.option("--samples", default=64, show_default=True, type=click.IntRange(0),
-              help="Rows to compute again with the live teacher; 0 checks the files alone.")  # fmt: skip
+@click.option(
+    "--samples",
+    default=64,
+    show_default=True,
+    type=click.IntRange(0),
+    help="Rows to compute again with the live teacher; 0 checks the files alone.",
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def verify(cache: str, samples: int, as_json: bool) -> None:
     """Check every file's checksum, and some rows against the live teacher (cosine at least 0.999).
@@ -244,8 +308,12 @@ def verify(cache: str, samples: int, as_json: bool) -> None:
 @tc.command()
 @click.argument("cache")
 @click.option("--field", default="image_emb", show_default=True)
-@click.option("--kind", default="auto", show_default=True,
-              help="flat (exact), ivf, hnsw, or auto: flat up to 50,000 vectors, ivf above.")  # fmt: skip
+@click.option(
+    "--kind",
+    default="auto",
+    show_default=True,
+    help="flat (exact), ivf, hnsw, or auto: flat up to 50,000 vectors, ivf above.",
+)
 def index(cache: str, field: str, kind: str) -> None:
     """Build a FAISS index over a field, beside the cache; of a cache that gained rows, add those rows to it.
 
@@ -261,8 +329,12 @@ def index(cache: str, field: str, kind: str) -> None:
 @tc.command()
 @click.argument("cache")
 @click.argument("text", required=False)
-@click.option("--image", "images", type=Path, multiple=True, help="Search by a picture; may be given several times.")
-@click.option("--key", "keys", multiple=True, help="Search by a row of the cache; may be given several times.")
+@click.option(
+    "--image", "images", type=Path, multiple=True, help="Search by a picture; may be given several times."
+)
+@click.option(
+    "--key", "keys", multiple=True, help="Search by a row of the cache; may be given several times."
+)
 @click.option("--field", help="What is searched; default image_emb, text_emb where there are no pictures.")
 @click.option("--top", default=10, show_default=True, type=click.IntRange(1))
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
@@ -287,13 +359,22 @@ def search(cache, text, images, keys, field, top, as_json) -> None:
 
 @tc.command()
 @click.argument("cache")
-@click.option("--against", metavar="CACHE", help="A second cache of the same rows: a student's, another teacher's.")
-@click.option("--out", type=click.Path(path_type=Path), help="A folder; default <cache>.report beside the cache.")
+@click.option(
+    "--against", metavar="CACHE", help="A second cache of the same rows: a student's, another teacher's."
+)
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="A folder; default <cache>.report beside the cache."
+)
 @click.option(
     "--map", "kind", default="pca", show_default=True, help="pca, or umap (pip install 'teachercache[umap]')."
 )
-@click.option("--points", default=20_000, show_default=True, type=click.IntRange(10),
-              help="Rows on the map, drawn by chance where there are more; numbers are of all rows.")  # fmt: skip
+@click.option(
+    "--points",
+    default=20_000,
+    show_default=True,
+    type=click.IntRange(10),
+    help="Rows on the map, drawn by chance where there are more; numbers are of all rows.",
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout: what report.json holds.")
 def analyze(cache, against, out, kind, points, as_json) -> None:
     """Look into a cache: a page with map, likely wrong captions, duplicates, outliers, groups; and all numbers.
@@ -307,7 +388,9 @@ def analyze(cache, against, out, kind, points, as_json) -> None:
     from teachercache.analysis.report import default_out
 
     out = out or default_out(as_path(cache), against)
-    found, written = run(as_path(cache), against=against and as_path(against), out=out, kind=kind, points=points)
+    found, written = run(
+        as_path(cache), against=against and as_path(against), out=out, kind=kind, points=points
+    )
     if as_json:
         from teachercache.analysis.describe import as_json as json_of
 

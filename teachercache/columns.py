@@ -26,7 +26,8 @@ WHOLE_GROUP_BYTES = 256 << 20  # of a row group that is kept whole; a larger one
 def picture_column(schema: "pa.Schema") -> str:
     """The column that holds pictures as bytes, or as Hugging Face's struct of `bytes` and `path`; "" if none does."""
     return next(
-        (name for name in PICTURE_COLUMNS if name in schema.names and _holds_bytes(schema.field(name).type)), ""
+        (name for name in PICTURE_COLUMNS if name in schema.names and _holds_bytes(schema.field(name).type)),
+        "",
     )
 
 
@@ -100,7 +101,9 @@ class ParquetPictures:
             self.group, self.first, self.values = group, start, []
             large = group_bytes(self.file.metadata, group, self.column, stored=False) > WHOLE_GROUP_BYTES
             size = 64 if large else max(self.rows[group], 1)
-            self.pieces = self.file.iter_batches(size, row_groups=[group], columns=[self.column], use_threads=False)
+            self.pieces = self.file.iter_batches(
+                size, row_groups=[group], columns=[self.column], use_threads=False
+            )
         while row >= self.first + len(self.values):
             self.first += len(self.values)
             try:

@@ -38,9 +38,19 @@ class Piece:
 class Rows(Dataset):
     """What a DataLoader decodes: a Piece is its index. Evaluation and `tc verify` decode with it too."""
 
-    def __init__(self, manifest: Manifest, *, view: Callable[[Any], torch.Tensor], size: tuple[int, int],
-                 at_least: int = 0, num_boxes: int = 0, tokenize: Any = None, find: Any = None, replay: Any = None,
-                 augment: Augment | None = None):  # fmt: skip
+    def __init__(
+        self,
+        manifest: Manifest,
+        *,
+        view: Callable[[Any], torch.Tensor],
+        size: tuple[int, int],
+        at_least: int = 0,
+        num_boxes: int = 0,
+        tokenize: Any = None,
+        find: Any = None,
+        replay: Any = None,
+        augment: Augment | None = None,
+    ):
         self.manifest, self.view, self.size, self.at_least = manifest, view, size, at_least
         self.num_boxes, self.tokenize, self.find = num_boxes, tokenize, find
         self.replay, self.augment = replay, augment
@@ -105,12 +115,15 @@ class Rows(Dataset):
                     pictures[0, i] = self.view(picture)
                     continue
                 for v, number in enumerate(piece.views):
-                    params[i, v] = draw_params(self.augment, sample.key, number,
-                                               width=picture.width, height=picture.height)  # fmt: skip
+                    params[i, v] = draw_params(
+                        self.augment, sample.key, number, width=picture.width, height=picture.height
+                    )
                     pictures[v, i] = self.replay(picture, params[i, v])
             except BadSample as error:
                 reasons[i] = str(error)
-        for row, key, place, i in zip(piece.rows, batch["key"], at.tolist(), range(len(samples)), strict=True):
+        for row, key, place, i in zip(
+            piece.rows, batch["key"], at.tolist(), range(len(samples)), strict=True
+        ):
             if place in reasons:
                 batch["usable"][i] = False
                 batch["problems"].append({"row": row, "key": key, "reason": reasons[place]})
@@ -144,36 +157,53 @@ def _boxes(sample: Sample, size: tuple[int, int]) -> torch.Tensor:
     """The task column `boxes` (x1, y1, x2, y2 in pixels of the picture as a person sees it) as shares [boxes, 4]."""
     given = _given_boxes(sample)
     for number, box in enumerate(given, start=1):
-        known = isinstance(box, list) and len(box) == 4 and all(isinstance(value, int | float) for value in box)
+        known = (
+            isinstance(box, list) and len(box) == 4 and all(isinstance(value, int | float) for value in box)
+        )
         if not (known and all(map(math.isfinite, box)) and box[0] <= box[2] and box[1] <= box[3]):
             raise BadSample(f"box {number} of the row is not x1, y1, x2, y2")
-    return (torch.tensor(given, dtype=torch.float64).reshape(-1, 4) / torch.tensor([*size, *size])).clamp(0, 1).float()
+    return (
+        (torch.tensor(given, dtype=torch.float64).reshape(-1, 4) / torch.tensor([*size, *size]))
+        .clamp(0, 1)
+        .float()
+    )
 
 
 def rows_for(teacher: Teacher, manifest: Manifest, augment: Augment | None = None) -> Rows:
     """Rows as the teacher sees them, in augmented views where `augment` is given."""
     view = teacher.spec.view
-    return Rows(manifest, view=teacher.view, size=tuple(view["size"]), at_least=view.get("at_least", 0),
-                num_boxes=view.get("boxes", 0), tokenize=teacher.tokenize, augment=augment,
-                find=teacher.tokens.find if teacher.tokens else None,
-                replay=replay_view(view) if augment else None)  # fmt: skip
+    return Rows(
+        manifest,
+        view=teacher.view,
+        size=tuple(view["size"]),
+        at_least=view.get("at_least", 0),
+        num_boxes=view.get("boxes", 0),
+        tokenize=teacher.tokenize,
+        augment=augment,
+        find=teacher.tokens.find if teacher.tokens else None,
+        replay=replay_view(view) if augment else None,
+    )
 
 
-def decoded(rows: Rows, pieces: Iterable[Piece], *, workers: int, pin: bool = False) -> Generator[dict[str, Any]]:
+def decoded(
+    rows: Rows, pieces: Iterable[Piece], *, workers: int, pin: bool = False
+) -> Generator[dict[str, Any]]:
     """Batches of pieces in their order, decoded ahead by worker processes; tensors come through shared memory.
 
     Close it where an error may leave it half read: the workers end at once, where torch would wait ten seconds.
     UserError where one of them died.
     """
-    batches = iter(DataLoader(
-        rows,
-        batch_sampler=pieces,  # type: ignore[arg-type]
-        num_workers=workers,
-        collate_fn=_as_it_is,
-        prefetch_factor=2 if workers else None,
-        worker_init_fn=ignore_interrupt,
-        pin_memory=pin,
-    ))  # fmt: skip
+    batches = iter(
+        DataLoader(
+            rows,
+            batch_sampler=pieces,  # type: ignore[arg-type]
+            num_workers=workers,
+            collate_fn=_as_it_is,
+            prefetch_factor=2 if workers else None,
+            worker_init_fn=ignore_interrupt,
+            pin_memory=pin,
+        )
+    )
     try:
         with deaths_told(RuntimeError, ConnectionError, EOFError):
             yield from batches

@@ -55,7 +55,11 @@ def mend_files(cache: store.Cache, manifest: Manifest) -> None:
 
 def _wrong_metadata(cache: store.Cache) -> list[str]:
     """Every zarr.json that says something else than it must; that of the group, read just now, where parts do."""
-    return [name for name, content in metadata(cache.meta).items() if _json(cache.path / name) != json.loads(content)]
+    return [
+        name
+        for name, content in metadata(cache.meta).items()
+        if _json(cache.path / name) != json.loads(content)
+    ]
 
 
 def _json(path: Any) -> Any:
@@ -69,7 +73,9 @@ def _in_order_of_keys(cache: store.Cache, manifest: Manifest) -> Manifest:
     """The rows of a cache by its own array of keys; blocks that are not written hold no order that mattered."""
     place = {key: row for row, key in enumerate(manifest.column("key"))}
     names = ["key/zarr.json", *(f"key/c/{block}" for block in store.done_blocks(cache))]
-    files: dict[str, Buffer] = {name: cpu.Buffer.from_bytes((cache.path / name).read_bytes()) for name in names}
+    files: dict[str, Buffer] = {
+        name: cpu.Buffer.from_bytes((cache.path / name).read_bytes()) for name in names
+    }
     keys = np.asarray(zarr.open_array(MemoryStore(files), path="key", mode="r")[:]).tolist()
     order = [place.pop(key, -1) for key in keys]
     rest = iter(place.values())

@@ -20,8 +20,15 @@ from teachercache.teachers import Teacher
 NOT_FINITE = "is not finite"  # how the reason of a NaN or inf ends
 
 
-def forward(teacher: Teacher, module: nn.Module, cache: Cache, stages: Stages, batches: Iterable[dict[str, Any]],
-            device: str, dtype: torch.dtype) -> Iterator[dict[str, Any]]:  # fmt: skip
+def forward(
+    teacher: Teacher,
+    module: nn.Module,
+    cache: Cache,
+    stages: Stages,
+    batches: Iterable[dict[str, Any]],
+    device: str,
+    dtype: torch.dtype,
+) -> Iterator[dict[str, Any]]:
     """Batches with what the teacher said of them; a batch is fetched while a GPU works on the next."""
     waiting: list[tuple[dict[str, Any], Any]] = []
     for batch in stages.waited(batches):
@@ -35,8 +42,9 @@ def forward(teacher: Teacher, module: nn.Module, cache: Cache, stages: Stages, b
         yield _fetch(cache, batch, outputs)
 
 
-def launch(teacher: Teacher, module: nn.Module, cache: Cache, batch: dict[str, Any], device: str,
-            dtype: torch.dtype) -> list[tuple[str, int, torch.Tensor]]:  # fmt: skip
+def launch(
+    teacher: Teacher, module: nn.Module, cache: Cache, batch: dict[str, Any], device: str, dtype: torch.dtype
+) -> list[tuple[str, int, torch.Tensor]]:
     """Field, copy and values [n, *shape] on the device, one forward for every view; texts go with the first."""
     piece: Piece = batch["piece"]
     outputs: list[tuple[str, int, torch.Tensor]] = []
@@ -45,20 +53,27 @@ def launch(teacher: Teacher, module: nn.Module, cache: Cache, batch: dict[str, A
     for i in range(max(0 if images is None else len(images), int(text is not None)) if piece.rows else 0):
         inputs = {}
         if images is not None:
-            moved = images[i].to(device, non_blocking=True)  # as float32 from pinned memory: the cast would block
+            moved = images[i].to(
+                device, non_blocking=True
+            )  # as float32 from pinned memory: the cast would block
             inputs["image"] = moved.to(dtype).contiguous(memory_format=torch.channels_last)
             inputs |= {name: batch[name].to(device) for name in ("boxes", "num_boxes") if name in batch}
         if text is not None and i == 0:
             inputs["text"] = text.to(device, non_blocking=True)
         with torch.inference_mode():
             distinct = teacher.encode(module, inputs)
-            said = {name: _each(values, places.get(cache.fields[name].per)) for name, values in distinct.items()}
+            said = {
+                name: _each(values, places.get(cache.fields[name].per)) for name, values in distinct.items()
+            }
             if "words" in batch and i == 0 and teacher.tokens is not None:
                 pictures = _pictures_of_texts(said.get("image_emb"), batch["usable"], len(piece.texts))
                 said |= teacher.tokens.weigh(module, batch["words"], pictures)
             if teacher.pair is not None and {"image", "text"} <= inputs.keys():
                 paired = teacher.pair(module, {**inputs, **distinct}, places)
-                said |= {name: _of_usable(values, batch["usable"], len(piece.texts)) for name, values in paired.items()}
+                said |= {
+                    name: _of_usable(values, batch["usable"], len(piece.texts))
+                    for name, values in paired.items()
+                }
         for name, values in said.items():
             if cache.fields[name].per == "text":
                 values = values.unflatten(0, (len(piece.rows), len(piece.texts)))
@@ -73,7 +88,9 @@ def _each(values: torch.Tensor, places: torch.Tensor | None) -> torch.Tensor:
     return values if places is None or len(places) == len(values) else values[places.to(values.device)]
 
 
-def _pictures_of_texts(embeddings: torch.Tensor | None, usable: np.ndarray, texts: int) -> torch.Tensor | None:
+def _pictures_of_texts(
+    embeddings: torch.Tensor | None, usable: np.ndarray, texts: int
+) -> torch.Tensor | None:
     """The embedding of each text's picture [n * texts, dim], zeros where it cannot be used."""
     if embeddings is None:
         return None
@@ -86,7 +103,9 @@ def _of_usable(values: torch.Tensor, usable: np.ndarray, texts: int) -> torch.Te
     return torch.where(known.view(-1, *[1] * (values.ndim - 1)), values, 0)
 
 
-def _fetch(cache: Cache, batch: dict[str, Any], outputs: list[tuple[str, int, torch.Tensor]]) -> dict[str, Any]:
+def _fetch(
+    cache: Cache, batch: dict[str, Any], outputs: list[tuple[str, int, torch.Tensor]]
+) -> dict[str, Any]:
     """`chunks` of a piece in the stored dtypes; NaN is noted in `problems`, float16 overflow names the row."""
     piece, usable = batch["piece"], batch["usable"]
     text_valid: np.ndarray = batch.get("text_valid", usable[:, None])
@@ -96,7 +115,9 @@ def _fetch(cache: Cache, batch: dict[str, Any], outputs: list[tuple[str, int, to
         floating = np.dtype(field.dtype).kind == "f"
         values = (tensor.float() if floating else tensor).cpu().numpy()
         known = usable if field.per != "text" else text_valid[:, copy - piece.texts.start]
-        if floating or field.per != "text":  # of a text that cannot be used integers say that there is no word
+        if (
+            floating or field.per != "text"
+        ):  # of a text that cannot be used integers say that there is no word
             values[~known] = 0
         inner = tuple(range(1, values.ndim))
         which = {"text": copy} if field.per == "text" else {"view": copy} if cache.meta.views else {}
@@ -105,7 +126,12 @@ def _fetch(cache: Cache, batch: dict[str, Any], outputs: list[tuple[str, int, to
             if field.per == "text":
                 known[place] = False
             batch["problems"].append(
-                {"row": piece.rows[place], "key": batch["key"][place], "reason": f"{name} {NOT_FINITE}", **which}
+                {
+                    "row": piece.rows[place],
+                    "key": batch["key"][place],
+                    "reason": f"{name} {NOT_FINITE}",
+                    **which,
+                }
             )
         limit = np.finfo(field.dtype).max if floating else np.inf
         for place in np.flatnonzero((np.abs(values) > limit).any(axis=inner)).tolist():

@@ -60,14 +60,22 @@ def settle(path: Path, meta: CacheMeta, manifest: Manifest, *, prune: bool = Fal
     mend_files(cache, manifest)
     change = compare(cache, manifest)
     if len(change.lost) == cache.meta.rows:
-        raise UserError(f"{cache.path} holds another build, no row of it is in {manifest.data}: pass another --out")
+        raise UserError(
+            f"{cache.path} holds another build, no row of it is in {manifest.data}: pass another --out"
+        )
     if (change.lost or change.changed) and not prune:
-        raise UserError(f"{_tell(cache, manifest, change)}: the same command with --prune follows the data, or pass "
-                        "another --out")  # fmt: skip
+        raise UserError(
+            f"{_tell(cache, manifest, change)}: the same command with --prune follows the data, or pass "
+            "another --out"
+        )
     ordered = dataclasses.replace(manifest, table=manifest.table.take(change.order))
     wanted = dataclasses.replace(
-        meta, block_rows=cache.meta.block_rows, versions=cache.meta.versions,
-        views=max(meta.views, cache.meta.views), texts=max(meta.texts, cache.meta.texts))  # fmt: skip
+        meta,
+        block_rows=cache.meta.block_rows,
+        versions=cache.meta.versions,
+        views=max(meta.views, cache.meta.views),
+        texts=max(meta.texts, cache.meta.texts),
+    )
     if change.lost or change.changed:
         return _start_pruning(cache, dataclasses.replace(wanted, texts=meta.texts), ordered, change)
     ask_space(store.Cache(path, wanted))
@@ -83,7 +91,11 @@ def compare(cache: store.Cache, manifest: Manifest) -> Change:
     found = pc.index_in(keys, value_set=now).fill_null(-1).to_numpy().astype(np.int64)
     kept = np.flatnonzero(found >= 0)
     new = np.setdiff1d(np.arange(len(manifest)), found)
-    changed = _changed(then, manifest, kept, found[kept]) if then.digest != manifest.digest else np.array([], np.int64)
+    changed = (
+        _changed(then, manifest, kept, found[kept])
+        if then.digest != manifest.digest
+        else np.array([], np.int64)
+    )
     at = np.concatenate([np.where(np.isin(kept, changed), -1, kept), np.full(len(new), -1)])
     lost = keys.take(np.flatnonzero(found < 0)).to_pylist()
     return Change(np.concatenate([found[kept], new]), lost, keys.take(changed).to_pylist(), at)
@@ -96,7 +108,10 @@ def _changed(then: Manifest, now: Manifest, rows: np.ndarray, places: np.ndarray
     for i in np.flatnonzero(before != after).tolist():
         old, new = then.row(int(rows[i])), now.row(int(places[i]))
         first = dataclasses.replace(new, texts=new.texts[: len(old.texts)])
-        same = all(getattr(old, name) == getattr(first, name) for name in ("image", "offset", "size", "task", "texts"))
+        same = all(
+            getattr(old, name) == getattr(first, name)
+            for name in ("image", "offset", "size", "task", "texts")
+        )
         if not (same and len(old.texts) == then.texts):
             changed.append(rows[i])
     return np.array(changed, np.int64)
@@ -105,7 +120,9 @@ def _changed(then: Manifest, now: Manifest, rows: np.ndarray, places: np.ndarray
 def _same_teacher(cache: store.Cache, meta: CacheMeta) -> None:
     if bool(cache.meta.views) != bool(meta.views):
         there, asked = cache.meta.views, meta.views
-        raise UserError(f"{cache.path} holds another build (views: {there} there, {asked} asked): pass another --out")
+        raise UserError(
+            f"{cache.path} holds another build (views: {there} there, {asked} asked): pass another --out"
+        )
     changed = differences(cache.meta, meta, ignore=MAY_DIFFER)
     if changed:
         raise UserError(
@@ -204,7 +221,9 @@ class Job(NamedTuple):
 def jobs_for(target: Target) -> dict[int, Job]:
     """What there is to do for every block that is not finished."""
     done = store.done_blocks(target.cache)
-    return {block: job_for(target, block) for block in range(target.cache.meta.num_blocks) if block not in done}
+    return {
+        block: job_for(target, block) for block in range(target.cache.meta.num_blocks) if block not in done
+    }
 
 
 def job_for(target: Target, block: int) -> Job:
@@ -216,10 +235,15 @@ def job_for(target: Target, block: int) -> Job:
     record, old = store.done_record(cache, block), target.old
     if record is not None and record["rows"][1] == rows[-1] + 1:  # texts or views were added
         texts = range(record["texts"], meta.texts)
-        if not any(name in cache.fields for name in ("word_span", *PAIRED)):  # of these pictures are encoded again
+        if not any(
+            name in cache.fields for name in ("word_span", *PAIRED)
+        ):  # of these pictures are encoded again
             views = range(record["views"], meta.views)
         return Job(block, rows, views, texts, none, None, none, _facts(record["invalid"], rows, rows))
-    if record is not None and (record["views"], record["texts"]) == (meta.views, meta.texts):  # rows were added
+    if record is not None and (record["views"], record["texts"]) == (
+        meta.views,
+        meta.texts,
+    ):  # rows were added
         kept, new = rows[rows < record["rows"][1]], rows[rows >= record["rows"][1]]
         return Job(block, new, views, texts, kept, cache, kept, _facts(record["invalid"], kept, kept))
     if old is None or target.at is None or (old.meta.views, old.meta.texts) != (meta.views, meta.texts):

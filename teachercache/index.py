@@ -45,15 +45,21 @@ def describe(facts: Facts) -> str:
     if not facts.effort:
         return f"{start}, exact"
     effort = ", ".join(f"{name} {value}" for name, value in facts.effort.items())
-    recall = " and ".join(f"{value:.3f} for queries from {name}" for name, value in facts.recall_at_10.items())
-    return f"{start}, {effort}: recall@{NEIGHBOURS} {recall}, against exact search on {facts.queries:,} vectors"
+    recall = " and ".join(
+        f"{value:.3f} for queries from {name}" for name, value in facts.recall_at_10.items()
+    )
+    return (
+        f"{start}, {effort}: recall@{NEIGHBOURS} {recall}, against exact search on {facts.queries:,} vectors"
+    )
 
 
 # ----------------------------------------------------------------------------------------------------
 # Build and extend
 
 
-def update_index(cache: store.Cache, *, field: str = "image_emb", kind: str = "auto") -> tuple[Path, Facts, str]:
+def update_index(
+    cache: store.Cache, *, field: str = "image_emb", kind: str = "auto"
+) -> tuple[Path, Facts, str]:
     """Make the index of a vector field be of all rows; its path, facts and "current", "extended" or "built"."""
     path, facts = index_path(cache, field), read_facts(cache, field)
     state = standing(cache, facts) if facts is not None and facts.asked == kind else "other"
@@ -102,8 +108,9 @@ def build_index(cache: store.Cache, *, field: str = "image_emb", kind: str = "au
     chosen = _pick(len(vectors)) if kind == "auto" else kind
     index = _empty(faiss, vectors, chosen)
     _add(faiss, index, vectors)
-    return index_path(cache, field), _finish(cache, index, vectors, field=field, kind=chosen, asked=kind,
-                                             trained=len(vectors))  # fmt: skip
+    return index_path(cache, field), _finish(
+        cache, index, vectors, field=field, kind=chosen, asked=kind, trained=len(vectors)
+    )
 
 
 def _pick(num_vectors: int) -> str:
@@ -152,21 +159,36 @@ def _extend(cache: store.Cache, index: Any, old: Facts) -> Facts | None:
     if old.kind == "ivf" and len(vectors) > MAX_GROWTH * old.trained:
         return None
     _add(faiss_module(), index, vectors, start=start)
-    return _finish(cache, index, vectors, field=old.field, kind=old.kind, asked=old.asked, trained=old.trained)
+    return _finish(
+        cache, index, vectors, field=old.field, kind=old.kind, asked=old.asked, trained=old.trained
+    )
 
 
-def _finish(cache: store.Cache, index: Any, vectors: Vectors, *, field: str, kind: str, asked: str,
-            trained: int) -> Facts:  # fmt: skip
+def _finish(
+    cache: store.Cache, index: Any, vectors: Vectors, *, field: str, kind: str, asked: str, trained: int
+) -> Facts:
     """Measure a filled index, write it and its facts."""
     effort, recall = _tune(cache, index, vectors, field=field, kind=kind)
     path = index_path(cache, field)
-    facts_path(path).unlink(missing_ok=True)  # killed between the two files, the new index must not have old facts
+    facts_path(path).unlink(
+        missing_ok=True
+    )  # killed between the two files, the new index must not have old facts
     size = write_index(index, path)
     facts = Facts(
-        field=field, kind=kind, asked=asked, vectors=len(vectors), trained=trained, bytes=size, effort=effort,
-        recall_at_10=recall, queries=min(QUERIES, len(vectors)) if effort else 0, rows=cache.meta.rows,
-        meta="", identity=identity(cache), manifest=cache.meta.manifest,
-    )  # fmt: skip
+        field=field,
+        kind=kind,
+        asked=asked,
+        vectors=len(vectors),
+        trained=trained,
+        bytes=size,
+        effort=effort,
+        recall_at_10=recall,
+        queries=min(QUERIES, len(vectors)) if effort else 0,
+        rows=cache.meta.rows,
+        meta="",
+        identity=identity(cache),
+        manifest=cache.meta.manifest,
+    )
     return write_facts(cache, facts)
 
 
@@ -174,8 +196,9 @@ def _finish(cache: store.Cache, index: Any, vectors: Vectors, *, field: str, kin
 # Measure
 
 
-def _tune(cache: store.Cache, index: Any, vectors: Vectors, *, field: str,
-          kind: str) -> tuple[dict[str, int], dict[str, float]]:  # fmt: skip
+def _tune(
+    cache: store.Cache, index: Any, vectors: Vectors, *, field: str, kind: str
+) -> tuple[dict[str, int], dict[str, float]]:
     """Double nprobe or efSearch until recall@10 against exact search is enough; both are left in the index."""
     if kind == "flat":
         return {}, {}
@@ -220,8 +243,9 @@ def _others(ids: np.ndarray, own: np.ndarray, keep: int) -> np.ndarray:
     return np.argsort(ids == own[:, None], axis=1, kind="stable")[:, :keep]
 
 
-def _hits(index: Any, vectors: Vectors, queries: np.ndarray, own: np.ndarray, keep: int,
-          bars: np.ndarray) -> np.ndarray:  # fmt: skip
+def _hits(
+    index: Any, vectors: Vectors, queries: np.ndarray, own: np.ndarray, keep: int, bars: np.ndarray
+) -> np.ndarray:
     """Share of found neighbours that are as near as the last exact one [q]: of equal pictures either counts."""
     if not keep:
         return np.ones(len(queries))

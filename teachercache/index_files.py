@@ -46,7 +46,14 @@ def facts_path(path: Path) -> Path:
 
 def identity(cache: store.Cache) -> str:
     """Fingerprint of what two sizes of one cache share: not where data lies, how much of it, or who wrote it."""
-    rest: dict[str, Any] = {"data": "", "manifest": "", "rows": 0, "limit": 0, "block_rows": 1, "versions": {}}
+    rest: dict[str, Any] = {
+        "data": "",
+        "manifest": "",
+        "rows": 0,
+        "limit": 0,
+        "block_rows": 1,
+        "versions": {},
+    }
     return fingerprint(dataclasses.replace(cache.meta, **rest))
 
 
@@ -95,7 +102,9 @@ def check_index(cache: store.Cache, field: str) -> Facts:
         raise UserError(f"{path}.json is missing, damaged or of another version: {command}")
     state = standing(cache, facts)
     if state == "grown":
-        raise UserError(f"{path} lacks the last {cache.meta.rows - facts.rows:,} rows of this cache: {command}")
+        raise UserError(
+            f"{path} lacks the last {cache.meta.rows - facts.rows:,} rows of this cache: {command}"
+        )
     if state == "other":
         raise UserError(f"{path} was made for another build of this cache: {command}")
     return facts
@@ -134,13 +143,17 @@ def read_index(cache: store.Cache, facts: Facts, *, write: bool = False) -> Any:
             with path.open("rb") as file:
                 index = faiss.read_index(faiss.PyCallbackIOReader(file.read))
         else:  # mapped, a search touches nprobe lists of it and not the whole file
-            index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP if facts.kind == "ivf" and not write else 0)
+            index = faiss.read_index(
+                str(path), faiss.IO_FLAG_MMAP if facts.kind == "ivf" and not write else 0
+            )
         if index.ntotal != facts.vectors:
             raise ValueError(f"{facts.vectors:,} vectors expected, {index.ntotal:,} found")
         set_effort(index, facts.effort)
     except (RuntimeError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path} is damaged ({reason}): {index_command(cache, facts.field, facts)}") from error
+        raise UserError(
+            f"{path} is damaged ({reason}): {index_command(cache, facts.field, facts)}"
+        ) from error
     return index
 
 

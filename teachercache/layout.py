@@ -45,14 +45,23 @@ class Cache:
         """The command that builds this cache, or one like it for all of `data`."""
         meta, spec = self.meta, self.meta.spec
         precision = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[meta.precision]
-        options = {"--teacher": spec.name, "--outputs": ",".join(spec.outputs), "--weights": spec.weights,
-                   "--data": data or meta.data, "--out": str(self.path), "--precision": precision,
-                   "--views": meta.views, "--limit": 0 if data else meta.limit}  # fmt: skip
+        options = {
+            "--teacher": spec.name,
+            "--outputs": ",".join(spec.outputs),
+            "--weights": spec.weights,
+            "--data": data or meta.data,
+            "--out": str(self.path),
+            "--precision": precision,
+            "--views": meta.views,
+            "--limit": 0 if data else meta.limit,
+        }
         usual = {"--outputs": "embeddings", "--weights": "pretrained", "--views": 0, "--limit": 0}
         words = [str(word) for item in options.items() if usual.get(item[0]) != item[1] for word in item]
         default = dataclasses.asdict(Augment())
         drawn = [f"{name}={value:g}" for name, value in meta.augment.items() if value != default[name]]
-        return shlex.join(["tc", "build", *words, *(word for setting in drawn for word in ("--augment", setting))])
+        return shlex.join(
+            ["tc", "build", *words, *(word for setting in drawn for word in ("--augment", setting))]
+        )
 
 
 def block_rows_for(fields: tuple[Field, ...], rows: int) -> int:
@@ -100,9 +109,14 @@ def metadata(meta: CacheMeta) -> dict[str, bytes]:
             dimension_names=field.dims(meta.views),
             attributes={"doc": field.doc},
         )
-    group.create_array("key", shape=(meta.rows,), chunks=(meta.block_rows,), dtype=str, dimension_names=("row",))
+    group.create_array(
+        "key", shape=(meta.rows,), chunks=(meta.block_rows,), dtype=str, dimension_names=("row",)
+    )
     found = {name: buffer.to_bytes() for name, buffer in sorted(files.items()) if name.endswith("zarr.json")}
-    return {**{name: content for name, content in found.items() if "/" in name}, "zarr.json": found["zarr.json"]}
+    return {
+        **{name: content for name, content in found.items() if "/" in name},
+        "zarr.json": found["zarr.json"],
+    }
 
 
 def chunk_path(cache: Cache, name: str, block: int, copy: int = 0) -> Path:
@@ -118,7 +132,10 @@ def encode(cache: Cache, name: str, values: np.ndarray, rows: int) -> bytes:
     """A chunk's bytes as zarr writes them, rows of a last block filled up with zeros."""
     if len(values) != rows:
         raise ValueError(f"{name} has {len(values)} rows, its block {rows}")
-    if name != "key" and (values.shape[1:], values.dtype) != (cache.fields[name].shape, cache.fields[name].dtype):
+    if name != "key" and (values.shape[1:], values.dtype) != (
+        cache.fields[name].shape,
+        cache.fields[name].dtype,
+    ):
         raise ValueError(f"{name} is {values.dtype} {values.shape}, not a chunk of {cache.fields[name]}")
     files: dict[str, Buffer] = {}
     size = cache.meta.block_rows
@@ -127,7 +144,13 @@ def encode(cache: Cache, name: str, values: np.ndarray, rows: int) -> bytes:
             array = zarr.create_array(MemoryStore(files), shape=(size,), chunks=(size,), dtype=str)
         else:
             shape = (size, *values.shape[1:])
-            array = zarr.create_array(MemoryStore(files), shape=shape, chunks=shape, dtype=values.dtype,
-                                      compressors=[Crc32cCodec()], fill_value=0)  # fmt: skip
+            array = zarr.create_array(
+                MemoryStore(files),
+                shape=shape,
+                chunks=shape,
+                dtype=values.dtype,
+                compressors=[Crc32cCodec()],
+                fill_value=0,
+            )
         array[:rows] = values
     return next(buffer.to_bytes() for file, buffer in files.items() if not file.endswith("zarr.json"))

@@ -18,7 +18,11 @@ from teachercache.paths import is_url, write_whole
 from teachercache.remote import read_range
 from teachercache.runtime import is_alive, rank, world_size
 
-NAME, RENEWED, LASTS = ".builder-", 30.0, 120.0  # seconds; clocks of two builders must agree to about a minute
+NAME, RENEWED, LASTS = (
+    ".builder-",
+    30.0,
+    120.0,
+)  # seconds; clocks of two builders must agree to about a minute
 
 
 def is_lease(path: Any) -> bool:
@@ -63,7 +67,9 @@ def _job() -> str:
     """What the processes of one torchrun have in common and no others have."""
     where = [os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID")]
     alone = world_size() == 1 or where[0] in ("", "localhost", "127.0.0.1", "::1")
-    return ":".join([*where, socket.gethostname() if alone else "", str(os.getpid()) if world_size() == 1 else ""])
+    return ":".join(
+        [*where, socket.gethostname() if alone else "", str(os.getpid()) if world_size() == 1 else ""]
+    )
 
 
 def _refuse(cache: Any, job: str, start: float) -> None:
@@ -81,5 +87,7 @@ def _refuse(cache: Any, job: str, start: float) -> None:
         if age > LASTS or (host == socket.gethostname() and not is_alive(process)):
             entry.unlink(missing_ok=True)
         elif found["start"] < start:
-            raise UserError(f"{cache} is being built by process {process} on {host}: wait for it; if it is dead, wait "
-                            f"{LASTS - age:.0f} seconds or remove {entry}")  # fmt: skip
+            raise UserError(
+                f"{cache} is being built by process {process} on {host}: wait for it; if it is dead, wait "
+                f"{LASTS - age:.0f} seconds or remove {entry}"
+            )

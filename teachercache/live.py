@@ -45,8 +45,13 @@ def verify_cache(path: str | Path, *, samples: int) -> dict[str, Any]:
     files = damaged_files(cache)
     for block in damaged:
         store.forget_block(cache, block)
-    report: dict[str, Any] = {"damaged": damaged, "files": files, "cosine": {}, "command": cache.command(),
-                              "ok": not damaged and not files}  # fmt: skip
+    report: dict[str, Any] = {
+        "damaged": damaged,
+        "files": files,
+        "cosine": {},
+        "command": cache.command(),
+        "ok": not damaged and not files,
+    }
     if not report["ok"]:
         return report
     store.open_complete(path)
@@ -86,7 +91,9 @@ def _live_cosines(cache: store.Cache, samples: int) -> dict[str, np.ndarray]:
     live = {(name, copy): tensor.float().numpy() for name, copy, tensor in said}
     stored = {at: store.read_rows(cache, *at, rows).astype(np.float32) for at in live}
     for name, copy in live:
-        pair = [_comparable(values, name, copy, live, stored).reshape(len(rows), -1) for values in (live, stored)]
+        pair = [
+            _comparable(values, name, copy, live, stored).reshape(len(rows), -1) for values in (live, stored)
+        ]
         known = batch["text_valid"][:, copy] if cache.fields[name].per == "text" else batch["usable"]
         norms = np.prod([np.linalg.norm(values, axis=1) for values in pair], axis=0)
         cosine = (pair[0] * pair[1]).sum(1) / np.maximum(norms, 1e-12)

@@ -24,7 +24,9 @@ def parse(text: str) -> tuple[str, float]:
     """KIND=SHARE, as the command line has it."""
     kind, equals, share = text.partition("=")
     if kind not in KINDS:
-        raise UserError(f"--noise {text}: {closest(kind, KINDS)}write KIND=SHARE, KIND one of {', '.join(KINDS)}")
+        raise UserError(
+            f"--noise {text}: {closest(kind, KINDS)}write KIND=SHARE, KIND one of {', '.join(KINDS)}"
+        )
     try:
         value = float(share)
     except ValueError:
@@ -40,7 +42,9 @@ def corrupt(manifest: Manifest, kind: str, share: float, *, seed: int = 0) -> Ma
     rows = rows[manifest.has_text()[rows]]
     count = round(share * len(rows))
     if count < 2:
-        raise UserError(f"{manifest.data} has {len(rows)} training rows with texts: {share:g} of them are too few")
+        raise UserError(
+            f"{manifest.data} has {len(rows)} training rows with texts: {share:g} of them are too few"
+        )
     random = np.random.default_rng(seed)
     chosen = random.choice(rows, count, replace=False)
     texts, tasks, keys = (manifest.column(name) for name in ("texts", "task", "key"))
@@ -48,11 +52,15 @@ def corrupt(manifest: Manifest, kind: str, share: float, *, seed: int = 0) -> Ma
     for row, source, new in zip(chosen.tolist(), sources, wrong, strict=True):
         record = {"kind": kind, "from": keys[source] if source is not None else None, "texts": texts[row]}
         old = json.loads(tasks[row]) if tasks[row] else {}
-        tasks[row] = task_columns(**old, noise={name: value for name, value in record.items() if value is not None})
+        tasks[row] = task_columns(
+            **old, noise={name: value for name, value in record.items() if value is not None}
+        )
         texts[row] = new
     table = manifest.table
     for name, column in (("texts", texts), ("task", tasks)):
-        table = table.set_column(table.column_names.index(name), name, pa.array(column, schema().field(name).type))
+        table = table.set_column(
+            table.column_names.index(name), name, pa.array(column, schema().field(name).type)
+        )
     return dataclasses.replace(manifest, table=table, digest=digest_rows(table))
 
 
@@ -84,8 +92,13 @@ def _near(texts: Texts, chosen: np.ndarray, rows: np.ndarray, random: np.random.
 
     def nearest(row: int) -> int:
         own = words[row]
-        shared = collections.Counter(other for word in sorted(own) if len(holders[word]) <= COMMON
-                                     for other in holders[word] if words[other] != own)  # fmt: skip
+        shared = collections.Counter(
+            other
+            for word in sorted(own)
+            if len(holders[word]) <= COMMON
+            for other in holders[word]
+            if words[other] != own
+        )
         if not shared:
             return int(random.choice(rows[rows != row]))
         return max(shared, key=lambda other: (len(own & words[other]) / len(own | words[other]), -other))

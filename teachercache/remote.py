@@ -21,7 +21,17 @@ TAR_BLOCK = 256 << 10
 TARS_AT_ONCE = 8  # each header waits for the one before it: several tars hide that
 SMALL_FILES_AT_ONCE = 256
 PAUSES = (1.0, 4.0, 16.0)  # seconds before each new try at a picture, beyond the tries of the driver itself
-DRIVERS = ("aiobotocore", "botocore", "aiohttp", "gcsfs", "google", "azure", "adlfs", "fsspec", "huggingface_hub")
+DRIVERS = (
+    "aiobotocore",
+    "botocore",
+    "aiohttp",
+    "gcsfs",
+    "google",
+    "azure",
+    "adlfs",
+    "fsspec",
+    "huggingface_hub",
+)
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -60,7 +70,9 @@ def common_root(roots: list[Any]) -> Any:
     splits = [_split(root) for root in roots if is_url(root)]
     if not local and len({split[:2] for split in splits}) == 1:
         scheme, bucket, _ = splits[0]
-        return as_path(f"{scheme}://{bucket}/{posixpath.commonpath(['/' + folder for *_, folder in splits])[1:]}")
+        return as_path(
+            f"{scheme}://{bucket}/{posixpath.commonpath(['/' + folder for *_, folder in splits])[1:]}"
+        )
     if any(root.is_absolute() for root in local):
         local = [root.absolute() for root in local]
     return Path(os.path.commonpath(local)) if local else Path()
@@ -112,7 +124,10 @@ def glob_url(pattern: str) -> list[tuple[Any, bool]]:
     """Places that a pattern names and whether each is a folder, sorted, with one listing."""
     path = as_path(pattern)
     found = path.fs.glob(path.path, detail=True)
-    return [(as_path(path.fs.unstrip_protocol(name)), found[name]["type"] == "directory") for name in sorted(found)]
+    return [
+        (as_path(path.fs.unstrip_protocol(name)), found[name]["type"] == "directory")
+        for name in sorted(found)
+    ]
 
 
 def children(folder: Any) -> list[tuple[Any, bool]]:
@@ -160,7 +175,9 @@ def is_http(path: Any) -> bool:
 
 def _refuse_http(path: Any) -> None:
     if is_http(path):
-        raise UserError(f"{path}: folders cannot be listed over http: pass a .tar, .parquet, .csv, .json or .txt file")
+        raise UserError(
+            f"{path}: folders cannot be listed over http: pass a .tar, .parquet, .csv, .json or .txt file"
+        )
 
 
 def file_size(path: Any) -> int:
@@ -287,8 +304,12 @@ def asking(path: Any, *, what: str = "read") -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        no_ranges = is_http(path) and isinstance(error, ValueError)  # fsspec's word for a server that gives none
-        local = isinstance(error, OSError) and (not is_url(path) or isinstance(error.filename, str | os.PathLike))
+        no_ranges = is_http(path) and isinstance(
+            error, ValueError
+        )  # fsspec's word for a server that gives none
+        local = isinstance(error, OSError) and (
+            not is_url(path) or isinstance(error.filename, str | os.PathLike)
+        )
         if not (_from_network(error) or no_ranges) or local:
             raise
         raise UserError(f"cannot {what} {path}: {_reason(error)}; {_advice(path)}") from error
@@ -312,5 +333,7 @@ def _reason(error: Exception) -> str:
 
 def _advice(path: Any) -> str:
     if str(path).startswith(("s3://", "s3a://")):
-        return "check the bucket's name, the credentials (AWS_PROFILE, AWS_ACCESS_KEY_ID) and AWS_ENDPOINT_URL"
+        return (
+            "check the bucket's name, the credentials (AWS_PROFILE, AWS_ACCESS_KEY_ID) and AWS_ENDPOINT_URL"
+        )
     return "check the address, the network and the credentials"

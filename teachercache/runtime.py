@@ -202,7 +202,10 @@ def run_command(group: Any, args: list[str] | None = None) -> int:
         where = f": {error.filename}" if error.filename else ""
         message = f"{error.strerror or error}{where}"
     except (KeyboardInterrupt, click.Abort) as stopped:
-        print(str(stopped.__cause__ or "") or "stopped; the same command goes on where it left off", file=sys.stderr)
+        print(
+            str(stopped.__cause__ or "") or "stopped; the same command goes on where it left off",
+            file=sys.stderr,
+        )
         return 143 if isinstance(stopped.__cause__, Terminated) else 130
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     return 2

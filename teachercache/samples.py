@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 
 ROWS_AT_ONCE = 8192  # rows that are Python objects at one time, on their way into the Arrow table
 # What str.strip() leaves nothing of; Arrow's own trimming spares the separators 1c to 1f
-SPACES = r"\x{09}-\x{0d}\x{1c}-\x{20}\x{85}\x{a0}\x{1680}\x{2000}-\x{200a}\x{2028}\x{2029}\x{202f}\x{205f}\x{3000}"
+SPACES = (
+    r"\x{09}-\x{0d}\x{1c}-\x{20}\x{85}\x{a0}\x{1680}\x{2000}-\x{200a}\x{2028}\x{2029}\x{202f}\x{205f}\x{3000}"
+)
 MAX_PIXELS = 89_478_485  # PIL's own warning level: about 256 MB of RGB
 
 
@@ -46,7 +48,9 @@ class Sample:
     label: str = ""
     split: str = ""
     offset: int = -1
-    size: int = 0  # bytes of the picture; in Parquet of its row group, where its own would mean reading everything
+    size: int = (
+        0  # bytes of the picture; in Parquet of its row group, where its own would mean reading everything
+    )
     problem: str = ""  # why the row cannot be used, where its reader found out
     task: str = ""  # canonical JSON of `task_columns`: question, choices, answers, label, boxes; "" where there is none
 
@@ -146,7 +150,9 @@ def make_manifest(data: str, root: Any, samples: Iterable[Sample], *, limit: int
         columns = [pa.array([getattr(row, field.name) for row in part], field.type) for field in schema()]
         batches.append(pa.RecordBatch.from_arrays(columns, schema=schema()))
     if not batches:
-        raise UserError(f"no pictures or texts found in {data}: see `tc build --help` for the formats that are read")
+        raise UserError(
+            f"no pictures or texts found in {data}: see `tc build --help` for the formats that are read"
+        )
     table = pa.Table.from_batches(batches)
     if pc.count_distinct(table["key"]).as_py() < len(table):  # counted in Arrow: Python strings are larger
         counts = pc.value_counts(table["key"])
@@ -167,7 +173,9 @@ def row_digests(table: "pa.Table") -> "np.ndarray":
     import numpy as np
 
     digests = bytearray()
-    for batch in table.select(["key", "image", "offset", "size", "texts", "task"]).to_batches(max_chunksize=4096):
+    for batch in table.select(["key", "image", "offset", "size", "texts", "task"]).to_batches(
+        max_chunksize=4096
+    ):
         for row in batch.to_pylist():
             digests += hashlib.blake2b(repr(tuple(row.values())).encode(), digest_size=16).digest()
     return np.frombuffer(digests, "S16")
@@ -281,13 +289,20 @@ def decode_image(content: bytes, at_least: int = 0) -> "Image.Image":
         raise BadSample("the picture has no bytes")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PIL warns of every odd tag; what cannot be read gets its reason below
+            warnings.simplefilter(
+                "ignore"
+            )  # PIL warns of every odd tag; what cannot be read gets its reason below
             image = Image.open(io.BytesIO(content))
             if image.format == "EPS":  # PIL runs Ghostscript for it: a program, not a picture
                 raise BadSample("EPS is not read")
             if image.width * image.height > MAX_PIXELS:
-                raise BadSample(f"{image.width} x {image.height} pixels are more than the limit of {MAX_PIXELS:,}")
-            if at_least > 0 and image.format in ("JPEG", "MPO"):  # MPO: a phone's JPEG with a second one behind it
+                raise BadSample(
+                    f"{image.width} x {image.height} pixels are more than the limit of {MAX_PIXELS:,}"
+                )
+            if at_least > 0 and image.format in (
+                "JPEG",
+                "MPO",
+            ):  # MPO: a phone's JPEG with a second one behind it
                 # PIL takes the largest of its scales that keeps both sides above what is asked for
                 image.draft(None, (at_least, at_least))
             image.load()

@@ -14,9 +14,15 @@ from teachercache.samples import BadSample, decode_image
 from teachercache.vectors import unit, usable_vectors
 
 
-def search_cache(path: str | Path, *, text: str | None = None, images: tuple[Path, ...] = (),
-                 keys: tuple[str, ...] = (), field: str | None = None,
-                 top: int = 10) -> list[dict[str, Any]]:  # fmt: skip
+def search_cache(
+    path: str | Path,
+    *,
+    text: str | None = None,
+    images: tuple[Path, ...] = (),
+    keys: tuple[str, ...] = (),
+    field: str | None = None,
+    top: int = 10,
+) -> list[dict[str, Any]]:
     """The rows whose pictures (texts, where there are no pictures or `field` says so) are nearest, best first.
 
     The query is the sum of the unit vectors of text, pictures and rows: "this picture, but snowy". No weights: over the
@@ -38,7 +44,9 @@ def search_cache(path: str | Path, *, text: str | None = None, images: tuple[Pat
             f"{cache.meta.spec.name} has texts and pictures in different spaces: search '{field}' by {alone} alone"
         )
     query = np.sum([unit(part[None])[0] for part in parts], axis=0)
-    return _results(cache, field, search(opened, query, top=top + _per_row(cache, field) * len(rows)), rows)[:top]
+    return _results(cache, field, search(opened, query, top=top + _per_row(cache, field) * len(rows)), rows)[
+        :top
+    ]
 
 
 def _per_row(cache: store.Cache, field: str) -> int:
@@ -58,7 +66,9 @@ def _rows(cache: store.Cache, keys: tuple[str, ...]) -> dict[str, int]:
     for key, row in rows.items():
         if row < 0:
             hint = closest(key, store.read_keys(cache)[:100_000])  # difflib takes seconds for more
-            raise UserError(f"{cache.path} has no key '{key}': {hint or 'pass one that `tc search --json` shows'}")
+            raise UserError(
+                f"{cache.path} has no key '{key}': {hint or 'pass one that `tc search --json` shows'}"
+            )
     return rows
 
 
@@ -70,11 +80,14 @@ def _row_vector(cache: store.Cache, field: str, row: int, key: str) -> Float[np.
         return vectors.take(vectors.ids[low:high]).mean(axis=0)
     entries = map(json.loads, (cache.path / "quarantine.jsonl").read_text().splitlines())
     reason = next((entry["reason"] for entry in entries if entry["key"] == key), "quarantined")
-    raise UserError(f"row '{key}' of {cache.path} cannot be used ({reason}): pass another --key, or --image FILE")
+    raise UserError(
+        f"row '{key}' of {cache.path} cannot be used ({reason}): pass another --key, or --image FILE"
+    )
 
 
-def _live_vectors(cache: store.Cache, field: str, text: str | None,
-                  images: tuple[Path, ...]) -> list[Float[np.ndarray, " dim"]]:  # fmt: skip
+def _live_vectors(
+    cache: store.Cache, field: str, text: str | None, images: tuple[Path, ...]
+) -> list[Float[np.ndarray, " dim"]]:
     """What the teacher says of a text and of pictures."""
     import torch  # here, so that a search by key alone starts in half the time
 
@@ -104,8 +117,9 @@ def _live_vectors(cache: store.Cache, field: str, text: str | None,
     return parts
 
 
-def _results(cache: store.Cache, field: str, found: list[tuple[int, float]],
-             rows: dict[str, int]) -> list[dict[str, Any]]:  # fmt: skip
+def _results(
+    cache: store.Cache, field: str, found: list[tuple[int, float]], rows: dict[str, int]
+) -> list[dict[str, Any]]:
     """Key, score, picture and texts of what was found, without the rows that were asked by."""
     manifest = store.cached_manifest(cache)
     asked = set(rows.values())

@@ -11,7 +11,11 @@ from teachercache.names import UserError
 
 FORMAT = 1
 DTYPES = ("float16", "float32", "int16", "int32", "int64", "bool")
-PAIRED = ("diffusion_score", "diffusion_score_normalised", "unet_feature")  # of a text beside its row's picture
+PAIRED = (
+    "diffusion_score",
+    "diffusion_score_normalised",
+    "unet_feature",
+)  # of a text beside its row's picture
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +52,9 @@ class Field:
     def dims(self, views: int = 0) -> tuple[str, ...]:
         """Dimension names, as written into the Zarr metadata."""
         inner = ("dim",) if len(self.shape) == 1 else tuple(f"dim{i}" for i in range(len(self.shape)))
-        outer = {"row": ("row",), "text": ("row", "text"), "image": ("row", "view") if views else ("row",)}[self.per]
+        outer = {"row": ("row",), "text": ("row", "text"), "image": ("row", "view") if views else ("row",)}[
+            self.per
+        ]
         return (*outer, *inner)
 
 
@@ -87,7 +93,9 @@ class CacheMeta:
     precision: str  # dtype that the teacher computed in
     versions: Mapping[str, str]
     views: int = 0  # augmented views per picture, 0 for the plain picture
-    augment: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # how views were drawn; {} without views
+    augment: Mapping[str, Any] = dataclasses.field(
+        default_factory=dict
+    )  # how views were drawn; {} without views
     limit: int = 0  # what `--limit` was, 0 for all rows
     format: int = FORMAT
 
@@ -108,7 +116,9 @@ def to_dict(record: Any) -> dict[str, Any]:
 
 def meta_from_dict(values: Mapping[str, Any]) -> CacheMeta:
     """The CacheMeta that `to_dict` wrote; UserError where the format is not ours."""
-    if values.get("format") != FORMAT or "views" not in values:  # before there were views, texts shared a chunk
+    if (
+        values.get("format") != FORMAT or "views" not in values
+    ):  # before there were views, texts shared a chunk
         found = values.get("format") if values.get("format") != FORMAT else "before views"
         raise UserError(
             f"cache format {found!r} is not the format {FORMAT} that this version reads: remove it and build it again "
@@ -140,7 +150,9 @@ def differences(old: Any, new: Any, *, ignore: tuple[str, ...] = ()) -> list[str
 
 def _flat(values: dict[str, Any]) -> dict[str, Any]:
     """Entries of the spec and of the augmentation under their own names."""
-    inner = {f"{name}.{key}": value for name in ("spec", "augment") for key, value in values.pop(name, {}).items()}
+    inner = {
+        f"{name}.{key}": value for name in ("spec", "augment") for key, value in values.pop(name, {}).items()
+    }
     return values | inner
 
 
@@ -151,7 +163,11 @@ def _short(value: Any) -> str:
 
 def _names(value: Any) -> Any:
     """A list of records as their names alone."""
-    return [item["name"] for item in value] if value and isinstance(value, list) and "name" in value[0] else value
+    return (
+        [item["name"] for item in value]
+        if value and isinstance(value, list) and "name" in value[0]
+        else value
+    )
 
 
 def fingerprint(record: Any) -> str:

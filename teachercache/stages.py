@@ -41,7 +41,9 @@ class Stages:
 
     def rates(self) -> dict[str, float]:
         """Rows a second of each stage by itself."""
-        return {name: round(self.rows[name] / self.seconds[name], 1) for name in self.rows if self.seconds[name]}
+        return {
+            name: round(self.rows[name] / self.seconds[name], 1) for name in self.rows if self.seconds[name]
+        }
 
     def line(self) -> str:
         """The rates in words."""

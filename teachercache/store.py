@@ -42,7 +42,9 @@ from teachercache.spec import CacheMeta, meta_from_dict
 
 LOCK = ".lock"  # empty; a builder holds the byte of each block that it writes
 GROW_BYTE = 1 << 40  # of the lock file: held while a cache's own files are rewritten
-Chunks = Mapping[tuple[str, int], np.ndarray]  # field and copy (text or view; 0 where there is one) -> [rows, ...]
+Chunks = Mapping[
+    tuple[str, int], np.ndarray
+]  # field and copy (text or view; 0 where there is one) -> [rows, ...]
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -56,7 +58,9 @@ def is_there(path: Path) -> bool:
     if not path.exists():
         return False
     names = {entry.name for entry in path.iterdir() if not is_lease(entry)} if path.is_dir() else {path.name}
-    if names and not (is_url(path) and "manifest.parquet" in names):  # a builder was killed while it created this cache
+    if names and not (
+        is_url(path) and "manifest.parquet" in names
+    ):  # a builder was killed while it created this cache
         raise UserError(f"{path} is there and is no cache: pass another --out")
     return False
 
@@ -103,9 +107,13 @@ def open_cache(where: str | Path) -> Cache:
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     except FileNotFoundError as error:
-        raise UserError(f"no cache at {path}: make one with `tc build --teacher NAME --out {path}`") from error
+        raise UserError(
+            f"no cache at {path}: make one with `tc build --teacher NAME --out {path}`"
+        ) from error
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise UserError(f"{path} is not a cache of this program, or its zarr.json is damaged ({error!r})") from error
+        raise UserError(
+            f"{path} is not a cache of this program, or its zarr.json is damaged ({error!r})"
+        ) from error
     return Cache(path, meta)
 
 
@@ -126,7 +134,9 @@ def _manifest_errors(cache: Cache) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise UserError(f"{cache.path} has no manifest.parquet: run `{cache.command()}` to mend it") from error
+        raise UserError(
+            f"{cache.path} has no manifest.parquet: run `{cache.command()}` to mend it"
+        ) from error
     except UserError as error:
         raise UserError(f"{error}: run `{cache.command()}` to mend it") from error
 
@@ -135,7 +145,9 @@ def cached_manifest(cache: Cache) -> Manifest:
     """The rows of a cache in its order: the first ones, where a killed builder had begun to add more."""
     with _manifest_errors(cache):
         manifest = load_manifest(cache.path / "manifest.parquet")
-    return dataclasses.replace(manifest, table=manifest.table.slice(0, cache.meta.rows), digest=cache.meta.manifest)
+    return dataclasses.replace(
+        manifest, table=manifest.table.slice(0, cache.meta.rows), digest=cache.meta.manifest
+    )
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -166,7 +178,9 @@ def covers(cache: Cache, record: Mapping[str, Any] | None) -> bool:
 
 
 def _record_checksum(record: Mapping[str, Any]) -> int:
-    return zlib.crc32(json.dumps({name: value for name, value in record.items() if name != "checksum"}).encode())
+    return zlib.crc32(
+        json.dumps({name: value for name, value in record.items() if name != "checksum"}).encode()
+    )
 
 
 def done_record(cache: Cache, block: int) -> dict[str, Any] | None:
@@ -182,12 +196,17 @@ def write_block(cache: Cache, block: int, chunks: Chunks, invalid: list[dict[str
     """Write chunks of a block, then its done record, which also names the chunks of an earlier one that stay."""
     rows, earlier = cache.meta.block(block), done_record(cache, block)
     files = dict(earlier["files"]) if earlier else {}
-    contents = {chunk_path(cache, name, block, copy): encode(cache, name, values, len(rows))
-                for (name, copy), values in sorted(chunks.items())}  # fmt: skip
+    contents = {
+        chunk_path(cache, name, block, copy): encode(cache, name, values, len(rows))
+        for (name, copy), values in sorted(chunks.items())
+    }
     names = {path: path.relative_to(cache.path).as_posix() for path in contents}
     files |= {names[path]: [len(content), zlib.crc32(content)] for path, content in contents.items()}
-    needed = {chunk_path(cache, name, block, copy).relative_to(cache.path).as_posix()
-              for name in (*cache.fields, "key") for copy in range(cache.copies(name))}  # fmt: skip
+    needed = {
+        chunk_path(cache, name, block, copy).relative_to(cache.path).as_posix()
+        for name in (*cache.fields, "key")
+        for copy in range(cache.copies(name))
+    }
     if set(files) != needed:
         raise ValueError(
             f"block {block} lacks {sorted(needed - set(files))}, has {sorted(set(files) - needed)} besides"
@@ -198,8 +217,14 @@ def write_block(cache: Cache, block: int, chunks: Chunks, invalid: list[dict[str
         forget_block(cache, block)
     for path, content in contents.items():
         write_whole(path, content)
-    record = {"block": block, "rows": [rows.start, rows.stop], "texts": cache.meta.texts, "views": cache.meta.views,
-              "files": dict(sorted(files.items())), "invalid": invalid}  # fmt: skip
+    record = {
+        "block": block,
+        "rows": [rows.start, rows.stop],
+        "texts": cache.meta.texts,
+        "views": cache.meta.views,
+        "files": dict(sorted(files.items())),
+        "invalid": invalid,
+    }
     record["checksum"] = _record_checksum(record)
     write_whole(_record_path(cache, block), json.dumps(record, indent=1) + "\n")
 
@@ -260,7 +285,9 @@ def damaged_blocks(cache: Cache) -> dict[int, str]:
 def bytes_there(cache: Cache) -> int:
     """Bytes of the chunk files that done records name, keys left out as in `expected_bytes`."""
     records = filter(None, (done_record(cache, block) for block in listed_blocks(cache)))
-    return sum(size for record in records for name, (size, _) in record["files"].items() if name[:4] != "key/")
+    return sum(
+        size for record in records for name, (size, _) in record["files"].items() if name[:4] != "key/"
+    )
 
 
 @contextlib.contextmanager
@@ -297,7 +324,9 @@ def read_field(cache: Cache, name: str) -> np.ndarray:
         raise UserError(f"{cache.path} has no field '{name}': choose from {', '.join(cache.fields)}")
     meta, field, copies = cache.meta, cache.fields[name], cache.copies(name)
     chunk = chunk_shape(cache, name)
-    files = [chunk_path(cache, name, block, copy) for copy in range(copies) for block in range(meta.num_blocks)]
+    files = [
+        chunk_path(cache, name, block, copy) for copy in range(copies) for block in range(meta.num_blocks)
+    ]
     if can_map(chunk_bytes(cache, name)) and not is_url(cache.path):
         array = map_chunks(files, chunk_shape=chunk, dtype=field.dtype)
     else:

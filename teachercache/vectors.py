@@ -43,9 +43,15 @@ def usable_vectors(cache: store.Cache, name: str) -> Vectors:
     """The vectors of a field without rows and texts that cannot be used; UserError where it holds no vectors."""
     names = vector_fields(cache)
     if name not in names:
-        what = f"field '{name}' holds no vectors" if name in cache.fields else f"{cache.path} has no field '{name}'"
+        what = (
+            f"field '{name}' holds no vectors"
+            if name in cache.fields
+            else f"{cache.path} has no field '{name}'"
+        )
         if not names:
-            raise UserError(f"{what}, none of its fields holds any: build another with `tc build --outputs embeddings`")
+            raise UserError(
+                f"{what}, none of its fields holds any: build another with `tc build --outputs embeddings`"
+            )
         raise UserError(f"{what}: index one with `tc index {cache.path} --field {names[0]}`")
     stored, usable = store.read_field(cache, name), store.read_field(cache, "valid")
     if cache.fields[name].per != "text":
@@ -61,7 +67,9 @@ def unit(stored: np.ndarray) -> Float[np.ndarray, "n dim"]:
     return vectors if vectors.ndim == 2 else unit(vectors.mean(axis=1))
 
 
-def chunks(vectors: Vectors, *, start: int = 0) -> Iterator[tuple[Int[np.ndarray, " n"], Float[np.ndarray, "n dim"]]]:
+def chunks(
+    vectors: Vectors, *, start: int = 0
+) -> Iterator[tuple[Int[np.ndarray, " n"], Float[np.ndarray, "n dim"]]]:
     """Ids and unit vectors, some CHUNK_BYTES at a time, from the `start`-th usable one on."""
     views = 1 if vectors.texts else int(np.prod(vectors.stored.shape[1:-1]))
     size = max(1, CHUNK_BYTES // (4 * views * vectors.dim))
@@ -70,8 +78,9 @@ def chunks(vectors: Vectors, *, start: int = 0) -> Iterator[tuple[Int[np.ndarray
         yield ids, vectors.take(ids)
 
 
-def exact_search(vectors: Vectors, queries: Float[np.ndarray, "q dim"],
-                 top: int) -> tuple[Float[np.ndarray, "q top"], Int[np.ndarray, "q top"]]:  # fmt: skip
+def exact_search(
+    vectors: Vectors, queries: Float[np.ndarray, "q dim"], top: int
+) -> tuple[Float[np.ndarray, "q top"], Int[np.ndarray, "q top"]]:
     """Cosine to unit queries, best first, and ids; as many as there are where `top` is more.
 
     Any number of queries: the scores of some CHUNK_BYTES are in memory at once.
@@ -79,14 +88,17 @@ def exact_search(vectors: Vectors, queries: Float[np.ndarray, "q dim"],
     best = np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
     for ids, chunk in chunks(vectors):
         size = max(1, CHUNK_BYTES // (4 * len(ids)))
-        found = [_better(best[0][i : i + size], best[1][i : i + size], queries[i : i + size] @ chunk.T, ids, top)
-                 for i in range(0, max(1, len(queries)), size)]  # fmt: skip
+        found = [
+            _better(best[0][i : i + size], best[1][i : i + size], queries[i : i + size] @ chunk.T, ids, top)
+            for i in range(0, max(1, len(queries)), size)
+        ]
         best = np.concatenate([scores for scores, _ in found]), np.concatenate([ids for _, ids in found])
     return best
 
 
-def _better(old_scores: np.ndarray, old_ids: np.ndarray, scores: np.ndarray, ids: np.ndarray,
-            top: int) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+def _better(
+    old_scores: np.ndarray, old_ids: np.ndarray, scores: np.ndarray, ids: np.ndarray, top: int
+) -> tuple[np.ndarray, np.ndarray]:
     """The best of what was found before and of a chunk's scores."""
     columns = np.argpartition(scores, -min(top, len(ids)), axis=1)[:, -top:]
     scores = np.concatenate([old_scores, np.take_along_axis(scores, columns, 1)], 1)

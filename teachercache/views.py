@@ -41,10 +41,13 @@ class Augment:
 
     def __post_init__(self):
         chances = {
-            name: getattr(self, name) for name in ("flip", "jitter", "gray", "brightness", "contrast", "saturation")
+            name: getattr(self, name)
+            for name in ("flip", "jitter", "gray", "brightness", "contrast", "saturation")
         }
         wrong = [name for name, value in chances.items() if not 0 <= value <= 1]
-        wrong += ["scale_min"] * (not 0 < self.scale_min <= self.scale_max <= 1) + ["ratio"] * (self.ratio < 1)
+        wrong += ["scale_min"] * (not 0 < self.scale_min <= self.scale_max <= 1) + ["ratio"] * (
+            self.ratio < 1
+        )
         wrong += ["hue"] * (not 0 <= self.hue <= 0.5) + ["seed"] * (self.seed < 0)
         if wrong:
             raise UserError(f"--augment {wrong[0]}={getattr(self, wrong[0])}: {RANGES}")
@@ -82,7 +85,8 @@ def draw_params(augment: Augment, key: str, view: int, *, width: int, height: in
     top, left = int(draw[2] * (height - crop_height + 1)), int(draw[3] * (width - crop_width + 1))
     spread = (2 * draw[5:9] - 1) * (draw[9] < augment.jitter)
     colours = [
-        1 + spread[i] * getattr(augment, name) for i, name in enumerate(("brightness", "contrast", "saturation"))
+        1 + spread[i] * getattr(augment, name)
+        for i, name in enumerate(("brightness", "contrast", "saturation"))
     ]
     flip, gray = draw[4] < augment.flip, draw[10] < augment.gray
     values = [top, left, crop_height, crop_width, flip, *colours, spread[3] * augment.hue, gray]
@@ -98,7 +102,13 @@ def describe_view(preprocess_cfg: Mapping[str, Any]) -> dict[str, Any]:
     size = preprocess_cfg["size"]
     size = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
     view: dict[str, Any] = {name: preprocess_cfg.get(name) for name in VIEW_KEYS}
-    return {**view, "size": list(size), "mean": list(view["mean"]), "std": list(view["std"]), "at_least": 3 * max(size)}
+    return {
+        **view,
+        "size": list(size),
+        "mean": list(view["mean"]),
+        "std": list(view["std"]),
+        "at_least": 3 * max(size),
+    }
 
 
 def image_view(view: Mapping[str, Any]) -> "Callable[[Image.Image], Tensor]":

@@ -74,24 +74,53 @@ def save_diffusion(folder: Path, *, prediction: str = "epsilon", pixels: bool = 
     from transformers import CLIPTextConfig, CLIPTextModel
 
     torch.manual_seed(seed)
-    words = [*LETTERS, *(f"{letter}</w>" for letter in LETTERS), "re", "red</w>", "<|startoftext|>", "<|endoftext|>"]
+    words = [
+        *LETTERS,
+        *(f"{letter}</w>" for letter in LETTERS),
+        "re",
+        "red</w>",
+        "<|startoftext|>",
+        "<|endoftext|>",
+    ]
     ends = {"bos_token_id": len(words) - 2, "eos_token_id": len(words) - 1, "pad_token_id": len(words) - 1}
     channels = 3 if pixels else 4
     parts = {
         "unet": UNet2DConditionModel(
-            sample_size=8, in_channels=channels, out_channels=channels, layers_per_block=1, block_out_channels=(8, 16),
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), cross_attention_dim=16, attention_head_dim=4,
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), norm_num_groups=4),
-        "text_encoder": CLIPTextModel(CLIPTextConfig(
-            vocab_size=len(words), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-            max_position_embeddings=12, **ends)),
-        "scheduler": DDPMScheduler(beta_schedule="scaled_linear", prediction_type=prediction, steps_offset=1,
-                                   clip_sample=False),
-    }  # fmt: skip
+            sample_size=8,
+            in_channels=channels,
+            out_channels=channels,
+            layers_per_block=1,
+            block_out_channels=(8, 16),
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            cross_attention_dim=16,
+            attention_head_dim=4,
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            norm_num_groups=4,
+        ),
+        "text_encoder": CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=len(words),
+                hidden_size=16,
+                intermediate_size=32,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                max_position_embeddings=12,
+                **ends,
+            )
+        ),
+        "scheduler": DDPMScheduler(
+            beta_schedule="scaled_linear", prediction_type=prediction, steps_offset=1, clip_sample=False
+        ),
+    }
     if not pixels:
         parts["vae"] = AutoencoderKL(
-            block_out_channels=(4, 8), down_block_types=("DownEncoderBlock2D",) * 2, norm_num_groups=2,
-            up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, sample_size=16)  # fmt: skip
+            block_out_channels=(4, 8),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            norm_num_groups=2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            latent_channels=4,
+            sample_size=16,
+        )
     for name, part in parts.items():
         part.save_pretrained(folder / name)
     tokenizer = folder / "tokenizer"
@@ -103,8 +132,15 @@ def save_diffusion(folder: Path, *, prediction: str = "epsilon", pixels: bool = 
     )
     index = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "scheduler": "DDPMScheduler"}
     index = {name: ["diffusers", kind] for name, kind in index.items() if name in parts}
-    index |= {"text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"]}
-    index |= {"safety_checker": [None, None], "feature_extractor": [None, None], "image_encoder": [None, None]}
+    index |= {
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+    }
+    index |= {
+        "safety_checker": [None, None],
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+    }
     whole = {"_class_name": "StableDiffusionPipeline", "requires_safety_checker": False, **index}
     (folder / "model_index.json").write_text(json.dumps(whole))
     return folder
@@ -139,8 +175,13 @@ sys.stdin.read()
 @pytest.fixture(scope="session")
 def s3_endpoint() -> Iterator[str]:
     """http://127.0.0.1:<port> of an S3 server; nothing in the environment points to it yet."""
-    with subprocess.Popen([sys.executable, "-c", S3_SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                          stderr=subprocess.DEVNULL, text=True) as server:  # fmt: skip
+    with subprocess.Popen(
+        [sys.executable, "-c", S3_SERVER],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as server:
         port = server.stdout.readline().strip()
         if not port:
             pytest.fail("moto's S3 server did not start: pip install 'moto[server]'")
@@ -193,8 +234,15 @@ def finished_run(squares: Path, cache: Path, tmp_path_factory: pytest.TempPathFa
     return out
 
 
-def build_cache(data: Path | str, teacher: Path, out: Path, *, block_rows: int | None = None, workers: int = 0,
-                outputs: tuple[str, ...] = ("embeddings",)) -> Path:  # fmt: skip
+def build_cache(
+    data: Path | str,
+    teacher: Path,
+    out: Path,
+    *,
+    block_rows: int | None = None,
+    workers: int = 0,
+    outputs: tuple[str, ...] = ("embeddings",),
+) -> Path:
     """`tc build` in this process."""
     from teachercache.build import build
     from teachercache.readers import read_manifest
@@ -202,8 +250,16 @@ def build_cache(data: Path | str, teacher: Path, out: Path, *, block_rows: int |
     from teachercache.teachers import load
 
     loaded = load(str(teacher), weights="pretrained", outputs=outputs)
-    build(loaded, read_manifest(str(data)), out, batch_size=16, workers=workers, device="cpu",
-          precision=Precision("float32", "a test"), block_rows=block_rows)  # fmt: skip
+    build(
+        loaded,
+        read_manifest(str(data)),
+        out,
+        batch_size=16,
+        workers=workers,
+        device="cpu",
+        precision=Precision("float32", "a test"),
+        block_rows=block_rows,
+    )
     return out
 
 

@@ -31,19 +31,45 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["teachercache.build", "teachercache.teachers.clip"])
 
 
-def run_build(teacher: Teacher, data: Path | str, out: Path, *, block_rows: int | None = BLOCK,
-              workers: int = 0, dtype: str = "float32", batch_size: int = BATCH, **options) -> Summary:  # fmt: skip
+def run_build(
+    teacher: Teacher,
+    data: Path | str,
+    out: Path,
+    *,
+    block_rows: int | None = BLOCK,
+    workers: int = 0,
+    dtype: str = "float32",
+    batch_size: int = BATCH,
+    **options,
+) -> Summary:
     """`tc build` in this process, in small batches and blocks."""
-    return build(teacher, read_manifest(str(data)), out, batch_size=batch_size, workers=workers, device="cpu",
-                 precision=Precision(dtype, "a test"), block_rows=block_rows, **options)  # fmt: skip
+    return build(
+        teacher,
+        read_manifest(str(data)),
+        out,
+        batch_size=batch_size,
+        workers=workers,
+        device="cpu",
+        precision=Precision(dtype, "a test"),
+        block_rows=block_rows,
+        **options,
+    )
 
 
 class Disturbed:
     """Some data, the cache that is there before (if any), what one undisturbed build makes of it, and children that
     build the same elsewhere."""
 
-    def __init__(self, folder: Path, teacher_folder: Path, data: Path, *, before: Path | None = None,
-                 options: Mapping[str, Any] | None = None, outputs: tuple[str, ...] | None = None):  # fmt: skip
+    def __init__(
+        self,
+        folder: Path,
+        teacher_folder: Path,
+        data: Path,
+        *,
+        before: Path | None = None,
+        options: Mapping[str, Any] | None = None,
+        outputs: tuple[str, ...] | None = None,
+    ):
         self.folder, self.teacher_folder, self.outputs = folder, teacher_folder, outputs
         self.teacher = load(str(teacher_folder), outputs=outputs)
         self.data, self.before, self.options = data, before, dict(options or {})
@@ -92,7 +118,9 @@ class Disturbed:
         """Kill builds at the first, the last and random looks at the disk; the rows left to compute after each."""
         total = self.num_events(path)
         assert total > points
-        chosen = sorted({1, 2, total - 1, total, *random.Random(seed).sample(range(3, total - 1), points - 4)})
+        chosen = sorted(
+            {1, 2, total - 1, total, *random.Random(seed).sample(range(3, total - 1), points - 4)}
+        )
         left = []
         for point in chosen:
             out = self.new_out()
@@ -103,9 +131,20 @@ class Disturbed:
         return left
 
 
-def child(teacher_folder: Path, data: Path, out: Path, options: dict[str, Any], *, kill_at: int = 0, pause: float = 0,
-          workers: int = 0, env: dict[str, str] | None = None, events: Path | None = None,
-          rows: Path | None = None, outputs: tuple[str, ...] | None = None) -> None:  # fmt: skip
+def child(
+    teacher_folder: Path,
+    data: Path,
+    out: Path,
+    options: dict[str, Any],
+    *,
+    kill_at: int = 0,
+    pause: float = 0,
+    workers: int = 0,
+    env: dict[str, str] | None = None,
+    events: Path | None = None,
+    rows: Path | None = None,
+    outputs: tuple[str, ...] | None = None,
+) -> None:
     """Build in this process, slowly or until an event; SIGKILL comes from here or from outside."""
     torch.set_num_threads(1)
     os.environ.update(env or {})
@@ -116,7 +155,9 @@ def child(teacher_folder: Path, data: Path, out: Path, options: dict[str, Any], 
         return teacher.encode(module, inputs)
 
     seen = watch_disk(out, kill_at)
-    summary = run_build(dataclasses.replace(teacher, encode=slow_encode), data, out, workers=workers, **options)
+    summary = run_build(
+        dataclasses.replace(teacher, encode=slow_encode), data, out, workers=workers, **options
+    )
     if events:
         events.write_text(str(seen[0]))
     if rows:
@@ -128,9 +169,13 @@ def watch_disk(out: Path, kill_at: int) -> list[int]:
     seen = [0]
 
     def hook(event: str, arguments: tuple) -> None:
-        if event in ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir") and f"{arguments[0]}".startswith(
-            str(out)
-        ):
+        if event in (
+            "open",
+            "os.rename",
+            "os.remove",
+            "os.mkdir",
+            "os.rmdir",
+        ) and f"{arguments[0]}".startswith(str(out)):
             seen[0] += 1
             if seen[0] == kill_at:
                 os.kill(os.getpid(), signal.SIGKILL)

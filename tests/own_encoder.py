@@ -32,8 +32,13 @@ ENCODER = Encoder(
     encode_image=lambda images: images.flatten(1).double() @ torch.from_numpy(IMAGE_MATRIX),
     encode_text=lambda ids: torch.from_numpy(TEXT_MATRIX)[torch.arange(LENGTH), ids].sum(1),
 )
-CONSTANT = Encoder(**{**vars(ENCODER), "encode_image": lambda images: torch.ones(len(images), WIDTH),
-                      "encode_text": lambda ids: torch.ones(len(ids), WIDTH)})  # fmt: skip
+CONSTANT = Encoder(
+    **{
+        **vars(ENCODER),
+        "encode_image": lambda images: torch.ones(len(images), WIDTH),
+        "encode_text": lambda ids: torch.ones(len(ids), WIDTH),
+    }
+)
 
 
 def slow_image(path) -> np.ndarray:

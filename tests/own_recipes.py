@@ -92,9 +92,14 @@ def bad_loss(student, batch, constants, now):
 
 
 BAD_LOSS = dataclasses.replace(MICRO, name="bad_loss", loss=bad_loss)
-PLAIN = dataclasses.replace(CLIP, name="plain", constants=dataclasses.replace(CLIP.constants, model="vit-micro"))
+PLAIN = dataclasses.replace(
+    CLIP, name="plain", constants=dataclasses.replace(CLIP.constants, model="vit-micro")
+)
 PSD_STOPPING = dataclasses.replace(
-    PSD, name="psd_stopping", loss=stopping(PSD.loss), constants=dataclasses.replace(PSD.constants, model="vit-micro")
+    PSD,
+    name="psd_stopping",
+    loss=stopping(PSD.loss),
+    constants=dataclasses.replace(PSD.constants, model="vit-micro"),
 )
 
 
@@ -108,7 +113,9 @@ ALTERNATING = dataclasses.replace(MICRO, name="alternating", loss=alternating_lo
 
 
 TD_MICRO = dataclasses.replace(CLIP_TD.constants, model="uniter-micro")
-TD_STOPPING = dataclasses.replace(CLIP_TD, name="td_stopping", loss=stopping(CLIP_TD.loss), constants=TD_MICRO)
+TD_STOPPING = dataclasses.replace(
+    CLIP_TD, name="td_stopping", loss=stopping(CLIP_TD.loss), constants=TD_MICRO
+)
 
 
 def still_build(*words):

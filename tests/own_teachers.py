@@ -13,9 +13,11 @@ from teachercache.teachers.diffusion import Diffusion, add_noise, encode_latent,
 from teachercache.views import describe_view, image_view
 
 LATENT, LENGTH, WIDTH = (3, 8, 8), 6, 16
-FIELDS = {"text_states": Field("text_states", (LENGTH, WIDTH), "text", "float16", "what the UNet reads of a text"),
-          "latents": Field("latent", LATENT, "image", "float16", "what the UNet reads of a picture"),
-          "unet_features": Field("unet_feature", LATENT, "text", "float16", "what the UNet says of both")}  # fmt: skip
+FIELDS = {
+    "text_states": Field("text_states", (LENGTH, WIDTH), "text", "float16", "what the UNet reads of a text"),
+    "latents": Field("latent", LATENT, "image", "float16", "what the UNet reads of a picture"),
+    "unet_features": Field("unet_feature", LATENT, "text", "float16", "what the UNet says of both"),
+}
 
 
 class Words(nn.Module):
@@ -34,10 +36,17 @@ def tiny_unet() -> nn.Module:
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel(
-        sample_size=8, in_channels=3, out_channels=3, block_out_channels=(8, 16), layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=WIDTH, attention_head_dim=4, norm_num_groups=4,
-    )  # fmt: skip
+        sample_size=8,
+        in_channels=3,
+        out_channels=3,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=WIDTH,
+        attention_head_dim=4,
+        norm_num_groups=4,
+    )
 
 
 def make_diffusion(prediction: str = "epsilon", unet: nn.Module | None = None) -> Diffusion:
@@ -63,8 +72,16 @@ def load(name: str, *, weights: str, outputs: tuple[str, ...]) -> Teacher:
     """The teacher; `unet_features` are what the UNet says at t = 500 of the picture with one noise for all."""
     module = make_diffusion()
     view = describe_view({"size": 8, "mean": [0.5] * 3, "std": [0.5] * 3, "resize_mode": "longest"})
-    spec = TeacherSpec(name, weights, digest_weights(module), outputs, tuple(FIELDS[output] for output in outputs),
-                       view, {"name": "crc32"}, {})  # fmt: skip
+    spec = TeacherSpec(
+        name,
+        weights,
+        digest_weights(module),
+        outputs,
+        tuple(FIELDS[output] for output in outputs),
+        view,
+        {"name": "crc32"},
+        {},
+    )
 
     def encode(module, inputs):
         said = {}
@@ -77,7 +94,9 @@ def load(name: str, *, weights: str, outputs: tuple[str, ...]) -> Teacher:
             latents = said["latent"].repeat_interleave(texts, 0)
             t = torch.full((len(latents),), 500)
             noise = torch.randn(LATENT, generator=torch.Generator().manual_seed(0)).expand_as(latents)
-            said["unet_feature"] = predict_noise(module, add_noise(module, latents, noise, t), t, said["text_states"])
+            said["unet_feature"] = predict_noise(
+                module, add_noise(module, latents, noise, t), t, said["text_states"]
+            )
         return {field.name: said[field.name] for field in spec.fields if field.name in said}
 
     return Teacher(spec, module, encode, image_view(view), tokenize)

@@ -10,8 +10,29 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-WORDS = ["dog", "cat", "tree", "red", "old", "small", "runs", "sits", "under", "over", "beside", "and", "the", "a"]
-TAGS = (("Object", "", 1), ("Relation", "Series", 2), ("Both", "", 1), ("Relation", "", 1), ("Object", "Symbolic", 2))
+WORDS = [
+    "dog",
+    "cat",
+    "tree",
+    "red",
+    "old",
+    "small",
+    "runs",
+    "sits",
+    "under",
+    "over",
+    "beside",
+    "and",
+    "the",
+    "a",
+]
+TAGS = (
+    ("Object", "", 1),
+    ("Relation", "Series", 2),
+    ("Both", "", 1),
+    ("Relation", "", 1),
+    ("Object", "Symbolic", 2),
+)
 
 
 def noise(random: np.random.Generator, size: tuple[int, int] = (13, 10)) -> Image.Image:
@@ -36,8 +57,15 @@ def winoground_rows(num: int = 24) -> list[dict]:
         tag, note, predicates = TAGS[i % len(TAGS)]
         caption = sentence(random)
         other = " ".join(reversed(caption.rstrip(".").lower().split())).capitalize() + "."
-        row = {"id": i, "caption_0": caption, "caption_1": other, "tag": "Noun", "secondary_tag": note,
-               "num_main_preds": predicates, "collapsed_tag": tag}  # fmt: skip
+        row = {
+            "id": i,
+            "caption_0": caption,
+            "caption_1": other,
+            "tag": "Noun",
+            "secondary_tag": note,
+            "num_main_preds": predicates,
+            "collapsed_tag": tag,
+        }
         rows.append(row | {f"image_{k}": as_png(noise(random)) for k in (0, 1)})
     return rows
 
@@ -76,21 +104,35 @@ def write_aro(folder: Path, num: int = 40) -> Path:
     """All four sets; two relations of three come often, two ordered pairs of attributes of three."""
     random = np.random.default_rng(2)
     (folder / "images").mkdir(parents=True)
-    groups = {"relation": [["on"], ["near"], ["on"], ["under"]], "attribution": [["red", "old"], ["old", "red"],
-              ["red", "old"], ["small", "red"]]}  # fmt: skip
+    groups = {
+        "relation": [["on"], ["near"], ["on"], ["under"]],
+        "attribution": [["red", "old"], ["old", "red"], ["red", "old"], ["small", "red"]],
+    }
     for name, of in groups.items():
         lines = []
         for i in range(num):
             path = f"{name}{i}.jpg"
             noise(random, (20, 16)).save(folder / "images" / path)
             x, y = (int(value) for value in random.integers(0, 8, 2))
-            line = {"image_id": i, "image_path": path, "bbox_x": x, "bbox_y": y, "bbox_w": 9, "bbox_h": 7,
-                    "true_caption": sentence(random), "false_caption": sentence(random)}  # fmt: skip
+            line = {
+                "image_id": i,
+                "image_path": path,
+                "bbox_x": x,
+                "bbox_y": y,
+                "bbox_w": 9,
+                "bbox_h": 7,
+                "true_caption": sentence(random),
+                "false_caption": sentence(random),
+            }
             group = of[i % 4]
-            lines.append(line | ({"relation_name": group[0]} if name == "relation" else {"attributes": group}))
+            lines.append(
+                line | ({"relation_name": group[0]} if name == "relation" else {"attributes": group})
+            )
         (folder / f"visual_genome_{name}.json").write_text(json.dumps(lines))
-    for file, pattern in (("coco_karpathy_test.json", "val2014/COCO_val2014_{:012d}.jpg"),
-                          ("flickr30k_test.json", "flickr30k-images/{}.jpg")):  # fmt: skip
+    for file, pattern in (
+        ("coco_karpathy_test.json", "val2014/COCO_val2014_{:012d}.jpg"),
+        ("flickr30k_test.json", "flickr30k-images/{}.jpg"),
+    ):
         lines = []
         for i in range(num // 8):
             path = folder / pattern.format(i + 100)
@@ -110,7 +152,13 @@ def write_sugar_crepe(folder: Path, num: int = 12) -> Path:
     for i in range(num):
         noise(random).save(folder / "val2017" / f"{i:012d}.jpg")
     for name in ("add_att", "swap_att", "swap_obj"):
-        items = {str(3 * i): {"filename": f"{i:012d}.jpg", "caption": sentence(random),
-                              "negative_caption": sentence(random, 7)} for i in range(num)}  # fmt: skip
+        items = {
+            str(3 * i): {
+                "filename": f"{i:012d}.jpg",
+                "caption": sentence(random),
+                "negative_caption": sentence(random, 7),
+            }
+            for i in range(num)
+        }
         (folder / "data" / f"{name}.json").write_text(json.dumps(items))
     return folder

@@ -99,13 +99,21 @@ def pets(root: Path) -> None:
 def birdsnap(root: Path) -> None:
     folder, species = root / "birdsnap", ["Blue Jay", "Acadian Flycatcher"]
     directories = [name.replace(" ", "_") for name in species]
-    write_lines(folder / "species.txt", ["id\tcommon\tscientific\tdir"] + [
-        f"{i}\t{name}\tLatin {i}\t{directory}"
-        for i, (name, directory) in enumerate(zip(species, directories, strict=True), start=1)])  # fmt: skip
+    write_lines(
+        folder / "species.txt",
+        ["id\tcommon\tscientific\tdir"]
+        + [
+            f"{i}\t{name}\tLatin {i}\t{directory}"
+            for i, (name, directory) in enumerate(zip(species, directories, strict=True), start=1)
+        ],
+    )
     paths = [f"{directory}/{i}.jpg" for directory in directories for i in range(7)]
     header = "url\tmd5\tpath\tspecies_id\tbb_x1\tbb_y1\tbb_x2\tbb_y2\tback_x\tback_y"
-    write_lines(folder / "images.txt", [header] + [
-        f"http://a/{i}\t0\t{path}\t{1 + i // 7}\t0\t0\t9\t9\tnull\tnull" for i, path in enumerate(paths)])  # fmt: skip
+    write_lines(
+        folder / "images.txt",
+        [header]
+        + [f"http://a/{i}\t0\t{path}\t{1 + i // 7}\t0\t0\t9\t9\tnull\tnull" for i, path in enumerate(paths)],
+    )
     write_lines(folder / "test_images.txt", ["path", *(path for path in paths if path[-5] in "456")])
     for path in paths[:-1]:  # the last one could not be downloaded
         picture(folder / "images" / path)
@@ -113,8 +121,10 @@ def birdsnap(root: Path) -> None:
 
 def places365(root: Path) -> None:
     folder = root / "places365"
-    write_lines(folder / "categories_places365.txt", [
-        "/a/airfield 0", "/a/apartment_building/outdoor 1", "/y/youth_hostel 2"])  # fmt: skip
+    write_lines(
+        folder / "categories_places365.txt",
+        ["/a/airfield 0", "/a/apartment_building/outdoor 1", "/y/youth_hostel 2"],
+    )
     names = [f"Places365_val_{i:08d}.jpg" for i in range(1, 8)]
     write_lines(folder / "places365_val.txt", [f"{name} {i % 3}" for i, name in enumerate(names)])
     for name in names:
@@ -129,7 +139,11 @@ def objectnet(root: Path) -> None:
         "backpack": "Backpack",
         "t_shirt": "T-shirt",
     }
-    mapped = {"Alarm clock": "analog clock; digital clock", "Backpack": "backpack, back pack", "T-shirt": "jersey"}
+    mapped = {
+        "Alarm clock": "analog clock; digital clock",
+        "Backpack": "backpack, back pack",
+        "T-shirt": "jersey",
+    }
     for file, values in (("folder_to_objectnet_label", names), ("objectnet_to_imagenet_1k", mapped)):
         (folder / "mappings").mkdir(parents=True, exist_ok=True)
         (folder / "mappings" / f"{file}.json").write_text(json.dumps(values))
@@ -163,9 +177,15 @@ def captions(root: Path) -> None:
         said = [{"raw": f"picture {i} said {k}", "tokens": [], "imgid": i, "sentid": k} for k in range(count)]
         return {"filename": f"{i:012d}.jpg", "imgid": i, "split": split, "sentences": said, **more}
 
-    coco = [entry(i, "test" if i % 4 else "restval", 5 + 2 * (i % 2), filepath="val2014", cocoid=i) for i in range(12)]
+    coco = [
+        entry(i, "test" if i % 4 else "restval", 5 + 2 * (i % 2), filepath="val2014", cocoid=i)
+        for i in range(12)
+    ]
     flickr = [entry(i, "test" if i % 2 else "train", 5) for i in range(10)]
-    for name, entries, where in (("coco", coco, "coco/val2014"), ("flickr30k", flickr, "flickr30k/flickr30k-images")):
+    for name, entries, where in (
+        ("coco", coco, "coco/val2014"),
+        ("flickr30k", flickr, "flickr30k/flickr30k-images"),
+    ):
         for each in entries:
             picture(root / where / each["filename"])
         path = root / where.split("/")[0] / f"dataset_{name}.json"

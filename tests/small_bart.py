@@ -5,10 +5,21 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
-TEXTS = ["A picture of a square 12 said 0.", "What color is the square? Answer: blue.", "square 3 said 1 red birds"]
-MICRO = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 2, "encoder_attention_heads": 2,
-         "decoder_attention_heads": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24,
-         "max_position_embeddings": 40}  # fmt: skip
+TEXTS = [
+    "A picture of a square 12 said 0.",
+    "What color is the square? Answer: blue.",
+    "square 3 said 1 red birds",
+]
+MICRO = {
+    "d_model": 16,
+    "encoder_layers": 1,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 24,
+    "decoder_ffn_dim": 24,
+    "max_position_embeddings": 40,
+}
 
 
 def micro_bart(seed: int = 0, **changes):

@@ -37,7 +37,9 @@ def make_batch() -> dict[str, torch.Tensor]:
 
 def parts_of(batch: dict[str, torch.Tensor], size: int) -> list[dict[str, torch.Tensor]]:
     cuts = range(0, ROWS, size)
-    return [{name: value[i : i + size] if value.ndim else value for name, value in batch.items()} for i in cuts]
+    return [
+        {name: value[i : i + size] if value.ndim else value for name, value in batch.items()} for i in cuts
+    ]
 
 
 class Engine:
@@ -66,19 +68,25 @@ def test_the_gradient_is_that_of_the_whole_batch(recipe, size: int):
     engine = Engine(make_step(recipe), len(parts))
     found = accumulate(engine, parts, Now(0, 1), "cpu")
     assert engine.steps == len(parts)
-    torch.testing.assert_close(found[0], loss.detach(), rtol=1e-6, atol=1e-7)  # losses are computed in float32
+    torch.testing.assert_close(
+        found[0], loss.detach(), rtol=1e-6, atol=1e-7
+    )  # losses are computed in float32
     assert found[1].keys() == terms.keys()
     assert found[2].keys() == notes.keys()
     for (name, ours), theirs in zip(engine.module.named_parameters(), whole.parameters(), strict=True):
         assert theirs.grad.abs().max() > 0 or "bias" in name, name
-        torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=1e-5 * theirs.grad.abs().max().item() + 1e-9)
+        torch.testing.assert_close(
+            ours.grad, theirs.grad, rtol=0, atol=1e-5 * theirs.grad.abs().max().item() + 1e-9
+        )
 
 
 def test_dropout_is_replayed_and_random_numbers_go_on_from_the_first_pass():
     recipe = dataclasses.replace(CLIP_KD, constants=dataclasses.replace(CLIP_KD.constants, fd=1.0))
     parts, seen = parts_of(make_batch(), 4), []
     step = make_step(recipe, dropout=True)
-    step.heads.register_forward_hook(lambda module, inputs, outputs: seen.append(outputs["image_t"].detach().clone()))
+    step.heads.register_forward_hook(
+        lambda module, inputs, outputs: seen.append(outputs["image_t"].detach().clone())
+    )
     torch.manual_seed(5)
     accumulate(Engine(step, 3), parts, Now(0, 1), "cpu")
     state = torch.get_rng_state()
@@ -93,7 +101,10 @@ def test_dropout_is_replayed_and_random_numbers_go_on_from_the_first_pass():
 
 
 def test_rows_and_scales_are_told_apart():
-    parts = [{"image": torch.ones(3, 2), "scale": torch.ones(1)}, {"image": torch.zeros(3, 2), "scale": torch.ones(1)}]
+    parts = [
+        {"image": torch.ones(3, 2), "scale": torch.ones(1)},
+        {"image": torch.zeros(3, 2), "scale": torch.ones(1)},
+    ]
     whole = joined(parts, [3, 3])
     assert {name: tuple(value.shape) for name, value in whole.items()} == {"image": (6, 2), "scale": (1,)}
     again = split(whole, [3, 3])
@@ -126,7 +137,9 @@ def test_micro_batches_resume_to_the_same_losses(squares, cache, tmp_path, monke
     assert read_lines(tmp_path / "run") == read_lines(tmp_path / "whole")
 
 
-@pytest.mark.parametrize(("micro", "named"), [(3, "does not divide the 8 rows"), (16, "does not divide the 8 rows")])
+@pytest.mark.parametrize(
+    ("micro", "named"), [(3, "does not divide the 8 rows"), (16, "does not divide the 8 rows")]
+)
 def test_micro_batches_that_do_not_come_out_even(squares, cache, tmp_path, capsys, micro: int, named: str):
     assert train_here(squares, cache, tmp_path / "run", "--micro-batch", micro) == 2
     assert named in capsys.readouterr().err
@@ -136,7 +149,9 @@ def test_a_step_without_micro_batches_is_one_forward():
     from student.train import take_step
 
     calls = []
-    engine = SimpleNamespace(backward=lambda loss: calls.append("backward"), step=lambda: calls.append("step"))
+    engine = SimpleNamespace(
+        backward=lambda loss: calls.append("backward"), step=lambda: calls.append("step")
+    )
 
     class Counting:
         backward, step = staticmethod(engine.backward), staticmethod(engine.step)

@@ -17,7 +17,10 @@ def test_batches_of_pictures_texts_and_both(tmp_path):
     paths = sorted(make_folder(tmp_path / "squares", 6).rglob("*.png"))
     pictures, texts = [Image.open(path) for path in paths], [f"text {i}" for i in range(6)]
     model = MtebModel(ENCODER, None, None, None)
-    images, words = np.stack([slow_image(path) for path in paths]), np.stack([slow_text(text) for text in texts])
+    images, words = (
+        np.stack([slow_image(path) for path in paths]),
+        np.stack([slow_text(text) for text in texts]),
+    )
     batches = [{"image": pictures[:4]}, {"image": pictures[4:]}]
     assert model.encode(batches) == pytest.approx(images, abs=1e-5)
     assert model.encode([{"text": texts}], task_metadata=None) == pytest.approx(words, abs=1e-5)
@@ -37,11 +40,25 @@ def test_mteb_finds_the_accuracy_of_a_slow_loop(tmp_path):
 
     class Local(AbsTaskZeroShotClassification):
         metadata = TaskMetadata(
-            name="Local", description="Squares.", reference=None, dataset={"path": "local", "revision": "1"},
-            type="ZeroShotClassification", category="i2t", eval_splits=["test"], eval_langs=["eng-Latn"],
-            main_score="accuracy", date=("2020-01-01", "2021-01-01"), domains=["Web"], task_subtypes=[],
-            license="not specified", annotations_creators="derived", dialect=[], modalities=["image", "text"],
-            sample_creation="created", bibtex_citation="")  # fmt: skip
+            name="Local",
+            description="Squares.",
+            reference=None,
+            dataset={"path": "local", "revision": "1"},
+            type="ZeroShotClassification",
+            category="i2t",
+            eval_splits=["test"],
+            eval_langs=["eng-Latn"],
+            main_score="accuracy",
+            date=("2020-01-01", "2021-01-01"),
+            domains=["Web"],
+            task_subtypes=[],
+            license="not specified",
+            annotations_creators="derived",
+            dialect=[],
+            modalities=["image", "text"],
+            sample_creation="created",
+            bibtex_citation="",
+        )
 
         def load_data(self, *words, **more):
             columns = Features({"image": ImageColumn(), "label": ClassLabel(names=CLASSES)})

@@ -60,7 +60,9 @@ def test_cosine_gap_alignment_uniformity_by_slow_loops():
     mx, my = measures.moments(in_parts(x)), measures.moments([y])
     assert measures.mean_cosine(mx) == pytest.approx(np.mean([x[i] @ x[j] for i, j in pairs]), abs=1e-6)
     assert measures.modality_gap(mx, my) == pytest.approx(np.linalg.norm(x.mean(0) - y.mean(0)), abs=1e-6)
-    assert measures.alignment(x, y) == pytest.approx(np.mean([((a - b) ** 2).sum() for a, b in zip(x, y, strict=True)]))
+    assert measures.alignment(x, y) == pytest.approx(
+        np.mean([((a - b) ** 2).sum() for a, b in zip(x, y, strict=True)])
+    )
     slow = np.log(np.mean([np.exp(-2 * ((x[i] - x[j]) ** 2).sum()) for i, j in pairs]))
     assert measures.uniformity(x) == pytest.approx(slow, abs=1e-5)
     long = points(1500, 4)
@@ -89,8 +91,15 @@ def slow_cka(x: np.ndarray, y: np.ndarray) -> float:
 
     def hsic(k, el):
         one = np.ones(n)
-        return (np.trace(k @ el) + one @ k @ one * (one @ el @ one) / (n - 1) / (n - 2)
-                - 2 / (n - 2) * (one @ k @ el @ one)) / n / (n - 3)  # fmt: skip
+        return (
+            (
+                np.trace(k @ el)
+                + one @ k @ one * (one @ el @ one) / (n - 1) / (n - 2)
+                - 2 / (n - 2) * (one @ k @ el @ one)
+            )
+            / n
+            / (n - 3)
+        )
 
     k, el = kernels
     return hsic(k, el) / np.sqrt(hsic(k, k) * hsic(el, el))
@@ -109,7 +118,9 @@ def test_cka_knows_no_rotation_and_no_chance():
     x = points(400, 12).astype(np.float64)
     turned = 2 * x @ np.linalg.qr(np.random.default_rng(0).standard_normal((12, 12)))[0]
     assert analysis.linear_cka(x, turned) == pytest.approx(1)
-    assert abs(analysis.linear_cka(x, points(400, 12, seed=9).astype(np.float64))) < 0.02  # biased: about 0.03
+    assert (
+        abs(analysis.linear_cka(x, points(400, 12, seed=9).astype(np.float64))) < 0.02
+    )  # biased: about 0.03
     assert np.isnan(analysis.linear_cka(x[:3], turned[:3]))
 
 
@@ -217,7 +228,11 @@ def slow_surprise(x: np.ndarray, y: np.ndarray, owner: np.ndarray, reference: li
 
 def test_surprise_is_the_contrastive_loss_of_a_pair(monkeypatch):
     monkeypatch.setattr(matching, "BLOCK_SCORES", 600)
-    x, y, owner = points(20, 6), points(35, 6, seed=1), np.sort(np.random.default_rng(0).integers(20, size=35))
+    x, y, owner = (
+        points(20, 6),
+        points(35, 6, seed=1),
+        np.sort(np.random.default_rng(0).integers(20, size=35)),
+    )
     reference = [0, 4, 5, 17, 30]
     found = analysis.surprise(x, y, owner, np.array(reference))
     np.testing.assert_allclose(
@@ -234,15 +249,25 @@ def test_ranks_are_strict_and_ties_are_lost(monkeypatch):
     x[7] = x[8]  # a tie
     scores = y.astype(np.float64) @ x.T
     by_text = analysis.strict_ranks(y, owner, x, np.arange(20))
-    slow = [1 + sum(scores[t, i] >= scores[t, owner[t]] - 1e-6 for i in range(20) if i != owner[t]) for t in range(35)]
+    slow = [
+        1 + sum(scores[t, i] >= scores[t, owner[t]] - 1e-6 for i in range(20) if i != owner[t])
+        for t in range(35)
+    ]
     assert by_text.tolist() == slow
     by_picture = analysis.strict_ranks(x, np.arange(20), y, owner)
-    slow = [1 + sum(scores[t, i] >= scores[owner == i, i].max() - 1e-6 for t in range(35) if owner[t] != i)
-            for i in range(20)]  # fmt: skip
+    slow = [
+        1 + sum(scores[t, i] >= scores[owner == i, i].max() - 1e-6 for t in range(35) if owner[t] != i)
+        for i in range(20)
+    ]
     assert by_picture.tolist() == slow
     same = np.ones((3, 2), np.float32) / np.sqrt(2)
     assert analysis.strict_ranks(same, np.arange(3), same, np.arange(3)).tolist() == [3, 3, 3]
-    assert analysis.recalls(np.array([1, 2, 6, 20])) == {"R@1": 0.25, "R@5": 0.5, "R@10": 0.75, "median_rank": 4}
+    assert analysis.recalls(np.array([1, 2, 6, 20])) == {
+        "R@1": 0.25,
+        "R@5": 0.5,
+        "R@10": 0.75,
+        "median_rank": 4,
+    }
 
 
 def test_auc_is_scikit_learns():
@@ -259,7 +284,12 @@ def test_clusters_and_their_words():
     assert [len(set(number[i : i + 40].tolist())) for i in (0, 40, 80)] == [1, 1, 1]
     assert len(set(number.tolist())) == 3
     assert distance.max() < 0.1
-    texts = ["a red racing bicycle", "old red bicycle in the rain", "the bicycle of my aunt", "red bicycle wheel"]
+    texts = [
+        "a red racing bicycle",
+        "old red bicycle in the rain",
+        "the bicycle of my aunt",
+        "red bicycle wheel",
+    ]
     assert any("bicycle" in phrase.lower() for phrase in analysis.keywords(texts))
     assert analysis.keywords(["", " "]) == []
 

@@ -16,8 +16,12 @@ from teachercache.samples import Sample, make_manifest, task_columns, write_mani
 
 
 def manifest_of(tasks: list[dict], tmp_path, splits=None):
-    rows = [Sample(f"r{i}", "", (f"text {i}",), split=(splits or ["val"] * len(tasks))[i], task=task_columns(**task))
-            for i, task in enumerate(tasks)]  # fmt: skip
+    rows = [
+        Sample(
+            f"r{i}", "", (f"text {i}",), split=(splits or ["val"] * len(tasks))[i], task=task_columns(**task)
+        )
+        for i, task in enumerate(tasks)
+    ]
     return make_manifest(str(tmp_path / "data"), tmp_path, rows)
 
 
@@ -36,7 +40,9 @@ def fixed(scores: dict[str, np.ndarray | None], task: str, **more) -> Answerer:
 
 
 def test_pick_takes_a_single_best_only():
-    scores = np.array([[1, 2, 0], [2, 2, 0], [np.nan, 2, 0], [-np.inf, -3, -np.inf], [0, 0, 0], [1, 1, 2]], np.float32)
+    scores = np.array(
+        [[1, 2, 0], [2, 2, 0], [np.nan, 2, 0], [-np.inf, -3, -np.inf], [0, 0, 0], [1, 1, 2]], np.float32
+    )
     chosen, ties = pick(scores)
     assert chosen.tolist() == [1, -1, -1, 1, -1, 2]
     assert ties.tolist() == [False, True, False, False, True, False]
@@ -60,8 +66,15 @@ def test_which_rows_are_measured(tmp_path):
 @pytest.fixture
 def vcr_tasks():
     random = np.random.default_rng(0)
-    tasks = [{"task": "vcr", "category": ["color", "size"][i % 2], "label": int(random.integers(4)),
-              "rationale_label": int(random.integers(4))} for i in range(60)]  # fmt: skip
+    tasks = [
+        {
+            "task": "vcr",
+            "category": ["color", "size"][i % 2],
+            "label": int(random.integers(4)),
+            "rationale_label": int(random.integers(4)),
+        }
+        for i in range(60)
+    ]
     for i in (3, 4):
         del tasks[i]["rationale_label"]
     del tasks[5]["label"], tasks[5]["rationale_label"]
@@ -71,8 +84,10 @@ def vcr_tasks():
 
 @pytest.fixture
 def vcr_scores():
-    scores = {which: np.random.default_rng(k).integers(0, 6, (60, 4)).astype(np.float32)
-              for k, which in enumerate(("q2a", "qa2r"))}  # fmt: skip
+    scores = {
+        which: np.random.default_rng(k).integers(0, 6, (60, 4)).astype(np.float32)
+        for k, which in enumerate(("q2a", "qa2r"))
+    }
     scores["q2a"][9] = np.nan  # its picture could not be read
     scores["qa2r"][10, 2] = np.nan  # the model broke down
     return scores
@@ -107,14 +122,21 @@ def test_vcr_is_the_loop(vcr_tasks, vcr_scores, tmp_path):
 def test_vcr_says_what_cannot_be_measured(vcr_tasks, vcr_scores, tmp_path):
     bare = [{"task": "vcr"}] * 60
     found = vcr.evaluate(fixed(vcr_scores, "vcr"), manifest_of(bare, tmp_path))
-    assert all(found[which].startswith("skipped: ") and "has no" in found[which] for which in ("q2a", "qa2r", "q2ar"))
+    assert all(
+        found[which].startswith("skipped: ") and "has no" in found[which] for which in ("q2a", "qa2r", "q2ar")
+    )
     half = vcr.evaluate(fixed({**vcr_scores, "qa2r": None}, "vcr"), manifest_of(vcr_tasks, tmp_path))
     assert isinstance(half["q2a"], float)
     assert half["qa2r"] == half["q2ar"] == "skipped: fixed was not made for qa2r"
     broken = dict.fromkeys(("q2a", "qa2r"), np.full((60, 4), np.nan, np.float32))
-    assert vcr.evaluate(fixed(broken, "vcr"), manifest_of(vcr_tasks, tmp_path))["q2a"].startswith("skipped: fixed has")
+    assert vcr.evaluate(fixed(broken, "vcr"), manifest_of(vcr_tasks, tmp_path))["q2a"].startswith(
+        "skipped: fixed has"
+    )
     apart = [{"label": 0}, {"rationale_label": 0}]
-    some = {"q2a": np.eye(4, dtype=np.float32)[:1].repeat(2, 0), "qa2r": np.eye(4, dtype=np.float32)[:1].repeat(2, 0)}
+    some = {
+        "q2a": np.eye(4, dtype=np.float32)[:1].repeat(2, 0),
+        "qa2r": np.eye(4, dtype=np.float32)[:1].repeat(2, 0),
+    }
     found = vcr.evaluate(fixed(some, "vcr"), manifest_of(apart, tmp_path))
     assert (found["q2a"], found["qa2r"], found["q2ar"]) == (1.0, 1.0, "skipped: no row has both labels")
 
@@ -146,13 +168,19 @@ def test_snli_ve_is_the_loop(tmp_path):
     assert (found["num_rows"], found["num_skipped"]) == (48, 2)
     from scipy.optimize import linear_sum_assignment
 
-    confusion = np.array([[sum(a == k and b == j for a, b in zip(picks, gold, strict=True)) for j in range(3)]
-                          for k in range(3)])  # fmt: skip
+    confusion = np.array(
+        [
+            [sum(a == k and b == j for a, b in zip(picks, gold, strict=True)) for j in range(3)]
+            for k in range(3)
+        ]
+    )
     at = linear_sum_assignment(confusion, maximize=True)
     assert found["accuracy_best_mapping"] == pytest.approx(confusion[at].sum() / 48)
     assert found["accuracy_best_mapping"] >= found["accuracy"]
     assert "transductive" in found["protocol"]
-    assert "accuracy_best_mapping" not in snli_ve.evaluate(fixed({"": scores}, "snli_ve"), manifest_of(tasks, tmp_path))
+    assert "accuracy_best_mapping" not in snli_ve.evaluate(
+        fixed({"": scores}, "snli_ve"), manifest_of(tasks, tmp_path)
+    )
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -170,9 +198,17 @@ def slow_accuracy(said: str, given: list[str]) -> float:
 
 def test_soft_accuracy_is_the_loop():
     for times in range(11):
-        given = ["cat"] * times + ["dog", "bird", "fish", "cow", "ant", "bee", "fly", "owl", "pig", "hen"][times:]
+        given = ["cat"] * times + ["dog", "bird", "fish", "cow", "ant", "bee", "fly", "owl", "pig", "hen"][
+            times:
+        ]
         assert vqa.soft_accuracy("cat", given) == pytest.approx(slow_accuracy("cat", given))
-    assert [round(vqa.soft_accuracy("x", ["x"] * k + ["y"] * (10 - k)), 3) for k in range(5)] == [0, 0.3, 0.6, 0.9, 1]
+    assert [round(vqa.soft_accuracy("x", ["x"] * k + ["y"] * (10 - k)), 3) for k in range(5)] == [
+        0,
+        0.3,
+        0.6,
+        0.9,
+        1,
+    ]
     assert vqa.soft_accuracy("x", ["y"] * 10) == vqa.soft_accuracy(None, ["y"] * 10) == 0
     for k, seed in itertools.product(range(4), range(20)):
         given = np.random.default_rng(seed).choice(["w", "x", "y", "z"], 10).tolist()
@@ -227,8 +263,10 @@ def test_vqa_is_the_loop(tmp_path, monkeypatch):
     random = np.random.default_rng(2)
     words = ["yes", "no", "2", "red", "blue"]
     given = [random.choice(words, 10, p=[0.4, 0.3, 0.1, 0.1, 0.1]).tolist() for _ in range(40)]
-    tasks = [{"answers": answers, "answer_type": ["yes/no", "other"][i % 2], "question_type": "is"}
-             for i, answers in enumerate(given)]  # fmt: skip
+    tasks = [
+        {"answers": answers, "answer_type": ["yes/no", "other"][i % 2], "question_type": "is"}
+        for i, answers in enumerate(given)
+    ]
     del tasks[11]["answers"]
     scores = random.integers(0, 4, (40, 5)).astype(np.float32)
     scores[12] = np.nan
@@ -264,7 +302,9 @@ LABELLED = {
 def test_a_collapsed_model_scores_nothing(task, tmp_path):
     columns, choices, names, ties = LABELLED[task]
     same = np.zeros((8, choices), np.float32)
-    model = fixed({"": same, "q2a": same, "qa2r": same}, task, answers=tuple("abcde") if task == "vqa" else ())
+    model = fixed(
+        {"": same, "q2a": same, "qa2r": same}, task, answers=tuple("abcde") if task == "vqa" else ()
+    )
     found = find(task)[1](model, manifest_of([columns] * 8, tmp_path))
     assert {found[name] for name in names} == {0.0}
     assert found[ties] == 1.0
@@ -272,7 +312,9 @@ def test_a_collapsed_model_scores_nothing(task, tmp_path):
 
 @pytest.mark.parametrize("task", ["snli_ve", "vqa"])
 def test_no_labels_are_no_zero(task, tmp_path):
-    found = find(task)[1](fixed({"": np.zeros((3, 3), np.float32)}, task), manifest_of([{"task": task}] * 3, tmp_path))
+    found = find(task)[1](
+        fixed({"": np.zeros((3, 3), np.float32)}, task), manifest_of([{"task": task}] * 3, tmp_path)
+    )
     assert found["accuracy"].startswith("skipped: ")
 
 
@@ -283,8 +325,10 @@ def test_an_ensemble_is_the_mean_of_softmaxes_of_those_that_answer(vcr_tasks, vc
     manifest, rows = manifest_of(vcr_tasks, tmp_path), np.arange(20, 40)
     wanted = []
     for i in rows:
-        chances = [np.exp(part[i].astype(float)) / np.exp(part[i].astype(float)).sum()
-                   for part in (vcr_scores["q2a"], vcr_scores["q2a"][::-1] / 3)]  # fmt: skip
+        chances = [
+            np.exp(part[i].astype(float)) / np.exp(part[i].astype(float)).sum()
+            for part in (vcr_scores["q2a"], vcr_scores["q2a"][::-1] / 3)
+        ]
         wanted.append((chances[0] + chances[1]) / 2)
     np.testing.assert_allclose(both.score(manifest, rows, "q2a"), wanted, rtol=1e-5)
     alone = second.score(manifest, rows, "qa2r")
@@ -306,8 +350,10 @@ def test_an_ensemble_over_different_answers(tmp_path):
 def test_results_of_two_models_and_of_both(vcr_tasks, vcr_scores, tmp_path):
     (tmp_path / "data").mkdir()
     write_manifest(manifest_of(vcr_tasks, tmp_path), tmp_path / "data/val.parquet")
-    models = [[fixed({"q2a": vcr_scores["q2a"], "qa2r": None}, "vcr", name="answers")],
-              [fixed({"q2a": None, "qa2r": vcr_scores["qa2r"]}, "vcr", name="reasons")]]  # fmt: skip
+    models = [
+        [fixed({"q2a": vcr_scores["q2a"], "qa2r": None}, "vcr", name="answers")],
+        [fixed({"q2a": None, "qa2r": vcr_scores["qa2r"]}, "vcr", name="reasons")],
+    ]
     results = run_answered("vcr", models, str(tmp_path / "data/val.parquet"))
     assert [result["model"] for result in results] == ["answers", "reasons", "ensemble of answers + reasons"]
     assert [isinstance(result["metrics"]["q2ar"], float) for result in results] == [False, False, True]

@@ -44,12 +44,25 @@ STUDENT = SimpleNamespace(
 )
 
 
-def spelled_cache(manifest: Manifest, path: Path, *, weights: str = "pretrained", bad: tuple[int, ...] = (),
-                  block_rows: int = 8, digest: str = "0" * 64, scale: float = 3.0) -> store.Cache:  # fmt: skip
+def spelled_cache(
+    manifest: Manifest,
+    path: Path,
+    *,
+    weights: str = "pretrained",
+    bad: tuple[int, ...] = (),
+    block_rows: int = 8,
+    digest: str = "0" * 64,
+    scale: float = 3.0,
+) -> store.Cache:
     """A cache whose image_emb is [number, 1] and whose text_emb is [number, text] of each row."""
-    fields = (Field("image_emb", (2,), "image", "float16", ""), Field("text_emb", (2,), "text", "float16", ""))
+    fields = (
+        Field("image_emb", (2,), "image", "float16", ""),
+        Field("text_emb", (2,), "text", "float16", ""),
+    )
     spec = TeacherSpec("speller", weights, digest, ("embeddings",), fields, {}, {}, {"logit_scale": scale})
-    meta = CacheMeta(spec, manifest.data, manifest.digest, len(manifest), manifest.texts, block_rows, "float32", {})
+    meta = CacheMeta(
+        spec, manifest.data, manifest.digest, len(manifest), manifest.texts, block_rows, "float32", {}
+    )
     cache = store.create(path, meta, manifest)
     keys, texts = manifest.column("key"), manifest.column("texts")
     for block in range(meta.num_blocks):
@@ -84,7 +97,14 @@ def spelled(manifest, tmp_path_factory):
 
 
 def batches_of(manifest, cache, **options) -> Batches:
-    settings = {"student": STUDENT, "cache": cache, "reads": READS, "batch": 4, "steps": 100, "seed": 0} | options
+    settings = {
+        "student": STUDENT,
+        "cache": cache,
+        "reads": READS,
+        "batch": 4,
+        "steps": 100,
+        "seed": 0,
+    } | options
     return Batches(manifest, training_rows(manifest, cache), **settings)
 
 
@@ -150,7 +170,10 @@ def test_too_few_rows_for_a_batch(manifest, spelled):
 
 def check_rows(manifest: Manifest, batches: Batches, steps: int) -> set[int]:
     """Picture, caption and both embeddings of every row shown are the same row's; the numbers that were shown."""
-    images = {number(key): image for key, image in zip(manifest.column("key"), manifest.column("image"), strict=True)}
+    images = {
+        number(key): image
+        for key, image in zip(manifest.column("key"), manifest.column("image"), strict=True)
+    }
     shown, captions = set(), set()
     for step in range(steps):
         batch = batches[step]
@@ -205,10 +228,13 @@ def test_join_with_a_part_of_the_cache(manifest, spelled):
 
 def test_a_row_that_the_cache_lacks(manifest, tmp_path):
     rows = manifest.rows_of_split("train").tolist()
-    cache = spelled_cache(reordered(manifest, [row for row in range(ROWS) if row != rows[5]]), tmp_path / "c.zarr")
+    cache = spelled_cache(
+        reordered(manifest, [row for row in range(ROWS) if row != rows[5]]), tmp_path / "c.zarr"
+    )
     missing = manifest.column("key")[rows[5]]
     with pytest.raises(
-        UserError, match=f"1 of 30 training rows .* first is '{missing}'.*extend it with `tc build --teacher speller"
+        UserError,
+        match=f"1 of 30 training rows .* first is '{missing}'.*extend it with `tc build --teacher speller",
     ):
         training_rows(manifest, cache)
 
@@ -313,7 +339,9 @@ def open_blocks(order: np.ndarray, block_rows: int) -> list[int]:
 @pytest.mark.parametrize(("window", "block_rows"), [(1, 4), (3, 4), (3, 7), (64, 4)])
 def test_epoch_order_reads_within_a_window_of_blocks(window, block_rows):
     rows = np.array([row for row in range(200) if row % 5])  # some rows are not for training
-    orders = [epoch_order(rows, seed=0, epoch=epoch, block_rows=block_rows, window=window) for epoch in range(4)]
+    orders = [
+        epoch_order(rows, seed=0, epoch=epoch, block_rows=block_rows, window=window) for epoch in range(4)
+    ]
     num_blocks = len(set((rows // block_rows).tolist()))
     for order in orders:
         assert sorted(order.tolist()) == rows.tolist()
@@ -322,7 +350,9 @@ def test_epoch_order_reads_within_a_window_of_blocks(window, block_rows):
             assert max(open_blocks(order, block_rows)) > 1  # it does mix
     assert len({tuple(order.tolist()) for order in orders}) == 4
     if 1 < window < num_blocks:  # which blocks share a window differs between epochs
-        starts = [frozenset((order[: (window - 1) * block_rows // 2] // block_rows).tolist()) for order in orders]
+        starts = [
+            frozenset((order[: (window - 1) * block_rows // 2] // block_rows).tolist()) for order in orders
+        ]
         assert len(set(starts)) > 1
 
 

@@ -48,7 +48,9 @@ def test_the_best_is_what_its_score_says(evaluated, squares, capsys):
     assert best_score(evaluated) == max(line["score"] for line in lines)
     assert not (evaluated / "candidate").exists()
     capsys.readouterr()
-    assert main(["eval", str(evaluated / "best"), "--task", "retrieval", "--data", str(squares), "--json"]) == 0
+    assert (
+        main(["eval", str(evaluated / "best"), "--task", "retrieval", "--data", str(squares), "--json"]) == 0
+    )
     metrics = json.loads(capsys.readouterr().out)["metrics"]
     first = next(line for line in lines if line["score"] == best_score(evaluated))
     assert {key: metrics[key] for key in KEYS} == {key: first[key] for key in KEYS}

@@ -18,7 +18,23 @@ from student import text_inputs
 from teachercache.names import UserError
 from teachercache.readers import read_manifest
 
-WORDS = ["a", "the", "red", "blue", "cat", "dog", "on", "under", "mat", "box", "sits", "runs", "and", "with", "two"]
+WORDS = [
+    "a",
+    "the",
+    "red",
+    "blue",
+    "cat",
+    "dog",
+    "on",
+    "under",
+    "mat",
+    "box",
+    "sits",
+    "runs",
+    "and",
+    "with",
+    "two",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +64,9 @@ def slow_cider(said: list[str], references: list[list[str]]) -> float:
             return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
 
         known = sorted({gram for texts in [said, *references] for text in texts for gram in grams(text)})
-        found_in = {gram: sum(any(gram in grams(text) for text in texts) for texts in references) for gram in known}
+        found_in = {
+            gram: sum(any(gram in grams(text) for text in texts) for texts in references) for gram in known
+        }
 
         def vector(text: str, known=known, found_in=found_in, grams=grams) -> np.ndarray:
             own = grams(text)
@@ -73,7 +91,9 @@ def test_cider_is_its_equations(seed):
 @pytest.mark.parametrize("n", [1, 2, 3, 4])
 def test_bleu_is_nltks(n):
     corpus_bleu = pytest.importorskip("nltk.translate.bleu_score").corpus_bleu
-    said, references = corpus(40, seed=n, shortest=4)  # nltk counts an n-gram in a text that is too short for one
+    said, references = corpus(
+        40, seed=n, shortest=4
+    )  # nltk counts an n-gram in a text that is too short for one
     split = [[text.split() for text in texts] for texts in references]
     theirs = corpus_bleu(split, [text.split() for text in said], weights=(1 / n,) * n)
     assert 0.1 < theirs < 0.9
@@ -85,7 +105,9 @@ def test_scores_are_pycocoevalcaps():
     said, references = corpus(60, seed=9)
     said[3], said[4] = "", "zebra"
     numbered = dict(enumerate(references)), {i: [text] for i, text in enumerate(said)}
-    assert cider(said, references)["CIDEr"] == pytest.approx(module.Cider().compute_score(*numbered)[0], rel=1e-12)
+    assert cider(said, references)["CIDEr"] == pytest.approx(
+        module.Cider().compute_score(*numbered)[0], rel=1e-12
+    )
     from pycocoevalcap.bleu.bleu import Bleu
 
     theirs = Bleu(4).compute_score(*numbered, verbose=0)[0]
@@ -94,7 +116,10 @@ def test_scores_are_pycocoevalcaps():
 
 def test_every_metric_stands_or_says_why_not(monkeypatch):
     """Without the extra, and with it but without Java or SPICE's jars: a reason, never a number."""
-    said, references = ["A cat sits on the mat.", "two dogs"], [["a cat on a mat", "the cat sits"], ["two red dogs"]]
+    said, references = (
+        ["A cat sits on the mat.", "two dogs"],
+        [["a cat on a mat", "the cat sits"], ["two red dogs"]],
+    )
     found = score_captions(said, references)
     assert found["tokenizer"] == "plain"
     assert isinstance(found["CIDEr"], float)
@@ -139,16 +164,33 @@ def writer(texts: dict[int, str], asked: list) -> Generator:
 
 def test_karpathys_test_split_is_captioned(tmp_path):
     """dataset_coco.json: other splits are left alone, a picture that is missing is counted."""
-    rows = [("train", "a1.png"), ("test", "a2.png"), ("test", "a3.png"), ("test", "gone.png"), ("val", "a4.png")]
-    images = [{"filename": name, "filepath": "val2014", "cocoid": 7 + i, "split": split, "imgid": i,
-               "sentences": [{"raw": f"A cat number {i} .", "tokens": []}, {"raw": "the animal", "tokens": []}]}
-              for i, (split, name) in enumerate(rows)]  # fmt: skip
+    rows = [
+        ("train", "a1.png"),
+        ("test", "a2.png"),
+        ("test", "a3.png"),
+        ("test", "gone.png"),
+        ("val", "a4.png"),
+    ]
+    images = [
+        {
+            "filename": name,
+            "filepath": "val2014",
+            "cocoid": 7 + i,
+            "split": split,
+            "imgid": i,
+            "sentences": [{"raw": f"A cat number {i} .", "tokens": []}, {"raw": "the animal", "tokens": []}],
+        }
+        for i, (split, name) in enumerate(rows)
+    ]
     (tmp_path / "dataset_coco.json").write_text(json.dumps({"images": images, "dataset": "coco"}))
     pictures(tmp_path, [f"val2014/{name}" for _, name in rows if name != "gone.png"])
     asked: list = []
     texts = {1: "A cat number 1.", 2: "the  dog"}
     found = run_generated("captions", writer(texts, asked), str(tmp_path / "dataset_coco.json"))
-    assert found["results"] == [{"image_id": 8, "caption": "A cat number 1."}, {"image_id": 9, "caption": "the dog"}]
+    assert found["results"] == [
+        {"image_id": 8, "caption": "A cat number 1."},
+        {"image_id": 9, "caption": "the dog"},
+    ]
     metrics = found["metrics"]
     assert (metrics["num_images"], metrics["num_skipped"], metrics["num_different"]) == (2, 1, 2)
     assert asked == [([f"A picture of {MASK * 6}."] * 2, 6, 24)]
@@ -159,12 +201,26 @@ def test_karpathys_test_split_is_captioned(tmp_path):
 
 def test_nocaps_is_scored_by_domain_with_its_own_frequencies(tmp_path):
     domains = ["in-domain", "near-domain", "out-domain", "near-domain"]
-    images = [{"id": i, "file_name": f"{i:016x}.jpg", "open_images_id": f"{i:016x}", "domain": domain, "width": 8,
-               "height": 8, "coco_url": "", "date_captured": "", "license": 0}
-              for i, domain in enumerate(domains)]  # fmt: skip
+    images = [
+        {
+            "id": i,
+            "file_name": f"{i:016x}.jpg",
+            "open_images_id": f"{i:016x}",
+            "domain": domain,
+            "width": 8,
+            "height": 8,
+            "coco_url": "",
+            "date_captured": "",
+            "license": 0,
+        }
+        for i, domain in enumerate(domains)
+    ]
     texts = {0: "a red cat", 1: "a blue dog runs", 2: "two boxes", 3: "the mat"}
-    notes = [{"id": 10 * i + k, "image_id": i, "caption": caption}
-             for i in texts for k, caption in enumerate([texts[i], "a thing on a mat"])]  # fmt: skip
+    notes = [
+        {"id": 10 * i + k, "image_id": i, "caption": caption}
+        for i in texts
+        for k, caption in enumerate([texts[i], "a thing on a mat"])
+    ]
     path = tmp_path / "nocaps_val_4500_captions.json"
     path.write_text(json.dumps({"info": {}, "licenses": [], "images": images, "annotations": notes}))
     pictures(tmp_path, [f"images/{image['file_name']}" for image in images])
@@ -179,17 +235,36 @@ def test_nocaps_is_scored_by_domain_with_its_own_frequencies(tmp_path):
 
 def vqa_files(folder: Path, answers: list[list[str]], raw: list[list[str]] | None = None) -> Path:
     """OK-VQA's two files where `raw` is given, else VQA v2's."""
-    questions = [{"image_id": i, "question": f"What is {i}?", "question_id": 100 + i} for i in range(len(answers))]
-    notes = [{"question_id": 100 + i, "image_id": i, "question_type": "one", "answer_type": "other", "confidence": 3,
-              "multiple_choice_answer": given[0],
-              "answers": [{"answer": one, "answer_confidence": "yes", "answer_id": k + 1,
-                           **({"raw_answer": raw[i][k]} if raw else {})} for k, one in enumerate(given)]}
-             for i, given in enumerate(answers)]  # fmt: skip
+    questions = [
+        {"image_id": i, "question": f"What is {i}?", "question_id": 100 + i} for i in range(len(answers))
+    ]
+    notes = [
+        {
+            "question_id": 100 + i,
+            "image_id": i,
+            "question_type": "one",
+            "answer_type": "other",
+            "confidence": 3,
+            "multiple_choice_answer": given[0],
+            "answers": [
+                {
+                    "answer": one,
+                    "answer_confidence": "yes",
+                    "answer_id": k + 1,
+                    **({"raw_answer": raw[i][k]} if raw else {}),
+                }
+                for k, one in enumerate(given)
+            ],
+        }
+        for i, given in enumerate(answers)
+    ]
     head = {"info": {}, "license": {}, "data_type": "mscoco", "data_subtype": "val2014"}
     version = "" if raw else "v2_"
     path = folder / f"{version}OpenEnded_mscoco_val2014_questions.json"
     path.write_text(json.dumps(head | {"task_type": "Open-Ended", "questions": questions}))
-    (folder / f"{version}mscoco_val2014_annotations.json").write_text(json.dumps(head | {"annotations": notes}))
+    (folder / f"{version}mscoco_val2014_annotations.json").write_text(
+        json.dumps(head | {"annotations": notes})
+    )
     pictures(folder, [f"val2014/COCO_val2014_{i:012d}.jpg" for i in range(len(answers))])
     return path
 

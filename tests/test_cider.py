@@ -13,7 +13,14 @@ REFERENCES = [
     ["a red car on the road", "the car is red and it is on a long road"],
     ["a cat"],
 ]
-CANDIDATES = ["a red bird on a branch", "dogs dogs dogs on on grass", "a red car", "a bird on the road", "zebra", ""]
+CANDIDATES = [
+    "a red bird on a branch",
+    "dogs dogs dogs on on grass",
+    "a red car",
+    "a bird on the road",
+    "zebra",
+    "",
+]
 
 
 def grams(words: list[str], n: int) -> list[tuple]:
@@ -31,10 +38,15 @@ def slow_cider_d(candidate: str, references: list[str]) -> float:
 
         for text in references:
             s = text.split()
-            over = [weight(c, gram) for gram in set(grams(c, n))], [weight(s, gram) for gram in set(grams(s, n))]
+            over = (
+                [weight(c, gram) for gram in set(grams(c, n))],
+                [weight(s, gram) for gram in set(grams(s, n))],
+            )
             norm = math.sqrt(sum(x * x for x in over[0])) * math.sqrt(sum(x * x for x in over[1]))
             if norm:
-                product = sum(min(weight(c, gram), weight(s, gram)) * weight(s, gram) for gram in set(grams(s, n)))
+                product = sum(
+                    min(weight(c, gram), weight(s, gram)) * weight(s, gram) for gram in set(grams(s, n))
+                )
                 total += math.exp(-((len(c) - len(s)) ** 2) / 72) * product / norm
     return 10 * total / 4 / len(references)
 
@@ -57,7 +69,14 @@ def test_it_is_the_published_scorers():
 
 
 def test_words_are_compared_without_case_punctuation_and_prompt():
-    assert words_of(" A picture of the Cook's hat: food, 2 tools.") == ["the", "cook's", "hat", "food", "2", "tools"]
+    assert words_of(" A picture of the Cook's hat: food, 2 tools.") == [
+        "the",
+        "cook's",
+        "hat",
+        "food",
+        "2",
+        "tools",
+    ]
     reward = reward_of([["A dog.", "A picture of dogs"], ["a cat"]])
     assert reward.pictures == 2
     assert reward.frequency[("a",)] == 2

@@ -85,8 +85,10 @@ def test_a_term_alone_reads_and_trains_what_it_needs_and_nothing_else(name):
     fields, heads = NEEDS[name]
     assert step.recipe.fields == fields
     names = [] if step.heads is None else [key for key, _ in step.heads.named_parameters()]
-    short = {key.removeprefix("heads.").removeprefix("maps.").removesuffix(".weight").removesuffix(".bias")
-             for key in names}  # fmt: skip
+    short = {
+        key.removeprefix("heads.").removeprefix("maps.").removesuffix(".weight").removesuffix(".bias")
+        for key in names
+    }
     assert short == set(heads)
     kept = {key: rows for key, rows in batch_of().items() if key in ("image", "text", "logit_scale", *fields)}
     kept |= {"chance": batch_of()["chance"]} if name == "mfd" else {}
@@ -128,8 +130,10 @@ def given(width: int = 5, teacher_width: int = 5) -> tuple[dict, dict]:
     student |= {f"{name}_t": rows(teacher_width) for name in ("image", "text", "image_masked")}
     student |= {"image_block_1:image_hidden_3": rows(7), "image_block_2:image_hidden_3": rows(7)}
     student |= {"text_block_0:text_hidden_1": rows(6)}
-    student |= {name: torch.tensor([value], requires_grad=True)
-                for name, value in (("scale", 8.0), ("icl_scale", 11.0), ("fused_scale", 5.0))}  # fmt: skip
+    student |= {
+        name: torch.tensor([value], requires_grad=True)
+        for name, value in (("scale", 8.0), ("icl_scale", 11.0), ("fused_scale", 5.0))
+    }
     batch = {f"{name}_emb": rows(teacher_width) for name in ("image", "text")}
     batch |= {"image_hidden_3": rows(7), "text_hidden_1": rows(6), "logit_scale": torch.tensor(2.5)}
     return student, batch
@@ -183,7 +187,9 @@ def test_afd_is_clip_loss_of_fused_rows(width):
     def fused(name: str) -> torch.Tensor:
         mapped, fuse = getattr(space, name), getattr(fusion, name)
         own = [row if width == 64 else mapped.weight @ row + mapped.bias for row in raw[name]]
-        pairs = [torch.cat([a, b]) for a, b in zip(unit(torch.stack(own)), unit(batch[f"{name}_emb"]), strict=True)]
+        pairs = [
+            torch.cat([a, b]) for a, b in zip(unit(torch.stack(own)), unit(batch[f"{name}_emb"]), strict=True)
+        ]
         return unit(torch.stack([fuse.weight @ pair + fuse.bias for pair in pairs]))
 
     theirs = 2 * loop_clip(list(fused("image")), list(fused("text")), fusion.logit_scale.exp()[0])
@@ -202,7 +208,9 @@ def test_gd_and_cross_compare_rows_in_the_width_of_the_teacher(name):
     ours = recipe.loss(student, batch, recipe.constants, NOW)[0][name]
     function = {"gd": losses.gd_loss, "cross": losses.cross_kd_loss}[name]
     scale = {"gd": "scale", "cross": "icl_scale"}[name]
-    V, S, V_T, S_T = (unit(rows) for rows in (student["image_t"], student["text_t"], *list(batch.values())[:2]))
+    V, S, V_T, S_T = (
+        unit(rows) for rows in (student["image_t"], student["text_t"], *list(batch.values())[:2])
+    )
     expected = 2 * function(V, S, student[scale], V_T, S_T, batch["logit_scale"].exp())
     check(ours, expected, {key: student[key] for key in ("image_t", "text_t", scale)})
 
@@ -230,7 +238,9 @@ def test_the_masked_forward_sees_the_class_token_and_the_patches_of_highest_chan
     show_masked(student, ratio)
     assert student.num_chances == PATCHES
     outputs = student(batch_of())
-    kept = [sorted(range(PATCHES), key=lambda i, row=row: -float(row[i]))[:num] for row in batch_of()["chance"]]
+    kept = [
+        sorted(range(PATCHES), key=lambda i, row=row: -float(row[i]))[:num] for row in batch_of()["chance"]
+    ]
     assert len({tuple(places) for places in kept}) > 1  # another mask for each picture
     expected = masked_by_hand(student.model, batch_of()["image"], kept)
     torch.testing.assert_close(outputs["image_masked"], expected, rtol=1e-4, atol=1e-5)
@@ -245,7 +255,9 @@ def test_a_patch_that_is_left_out_counts_for_nothing():
     student = build_two_tower("vit-micro")
     show_masked(student, 0.75)
     batch = batch_of()
-    batch["chance"] = torch.arange(PATCHES).float().expand(COUNT, -1)  # the last four are kept: the lowest row
+    batch["chance"] = (
+        torch.arange(PATCHES).float().expand(COUNT, -1)
+    )  # the last four are kept: the lowest row
     changed = batch | {"image": batch["image"].clone()}
     changed["image"][:, :, :24] = 0
     assert torch.equal(student(batch)["image_masked"], student(changed)["image_masked"])
@@ -272,11 +284,16 @@ def test_keep_patches_keeps_the_order_of_rows():
 
 @pytest.mark.parametrize("model", ["RN50", "timm"])
 def test_a_tower_without_patches_cannot_be_masked(model):
-    vision = {"RN50": {"layers": [1, 1, 1, 1], "width": 16}, "timm": {"timm_model_name": "mobilenetv3_small_050"}}
+    vision = {
+        "RN50": {"layers": [1, 1, 1, 1], "width": 16},
+        "timm": {"timm_model_name": "mobilenetv3_small_050"},
+    }
     vision = {"image_size": 32, "timm_pool": "avg", "timm_proj": "linear", **vision[model]}
     cfg = {**TINY["vit-micro"], "vision_cfg": vision}
     module, preprocess = build_module(cfg, {})
-    with pytest.raises(UserError, match=r"masking needs patches, which \w+ does not have: .* or --set mfd=0$"):
+    with pytest.raises(
+        UserError, match=r"masking needs patches, which \w+ does not have: .* or --set mfd=0$"
+    ):
         show_masked(TwoTower(module, cfg, preprocess, None), 0.5)
 
 
@@ -312,18 +329,29 @@ def test_blocks_of_a_resnet_are_its_stages():
     state = {name: value.clone() for name, value in student.state_dict().items()}
     show_blocks(student, ["image_block_1", "image_block_3"])
     assert student.block_widths == {"image_block_1": 128, "image_block_3": 512}
-    assert all(torch.equal(value, state[name]) for name, value in student.state_dict().items())  # no batch norm moved
+    assert all(
+        torch.equal(value, state[name]) for name, value in student.state_dict().items()
+    )  # no batch norm moved
     assert student.training
     outputs = student(batch_of())
     assert outputs["image_block_3"].shape == (COUNT, 512)
 
 
 def test_pairs_of_blocks_are_read_in_one_way():
-    constants = dataclasses.replace(CLIP_KD.constants, hidden=1.0, hidden_image=" 3:7, 5:11,3:7", hidden_text="1:11")
-    assert block_pairs(constants) == [("image_block_3", "image_hidden_7"), ("image_block_5", "image_hidden_11"),
-                                      ("text_block_1", "text_hidden_11")]  # fmt: skip
-    assert recipe_of("hidden=1", "hidden_image=0:7,0:3").fields == ("image_emb", "text_emb", "image_hidden_7",
-                                                                  "image_hidden_3")  # fmt: skip
+    constants = dataclasses.replace(
+        CLIP_KD.constants, hidden=1.0, hidden_image=" 3:7, 5:11,3:7", hidden_text="1:11"
+    )
+    assert block_pairs(constants) == [
+        ("image_block_3", "image_hidden_7"),
+        ("image_block_5", "image_hidden_11"),
+        ("text_block_1", "text_hidden_11"),
+    ]
+    assert recipe_of("hidden=1", "hidden_image=0:7,0:3").fields == (
+        "image_emb",
+        "text_emb",
+        "image_hidden_7",
+        "image_hidden_3",
+    )
     assert recipe_of("hidden_image=0:7").fields == ("image_emb", "text_emb")
 
 
@@ -331,15 +359,21 @@ def test_pairs_of_blocks_are_read_in_one_way():
     ("settings", "words"),
     [
         (["hidden=1"], "--set hidden needs blocks: --set hidden_image=3:7"),
-        (["hidden=1", "hidden_image=3"], "--set hidden_image=3: pairs of blocks STUDENT:TEACHER are expected, as 3:7"),
+        (
+            ["hidden=1", "hidden_image=3"],
+            "--set hidden_image=3: pairs of blocks STUDENT:TEACHER are expected, as 3:7",
+        ),
         (["hidden=1", "hidden_text=-1:2"], "--set hidden_text=-1:2: pairs"),
         (["hidden=1", "hidden_image=4:0"], "--set hidden_image: the student has no block 4, only 1 from 0"),
-        (["hidden=1", "hidden_image=0:9"], "has no field image_hidden_9: run `tc build --teacher clip-lite --outputs "
-                                           "embeddings,hidden:9 --data"),
+        (
+            ["hidden=1", "hidden_image=0:9"],
+            "has no field image_hidden_9: run `tc build --teacher clip-lite --outputs "
+            "embeddings,hidden:9 --data",
+        ),
         (["mfd=1", "mask_ratio=1"], "--set mask_ratio=1: a share"),
         (["ensemble=both"], "--set ensemble=both: choose from average, concat"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_done_is_one_line(settings, words, squares, cache, tmp_path, capsys):
     options = [word for setting in settings for word in ("--set", setting)]
     assert train_here(squares, cache, tmp_path / "run", "--dry-run", *options) == 2
@@ -413,7 +447,9 @@ SETTINGS = [word for setting in ALL for word in ("--set", setting)]
 
 @pytest.mark.filterwarnings("ignore:.*all_gather_into_tensor. is deprecated:FutureWarning")
 @pytest.mark.parametrize(("teachers", "stage"), [(1, 0), (1, 3), (2, 0), (2, 2)])
-def test_all_terms_resume_to_the_last_bit(teachers, stage, squares, hidden_cache, second_cache, tmp_path, monkeypatch):
+def test_all_terms_resume_to_the_last_bit(
+    teachers, stage, squares, hidden_cache, second_cache, tmp_path, monkeypatch
+):
     name = "own_recipes:STOPPING"
     cache = hidden_cache if teachers == 1 else f"{hidden_cache},{second_cache}"
     words = ("--steps", 4, "--set", f"run.zero={stage}", *SETTINGS)
@@ -442,15 +478,31 @@ def test_masks_change_with_the_epoch_and_not_with_the_step_alone(squares, hidden
     student = recipe.build(recipe.constants)
     manifest, opened = read_manifest(str(squares)), store.open_complete(hidden_cache)
     rows = training_rows(manifest, opened)
-    parts = [Batches(manifest, rows, student=student, cache=opened, reads=recipe.fields, batch=48 // world, steps=4,
-                     seed=0) for world in (1, 2)]  # fmt: skip
-    whole = [dict(zip(parts[0].order.rows_of(s).tolist(), parts[0][s]["chance"], strict=True)) for s in range(2)]
+    parts = [
+        Batches(
+            manifest,
+            rows,
+            student=student,
+            cache=opened,
+            reads=recipe.fields,
+            batch=48 // world,
+            steps=4,
+            seed=0,
+        )
+        for world in (1, 2)
+    ]
+    whole = [
+        dict(zip(parts[0].order.rows_of(s).tolist(), parts[0][s]["chance"], strict=True)) for s in range(2)
+    ]
     assert all(not torch.equal(whole[0][row], whole[1][row]) for row in rows.tolist())
     for a, b in itertools.combinations(rows.tolist(), 2):
         assert not torch.equal(whole[0][a], whole[0][b])
     half = parts[1]
-    halves = {row: chance for s in range(2)
-              for row, chance in zip(half.order.rows_of(s).tolist(), half[s]["chance"], strict=True)}  # fmt: skip
+    halves = {
+        row: chance
+        for s in range(2)
+        for row, chance in zip(half.order.rows_of(s).tolist(), half[s]["chance"], strict=True)
+    }
     assert all(torch.equal(halves[row], whole[0][row]) for row in halves)  # whatever batch a row is in
 
 

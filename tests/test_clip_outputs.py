@@ -34,7 +34,11 @@ def cfg(vision: dict | None = None, text: dict | None = None, **more) -> dict:
 
 
 def timm_cfg(name: str, **vision) -> dict:
-    return {"embed_dim": 24, "vision_cfg": {"timm_model_name": name, "image_size": 224, **vision}, "text_cfg": TEXT}
+    return {
+        "embed_dim": 24,
+        "vision_cfg": {"timm_model_name": name, "image_size": 224, **vision},
+        "text_cfg": TEXT,
+    }
 
 
 def teacher_of(model_cfg: dict, outputs: tuple[str, ...] = ALL) -> Teacher:
@@ -48,10 +52,15 @@ def teacher_of(model_cfg: dict, outputs: tuple[str, ...] = ALL) -> Teacher:
     return make_teacher("tiny", module, preprocess, tokenizer, weights="random:0", outputs=outputs)
 
 
-def inputs_for(teacher: Teacher, rows: int = 3, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+def inputs_for(
+    teacher: Teacher, rows: int = 3, dtype: torch.dtype = torch.float32
+) -> dict[str, torch.Tensor]:
     torch.manual_seed(1)
     images = torch.randn(rows, 3, *teacher.spec.view["size"]).to(dtype)
-    return {"image": images, "text": teacher.tokenize(["a cat", "two big dogs on a beach today and more", "x"])}
+    return {
+        "image": images,
+        "text": teacher.tokenize(["a cat", "two big dogs on a beach today and more", "x"]),
+    }
 
 
 def said(teacher: Teacher) -> dict[str, torch.Tensor]:
@@ -75,11 +84,25 @@ def assert_same(left: torch.Tensor, right: torch.Tensor) -> None:
 
 def hugging_face(module: nn.Module) -> transformers.CLIPModel:
     """transformers.CLIPModel with the weights of an open_clip CLIP."""
-    text = {"vocab_size": 49408, "hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 2,
-            "num_attention_heads": 2, "max_position_embeddings": 8, "hidden_act": "gelu",
-            "eos_token_id": 49407}  # fmt: skip
-    vision = {"hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 2,
-              "image_size": 32, "patch_size": 8, "hidden_act": "gelu"}  # fmt: skip
+    text = {
+        "vocab_size": 49408,
+        "hidden_size": 16,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 8,
+        "hidden_act": "gelu",
+        "eos_token_id": 49407,
+    }
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 128,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "image_size": 32,
+        "patch_size": 8,
+        "hidden_act": "gelu",
+    }
     config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=24)
     model = transformers.CLIPModel(config).eval()
     state = {}
@@ -91,10 +114,18 @@ def hugging_face(module: nn.Module) -> transformers.CLIPModel:
         "positional_embedding": "text_model.embeddings.position_embedding.weight",
         "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
     }
-    norms = {"visual.ln_pre.": "vision_model.pre_layrnorm.", "visual.ln_post.": "vision_model.post_layernorm.",
-             "ln_final.": "text_model.final_layer_norm."}  # fmt: skip
-    inner = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2",
-             "attn.out_proj": "self_attn.out_proj"}  # fmt: skip
+    norms = {
+        "visual.ln_pre.": "vision_model.pre_layrnorm.",
+        "visual.ln_post.": "vision_model.post_layernorm.",
+        "ln_final.": "text_model.final_layer_norm.",
+    }
+    inner = {
+        "ln_1": "layer_norm1",
+        "ln_2": "layer_norm2",
+        "mlp.c_fc": "mlp.fc1",
+        "mlp.c_proj": "mlp.fc2",
+        "attn.out_proj": "self_attn.out_proj",
+    }
     for name, tensor in module.state_dict().items():
         prefix = name.rpartition(".")[0] + "."
         if name in fixed:
@@ -158,7 +189,9 @@ def blocks_by_hand(visual: nn.Module, images: torch.Tensor) -> list[torch.Tensor
 
 @pytest.mark.parametrize("after", [False, True])
 def test_vit_that_pools_by_the_mean(after):
-    teacher = teacher_of(cfg({"pool_type": "avg", "final_ln_after_pool": after}), ("embeddings", "patches", "hidden:1"))
+    teacher = teacher_of(
+        cfg({"pool_type": "avg", "final_ln_after_pool": after}), ("embeddings", "patches", "hidden:1")
+    )
     found = said(teacher)
     visual = teacher.module.visual
     with torch.no_grad():
@@ -240,7 +273,9 @@ def test_timm_vit_with_an_attention_pool_has_tokens_alone():
         assert_same(found["image_emb"], teacher.module.encode_image(inputs_for(teacher)["image"]))
 
 
-@pytest.mark.parametrize(("name", "width"), [("convnext_atto", 320), ("swin_s3_tiny_224", 768), ("resnet18", 512)])
+@pytest.mark.parametrize(
+    ("name", "width"), [("convnext_atto", 320), ("swin_s3_tiny_224", 768), ("resnet18", 512)]
+)
 def test_timm_feature_maps(name, width):
     """Pooled by the mean: under a head without norm the mean of the patches is the embedding."""
     teacher = teacher_of(timm_cfg(name, timm_proj="linear"), (*ALL[:2], "hidden:0+3"))
@@ -269,19 +304,25 @@ def test_clip_lite_puts_each_position_through_its_head():
     assert_same(found["patch_emb"], found["patch_token"])  # its head is the identity
     assert model_cfg("")["vision_cfg"]["timm_proj"] == "mlp"
     module, preprocess = towers()
-    whole = make_teacher("lite", module, preprocess, teacher.tokenize, weights="", outputs=("embeddings", "patches"))
+    whole = make_teacher(
+        "lite", module, preprocess, teacher.tokenize, weights="", outputs=("embeddings", "patches")
+    )
     assert preprocess["mean"] == PREPROCESS["mean"]
     again = said(whole)
     mlp = module.visual.head.mlp
     with torch.no_grad():
         by_hand = mlp.fc2(nn.functional.gelu(mlp.fc1(found["patch_token"])))
     assert_same(again["patch_emb"], by_hand)
-    assert not torch.allclose(again["patch_emb"].mean(1), again["image_emb"], rtol=1e-3, atol=1e-4)  # not linear
+    assert not torch.allclose(
+        again["patch_emb"].mean(1), again["image_emb"], rtol=1e-3, atol=1e-4
+    )  # not linear
     # the text tower: masked mean over the block before the last
     ids = inputs_for(teacher)["text"]
     mask = (ids != 0).long()
     with torch.no_grad():
-        last = module.text.transformer(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states[6]
+        last = module.text.transformer(
+            input_ids=ids, attention_mask=mask, output_hidden_states=True
+        ).hidden_states[6]
         masked = [last[i][mask[i].bool()].mean(0) for i in range(len(ids))]
     assert not mask.all()
     assert "text_hidden_6" not in found  # MiniLM has six blocks
@@ -321,33 +362,94 @@ def test_text_towers_are_read_where_they_pool(text, place, custom):
 
 
 HUGGING_FACE = {
-    "bert": ({"model_type": "bert", "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2,
-              "intermediate_size": 32, "vocab_size": 49408, "pad_token_id": 0}, "mean_pooler"),
-    "bert-cls": ({"model_type": "bert", "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2,
-                  "intermediate_size": 32, "vocab_size": 49408, "pad_token_id": 0}, "cls_last_hidden_state_pooler"),
-    "xlm-roberta": ({"model_type": "xlm-roberta", "hidden_size": 16, "num_hidden_layers": 3, "vocab_size": 49408,
-                     "num_attention_heads": 2, "intermediate_size": 32, "pad_token_id": 0}, "mean_pooler"),
-    "mt5": ({"model_type": "mt5", "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 3, "num_heads": 2,
-             "vocab_size": 49408, "pad_token_id": 0, "is_encoder_decoder": True, "decoder_start_token_id": 0},
-            "mean_pooler"),
-    "m2m_100": ({"model_type": "m2m_100", "d_model": 16, "encoder_layers": 3, "decoder_layers": 1,
-                 "encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 32,
-                 "decoder_ffn_dim": 32, "vocab_size": 49408, "pad_token_id": 0}, "cls_last_hidden_state_pooler"),
-}  # fmt: skip
+    "bert": (
+        {
+            "model_type": "bert",
+            "hidden_size": 16,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 2,
+            "intermediate_size": 32,
+            "vocab_size": 49408,
+            "pad_token_id": 0,
+        },
+        "mean_pooler",
+    ),
+    "bert-cls": (
+        {
+            "model_type": "bert",
+            "hidden_size": 16,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 2,
+            "intermediate_size": 32,
+            "vocab_size": 49408,
+            "pad_token_id": 0,
+        },
+        "cls_last_hidden_state_pooler",
+    ),
+    "xlm-roberta": (
+        {
+            "model_type": "xlm-roberta",
+            "hidden_size": 16,
+            "num_hidden_layers": 3,
+            "vocab_size": 49408,
+            "num_attention_heads": 2,
+            "intermediate_size": 32,
+            "pad_token_id": 0,
+        },
+        "mean_pooler",
+    ),
+    "mt5": (
+        {
+            "model_type": "mt5",
+            "d_model": 16,
+            "d_kv": 8,
+            "d_ff": 32,
+            "num_layers": 3,
+            "num_heads": 2,
+            "vocab_size": 49408,
+            "pad_token_id": 0,
+            "is_encoder_decoder": True,
+            "decoder_start_token_id": 0,
+        },
+        "mean_pooler",
+    ),
+    "m2m_100": (
+        {
+            "model_type": "m2m_100",
+            "d_model": 16,
+            "encoder_layers": 3,
+            "decoder_layers": 1,
+            "encoder_attention_heads": 2,
+            "decoder_attention_heads": 2,
+            "encoder_ffn_dim": 32,
+            "decoder_ffn_dim": 32,
+            "vocab_size": 49408,
+            "pad_token_id": 0,
+        },
+        "cls_last_hidden_state_pooler",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", HUGGING_FACE)
 def test_hugging_face_text_towers(name, tmp_path):
     config, pooler = HUGGING_FACE[name]
     (tmp_path / "config.json").write_text(json.dumps(config))
-    text = {"hf_model_name": str(tmp_path), "hf_pooler_type": pooler, "hf_proj_type": "linear", "context_length": 8}
+    text = {
+        "hf_model_name": str(tmp_path),
+        "hf_pooler_type": pooler,
+        "hf_proj_type": "linear",
+        "context_length": 8,
+    }
     model_cfg = {"embed_dim": 24, "vision_cfg": VIT, "text_cfg": text, "custom_text": True}
     teacher = teacher_of(model_cfg, ("embeddings", "hidden:0+1"))
     found = said(teacher)
     ids = inputs_for(teacher)["text"]
     mask = (ids != 0).long()
     with torch.no_grad():
-        states = teacher.module.text.transformer(input_ids=ids, attention_mask=mask, output_hidden_states=True)
+        states = teacher.module.text.transformer(
+            input_ids=ids, attention_mask=mask, output_hidden_states=True
+        )
         assert_same(found["text_emb"], teacher.module.encode_text(ids))
     for layer in (0, 1):
         state = states.hidden_states[layer + 1]
@@ -362,8 +464,14 @@ def test_coca_is_not_normalised_though_it_would_normalise():
     torch.manual_seed(0)
     module = open_clip.CoCa(24, decoder, text, vision)
     preprocess = teacher_of(cfg(), ("embeddings",)).spec.view
-    teacher = make_teacher("coca", module, preprocess, open_clip.SimpleTokenizer(context_length=8),
-                           weights="random:0", outputs=ALL)  # fmt: skip
+    teacher = make_teacher(
+        "coca",
+        module,
+        preprocess,
+        open_clip.SimpleTokenizer(context_length=8),
+        weights="random:0",
+        outputs=ALL,
+    )
     found = said(teacher)
     assert set(found) == {"image_emb", "patch_token", "image_hidden_2", "text_emb", "text_hidden_1"}
     for name, own in (("image_emb", module.encode_image), ("text_emb", module.encode_text)):
@@ -391,7 +499,11 @@ def teacher(request) -> Teacher:
 def test_every_block_runs_once(teacher):
     visual = teacher.module.visual
     trunk = getattr(visual, "trunk", visual)
-    blocks = trunk.transformer.resblocks if hasattr(trunk, "transformer") else [trunk.conv1, trunk.layer1, trunk.layer4]
+    blocks = (
+        trunk.transformer.resblocks
+        if hasattr(trunk, "transformer")
+        else [trunk.conv1, trunk.layer1, trunk.layer4]
+    )
     runs = []
     for module in (*blocks, *teacher.module.transformer.resblocks):
         module.register_forward_hook(lambda module, inputs, output: runs.append(id(module)))
@@ -475,7 +587,10 @@ def test_one_request_is_written_in_one_way():
 @pytest.mark.parametrize(
     ("outputs", "says"),
     [
-        (("hidden:1",), "has no layer 1: --outputs hidden:LAYER+LAYER takes 0 to 0 (picture tower) and 0 to 0 (text"),
+        (
+            ("hidden:1",),
+            "has no layer 1: --outputs hidden:LAYER+LAYER takes 0 to 0 (picture tower) and 0 to 0 (text",
+        ),
         (("hidden:",), "hidden takes layers, hidden:3+7"),
         (("hidden:-1",), "hidden takes layers, hidden:3+7"),
         (("hidden:0+",), "hidden takes layers, hidden:3+7"),

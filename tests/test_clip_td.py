@@ -18,7 +18,9 @@ NOW = Now(0, 10)
 def outputs_of() -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
     named = {"logits": (N, C), "img_t": (N, C, D), "cls_t": (N, C, D), "words_t": (N, C, M, D)}
-    return {name: torch.randn(*shape, dtype=torch.float64, requires_grad=True) for name, shape in named.items()}
+    return {
+        name: torch.randn(*shape, dtype=torch.float64, requires_grad=True) for name, shape in named.items()
+    }
 
 
 def batch_of() -> dict[str, torch.Tensor]:
@@ -26,12 +28,16 @@ def batch_of() -> dict[str, torch.Tensor]:
     there = torch.ones(N, C, M, dtype=torch.float64)
     there[0, 1, 1] = 0
     known = torch.tensor([[1.0], [1], [0]], dtype=torch.float64)
-    return {"target": torch.eye(C, dtype=torch.float64)[[1, 3, 0]] * known,
-            "labelled": torch.tensor([1.0, 1, 0], dtype=torch.float64), "many": torch.zeros(N, dtype=torch.bool),
-            "clip_logits": 2 * torch.randn(N, C, dtype=torch.float64),
-            "image_emb": torch.randn(N, D, dtype=torch.float64),
-            "text_emb": torch.randn(N, C, D, dtype=torch.float64), "word_there": there,
-            "word_feature": torch.randn(N, C, M, D, dtype=torch.float64)}  # fmt: skip
+    return {
+        "target": torch.eye(C, dtype=torch.float64)[[1, 3, 0]] * known,
+        "labelled": torch.tensor([1.0, 1, 0], dtype=torch.float64),
+        "many": torch.zeros(N, dtype=torch.bool),
+        "clip_logits": 2 * torch.randn(N, C, dtype=torch.float64),
+        "image_emb": torch.randn(N, D, dtype=torch.float64),
+        "text_emb": torch.randn(N, C, D, dtype=torch.float64),
+        "word_there": there,
+        "word_feature": torch.randn(N, C, M, D, dtype=torch.float64),
+    }
 
 
 def softmax(row):
@@ -56,7 +62,10 @@ def loop(out, batch, constants):
         p = softmax(out["logits"][i].tolist())
         if batch["labelled"][i]:
             logits = out["logits"][i]
-            task = task - torch.log(torch.exp(logits[int(batch["target"][i].argmax())]) / torch.exp(logits).sum()) / 2
+            task = (
+                task
+                - torch.log(torch.exp(logits[int(batch["target"][i].argmax())]) / torch.exp(logits).sum()) / 2
+            )
         r = constants.T * max(softmax(batch["clip_logits"][i].tolist())) / max(p)
         w = constants.w if not constants.confidence or r > 1 else 0
         chosen = range(C)
@@ -68,12 +77,21 @@ def loop(out, batch, constants):
             dt = dt + share * constants.dt * l1(out["cls_t"][i, c], batch["text_emb"][i, c])
             for k in range(M):
                 there = float(batch["word_there"][i, c, k])
-                words = words + share / M * there * l1(out["words_t"][i, c, k], batch["word_feature"][i, c, k])
+                words = words + share / M * there * l1(
+                    out["words_t"][i, c, k], batch["word_feature"][i, c, k]
+                )
     return {"task": task, "dv": dv, "dt": dt, "words": words}
 
 
-SETTINGS = [{}, {"confidence": False}, {"choices": "correct"}, {"T": 0.4}, {"T": 3.0}, {"w": 0.5, "dv": 2.0},
-            {"choices": "correct", "confidence": False, "w": 1.0}]  # fmt: skip
+SETTINGS = [
+    {},
+    {"confidence": False},
+    {"choices": "correct"},
+    {"T": 0.4},
+    {"T": 3.0},
+    {"w": 0.5, "dv": 2.0},
+    {"choices": "correct", "confidence": False, "w": 1.0},
+]
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
@@ -87,8 +105,10 @@ def test_terms_and_gradients_are_the_equations(setting):
     for name, term in terms.items():
         torch.testing.assert_close(term.double(), torch.as_tensor(slow[name]).double(), rtol=1e-5, atol=1e-6)
         if not isinstance(slow[name], float):
-            pairs = (torch.autograd.grad(one, list(out.values()), retain_graph=True, allow_unused=True)
-                     for one in (term, slow[name]))  # fmt: skip
+            pairs = (
+                torch.autograd.grad(one, list(out.values()), retain_graph=True, allow_unused=True)
+                for one in (term, slow[name])
+            )
             for fast, right in zip(*pairs, strict=True):
                 assert (fast is None) == (right is None)
                 if right is not None:
@@ -97,7 +117,9 @@ def test_terms_and_gradients_are_the_equations(setting):
 
 def test_confidence_leaves_rows_out_and_puts_them_in():
     """The settings above would show nothing if no row or every row were left out."""
-    shares = [float(loss(outputs_of(), batch_of(), Constants(T=T), NOW)[1]["distilled"]) for T in (0.1, 1.0, 10.0)]
+    shares = [
+        float(loss(outputs_of(), batch_of(), Constants(T=T), NOW)[1]["distilled"]) for T in (0.1, 1.0, 10.0)
+    ]
     assert shares[0] == 0
     assert 0 < shares[1] < 1
     assert shares[2] == 1
@@ -107,7 +129,9 @@ def test_switches_take_terms_and_reads_away():
     out, batch = outputs_of(), batch_of()
 
     def terms(**setting):
-        given = dict(out) if setting.get("select") != "none" else {k: v for k, v in out.items() if k != "words_t"}
+        given = (
+            dict(out) if setting.get("select") != "none" else {k: v for k, v in out.items() if k != "words_t"}
+        )
         return set(loss(given, batch, Constants(**setting), NOW)[0])
 
     assert terms(dt=0.0, select="none") == {"task", "dv"}
@@ -116,28 +140,60 @@ def test_switches_take_terms_and_reads_away():
     assert reads(Constants(w=0.0)) == regions
     assert reads(Constants(dt=0.0, select="none", confidence=False)) == (*regions, "image_emb")
     assert reads(Constants(dv=0.0, select="none", confidence=False)) == (*regions, "text_emb")
-    assert reads(Constants(select="random")) == (*regions, "image_emb", "text_emb", "word_span", "random_index",
-                                                 "random_feature")  # fmt: skip
+    assert reads(Constants(select="random")) == (
+        *regions,
+        "image_emb",
+        "text_emb",
+        "word_span",
+        "random_index",
+        "random_feature",
+    )
     assert "word_feature" in reads(Constants())
     assert "word_span" not in reads(Constants(stage="adapt"))
     assert reads(Constants(model="clip-1-linear")) == ("image_emb", "text_emb")
-    for wrong in ({"select": "some"}, {"stage": "both"}, {"m": 0}, {"T": 0.0}, {"w": -1.0}, {"choices": "one"}):
+    for wrong in (
+        {"select": "some"},
+        {"stage": "both"},
+        {"m": 0},
+        {"T": 0.0},
+        {"w": -1.0},
+        {"choices": "one"},
+    ):
         with pytest.raises(UserError, match="--set"):
             reads(Constants(**wrong))
 
 
 def test_adaptive_finetuning_is_eq_11():
     torch.manual_seed(2)
-    out = {"word_logits": torch.randn(N, 2, 7), "match": torch.randn(N, 2), "img_t": torch.randn(N, 1, D),
-           "cls_t": torch.randn(N, 1, D)}  # fmt: skip
-    batch = {"masked_word": torch.tensor([[1, 4], [3, -1], [2, 5]]), "matched": torch.tensor([1.0, 1.0, 0.0]),
-             "image_emb": torch.randn(N, D), "text_emb": torch.randn(N, 1, D)}  # fmt: skip
+    out = {
+        "word_logits": torch.randn(N, 2, 7),
+        "match": torch.randn(N, 2),
+        "img_t": torch.randn(N, 1, D),
+        "cls_t": torch.randn(N, 1, D),
+    }
+    batch = {
+        "masked_word": torch.tensor([[1, 4], [3, -1], [2, 5]]),
+        "matched": torch.tensor([1.0, 1.0, 0.0]),
+        "image_emb": torch.randn(N, D),
+        "text_emb": torch.randn(N, 1, D),
+    }
     terms, _ = loss(out, batch, Constants(stage="adapt"), NOW)
-    first, second, other = (-math.log(softmax(out["word_logits"][i, k].tolist())[word])
-                            for i, k, word in ((0, 0, 1), (0, 1, 4), (1, 0, 3)))  # fmt: skip
+    first, second, other = (
+        -math.log(softmax(out["word_logits"][i, k].tolist())[word])
+        for i, k, word in ((0, 0, 1), (0, 1, 4), (1, 0, 3))
+    )
     itm = [-math.log(softmax(row.tolist())[kind]) for row, kind in zip(out["match"], (1, 1, 0), strict=True)]
-    far = [[float(l1(out[name][i, 0], batch[field][i] if field == "image_emb" else batch[field][i, 0])) for i in (0, 1)]
-           for name, field in (("img_t", "image_emb"), ("cls_t", "text_emb"))]  # fmt: skip
-    expected = {"mlm": ((first + second) / 2 + other) / (0.5 * N), "itm": np.mean(itm),
-                "dv": 0.05 * sum(far[0]) / N, "dt": 0.05 * sum(far[1]) / N}  # fmt: skip
+    far = [
+        [
+            float(l1(out[name][i, 0], batch[field][i] if field == "image_emb" else batch[field][i, 0]))
+            for i in (0, 1)
+        ]
+        for name, field in (("img_t", "image_emb"), ("cls_t", "text_emb"))
+    ]
+    expected = {
+        "mlm": ((first + second) / 2 + other) / (0.5 * N),
+        "itm": np.mean(itm),
+        "dv": 0.05 * sum(far[0]) / N,
+        "dt": 0.05 * sum(far[1]) / N,
+    }
     assert {name: float(term) for name, term in terms.items()} == pytest.approx(expected, rel=1e-5)

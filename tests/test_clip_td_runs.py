@@ -42,10 +42,27 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_vqa(home / "vqa", [["red"] * 10, ["blue"] * 6 + ["red"] * 4] * 6)
     teacher = save_teacher(home / "clip", CFG)
     for name, data in data_of(home).items():
-        build_cache(data, teacher, home / "caches" / name / "clip.zarr",
-                    outputs=("embeddings", "tokens", "random_tokens"))  # fmt: skip
-        words = ["build", "--teacher", "regions-lite", "--outputs", "regions:3", "--data", data, "--workers", 0,
-                 "--out", home / "caches" / name / "regions.zarr", "--device", "cpu"]  # fmt: skip
+        build_cache(
+            data,
+            teacher,
+            home / "caches" / name / "clip.zarr",
+            outputs=("embeddings", "tokens", "random_tokens"),
+        )
+        words = [
+            "build",
+            "--teacher",
+            "regions-lite",
+            "--outputs",
+            "regions:3",
+            "--data",
+            data,
+            "--workers",
+            0,
+            "--out",
+            home / "caches" / name / "regions.zarr",
+            "--device",
+            "cpu",
+        ]
         assert tc([str(word) for word in words]) == 0
     return home
 
@@ -56,9 +73,25 @@ def data_of(home: Path) -> dict[str, Path]:
 
 def train(home: Path, out: Path, *words: object, task: str = "vcr", recipe: str = "clip_td") -> int:
     """`student train` on one of the sets in this process."""
-    start = ["train", "--recipe", recipe, "--data", data_of(home)[task], "--cache", home / "caches" / task,
-             "--out", out, "--batch-size", 8, "--steps", 4, "--set", "model=uniter-micro",
-             "--set", "run.workers=0"]  # fmt: skip
+    start = [
+        "train",
+        "--recipe",
+        recipe,
+        "--data",
+        data_of(home)[task],
+        "--cache",
+        home / "caches" / task,
+        "--out",
+        out,
+        "--batch-size",
+        8,
+        "--steps",
+        4,
+        "--set",
+        "model=uniter-micro",
+        "--set",
+        "run.workers=0",
+    ]
     with contained():
         return main([str(word) for word in (*start, *words)])
 
@@ -70,7 +103,9 @@ def sets(**settings: object) -> list[str]:
 def prepared(home: Path, task: str = "vcr", *settings: str):
     """What a run is made of, without training."""
     run = Run(str(data_of(home)[task]), str(home / "caches" / task), "", device="cpu", workers=0)
-    recipe, run = override(dataclasses.replace(CLIP_TD, batch=8, steps=4), run, ["model=uniter-micro", *settings])
+    recipe, run = override(
+        dataclasses.replace(CLIP_TD, batch=8, steps=4), run, ["model=uniter-micro", *settings]
+    )
     with contained():
         return prepare(recipe, run)
 
@@ -100,16 +135,25 @@ def test_a_batch_holds_what_the_caches_say_of_its_rows(home, select):
         assert batch["target"][i].argmax() == columns["label"]
         for c in range(4):
             place = columns["texts"].index("pair") + c
-            np.testing.assert_array_equal(batch["text_emb"][i, c].half().numpy(), fields["text_emb"][here, place])
+            np.testing.assert_array_equal(
+                batch["text_emb"][i, c].half().numpy(), fields["text_emb"][here, place]
+            )
             cosines = unit(fields["image_emb"][here]) @ unit(fields["text_emb"][here, 1 + c])
             scale = np.exp(cache.meta.spec.constants["logit_scale"])
-            assert float(batch["clip_logits"][i, c]) == pytest.approx(float(scale * cosines), rel=1e-3, abs=1e-3)
+            assert float(batch["clip_logits"][i, c]) == pytest.approx(
+                float(scale * cosines), rel=1e-3, abs=1e-3
+            )
             for k in range(2):
                 index = int(fields[f"{kind}_index"][here, place, k])
                 start, end = fields["word_span"][here, place, index]
-                pieces = [batches.tokenizer.id_to_token(int(one)) for one in
-                          batch["text"][i, c][batch["word_tokens"][i, c, k]]]  # fmt: skip
-                assert "".join(piece.removeprefix("##") for piece in pieces) == sample.texts[place][start:end].lower()
+                pieces = [
+                    batches.tokenizer.id_to_token(int(one))
+                    for one in batch["text"][i, c][batch["word_tokens"][i, c, k]]
+                ]
+                assert (
+                    "".join(piece.removeprefix("##") for piece in pieces)
+                    == sample.texts[place][start:end].lower()
+                )
                 feature = fields[f"{kind}_feature"][here, place, k]
                 np.testing.assert_array_equal(batch["word_feature"][i, c, k].half().numpy(), feature)
                 checked += 1
@@ -149,7 +193,11 @@ def test_labels_of_rows_outside_the_subset_are_hidden_and_half_of_a_batch_has_so
     assert max(groups.values()) == 2
     for step in range(3):
         batch, rows = found[step], found.rows_of(step)
-        assert batch["labelled"].tolist() == [float(row in set(chosen.tolist())) for row in rows] == [1.0, 0.0] * 4
+        assert (
+            batch["labelled"].tolist()
+            == [float(row in set(chosen.tolist())) for row in rows]
+            == [1.0, 0.0] * 4
+        )
         assert (batch["target"].sum(1) == batch["labelled"]).all()
     low = prepared(home, "vcr", "regime=low:2").batches
     assert set(low.rows.tolist()) == set(chosen.tolist())
@@ -224,8 +272,10 @@ def test_clip_as_a_judge_of_snli_ve_and_vqa(home, task):
             expected = [-scale * abs(near - anchor) for anchor in (high, middle, low)]
         else:
             words = {batches.manifest.row(other).texts[1]: other for other in batches.rows.tolist()}
-            expected = [scale * float(image @ unit(source.fields["text_emb"][source.at[words[answer]], 1]))
-                        for answer in batches.task.answers]  # fmt: skip
+            expected = [
+                scale * float(image @ unit(source.fields["text_emb"][source.at[words[answer]], 1]))
+                for answer in batches.task.answers
+            ]
         assert batch["clip_logits"][i].tolist() == pytest.approx(expected, rel=1e-3, abs=2e-2)
     assert three_means(np.array([0.0, 0.1, 1.0, 1.1, 5.0])) == pytest.approx([0.05, 1.05, 5.0])
     with pytest.raises(UserError, match="too few or too alike"):
@@ -250,7 +300,10 @@ def test_a_run_answers_and_is_resumed_to_the_same_losses(home, tmp_path, monkeyp
     monkeypatch.chdir(home)  # caches/vcr1 is not there: --data names the folder of its caches
     (home / "caches" / "vcr1").symlink_to(home / "caches" / "vcr")
     capsys.readouterr()
-    assert main(["eval", str(tmp_path / "run"), "--task", "vcr", "--data", str(data_of(home)["vcr"]), "--json"]) == 0
+    assert (
+        main(["eval", str(tmp_path / "run"), "--task", "vcr", "--data", str(data_of(home)["vcr"]), "--json"])
+        == 0
+    )
     metrics = json.loads(capsys.readouterr().out)["metrics"]
     manifest = read_manifest(str(data_of(home)["vcr"]))
     rows = manifest.rows_of_split("val")
@@ -276,10 +329,19 @@ def test_micro_batches_and_two_halves_have_the_whole_batchs_losses(home, tmp_pat
                 assert b[key] == pytest.approx(value, rel=2e-4, abs=1e-5), key
 
 
-@pytest.mark.parametrize("settings", [
-    {"model": "vl-bert-micro", "select": "random"}, {"model": "villa-micro", "adv_steps": 2, "adv_lr": 1.0},
-    {"model": "clip-1-linear", "w": 0.0}, {"model": "clip-3-linear", "fusion": "cosine"}, {"model": "clip-transformer"},
-    {"mode": "qa2r"}, {"choices": "correct", "confidence": "false"}, {"run.zero": 2}])  # fmt: skip
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"model": "vl-bert-micro", "select": "random"},
+        {"model": "villa-micro", "adv_steps": 2, "adv_lr": 1.0},
+        {"model": "clip-1-linear", "w": 0.0},
+        {"model": "clip-3-linear", "fusion": "cosine"},
+        {"model": "clip-transformer"},
+        {"mode": "qa2r"},
+        {"choices": "correct", "confidence": "false"},
+        {"run.zero": 2},
+    ],
+)
 def test_faces_baselines_and_switches_train(home, tmp_path, settings):
     assert train(home, tmp_path / "run", *sets(**settings)) == 0
     lines = read_lines(tmp_path / "run")
@@ -328,10 +390,15 @@ def test_a_student_without_pictures_splits_vcr_by_what_words_tell(home, tmp_path
 
 def test_clip_itself_is_tuned_and_answers_from_its_run_alone(home, tmp_path):
     assert train(home, tmp_path / "run", *sets(model="clip-tuned", init=home / "clip")) == 0
-    before, after = (load_file(path) for path in (home / "clip" / "open_clip_model.safetensors",
-                                                  tmp_path / "run" / "model.safetensors"))  # fmt: skip
-    moved = [name for name, value in before.items()
-             if not torch.equal(after[f"clip.model.{name}"].reshape(value.shape), value)]  # fmt: skip
+    before, after = (
+        load_file(path)
+        for path in (home / "clip" / "open_clip_model.safetensors", tmp_path / "run" / "model.safetensors")
+    )
+    moved = [
+        name
+        for name, value in before.items()
+        if not torch.equal(after[f"clip.model.{name}"].reshape(value.shape), value)
+    ]
     assert len(moved) > 0.8 * len(before)
     manifest = read_manifest(str(data_of(home)["vcr"]))
     scores = load_task_model(tmp_path / "run", device="cpu").score(manifest, np.arange(3), "q2a")
@@ -351,14 +418,21 @@ def test_other_tasks_train_and_answer(home, tmp_path, task, monkeypatch, capsys)
     assert model.score(manifest, rows, "q2a") is None
     monkeypatch.chdir(home)  # caches/<name of the data> are found from here
     capsys.readouterr()
-    assert main(["eval", str(tmp_path / "run"), "--task", task, "--data", str(data_of(home)[task]), "--json"]) == 0
+    assert (
+        main(["eval", str(tmp_path / "run"), "--task", task, "--data", str(data_of(home)[task]), "--json"])
+        == 0
+    )
     metrics = json.loads(capsys.readouterr().out)["metrics"]
     columns = [json.loads(manifest.row(row).task) for row in rows.tolist()]
     if task == "snli_ve":
-        right = [float(column["label"] == best) for column, best in zip(columns, scores.argmax(1), strict=True)]
+        right = [
+            float(column["label"] == best) for column, best in zip(columns, scores.argmax(1), strict=True)
+        ]
     else:  # of ten answers, nine are left for each that is left out: min(1, matches / 3) in the mean
-        given = [[answer == model.task.answers[best] for answer in column["answers"]]
-                 for column, best in zip(columns, scores.argmax(1), strict=True)]  # fmt: skip
+        given = [
+            [answer == model.task.answers[best] for answer in column["answers"]]
+            for column, best in zip(columns, scores.argmax(1), strict=True)
+        ]
         right = [np.mean([min(1, (sum(one) - one[k]) / 3) for k in range(10)]) for one in given]
     assert metrics["accuracy"] == pytest.approx(np.mean(right))
 
@@ -369,13 +443,18 @@ def test_adapted_students_begin_the_task_and_do_not_answer_themselves(home, tmp_
     hint = f"next: student train --recipe clip_td --data {data} --set init={tmp_path / 'adapted'}"
     assert hint in capsys.readouterr().err
     assert {"mlm", "itm", "dv", "dt"} <= set(read_lines(tmp_path / "adapted")[0])
-    assert train(home, tmp_path / "task", "--steps", 1, *sets(init=tmp_path / "adapted", **{"optim.lr": 0.0})) == 0
+    assert (
+        train(home, tmp_path / "task", "--steps", 1, *sets(init=tmp_path / "adapted", **{"optim.lr": 0.0}))
+        == 0
+    )
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("adapted", "task"))
     shared = [name for name in before if name.startswith(("bert.", "regions."))]
     assert all(torch.equal(before[name], after[name]) for name in shared)
     assert any(name.startswith("answer.") for name in after)
     assert not any(name.startswith("answer.") for name in before)
-    assert main(["eval", str(tmp_path / "adapted"), "--task", "vcr", "--data", str(data_of(home)["vcr"])]) == 2
+    assert (
+        main(["eval", str(tmp_path / "adapted"), "--task", "vcr", "--data", str(data_of(home)["vcr"])]) == 2
+    )
     assert "stage=adapt run without answers" in capsys.readouterr().err
 
 
@@ -386,24 +465,35 @@ def test_training_reads_no_picture_and_loads_no_teacher(home, tmp_path, monkeypa
     def refuse(*words, **more):
         raise AssertionError("a picture or a teacher was asked for")
 
-    for module, name in ((samples, "read_image"), (task_batches, "read_image"), (teachers, "load"), (teachers, "find")):
+    for module, name in (
+        (samples, "read_image"),
+        (task_batches, "read_image"),
+        (teachers, "load"),
+        (teachers, "find"),
+    ):
         monkeypatch.setattr(module, name, refuse)
     monkeypatch.setattr("student.prepare.readable_rows", refuse)
     assert train(home, tmp_path / "run") == 0
 
 
-@pytest.mark.parametrize(("words", "said"), [
-    (("--set", "regime=low"), "choose full, zero, low:N or semi:N"), (("--live",), "leave --live away"),
-    (("--set", "model=lxmert-tiny"), "choose from uniter-base"),
-    (("--set", "model=bert-tiny"), "add --set w=0"), (("--set", "init=/nowhere"), "is not there"),
-    (("--set", "max_text=900"), "positions at most"),
-    (("--set", "m=4"), "--outputs embeddings,tokens:4"),
-    (("--set", "m=4", "--set", "select=random"), "--outputs embeddings,random_tokens:4"),
-    (("--set", "model=clip-transformer", "--set", "fusion=cosine"), "reads both side by side"),
-    (("--set", "tokenizer=/nowhere"), "neither tokenizer.json"),
-    (("--set", "model=villa-micro", "--set", "run.zero=3"), "choose 0, 1 or 2"),
-    (("--batch-size", 500), "fewer than --batch-size"),
-    (("--cache", "/nowhere"), "tc build --teacher regions-lite")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--set", "regime=low"), "choose full, zero, low:N or semi:N"),
+        (("--live",), "leave --live away"),
+        (("--set", "model=lxmert-tiny"), "choose from uniter-base"),
+        (("--set", "model=bert-tiny"), "add --set w=0"),
+        (("--set", "init=/nowhere"), "is not there"),
+        (("--set", "max_text=900"), "positions at most"),
+        (("--set", "m=4"), "--outputs embeddings,tokens:4"),
+        (("--set", "m=4", "--set", "select=random"), "--outputs embeddings,random_tokens:4"),
+        (("--set", "model=clip-transformer", "--set", "fusion=cosine"), "reads both side by side"),
+        (("--set", "tokenizer=/nowhere"), "neither tokenizer.json"),
+        (("--set", "model=villa-micro", "--set", "run.zero=3"), "choose 0, 1 or 2"),
+        (("--batch-size", 500), "fewer than --batch-size"),
+        (("--cache", "/nowhere"), "tc build --teacher regions-lite"),
+    ],
+)
 def test_what_cannot_be_is_one_line(home, tmp_path, capsys, words, said):
     assert train(home, tmp_path / "run", *words) == 2
     lines = capsys.readouterr().err.splitlines()

@@ -59,7 +59,12 @@ def test_winoground_is_the_slow_loop_in_every_layout(wino):
         right["group"] = right["text"] and right["image"]
         preds = {1: "1_pred", 2: "2_preds"}[row["num_main_preds"]]
         for name, value in right.items():
-            for key in ("", f"/{row['collapsed_tag'].lower()}", f"/{preds}", f"/secondary={row['secondary_tag']}"):
+            for key in (
+                "",
+                f"/{row['collapsed_tag'].lower()}",
+                f"/{preds}",
+                f"/secondary={row['secondary_tag']}",
+            ):
                 wanted[f"{name}_score{key}"].append(value)
     found = winoground.evaluate(MATCHER, wino)
     for name, values in wanted.items():
@@ -96,7 +101,10 @@ def test_each_comparison_counts_and_each_tie_is_told():
         scores[picture, caption] = 1.0
         hits, ties = winoground.hits_of(scores[None])
         assert (hits["text"][0], hits["image"][0], hits["group"][0], ties[0]) == (text, image, False, True)
-    for scores, text, image in (([[3.0, 2.0], [4.0, 5.0]], True, False), ([[1.0, 2.0], [0.0, 3.0]], False, True)):
+    for scores, text, image in (
+        ([[3.0, 2.0], [4.0, 5.0]], True, False),
+        ([[1.0, 2.0], [0.0, 3.0]], False, True),
+    ):
         hits, _ = winoground.hits_of(np.array(scores)[None])
         assert (hits["text"][0], hits["image"][0], hits["group"][0]) == (text, image, False)
 
@@ -106,7 +114,9 @@ def test_a_collapsed_encoder_scores_nothing_anywhere(aro_folder, crepe, tmp_path
     assert {found[key] for key in found if "_score" in key} == {0.0}
     assert found["ties"] == 1
     found = aro.evaluate(COLLAPSED, shutil.copytree(aro_folder, tmp_path / "aro"), min_count=5)
-    scores = [key for key in found if "macro" in key or "micro" in key or key.endswith(("order", "overall", "low"))]
+    scores = [
+        key for key in found if "macro" in key or "micro" in key or key.endswith(("order", "overall", "low"))
+    ]
     assert {found[key] for key in scores} == {0.0}
     assert {value for key, value in found.items() if key.endswith("_ties")} == {1.0}
     found = sugar_crepe.evaluate(COLLAPSED, crepe)
@@ -210,13 +220,21 @@ def test_aro_is_the_slow_loop(aro_folder):
     relations = slow_cases(aro_folder, "relation", lambda line: line["relation_name"])
     pairs = slow_cases(aro_folder, "attribution", lambda line: tuple(line["attributes"]))
     assert found["relation_macro"] == pytest.approx(np.mean([np.mean(hits) for hits in relations.values()]))
-    assert found["relation_micro"] == pytest.approx(np.mean([hit for hits in relations.values() for hit in hits]))
+    assert found["relation_micro"] == pytest.approx(
+        np.mean([hit for hits in relations.values() for hit in hits])
+    )
     asymmetric = [np.mean(hits) for name, hits in relations.items() if name != "near"]
     assert found["relation_macro_asymmetric"] == pytest.approx(np.mean(asymmetric))
     assert found["relation=under"] == pytest.approx(np.mean(relations["under"]))
-    assert [len(hits) for hits in pairs.values()] == [20, 10, 10]  # the same two the other way round are another pair
+    assert [len(hits) for hits in pairs.values()] == [
+        20,
+        10,
+        10,
+    ]  # the same two the other way round are another pair
     assert found["attribution_macro"] == pytest.approx(np.mean(pairs["red", "old"]))
-    assert found["attribution_micro"] == pytest.approx(np.mean([hit for hits in pairs.values() for hit in hits]))
+    assert found["attribution_micro"] == pytest.approx(
+        np.mean([hit for hits in pairs.values() for hit in hits])
+    )
     assert found["attribution_groups"] == 1
     assert found["aro_overall"] == pytest.approx((found["relation_macro"] + found["attribution_macro"]) / 2)
     for name, file in (("coco_order", "coco_karpathy_test"), ("flickr_order", "flickr30k_test")):
@@ -243,8 +261,11 @@ def test_aro_gives_its_options_in_its_own_order(aro_folder):
         asked.extend(texts)
         return MATCHER.score(pictures, texts)
 
-    aro.cases_metrics(Matcher("", "", score), "relation", compositional.read_relations(
-        aro_folder / "visual_genome_relation.json"))  # fmt: skip
+    aro.cases_metrics(
+        Matcher("", "", score),
+        "relation",
+        compositional.read_relations(aro_folder / "visual_genome_relation.json"),
+    )
     lines = json.loads((aro_folder / "visual_genome_relation.json").read_text())
     assert asked == [[line["false_caption"], line["true_caption"]] for line in lines]
 
@@ -271,7 +292,11 @@ def test_a_macro_without_groups_says_why(aro_folder, tmp_path):
         ("visual_genome_relation.json", "3", "neither a list nor an object"),
         ("visual_genome_relation.json", "[]", "has no items"),
         ("visual_genome_relation.json", '[{"image_path": "a"}]', "item 0: no 'true_caption'"),
-        ("coco_karpathy_test.json", '[{"image": 3, "caption": ["a"]}]', "item 0: 'image' is 3, and not a text"),
+        (
+            "coco_karpathy_test.json",
+            '[{"image": 3, "caption": ["a"]}]',
+            "item 0: 'image' is 3, and not a text",
+        ),
         ("visual_genome_attribution.json", '["a"]', "item 0: not an object with"),
         ("coco_karpathy_test.json", '[{"image": "a", "caption": [1]}]', "item 0: caption is a list of texts"),
         ("coco_karpathy_test.json", '[{"image": "a.jpg", "caption": "dog"}]', "no caption has words"),
@@ -290,7 +315,11 @@ def test_a_damaged_aro_is_told_in_one_line(file, content, said, aro_folder, tmp_
 
 @pytest.mark.parametrize(
     ("key", "value", "said"),
-    [("bbox_w", 0, "no box in pixels"), ("bbox_x", "1", "no box in pixels"), ("attributes", ["red"], "a list of two")],
+    [
+        ("bbox_w", 0, "no box in pixels"),
+        ("bbox_x", "1", "no box in pixels"),
+        ("attributes", ["red"], "a list of two"),
+    ],
 )
 def test_a_wrong_box_or_pair_names_its_item(key, value, said, aro_folder, tmp_path):
     lines = json.loads((aro_folder / "visual_genome_attribution.json").read_text())
@@ -304,10 +333,13 @@ def test_sugar_crepe_is_the_slow_loop(crepe):
     found, shares = sugar_crepe.evaluate(MATCHER, crepe), {}
     for path in (crepe / "data").glob("*.json"):
         items = json.loads(path.read_text()).values()
-        shares[path.stem] = np.mean([
-            cosine(picture, item["caption"]) > cosine(picture, item["negative_caption"])
-            for item in items for picture in [Image.open(crepe / "val2017" / item["filename"])]
-        ])  # fmt: skip
+        shares[path.stem] = np.mean(
+            [
+                cosine(picture, item["caption"]) > cosine(picture, item["negative_caption"])
+                for item in items
+                for picture in [Image.open(crepe / "val2017" / item["filename"])]
+            ]
+        )
         assert found[path.stem] == pytest.approx(shares[path.stem])
     assert len({*shares.values(), 0.0, 1.0}) > 3
     assert found["acc"] == pytest.approx(np.mean(list(shares.values())))

@@ -53,7 +53,9 @@ def make_coco(root, pictures: int = 4, seed: int = 0):
                 width, height = random.integers(14, 30, 2).tolist()
                 x, y = place * 36 + random.integers(0, 6), random.integers(0, 56 - height)
                 x, y = int(x), int(y)
-                ImageDraw.Draw(picture).rectangle([x, y, x + width - 1, y + height - 1], fill=COLOURS[category])
+                ImageDraw.Draw(picture).rectangle(
+                    [x, y, x + width - 1, y + height - 1], fill=COLOURS[category]
+                )
                 corners = [x, y, x + width, y, x + width, y + height, x, y + height]
                 note = {"id": len(notes) + 1, "image_id": number, "category_id": category, "iscrowd": 0}
                 note |= {"bbox": [x, y, width, height], "area": width * height, "segmentation": [corners]}
@@ -64,8 +66,17 @@ def make_coco(root, pictures: int = 4, seed: int = 0):
             flat = {"image_id": first, "category_id": 3, "iscrowd": 0, "bbox": [5, 5, 0, 9], "area": 0}
             notes.append({"id": 90, **flat, "segmentation": [[5, 5, 5, 14, 5, 9]]})
             crowd = {"size": [56, 72], "counts": [0, 56 * 10, 56 * 62]}
-            notes.append({"id": 91, "image_id": first, "category_id": 7, "iscrowd": 1, "bbox": [0, 0, 10, 56],
-                          "area": 560, "segmentation": crowd})  # fmt: skip
+            notes.append(
+                {
+                    "id": 91,
+                    "image_id": first,
+                    "category_id": 7,
+                    "iscrowd": 1,
+                    "bbox": [0, 0, 10, 56],
+                    "area": 560,
+                    "segmentation": crowd,
+                }
+            )
             images.append({"id": 99, "file_name": "empty.png", "width": 72, "height": 56})
             Image.new("RGB", (72, 56)).save(root / "train2017" / "empty.png")
         categories = [{"id": 7, "name": "blue"}, {"id": 3, "name": "red"}]
@@ -98,8 +109,12 @@ def truth_as_found(instances, image: int, *, noise: float = 0.0, seed: int = 0) 
     masks = target["masks"][:, None].float()
     if noise:
         masks = masks.roll((1, 2), (2, 3))
-    return {"boxes": boxes, "labels": target["labels"], "masks": masks,
-            "scores": torch.rand(len(boxes), generator=draw)}  # fmt: skip
+    return {
+        "boxes": boxes,
+        "labels": target["labels"],
+        "masks": masks,
+        "scores": torch.rand(len(boxes), generator=draw),
+    }
 
 
 def all_results(instances, **words) -> list[dict]:
@@ -114,8 +129,9 @@ def all_results(instances, **words) -> list[dict]:
 def test_a_perfect_prediction_scores_one(coco):
     truth = read_instances(coco, "val")
     found = average_precisions(truth, all_results(truth), truth.images)
-    assert {name: found[name] for name in ("bbox_AP", "bbox_AP50", "segm_AP", "segm_AP75", "segm_AP_small")} == {
-        "bbox_AP": 1.0, "bbox_AP50": 1.0, "segm_AP": 1.0, "segm_AP75": 1.0, "segm_AP_small": 1.0}  # fmt: skip
+    assert {
+        name: found[name] for name in ("bbox_AP", "bbox_AP50", "segm_AP", "segm_AP75", "segm_AP_small")
+    } == {"bbox_AP": 1.0, "bbox_AP50": 1.0, "segm_AP": 1.0, "segm_AP75": 1.0, "segm_AP_small": 1.0}
     assert set(found) == {f"{kind}_{name}" for kind in ("bbox", "segm") for name in AVERAGES}
     assert (found["bbox_AP_large"], found["segm_AP_large"]) == (None, None)  # no such object: nothing, not 0
 
@@ -140,7 +156,9 @@ def test_scores_are_those_of_torchmetrics(coco, kind):
     for image in truth.images:
         said = truth_as_found(truth, image, noise=2.0)
         target = objects_of(truth, truth.coco.loadImgs([image])[0])
-        metric.update([{**said, "masks": said["masks"][:, 0] > 0.5}], [{**target, "masks": target["masks"].bool()}])
+        metric.update(
+            [{**said, "masks": said["masks"][:, 0] > 0.5}], [{**target, "masks": target["masks"].bool()}]
+        )
     expected = metric.compute()
     found = average_precisions(truth, all_results(truth, noise=2.0), truth.images)
     for ours, theirs in (("AP", "map"), ("AP50", "map_50"), ("AP75", "map_75"), ("AP_small", "map_small")):
@@ -224,7 +242,13 @@ def test_the_tower_stays_to_the_last_bit_while_the_rest_learns(coco, encoder):
     assert all(torch.equal(tower[name], value) for name, value in after.items())  # BatchNorm's statistics too
     assert not encoder.tower.training
     changed = {name for name, value in detector.named_parameters() if not torch.equal(heads[name], value)}
-    for part in ("backbone.pyramid.", "rpn.", "roi_heads.box_head.", "roi_heads.box_predictor.", "roi_heads.mask_"):
+    for part in (
+        "backbone.pyramid.",
+        "rpn.",
+        "roi_heads.box_head.",
+        "roi_heads.box_predictor.",
+        "roi_heads.mask_",
+    ):
         assert any(name.startswith(part) for name in changed), part
     assert not {name for name in heads if name.startswith(("backbone.tower", "backbone.stages"))}
 
@@ -263,7 +287,12 @@ def test_the_task_runs_from_end_to_end_by_the_command(coco, resnet_folder, monke
     result = json.loads(captured.out)  # and nothing else: pycocotools prints a lot
     assert (result["dataset"], result["task"]) == ("tiny", "coco_detection")
     metrics = result["metrics"]
-    assert (metrics["num_images"], metrics["num_train"], metrics["num_steps"], metrics["num_skipped"]) == (4, 4, 4, 0)
+    assert (metrics["num_images"], metrics["num_train"], metrics["num_steps"], metrics["num_skipped"]) == (
+        4,
+        4,
+        4,
+        0,
+    )
     assert 0 <= metrics["bbox_AP"] <= metrics["bbox_AP50"] <= 1
     assert metrics["bbox_AP_large"] is None
 
@@ -332,10 +361,13 @@ def test_other_towers_are_refused(coco, teacher_folder):
             coco_detection.evaluate(other, read_manifest(str(coco)), SHORT_RUN)
 
 
-@pytest.mark.parametrize(("gone", "said"), [
-    ("annotations/instances_val2017.json", "no .*annotations/instances_val2017.json: pass COCO's folder"),
-    ("val2017", "no folder .*val2017: put the pictures of instances_val2017.json there"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("gone", "said"),
+    [
+        ("annotations/instances_val2017.json", "no .*annotations/instances_val2017.json: pass COCO's folder"),
+        ("val2017", "no folder .*val2017: put the pictures of instances_val2017.json there"),
+    ],
+)
 def test_what_a_folder_lacks(gone, said, coco, encoder, tmp_path):
     root = shutil.copytree(coco, tmp_path / "lacking")
     shutil.rmtree(root / gone) if (root / gone).is_dir() else (root / gone).unlink()

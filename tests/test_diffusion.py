@@ -23,7 +23,12 @@ from teachercache.teachers.diffusion import (
 from teachercache.teachers.diffusion_folders import random_sd_v1
 from teachercache.teachers.diffusion_outputs import Features, unet_features
 
-TEXTS = ["a red cube", "", "a red cube left of a blue ball and more words than there is room for", "cube a red"]
+TEXTS = [
+    "a red cube",
+    "",
+    "a red cube left of a blue ball and more words than there is room for",
+    "cube a red",
+]
 
 
 @pytest.fixture(scope="module")
@@ -127,11 +132,18 @@ def test_noise_is_diffusers_and_true_predictions_become_true_noise(schedule):
     torch.manual_seed(0)
     scheduler = DDPMScheduler(**schedule)
     clean, noise, t = torch.randn(5, 2, 4, 4), torch.randn(5, 2, 4, 4), torch.tensor([0, 1, 400, 998, 999])
-    module = Diffusion(TrueUNet(scheduler, clean, noise), None, nn.Identity(),
-                       alphas_cumprod=scheduler.alphas_cumprod, prediction=schedule["prediction_type"])  # fmt: skip
+    module = Diffusion(
+        TrueUNet(scheduler, clean, noise),
+        None,
+        nn.Identity(),
+        alphas_cumprod=scheduler.alphas_cumprod,
+        prediction=schedule["prediction_type"],
+    )
     noised = add_noise(module, clean, noise, t)
     torch.testing.assert_close(noised, scheduler.add_noise(clean, noise, t))
-    torch.testing.assert_close(predict_noise(module, noised, t, torch.zeros(5, 1, 1)), noise, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        predict_noise(module, noised, t, torch.zeros(5, 1, 1)), noise, rtol=1e-4, atol=1e-5
+    )
     halves = add_noise(module, clean.bfloat16(), noise.bfloat16(), t)
     assert halves.dtype == torch.bfloat16
     torch.testing.assert_close(halves.float(), noised, rtol=2e-2, atol=2e-2)
@@ -176,7 +188,9 @@ def slow_error(module, scheduler, latent, state, t, noise) -> float:
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_errors_against_a_loop(prediction, diffusion_folder, folder_v, teacher, teacher_v, monkeypatch):
-    folder, teacher = {"epsilon": (diffusion_folder, teacher), "v_prediction": (folder_v, teacher_v)}[prediction]
+    folder, teacher = {"epsilon": (diffusion_folder, teacher), "v_prediction": (folder_v, teacher_v)}[
+        prediction
+    ]
     monkeypatch.setattr(diffusion, "PAIRS_AT_ONCE", 4)  # fewer than there are pairs, and no divisor of them
     scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
     assert scheduler.config.prediction_type == prediction == teacher.module.prediction
@@ -184,8 +198,10 @@ def test_errors_against_a_loop(prediction, diffusion_folder, folder_v, teacher, 
     t, noise = draw_noise(teacher.module, 3, seed=1)
     with torch.inference_mode():
         found = pair_errors(teacher.module, latents, states, t, noise)
-        expected = [[slow_error(teacher.module, scheduler, latent, state, t, noise) for state in row]
-                    for latent, row in zip(latents, states, strict=True)]  # fmt: skip
+        expected = [
+            [slow_error(teacher.module, scheduler, latent, state, t, noise) for state in row]
+            for latent, row in zip(latents, states, strict=True)
+        ]
     torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-5, atol=1e-6)
     assert found.flatten().unique().numel() == 6
 
@@ -227,7 +243,9 @@ def test_the_gradient_reaches_the_latents_alone(prediction, diffusion_folder, fo
 
 def test_half_precision_keeps_the_schedule(teacher, diffusion_folder):
     latents, states = latents_and_states(teacher, rows=2, texts=2)
-    halves = load(str(diffusion_folder)).module.to("cpu", torch.bfloat16).to(memory_format=torch.channels_last)
+    halves = (
+        load(str(diffusion_folder)).module.to("cpu", torch.bfloat16).to(memory_format=torch.channels_last)
+    )
     assert halves.unet.dtype == halves.vae.dtype == halves.text_encoder.dtype == torch.bfloat16
     assert torch.equal(halves.alphas_cumprod, teacher.module.alphas_cumprod)
     assert halves.alphas_cumprod.dtype == torch.float32
@@ -254,7 +272,9 @@ def test_features_are_what_the_block_says(block, teacher_v):
     side, _, number = block.partition(".")
     watched = getattr(module.unet, side)
     seen = []
-    hook = (watched[int(number)] if number else watched).register_forward_hook(lambda *given: seen.append(given[2]))
+    hook = (watched[int(number)] if number else watched).register_forward_hook(
+        lambda *given: seen.append(given[2])
+    )
     noised = add_noise(module, latents, noise.expand_as(latents), t.expand(2))
     with torch.inference_mode():
         for k in range(2):
@@ -285,7 +305,9 @@ def test_random_weights_by_seed(diffusion_folder):
     digests = [load(str(diffusion_folder), weights=f"random:{seed}").spec.digest for seed in (5, 5, 6)]
     assert digests[0] == digests[1] != digests[2]
     assert load(str(diffusion_folder)).spec.digest not in digests
-    assert load("sd-tiny", weights=str(diffusion_folder)).spec.digest == load(str(diffusion_folder)).spec.digest
+    assert (
+        load("sd-tiny", weights=str(diffusion_folder)).spec.digest == load(str(diffusion_folder)).spec.digest
+    )
 
 
 def test_sd_v1_at_random_is_its_architecture():
@@ -293,7 +315,8 @@ def test_sd_v1_at_random_is_its_architecture():
     with torch.device("meta"):
         module, tokenize, _ = random_sd_v1(0)
     counts = [
-        sum(value.numel() for value in part.parameters()) for part in (module.unet, module.vae, module.text_encoder)
+        sum(value.numel() for value in part.parameters())
+        for part in (module.unet, module.vae, module.text_encoder)
     ]
     assert counts == [859_520_964, 83_653_863, 123_060_480]
     assert tokenize(["a photo of a cat", ""])[:, :8].tolist() == [
@@ -312,7 +335,7 @@ def test_sd_v1_at_random_is_its_architecture():
         ("unet/diffusion_pytorch_model.safetensors", "odd", "is not readable as a diffusers folder"),
         ("unet/diffusion_pytorch_model.safetensors", None, "is not readable as a diffusers folder"),
     ],
-)  # fmt: skip
+)
 def test_folders_that_cannot_be_read(file, content, says, diffusion_folder, tmp_path):
     folder = tmp_path / "sd"
     for path in diffusion_folder.rglob("*.*"):
@@ -343,7 +366,11 @@ def test_parts_that_do_not_go_together(folder_of_pixels, diffusion_folder, tmp_p
     [
         ("sd-v1-4", "pretrained", "cannot get the weights of sd-v1-4"),
         ("diffusers:nobody/nothing", "pretrained", "Pass --weights FOLDER"),
-        ("diffusers:nobody/nothing", "random:0", "needs an architecture that is known here: try --teacher sd-v1-4"),
+        (
+            "diffusers:nobody/nothing",
+            "random:0",
+            "needs an architecture that is known here: try --teacher sd-v1-4",
+        ),
         ("sd-v1-4", "random:x", "write random:SEED"),
         ("sd-v1-4", "nowhere", "--weights nowhere is no folder of diffusers"),
         ("sd-tiny", "pretrained", "make sd-tiny with `python scripts/train_sd_tiny.py`"),

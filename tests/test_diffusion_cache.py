@@ -21,8 +21,13 @@ from teachercache.teachers.diffusion_outputs import Features, Plan, Scores, join
 
 ALL = ("text_states", "latents", "unet_features:50+up_blocks.0+seed=2", "scores:3+seed=1+t=100-899")
 FIELDS = ["text_states", "latent", "unet_feature", "diffusion_score", "diffusion_score_normalised"]
-CAPTIONS = [["a red cube", "red a cube"], ["a red cube", "a ball"], ["a ball", ""], ["a cone", "red a cube"],
-            ["two", "three"]]  # fmt: skip
+CAPTIONS = [
+    ["a red cube", "red a cube"],
+    ["a red cube", "a ball"],
+    ["a ball", ""],
+    ["a cone", "red a cube"],
+    ["two", "three"],
+]
 DAMAGED = 3
 
 
@@ -39,8 +44,11 @@ def pictures(folder: Path, captions: list[list[str]] = CAPTIONS) -> Path:
         Image.fromarray(random.integers(0, 255, (20, 16, 3), dtype=np.uint8)).save(folder / f"{i}.png")
     (folder / f"{DAMAGED}.png").write_bytes(b"none")
     images = [{"id": i, "file_name": f"{max(i, 1)}.png"} for i in range(len(captions))]
-    annotations = [{"id": 10 * i + k, "image_id": i, "caption": text}
-                   for i, texts in enumerate(captions) for k, text in enumerate(texts)]  # fmt: skip
+    annotations = [
+        {"id": 10 * i + k, "image_id": i, "caption": text}
+        for i, texts in enumerate(captions)
+        for k, text in enumerate(texts)
+    ]
     (folder / "captions.json").write_text(json.dumps({"images": images, "annotations": annotations}))
     return folder / "captions.json"
 
@@ -107,7 +115,9 @@ def test_every_field_against_one_pair_alone(row, text, cache, teacher, data, dif
     for name, value in expected.items():
         found = store.read_field(cache, name)[row]
         found = found if name == "latent" else found[text]
-        np.testing.assert_allclose(found, value, rtol=2e-3, atol=1e-3 if np.ndim(value) else 2e-6, err_msg=name)
+        np.testing.assert_allclose(
+            found, value, rtol=2e-3, atol=1e-3 if np.ndim(value) else 2e-6, err_msg=name
+        )
         assert np.abs(value).max() > 1e-4
 
 
@@ -225,7 +235,9 @@ def test_pictures_or_texts_alone(teacher, diffusion_folder, tmp_path):
     texts = tmp_path / "texts.txt"
     texts.write_text("a red cube\na ball\n")
     run_build(teacher, texts, tmp_path / "t.zarr")
-    assert [field.name for field in store.open_complete(tmp_path / "t.zarr").meta.spec.fields] == ["text_states"]
+    assert [field.name for field in store.open_complete(tmp_path / "t.zarr").meta.spec.fields] == [
+        "text_states"
+    ]
     folder = pictures(tmp_path / "data").parent
     (folder / "captions.json").unlink()
     run_build(teacher, folder, tmp_path / "p.zarr")
@@ -263,7 +275,11 @@ def test_views_are_of_latents_alone(diffusion_folder, teacher, data, tmp_path):
         (("scores:t=200-800+4",), Plan(scores=Scores(4, 0, 200, 800)), ("scores:4+t=200-800",)),
         (("scores:4+t=0-999+seed=0",), Plan(scores=Scores(4, 0, 0, 999)), ("scores:4",)),
         (("unet_features",), Plan(unet_features=Features()), ("unet_features:100+mid_block",)),
-        (("unet_features:out+seed=7+9",), Plan(unet_features=Features(9, "out", 7)), ("unet_features:9+out+seed=7",)),
+        (
+            ("unet_features:out+seed=7+9",),
+            Plan(unet_features=Features(9, "out", 7)),
+            ("unet_features:9+out+seed=7",),
+        ),
     ],
 )
 def test_outputs_are_written_in_one_way(outputs, plan, written):
@@ -284,7 +300,10 @@ def test_outputs_are_written_in_one_way(outputs, plan, written):
         ("scores:4+t=0-1000", "timesteps are 0 to 999"),
         ("unet_features:1000", "timesteps are 0 to 999"),
         ("unet_features:100+conv_in", "write unet_features:100+mid_block+seed=1"),
-        ("unet_features:100+up_blocks.2", "has no block up_blocks.2: choose from down_blocks.0, down_blocks.1, up_"),
+        (
+            "unet_features:100+up_blocks.2",
+            "has no block up_blocks.2: choose from down_blocks.0, down_blocks.1, up_",
+        ),
     ],
 )
 def test_outputs_that_cannot_be(output, says, diffusion_folder):
@@ -312,7 +331,9 @@ def test_at_the_command_line(diffusion_folder, data, tmp_path, capsys, monkeypat
     assert run("info", path) == 0
     assert "mean of the VAE's posterior" in capsys.readouterr().out
     for command in (["index", path], ["search", path, "a cube"]):
-        assert "none of its fields holds any: build another with `tc build --outputs" in error_of(capsys, *command)
+        assert "none of its fields holds any: build another with `tc build --outputs" in error_of(
+            capsys, *command
+        )
     line = error_of(capsys, "build", "--teacher", diffusion_folder, *where, "--outputs", "latents,scores:2")
     assert "holds another build" in line
     monkeypatch.setattr("teachercache.teachers.diffusion_folders.HOME", tmp_path / "none")

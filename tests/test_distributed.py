@@ -50,15 +50,33 @@ ENGINES = [(name, 0) for name in WIDTHS]
 ENGINES += [("vlkd", 2)]
 ENGINES += [(name, stage) for name in ("clip_kd-differing", "clip_kd-all") for stage in (1, 2, 3)]
 ENGINES += [("sds_clip", stage) for stage in (2, 3)]
-ALL = {"fd": 10.0, "mfd": 10.0, "gd": 0.1, "afd": 1.0, "cross": 1.0, "hidden": 10.0,
-       "hidden_image": "0:3", "hidden_text": "0:1"}  # fmt: skip
-FIELDS = {"image_emb": 16, "text_emb": 16, "image_hidden_3": 24, "text_hidden_1": 64,
-          "image_emb@1": 64, "text_emb@1": 64, "image_hidden_3@1": 16, "text_hidden_1@1": 16}  # fmt: skip
+ALL = {
+    "fd": 10.0,
+    "mfd": 10.0,
+    "gd": 0.1,
+    "afd": 1.0,
+    "cross": 1.0,
+    "hidden": 10.0,
+    "hidden_image": "0:3",
+    "hidden_text": "0:1",
+}
+FIELDS = {
+    "image_emb": 16,
+    "text_emb": 16,
+    "image_hidden_3": 24,
+    "text_hidden_1": 64,
+    "image_emb@1": 64,
+    "text_emb@1": 64,
+    "image_hidden_3@1": 16,
+    "text_hidden_1@1": 16,
+}
 OPTIM = Optim(
     lr=1e-3, warmup=0.0, eps=1e-4
 )  # a large eps: Adam divides rounding errors of tiny gradients by themselves
 STEPS = 2
-HALF_PSD = dataclasses.replace(PSD, constants=dataclasses.replace(PSD.constants, schedule="constant", alpha_end=0.5))
+HALF_PSD = dataclasses.replace(
+    PSD, constants=dataclasses.replace(PSD.constants, schedule="constant", alpha_end=0.5)
+)
 
 
 def make_step(name: str) -> TrainStep:
@@ -114,9 +132,11 @@ def make_batch(name: str, number: int, rank: int, world: int) -> dict:
         batch[field] = torch.randn(ROWS, width, generator=random)
     batch["chance"] = torch.rand(ROWS, 16, generator=random)
     if name == "sds_clip":
-        batch |= {"t": torch.randint(0, 1000, (ROWS,), generator=random),
-                  "noise": torch.randn(ROWS, *own_teachers.LATENT, generator=random),
-                  "text_states": torch.randn(ROWS, 6, 16, generator=random)}  # fmt: skip
+        batch |= {
+            "t": torch.randint(0, 1000, (ROWS,), generator=random),
+            "noise": torch.randn(ROWS, *own_teachers.LATENT, generator=random),
+            "text_states": torch.randn(ROWS, 6, 16, generator=random),
+        }
     if name == "vlkd":
         for key in ("text", "source"):  # of other lengths
             batch[key] = torch.randint(5, 280, (ROWS, 9), generator=random)
@@ -218,8 +238,13 @@ def work(rank: int, port: int, out: Path, words: list[str], stopping: list[str])
     from student.cli import main
     from student.engine import start_distributed
 
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORLD),
-                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))  # fmt: skip
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(WORLD),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
     torch.set_num_threads(1)
     start_distributed("cpu")
     torch.save(gather_gradients(rank, WORLD), out / f"gather-{rank}.pt")
@@ -230,10 +255,24 @@ def work(rank: int, port: int, out: Path, words: list[str], stopping: list[str])
     code = main([*words, "--micro-batch", "2", "--eval-every", "2", "--out", str(out / "micro")])
     torch.save(torch.tensor(code), out / f"micro-{rank}.pt")
     for stage in ("0", "3"):
-        code = main([*stopping, "--set", f"run.zero={stage}", "--out", str(out / f"halved-{stage}"), "--resume"])
+        code = main(
+            [*stopping, "--set", f"run.zero={stage}", "--out", str(out / f"halved-{stage}"), "--resume"]
+        )
         torch.save(torch.tensor(code), out / f"resumed-{stage}-{rank}.pt")
-    upward = train_words(Path(words[4]), Path(words[6]), out / "upward", "--steps", 3, "--set", "run.zero=3",
-                         "--set", "optim.lr=0.02", "--set", "optim.warmup=0", recipe="own_recipes:UPWARD")  # fmt: skip
+    upward = train_words(
+        Path(words[4]),
+        Path(words[6]),
+        out / "upward",
+        "--steps",
+        3,
+        "--set",
+        "run.zero=3",
+        "--set",
+        "optim.lr=0.02",
+        "--set",
+        "optim.warmup=0",
+        recipe="own_recipes:UPWARD",
+    )
     torch.save(torch.tensor(main(upward)), out / f"upward-{rank}.pt")
     (out / "saved").mkdir(exist_ok=True)
     torch.save(restored(out / "saved", rank), out / f"restored-{rank}.pt")
@@ -338,8 +377,18 @@ def test_gradients_of_two_ranks_are_those_of_one(pair, name):
             assert value.norm() > 0, key
             assert relative(two[key], value) < 1e-5, f"rank {rank}, {key}"
     heads = {key for key in one if key.startswith("grad heads")}
-    assert len(heads) == {"clip": 0, "psd": 0, "clip_kd-equal": 1, "clip_kd-differing": 5, "clip_kd-all": 22,
-                          "sds_clip": 1, "vlkd": 1}[name]  # fmt: skip
+    assert (
+        len(heads)
+        == {
+            "clip": 0,
+            "psd": 0,
+            "clip_kd-equal": 1,
+            "clip_kd-differing": 5,
+            "clip_kd-all": 22,
+            "sds_clip": 1,
+            "vlkd": 1,
+        }[name]
+    )
 
 
 @pytest.mark.parametrize(("name", "stage"), ENGINES)
@@ -387,7 +436,9 @@ def test_micro_batches_of_two_processes_have_the_losses_of_whole_batches(pair):
     assert [int(found(pair, "micro", rank)) for rank in (0, 1)] == [0, 0]
     whole, micro = read_lines(pair / "run"), read_lines(pair / "micro")
     assert len(micro) == 4
-    assert len((pair / "micro" / "evals.jsonl").read_text().splitlines()) == 2  # one of them evaluates, both wait
+    assert (
+        len((pair / "micro" / "evals.jsonl").read_text().splitlines()) == 2
+    )  # one of them evaluates, both wait
     assert {path.name for path in (pair / "micro" / "best").iterdir()} == {"run.json", "model.safetensors"}
     for a, b in zip(whole, micro, strict=True):
         for key, value in a.items():
@@ -419,7 +470,10 @@ def compare_runs(run: Path, whole: Path) -> None:
             assert a[key] == pytest.approx(value, rel=1e-4), key
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (run, whole))
     assert ours.keys() == theirs.keys()
-    for name, tensor in theirs.items():  # the gradient of the keys' bias is 0 but for rounding, which Adam scales up
+    for (
+        name,
+        tensor,
+    ) in theirs.items():  # the gradient of the keys' bias is 0 but for rounding, which Adam scales up
         if not name.endswith("in_proj_bias"):
             assert relative(ours[name], tensor) < 1e-4, name
 

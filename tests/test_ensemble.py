@@ -28,7 +28,9 @@ RUN, NOW = Run(data="", cache="", out=""), Now(0, 1)
 
 @pytest.fixture(scope="module")
 def manifest(tmp_path_factory):
-    return read_manifest(str(make_folder(tmp_path_factory.mktemp("data") / "squares", 40, texts=3, splits=True)))
+    return read_manifest(
+        str(make_folder(tmp_path_factory.mktemp("data") / "squares", 40, texts=3, splits=True))
+    )
 
 
 def other_teacher(manifest, path, **changes) -> store.Cache:
@@ -117,11 +119,17 @@ def test_concat_puts_unit_rows_side_by_side(manifest, tmp_path):
 
 def test_cosines_of_concat_are_the_mean_of_the_cosines():
     random = torch.Generator().manual_seed(0)
-    fields = {f"{name}_emb{end}": 5 * torch.randn(3, size, generator=random)
-              for name in ("image", "text") for end, size in (("", 4), ("@1", 7), ("@2", 2))}  # fmt: skip
+    fields = {
+        f"{name}_emb{end}": 5 * torch.randn(3, size, generator=random)
+        for name in ("image", "text")
+        for end, size in (("", 4), ("@1", 7), ("@2", 2))
+    }
     joined = concat_teachers(fields)
-    cosines = [torch.nn.functional.normalize(fields[f"image_emb{end}"])
-               @ torch.nn.functional.normalize(fields[f"text_emb{end}"]).T for end in ("", "@1", "@2")]  # fmt: skip
+    cosines = [
+        torch.nn.functional.normalize(fields[f"image_emb{end}"])
+        @ torch.nn.functional.normalize(fields[f"text_emb{end}"]).T
+        for end in ("", "@1", "@2")
+    ]
     torch.testing.assert_close(joined["image_emb"] @ joined["text_emb"].T, sum(cosines) / 3)
     shapes = concat_shapes({name: tuple(rows.shape[1:]) for name, rows in fields.items()})
     assert shapes == {"image_emb": (13,), "text_emb": (13,)}
@@ -138,10 +146,15 @@ def two_teachers() -> tuple[dict, dict]:
         return torch.nn.functional.normalize(torch.randn(5, size, generator=random))
 
     student = {name: rows(6).requires_grad_() for name in ("image", "text")} | {"scale": torch.tensor([6.0])}
-    student |= {f"{name}_t{end}": rows(size).requires_grad_()
-                for name in ("image", "text") for end, size in (("", 4), ("@1", 3))}  # fmt: skip
+    student |= {
+        f"{name}_t{end}": rows(size).requires_grad_()
+        for name in ("image", "text")
+        for end, size in (("", 4), ("@1", 3))
+    }
     student |= {"icl_scale": torch.tensor([7.0]), "icl_scale@1": torch.tensor([9.0])}
-    batch = {f"{name}_emb{end}": rows(size) for name in ("image", "text") for end, size in (("", 4), ("@1", 3))}
+    batch = {
+        f"{name}_emb{end}": rows(size) for name in ("image", "text") for end, size in (("", 4), ("@1", 3))
+    }
     return student, batch | {"logit_scale": torch.tensor(2.0), "logit_scale@1": torch.tensor(3.0)}
 
 
@@ -157,8 +170,16 @@ def test_average_has_the_gradient_of_the_averaged_softmaxes():
     V_S = {name: list(torch.nn.functional.normalize(student[name])) for name in ("image", "text")}
     slow, disagreement = 0, 0
     for left, right in (("image", "text"), ("text", "image")):
-        each = [softmaxes(logits(list(batch[f"{left}_emb{end}"]), list(batch[f"{right}_emb{end}"]),
-                                 batch[f"logit_scale{end}"].exp())) for end in ("", "@1")]  # fmt: skip
+        each = [
+            softmaxes(
+                logits(
+                    list(batch[f"{left}_emb{end}"]),
+                    list(batch[f"{right}_emb{end}"]),
+                    batch[f"logit_scale{end}"].exp(),
+                )
+            )
+            for end in ("", "@1")
+        ]
         mean = [[(p + q) / 2 for p, q in zip(*rows, strict=True)] for rows in zip(*each, strict=True)]
         log_mean = [[torch.log(p) for p in row] for row in mean]
         slow = slow + kl(log_mean, logits(V_S[left], V_S[right], student["scale"][0])) / 2
@@ -175,13 +196,18 @@ def test_average_is_the_mean_of_the_terms_of_each_teacher():
     student, batch = two_teachers()
     recipe = override(CLIP_KD, RUN, ["fd=3"])[0]
     terms, notes = recipe.loss(student, batch, recipe.constants, NOW)
-    apart = [recipe.loss(of_teacher(student, k), of_teacher(batch, k), recipe.constants, NOW)[0] for k in (0, 1)]
+    apart = [
+        recipe.loss(of_teacher(student, k), of_teacher(batch, k), recipe.constants, NOW)[0] for k in (0, 1)
+    ]
     for name, value in terms.items():
         torch.testing.assert_close(value, (apart[0][name] + apart[1][name]) / 2)
     assert apart[0]["fd"] != apart[1]["fd"]
     torch.testing.assert_close(terms["task"], losses.clip_loss(student["image"], student["text"], 6.0))
-    of_icl = sum(ce(logits(list(student[f"{a}_t{end}"]), list(batch[f"{b}_emb{end}"]), g)) / 4
-                 for end, g in (("", 7.0), ("@1", 9.0)) for a, b in (("image", "text"), ("text", "image")))  # fmt: skip
+    of_icl = sum(
+        ce(logits(list(student[f"{a}_t{end}"]), list(batch[f"{b}_emb{end}"]), g)) / 4
+        for end, g in (("", 7.0), ("@1", 9.0))
+        for a, b in (("image", "text"), ("text", "image"))
+    )
     torch.testing.assert_close(terms["icl"], of_icl, rtol=1e-4, atol=1e-6)
     assert notes["icl_scale"] == 8
 
@@ -193,7 +219,14 @@ def test_every_teacher_has_heads_of_its_own():
     assert isinstance(heads, PerTeacher)
     found = heads({"image": torch.randn(3, 64), "text": torch.randn(3, 64)})
     widths = {name: value.shape[-1] for name, value in found.items()}
-    assert widths == {"image_t": 16, "text_t": 16, "icl_scale": 1, "image_t@1": 64, "text_t@1": 24, "icl_scale@1": 1}
+    assert widths == {
+        "image_t": 16,
+        "text_t": 16,
+        "icl_scale": 1,
+        "image_t@1": 64,
+        "text_t@1": 24,
+        "icl_scale@1": 1,
+    }
     crd = dataclasses.replace(CLIP_KD.constants, fd=0.0, icl=0.0)
     assert CLIP_KD.heads(crd, student, shapes) is None
 
@@ -205,8 +238,11 @@ def test_every_teacher_has_heads_of_its_own():
 @pytest.fixture(scope="module")
 def second(squares, tmp_path_factory):
     folder = tmp_path_factory.mktemp("second")
-    return build_cache(squares, save_teacher(folder / "teacher", {**TINY_CFG, "embed_dim": 24}, seed=7),
-                       folder / "second.zarr")  # fmt: skip
+    return build_cache(
+        squares,
+        save_teacher(folder / "teacher", {**TINY_CFG, "embed_dim": 24}, seed=7),
+        folder / "second.zarr",
+    )
 
 
 @pytest.mark.parametrize("ensemble", ["average", "concat"])
@@ -223,7 +259,10 @@ def test_a_run_of_two_teachers(ensemble, squares, cache, second, tmp_path, capsy
     assert [teacher["name"] for teacher in facts["teachers"]] == [
         json.loads((path / "zarr.json").read_text())["attributes"]["spec"]["name"] for path in (cache, second)
     ]
-    assert main(["export", str(tmp_path / "run"), "--format", "open_clip", "--out", str(tmp_path / "exported")]) == 0
+    assert (
+        main(["export", str(tmp_path / "run"), "--format", "open_clip", "--out", str(tmp_path / "exported")])
+        == 0
+    )
     card = (tmp_path / "exported" / "README.md").read_text()
     assert all(teacher["digest"][:12] in card for teacher in facts["teachers"])
     assert train_here(squares, cache, tmp_path / "run", *words, "--resume") == 2  # one teacher is another run
@@ -256,8 +295,9 @@ def test_what_two_teachers_cannot_do(recipe, words, said, squares, cache, second
 def test_a_recipe_without_an_ensemble_takes_one_cache(squares, cache, second, tmp_path, capsys, monkeypatch):
     from student.recipes import RECIPES
 
-    one = dataclasses.replace(CLIP_KD, name="one", constants=RECIPES["clip"].constants, build=RECIPES["clip"].build,
-                              reads=READS)  # fmt: skip
+    one = dataclasses.replace(
+        CLIP_KD, name="one", constants=RECIPES["clip"].constants, build=RECIPES["clip"].build, reads=READS
+    )
     monkeypatch.setitem(RECIPES, "one", one)
     assert train_here(squares, f"{cache},{second}", tmp_path / "run", "--dry-run", recipe="one") == 2
     assert "one reads one cache, not 2: pass one as --cache" in capsys.readouterr().err
@@ -276,7 +316,9 @@ def test_a_path_with_a_comma_is_one_path(manifest, tmp_path):
 
 
 @pytest.mark.parametrize("views", [(4, 0), (0, 4), (4, 2), "seed"])
-def test_teachers_that_saw_different_views_are_refused(views, squares, teacher_folder, second, tmp_path, capsys):
+def test_teachers_that_saw_different_views_are_refused(
+    views, squares, teacher_folder, second, tmp_path, capsys
+):
     assert views is not None
     augments = [[], ["--augment", "seed=5"]] if views == "seed" else [[], []]
     paths = []

@@ -19,7 +19,10 @@ from student.cli import main
 from teachercache.names import UserError
 from teachercache.readers import read_manifest
 
-ANY_FOLDER = (*SHORT, "linear_probe")  # tasks that take `squares`; the others are in test_imagenet, test_detection
+ANY_FOLDER = (
+    *SHORT,
+    "linear_probe",
+)  # tasks that take `squares`; the others are in test_imagenet, test_detection
 
 
 def slow_recall(scores: list[list[float]], positives: list[set[int]], k: int) -> float:
@@ -65,8 +68,12 @@ def test_retrieval_is_the_slow_loop(data):
     text_positives = [{j for j, (owner, _) in enumerate(texts) if owner == i} for i in range(len(images))]
     image_positives = [{owner} for owner, _ in texts]
     for k in (1, 5, 10):
-        assert found[f"text_retrieval_recall@{k}"] == pytest.approx(slow_recall(to_text, text_positives, k)), k
-        assert found[f"image_retrieval_recall@{k}"] == pytest.approx(slow_recall(to_image, image_positives, k)), k
+        assert found[f"text_retrieval_recall@{k}"] == pytest.approx(
+            slow_recall(to_text, text_positives, k)
+        ), k
+        assert found[f"image_retrieval_recall@{k}"] == pytest.approx(
+            slow_recall(to_image, image_positives, k)
+        ), k
     assert 0 < found["text_retrieval_recall@10"] < 1  # neither nothing nor everything
     assert (found["num_images"], found["num_texts"], found["num_skipped"]) == (27, 1 + 2 + 25 * 3, 0)
     assert (found["text_retrieval_tie_rate"], found["image_retrieval_tie_rate"]) == (0, 0)
@@ -84,7 +91,9 @@ def test_retrieval_in_chunks_is_the_same(data, monkeypatch):
 @pytest.mark.parametrize("task", list(SHORT))
 def test_a_model_that_says_one_thing_scores_nothing(task, data):
     metrics = find(task)[1](CONSTANT, read_manifest(str(data)))
-    scores = [value for name, value in metrics.items() if name.startswith(("acc", "mean_per")) or "recall@" in name]
+    scores = [
+        value for name, value in metrics.items() if name.startswith(("acc", "mean_per")) or "recall@" in name
+    ]
     assert {value for value in scores if value is not None} == {0.0}
     assert {value for name, value in metrics.items() if name.endswith("tie_rate")} == {1.0}
 
@@ -133,14 +142,26 @@ def classes(data, tmp_path):
 
 def test_zeroshot_is_the_slow_loop(classes):
     found = find("zeroshot")[1](ENCODER, read_manifest(str(classes)))
-    names = {"class0": "class0", "class1": "class1", "class2": "class2", "big_cats/lion": "lion",
-             "small_0": "small 0", "small_1": "small 1", "small_2": "small 2"}  # fmt: skip
+    names = {
+        "class0": "class0",
+        "class1": "class1",
+        "class2": "class2",
+        "big_cats/lion": "lion",
+        "small_0": "small 0",
+        "small_1": "small 1",
+        "small_2": "small 2",
+    }
     acc1, per_class, _ = slow_zeroshot(classes, names)
     assert found["acc1"] == pytest.approx(acc1)
     assert found["mean_per_class_recall"] == pytest.approx(per_class)
     assert found["acc1"] != pytest.approx(found["mean_per_class_recall"], abs=1e-3)
     assert found["acc1"] <= found["acc5"] <= 1
-    assert (found["num_images"], found["num_classes"], found["num_skipped"], found["tie_rate"]) == (28, 7, 0, 0)
+    assert (found["num_images"], found["num_classes"], found["num_skipped"], found["tie_rate"]) == (
+        28,
+        7,
+        0,
+        0,
+    )
 
 
 def test_acc5_says_nothing_of_few_classes(data):
@@ -150,8 +171,15 @@ def test_acc5_says_nothing_of_few_classes(data):
 def test_names_of_classnames_txt_count(classes):
     (classes / "classnames.txt").write_text("class1\tred bird\nbig_cats/lion\tking of beasts\n")
     found = find("zeroshot")[1](ENCODER, read_manifest(str(classes)))
-    names = {"class0": "class0", "class1": "red bird", "class2": "class2", "big_cats/lion": "king of beasts",
-             "small_0": "small 0", "small_1": "small 1", "small_2": "small 2"}  # fmt: skip
+    names = {
+        "class0": "class0",
+        "class1": "red bird",
+        "class2": "class2",
+        "big_cats/lion": "king of beasts",
+        "small_0": "small 0",
+        "small_1": "small 1",
+        "small_2": "small 2",
+    }
     _, _, scores = slow_zeroshot(classes, names)
     acc1, per_class, _ = slow_zeroshot(classes, names)
     assert (found["acc1"], found["mean_per_class_recall"]) == (pytest.approx(acc1), pytest.approx(per_class))
@@ -283,7 +311,11 @@ def test_a_run_is_measured_as_open_clip_measures_it(finished_run, squares, tmp_p
     with torch.inference_mode():
         pictures = torch.stack([transform(Image.open(path).convert("RGB")) for path, _ in pairs])
         images = model.eval().encode_image(pictures, normalize=True).double().numpy()
-        texts = model.encode_text(tokenizer([t for _, group in pairs for t in group]), normalize=True).double().numpy()
+        texts = (
+            model.encode_text(tokenizer([t for _, group in pairs for t in group]), normalize=True)
+            .double()
+            .numpy()
+        )
     owners = [i for i, (_, group) in enumerate(pairs) for _ in group]
     recall = slow_recall((texts @ images.T).tolist(), [{owner} for owner in owners], 5)
     assert found["image_retrieval_recall@5"] == pytest.approx(recall)

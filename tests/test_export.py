@@ -29,13 +29,16 @@ def pictures() -> list[Image.Image]:
     torch.manual_seed(0)
     sizes = [(24, 20), (10, 50), (33, 33), (1, 1), (90, 31)]
     return [
-        Image.frombytes("RGB", size, bytes(torch.randint(0, 256, (3 * size[0] * size[1],)).tolist())) for size in sizes
+        Image.frombytes("RGB", size, bytes(torch.randint(0, 256, (3 * size[0] * size[1],)).tolist()))
+        for size in sizes
     ]
 
 
 def embed(model, view, tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
     with torch.inference_mode():
-        return model.encode_image(torch.stack([view(p) for p in pictures()])), model.encode_text(tokenizer(TEXTS))
+        return model.encode_image(torch.stack([view(p) for p in pictures()])), model.encode_text(
+            tokenizer(TEXTS)
+        )
 
 
 def test_open_clip_loads_it_and_says_the_same(exported, finished_run):
@@ -77,8 +80,10 @@ def test_heads_stay_behind(exported, finished_run):
 
 def test_files_and_the_model_card(exported, finished_run):
     assert {path.name for path in exported.iterdir()} == {
-        "open_clip_model.safetensors", "open_clip_config.json", "README.md"
-    }  # fmt: skip
+        "open_clip_model.safetensors",
+        "open_clip_config.json",
+        "README.md",
+    }
     card = (exported / "README.md").read_text()
     assert "vit-micro trained by `clip_kd`" in card
     assert "Steps: 4, batch 8, seed 0" in card
@@ -92,7 +97,9 @@ def test_what_was_measured_is_in_the_card(finished_run, squares, tmp_path, capsy
     shutil.copytree(finished_run, tmp_path / "run")
     assert main(["eval", str(tmp_path / "run"), "--task", "retrieval", "--data", str(squares), "--json"]) == 0
     metrics = json.loads(capsys.readouterr().out)["metrics"]
-    assert main(["export", str(tmp_path / "run"), "--format", "open_clip", "--out", str(tmp_path / "out")]) == 0
+    assert (
+        main(["export", str(tmp_path / "run"), "--format", "open_clip", "--out", str(tmp_path / "out")]) == 0
+    )
     card = (tmp_path / "out" / "README.md").read_text()
     for name, value in metrics.items():
         assert f"| {name} | {value} |" in card
@@ -119,7 +126,9 @@ def test_the_default_place_and_what_is_printed(finished_run, tmp_path, monkeypat
 def test_a_run_that_is_not_finished(finished_run, tmp_path, capsys):
     shutil.copytree(finished_run, tmp_path / "run")
     (tmp_path / "run" / "model.safetensors").unlink()
-    assert main(["export", str(tmp_path / "run"), "--format", "open_clip", "--out", str(tmp_path / "out")]) == 2
+    assert (
+        main(["export", str(tmp_path / "run"), "--format", "open_clip", "--out", str(tmp_path / "out")]) == 2
+    )
     error = capsys.readouterr().err.strip()
     assert error.startswith(f"error: {tmp_path / 'run'} is not a finished run")
     assert f"--recipe clip_kd --resume --out {tmp_path / 'run'}" in error  # what to type, whole
@@ -158,9 +167,13 @@ def test_a_run_stands_alone(exported, squares, cache, tmp_path):
     shutil.copytree(exported, start)
     assert train_here(squares, cache, tmp_path / "run", "--steps", 2, "--set", f"init={start}") == 0
     shutil.rmtree(start)
-    assert main(["export", str(tmp_path / "run"), "--format", "open_clip", "--out", str(tmp_path / "out")]) == 0
+    assert (
+        main(["export", str(tmp_path / "run"), "--format", "open_clip", "--out", str(tmp_path / "out")]) == 0
+    )
     written = load_file(tmp_path / "out" / "open_clip_model.safetensors")
-    assert torch.equal(written["logit_scale"], load_file(tmp_path / "run" / "model.safetensors")["logit_scale"])
+    assert torch.equal(
+        written["logit_scale"], load_file(tmp_path / "run" / "model.safetensors")["logit_scale"]
+    )
 
 
 def test_init_and_a_model_that_disagree(exported, squares, cache, tmp_path, capsys):
@@ -182,6 +195,8 @@ def test_a_run_of_a_recipe_of_ones_own_exports(squares, cache, tmp_path):
     name = "own_recipes:PLAIN"
     assert own_recipes.PLAIN.constants.model == "vit-micro"
     assert train_here(squares, cache, tmp_path / "run", "--steps", 1, recipe=name) == 0
-    assert main(["export", str(tmp_path / "run"), "--format", "open_clip", "--out", str(tmp_path / "out")]) == 0
+    assert (
+        main(["export", str(tmp_path / "run"), "--format", "open_clip", "--out", str(tmp_path / "out")]) == 0
+    )
     model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'out'}")
     assert model.visual.image_size == (32, 32)

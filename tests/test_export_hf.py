@@ -24,16 +24,50 @@ from teachercache.views import image_view
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
 SENTENCES = [
-    "square 3 said 1", "A Red BIRD", "", "\u00fcber 12 of them!", "word " * 50, "It's JOHN'S, don't we'll",
-    "na\u00efve \u00e9t\u00e9 \u2014 \u201cquoted\u201d \u2018x\u2019 \u2026", "don\u2019t",
-    "\u65e5\u672c\u8a9e \u4e2d\u6587\u3002\uff0c", "\ufb01ne \uff46\uff55\uff4c\uff4c \u2167", "a\tb\nc  d ",
-    "tom &amp; jerry &lt;3", "&quot;x&quot; &amp;amp;", "\U0001f44d\U0001f3fd \U0001f1e9\U0001f1ea",
-    "e\u0301 decomposed", "STRASSE \u1e9e \u0130stanbul", "hello!! #tag @user 100% $5", "a_b__c",
-    "\u200bzero\u200bwidth a\u00a0b", "\x1b[31mred\x1b[0m\x07", "\ufeffbom", "\u0939\u093f\u0928\u094d\u0926\u0940",
-    "\u0627\u0644\u0639\u0631\u0628\u064a\u0629", "x\u00b2 \u00bd", "line\r\nline",
-]  # fmt: skip
+    "square 3 said 1",
+    "A Red BIRD",
+    "",
+    "\u00fcber 12 of them!",
+    "word " * 50,
+    "It's JOHN'S, don't we'll",
+    "na\u00efve \u00e9t\u00e9 \u2014 \u201cquoted\u201d \u2018x\u2019 \u2026",
+    "don\u2019t",
+    "\u65e5\u672c\u8a9e \u4e2d\u6587\u3002\uff0c",
+    "\ufb01ne \uff46\uff55\uff4c\uff4c \u2167",
+    "a\tb\nc  d ",
+    "tom &amp; jerry &lt;3",
+    "&quot;x&quot; &amp;amp;",
+    "\U0001f44d\U0001f3fd \U0001f1e9\U0001f1ea",
+    "e\u0301 decomposed",
+    "STRASSE \u1e9e \u0130stanbul",
+    "hello!! #tag @user 100% $5",
+    "a_b__c",
+    "\u200bzero\u200bwidth a\u00a0b",
+    "\x1b[31mred\x1b[0m\x07",
+    "\ufeffbom",
+    "\u0939\u093f\u0928\u094d\u0926\u0940",
+    "\u0627\u0644\u0639\u0631\u0628\u064a\u0629",
+    "x\u00b2 \u00bd",
+    "line\r\nline",
+]
 NONE: dict = {}
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "photo", "of", "red", "bird", "it", "'", "s", "word", "1"]
+WORDS = [
+    "[PAD]",
+    "[UNK]",
+    "[CLS]",
+    "[SEP]",
+    "[MASK]",
+    "a",
+    "photo",
+    "of",
+    "red",
+    "bird",
+    "it",
+    "'",
+    "s",
+    "word",
+    "1",
+]
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +98,15 @@ def bert(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bert")
     (folder / "vocab.txt").write_text("\n".join(WORDS) + "\n")
     BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
-    BertConfig(vocab_size=len(WORDS), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64,
-               max_position_embeddings=32, pad_token_id=0).save_pretrained(folder)  # fmt: skip
+    BertConfig(
+        vocab_size=len(WORDS),
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=32,
+        pad_token_id=0,
+    ).save_pretrained(folder)
     return folder
 
 
@@ -88,7 +129,12 @@ def micro(vision: dict = NONE, text: dict = NONE, **other) -> dict:
     """vit-micro's configuration with changes."""
     vision_cfg = {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 8}
     text_cfg = {"context_length": 16, "vocab_size": 49408, "width": 48, "heads": 2, "layers": 2}
-    return {"embed_dim": 24, "vision_cfg": {**vision_cfg, **vision}, "text_cfg": {**text_cfg, **text}, **other}
+    return {
+        "embed_dim": 24,
+        "vision_cfg": {**vision_cfg, **vision},
+        "text_cfg": {**text_cfg, **text},
+        **other,
+    }
 
 
 def features(module, pixels, ids, mask=None):
@@ -192,7 +238,9 @@ def test_what_clip_model_cannot_say_is_refused(cfg, reason, finished_run, tmp_pa
     error = refused(capsys, tmp_path / "run", tmp_path / "out")
     assert reason in error
     assert error.endswith("use --format open_clip")
-    assert main(["export", str(tmp_path / "run"), "--format", "open_clip", "--out", str(tmp_path / "out")]) == 0
+    assert (
+        main(["export", str(tmp_path / "run"), "--format", "open_clip", "--out", str(tmp_path / "out")]) == 0
+    )
 
 
 def test_a_wrong_conversion_is_caught_before_anyone_sees_it(finished_run, tmp_path, monkeypatch, capsys):
@@ -228,7 +276,10 @@ def test_texts_become_the_same_tokens(exported, run):
         found = theirs(SENTENCES, padding=True, truncation=True).input_ids
         for sentence, a, b in zip(SENTENCES, ours, found, strict=True):
             assert until_end(a) == until_end(b), sentence
-    assert tokenizer.decode(tokenizer("A dog's life").input_ids, skip_special_tokens=True).strip() == "a dog 's life"
+    assert (
+        tokenizer.decode(tokenizer("A dog's life").input_ids, skip_special_tokens=True).strip()
+        == "a dog 's life"
+    )
 
 
 @pytest.mark.parametrize("length", [32, 77])
@@ -238,7 +289,10 @@ def test_the_vocabulary_and_the_length(length, tmp_path):
     assert tokenizer.model_max_length == length
     vocab = json.loads((tmp_path / "vocab.json").read_text())
     assert list(vocab.values()) == list(range(49408))
-    assert [word for word in vocab if simple.encoder.get(word) != vocab[word]] == ["<|startoftext|>", "<|endoftext|>"]
+    assert [word for word in vocab if simple.encoder.get(word) != vocab[word]] == [
+        "<|startoftext|>",
+        "<|endoftext|>",
+    ]
     lines = (tmp_path / "merges.txt").read_text().splitlines()
     assert lines[:2] == ["#version: 0.2", "i n"]
     assert len(lines) == len(simple.bpe_ranks) + 1
@@ -251,7 +305,9 @@ def test_square_pictures_become_the_same_pixels(exported, run):
     from transformers import AutoProcessor
 
     student = load_student(run)
-    squares = [picture.resize((side, side)) for picture, side in zip(pictures(), (20, 32, 33, 1, 90), strict=True)]
+    squares = [
+        picture.resize((side, side)) for picture, side in zip(pictures(), (20, 32, 33, 1, 90), strict=True)
+    ]
     ours = torch.stack([student.view(picture) for picture in squares])
     for backend, limit in (("pil", 1e-6), ("torchvision", 2 / 255 / 0.5 + 1e-6)):
         processor = AutoProcessor.from_pretrained(exported, backend=backend)
@@ -271,7 +327,9 @@ def test_other_pictures_are_said_to_be_stretched_and_how_not_to(exported, run, t
     for picture in pictures():
         ours = student.view(picture)
         stretched = processor(images=picture, return_tensors="pt").pixel_values[0]
-        padded = eval(line.partition("=")[2].strip(), {"ImageOps": ImageOps, "Image": Image, "picture": picture})
+        padded = eval(
+            line.partition("=")[2].strip(), {"ImageOps": ImageOps, "Image": Image, "picture": picture}
+        )
         assert torch.allclose(processor(images=padded, return_tensors="pt").pixel_values[0], ours, atol=1e-6)
         assert torch.equal(stretched, ours) == (picture.width == picture.height)
 
@@ -281,8 +339,14 @@ def test_other_pictures_are_said_to_be_stretched_and_how_not_to(exported, run, t
 def test_views_that_the_processor_can_say(mode, interpolation, tmp_path):
     from transformers import AutoImageProcessor
 
-    view = {"size": [32, 32], "mean": [0.48, 0.46, 0.41], "std": [0.27, 0.26, 0.28], "interpolation": interpolation,
-            "resize_mode": mode, "fill_color": 0}  # fmt: skip
+    view = {
+        "size": [32, 32],
+        "mean": [0.48, 0.46, 0.41],
+        "std": [0.27, 0.26, 0.28],
+        "interpolation": interpolation,
+        "resize_mode": mode,
+        "fill_color": 0,
+    }
     image_processor(view).save_pretrained(tmp_path)
     processor = AutoImageProcessor.from_pretrained(tmp_path, backend="pil")
     for picture in pictures():
@@ -296,8 +360,13 @@ def test_views_that_the_processor_can_say(mode, interpolation, tmp_path):
 
 def dual(bert, vision: dict, **text) -> dict:
     """A configuration with a text tower of transformers."""
-    text_cfg = {"hf_model_name": str(bert), "hf_tokenizer_name": str(bert), "context_length": 16,
-                "hf_pooler_type": "cls_pooler", "hf_proj_type": "linear"}  # fmt: skip
+    text_cfg = {
+        "hf_model_name": str(bert),
+        "hf_tokenizer_name": str(bert),
+        "context_length": 16,
+        "hf_pooler_type": "cls_pooler",
+        "hf_proj_type": "linear",
+    }
     return {"embed_dim": 24, "vision_cfg": vision, "text_cfg": {**text_cfg, **text}, "custom_text": True}
 
 
@@ -319,7 +388,9 @@ def test_a_dual_encoder_says_the_same(vision, bert, finished_run, tmp_path, monk
     module = VisionTextDualEncoderModel.from_pretrained(out)
     assert_same(module, student)
     processor = AutoProcessor.from_pretrained(out)
-    words = processor(text=["a red bird", "word " * 30], padding="max_length", truncation=True, return_tensors="pt")
+    words = processor(
+        text=["a red bird", "word " * 30], padding="max_length", truncation=True, return_tensors="pt"
+    )
     assert torch.equal(words["input_ids"], student.tokenizer(["a red bird", "word " * 30]))
     assert str(bert) not in "".join(path.read_text() for path in out.glob("*.json"))
     run_code(out, monkeypatch)
@@ -328,12 +399,22 @@ def test_a_dual_encoder_says_the_same(vision, bert, finished_run, tmp_path, monk
 @pytest.mark.parametrize(
     ("vision", "text", "reason"),
     [
-        (timm_cfg("test_efficientnet"), {"hf_pooler_type": "mean_pooler"}, "its text tower is pooled by MeanPooler"),
+        (
+            timm_cfg("test_efficientnet"),
+            {"hf_pooler_type": "mean_pooler"},
+            "its text tower is pooled by MeanPooler",
+        ),
         (timm_cfg("test_efficientnet", timm_proj="mlp"), {}, "the head of its image tower is no linear map"),
-        (timm_cfg("test_efficientnet"), {"hf_proj_type": "mlp"}, "the head of its text tower is no linear map"),
+        (
+            timm_cfg("test_efficientnet"),
+            {"hf_proj_type": "mlp"},
+            "the head of its text tower is no linear map",
+        ),
     ],
 )
-def test_what_a_dual_encoder_cannot_say_is_refused(vision, text, reason, bert, finished_run, tmp_path, capsys):
+def test_what_a_dual_encoder_cannot_say_is_refused(
+    vision, text, reason, bert, finished_run, tmp_path, capsys
+):
     fake_run(tmp_path / "run", finished_run, dual(bert, vision, **text))
     error = refused(capsys, tmp_path / "run", tmp_path / "out")
     assert f"error: transformers cannot express this student ({reason}" in error
@@ -382,11 +463,16 @@ def test_the_card_says_what_the_run_was(finished_run, squares, tmp_path, form, c
     assert front["pipeline_tag"] == "zero-shot-image-classification"
     assert {"clip", "distillation", "clip_kd"} <= set(front["tags"])
     facts = json.loads((run / "run.json").read_text())
-    for words in ("CLIP-KD: An Empirical Study", "fd=2000.0", "task Task + crd CRD + fd FD + icl ICL",
-                  "squares; 48 rows",
-                  f"tiny, weights pretrained, sha256 {facts['teachers'][0]['digest'][:12]}",
-                  f"torch={facts['versions']['torch']}",
-                  "Steps: 4, batch 8, seed 0", "## zeroshot_classification on squares"):  # fmt: skip
+    for words in (
+        "CLIP-KD: An Empirical Study",
+        "fd=2000.0",
+        "task Task + crd CRD + fd FD + icl ICL",
+        "squares; 48 rows",
+        f"tiny, weights pretrained, sha256 {facts['teachers'][0]['digest'][:12]}",
+        f"torch={facts['versions']['torch']}",
+        "Steps: 4, batch 8, seed 0",
+        "## zeroshot_classification on squares",
+    ):
         assert words in card
     for name, value in metrics.items():
         assert f"| {name} | {'-' if value is None else value} |" in card
@@ -400,9 +486,16 @@ def test_what_users_wrote_cannot_break_the_card(finished_run):
     facts["teachers"] = []
     result = {"task": "t", "dataset": "a|b", "metrics": {"acc|1": 0.5, "none": None}}
     card = model_card(facts, [result], library="x", usage="print('```')")
-    for line in ("- Data: s3://a_b/\\*.tar, my\\|photos # heading; 48 rows", "- Teacher: none", '- "x\\"\\n- y"',
-                 "````python", "## t on a\\|b", "| acc\\|1 | 0.5 |", "| none | - |",
-                 "- Recipe: A \\<b\\>paper\\</b\\> \\[x\\](y) \\`z\\`"):  # fmt: skip
+    for line in (
+        "- Data: s3://a_b/\\*.tar, my\\|photos # heading; 48 rows",
+        "- Teacher: none",
+        '- "x\\"\\n- y"',
+        "````python",
+        "## t on a\\|b",
+        "| acc\\|1 | 0.5 |",
+        "| none | - |",
+        "- Recipe: A \\<b\\>paper\\</b\\> \\[x\\](y) \\`z\\`",
+    ):
         assert line in card
     assert "/home" not in card
     assert "# heading" not in [line.strip() for line in card.splitlines()]

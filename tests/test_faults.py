@@ -96,7 +96,9 @@ def test_sigkill_while_a_cache_changes(story, teacher, teacher_folder, tmp_path)
     data, options = next(stages)
     run_build(teacher, data, tmp_path / "before.zarr", **options)
     data, options = next(stages)
-    disturbed = Disturbed(tmp_path / "d", teacher_folder, data, before=tmp_path / "before.zarr", options=options)
+    disturbed = Disturbed(
+        tmp_path / "d", teacher_folder, data, before=tmp_path / "before.zarr", options=options
+    )
     left = disturbed.assert_survives_kills(tmp_path / "events", 9, seed=len(story.__name__))
     assert left[0] > left[-1] == 0
 
@@ -160,10 +162,21 @@ def slow_command(teacher_folder: Path, tmp_path: Path):
     data = make_folder(tmp_path / "data", 1000)
     options = {"--teacher": teacher_folder, "--data": data, "--out": tmp_path / "c.zarr", "--device": "cpu"}
     options |= {"--workers": 2, "--batch-size": 2}
-    words = [sys.executable, "-m", "teachercache", "build", *map(str, (w for pair in options.items() for w in pair))]
+    words = [
+        sys.executable,
+        "-m",
+        "teachercache",
+        "build",
+        *map(str, (w for pair in options.items() for w in pair)),
+    ]
     # A shell's background job ignores SIGINT, and so do its children: not this one
-    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, start_new_session=True,
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # fmt: skip
+    process = subprocess.Popen(
+        words,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     command = Command(process, words, tmp_path / "c.zarr")
     wait_for(lambda: list(command.out.glob("done/*.json")) or process.poll() is not None)
     yield command
@@ -178,7 +191,9 @@ def test_decoding_process_that_is_killed_is_one_line_and_the_build_goes_on(slow_
     _, err = slow_command.process.communicate(timeout=60)
     assert slow_command.process.returncode == 2
     line = err.splitlines()[-1]
-    assert line.startswith("error: a decoding process died (killed, or out of memory): run the same command again")
+    assert line.startswith(
+        "error: a decoding process died (killed, or out of memory): run the same command again"
+    )
     assert "Traceback" not in err
     wait_for(lambda: not slow_command.children(), 10)
     assert subprocess.run(slow_command.words, capture_output=True, timeout=100).returncode == 0
@@ -187,21 +202,28 @@ def test_decoding_process_that_is_killed_is_one_line_and_the_build_goes_on(slow_
     assert tree(slow_command.out) == tree(undisturbed)
 
 
-@pytest.mark.parametrize(("error", "death"), [
-    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), True),
-    (RuntimeError("DataLoader worker (pid(s) 7, 8) exited unexpectedly"), True),
-    (ConnectionResetError("Connection reset by peer"), True),
-    (EOFError(), True),
-    (RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nTraceback ..."), False),
-    (ConnectionError("Caught ConnectionError in DataLoader worker process 0.\nTraceback ..."), False),
-    (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("error", "death"),
+    [
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), True),
+        (RuntimeError("DataLoader worker (pid(s) 7, 8) exited unexpectedly"), True),
+        (ConnectionResetError("Connection reset by peer"), True),
+        (EOFError(), True),
+        (RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nTraceback ..."), False),
+        (ConnectionError("Caught ConnectionError in DataLoader worker process 0.\nTraceback ..."), False),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+    ],
+)
 def test_a_dead_worker_is_told_from_an_error_in_one(error: Exception, death: bool):
     assert _is_death(error) == death
 
 
-@pytest.mark.parametrize(("number", "to_all", "code"), [(signal.SIGINT, True, 130), (signal.SIGTERM, False, 143)])
-def test_ctrl_c_and_sigterm_are_one_line_and_leave_no_process(slow_command, number: int, to_all: bool, code: int):
+@pytest.mark.parametrize(
+    ("number", "to_all", "code"), [(signal.SIGINT, True, 130), (signal.SIGTERM, False, 143)]
+)
+def test_ctrl_c_and_sigterm_are_one_line_and_leave_no_process(
+    slow_command, number: int, to_all: bool, code: int
+):
     (os.killpg if to_all else os.kill)(slow_command.process.pid, number)
     _, err = slow_command.process.communicate(timeout=60)
     assert slow_command.process.returncode == code, err
@@ -303,9 +325,7 @@ def room(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
 
 def test_no_space_is_said_before_anything_is_written(teacher, data, tmp_path, monkeypatch):
     room(monkeypatch, 1000)
-    line = (
-        r"c\.zarr needs 2\.64 kB more and its disk has 1 kB: pass --out on another disk, or fewer --outputs, .*--limit"
-    )
+    line = r"c\.zarr needs 2\.64 kB more and its disk has 1 kB: pass --out on another disk, or fewer --outputs, .*--limit"
     with pytest.raises(UserError, match=line):
         run_build(teacher, data, tmp_path / "c.zarr")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["squares"]
@@ -315,7 +335,9 @@ def test_no_space_is_said_before_anything_is_written(teacher, data, tmp_path, mo
     run_build(teacher, data, tmp_path / "c.zarr")  # all of it is there
 
 
-def test_no_space_to_grow_leaves_a_cache_whole_and_asks_for_what_is_new_alone(teacher, data, tmp_path, monkeypatch):
+def test_no_space_to_grow_leaves_a_cache_whole_and_asks_for_what_is_new_alone(
+    teacher, data, tmp_path, monkeypatch
+):
     run_build(teacher, data, tmp_path / "c.zarr", views=4)
     before = tree(tmp_path / "c.zarr")
     one_view = 40 * (16 * 2 + store.open_cache(tmp_path / "c.zarr").fields["view_params"].shape[0] * 4)
@@ -433,8 +455,14 @@ def test_every_bit_of_a_manifest(tmp_path):
         flip(path, bit)
         try:
             again = load_manifest(path)
-            same = again.table.equals(manifest.table) and again.root == manifest.root and again.data == manifest.data
-            assert (same and again.digest == manifest.digest) or digest_rows(again.table) != manifest.digest, bit
+            same = (
+                again.table.equals(manifest.table)
+                and again.root == manifest.root
+                and again.data == manifest.data
+            )
+            assert (same and again.digest == manifest.digest) or digest_rows(
+                again.table
+            ) != manifest.digest, bit
         except UserError:
             refused += 1
         path.write_bytes(content)
@@ -456,15 +484,20 @@ def test_every_bit_of_the_groups_own_metadata_is_seen(small, tmp_path):
         assert same or "zarr.json" in damaged_files(opened), bit
 
 
-def test_verify_names_what_is_damaged_and_what_mends_it(small, teacher, teacher_folder, tmp_path, capsys, monkeypatch):
+def test_verify_names_what_is_damaged_and_what_mends_it(
+    small, teacher, teacher_folder, tmp_path, capsys, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     data = shutil.copytree(small / "data", tmp_path / "data")
     words = ("build", "--teacher", teacher_folder, "--data", data, "--out", "c.zarr", *HERE)
     assert run(*words) == 0
     assert run("verify", "c.zarr", "--samples", 8) == 0
     whole = tree(Path("c.zarr"))
-    for name, says in (("image_emb/zarr.json", "not the metadata"), ("quarantine.jsonl", "done records say"),
-                       ("manifest.parquet", "manifest.parquet")):  # fmt: skip
+    for name, says in (
+        ("image_emb/zarr.json", "not the metadata"),
+        ("quarantine.jsonl", "done records say"),
+        ("manifest.parquet", "manifest.parquet"),
+    ):
         Path("c.zarr", name).write_bytes(whole[name][:-30])
         line = error_of(capsys, "verify", "c.zarr")
         assert f"{name}: damaged, run `tc build --teacher" in line
@@ -531,12 +564,19 @@ def test_damage_is_never_taken_over_into_new_files(change: str, teacher, tmp_pat
 def test_torchrun_with_a_killed_rank_ends_in_the_bytes_of_one_process(teacher, teacher_folder, tmp_path):
     data = make_folder(tmp_path / "data", 900)
     launcher = Path(sys.executable).with_name("torchrun")
-    options = {"--teacher": teacher_folder, "--data": data, "--out": tmp_path / "c.zarr", "--device": "cpu",
-               "--workers": 1, "--batch-size": 5}  # fmt: skip
+    options = {
+        "--teacher": teacher_folder,
+        "--data": data,
+        "--out": tmp_path / "c.zarr",
+        "--device": "cpu",
+        "--workers": 1,
+        "--batch-size": 5,
+    }
     words = [launcher, "--standalone", "--nproc-per-node", 2, "-m", "teachercache", "build"]
     words = [str(word) for word in (*words, *(w for pair in options.items() for w in pair))]
-    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-                               start_new_session=True)  # fmt: skip
+    process = subprocess.Popen(
+        words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     wait_for(lambda: list(tmp_path.glob("c.zarr/done/*.json")) or process.poll() is not None)
     os.kill(children_of(process.pid)[1], signal.SIGKILL)
     _, err = process.communicate(timeout=60)

@@ -44,8 +44,10 @@ def drawn(data, tmp_path, monkeypatch) -> dict:
     monkeypatch.setattr(encoder, "default_workers", lambda: 0)
     paths = figures.draw_data(MODELS, "zeroshot_retrieval", str(data), tmp_path)
     assert [path.name for path in paths] == [
-        "squares-retrieval.png", "squares-similarity.png", "squares-classes.png"
-    ]  # fmt: skip
+        "squares-retrieval.png",
+        "squares-similarity.png",
+        "squares-classes.png",
+    ]
     for path in paths:
         with Image.open(path) as picture:
             assert min(picture.size) > 200
@@ -80,7 +82,9 @@ def test_retrievals_are_the_first_of_a_slow_ranking(drawn, data):
         text = part._suptitle.get_text()
         axes = np.array(part.axes).reshape(2, figures.TOP)
         for line, sign in ((0, 1), (1, -1)):
-            order = sorted(range(len(known)), key=lambda i, s=sign, t=text: -s * float(known[i][1] @ slow_text(t)))
+            order = sorted(
+                range(len(known)), key=lambda i, s=sign, t=text: -s * float(known[i][1] @ slow_text(t))
+            )
             for axis, i in zip(axes[line], order, strict=False):
                 assert same(shown(axis), known[i][0])
                 mine = axis.spines["left"].get_visible()
@@ -112,7 +116,9 @@ def test_bars_are_softmax_shares_and_the_right_class_is_green(drawn, data):
         right = line[0].get_title()
         widths = [bar.get_width() for bar in line[1].patches]
         assert widths == sorted(widths, reverse=True)
-        shares = [np.exp(100 * weights @ image) / np.exp(100 * weights @ image).sum() for image in known[right]]
+        shares = [
+            np.exp(100 * weights @ image) / np.exp(100 * weights @ image).sum() for image in known[right]
+        ]
         assert any(sorted(each, reverse=True) == pytest.approx(widths, abs=1e-4) for each in shares)
         greens = [bar.get_facecolor()[1] > bar.get_facecolor()[0] for bar in line[1].patches]
         assert [text.get_text().split("  ")[0] for text in line[1].texts][greens.index(True)] == right
@@ -162,7 +168,13 @@ def test_all_of_a_folder(two, tmp_path, monkeypatch, capfd):
     assert {each["model"] for each in found["results"]} == set(two)
     assert "skipped pets zeroshot_classification: there is no annotations/trainval.txt" in captured.err
     assert json.loads((tmp_path / "evals/sets/suite.json").read_text()) == found
-    names = ["cc3m-retrieval", "cc3m-similarity", "flickr30k-retrieval", "flickr30k-similarity", "food101-classes"]
+    names = [
+        "cc3m-retrieval",
+        "cc3m-similarity",
+        "flickr30k-retrieval",
+        "flickr30k-similarity",
+        "food101-classes",
+    ]
     assert sorted(path.stem for path in (tmp_path / "pictures").iterdir()) == names
 
 

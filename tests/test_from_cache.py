@@ -35,12 +35,21 @@ def tasks(tmp_path_factory):
             shutil.copy(pictures[i], folder / f"vqa/{subset}/COCO_{subset}_{i:012d}.jpg")
             questions.append({"image_id": i, "question": "what is it?", "question_id": start * 1000 + i})
             answers = [["cat", "dog", "owl"][i % 3]] * 9 + ["ant"]
-            annotations.append({"question_id": start * 1000 + i, "multiple_choice_answer": answers[0], "image_id": i,
-                                "answers": [{"answer": a} for a in answers], "answer_type": "other",
-                                "question_type": "what is"})  # fmt: skip
+            annotations.append(
+                {
+                    "question_id": start * 1000 + i,
+                    "multiple_choice_answer": answers[0],
+                    "image_id": i,
+                    "answers": [{"answer": a} for a in answers],
+                    "answer_type": "other",
+                    "question_type": "what is",
+                }
+            )
         head = {"data_subtype": subset, "data_type": "mscoco"}
         (folder / f"vqa/{VQA.format(subset[:-4])}").write_text(json.dumps(head | {"questions": questions}))
-        (folder / f"vqa/v2_mscoco_{subset}_annotations.json").write_text(json.dumps({"annotations": annotations}))
+        (folder / f"vqa/v2_mscoco_{subset}_annotations.json").write_text(
+            json.dumps({"annotations": annotations})
+        )
     next(iter(sorted((folder / "vcr1/vcr1images").rglob("*.jpg")))).write_bytes(b"no picture")
     return folder
 
@@ -48,10 +57,15 @@ def tasks(tmp_path_factory):
 @pytest.fixture(scope="module")
 def caches(tasks, teacher_folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("caches")
-    data = {"vcr": tasks / "vcr1/val.jsonl", "snli_ve": tasks / "snli_ve/snli_ve_dev.jsonl",
-            "vqa": ",".join(str(tasks / "vqa" / VQA.format(split)) for split in ("train", "val"))}  # fmt: skip
-    return {name: (build_cache(where, teacher_folder, out / f"{name}.zarr"), str(where))
-            for name, where in data.items()}  # fmt: skip
+    data = {
+        "vcr": tasks / "vcr1/val.jsonl",
+        "snli_ve": tasks / "snli_ve/snli_ve_dev.jsonl",
+        "vqa": ",".join(str(tasks / "vqa" / VQA.format(split)) for split in ("train", "val")),
+    }
+    return {
+        name: (build_cache(where, teacher_folder, out / f"{name}.zarr"), str(where))
+        for name, where in data.items()
+    }
 
 
 def student_eval(capfd, *words: object) -> list[dict]:
@@ -71,7 +85,10 @@ def all_cosines(path) -> list[tuple[dict, list[float]]]:
     manifest = read_manifest(str(path / "manifest.parquet"))
     for i, task in enumerate(map(json.loads, manifest.column("task"))):
         image = cache["image_emb"][i]
-        values = [cosine(image, cache["text_emb"][i, k]) if image.any() else np.nan for k in range(len(task["texts"]))]
+        values = [
+            cosine(image, cache["text_emb"][i, k]) if image.any() else np.nan
+            for k in range(len(task["texts"]))
+        ]
         found.append((task, values))
     return found
 
@@ -106,14 +123,19 @@ def test_snli_ve_by_three_means_without_labels(caches, tasks, capfd, tmp_path):
     rows = all_cosines(path)
     similar = sorted(values[0] for _, values in rows)
     # one-dimensional 3-means exactly: the best of all ways to cut the sorted values in three
-    cuts = [(sum(np.var(part) * len(part) for part in np.split(np.array(similar), [i, j])), i, j)
-            for i in range(1, len(similar)) for j in range(i + 1, len(similar))]  # fmt: skip
+    cuts = [
+        (sum(np.var(part) * len(part) for part in np.split(np.array(similar), [i, j])), i, j)
+        for i in range(1, len(similar))
+        for j in range(i + 1, len(similar))
+    ]
     _, i, j = min(cuts)
     low, high = similar[i], similar[j]
     names = {-1: "contradiction", 0: "neutral", 1: "entailment"}
     said = [names[int(values[0] >= high) - int(values[0] < low)] for _, values in rows]
     gold = [task["choices"][task["label"]] for task, _ in rows]
-    assert result["metrics"]["accuracy"] == pytest.approx(np.mean([a == b for a, b in zip(said, gold, strict=True)]))
+    assert result["metrics"]["accuracy"] == pytest.approx(
+        np.mean([a == b for a, b in zip(said, gold, strict=True)])
+    )
     assert "transductive" in result["metrics"]["protocol"]
     assert result["metrics"]["accuracy_best_mapping"] >= result["metrics"]["accuracy"]
 

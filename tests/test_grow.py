@@ -57,7 +57,9 @@ def test_views_are_what_the_teacher_says_of_the_replayed_picture(teacher, tmp_pa
     for row in range(11):
         picture = read_image(manifest, manifest.row(row))
         for v in range(3):
-            expected = draw_params(Augment(), manifest.row(row).key, v, width=picture.width, height=picture.height)
+            expected = draw_params(
+                Augment(), manifest.row(row).key, v, width=picture.width, height=picture.height
+            )
             assert np.array_equal(params[row, v], expected)
             with torch.no_grad():
                 live = teacher.module.encode_image(replay(picture, params[row, v])[None])[0].numpy()
@@ -160,7 +162,9 @@ def test_data_in_another_order_is_the_same_cache(teacher, tmp_path):
     names = [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*.png"))]
     for order in (names, names[::-1]):
         (tmp_path / "l.csv").write_text("image,text\n" + "".join(f"{name},{name}\n" for name in order))
-        assert run_build(teacher, tmp_path / "l.csv", tmp_path / "c.zarr").rows_written == (9 if order is names else 0)
+        assert run_build(teacher, tmp_path / "l.csv", tmp_path / "c.zarr").rows_written == (
+            9 if order is names else 0
+        )
     assert [f"{key}.png" for key in store.read_keys(store.open_cache(tmp_path / "c.zarr"))] == names
 
 
@@ -172,7 +176,10 @@ def test_texts_that_were_added(teacher, tmp_path):
         path.write_text(path.read_text() + "another\nand one more\n")
     counted, seen = counting(teacher)
     run_build(counted, data, tmp_path / "c.zarr")
-    assert seen == {"image": 0, "text": 2 * 5}  # in each of five batches the two texts that all rows gained, once
+    assert seen == {
+        "image": 0,
+        "text": 2 * 5,
+    }  # in each of five batches the two texts that all rows gained, once
     run_build(teacher, data, tmp_path / "whole.zarr")
     assert tree(tmp_path / "c.zarr") == tree(tmp_path / "whole.zarr")
     assert store.read_field(store.open_complete(tmp_path / "c.zarr"), "valid").all()
@@ -275,7 +282,9 @@ def test_lost_and_changed_rows_are_named_and_prune_follows(teacher, tmp_path, vi
     run_build(teacher, data, tmp_path / "c.zarr", views=views)
     rows, computed = damage(data)
     before = tree(tmp_path / "c.zarr")
-    with pytest.raises(UserError, match=r"2 rows are gone \(class0/000, .*\) and 2 rows changed \(.*--prune") as error:
+    with pytest.raises(
+        UserError, match=r"2 rows are gone \(class0/000, .*\) and 2 rows changed \(.*--prune"
+    ) as error:
         run_build(teacher, data, tmp_path / "c.zarr", views=views)
     assert "\n" not in str(error.value)
     assert tree(tmp_path / "c.zarr") == before

@@ -33,7 +33,9 @@ def folder(tmp_path_factory, wordnet):
             (root / split / wordnet[place]).mkdir(parents=True)
             for i in range(count):
                 pixels = random.integers(0, 255, (12, 12, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(root / split / wordnet[place] / f"ILSVRC_{place}_{i}.JPEG", "JPEG")
+                Image.fromarray(pixels).save(
+                    root / split / wordnet[place] / f"ILSVRC_{place}_{i}.JPEG", "JPEG"
+                )
     return root
 
 
@@ -46,10 +48,15 @@ def slow_scores(root, wordnet, names: dict[int, str]) -> tuple[np.ndarray, np.nd
     from open_clip.zero_shot_metadata import OPENAI_IMAGENET_TEMPLATES
 
     assert len(OPENAI_IMAGENET_TEMPLATES) == 80
-    weights = [np.mean([slow_text(make(names[place])) for make in OPENAI_IMAGENET_TEMPLATES], 0) for place in PLACES]
+    weights = [
+        np.mean([slow_text(make(names[place])) for make in OPENAI_IMAGENET_TEMPLATES], 0) for place in PLACES
+    ]
     weights = np.stack([weight / np.linalg.norm(weight) for weight in weights])
-    pairs = [(slow_image(path), i) for i, place in enumerate(PLACES)
-             for path in sorted((root / "val" / wordnet[place]).iterdir())]  # fmt: skip
+    pairs = [
+        (slow_image(path), i)
+        for i, place in enumerate(PLACES)
+        for path in sorted((root / "val" / wordnet[place]).iterdir())
+    ]
     return np.stack([image for image, _ in pairs]) @ weights.T, np.array([label for _, label in pairs])
 
 
@@ -72,7 +79,12 @@ def test_imagenet_is_torchmetrics_on_the_slow_scores(folder, wordnet, names):
     assert found["mean_per_class_recall"] == pytest.approx(accuracy(average="macro"))
     assert 0 < found["acc1"] < found["acc5"] < 1
     assert found["acc1"] != pytest.approx(found["mean_per_class_recall"], abs=1e-3)
-    assert (found["num_images"], found["num_classes"], found["num_skipped"], found["tie_rate"]) == (28, 7, 0, 0)
+    assert (found["num_images"], found["num_classes"], found["num_skipped"], found["tie_rate"]) == (
+        28,
+        7,
+        0,
+        0,
+    )
 
 
 def test_numbers_for_folders_are_places_among_the_wnids(folder, wordnet, tmp_path):
@@ -104,7 +116,12 @@ def test_wnids_and_words_are_in_one_order(wordnet):
     words = class_words()
     assert wnids() == wordnet == sorted(wordnet)
     assert (words[0], words[2], words[999]) == ("tench", "great white shark", "toilet paper")
-    assert (words[657], words[744], words[836], words[837]) == ("missile", "projectile", "sunglass", "sunglasses")
+    assert (words[657], words[744], words[836], words[837]) == (
+        "missile",
+        "projectile",
+        "sunglass",
+        "sunglasses",
+    )
     assert len(set(words)) == len(words) == 1000
 
 

@@ -20,14 +20,23 @@ from teachercache.spec import CacheMeta, Field, TeacherSpec
 COMMAND = r"run `tc index .*c\.zarr --field image_emb( --kind \w+)?`"
 
 
-def make_cache(path: Path, images: np.ndarray, *, valid: np.ndarray | None = None,
-               texts: np.ndarray | None = None, text_valid: np.ndarray | None = None,
-               digest: str = "0" * 64, keys: list[str] | None = None) -> store.Cache:  # fmt: skip
+def make_cache(
+    path: Path,
+    images: np.ndarray,
+    *,
+    valid: np.ndarray | None = None,
+    texts: np.ndarray | None = None,
+    text_valid: np.ndarray | None = None,
+    digest: str = "0" * 64,
+    keys: list[str] | None = None,
+) -> store.Cache:
     """A cache of these vectors, written block by block; one that is there makes room."""
     shutil.rmtree(path, ignore_errors=True)
     rows, dim = images.shape
     keys = [f"k{i}" for i in range(rows)] if keys is None else keys
-    fields = [Field(name, shape, "image", "float16", "") for name, shape in (("image_emb", (dim,)), ("map", (2, 2)))]
+    fields = [
+        Field(name, shape, "image", "float16", "") for name, shape in (("image_emb", (dim,)), ("map", (2, 2)))
+    ]
     arrays = {"image_emb": images, "map": np.zeros((rows, 2, 2), np.float16)}
     arrays["valid"] = np.ones(rows, bool) if valid is None else valid
     arrays["key"] = np.array(keys, dtype=np.dtypes.StringDType())
@@ -40,9 +49,14 @@ def make_cache(path: Path, images: np.ndarray, *, valid: np.ndarray | None = Non
     manifest = make_manifest("d", Path("d"), samples)
     meta = CacheMeta(
         spec=TeacherSpec("t", "pretrained", digest, ("embeddings",), tuple(fields), {}, {}, {}),
-        data="d", manifest=manifest.digest, rows=rows, texts=num_texts, block_rows=256,
-        precision="float32", versions={},
-    )  # fmt: skip
+        data="d",
+        manifest=manifest.digest,
+        rows=rows,
+        texts=num_texts,
+        block_rows=256,
+        precision="float32",
+        versions={},
+    )
     cache = store.create(path, meta, manifest)
     for block in range(meta.num_blocks):
         span = meta.block(block)
@@ -63,7 +77,9 @@ def clusters(rows: int, spread: float = 0.4) -> np.ndarray:
     """Vectors in clusters, as embeddings are."""
     random = np.random.default_rng(4)
     centres = random.standard_normal((60, 32))
-    return (centres[random.integers(60, size=rows)] + spread * random.standard_normal((rows, 32))).astype(np.float16)
+    return (centres[random.integers(60, size=rows)] + spread * random.standard_normal((rows, 32))).astype(
+        np.float16
+    )
 
 
 def brute_force(values: np.ndarray, query: np.ndarray, top: int) -> tuple[list[int], np.ndarray]:
@@ -162,7 +178,9 @@ def test_stored_views_are_one_vector_a_row(tmp_path, monkeypatch):
     found = search(cache, means[7] + means[9], top=39)
     assert [i for i, _ in found if i != 4][:9] == [i for i in ids if i != 4][:9]
     assert 4 not in dict(found)
-    np.testing.assert_allclose([dict(found)[i] for i in ids if i != 4], cosine[[i != 4 for i in ids]], atol=1e-5)
+    np.testing.assert_allclose(
+        [dict(found)[i] for i in ids if i != 4], cosine[[i != 4 for i in ids]], atol=1e-5
+    )
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -182,11 +200,16 @@ def test_every_kind_finds_the_neighbours(tmp_path, kind: str):
     else:
         assert facts.recall_at_10["image_emb"] >= 0.95
         assert facts.recall_at_10["image_emb"] == pytest.approx(found, abs=0.05)
-        assert f"recall@10 {facts.recall_at_10['image_emb']:.3f} for queries from image_emb" in index.describe(facts)
+        assert (
+            f"recall@10 {facts.recall_at_10['image_emb']:.3f} for queries from image_emb"
+            in index.describe(facts)
+        )
 
 
 @pytest.mark.parametrize(("kind", "name"), [("ivf", "nprobe"), ("hnsw", "efSearch")])
-def test_effort_is_the_least_that_reaches_the_recall_and_search_uses_it(tmp_path, kind: str, name: str, monkeypatch):
+def test_effort_is_the_least_that_reaches_the_recall_and_search_uses_it(
+    tmp_path, kind: str, name: str, monkeypatch
+):
     monkeypatch.setattr(index, "LEAST_EFFORT", {"ivf": 1, "hnsw": 1})
     monkeypatch.setattr(index, "RECALL", 0.99)
     images = vectors(3000, 64)  # no clusters: hard
@@ -267,7 +290,10 @@ def test_gpus_find_the_centroids_and_lists_where_faiss_has_them(tmp_path, monkey
     alone, clones = path.read_bytes(), []
     monkeypatch.setattr(faiss, "get_num_gpus", lambda: 1)
     monkeypatch.setattr(
-        faiss, "index_cpu_to_all_gpus", lambda i: clones.append(faiss.clone_index(i)) or clones[-1], raising=False
+        faiss,
+        "index_cpu_to_all_gpus",
+        lambda i: clones.append(faiss.clone_index(i)) or clones[-1],
+        raising=False,
     )
     assert index.build_index(cache, kind="ivf") == (path, facts)
     assert path.read_bytes() == alone
@@ -282,17 +308,26 @@ def test_gpus_find_the_centroids_and_lists_where_faiss_has_them(tmp_path, monkey
 def test_a_grown_cache_adds_its_new_rows_alone(tmp_path, kind: str, monkeypatch):
     images = clusters(2000)
     valid = np.random.default_rng(2).random(2000) > 0.1
-    path, before = index.build_index(make_cache(tmp_path / "c.zarr", images[:1200], valid=valid[:1200]), kind=kind)
+    path, before = index.build_index(
+        make_cache(tmp_path / "c.zarr", images[:1200], valid=valid[:1200]), kind=kind
+    )
     grown = make_cache(tmp_path / "c.zarr", images, valid=valid)
     with pytest.raises(UserError, match=f"lacks the last 800 rows of this cache: .* --kind {kind}`"):
         index.check_index(grown, "image_emb")
     starts = []
     chunks = vectors_module.chunks
-    monkeypatch.setattr(index, "chunks", lambda vectors, start: starts.append(start) or chunks(vectors, start=start))
+    monkeypatch.setattr(
+        index, "chunks", lambda vectors, start: starts.append(start) or chunks(vectors, start=start)
+    )
     assert index.update_index(grown, kind=kind)[::2] == (path, "extended")
     assert starts == [valid[:1200].sum()]
     facts = index.check_index(grown, "image_emb")
-    assert (before.rows, before.vectors, facts.rows, facts.vectors) == (1200, valid[:1200].sum(), 2000, valid.sum())
+    assert (before.rows, before.vectors, facts.rows, facts.vectors) == (
+        1200,
+        valid[:1200].sum(),
+        2000,
+        valid.sum(),
+    )
     assert all(value >= 0.95 for value in facts.recall_at_10.values())
     for row in (0, 1199, 1200, 1999):
         row += int(np.argmax(valid[row:])) if valid[row:].any() else -1
@@ -354,7 +389,9 @@ def test_a_cache_that_was_only_written_down_anew_is_current(tmp_path):
     cache = make_cache(tmp_path / "c.zarr", vectors(50))
     path, facts = index.build_index(cache)
     content = path.read_bytes()
-    moved = store.Cache(cache.path, dataclasses.replace(cache.meta, data="/elsewhere/d", versions={"torch": "9"}))
+    moved = store.Cache(
+        cache.path, dataclasses.replace(cache.meta, data="/elsewhere/d", versions={"torch": "9"})
+    )
     assert index.check_index(moved, "image_emb") == facts
     _, now, done = index.update_index(moved)
     assert done == "current"
@@ -376,7 +413,9 @@ def test_extend_indexes_does_what_each_needs_and_says_so(tmp_path, capsys, monke
     assert set(index.extend_indexes(grown)) == {image_path, text_path}
     lines = capsys.readouterr().err.splitlines()
     assert f"{image_path} built: 300 vectors, flat, exact" in lines
-    assert any(line.startswith(f"{text_path} extended by 100: 300 vectors, hnsw, efSearch 16:") for line in lines)
+    assert any(
+        line.startswith(f"{text_path} extended by 100: 300 vectors, hnsw, efSearch 16:") for line in lines
+    )
     assert index.extend_indexes(grown) == []
     monkeypatch.setattr("teachercache.index.faiss_module", index_without_faiss)
     assert index.extend_indexes(make_cache(tmp_path / "c.zarr", vectors(310))) == []
@@ -448,7 +487,9 @@ def test_damaged_index_names_the_command_and_is_mended(tmp_path, kind: str, harm
     elif harm == "middle":
         path.write_bytes(bytes(len(path.read_bytes())))
     elif harm == "more":
-        path.with_name(path.name + ".json").write_text(json.dumps({**dataclasses.asdict(facts), "vectors": 99}))
+        path.with_name(path.name + ".json").write_text(
+            json.dumps({**dataclasses.asdict(facts), "vectors": 99})
+        )
     else:
         path.with_name(path.name + ".json").write_text('{"field":')
     with monkeypatch.context() as patch:

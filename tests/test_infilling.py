@@ -23,8 +23,10 @@ def test_lengths_are_poisson_with_a_mean_of_three_and_use_up_the_share():
         assert abs(counts[k] - chance * len(lengths)) < 4 * sigma, k
 
 
-@pytest.mark.parametrize(("words", "share", "budget"), [(1, 0.15, 1), (6, 0.15, 1), (7, 0.15, 2), (20, 0.15, 3),
-                                                        (10, 0.3, 3), (5, 1.0, 5), (0, 0.15, 0)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("words", "share", "budget"),
+    [(1, 0.15, 1), (6, 0.15, 1), (7, 0.15, 2), (20, 0.15, 3), (10, 0.3, 3), (5, 1.0, 5), (0, 0.15, 0)],
+)
 def test_the_share_is_rounded_up(words, share, budget):
     for seed in range(20):
         assert draw_lengths(words, np.random.default_rng(seed), share=share).sum() == budget
@@ -77,7 +79,8 @@ def test_a_word_goes_with_all_its_tokens_and_one_mask_stands_for_a_span():
 def test_the_ends_of_what_there_is():
     assert infill([], [], MASK, np.random.default_rng(0), share=0.15) == []
     found = {
-        tuple(infill([5, 6], [False, False], MASK, np.random.default_rng(seed), share=0.15)) for seed in range(200)
+        tuple(infill([5, 6], [False, False], MASK, np.random.default_rng(seed), share=0.15))
+        for seed in range(200)
     }
     assert {(MASK,)} < found  # the one word of two tokens
     assert {tuple(one for one in row if one != MASK) for row in found} == {()}

@@ -17,7 +17,15 @@ from teachercache.cli import default_cache, main
 from teachercache.names import UserError
 from teachercache.readers import cache_folder, read_manifest
 from teachercache.readers.tasks import mentions_of, render_tokens
-from teachercache.samples import BadSample, Manifest, Sample, load_manifest, make_manifest, read_image, write_manifest
+from teachercache.samples import (
+    BadSample,
+    Manifest,
+    Sample,
+    load_manifest,
+    make_manifest,
+    read_image,
+    write_manifest,
+)
 
 NONE = {"bytes": None, "path": None}
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -56,7 +64,9 @@ def test_hub_parquet_folder(tmp_path):
     assert manifest.column("label") == ["cat", "dog", "", "dog", "dog"]
     assert_pictures(manifest, [1, 2, 3, 4, 5])
     for row in (4, 0, 2, 1):  # in any order
-        assert np.array_equal(read_image(manifest, manifest.row(row)), read_image(manifest, manifest.row(row)))
+        assert np.array_equal(
+            read_image(manifest, manifest.row(row)), read_image(manifest, manifest.row(row))
+        )
     again = read_manifest(str(tmp_path / "data/*.parquet"))
     assert again.column("key") == manifest.column("key")
     assert read_manifest(str(tmp_path), limit=3).column("key") == manifest.column("key")[:3]
@@ -85,7 +95,11 @@ def test_parquet_of_plain_bytes_with_lists_of_captions_and_keys(tmp_path):
 
 def test_parquet_of_paths(tmp_path):
     write(tmp_path / "pictures/1.png", png(1))
-    values = {"image": ["pictures/1.png", "pictures/gone.png", None], "caption": ["a", "b", "c"], "split": ["test"] * 3}
+    values = {
+        "image": ["pictures/1.png", "pictures/gone.png", None],
+        "caption": ["a", "b", "c"],
+        "split": ["test"] * 3,
+    }
     pq.write_table(pa.table(values), tmp_path / "l.parquet")
     manifest = read_manifest(str(tmp_path / "l.parquet"))
     assert manifest.column("image") == ["pictures/1.png", "pictures/gone.png", ""]
@@ -94,7 +108,9 @@ def test_parquet_of_paths(tmp_path):
         [-1] * 3,
         "test",
     )
-    assert np.array_equal(read_image(manifest, manifest.row(0)), read_image(manifest, Sample("x", "pictures/1.png")))
+    assert np.array_equal(
+        read_image(manifest, manifest.row(0)), read_image(manifest, Sample("x", "pictures/1.png"))
+    )
     with pytest.raises(BadSample, match="No such file"):
         read_image(manifest, manifest.row(1))
 
@@ -120,9 +136,20 @@ def test_large_row_groups_are_read_in_pieces(tmp_path, monkeypatch):
     assert_pictures(manifest, list(range(150)))
     picked = [130, 3, 70, 149, 0, 141]
     assert_pictures(Manifest("", manifest.root, manifest.table.take(picked), ""), picked)
-    assert max(len(values.values) for values in [columns._open_parquet(
-        tmp_path / "l.parquet", os.getpid(), (tmp_path / "l.parquet").stat().st_mtime_ns,
-        (tmp_path / "l.parquet").stat().st_size)]) <= 64  # fmt: skip
+    assert (
+        max(
+            len(values.values)
+            for values in [
+                columns._open_parquet(
+                    tmp_path / "l.parquet",
+                    os.getpid(),
+                    (tmp_path / "l.parquet").stat().st_mtime_ns,
+                    (tmp_path / "l.parquet").stat().st_size,
+                )
+            ]
+        )
+        <= 64
+    )
 
 
 def _pixels(task: tuple[Manifest, int]) -> list:
@@ -172,14 +199,21 @@ def test_parquet_errors(tmp_path):
 # Hugging Face datasets on disk
 
 
-def save_to_disk(folder: Path, shards: list[pa.Table], *, new: object = pa.ipc.new_stream, **state: object) -> Path:
+def save_to_disk(
+    folder: Path, shards: list[pa.Table], *, new: object = pa.ipc.new_stream, **state: object
+) -> Path:
     """The files of `Dataset.save_to_disk`."""
     folder.mkdir(parents=True)
     names = [f"data-{i:05d}-of-{len(shards):05d}.arrow" for i in range(len(shards))]
     for name, shard in zip(names, shards, strict=True):
         with pa.OSFile(str(folder / name), "wb") as sink, new(sink, shard.schema) as writer:
             writer.write_table(shard, max_chunksize=2)
-    values = {"_data_files": [{"filename": name} for name in names], "_fingerprint": "0", "_split": None, **state}
+    values = {
+        "_data_files": [{"filename": name} for name in names],
+        "_fingerprint": "0",
+        "_split": None,
+        **state,
+    }
     write(folder / "state.json", json.dumps(values))
     write(folder / "dataset_info.json", json.dumps({"features": {"image": {"_type": "Image"}}}))
     return folder
@@ -187,7 +221,10 @@ def save_to_disk(folder: Path, shards: list[pa.Table], *, new: object = pa.ipc.n
 
 @pytest.mark.parametrize("new", [pa.ipc.new_stream, pa.ipc.new_file])
 def test_saved_dataset(tmp_path, new):
-    shards = [table([1, 2, 3], caption=["a", "b", "c"], label=[0, 1, 0]), table([4], caption=["d"], label=[1])]
+    shards = [
+        table([1, 2, 3], caption=["a", "b", "c"], label=[0, 1, 0]),
+        table([4], caption=["d"], label=[1]),
+    ]
     folder = save_to_disk(tmp_path / "d", shards, new=new)
     manifest = read_manifest(str(folder))
     assert rows(manifest) == {"row/0": ("a",), "row/1": ("b",), "row/2": ("c",), "row/3": ("d",)}
@@ -256,7 +293,9 @@ def test_caption_list(tmp_path):
 
 def cc3m(folder: Path, urls: list[str], *, header: bool = False) -> Path:
     lines = [f'caption "{i}, it is\thttp://x.org/{url}' for i, url in enumerate(urls)]
-    return write(folder / "Train_GCC-training.tsv", "".join(f"{line}\n" for line in ["caption\turl"] * header + lines))
+    return write(
+        folder / "Train_GCC-training.tsv", "".join(f"{line}\n" for line in ["caption\turl"] * header + lines)
+    )
 
 
 @pytest.mark.parametrize("header", [False, True])
@@ -281,15 +320,27 @@ def test_cc3m_by_the_name_in_the_url(tmp_path):
 
 
 def test_cc3m_without_pictures_says_where_they_go(tmp_path):
-    refuses(cc3m(tmp_path, ["a.jpg"]), r"no picture of Train_GCC-training\.tsv in .*Train_GCC-training: put them there")
+    refuses(
+        cc3m(tmp_path, ["a.jpg"]),
+        r"no picture of Train_GCC-training\.tsv in .*Train_GCC-training: put them there",
+    )
 
 
 def test_img2dataset_tar(tmp_path):
     """A caption with a line break in it is one caption; the Parquet of statistics beside the tar is not the data."""
     members = []
     for i, caption in enumerate(["one", "two\nlines"]):
-        facts = {"caption": caption, "url": "http://x", "key": f"{i:09d}", "status": "success", "error_message": None,
-                 "width": 7, "height": 5, "exif": "{}", "sha256": "0"}  # fmt: skip
+        facts = {
+            "caption": caption,
+            "url": "http://x",
+            "key": f"{i:09d}",
+            "status": "success",
+            "error_message": None,
+            "width": 7,
+            "height": 5,
+            "exif": "{}",
+            "sha256": "0",
+        }
         members += [(f"{i:09d}.jpg", png(i)), (f"{i:09d}.json", json.dumps(facts)), (f"{i:09d}.txt", caption)]
     make_tar(tmp_path / "00000.tar", members)
     pq.write_table(pa.table({"url": ["http://x"]}), tmp_path / "00000.parquet")
@@ -304,16 +355,35 @@ def test_img2dataset_tar(tmp_path):
 
 
 def vqa(folder: Path, *, prefix: str = "v2_", raw: bool = False, answers: str = "") -> Path:
-    questions = [{"image_id": 262148, "question": "Where?", "question_id": 262148000},
-                 {"image_id": 262148, "question": "Who?", "question_id": 262148001}]  # fmt: skip
+    questions = [
+        {"image_id": 262148, "question": "Where?", "question_id": 262148000},
+        {"image_id": 262148, "question": "Who?", "question_id": 262148001},
+    ]
     write(folder / "val2014/COCO_val2014_000000262148.jpg", png(1))
     given = [{"answer": "down", "answer_confidence": "yes", "answer_id": i + 1} for i in range(10)]
     given = [entry | ({"raw_answer": "downs"} if raw else {}) for entry in given]
-    annotations = [{"question_type": "what is", "multiple_choice_answer": "down", "answers": given, "image_id": 262148,
-                    "answer_type": "other", "question_id": 262148000}]  # fmt: skip
-    write(folder / answers / f"{prefix}mscoco_val2014_annotations.json", json.dumps({"annotations": annotations}))
-    values = {"info": {}, "task_type": "Open-Ended", "data_type": "mscoco", "data_subtype": "val2014",
-              "license": {}, "questions": questions}  # fmt: skip
+    annotations = [
+        {
+            "question_type": "what is",
+            "multiple_choice_answer": "down",
+            "answers": given,
+            "image_id": 262148,
+            "answer_type": "other",
+            "question_id": 262148000,
+        }
+    ]
+    write(
+        folder / answers / f"{prefix}mscoco_val2014_annotations.json",
+        json.dumps({"annotations": annotations}),
+    )
+    values = {
+        "info": {},
+        "task_type": "Open-Ended",
+        "data_type": "mscoco",
+        "data_subtype": "val2014",
+        "license": {},
+        "questions": questions,
+    }
     return write(folder / f"{prefix}OpenEnded_mscoco_val2014_questions.json", json.dumps(values))
 
 
@@ -348,8 +418,16 @@ def test_vqa_errors(tmp_path):
 
 @pytest.mark.parametrize("spelling", ["Flickr30K_ID", "Flikr30kID", "Flickr30kID"])
 def test_snli_ve(spelling, tmp_path):
-    line = {"annotator_labels": ["neutral"], "captionID": "12.jpg#0", "gold_label": "neutral", "pairID": "12.jpg#0r1n",
-            spelling: "12", "sentence1": "A man.", "sentence1_parse": "(", "sentence2": "A tall man."}  # fmt: skip
+    line = {
+        "annotator_labels": ["neutral"],
+        "captionID": "12.jpg#0",
+        "gold_label": "neutral",
+        "pairID": "12.jpg#0r1n",
+        spelling: "12",
+        "sentence1": "A man.",
+        "sentence1_parse": "(",
+        "sentence2": "A tall man.",
+    }
     broken = {"pairID": "p2", spelling: "13", "gold_label": "-"}
     write(tmp_path / "flickr30k-images/12.jpg", png(1))
     path = write(tmp_path / "snli_ve_dev.jsonl", f"{json.dumps(line)}\n{json.dumps(broken)}\n")
@@ -364,16 +442,36 @@ def test_snli_ve(spelling, tmp_path):
 
 
 def vcr_line(number: int, **more: object) -> dict:
-    choices = [[[0], "is", "n't", "at", "the", [2], "."], ["[MASK]", "left", ",", "too", "."], [[0, 1], "'s"], ["No"]]
-    return {"movie": "m", "objects": ["person", "person", "chair"], "img_fn": "m/a@0.jpg", "metadata_fn": "m/a@0.json",
-            "question": ["Why", "are", [0, 1], "here", "?"], "answer_choices": choices, "answer_label": 2,
-            "rationale_choices": [["So"], [[1], "said"], ["x"], ["y"]], "rationale_label": 1, "img_id": "val-0",
-            "annot_id": f"val-{number}", "match_fold": "val-0"} | more  # fmt: skip
+    choices = [
+        [[0], "is", "n't", "at", "the", [2], "."],
+        ["[MASK]", "left", ",", "too", "."],
+        [[0, 1], "'s"],
+        ["No"],
+    ]
+    return {
+        "movie": "m",
+        "objects": ["person", "person", "chair"],
+        "img_fn": "m/a@0.jpg",
+        "metadata_fn": "m/a@0.json",
+        "question": ["Why", "are", [0, 1], "here", "?"],
+        "answer_choices": choices,
+        "answer_label": 2,
+        "rationale_choices": [["So"], [[1], "said"], ["x"], ["y"]],
+        "rationale_label": 1,
+        "img_id": "val-0",
+        "annot_id": f"val-{number}",
+        "match_fold": "val-0",
+    } | more
 
 
 def test_vcr(tmp_path):
     write(tmp_path / "vcr1images/m/a@0.jpg", png(1))
-    metadata = {"boxes": [[1, 2, 3, 4, 0.9], [0, 0, 1, 1, 0.8], [5, 5, 6, 6, 1]], "segms": [], "width": 7, "height": 5}
+    metadata = {
+        "boxes": [[1, 2, 3, 4, 0.9], [0, 0, 1, 1, 0.8], [5, 5, 6, 6, 1]],
+        "segms": [],
+        "width": 7,
+        "height": 5,
+    }
     write(tmp_path / "vcr1images/m/a@0.json", json.dumps(metadata))
     test = vcr_line(1)
     del test["answer_label"], test["rationale_label"], test["rationale_choices"]
@@ -387,8 +485,11 @@ def test_vcr(tmp_path):
     choices = ("person 1 isn't at the chair.", "[MASK] left, too.", "person 1 and person 2's", "No")
     without = (question, *choices, *(f"{question} {choice}" for choice in choices))
     assert manifest.row(1).texts == without
-    assert manifest.row(0).texts == (*without, *rationales,
-                                     *(f"{question} person 1 and person 2's {r}" for r in rationales))  # fmt: skip
+    assert manifest.row(0).texts == (
+        *without,
+        *rationales,
+        *(f"{question} person 1 and person 2's {r}" for r in rationales),
+    )
     first, second = (json.loads(manifest.row(row).task) for row in (0, 1))
     assert second["texts"] == ["question"] + ["choice"] * 4 + ["pair"] * 4
     assert first["texts"] == [*second["texts"], *["rationale"] * 4, *["rationale_pair"] * 4]
@@ -397,25 +498,37 @@ def test_vcr(tmp_path):
     one, two = ("person 1", 0), ("person 2", 1)
     named = [[one, two], [one, ("chair", 2)], [], [one, two], [], [], [two], [], []]
     texts = (question, *choices, *rationales)
-    assert [[(text[a:b], place) for a, b, place in said]
-            for text, said in zip(texts, first["mentions"], strict=True)] == named  # fmt: skip
+    assert [
+        [(text[a:b], place) for a, b, place in said]
+        for text, said in zip(texts, first["mentions"], strict=True)
+    ] == named
     assert second["mentions"] == first["mentions"][:5]
     assert not {"label", "rationales", "rationale_label"} & set(second)
     assert "names an object that is not among the 3" in manifest.row(2).problem
     assert "boxes" not in json.loads(manifest.row(3).task)
-    assert manifest.row(3).texts == (*without, *rationales)  # which rationale is asked for an answer nobody knows
+    assert manifest.row(3).texts == (
+        *without,
+        *rationales,
+    )  # which rationale is asked for an answer nobody knows
     assert_pictures(Manifest("", manifest.root, manifest.table.slice(0, 2), ""), [1, 1])
 
 
-@pytest.mark.parametrize(("changed", "problem"), [
-    ({"answer_choices": [["Yes"], ["No"], ["So"]]}, "3 answers and 4 rationales, 4 of each"),
-    ({"rationale_choices": [["So"]]}, "4 answers and 1 rationales, 4 of each"),
-    ({"answer_label": 4}, "answer_label is 4, 0 to 3"), ({"answer_label": -1}, "answer_label is -1"),
-    ({"rationale_label": "2"}, "rationale_label is 2")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changed", "problem"),
+    [
+        ({"answer_choices": [["Yes"], ["No"], ["So"]]}, "3 answers and 4 rationales, 4 of each"),
+        ({"rationale_choices": [["So"]]}, "4 answers and 1 rationales, 4 of each"),
+        ({"answer_label": 4}, "answer_label is 4, 0 to 3"),
+        ({"answer_label": -1}, "answer_label is -1"),
+        ({"rationale_label": "2"}, "rationale_label is 2"),
+    ],
+)
 def test_vcr_rows_with_other_choices_than_four_are_told(tmp_path, changed, problem):
     write(tmp_path / "vcr1images/m/a@0.jpg", png(1))
     lines = [vcr_line(0), vcr_line(1, **changed)]
-    manifest = read_manifest(str(write(tmp_path / "train.jsonl", "".join(json.dumps(line) + "\n" for line in lines))))
+    manifest = read_manifest(
+        str(write(tmp_path / "train.jsonl", "".join(json.dumps(line) + "\n" for line in lines)))
+    )
     assert manifest.row(0).problem == ""
     assert problem in manifest.row(1).problem
     assert manifest.row(1).texts == ()
@@ -440,11 +553,20 @@ def test_json_lines_errors(tmp_path):
 
 
 def test_mentions_of_many_objects_are_where_the_sentence_names_them():
-    objects, tokens = ["person", "cup", "person"], ["(", [2, 0, 1], ")", "wo", "n't", ",", [1], "'s", [0, 2], "?"]
+    objects, tokens = (
+        ["person", "cup", "person"],
+        ["(", [2, 0, 1], ")", "wo", "n't", ",", [1], "'s", [0, 2], "?"],
+    )
     text = render_tokens(tokens, objects)
     assert text == "(person 3, person 1 and cup) won't, cup's person 1 and person 3?"
     assert [(text[a:b], place) for a, b, place in mentions_of(tokens, objects)] == [
-        ("person 3", 2), ("person 1", 0), ("cup", 1), ("cup", 1), ("person 1", 0), ("person 3", 2)]  # fmt: skip
+        ("person 3", 2),
+        ("person 1", 0),
+        ("cup", 1),
+        ("cup", 1),
+        ("person 1", 0),
+        ("person 3", 2),
+    ]
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -461,7 +583,9 @@ def test_task_columns_are_in_the_digest_and_survive(tmp_path):
 
 def test_digest_and_manifests_from_before_task_columns(tmp_path):
     manifest = make_manifest("d", tmp_path, [Sample("a", "x/a.png", ("one", "two"), "cat", "train", size=3)])
-    assert manifest.digest == "54c7afdd28f75870468282e1267322b48eb4e0a32c9ab6dbe8c2187d9fe50e7c"  # what caches hold
+    assert (
+        manifest.digest == "54c7afdd28f75870468282e1267322b48eb4e0a32c9ab6dbe8c2187d9fe50e7c"
+    )  # what caches hold
     old = Manifest("d", tmp_path, manifest.table.drop_columns(["task"]), manifest.digest)
     write_manifest(old, tmp_path / "m.parquet")
     assert load_manifest(tmp_path / "m.parquet").table.equals(manifest.table)
@@ -545,7 +669,11 @@ def test_build_index_and_search_texts_only(tmp_path, teacher_folder, capsys):
     cache = store.open_complete(out)
     assert set(cache.fields) == {"valid", "text_valid", "text_emb"}
     assert store.read_field(cache, "valid").tolist() == [True, False, True]
-    assert np.abs(store.read_field(cache, "text_emb")[:, 0]).sum(1).astype(bool).tolist() == [True, False, True]
+    assert np.abs(store.read_field(cache, "text_emb")[:, 0]).sum(1).astype(bool).tolist() == [
+        True,
+        False,
+        True,
+    ]
     assert "no text that is not empty" in (out / "quarantine.jsonl").read_text()
     assert main(["verify", str(out)]) == 0
     assert main(["index", str(out)]) == 2
@@ -594,8 +722,15 @@ def test_tc_manifest(tmp_path, capsys):
     out = tmp_path / "new/m.parquet"
     assert main(["manifest", str(path), "--out", str(out)]) == 0
     text, err = capsys.readouterr()
-    for words in ("VQA questions", "2, 2 with a picture, 2 with task columns", "1 to 2 a row", "val 2", "down 1",
-                  "Where? | down", "problems   none found"):  # fmt: skip
+    for words in (
+        "VQA questions",
+        "2, 2 with a picture, 2 with task columns",
+        "1 to 2 a row",
+        "val 2",
+        "down 1",
+        "Where? | down",
+        "problems   none found",
+    ):
         assert words in text
     assert f"pass it as --data {out}" in err
     assert read_manifest(str(out)).digest == read_manifest(str(path)).digest

@@ -15,24 +15,40 @@ from evaluation.tasks import glue, text_loss, xsum
 from teachercache.names import UserError
 
 LINES = {  # a train line and a dev line of each task, as GLUE's own files have them
-    "CoLA": (None, "gj04\t1\t\tOur friends won't buy this.", "gj04\t0\t*\tThey drank the \"pub."),
+    "CoLA": (None, "gj04\t1\t\tOur friends won't buy this.", 'gj04\t0\t*\tThey drank the "pub.'),
     "SST-2": ("sentence\tlabel", "hide new secretions \t0", "it 's a charming journey . \t1"),
-    "MRPC": ("Quality\t#1 ID\t#2 ID\t#1 String\t#2 String", "1\t702876\t702977\tAmrozi said\tHe \"said",
-             "0\t1\t2\tYucaipa owned\tYucaipa bought"),
-    "QQP": ("id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate", "133273\t213221\t213222\tHow is it?\tHow?\t0",
-            "201359\t303345\t303346\tWhy?\tWhy not?\t1"),
-    "STS-B": ("index\tgenre\tfilename\tyear\told_index\tsource1\tsource2\tsentence1\tsentence2\tscore",
-              "0\tmain-captions\tMSRvid\t2012test\t0001\tnone\tnone\tA plane.\tAn air plane.\t5.000",
-              "1\tmain-captions\tMSRvid\t2012test\t0004\tnone\tnone\tA man.\tA flute.\t3.800"),
-    "MNLI": ("index\tpromptID\tpairID\tgenre\tsentence1_binary_parse\tsentence2_binary_parse\tsentence1_parse\t"
-             "sentence2_parse\tsentence1\tsentence2\tlabel1\tgold_label",
-             "0\t31193\t31193n\tgov\t( x )\t( y )\t(ROOT x)\t(ROOT y)\tConceptually cream\tProduct\tneutral\tneutral",
-             "0\t63735\t63735n\tslate\t( x )\t( y )\t(ROOT x)\t(ROOT y)\tThe new\tEveryone\tneutral\tcontradiction"),
-    "QNLI": ("index\tquestion\tsentence\tlabel", "0\tWhen did it?\tIn 1979.\tentailment",
-             "1\tWhat came?\tAs of that day.\tnot_entailment"),
-    "RTE": ("index\tsentence1\tsentence2\tlabel", "0\tNo weapons.\tWeapons.\tnot_entailment",
-            "1\tA place.\tA.\tentailment"),
-}  # fmt: skip
+    "MRPC": (
+        "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String",
+        '1\t702876\t702977\tAmrozi said\tHe "said',
+        "0\t1\t2\tYucaipa owned\tYucaipa bought",
+    ),
+    "QQP": (
+        "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate",
+        "133273\t213221\t213222\tHow is it?\tHow?\t0",
+        "201359\t303345\t303346\tWhy?\tWhy not?\t1",
+    ),
+    "STS-B": (
+        "index\tgenre\tfilename\tyear\told_index\tsource1\tsource2\tsentence1\tsentence2\tscore",
+        "0\tmain-captions\tMSRvid\t2012test\t0001\tnone\tnone\tA plane.\tAn air plane.\t5.000",
+        "1\tmain-captions\tMSRvid\t2012test\t0004\tnone\tnone\tA man.\tA flute.\t3.800",
+    ),
+    "MNLI": (
+        "index\tpromptID\tpairID\tgenre\tsentence1_binary_parse\tsentence2_binary_parse\tsentence1_parse\t"
+        "sentence2_parse\tsentence1\tsentence2\tlabel1\tgold_label",
+        "0\t31193\t31193n\tgov\t( x )\t( y )\t(ROOT x)\t(ROOT y)\tConceptually cream\tProduct\tneutral\tneutral",
+        "0\t63735\t63735n\tslate\t( x )\t( y )\t(ROOT x)\t(ROOT y)\tThe new\tEveryone\tneutral\tcontradiction",
+    ),
+    "QNLI": (
+        "index\tquestion\tsentence\tlabel",
+        "0\tWhen did it?\tIn 1979.\tentailment",
+        "1\tWhat came?\tAs of that day.\tnot_entailment",
+    ),
+    "RTE": (
+        "index\tsentence1\tsentence2\tlabel",
+        "0\tNo weapons.\tWeapons.\tnot_entailment",
+        "1\tA place.\tA.\tentailment",
+    ),
+}
 OPTIONS = Options(epochs=8, batch=16, lr=3e-3, longest=16)
 WORDS = ["good", "bad", "film", "the", "a", "was", "it", "plot", "so", "very"]
 
@@ -45,16 +61,33 @@ def bart(tmp_path_factory: pytest.TempPathFactory) -> str:
 
     out = tmp_path_factory.mktemp("language") / "bart"
     special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(special + WORDS)}, unk_token="<unk>"))
+    tokenizer = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(special + WORDS)}, unk_token="<unk>")
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
-    names = dict(zip(("bos_token", "pad_token", "eos_token", "unk_token", "mask_token"), special, strict=True))
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, sep_token="</s>", cls_token="<s>", **names).save_pretrained(out)
+    names = dict(
+        zip(("bos_token", "pad_token", "eos_token", "unk_token", "mask_token"), special, strict=True)
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, sep_token="</s>", cls_token="<s>", **names
+    ).save_pretrained(out)
     torch.manual_seed(0)
-    BartForConditionalGeneration(BartConfig(
-        vocab_size=len(special + WORDS), d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
-        decoder_attention_heads=2, encoder_ffn_dim=64, decoder_ffn_dim=64, max_position_embeddings=64, dropout=0.0,
-        init_std=0.1)).save_pretrained(out)  # fmt: skip
+    BartForConditionalGeneration(
+        BartConfig(
+            vocab_size=len(special + WORDS),
+            d_model=32,
+            encoder_layers=1,
+            decoder_layers=1,
+            encoder_attention_heads=2,
+            decoder_attention_heads=2,
+            encoder_ffn_dim=64,
+            decoder_ffn_dim=64,
+            max_position_embeddings=64,
+            dropout=0.0,
+            init_std=0.1,
+        )
+    ).save_pretrained(out)
     return str(out)
 
 
@@ -109,8 +142,11 @@ def sentiment(root: Path, task: str = "SST-2") -> Path:
             words = draw.choices(WORDS[2:], k=5)
             words[draw.randrange(5)] = "good" if i % 2 else "bad"
             text = " ".join(words)
-            lines.append(f"{text}\t{i % 2}" if task == "SST-2" else
-                         f"{i}\t{text}\tit was good\t{'entailment' if i % 2 else 'not_entailment'}")  # fmt: skip
+            lines.append(
+                f"{text}\t{i % 2}"
+                if task == "SST-2"
+                else f"{i}\t{text}\tit was good\t{'entailment' if i % 2 else 'not_entailment'}"
+            )
         (folder / f"{name}.tsv").write_text("\n".join(lines) + "\n")
     return folder.parent
 
@@ -194,14 +230,22 @@ def test_xsum_is_read_in_its_three_forms(tmp_path):
     write_bbc(tmp_path / "bbc")
     expected = [((" ".join(document.split()),), summary) for document, summary in DOCUMENTS]
     assert xsum.read_split(str(tmp_path / "bbc"), "train") == expected
-    assert xsum.read_split(str(tmp_path / "bbc"), "test") == expected[1:]  # a file that is not there is left out
-    (tmp_path / "train.source").write_text("".join(f"{document}\n" for document, _ in DOCUMENTS), encoding="utf-8")
+    assert (
+        xsum.read_split(str(tmp_path / "bbc"), "test") == expected[1:]
+    )  # a file that is not there is left out
+    (tmp_path / "train.source").write_text(
+        "".join(f"{document}\n" for document, _ in DOCUMENTS), encoding="utf-8"
+    )
     (tmp_path / "train.target").write_text("".join(f"{summary}\n" for _, summary in DOCUMENTS))
-    assert xsum.read_split(str(tmp_path), "train") == [((document,), summary) for document, summary in DOCUMENTS]
+    assert xsum.read_split(str(tmp_path), "train") == [
+        ((document,), summary) for document, summary in DOCUMENTS
+    ]
     (tmp_path / "train.target").write_text("one line\n")
     with pytest.raises(UserError, match="2 lines"):
         xsum.read_split(str(tmp_path), "train")
-    lines = [json.dumps({"document": document, "summary": summary, "id": "1"}) for document, summary in DOCUMENTS]
+    lines = [
+        json.dumps({"document": document, "summary": summary, "id": "1"}) for document, summary in DOCUMENTS
+    ]
     (tmp_path / "test.jsonl").write_text("\n".join(lines))
     assert len(xsum.read_split(str(tmp_path), "test")) == 2
     with pytest.raises(UserError, match="no XSUM at"):
@@ -224,7 +268,9 @@ def test_a_small_bart_learns_to_summarise(bart, tmp_path, monkeypatch):
     train, test = xsum.read_split(str(tmp_path), "train"), xsum.read_split(str(tmp_path), "test")
     said = xsum.summaries(bart, train, test, options)
     scorer = rouge.RougeScorer(["rouge2"], use_stemmer=True)
-    theirs = [scorer.score(truth, text)["rouge2"].fmeasure for (_, truth), text in zip(test, said, strict=True)]
+    theirs = [
+        scorer.score(truth, text)["rouge2"].fmeasure for (_, truth), text in zip(test, said, strict=True)
+    ]
     assert metrics["ROUGE_2"] == pytest.approx(sum(theirs) / 2)
     assert metrics["ROUGE_1"] > 0.8
     assert metrics["num_different"] == 2
@@ -251,7 +297,10 @@ def test_text_loss_is_the_mean_over_tokens(bart, tmp_path):
     texts = [" ".join(WORDS * 3), "the film was good", " ".join(WORDS[::-1] * 2)]
     (tmp_path / "texts.txt").write_text("\n".join([*texts, texts[0]]) + "\n")
     metrics = text_loss.evaluate(bart, str(tmp_path / "texts.txt"))
-    model, tokenizer = BartForConditionalGeneration.from_pretrained(bart).eval(), AutoTokenizer.from_pretrained(bart)
+    model, tokenizer = (
+        BartForConditionalGeneration.from_pretrained(bart).eval(),
+        AutoTokenizer.from_pretrained(bart),
+    )
     total, masked = [], []
     for text in texts:  # one at a time: no padding
         ids = tokenizer(text)["input_ids"]

@@ -99,7 +99,9 @@ def test_losses_know_torch_alone():
 
 def test_no_module_is_reached_from_itself():
     """No cycles, not even through imports inside functions; a table of names may load what it names when asked."""
-    graph = {a: {b for x, b in EDGES if x == a and b in MODULES and not b.startswith(f"{a}.")} for a in MODULES}
+    graph = {
+        a: {b for x, b in EDGES if x == a and b in MODULES and not b.startswith(f"{a}.")} for a in MODULES
+    }
     done: set[str] = set()
 
     def walk(name: str, trail: tuple[str, ...]) -> None:
@@ -121,7 +123,9 @@ def test_no_module_is_reached_from_itself():
 
 def test_git_ignores_no_source():
     """A pattern such as `models/` without a leading slash keeps a package out of every clone."""
-    inside = subprocess.run(["git", "rev-parse", "--is-inside-work-tree"], cwd=ROOT, capture_output=True, text=True)
+    inside = subprocess.run(
+        ["git", "rev-parse", "--is-inside-work-tree"], cwd=ROOT, capture_output=True, text=True
+    )
     if inside.returncode:
         pytest.skip("not a git checkout")
     command = ["git", "check-ignore", *map(str, [*SOURCES, *SCRIPTS, *TESTS])]
@@ -187,7 +191,9 @@ def mapped_files() -> dict[str, list[str]]:
 def test_the_map_names_every_module():
     found = mapped_files()
     for package in PACKAGES:
-        files = [path for path in (ROOT / package).rglob("*") if path.suffix in (".py", ".html", ".css", ".js")]
+        files = [
+            path for path in (ROOT / package).rglob("*") if path.suffix in (".py", ".html", ".css", ".js")
+        ]
         present = {path.relative_to(ROOT / package).as_posix() for path in files}
         present -= {"__init__.py"}  # the line of the folder itself
         assert set(found[f"{package}/"]) == present, package
@@ -201,7 +207,10 @@ def test_the_map_names_nothing_that_does_not_exist():
     found = mapped_files()
     assert [folder for folder in found if not (ROOT / folder).is_dir()] == []
     assert [
-        f"{folder}{name}" for folder, names in found.items() for name in names if not (ROOT / folder / name).exists()
+        f"{folder}{name}"
+        for folder, names in found.items()
+        for name in names
+        if not (ROOT / folder / name).exists()
     ] == []
     names = [f"{folder}{name}" for folder, names in found.items() for name in names]
     assert len(names) == len(set(names))
@@ -239,5 +248,7 @@ def test_the_check_of_checks_can_say_no():
 @pytest.mark.parametrize("path", TESTS, ids=lambda path: path.name)
 def test_every_test_can_fail(path):
     known = functions(ROOT / "tests" / "conftest.py") | functions(path)
-    empty = [name for name, node in functions(path).items() if name.startswith("test_") and not checks(node, known)]
+    empty = [
+        name for name, node in functions(path).items() if name.startswith("test_") and not checks(node, known)
+    ]
     assert empty == []

@@ -16,7 +16,14 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from evaluation.encoder import Encoder
 from evaluation.report import run_task
-from evaluation.tasks.linear_probe import best_strength, evaluate, fit, hold_out, labelled_splits, probe_features
+from evaluation.tasks.linear_probe import (
+    best_strength,
+    evaluate,
+    fit,
+    hold_out,
+    labelled_splits,
+    probe_features,
+)
 from student.cli import main
 from teachercache.names import UserError
 from teachercache.readers import read_manifest
@@ -48,7 +55,9 @@ def data(tmp_path_factory):
 def slow_features(root, *splits: str) -> tuple[np.ndarray, np.ndarray]:
     """Features by the matrix, not normalised, and class numbers."""
     paths = [path for split in splits for path in sorted((root / split).rglob("*.png"))]
-    x = np.stack([view(Image.open(path)).numpy().reshape(-1).astype(np.float64) @ IMAGE_MATRIX for path in paths])
+    x = np.stack(
+        [view(Image.open(path)).numpy().reshape(-1).astype(np.float64) @ IMAGE_MATRIX for path in paths]
+    )
     return x.astype(np.float32), np.array([int(path.parent.name[1:]) for path in paths])
 
 
@@ -67,7 +76,12 @@ def test_the_probe_is_scikit_learns(data):
     assert found["lp_mean_per_class_recall"] == pytest.approx(accuracy(average="macro"))
     assert 1 / 6 < found["lp_acc1"] < 1
     assert found["lp_acc1"] != pytest.approx(found["lp_mean_per_class_recall"], abs=1e-3)
-    assert (found["num_train"], found["num_val"], found["num_images"], found["num_classes"]) == (204, 54, 102, 6)
+    assert (found["num_train"], found["num_val"], found["num_images"], found["num_classes"]) == (
+        204,
+        54,
+        102,
+        6,
+    )
     assert (found["features"], found["num_skipped"], found["lp_tie_rate"]) == ("embedding", 0, 0)
     assert 0 < found["iterations"] <= 1000
 
@@ -75,7 +89,9 @@ def test_the_probe_is_scikit_learns(data):
 def test_the_strength_is_as_good_on_validation_as_any_of_the_grids_start(data):
     chosen = evaluate(ENCODER, read_manifest(str(data)))["C"]
     train, val = slow_features(data, "train"), slow_features(data, "val")
-    scores = {c: LogisticRegression(C=c, max_iter=1000).fit(*train).score(*val) for c in (*GRID[::16], chosen)}
+    scores = {
+        c: LogisticRegression(C=c, max_iter=1000).fit(*train).score(*val) for c in (*GRID[::16], chosen)
+    }
     assert scores[chosen] == max(scores.values())
     assert len(set(scores.values())) > 1
 
@@ -118,8 +134,10 @@ def test_val_is_held_out_of_each_class_where_there_is_none(tmp_path):
     coloured(root, "test", {"c0": 2, "c1": 2, "c2": 2, "c3": 2}, noise=9, seed=1)
     manifest = read_manifest(str(root))
     parts, labels = labelled_splits(manifest), manifest.column("label")
-    counts = {name: {label: [labels[row] for row in part].count(label) for label in sorted(set(labels))}
-              for name, part in parts.items()}  # fmt: skip
+    counts = {
+        name: {label: [labels[row] for row in part].count(label) for label in sorted(set(labels))}
+        for name, part in parts.items()
+    }
     assert counts["val"] == {"c0": 4, "c1": 2, "c2": 0, "c3": 1}
     assert counts["train"] == {"c0": 16, "c1": 8, "c2": 1, "c3": 1}
     assert sorted(row for part in parts.values() for row in part) == list(range(len(manifest)))
@@ -145,7 +163,9 @@ def test_a_class_that_training_lacks_is_never_hit(data, tmp_path):
 
 
 def test_without_splits(tmp_path):
-    with pytest.raises(UserError, match="no train rows with labels: a linear probe needs folders `train/<class>`"):
+    with pytest.raises(
+        UserError, match="no train rows with labels: a linear probe needs folders `train/<class>`"
+    ):
         evaluate(ENCODER, read_manifest(str(make_folder(tmp_path / "flat", 9))))
 
 
@@ -167,7 +187,9 @@ def test_a_model_that_says_one_thing_knows_the_largest_class_at_most(data):
 
 
 def test_a_model_that_says_nan(data):
-    broken = Encoder(**{**vars(ENCODER), "encode_image": lambda images: torch.full((len(images), 4), torch.nan)})
+    broken = Encoder(
+        **{**vars(ENCODER), "encode_image": lambda images: torch.full((len(images), 4), torch.nan)}
+    )
     with pytest.raises(UserError, match="linear says NaN or infinity"):
         evaluate(broken, read_manifest(str(data)))
 
@@ -203,7 +225,10 @@ VIT = {"image_size": 32, "layers": 1, "width": 24, "head_width": 12, "patch_size
 def test_a_vits_features_are_those_before_its_projection():
     encoder = tower_of(VIT)
     encode, which = probe_features(encoder)
-    found, before = encode(IMAGES), {name: value.clone() for name, value in encoder.tower.state_dict().items()}
+    found, before = (
+        encode(IMAGES),
+        {name: value.clone() for name, value in encoder.tower.state_dict().items()},
+    )
     assert (which, found.shape) == ("before the projection", (3, 24))
     torch.testing.assert_close(found @ encoder.tower.proj, encoder.encode_image(IMAGES))
     encoder.tower.proj = None
@@ -213,7 +238,9 @@ def test_a_vits_features_are_those_before_its_projection():
 
 def test_a_teacher_is_probed_before_its_projection(teacher_folder, squares, capfd):
     """The command, and the teacher's own tower: 32 wide before, 16 behind."""
-    assert main(["eval", str(teacher_folder), "--task", "linear_probe", "--data", str(squares), "--json"]) == 0
+    assert (
+        main(["eval", str(teacher_folder), "--task", "linear_probe", "--data", str(squares), "--json"]) == 0
+    )
     result = json.loads(capfd.readouterr().out)
     assert (result["task"], result["metrics"]["features"]) == ("linear_probe", "before the projection")
     assert result["metrics"]["num_images"] == 16
@@ -221,16 +248,28 @@ def test_a_teacher_is_probed_before_its_projection(teacher_folder, squares, capf
 
 @pytest.mark.parametrize("proj", ["linear", "mlp"])
 def test_a_timm_towers_features_are_those_before_its_head(proj):
-    encoder = tower_of({"timm_model_name": "resnet10t", "timm_pool": "avg", "timm_proj": proj, "image_size": 32,
-                        "timm_model_pretrained": False})  # fmt: skip
+    encoder = tower_of(
+        {
+            "timm_model_name": "resnet10t",
+            "timm_pool": "avg",
+            "timm_proj": proj,
+            "image_size": 32,
+            "timm_model_pretrained": False,
+        }
+    )
     encode, which = probe_features(encoder)
     assert which == "before the projection"
     torch.testing.assert_close(encode(IMAGES), encoder.tower.trunk(IMAGES))
     torch.testing.assert_close(encoder.tower.head(encode(IMAGES)), encoder.encode_image(IMAGES))
 
 
-@pytest.mark.parametrize("encoder", [
-    ENCODER, tower_of({"image_size": 32, "layers": [1, 1, 1, 1], "width": 4, "head_width": 32}),
-], ids=["unknown", "ModifiedResNet"])  # fmt: skip
+@pytest.mark.parametrize(
+    "encoder",
+    [
+        ENCODER,
+        tower_of({"image_size": 32, "layers": [1, 1, 1, 1], "width": 4, "head_width": 32}),
+    ],
+    ids=["unknown", "ModifiedResNet"],
+)
 def test_other_towers_give_their_embedding(encoder):
     assert probe_features(encoder) == (encoder.encode_image, "embedding")

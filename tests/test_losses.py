@@ -134,7 +134,10 @@ def inputs_of(name: str, *, count: int = N, dtype: torch.dtype = torch.float64, 
     """Arguments of a loss by name; the teacher is narrower than the student only where that is allowed."""
     student = {"image": rows(D, 1, count=count, dtype=dtype), "text": rows(D, 2, count=count, dtype=dtype)}
     width = E if name in ("crd_loss", "soft_clip_loss") else D
-    teacher = {"t_image": rows(width, 3, count=count, dtype=dtype), "t_text": rows(width, 4, count=count, dtype=dtype)}
+    teacher = {
+        "t_image": rows(width, 3, count=count, dtype=dtype),
+        "t_text": rows(width, 4, count=count, dtype=dtype),
+    }
     return {
         "clip_loss": student | {"scale": scale(a, dtype)},
         "crd_loss": student | {"scale": scale(a, dtype)} | teacher | {"t_scale": scale(a * 1.7, dtype)},
@@ -147,8 +150,16 @@ def inputs_of(name: str, *, count: int = N, dtype: torch.dtype = torch.float64, 
     }[name]
 
 
-LOSSES = {"clip_loss": loop_clip, "crd_loss": loop_crd, "fd_loss": loop_fd, "icl_loss": loop_icl, "gd_loss": loop_gd,
-          "cross_kd_loss": loop_cross, "soft_clip_loss": loop_soft_clip, "hidden_loss": mean_square}  # fmt: skip
+LOSSES = {
+    "clip_loss": loop_clip,
+    "crd_loss": loop_crd,
+    "fd_loss": loop_fd,
+    "icl_loss": loop_icl,
+    "gd_loss": loop_gd,
+    "cross_kd_loss": loop_cross,
+    "soft_clip_loss": loop_soft_clip,
+    "hidden_loss": mean_square,
+}
 every_loss = pytest.mark.parametrize("name", list(LOSSES))
 
 
@@ -156,7 +167,9 @@ every_loss = pytest.mark.parametrize("name", list(LOSSES))
 def test_value_and_every_gradient_match_the_loop(name):
     given = {key: value.requires_grad_() for key, value in inputs_of(name).items()}
     fast = getattr(losses, name)(**given)
-    slow = LOSSES[name](*(value[0] if len(value) == 1 else list(value) for value in given.values())).reshape(())
+    slow = LOSSES[name](*(value[0] if len(value) == 1 else list(value) for value in given.values())).reshape(
+        ()
+    )
     assert fast.shape == ()
     assert fast.dtype == torch.float64
     torch.testing.assert_close(fast, slow, rtol=1e-12, atol=1e-14)
@@ -223,7 +236,9 @@ def test_order_of_the_pairs_does_not_matter(name):
     given = inputs_of(name)
     order = torch.tensor([3, 0, 4, 1, 2])
     shuffled = {key: value if "scale" in key else value[order] for key, value in given.items()}
-    torch.testing.assert_close(getattr(losses, name)(**shuffled), getattr(losses, name)(**given), rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        getattr(losses, name)(**shuffled), getattr(losses, name)(**given), rtol=1e-12, atol=0
+    )
     which = "hidden" if name == "hidden_loss" else "text"
     broken = shuffled | {which: given[which]}  # pictures and captions of different pairs
     assert (getattr(losses, name)(**broken) - getattr(losses, name)(**given)).abs() > 1e-3
@@ -242,8 +257,12 @@ def test_fd_is_two_over_d_times_one_minus_cosine():
 
 def test_crd_is_zero_only_where_the_distributions_are_the_same():
     image, text = rows(D, 1), rows(D, 2)
-    turned, _ = torch.linalg.qr(torch.randn(D, D, dtype=torch.float64, generator=torch.Generator().manual_seed(5)))
-    same = losses.crd_loss(image, text, 9.0, image @ turned, text @ turned, 9.0)  # another space, the same relations
+    turned, _ = torch.linalg.qr(
+        torch.randn(D, D, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    )
+    same = losses.crd_loss(
+        image, text, 9.0, image @ turned, text @ turned, 9.0
+    )  # another space, the same relations
     torch.testing.assert_close(same, torch.zeros((), dtype=torch.float64), rtol=0, atol=1e-13)
     assert losses.crd_loss(image, text, 9.0, image, text, 9.5) > 1e-4  # each side has its own scale
     for seed in range(20):
@@ -273,15 +292,24 @@ def test_gd_is_zero_where_the_gradients_are_the_same_and_compares_those_of_clip_
     ours = torch.autograd.grad(losses.clip_loss(image, text, 9.0), [image, text])
     theirs = torch.autograd.grad(losses.clip_loss(t_image, t_text, 20.0), [t_image, t_text])
     expected = sum((a - b).square().sum(1).mean() for a, b in zip(ours, theirs, strict=True))
-    torch.testing.assert_close(losses.gd_loss(image, text, 9.0, t_image, t_text, 20.0), expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        losses.gd_loss(image, text, 9.0, t_image, t_text, 20.0), expected, rtol=1e-12, atol=0
+    )
 
 
 def test_gd_in_float32_keeps_its_digits_where_the_teacher_is_sure():
     t_image = rows(64, 3, count=512)
     t_text = torch.nn.functional.normalize(t_image + 0.5 * rows(64, 4, count=512))
-    given = {"image": rows(64, 1, count=512), "text": rows(64, 2, count=512), "t_image": t_image, "t_text": t_text}
+    given = {
+        "image": rows(64, 1, count=512),
+        "text": rows(64, 2, count=512),
+        "t_image": t_image,
+        "t_text": t_text,
+    }
     wide = losses.gd_loss(**given, scale=14.3, t_scale=100.0)
-    narrow = losses.gd_loss(**{name: value.float() for name, value in given.items()}, scale=14.3, t_scale=100.0)
+    narrow = losses.gd_loss(
+        **{name: value.float() for name, value in given.items()}, scale=14.3, t_scale=100.0
+    )
     assert 1e-6 < wide < 1e-2
     torch.testing.assert_close(narrow.double(), wide, rtol=1e-5, atol=0)
 
@@ -292,7 +320,9 @@ def test_the_weight_of_gd_in_the_paper_fits_a_scale_that_divides():
     random = torch.Generator().manual_seed(0)
     image, text, both, *apart = (torch.randn(n, d, generator=random) for _ in range(5))
     image, text = (torch.nn.functional.normalize(value) for value in (image, text))
-    t_image, t_text = (torch.nn.functional.normalize(both + 1.7 * value) for value in apart)  # a cosine of 1/4, CLIP's
+    t_image, t_text = (
+        torch.nn.functional.normalize(both + 1.7 * value) for value in apart
+    )  # a cosine of 1/4, CLIP's
     task = losses.clip_loss(image, text, 14.3)
     multiplied = losses.gd_loss(image, text, 14.3, t_image, t_text, 100.0)
     divided = losses.gd_loss(image, text, 1 / 14.3, t_image, t_text, 1 / 100)

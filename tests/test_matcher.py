@@ -104,7 +104,9 @@ def test_models_of_both_kinds_stand_side_by_side(diffusion_folder, tmp_path, mon
     results = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
     assert [result["model"] for result in results] == [str(clip), str(diffusion_folder)]
     for result in results:
-        assert {"text_score", "image_score", "group_score", "ties", "text_score_low"} <= set(result["metrics"])
+        assert {"text_score", "image_score", "group_score", "ties", "text_score_low"} <= set(
+            result["metrics"]
+        )
         assert result["metrics"]["seconds_per_match"] > 0
     assert [result["metrics"]["num_matches"] for result in results] == [16, 24]  # the empty text is one more
     assert "normalised/image_score" in results[1]["metrics"]
@@ -126,7 +128,10 @@ def test_a_run_keeps_its_result(finished_run, tmp_path, capfd):
         (["--task", "retrieval"], "has no embeddings to evaluate"),
         (["--task", "retrieval", "--samples", "2"], "only winoground, aro, sugar_crepe take one"),
         (["--task", "winoground", "--figures", "f"], "--figures draws what encoders say"),
-        (["--task", "winoground", "--data", "nowhere"], "no folder nowhere: --task winoground wants the folder"),
+        (
+            ["--task", "winoground", "--data", "nowhere"],
+            "no folder nowhere: --task winoground wants the folder",
+        ),
     ],
 )
 def test_errors(words, said, diffusion_folder, tmp_path, monkeypatch, capsys):

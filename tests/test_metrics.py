@@ -17,7 +17,9 @@ QUERIES, ITEMS = 60, 25
 def random_scores(seed: int, *, positives: float = 0.1) -> tuple[torch.Tensor, torch.Tensor]:
     """Scores without a tie, and several positives for most queries (one at least)."""
     random = np.random.default_rng(seed)
-    scores = torch.from_numpy(random.permuted(np.arange(QUERIES * ITEMS)).reshape(QUERIES, ITEMS).astype(np.float32))
+    scores = torch.from_numpy(
+        random.permuted(np.arange(QUERIES * ITEMS)).reshape(QUERIES, ITEMS).astype(np.float32)
+    )
     positive = torch.from_numpy(random.random((QUERIES, ITEMS)) < positives)
     positive[torch.arange(QUERIES), torch.from_numpy(random.integers(ITEMS, size=QUERIES))] = True
     return scores, positive

@@ -49,7 +49,9 @@ def test_importance_is_the_loop():
     for layer in range(3):
         for head in range(2):
             for k, name in enumerate(("picture", "text")):
-                assert getattr(found, name)[layer, head] == pytest.approx(slow(parts, layer, head, k, per_token=False))
+                assert getattr(found, name)[layer, head] == pytest.approx(
+                    slow(parts, layer, head, k, per_token=False)
+                )
                 per_token = getattr(found, f"{name}_per_token")[layer, head]
                 assert per_token == pytest.approx(slow(parts, layer, head, k, per_token=True))
     assert (found.num_rows, found.num_skipped) == (8, 0)
@@ -76,7 +78,10 @@ def test_numbers_and_how_they_changed():
         picture, text = (np.array(values, float) for values in (picture, text))
         return modality.Importance(picture, text, picture / 10, text / 20, num_rows=4, num_skipped=0)
 
-    before, after = of([[0.1, 0.3], [0.2, 0.2]], [[0.8, 0.6], [0.7, 0.5]]), of([[0.2, 0.4]] * 2, [[0.5, 0.3]] * 2)
+    before, after = (
+        of([[0.1, 0.3], [0.2, 0.2]], [[0.8, 0.6], [0.7, 0.5]]),
+        of([[0.2, 0.4]] * 2, [[0.5, 0.3]] * 2),
+    )
     numbers = modality.as_numbers(before)
     assert numbers["picture_by_layer"] == pytest.approx([0.2, 0.2])
     assert numbers["text_mean"] == pytest.approx(0.65)
@@ -96,7 +101,9 @@ def test_heatmaps_have_one_scale(tmp_path):
     """The colour of each model's cells, read from the middle of its field."""
 
     def flat(picture, text):
-        return modality.Importance(*(np.full((2, 3), value) for value in (picture, text, picture / 5, text / 5)), 1, 0)
+        return modality.Importance(
+            *(np.full((2, 3), value) for value in (picture, text, picture / 5, text / 5)), 1, 0
+        )
 
     both = {"before": flat(0.2, 0.7), "after": flat(0.7, 0.2)}
     found = pixels(modality.draw_importance(both, tmp_path / "m.png"))
@@ -110,7 +117,9 @@ def test_heatmaps_have_one_scale(tmp_path):
 def test_a_text_is_darker_where_a_word_weighs_more(tmp_path):
     text = "red star left"
     spans = np.array([[m.start(), m.end()] for m in re.finditer(r"\w+", text)] + [[0, 0]])
-    found = pixels(modality.draw_token_scores(text, {"a": (spans, np.array([0.1, 1.0, 0.4, 9.0]))}, tmp_path / "t.png"))
+    found = pixels(
+        modality.draw_token_scores(text, {"a": (spans, np.array([0.1, 1.0, 0.4, 9.0]))}, tmp_path / "t.png")
+    )
     step = found.shape[1] / (modality.WIDTH + 4)  # the picture begins two characters before the text
     line = found[-50:-15]  # below the heading
     behind = [np.median(line[:, int((2 + start) * step) + 2].mean(-1)) for start, _ in spans[:3]]
@@ -150,7 +159,9 @@ def student(tmp_path, monkeypatch):
 
     scene_tasks.write_tasks(tmp_path / "scenes", 8, seed=0, size=32, test=0.9)
     data = str(tmp_path / "scenes/vcr1/val.jsonl")
-    tokenizer = vocabulary_tokenizer([text for texts in read_manifest(data).column("texts") for text in texts])
+    tokenizer = vocabulary_tokenizer(
+        [text for texts in read_manifest(data).column("texts") for text in texts]
+    )
     torch.manual_seed(0)
     config = BertConfig(vocab_size=tokenizer.get_vocab_size(), type_vocab_size=3, **SIZES["micro"])
     task = Task("vcr", "q2a", 4, 4)
@@ -205,7 +216,16 @@ def test_a_students_first_layer_by_hand(student):
 
 def test_numbers_and_pictures_of_two_runs(student, tmp_path, monkeypatch, capsys):
     folder, data, *_ = student
-    words = [str(folder / "before"), str(folder / "after"), "--data", data, "--out", str(folder / "out"), "--rows", "3"]
+    words = [
+        str(folder / "before"),
+        str(folder / "after"),
+        "--data",
+        data,
+        "--out",
+        str(folder / "out"),
+        "--rows",
+        "3",
+    ]
     monkeypatch.setattr(sys, "argv", ["show_attention.py", *words])
     assert show.main() == 0
     numbers = json.loads((folder / "out/modality.json").read_text())
@@ -219,7 +239,10 @@ def test_numbers_and_pictures_of_two_runs(student, tmp_path, monkeypatch, capsys
     assert show.main() == 0  # two runs of one name
     assert len(json.loads((folder / "out/modality.json").read_text())) == 3
     (folder / "best" / "after").rename(folder / "before")
-    for more, message in ((["--example", "none"], "no row 'none'"), (["--data", str(tmp_path / "no")], "no data at")):
+    for more, message in (
+        (["--example", "none"], "no row 'none'"),
+        (["--data", str(tmp_path / "no")], "no data at"),
+    ):
         monkeypatch.setattr(sys, "argv", ["show_attention.py", *words, *more])
         assert show.main() == 2
         assert message in capsys.readouterr().err

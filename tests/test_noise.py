@@ -10,16 +10,27 @@ from teachercache.noise import KINDS, corrupt
 from teachercache.readers import read_manifest
 from teachercache.samples import Sample, make_manifest
 
-CAPTIONS = ["a red cat sits", "a red cat sleeps", "a blue dog runs", "a blue dog sits", "two old trains", "rain"]
+CAPTIONS = [
+    "a red cat sits",
+    "a red cat sleeps",
+    "a blue dog runs",
+    "a blue dog sits",
+    "two old trains",
+    "rain",
+]
 
 
 def manifest_of(tmp_path, captions=CAPTIONS, *, repeat: int = 4):
     """Rows of a caption each, every fourth a test row, with a task column of their own."""
     many = [f"{text} {k}" for k in range(repeat) for text in captions]
-    return make_manifest("d", tmp_path, [
-        Sample(f"k{i:02d}", "", (text,), split="test" if i % 4 == 3 else "train", task='{"question":"q"}')
-        for i, text in enumerate(many)
-    ])  # fmt: skip
+    return make_manifest(
+        "d",
+        tmp_path,
+        [
+            Sample(f"k{i:02d}", "", (text,), split="test" if i % 4 == 3 else "train", task='{"question":"q"}')
+            for i, text in enumerate(many)
+        ],
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -97,10 +108,16 @@ def test_the_command_writes_what_can_be_read_again(tmp_path, capsys):
     assert sum(a != b for a, b in zip(noisy.column("texts"), clean.column("texts"), strict=True)) == 6
 
 
-@pytest.mark.parametrize(("noise", "said"), [
-    ("shuffel=0.4", "did you mean 'shuffle'"), ("shuffle", "write a share behind shuffle="),
-    ("shuffle=much", "write a share behind"), ("near=1.5", "above 0 and up to 1"), ("partial=0.01", "are too few"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("noise", "said"),
+    [
+        ("shuffel=0.4", "did you mean 'shuffle'"),
+        ("shuffle", "write a share behind shuffle="),
+        ("shuffle=much", "write a share behind"),
+        ("near=1.5", "above 0 and up to 1"),
+        ("partial=0.01", "are too few"),
+    ],
+)
 def test_noise_that_makes_no_sense(noise, said, tmp_path, capsys):
     data = make_folder(tmp_path / "squares", 20, splits=True)
     assert said in error_of(capsys, "manifest", data, "--noise", noise, "--out", tmp_path / "out.parquet")

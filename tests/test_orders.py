@@ -17,9 +17,13 @@ from evaluation.pos_tags import KINDS, Tagger, find_tagger, of_hanta, word_token
 from teachercache.names import UserError
 
 WORDS = st.lists(st.tuples(st.text("abc", min_size=1, max_size=3), st.sampled_from(KINDS)), max_size=14)
-BY_LETTER = Tagger("letters", lambda texts: [
-    [(word, KINDS["na".find(word[0])] if word[0] in "na" else "other") for word in text.split()] for text in texts
-])  # fmt: skip
+BY_LETTER = Tagger(
+    "letters",
+    lambda texts: [
+        [(word, KINDS["na".find(word[0])] if word[0] in "na" else "other") for word in text.split()]
+        for text in texts
+    ],
+)
 
 
 @given(WORDS, st.integers(0, 5))
@@ -51,8 +55,18 @@ def test_threes_change_places_as_wholes():
 
 
 def test_every_order_is_drawn():
-    tagged = [("n1", "noun"), ("x", "other"), ("n2", "noun"), ("a1", "adjective"), ("a2", "adjective"), ("y", "other")]
-    for shuffle, number in ((orders.shuffle_nouns_and_adjectives, 4), (orders.shuffle_all_but_nouns_and_adjectives, 2)):
+    tagged = [
+        ("n1", "noun"),
+        ("x", "other"),
+        ("n2", "noun"),
+        ("a1", "adjective"),
+        ("a2", "adjective"),
+        ("y", "other"),
+    ]
+    for shuffle, number in (
+        (orders.shuffle_nouns_and_adjectives, 4),
+        (orders.shuffle_all_but_nouns_and_adjectives, 2),
+    ):
         assert len({tuple(shuffle(tagged, random.Random(seed))) for seed in range(60)}) == number
 
 
@@ -84,7 +98,9 @@ def test_options_are_five_the_true_one_first_and_the_same_again():
 
 
 def test_an_option_that_differs_in_spaces_alone_is_none():
-    assert wrong_options(["a dog's tail, red", "a dog 's tail , red", "a tail 's dog , red"]) == ["a tail 's dog , red"]
+    assert wrong_options(["a dog's tail, red", "a dog 's tail , red", "a tail 's dog , red"]) == [
+        "a tail 's dog , red"
+    ]
 
 
 def test_options_are_kept_beside_the_data(tmp_path, monkeypatch):
@@ -128,7 +144,9 @@ def test_hanta_knows_nouns_and_adjectives():
     (tagged,) = of_hanta().tag(["The old dog's small house is near two green trees."])
     assert [word for word, kind in tagged if kind == "noun"] == ["dog", "house", "trees"]
     assert [word for word, kind in tagged if kind == "adjective"] == ["old", "small", "green"]
-    assert [word for word, _ in tagged] == word_tokenizer()("The old dog's small house is near two green trees.")
+    assert [word for word, _ in tagged] == word_tokenizer()(
+        "The old dog's small house is near two green trees."
+    )
     assert of_hanta().tag([""]) == [[]]
 
 
@@ -177,9 +195,14 @@ def test_without_any_tagger_the_error_says_what_to_install(tmp_path, monkeypatch
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [("{", "is not JSON"), ("[]", "not an object of captions"), ("{}", "no tags of the caption 'a b'"),
-     ('{"a b": [["a", "verb"]]}', "not pairs of a token and noun, adjective, other"), ('{"a b": 3}', "not pairs")],
-)  # fmt: skip
+    [
+        ("{", "is not JSON"),
+        ("[]", "not an object of captions"),
+        ("{}", "no tags of the caption 'a b'"),
+        ('{"a b": [["a", "verb"]]}', "not pairs of a token and noun, adjective, other"),
+        ('{"a b": 3}', "not pairs"),
+    ],
+)
 def test_tags_of_a_file_are_checked(content, said, tmp_path):
     (tmp_path / "pos_tags.json").write_text(content)
     with pytest.raises(UserError, match=said):

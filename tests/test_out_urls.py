@@ -170,10 +170,18 @@ def test_a_student_reads_it(finished, squares, teacher, tmp_path):
     student = SimpleNamespace(inputs=("image", "text"), view=lambda picture: torch.zeros(3))
     student.tokenizer = lambda texts: torch.tensor([[len(text)] for text in texts])
     there, here = (
-        Batches(manifest, training_rows(manifest, cache), student=student, cache=cache,
-                reads=("image_emb", "text_emb"), batch=4, steps=3, seed=0)
+        Batches(
+            manifest,
+            training_rows(manifest, cache),
+            student=student,
+            cache=cache,
+            reads=("image_emb", "text_emb"),
+            batch=4,
+            steps=3,
+            seed=0,
+        )
         for cache in (store.open_complete(finished), local)
-    )  # fmt: skip
+    )
     for step in range(3):
         ours, theirs = there[step], here[step]
         assert ours.keys() == theirs.keys() > {"image_emb", "text_emb"}
@@ -197,7 +205,13 @@ def test_verify_names_a_damaged_block_and_build_mends_it(url, teacher_folder, tm
     words = ("build", "--teacher", teacher_folder, "--data", data, "--out", url, *HERE)
     assert main([str(word) for word in words]) == 0
     whole = objects(url)
-    for name in ("image_emb/c/0/0", "done/00000000.json", "manifest.parquet", "quarantine.jsonl", "key/zarr.json"):
+    for name in (
+        "image_emb/c/0/0",
+        "done/00000000.json",
+        "manifest.parquet",
+        "quarantine.jsonl",
+        "key/zarr.json",
+    ):
         (url / name).write_bytes(whole[name][:-3] + b"abc")
         line = error_of(capsys, "verify", url)
         assert "1 damaged blocks" in line or f"{name}: damaged" in line
@@ -214,7 +228,9 @@ def test_prune_is_for_local_caches(url, teacher, tmp_path):
     run_build(teacher, data, url)
     sorted(data.rglob("*.png"))[0].unlink()
     before = objects(url)
-    with pytest.raises(UserError, match=r"--prune is for local caches: build s3://.*/c\.zarr anew into another --out"):
+    with pytest.raises(
+        UserError, match=r"--prune is for local caches: build s3://.*/c\.zarr anew into another --out"
+    ):
         run_build(teacher, data, url, prune=True)
     assert objects(url) == before
 
@@ -222,7 +238,9 @@ def test_prune_is_for_local_caches(url, teacher, tmp_path):
 def test_what_cannot_be_written_is_one_line(s3, teacher_folder, tmp_path, capsys, monkeypatch):
     data = make_folder(tmp_path / "data", 3)
     words = ("build", "--teacher", teacher_folder, "--data", data, *HERE, "--out")
-    assert "cannot write s3://no-such-bucket-here/c.zarr" in error_of(capsys, *words, "s3://no-such-bucket-here/c.zarr")
+    assert "cannot write s3://no-such-bucket-here/c.zarr" in error_of(
+        capsys, *words, "s3://no-such-bucket-here/c.zarr"
+    )
     other = as_path(s3())
     (other / "c.zarr" / "notes.txt").write_bytes(b"mine")
     assert "is there and is no cache: pass another --out" in error_of(capsys, *words, other / "c.zarr")
@@ -234,7 +252,13 @@ def leases(url: Any) -> list[Any]:
 
 
 def write_lease(url: Any, *, age: float, host: str, pid: int, name: str = "x") -> Any:
-    facts = {"job": f"job {name}", "host": host, "pid": pid, "start": time.time() - age, "time": time.time() - age}
+    facts = {
+        "job": f"job {name}",
+        "host": host,
+        "pid": pid,
+        "start": time.time() - age,
+        "time": time.time() - age,
+    }
     path = url / f".builder-{name}-0.json"
     path.write_text(json.dumps(facts))
     return path
@@ -243,8 +267,11 @@ def write_lease(url: Any, *, age: float, host: str, pid: int, name: str = "x") -
 def test_a_living_builder_elsewhere_is_waited_for_and_a_silent_one_is_not(url, teacher, tmp_path):
     data = make_folder(tmp_path / "data", 12)
     write_lease(url, age=20, host="another-machine", pid=1)
-    with pytest.raises(UserError, match=r"is being built by process 1 on another-machine: wait for it; if it is dead, "
-                                        r"wait (99|100) seconds or remove s3://.*\.builder-x-0\.json$"):  # fmt: skip
+    with pytest.raises(
+        UserError,
+        match=r"is being built by process 1 on another-machine: wait for it; if it is dead, "
+        r"wait (99|100) seconds or remove s3://.*\.builder-x-0\.json$",
+    ):
         run_build(teacher, data, url)
     assert [entry.name for entry in url.iterdir()] == [".builder-x-0.json"]
     write_lease(url, age=121, host="another-machine", pid=1)
@@ -306,6 +333,9 @@ def test_of_two_builders_at_once_one_builds(url, teacher, tmp_path, monkeypatch)
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(said) in (["built", "is being built"], ["built", "built"])  # at once, or one after the other
+    assert sorted(said) in (
+        ["built", "is being built"],
+        ["built", "built"],
+    )  # at once, or one after the other
     run_build(teacher, data, tmp_path / "local.zarr")
     assert_same(url, tmp_path / "local.zarr")

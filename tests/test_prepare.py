@@ -139,7 +139,9 @@ def test_caption_key_ignores_what_does_not_matter():
 
 def test_every_class_named_by_the_rules_has_words():
     tables = (rules.STAMP_FOLDERS, rules.CLIPART_FOLDERS, rules.WORD_CLASSES)
-    named = {label for table in tables for label in table.values()} | {c for _, c in rules.read_titles().values()}
+    named = {label for table in tables for label in table.values()} | {
+        c for _, c in rules.read_titles().values()
+    }
     assert named - {""} == set(rules.CLASSES)
 
 

@@ -137,7 +137,9 @@ def test_the_files_are_those_of_the_published_sets(tmp_path):
     assert len(paths) == 3 + 4 + 2 * 20 + 2 * 4
     for path in paths:
         assert (tmp_path / "a" / path).read_bytes() == (tmp_path / "b" / path).read_bytes(), path
-    lines = [json.loads(line) for line in (tmp_path / "a/winoground/data/examples.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (tmp_path / "a/winoground/data/examples.jsonl").read_text().splitlines()
+    ]
     assert [line["id"] for line in lines] == list(range(20))
     with zipfile.ZipFile(tmp_path / "a/winoground/data/images.zip") as archive:
         for line in lines:
@@ -146,7 +148,9 @@ def test_the_files_are_those_of_the_published_sets(tmp_path):
             assert pictures[0].tobytes() != pictures[1].tobytes()
     aro = tmp_path / "a/aro"
     drawn = list(compositions.relations(20, 1))
-    for line, (told, _, _) in zip(json.loads((aro / "visual_genome_relation.json").read_text()), drawn, strict=True):
+    for line, (told, _, _) in zip(
+        json.loads((aro / "visual_genome_relation.json").read_text()), drawn, strict=True
+    ):
         picture = opened(aro / "images" / line["image_path"])
         x, y, width, height = (line[f"bbox_{key}"] for key in "xywh")
         crop = picture.crop((x, y, x + width, y + height))

@@ -126,13 +126,18 @@ def test_both_sets_are_read_and_share_no_description(tmp_path):
     for split, other in (("train", "train"), ("val", "dev")):
         vcr = read_manifest(str(tmp_path / f"a/vcr1/{split}.jsonl"))
         snli = read_manifest(str(tmp_path / f"a/snli_ve/snli_ve_{other}.jsonl"))
-        assert (len(vcr), len(snli)) == (counts[f"vcr1/{split}.jsonl"], counts[f"snli_ve/snli_ve_{other}.jsonl"])
+        assert (len(vcr), len(snli)) == (
+            counts[f"vcr1/{split}.jsonl"],
+            counts[f"snli_ve/snli_ve_{other}.jsonl"],
+        )
         assert set(vcr.column("problem") + snli.column("problem")) == {""}
         assert read_image(vcr, vcr.row(0)).size == (48, 48)
         assert read_image(snli, snli.row(0)).size == (48, 48)
         tasks = [json.loads(task) for task in vcr.column("task")]
         assert all(len(task["boxes"]) == len(task["objects"]) for task in tasks)
-        assert all(0 <= x < x2 <= 48 and 0 <= y < y2 <= 48 for task in tasks for x, y, x2, y2 in task["boxes"])
+        assert all(
+            0 <= x < x2 <= 48 and 0 <= y < y2 <= 48 for task in tasks for x, y, x2, y2 in task["boxes"]
+        )
         assert Counter(snli.column("label")) == dict.fromkeys(phrased_labels(), len(snli) // 3)
         premises[split] = {json.loads(task)["premise"] for task in snli.column("task")}
     assert premises["train"]

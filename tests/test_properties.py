@@ -71,7 +71,9 @@ def test_caption_lists_in_json_keep_every_text(captions):
 
 
 @QUICK
-@given(lines=st.lists((words | ODD).filter(lambda text: not {"\n", "\r"} & set(text)), min_size=1, max_size=6))
+@given(
+    lines=st.lists((words | ODD).filter(lambda text: not {"\n", "\r"} & set(text)), min_size=1, max_size=6)
+)
 def test_lines_of_a_text_file_are_rows_or_the_file_is_refused(lines):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "names.txt")
@@ -130,7 +132,9 @@ fields = st.lists(
 sizes = st.tuples(st.integers(1, 20), st.integers(1, 3), st.integers(0, 3))  # rows, texts, views
 
 
-def meta_of(specs: list[Field], rows: int, texts: int, views: int, block_rows: int) -> tuple[CacheMeta, object]:
+def meta_of(
+    specs: list[Field], rows: int, texts: int, views: int, block_rows: int
+) -> tuple[CacheMeta, object]:
     samples = [Sample(f"k\u00e9/{i}", "a.png", tuple(f"{i} {k}" for k in range(texts))) for i in range(rows)]
     manifest = make_manifest("d", Path("d"), samples)
     spec = TeacherSpec("t", "pretrained", "0", ("embeddings",), tuple(specs), {}, {}, {})
@@ -170,7 +174,9 @@ def assert_holds(cache: store.Cache) -> None:
         outer = cache.fields[name].copies(cache.meta.texts, cache.meta.views)
         for copy in range(cache.copies(name)):
             some = wanted[rows, copy] if outer else wanted[rows]
-            assert np.array_equal(store.read_rows(cache, name, copy, rows), some, equal_nan=some.dtype.kind == "f")
+            assert np.array_equal(
+                store.read_rows(cache, name, copy, rows), some, equal_nan=some.dtype.kind == "f"
+            )
     assert store.damaged_blocks(cache) == {}
     assert damaged_files(cache) == {}
 
@@ -184,7 +190,9 @@ def test_a_store_holds_what_was_written_and_keeps_it_when_it_grows(specs, first,
         cache = settle(Path(folder, "c.zarr"), meta, manifest).cache
         fill(cache)
         assert_holds(cache)
-        larger, manifest = meta_of(specs, rows + more[0] - 1, texts, views + (more[2] if views else 0), block_rows)
+        larger, manifest = meta_of(
+            specs, rows + more[0] - 1, texts, views + (more[2] if views else 0), block_rows
+        )
         target = settle(cache.path, larger, manifest)
         before = {name: np.array(store.read_field(cache, name)) for name in cache.fields}
         for job in jobs_for(target).values():
@@ -195,7 +203,12 @@ def test_a_store_holds_what_was_written_and_keeps_it_when_it_grows(specs, first,
 
 
 @STORES
-@given(specs=fields, size=sizes, block_rows=st.integers(1, 8), changes=st.lists(st.integers(0, 2**20), max_size=3))
+@given(
+    specs=fields,
+    size=sizes,
+    block_rows=st.integers(1, 8),
+    changes=st.lists(st.integers(0, 2**20), max_size=3),
+)
 def test_a_changed_byte_of_a_block_is_found_and_is_of_that_block(specs, size, block_rows, changes):
     with tempfile.TemporaryDirectory() as folder:
         meta, manifest = meta_of(specs, *size, block_rows)
@@ -211,7 +224,8 @@ def test_a_changed_byte_of_a_block_is_found_and_is_of_that_block(specs, size, bl
             path.write_bytes(content)
         damaged = store.damaged_blocks(cache)
         hit = {
-            int(path.relative_to(cache.path).parts[2]) for path in {files[change % len(files)] for change in changes}
+            int(path.relative_to(cache.path).parts[2])
+            for path in {files[change % len(files)] for change in changes}
         }
         assert set(damaged) == hit or len(changes) != len({change % len(files) for change in changes})
 
@@ -235,10 +249,18 @@ def encoded(form: str, mode: str) -> bytes:
 
 PICTURES = {
     f"{form} {mode}": encoded(form, mode)
-    for form, modes in {"PNG": "RGB L P RGBA 1", "JPEG": "RGB L CMYK", "GIF": "P", "WEBP": "RGB RGBA",
-                        "TIFF": "RGB F CMYK", "BMP": "RGB", "ICO": "RGBA", "PPM": "RGB"}.items()
+    for form, modes in {
+        "PNG": "RGB L P RGBA 1",
+        "JPEG": "RGB L CMYK",
+        "GIF": "P",
+        "WEBP": "RGB RGBA",
+        "TIFF": "RGB F CMYK",
+        "BMP": "RGB",
+        "ICO": "RGBA",
+        "PPM": "RGB",
+    }.items()
     for mode in modes.split()
-}  # fmt: skip
+}
 
 
 @settings(max_examples=400, deadline=None, database=None)

@@ -21,7 +21,9 @@ UNALIGNED = torch.tensor([True, False, True, True, False, False])
 def loop_direction(left, right, scale, t_left, t_right, t_scale, unaligned):
     """Sum over rows; the soft target of row i at j is sm over i of T_ij, over the sum of these in row i."""
     log_p = [log_row_softmax(row) for row in logits(left, right, scale)]
-    columns = [log_row_softmax(row) for row in logits(t_right, t_left, t_scale)]  # of the other direction: [j][i]
+    columns = [
+        log_row_softmax(row) for row in logits(t_right, t_left, t_scale)
+    ]  # of the other direction: [j][i]
     total = 0
     for i, row in enumerate(log_p):
         if not unaligned[i]:
@@ -42,8 +44,14 @@ def loop_psd(image, text, scale, t_image, t_text, t_scale, unaligned):
 
 def inputs_of(width: int = E) -> dict:
     """Arguments of psd_loss, float64."""
-    return {"image": rows(D, 1, count=N), "text": rows(D, 2, count=N), "scale": scale(9.0),
-            "t_image": rows(width, 3, count=N), "t_text": rows(width, 4, count=N), "t_scale": scale(10.0)}  # fmt: skip
+    return {
+        "image": rows(D, 1, count=N),
+        "text": rows(D, 2, count=N),
+        "scale": scale(9.0),
+        "t_image": rows(width, 3, count=N),
+        "t_text": rows(width, 4, count=N),
+        "t_scale": scale(10.0),
+    }
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -93,12 +101,16 @@ def test_narrow_inputs_are_computed_in_float32(dtype):
 # The schedule and the draw
 
 
-@pytest.mark.parametrize(("schedule", "expected"), [("cosine", [0.1, 0.4, 0.7]), ("linear", [0.1, 0.4, 0.7]),
-                                                    ("constant", [0.7, 0.7, 0.7])])  # fmt: skip
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [("cosine", [0.1, 0.4, 0.7]), ("linear", [0.1, 0.4, 0.7]), ("constant", [0.7, 0.7, 0.7])],
+)
 def test_alpha_grows_from_start_to_end(schedule, expected):
     constants = dataclasses.replace(PSD.constants, schedule=schedule, alpha_start=0.1, alpha_end=0.7)
     assert [alpha(constants, Now(step, 101)) for step in (0, 50, 100)] == pytest.approx(expected)
-    quarter = {"cosine": 0.1 + 0.6 * (1 - math.cos(math.pi / 4)) / 2, "linear": 0.25, "constant": 0.7}[schedule]
+    quarter = {"cosine": 0.1 + 0.6 * (1 - math.cos(math.pi / 4)) / 2, "linear": 0.25, "constant": 0.7}[
+        schedule
+    ]
     assert alpha(constants, Now(25, 101)) == pytest.approx(quarter)
     assert alpha(constants, Now(0, 1)) == pytest.approx(expected[0])  # a run of one step
 
@@ -117,11 +129,16 @@ def test_the_draw_has_the_share_and_no_favourites():
     assert draw_unaligned(5, 1.0, 0).sum() == 5
 
 
-@pytest.mark.parametrize(("setting", "said"), [
-    ("alpha_end=1.5", "a share is expected"), ("alpha_start=-0.1", "a share is expected"),
-    ("schedule=cubic", "choose from cosine, linear, constant"), ("teacher=me", "choose self or cache"),
-    ("teacher_temperature=0.0", "it must be above 0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("alpha_end=1.5", "a share is expected"),
+        ("alpha_start=-0.1", "a share is expected"),
+        ("schedule=cubic", "choose from cosine, linear, constant"),
+        ("teacher=me", "choose self or cache"),
+        ("teacher_temperature=0.0", "it must be above 0"),
+    ],
+)
 def test_what_makes_no_sense_is_refused(setting, said, squares, cache, tmp_path, capsys):
     assert train_here(squares, cache, tmp_path / "run", "--set", setting, recipe="psd") == 2
     error = capsys.readouterr().err.splitlines()[-1]
@@ -166,7 +183,9 @@ def test_the_teacher_is_the_model_detached():
 def test_a_cache_in_the_models_place(squares, cache, tmp_path):
     words = ("--steps", 3, "--set", "schedule=constant", "--set", "alpha_end=0.5")
     assert train_here(squares, cache, tmp_path / "own", *words, recipe="psd") == 0
-    assert train_here(squares, cache, tmp_path / "cached", *words, "--set", "teacher=cache", recipe="psd") == 0
+    assert (
+        train_here(squares, cache, tmp_path / "cached", *words, "--set", "teacher=cache", recipe="psd") == 0
+    )
     own, cached = read_lines(tmp_path / "own"), read_lines(tmp_path / "cached")
     assert own[0]["unaligned"] == cached[0]["unaligned"] == 0.5
     assert own[0]["psd"] != cached[0]["psd"]

@@ -110,7 +110,9 @@ def test_folder_with_two_pictures_of_one_stem_keeps_both(tmp_path):
 
 def test_folder_limit(tmp_path):
     make_folder(tmp_path, 9)
-    assert read_manifest(str(tmp_path), limit=4).column("key") == read_manifest(str(tmp_path)).column("key")[:4]
+    assert (
+        read_manifest(str(tmp_path), limit=4).column("key") == read_manifest(str(tmp_path)).column("key")[:4]
+    )
 
 
 def test_folder_with_a_dangling_link_still_reads(tmp_path):
@@ -189,7 +191,9 @@ def test_coco_with_the_pictures_beside_the_json(tmp_path):
 def test_coco_without_any_picture_says_where_they_are_looked_for(tmp_path):
     path = coco(tmp_path)
     (tmp_path / "val2014").rename(tmp_path / "moved")
-    with pytest.raises(UserError, match=r"no picture COCO_val2014_0+\.jpg near .*put the pictures into .*val2014"):
+    with pytest.raises(
+        UserError, match=r"no picture COCO_val2014_0+\.jpg near .*put the pictures into .*val2014"
+    ):
         read_manifest(str(path))
 
 
@@ -425,4 +429,6 @@ def test_parquet_manifest_with_and_without_limit(tmp_path):
     assert read_manifest(str(path), limit=100).digest == manifest.digest
     few = read_manifest(str(path), limit=4)
     assert few.digest == read_manifest(str(tmp_path / "d"), limit=4).digest
-    assert np.array_equal(np.asarray(read_image(few, few.row(3))), np.asarray(read_image(manifest, manifest.row(3))))
+    assert np.array_equal(
+        np.asarray(read_image(few, few.row(3))), np.asarray(read_image(manifest, manifest.row(3)))
+    )

@@ -31,7 +31,15 @@ NOW = Now(0, 1)
 
 
 def test_override_sets_constants_optim_and_run():
-    settings = ["fd=10", "crd=.5", "model=vit-micro", "optim.lr=1e-4", "optim.warmup=0", "run.zero=2", "run.live=true"]
+    settings = [
+        "fd=10",
+        "crd=.5",
+        "model=vit-micro",
+        "optim.lr=1e-4",
+        "optim.warmup=0",
+        "run.zero=2",
+        "run.live=true",
+    ]
     recipe, run = override(CLIP_KD, RUN, settings)
     assert recipe.constants == dataclasses.replace(CLIP_KD.constants, fd=10.0, crd=0.5, model="vit-micro")
     assert type(recipe.constants.fd) is float  # an int where a float is expected is one
@@ -105,7 +113,9 @@ def test_every_setting_of_a_run_is_read_somewhere():
     assert [field.name for field in dataclasses.fields(Run) if f"run.{field.name}" not in text] == []
 
 
-@pytest.mark.parametrize("setting", ["run.precision=fp32", "run.precision=bf16", "run.precision=float64", "run.zero=7"])
+@pytest.mark.parametrize(
+    "setting", ["run.precision=fp32", "run.precision=bf16", "run.precision=float64", "run.zero=7"]
+)
 def test_a_value_that_would_be_ignored_is_refused(setting, squares, cache, tmp_path, capsys):
     assert train_here(squares, cache, tmp_path / "run", "--dry-run", "--set", setting) == 2
     assert "error: --set run." in capsys.readouterr().err
@@ -306,7 +316,18 @@ def test_the_teacher_scale_matters_as_the_parameter_before_exp():
 
 def test_print_config_is_the_resolved_recipe_and_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    words = ["--recipe", "clip_kd", "--steps", "12", "--batch-size", "4", "--seed", "3", "--data", "some/birds/"]
+    words = [
+        "--recipe",
+        "clip_kd",
+        "--steps",
+        "12",
+        "--batch-size",
+        "4",
+        "--seed",
+        "3",
+        "--data",
+        "some/birds/",
+    ]
     assert main(["train", *words, "--set", "fd=7", "--set", "optim.lr=2e-4", "--print-config"]) == 0
     captured = capsys.readouterr()
     config = json.loads(captured.out)

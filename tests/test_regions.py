@@ -139,7 +139,9 @@ def test_detections_are_torchvisions(detector):
         assert len(expected[i]["boxes"]) > 5  # there is something to choose from
         best = expected[i]["scores"][:5]
         assert (best.diff() <= 0).all()
-        torch.testing.assert_close(found["region_box"][i, 1:], expected[i]["boxes"][:5] / 128, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            found["region_box"][i, 1:], expected[i]["boxes"][:5] / 128, rtol=1e-4, atol=1e-5
+        )
         torch.testing.assert_close(found["region_score"][i, 1:], best, rtol=1e-4, atol=1e-5)
         assert found["region_label"][i].tolist() == [0, *expected[i]["labels"][:5].tolist()]
         np.testing.assert_allclose(found["region_box"][i, 0], [0, 0, 1, 1])
@@ -166,7 +168,9 @@ def test_given_boxes_one_by_one(detector):
                 chances = heads.box_predictor(feature)[0][0].softmax(0)[1:]
                 if j:
                     assert found["region_label"][i, j] == chances.argmax() + 1
-                    torch.testing.assert_close(found["region_score"][i, j], chances.max(), rtol=1e-4, atol=1e-5)
+                    torch.testing.assert_close(
+                        found["region_score"][i, j], chances.max(), rtol=1e-4, atol=1e-5
+                    )
             for name in ("region_feature", "region_box", "region_score", "region_label"):
                 assert not found[name][i, 1 + len(boxes) :].any()
 
@@ -196,8 +200,12 @@ def test_weights_by_file(detector, tmp_path, monkeypatch):
         teacher = load("regions", weights=str(tmp_path / name), outputs=("regions:6",))
         assert teacher.spec.digest == digest_weights(detector.module)
         assert teacher.module.backbone.body.bn1.eps == 0  # as torchvision has it with its checkpoint
-        torch.testing.assert_close(said(teacher, inputs)["region_feature"], said(detector, inputs)["region_feature"],
-                                   rtol=1e-2, atol=1e-3)  # fmt: skip
+        torch.testing.assert_close(
+            said(teacher, inputs)["region_feature"],
+            said(detector, inputs)["region_feature"],
+            rtol=1e-2,
+            atol=1e-3,
+        )
     save_file(state | {"backbone.body.bn1.num_batches_tracked": torch.tensor(1)}, tmp_path / "w.safetensors")
     assert load("regions", weights=str(tmp_path / "w.safetensors")).module.backbone.body.bn1.eps == 1e-5
     monkeypatch.setattr(FasterRCNN_ResNet50_FPN_Weights, "get_state_dict", lambda self, **how: dict(state))
@@ -248,9 +256,17 @@ def vcr_folder(folder: Path, boxes: list) -> Path:
     lines = []
     for number, given in enumerate(boxes):
         (images / f"{number}.json").write_text(json.dumps({"boxes": given}))
-        lines.append({"objects": ["person"] * 9, "img_fn": "m/a.jpg" if number else "m/none.jpg",
-                      "annot_id": f"val-{number}", "metadata_fn": f"m/{number}.json", "question": ["Who", [0], "?"],
-                      "answer_choices": [["a"], ["b"], [" "], ["d"]], "answer_label": 0})  # fmt: skip
+        lines.append(
+            {
+                "objects": ["person"] * 9,
+                "img_fn": "m/a.jpg" if number else "m/none.jpg",
+                "annot_id": f"val-{number}",
+                "metadata_fn": f"m/{number}.json",
+                "question": ["Who", [0], "?"],
+                "answer_choices": [["a"], ["b"], [" "], ["d"]],
+                "answer_label": 0,
+            }
+        )
     path = folder / "val.jsonl"
     path.write_text("\n".join(map(json.dumps, lines)))
     return path
@@ -264,7 +280,9 @@ def test_boxes_are_shares_of_the_picture_as_a_person_sees_it(lite, tmp_path):
     assert batch["num_boxes"][batch["image_at"]].tolist() == [0, 2, 0, 9, 0]
     boxes = batch["boxes"][batch["image_at"]]
     np.testing.assert_allclose(boxes[1, :2], [[0.1, 0.25, 0.5, 0.75], [0.75, 0, 1, 1]], atol=1e-6)
-    np.testing.assert_allclose(boxes[3, :, 0], np.arange(9) / 40, atol=1e-6)  # what is above the limit is left out
+    np.testing.assert_allclose(
+        boxes[3, :, 0], np.arange(9) / 40, atol=1e-6
+    )  # what is above the limit is left out
     assert [entry["reason"] for entry in batch["problems"]][1] == "box 1 of the row is not x1, y1, x2, y2"
     rows.at_least = 5  # decoded at a quarter of its size
     again = rows.__getitems__(Piece((1,)))
@@ -295,7 +313,17 @@ def test_regions_at_the_command_line(tmp_path, capsys):
     data = make_folder(tmp_path / "data", 3)
     where = ("--data", data, "--workers", 0)
     assert (
-        run("build", "--teacher", "regions-lite", *where, "--outputs", "regions:3", "--out", tmp_path / "c.zarr") == 0
+        run(
+            "build",
+            "--teacher",
+            "regions-lite",
+            *where,
+            "--outputs",
+            "regions:3",
+            "--out",
+            tmp_path / "c.zarr",
+        )
+        == 0
     )
     cache = store.open_complete(tmp_path / "c.zarr")
     assert cache.fields["region_box"].shape == (3, 4)
@@ -310,7 +338,9 @@ def test_regions_at_the_command_line(tmp_path, capsys):
     assert "write regions, or regions:N" in error_of(
         capsys, "build", "--teacher", "regions-lite", *where, "--outputs", "regions:0"
     )
-    assert run("build", "--teacher", "regions-lite", *where, "--out", tmp_path / "e.zarr") == 0  # --outputs is regions
+    assert (
+        run("build", "--teacher", "regions-lite", *where, "--out", tmp_path / "e.zarr") == 0
+    )  # --outputs is regions
     assert "has no field 'image_emb'" in error_of(capsys, "index", tmp_path / "e.zarr")
     from student.cli import main
 

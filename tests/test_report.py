@@ -41,15 +41,21 @@ def with_samples(cache: store.Cache, samples: list[Sample], root: Path) -> store
 
 
 def samples_of(rows: int, **changes) -> list[Sample]:
-    plain = [Sample(f"k{i}", f"{i}.png", (f"text {i}",), f"label {i % 3}", "test" if i % 4 == 0 else "train")
-             for i in range(rows)]  # fmt: skip
-    return [dataclasses.replace(row, **{name: value(i) for name, value in changes.items()})
-            for i, row in enumerate(plain)]  # fmt: skip
+    plain = [
+        Sample(f"k{i}", f"{i}.png", (f"text {i}",), f"label {i % 3}", "test" if i % 4 == 0 else "train")
+        for i in range(rows)
+    ]
+    return [
+        dataclasses.replace(row, **{name: value(i) for name, value in changes.items()})
+        for i, row in enumerate(plain)
+    ]
 
 
 def page_data(out: Path, name: str) -> dict:
     page = (out / "report.html").read_text()
-    return json.loads(re.search(rf'<script type="application/json" id="{name}-data">(.*?)</script>', page, re.S)[1])
+    return json.loads(
+        re.search(rf'<script type="application/json" id="{name}-data">(.*?)</script>', page, re.S)[1]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +75,15 @@ def planted(tmp_path_factory):
     cache = make_cache(folder / "c.zarr", pictures, texts=texts)
     with_samples(cache, samples_of(300, split=lambda i: "test" if 240 <= i < 245 else "train"), folder)
     found, lines = analyze(cache.path, out=folder / "out")
-    return {"report": found, "lines": lines, "swapped": swapped, "copies": copies, "outliers": outliers,
-            "cache": cache, "out": folder / "out"}  # fmt: skip
+    return {
+        "report": found,
+        "lines": lines,
+        "swapped": swapped,
+        "copies": copies,
+        "outliers": outliers,
+        "cache": cache,
+        "out": folder / "out",
+    }
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -96,14 +109,22 @@ def test_all_near_duplicates_are_listed_and_leaks_named(planted):
 
 
 def test_outliers_are_the_first_of_their_list(planted):
-    assert {one["row"] for one in planted["report"]["outliers"]["worst"][:5]} == set(planted["outliers"].tolist())
+    assert {one["row"] for one in planted["report"]["outliers"]["worst"][:5]} == set(
+        planted["outliers"].tolist()
+    )
 
 
 def test_every_file_is_there_and_agrees(planted):
     out, found = planted["out"], planted["report"]
     assert {path.name for path in out.iterdir()} == {
-        "report.html", "report.json", "points.parquet", "map.png", "similarity.png", "matrix.png", "spectrum.png",
-    }  # fmt: skip
+        "report.html",
+        "report.json",
+        "points.parquet",
+        "map.png",
+        "similarity.png",
+        "matrix.png",
+        "spectrum.png",
+    }
     assert json.loads((out / "report.json").read_text()) == json.loads(describe.as_json(found))
     assert page_data(out, "report") == json.loads((out / "report.json").read_text())
     for name in ("map.png", "similarity.png"):
@@ -127,10 +148,14 @@ def test_rows_that_cannot_be_read_have_no_thumbnail_and_one_line(planted):
 
 def test_numbers_of_slices_are_means_over_their_rows(planted):
     found = {one["name"]: one for one in planted["report"]["slices"]["label"]}
-    pictures, texts = (analysis.unit(store.read_field(planted["cache"], name).reshape(300, WIDTH))
-                       for name in ("image_emb", "text_emb"))  # fmt: skip
+    pictures, texts = (
+        analysis.unit(store.read_field(planted["cache"], name).reshape(300, WIDTH))
+        for name in ("image_emb", "text_emb")
+    )
     assert found["label 1"]["num_rows"] == 100
-    assert found["label 1"]["cosine to text"] == pytest.approx((pictures * texts).sum(1)[1::3].mean(), abs=1e-5)
+    assert found["label 1"]["cosine to text"] == pytest.approx(
+        (pictures * texts).sum(1)[1::3].mean(), abs=1e-5
+    )
     assert {one["name"] for one in planted["report"]["slices"]["split"]} == {"train", "test"}
 
 
@@ -144,11 +169,15 @@ def test_texts_stay_texts_and_pictures_are_drawn_anew(tmp_path):
     Image.new("RGB", (60, 30), "red").save(tmp_path / "0.png", pnginfo=secret())
     cache = make_cache(tmp_path / "c.zarr", pictures, texts=texts)
     with_samples(
-        cache, samples_of(40, texts=lambda i: (evil,), label=lambda i: evil, image=lambda i: "0.png"), tmp_path
+        cache,
+        samples_of(40, texts=lambda i: (evil,), label=lambda i: evil, image=lambda i: "0.png"),
+        tmp_path,
     )
     found, _ = analyze(cache.path, out=tmp_path / "out")
     page = (tmp_path / "out" / "report.html").read_text()
-    assert "document.title='owned'" not in re.sub(r'<script type="application/json".*?</script>', "", page, flags=re.S)
+    assert "document.title='owned'" not in re.sub(
+        r'<script type="application/json".*?</script>', "", page, flags=re.S
+    )
     assert page_data(tmp_path / "out", "points")["texts"][3] == [evil]
     assert found["slices"] == {"split": found["slices"]["split"]}  # one label is no slice
     assert b"where I live" not in (tmp_path / "out" / "report.html").read_bytes()
@@ -179,7 +208,9 @@ def test_the_page_loads_nothing(planted):
 
 def test_many_thumbnails_stay_within_their_bytes(monkeypatch):
     random = np.random.default_rng(0)
-    soft = [Image.fromarray(random.integers(0, 255, (6, 6, 3), np.uint8)).resize((48, 48)) for _ in range(700)]
+    soft = [
+        Image.fromarray(random.integers(0, 255, (6, 6, 3), np.uint8)).resize((48, 48)) for _ in range(700)
+    ]
     small = thumbnails.Thumbnails(48, np.arange(700), soft, "")
     full = sum(map(len, thumbnails.sheets(small)))
     most = round(0.7 * full)
@@ -204,7 +235,9 @@ def test_pictures_alone(tmp_path):
 
 
 def test_texts_alone_and_several_a_row(tmp_path, teacher_folder):
-    (tmp_path / "names.txt").write_text("".join(f"a {word} bicycle\n" for word in ("red", "blue", "old", "green")))
+    (tmp_path / "names.txt").write_text(
+        "".join(f"a {word} bicycle\n" for word in ("red", "blue", "old", "green"))
+    )
     cache = build_cache(tmp_path / "names.txt", teacher_folder, tmp_path / "c.zarr")
     found, _ = analyze(cache, out=tmp_path / "out")
     assert "no pictures" in found["left_out"]["pairs"]
@@ -226,8 +259,24 @@ def test_views_quarantined_rows_and_several_texts(tmp_path, teacher_folder):
     (data / "class0" / "000.png").write_bytes(b"no picture")
     (data / "class1" / "001.txt").write_text("only one\n")
     out = tmp_path / "v.zarr"
-    assert run("build", "--teacher", teacher_folder, "--data", data, "--out", out, "--views", 2, "--workers", 0,
-               "--device", "cpu") == 0  # fmt: skip
+    assert (
+        run(
+            "build",
+            "--teacher",
+            teacher_folder,
+            "--data",
+            data,
+            "--out",
+            out,
+            "--views",
+            2,
+            "--workers",
+            0,
+            "--device",
+            "cpu",
+        )
+        == 0
+    )
     found, _ = analyze(out, out=tmp_path / "out")
     assert found["quarantine"]["count"] == 1
     assert found["quarantine"]["first"][0]["key"].endswith("000")
@@ -243,8 +292,12 @@ def test_what_cannot_be_analyzed(tmp_path, planted, capsys):
     cache = planted["cache"].path
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("")
-    assert "is no report: pass another --out" in error_of(capsys, "analyze", cache, "--out", tmp_path / "other")
-    assert "choose from pca, umap" in error_of(capsys, "analyze", cache, "--out", tmp_path / "x", "--map", "tsne")
+    assert "is no report: pass another --out" in error_of(
+        capsys, "analyze", cache, "--out", tmp_path / "other"
+    )
+    assert "choose from pca, umap" in error_of(
+        capsys, "analyze", cache, "--out", tmp_path / "x", "--map", "tsne"
+    )
     one = make_cache(tmp_path / "one.zarr", embeddings(1)[0])
     assert "fewer than two usable vectors" in error_of(capsys, "analyze", one.path, "--out", tmp_path / "x")
     far = make_cache(tmp_path / "far.zarr", embeddings(9)[0], keys=[f"other{i}" for i in range(9)])
@@ -281,11 +334,21 @@ def two(tmp_path_factory):
     confused = np.arange(10)
     other[confused] = np.random.default_rng(7).standard_normal((10, WIDTH))
     first = make_cache(folder / "a.zarr", pictures, texts=texts)
-    second = make_cache(folder / "b.zarr", other.astype(np.float16), texts=other_texts.astype(np.float16),
-                        keys=[f"k{i}" for i in order])  # fmt: skip
+    second = make_cache(
+        folder / "b.zarr",
+        other.astype(np.float16),
+        texts=other_texts.astype(np.float16),
+        keys=[f"k{i}" for i in order],
+    )
     found, _ = analyze(first.path, against=second.path, out=folder / "out")
-    return {"report": found["against"], "out": folder / "out", "confused": set(order[confused].tolist()),
-            "first": first, "second": second, "order": order}  # fmt: skip
+    return {
+        "report": found["against"],
+        "out": folder / "out",
+        "confused": set(order[confused].tolist()),
+        "first": first,
+        "second": second,
+        "order": order,
+    }
 
 
 def test_rows_join_by_key_and_a_turned_space_is_the_same(two):
@@ -366,7 +429,9 @@ def test_two_teachers_of_other_widths(tmp_path, teacher_folder):
 
     data = make_folder(tmp_path / "photos", 30)
     wide = save_teacher(tmp_path / "wide", {**TINY_CFG, "embed_dim": 40}, seed=3)
-    caches = [build_cache(data, folder, tmp_path / f"{i}.zarr") for i, folder in enumerate((teacher_folder, wide))]
+    caches = [
+        build_cache(data, folder, tmp_path / f"{i}.zarr") for i, folder in enumerate((teacher_folder, wide))
+    ]
     found, _ = analyze(caches[0], against=caches[1], out=tmp_path / "out")
     assert 0 <= found["against"]["pictures"]["procrustes"] <= 1
     assert found["against"]["retrieval"]["queries"] == [30, 30]
@@ -378,14 +443,20 @@ def test_two_teachers_of_other_widths(tmp_path, teacher_folder):
 
 def test_memory_does_not_grow_with_the_rows(tmp_path, monkeypatch):
     """Above what all pairs allow, queries are drawn, and what is kept is some numbers a row."""
-    for module, name, value in ((subject, "ALL_PAIRS", 3_000_000), (describe, "ALL_PAIRS", 3_000_000),
-                                (neighbours, "BLOCK_SCORES", 1 << 20), (matching, "BLOCK_SCORES", 1 << 20),
-                                (vectors_module, "CHUNK_BYTES", 1 << 18)):  # fmt: skip
+    for module, name, value in (
+        (subject, "ALL_PAIRS", 3_000_000),
+        (describe, "ALL_PAIRS", 3_000_000),
+        (neighbours, "BLOCK_SCORES", 1 << 20),
+        (matching, "BLOCK_SCORES", 1 << 20),
+        (vectors_module, "CHUNK_BYTES", 1 << 18),
+    ):
         monkeypatch.setattr(module, name, value)
     peaks = {}
     for rows in (5_000, 15_000):
         pictures, texts = embeddings(rows, dim=16)
-        pictures[rows - 1] = -20 * pictures.astype(np.float32).mean(0)  # far from all: asked although not drawn
+        pictures[rows - 1] = -20 * pictures.astype(np.float32).mean(
+            0
+        )  # far from all: asked although not drawn
         cache = make_cache(tmp_path / f"{rows}.zarr", pictures, texts=texts)
         del pictures, texts
         opened, known = subject.open_subject(cache.path), describe.empty_per_row(rows)

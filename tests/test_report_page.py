@@ -23,8 +23,12 @@ def out(tmp_path_factory) -> Path:
     files = sorted((folder / "photos").rglob("*.png"))
     first = make_cache(folder / "a.zarr", pictures, texts=texts)
     second = make_cache(folder / "b.zarr", pictures[:, ::-1] + texts[:, 0], texts=texts)
-    samples = samples_of(60, image=lambda i: str(files[i].relative_to(folder)), texts=lambda i: (f"{EVIL} number {i}",),
-                         label=lambda i: EVIL if i % 2 else "odd")  # fmt: skip
+    samples = samples_of(
+        60,
+        image=lambda i: str(files[i].relative_to(folder)),
+        texts=lambda i: (f"{EVIL} number {i}",),
+        label=lambda i: EVIL if i % 2 else "odd",
+    )
     for cache in (first, second):
         with_samples(cache, samples, folder)
     analyze(first.path, against=second.path, out=folder / "out")
@@ -58,14 +62,20 @@ def test_the_page_in_a_browser(browser, out, scheme: str):
     page.mouse.move(dot["x"] - 4, dot["y"] - 4)
     page.mouse.move(dot["x"], dot["y"])
     page.wait_for_selector("#hover", state="visible")
-    assert "blob:" in page.evaluate("getComputedStyle(document.querySelector('#hover .thumb')).backgroundImage")
+    assert "blob:" in page.evaluate(
+        "getComputedStyle(document.querySelector('#hover .thumb')).backgroundImage"
+    )
     assert f"{EVIL} number {dot['at']}" in page.inner_text("#hover")
 
     page.mouse.click(dot["x"], dot["y"])
     page.wait_for_selector("#inspector .item")
     titles = page.locator("#inspector h3").all_inner_texts()
-    assert titles == ["pictures like it", "texts for the picture", "pictures for its text",
-                      "pictures like it in the second cache"]  # fmt: skip
+    assert titles == [
+        "pictures like it",
+        "texts for the picture",
+        "pictures for its text",
+        "pictures like it in the second cache",
+    ]
     other = page.locator("#inspector .item").first
     name = other.inner_text().splitlines()[0]
     other.click()  # a neighbour leads on
@@ -84,7 +94,9 @@ def test_the_page_in_a_browser(browser, out, scheme: str):
     assert page.title() == "t over d"  # no script of a caption has run
     assert page.locator(".text b, #hover b, #inspector b, #matches b, td b").count() == 0
     assert errors == []
-    assert [url for url in asked if not url.startswith(("data:", "blob:"))] == [(out / "report.html").as_uri()]
+    assert [url for url in asked if not url.startswith(("data:", "blob:"))] == [
+        (out / "report.html").as_uri()
+    ]
     page.close()
 
 

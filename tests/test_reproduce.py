@@ -37,7 +37,11 @@ RESULTS = results_of(a=[0.10, 0.20], b=[0.12, 0.24], c=[0.11, 0.16], d=[0.3, 0.3
 def test_a_table_holds_both_numbers_and_their_differences():
     lines = reproduce.section(TABLE, RESULTS, [0, 1]).splitlines()
     assert lines[0] == "### Some table"
-    cells = {line.split("`")[1]: [cell.strip() for cell in line.split("|")[2:-1]] for line in lines if "`" in line[:4]}
+    cells = {
+        line.split("`")[1]: [cell.strip() for cell in line.split("|")[2:-1]]
+        for line in lines
+        if "`" in line[:4]
+    }
     assert cells["a"][:2] == ["30", "15.0 (10.0 to 20.0)"]
     assert cells["a"][-3:] == ["-", "-", "-"]
     assert cells["b"][-3:] == ["+1.5", "3.0 (2.0 to 4.0)", "yes"]
@@ -95,13 +99,29 @@ def test_what_is_there_is_not_run_again(tmp_path, monkeypatch):
     reproduce.run_missing("clip_kd", {tmp_path / "done": ["--steps", "2"], tmp_path / "new": []}, jobs=2)
     assert asked == [tmp_path / "new"]
     assert reproduce.result_of(tmp_path / "done", ["--steps", "2"]) == {"acc1": 0.5}
-    reproduce.run_missing("clip_kd", {tmp_path / "done": ["--steps", "3"]}, jobs=2)  # other settings: another run
+    reproduce.run_missing(
+        "clip_kd", {tmp_path / "done": ["--steps", "3"]}, jobs=2
+    )  # other settings: another run
     assert asked == [tmp_path / "new", tmp_path / "done"]
 
 
 def test_a_run_leaves_numbers_and_no_weights(squares, cache, tmp_path, monkeypatch):
-    words = ["--recipe", "clip_kd", "--data", str(squares), "--cache", str(cache), "--steps", "2", "--batch-size", "8",
-             "--set", "model=vit-micro", "--set", "run.workers=0"]  # fmt: skip
+    words = [
+        "--recipe",
+        "clip_kd",
+        "--data",
+        str(squares),
+        "--cache",
+        str(cache),
+        "--steps",
+        "2",
+        "--batch-size",
+        "8",
+        "--set",
+        "model=vit-micro",
+        "--set",
+        "run.workers=0",
+    ]
     from conftest import contained
 
     with contained(), monkeypatch.context() as patch:
@@ -131,8 +151,14 @@ def test_rows_of_psd_are_commands_and_pairs(name):
     for row in rows:
         words = reproduce_psd.words(row, 7)
         settings = [words[i + 1] for i, word in enumerate(words) if word == "--set"]
-        recipe, _ = override(find(words[words.index("--recipe") + 1]), Run(data="", cache="", out=""), settings)
-        assert (recipe.optim.weight_decay, recipe.optim.warmup, recipe.constants.model) == (1e-3, 0.2, "vit-micro")
+        recipe, _ = override(
+            find(words[words.index("--recipe") + 1]), Run(data="", cache="", out=""), settings
+        )
+        assert (recipe.optim.weight_decay, recipe.optim.warmup, recipe.constants.model) == (
+            1e-3,
+            0.2,
+            "vit-micro",
+        )
         share = dict(row.settings)["noise"]
         data = words[words.index("--data") + 1]
         assert data == f"runs/reproduce/psd/{name}" + (f"-{share:g}.parquet" if share else "")
@@ -149,12 +175,21 @@ def test_rows_of_psd_are_commands_and_pairs(name):
 def test_psd_table_pairs_by_seed():
     table = reproduce_psd.TABLES["demo"]
     keys = [key for _, keys in reproduce_psd.COLUMNS for key in keys]
-    results = {row: [dict.fromkeys(keys, 0.01 * (i + seed)) for seed in range(2)] for i, row in enumerate(table.rows)}
-    results[table.rows[1]] = [dict.fromkeys(keys, 0.30), dict.fromkeys(keys, 0.00) | {"image_retrieval_recall@1": 0.5}]
+    results = {
+        row: [dict.fromkeys(keys, 0.01 * (i + seed)) for seed in range(2)] for i, row in enumerate(table.rows)
+    }
+    results[table.rows[1]] = [
+        dict.fromkeys(keys, 0.30),
+        dict.fromkeys(keys, 0.00) | {"image_retrieval_recall@1": 0.5},
+    ]
     lines = reproduce_psd.section(table, results, [0, 1]).splitlines()
     cells = [cell.strip() for cell in lines[4].split("|")[1:-1]]
     assert cells[:4] == ["0%", "0.5 (0.0 to 1.0)", "15.0 (0.0 to 30.0)", "14.5 (-1.0 to 30.0)"]
-    assert cells[4:7] == ["0.5 (0.0 to 1.0)", "27.5 (25.0 to 30.0)", "27.0 (24.0 to 30.0)"]  # R@1 of both directions
+    assert cells[4:7] == [
+        "0.5 (0.0 to 1.0)",
+        "27.5 (25.0 to 30.0)",
+        "27.0 (24.0 to 30.0)",
+    ]  # R@1 of both directions
     assert [line.split("|")[1].strip() for line in lines[4:8]] == ["0%", "20%", "40%", "60%"]
     assert lines[2].count("psd - clip") == 3
 

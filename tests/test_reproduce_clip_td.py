@@ -32,7 +32,9 @@ def test_every_row_is_a_command_and_stages_belong_together(name):
         assert constants.regime == given["size"]
         assert constants.subset == 1
         assert (constants.w == 0) == (row.label in ("baseline", "2nd-stage pretraining"))
-        assert any(value.startswith("init=") for value in settings_of(words)) == (row.label not in paper.LAYERS)
+        assert any(value.startswith("init=") for value in settings_of(words)) == (
+            row.label not in paper.LAYERS
+        )
         adapted = [value for value in settings_of(words) if "adapted" in value]
         assert bool(adapted) == any(part in row.label for part in ("AF", "2nd-stage"))
         if adapted:
@@ -50,20 +52,33 @@ def test_every_row_is_a_command_and_stages_belong_together(name):
 def test_a_table_pairs_seeds_and_says_what_a_step_costs():
     table = paper.table("vcr", "vl-bert", "Some title", ("baseline", "naive V"))
     values = {"baseline": (0.3, 0.5), "naive V": (0.4, 0.45)}
-    results = {row: [{"q2a": value, "seconds_per_step": 0.1 if row.label == "baseline" else 0.12}
-                     for value in values[row.label]] for row in table.rows}  # fmt: skip
+    results = {
+        row: [
+            {"q2a": value, "seconds_per_step": 0.1 if row.label == "baseline" else 0.12}
+            for value in values[row.label]
+        ]
+        for row in table.rows
+    }
     lines = paper.section(table, results, [0, 1]).splitlines()
     cells = [cell.strip() for cell in lines[-3].split("|")[1:-1]]
     assert cells[:4] == ["naive V", "42.5 (40.0 to 45.0)", "2.5 (-5.0 to 10.0)", "+9.3"]
     assert cells[-1] == "1.20"
-    assert [cell.strip() for cell in lines[-4].split("|")[1:-1]][:4] == ["baseline", "40.0 (30.0 to 50.0)", "-", "-"]
+    assert [cell.strip() for cell in lines[-4].split("|")[1:-1]][:4] == [
+        "baseline",
+        "40.0 (30.0 to 50.0)",
+        "-",
+        "-",
+    ]
 
 
 def test_modality_rows_are_the_tables_and_figures_stand_in_their_columns():
     for method in reproduce_modality.METHODS.values():
         assert paper.row("vcr", "vl-bert", method, reproduce_modality.FULL) in paper.TABLES["vcr"].rows
-    one = {"before": {"picture_mean": 0.1, "text_mean": 0.8}, "after": {"picture_mean": 0.2, "text_mean": 0.7},
-           "change": {"difference_reduction": 0.25, "picture_gain": 1.0}}  # fmt: skip
+    one = {
+        "before": {"picture_mean": 0.1, "text_mean": 0.8},
+        "after": {"picture_mean": 0.2, "text_mean": 0.7},
+        "change": {"difference_reduction": 0.25, "picture_gain": 1.0},
+    }
     lines = reproduce_modality.section([4], [one]).splitlines()
     assert lines[2] == "| seed 4 | 0.100 | 0.200 | 0.800 | 0.700 | 25.0 % | 100.0 % |"
     assert lines[3] == "| paper |  |  |  |  | 36.0 % | 10.6 % |"

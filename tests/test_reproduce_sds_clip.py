@@ -22,14 +22,18 @@ def test_every_row_is_a_command_in_one_world(name):
     assert len({tuple(words) for words in commands}) == len(rows)
     for row, words in zip(rows, commands, strict=True):
         world = dict(row.settings)["world"]
-        assert {str(paper.HOME / world) in word for one in paper.evaluations(words) for word in one[3:]} == {True}
+        assert {str(paper.HOME / world) in word for one in paper.evaluations(words) for word in one[3:]} == {
+            True
+        }
         if words[0] == "--model":
             continue
         settings = [words[i + 1] for i, word in enumerate(words) if word == "--set"]
         recipe, _ = override(find("sds_clip"), Run("", "", ""), settings)
         assert (
             recipe.fields
-            == {"score": ("text_states",), "features": ("unet_feature",), "none": ()}[recipe.constants.objective]
+            == {"score": ("text_states",), "features": ("unet_feature",), "none": ()}[
+                recipe.constants.objective
+            ]
         )
         assert recipe.constants.init == str(paper.vanilla(1))
         assert ("full" in row.label) == (recipe.constants.train == "all")
@@ -48,7 +52,8 @@ def test_a_table_pairs_seeds_and_leaves_out_what_a_model_lacks():
             found = [{key: value for key, value in found[0].items() if key != "acc1"}]
         results[row] = [one | {"seconds_per_match": 0.002 / (1 + seed)} for seed, one in enumerate(found)]
     lines = [
-        [cell.strip() for cell in line.split("|")[1:-1]] for line in paper.section(table, results, [0, 1]).splitlines()
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in paper.section(table, results, [0, 1]).splitlines()
     ]
     at = {line[0]: i for i, line in enumerate(lines) if line}
     sds = at["FT, L_CLIP + L_SDS"]

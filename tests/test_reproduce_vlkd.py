@@ -24,12 +24,22 @@ def settings_of(words: list[str]) -> list[str]:
 
 def result(scale: float) -> dict[str, float]:
     """A run's figures, each key's own."""
-    masks = {f"{name}{part}/CIDEr": scale * (k + j / 10) for k, name in enumerate(("demo", "scenes"), start=1)
-             for j, part in enumerate(("", " 5", " 7", " 8"))}  # fmt: skip
-    text = {f"text/{other}{key}": scale + (other == "") for other in ("", "other/")
-            for key in ("nll_per_token", "nll_per_masked_token")}  # fmt: skip
-    nli = {f"glue/{other}{name}/{key}": 0.3 if key == "majority" else scale / 2 for other in ("", "other/")
-           for name in ("MNLI", "MNLI-mm") for key in ("acc", "majority")}  # fmt: skip
+    masks = {
+        f"{name}{part}/CIDEr": scale * (k + j / 10)
+        for k, name in enumerate(("demo", "scenes"), start=1)
+        for j, part in enumerate(("", " 5", " 7", " 8"))
+    }
+    text = {
+        f"text/{other}{key}": scale + (other == "")
+        for other in ("", "other/")
+        for key in ("nll_per_token", "nll_per_masked_token")
+    }
+    nli = {
+        f"glue/{other}{name}/{key}": 0.3 if key == "majority" else scale / 2
+        for other in ("", "other/")
+        for name in ("MNLI", "MNLI-mm")
+        for key in ("acc", "majority")
+    }
     return {"vqa/accuracy": scale / 2, "vqa/accuracy:always": 0.25} | masks | text | nli
 
 
@@ -125,8 +135,10 @@ def test_language_tasks_are_glues_files(tmp_path, monkeypatch):
     rows, lost = glue.read_tsv(out / "GLUE/MNLI/train.tsv", glue.GLUE["MNLI"])
     assert (len(rows), lost) == (60, 0)
     assert [sum(label == k for _, label in rows) for k in range(3)] == [20, 20, 20]
-    matched, mismatched = (glue.read_tsv(out / f"GLUE/MNLI/dev_{name}.tsv", glue.GLUE["MNLI"])[0]
-                           for name in ("matched", "mismatched"))  # fmt: skip
+    matched, mismatched = (
+        glue.read_tsv(out / f"GLUE/MNLI/dev_{name}.tsv", glue.GLUE["MNLI"])[0]
+        for name in ("matched", "mismatched")
+    )
     assert [texts[1] for texts, _ in matched] == [texts[1] for texts, _ in mismatched]
     assert not {texts for texts, _ in rows} >= {texts for texts, _ in matched}
     assert len(read_manifest(str(out / "texts.txt"))) == 3

@@ -89,7 +89,9 @@ def test_wrong_extension_is_read_by_content(tmp_path):
     assert np.array_equal(np.asarray(read_image(manifest, manifest.row(0))), noise())
 
 
-@pytest.mark.parametrize("side", [10_000, 30_000])  # above the limit; above twice the limit, where PIL itself refuses
+@pytest.mark.parametrize(
+    "side", [10_000, 30_000]
+)  # above the limit; above twice the limit, where PIL itself refuses
 def test_decompression_bomb_is_bad_before_it_is_decoded(side: int, monkeypatch: pytest.MonkeyPatch):
     content = encoded(Image.new("1", (side, side)))
     assert len(content) < 200_000
@@ -247,10 +249,14 @@ def test_missing_picture_is_bad_and_says_why(tmp_path):
 
 def photo(height: int, width: int) -> Image.Image:
     """Smooth, as photographs are: halves of it differ little from its pixels averaged."""
-    return Image.fromarray(noise(height // 60 + 2, width // 60 + 2)).resize((width, height), Image.Resampling.BICUBIC)
+    return Image.fromarray(noise(height // 60 + 2, width // 60 + 2)).resize(
+        (width, height), Image.Resampling.BICUBIC
+    )
 
 
-@pytest.mark.parametrize("size", [(30, 40), (99, 200), (100, 100), (199, 900), (200, 201), (401, 350), (805, 1000)])
+@pytest.mark.parametrize(
+    "size", [(30, 40), (99, 200), (100, 100), (199, 900), (200, 201), (401, 350), (805, 1000)]
+)
 @pytest.mark.parametrize(
     "options", [{}, {"progressive": True}, {"subsampling": 0}], ids=["plain", "progressive", "444"]
 )
@@ -271,7 +277,9 @@ def test_only_jpegs_are_reduced_and_only_when_asked():
         assert decode_image(content, at_least=50).tobytes() == decode_image(content).tobytes()
     content = encoded(image, "JPEG")
     with Image.open(io.BytesIO(content)) as plain:
-        assert decode_image(content).tobytes() == decode_image(content, at_least=0).tobytes() == plain.tobytes()
+        assert (
+            decode_image(content).tobytes() == decode_image(content, at_least=0).tobytes() == plain.tobytes()
+        )
 
 
 @pytest.mark.parametrize("orientation", list(TURNS))
@@ -288,7 +296,10 @@ def test_reduced_jpegs_are_turned(orientation: int):
 @pytest.mark.parametrize("mode", ["CMYK", "L"])
 def test_reduced_jpegs_of_other_modes(mode: str):
     content = encoded(photo(400, 600).convert(mode), "JPEG", quality=95)
-    image, whole = decode_image(content, at_least=100), decode_image(content).resize((150, 100), Image.Resampling.BOX)
+    image, whole = (
+        decode_image(content, at_least=100),
+        decode_image(content).resize((150, 100), Image.Resampling.BOX),
+    )
     assert (image.mode, image.size) == ("RGB", (150, 100))
     assert np.abs(np.asarray(image).astype(int) - np.asarray(whole)).mean() < 3
 

@@ -35,9 +35,11 @@ def states(squares, tmp_path_factory):
 def make_inputs(dtype: torch.dtype = torch.float64) -> dict[str, torch.Tensor]:
     """Latents, noise, steps and text states of some rows."""
     random = torch.Generator().manual_seed(1)
-    found = {"latents": torch.randn(ROWS, *LATENT, generator=random, dtype=dtype),
-             "noise": torch.randn(ROWS, *LATENT, generator=random, dtype=dtype),
-             "states": torch.randn(ROWS, LENGTH, WIDTH, generator=random, dtype=dtype)}  # fmt: skip
+    found = {
+        "latents": torch.randn(ROWS, *LATENT, generator=random, dtype=dtype),
+        "noise": torch.randn(ROWS, *LATENT, generator=random, dtype=dtype),
+        "states": torch.randn(ROWS, LENGTH, WIDTH, generator=random, dtype=dtype),
+    }
     return found | {"t": torch.tensor([0, 20, 300, 700, 999])}
 
 
@@ -50,8 +52,11 @@ def make_step(module: nn.Module, **constants) -> tuple[TrainStep, dict[str, torc
     heads = recipe.heads(constants, student, {"latent": LATENT})
     teacher = SimpleNamespace(module=module.double())
     random, given = torch.Generator().manual_seed(2), make_inputs()
-    batch = {"image": torch.randn(ROWS, 3, 32, 32, generator=random, dtype=torch.float64),
-             "text": torch.randint(1, 5000, (ROWS, 16), generator=random), "text_states": given["states"]}  # fmt: skip
+    batch = {
+        "image": torch.randn(ROWS, 3, 32, 32, generator=random, dtype=torch.float64),
+        "text": torch.randint(1, 5000, (ROWS, 16), generator=random),
+        "text_states": given["states"],
+    }
     batch |= {name: given[name] for name in ("t", "noise")}
     return TrainStep(recipe, student, heads, teacher=teacher).double(), batch
 
@@ -70,10 +75,14 @@ def test_the_error_is_eq_3_element_by_element():
     for i in range(ROWS):
         abar = float(module.alphas_cumprod[given["t"][i]])
         noised = abar**0.5 * given["latents"][i] + (1 - abar) ** 0.5 * given["noise"][i]
-        said = module.unet(noised[None], given["t"][i : i + 1], encoder_hidden_states=given["states"][i : i + 1]).sample
+        said = module.unet(
+            noised[None], given["t"][i : i + 1], encoder_hidden_states=given["states"][i : i + 1]
+        ).sample
         pairs = zip(said.flatten().tolist(), given["noise"][i].flatten().tolist(), strict=True)
         slow = [(a - b) ** 2 for a, b in pairs]
-        assert float(found[i]) == pytest.approx(sum(slow) / len(slow), rel=1e-5)  # the noise schedule is float32
+        assert float(found[i]) == pytest.approx(
+            sum(slow) / len(slow), rel=1e-5
+        )  # the noise schedule is float32
 
 
 def test_the_loss_is_wide_and_a_row_is_a_row():
@@ -98,10 +107,14 @@ def test_the_gradient_that_reaches_clip_through_the_unet_is_that_of_finite_diffe
     error = value()
     error.backward()
     found = {name: parameter.grad for name, parameter in trained(step).items() if parameter.grad is not None}
-    assert {name for name in found if "visual" in name} >= {"student.model.visual.ln_pre.weight",
-                                                            "student.model.visual.ln_post.bias"}  # fmt: skip
+    assert {name for name in found if "visual" in name} >= {
+        "student.model.visual.ln_pre.weight",
+        "student.model.visual.ln_post.bias",
+    }
     assert "heads.linear.weight" in found
-    assert not any("visual" not in name for name in found if name.startswith("student"))  # the text has no part in it
+    assert not any(
+        "visual" not in name for name in found if name.startswith("student")
+    )  # the text has no part in it
     random = torch.Generator().manual_seed(9)
     for name, gradient in found.items():
         parameter = trained(step)[name]
@@ -124,7 +137,9 @@ def test_the_values_gradient_is_torchs_own_and_rows_at_a_time_change_nothing():
     signal = module.alphas_cumprod[given["t"]].double().view(-1, 1, 1, 1)
     noised = signal.sqrt() * latents + (1 - signal).sqrt() * given["noise"]
     said = module.unet(noised, given["t"], encoder_hidden_states=given["states"]).sample
-    weight = torch.arange(1.0, ROWS + 1, dtype=torch.float64)  # each row's own: an average would hide mixed rows
+    weight = torch.arange(
+        1.0, ROWS + 1, dtype=torch.float64
+    )  # each row's own: an average would hide mixed rows
     plain = (((said - given["noise"]) ** 2).flatten(1).mean(1) * weight).sum()
     expected = torch.autograd.grad(plain, latents)[0]
     for micro in (0, 1, 2, 5, 9):
@@ -148,7 +163,9 @@ def test_without_the_jacobian_the_gradient_is_dreamfusions(matrix):
     expected = {"sds": 2 * signal * rest / 192, "full": 2 * signal * (rest @ A) / 192}
     for grad, slope in expected.items():
         errors = diffusion_errors(module, latents, **given, full=grad == "full", micro=2)
-        torch.testing.assert_close(errors, rest.square().mean(1), rtol=1e-6, atol=0)  # the value is the true loss
+        torch.testing.assert_close(
+            errors, rest.square().mean(1), rtol=1e-6, atol=0
+        )  # the value is the true loss
         found = torch.autograd.grad(errors.sum(), latents)[0].flatten(1)
         torch.testing.assert_close(found, slope, rtol=1e-5, atol=1e-9)
     assert torch.equal(*expected.values()) == (matrix == "identity")
@@ -222,7 +239,9 @@ def test_the_unet_is_the_same_after_training_and_in_no_file(stage, squares, stat
     from student import train
 
     start = train.start_engine
-    monkeypatch.setattr(train, "start_engine", lambda step, *words: groups.append(step) or start(step, *words))
+    monkeypatch.setattr(
+        train, "start_engine", lambda step, *words: groups.append(step) or start(step, *words)
+    )
     out = tmp_path / "run"
     words = ("--steps", 3, "--set", f"run.zero={stage}")
     assert train_here(squares, states, out, *words, recipe="own_recipes:SDS_STOPPING") == 0
@@ -230,17 +249,26 @@ def test_the_unet_is_the_same_after_training_and_in_no_file(stage, squares, stat
     after = teacher.module.state_dict()
     assert len(before) > 50
     assert [name for name, value in before.items() if not torch.equal(after[name], value)] == []
-    assert all(parameter.grad is None and not parameter.requires_grad for parameter in teacher.module.parameters())
+    assert all(
+        parameter.grad is None and not parameter.requires_grad for parameter in teacher.module.parameters()
+    )
     saved = load_file(next((out / "checkpoints").iterdir()))
     assert not any("unet" in name or "teacher" in name for name in saved)
-    moments = {name.removeprefix("optim.").removesuffix(".exp_avg") for name in saved if name.endswith(".exp_avg")}
+    moments = {
+        name.removeprefix("optim.").removesuffix(".exp_avg") for name in saved if name.endswith(".exp_avg")
+    }
     assert "heads.linear.weight" in moments
     assert {name for name in moments if not name.startswith("heads.")} == {
-        f"student.{name}" for name in norm_names()}  # fmt: skip
+        f"student.{name}" for name in norm_names()
+    }
     exported, fresh = load_file(out / "model.safetensors"), fresh_student()
     assert exported.keys() == fresh.keys()
-    moved = {name for name, value in fresh.items() if not torch.equal(exported[name].reshape(value.shape), value)}
-    assert moved == {name.removeprefix("model.") for name in norm_names()}  # frozen: bit-unchanged despite decay
+    moved = {
+        name for name, value in fresh.items() if not torch.equal(exported[name].reshape(value.shape), value)
+    }
+    assert moved == {
+        name.removeprefix("model.") for name in norm_names()
+    }  # frozen: bit-unchanged despite decay
 
 
 def norm_names() -> set[str]:
@@ -262,7 +290,9 @@ def fresh_student() -> dict[str, torch.Tensor]:
 def prepared(squares: Path, states: Path, *settings: str, seed: int = 0):
     """What a run is made of."""
     run = Run(data=str(squares), cache=str(states), out="unused", device="cpu", seed=seed)
-    recipe, run = override(dataclasses.replace(SDS_CLIP, batch=8, steps=40), run, ["model=vit-micro", *settings])
+    recipe, run = override(
+        dataclasses.replace(SDS_CLIP, batch=8, steps=40), run, ["model=vit-micro", *settings]
+    )
     return prepare(recipe, run)
 
 
@@ -336,8 +366,15 @@ def test_the_regulariser_alone_lowers_the_error():
     assert errors[-1] < 0.7 * errors[0]
 
 
-@pytest.mark.parametrize("settings", [("grad=sds",), ("run.precision=bfloat16", "unet_precision=bfloat16"),
-                                      ("train=all", "checkpoint=true"), ("objective=features", "lam=1.0")])  # fmt: skip
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("grad=sds",),
+        ("run.precision=bfloat16", "unet_precision=bfloat16"),
+        ("train=all", "checkpoint=true"),
+        ("objective=features", "lam=1.0"),
+    ],
+)
 def test_switches_train(settings, squares, states, tmp_path):
     words = [word for setting in settings for word in ("--set", setting)]
     assert train_here(squares, states, tmp_path / "run", "--steps", 3, *words, recipe="sds_clip") == 0
@@ -354,7 +391,9 @@ def test_eq_6_against_numbers_from_the_cache(squares, states):
     batch = made.batches[0]
     _, terms, _ = made.step(batch, Now(0, 1))
     with torch.no_grad():
-        rows = torch.nn.functional.normalize(made.step.student(batch)["image"]) @ made.step.heads.linear.weight.T
+        rows = (
+            torch.nn.functional.normalize(made.step.student(batch)["image"]) @ made.step.heads.linear.weight.T
+        )
     expected = (rows - batch["unet_feature"].flatten(1)).square().mean()
     assert float(terms["features"].detach()) == pytest.approx(0.5 * float(expected), rel=1e-5)
 
@@ -387,11 +426,15 @@ def test_batch_32_of_stable_diffusion_fits_24_gb():
     weights, kept = unet_bytes(unet, (4, 64, 64), (77, 768), rows=micro, dtype=torch.bfloat16)
     assert weights == 2 * 859_520_964
     assert SDS_CLIP.batch % micro == 0
-    assert 4e9 < weights + kept < 19.5e9  # 17.5 where ZeRO 3 was on before: its linear layers keep their inputs
+    assert (
+        4e9 < weights + kept < 19.5e9
+    )  # 17.5 where ZeRO 3 was on before: its linear layers keep their inputs
 
 
 def test_a_dry_run_says_what_the_unet_needs(squares, states, tmp_path, capsys):
-    assert train_here(squares, states, tmp_path / "run", "--dry-run", "--set", "micro=4", recipe="sds_clip") == 0
+    assert (
+        train_here(squares, states, tmp_path / "run", "--dry-run", "--set", "micro=4", recipe="sds_clip") == 0
+    )
     said = capsys.readouterr().err
     assert f"{OWN}'s UNet, by estimate: " in said
     assert "at the peak of 4 rows at a time" in said
@@ -403,13 +446,21 @@ def test_a_dry_run_says_what_the_unet_needs(squares, states, tmp_path, capsys):
 # What cannot be
 
 
-@pytest.mark.parametrize(("words", "said"), [
-    (("--set", "objective=both"), "choose from score, features, none"),
-    (("--set", "grad=half"), "choose from full, sds"), (("--set", "train=norms"), "choose from layernorm, all"),
-    (("--set", "hw_init=one"), "choose from default, zero, unit"),
-    (("--set", "t_max=1001"), "has 1000 time steps"), (("--set", "t_min=7", "--set", "t_max=7"), "t_min < t_max"),
-    (("--set", "micro=-1"), "0 for all"), (("--set", "unet_precision=int8"), "choose from auto, float32, bfloat16"),
-    (("--live",), "leave --live away"), (("--cache", "/nowhere"), "tc build --teacher sd-tiny --data")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--set", "objective=both"), "choose from score, features, none"),
+        (("--set", "grad=half"), "choose from full, sds"),
+        (("--set", "train=norms"), "choose from layernorm, all"),
+        (("--set", "hw_init=one"), "choose from default, zero, unit"),
+        (("--set", "t_max=1001"), "has 1000 time steps"),
+        (("--set", "t_min=7", "--set", "t_max=7"), "t_min < t_max"),
+        (("--set", "micro=-1"), "0 for all"),
+        (("--set", "unet_precision=int8"), "choose from auto, float32, bfloat16"),
+        (("--live",), "leave --live away"),
+        (("--cache", "/nowhere"), "tc build --teacher sd-tiny --data"),
+    ],
+)
 def test_what_makes_no_sense_is_one_line(words, said, squares, states, tmp_path, capsys):
     assert train_here(squares, states, tmp_path / "run", *words, recipe="sds_clip") == 2
     error = capsys.readouterr().err.splitlines()[-1]

@@ -78,7 +78,9 @@ def test_in_texts_a_row_stands_for_its_picture_and_none_of_its_texts_is_found(tm
     cache = make_cache(tmp_path / "c.zarr", images, texts=texts)
     ids, _ = brute_force(texts.reshape(150, 16), images[9], 150)
     found = search_cache(cache.path, keys=("k9",), field="text_emb", top=20)
-    assert [result["texts"] for result in found] == [[f"k{i // 3} said {i % 3}"] for i in ids if i // 3 != 9][:20]
+    assert [result["texts"] for result in found] == [[f"k{i // 3} said {i % 3}"] for i in ids if i // 3 != 9][
+        :20
+    ]
 
 
 def test_a_row_of_texts_alone_stands_for_its_usable_texts(tmp_path, teacher_folder):
@@ -95,7 +97,9 @@ def test_unusable_and_unknown_keys(tmp_path, capsys):
     line = error_of(capsys, cache.path, "--key", "k4")
     assert "row 'k4' of" in line
     assert "cannot be used (not a picture): pass another --key" in line
-    assert "has no key 'k499': did you mean 'k49'?" in error_of(capsys, cache.path, "--key", "k3", "--key", "k499")
+    assert "has no key 'k499': did you mean 'k49'?" in error_of(
+        capsys, cache.path, "--key", "k3", "--key", "k499"
+    )
     assert "pass one that `tc search --json` shows" in error_of(capsys, cache.path, "--key", "something else")
 
 
@@ -106,18 +110,27 @@ def test_unusable_and_unknown_keys(tmp_path, capsys):
 def test_text_picture_and_key_together_are_the_normalised_sum(built, photos, capsys):
     cache = store.open_cache(built)
     path = sorted(photos.rglob("*.png"))[3]
-    teacher, stored, keys = live.load_teacher(cache), store.read_field(cache, "image_emb"), store.read_keys(cache)
+    teacher, stored, keys = (
+        live.load_teacher(cache),
+        store.read_field(cache, "image_emb"),
+        store.read_keys(cache),
+    )
     picture = teacher.view(decode_image(path.read_bytes()))[None]
-    said = {**teacher.encode(teacher.module, {"image": picture}),
-            **teacher.encode(teacher.module, {"text": teacher.tokenize(["in the snow"])})}  # fmt: skip
+    said = {
+        **teacher.encode(teacher.module, {"image": picture}),
+        **teacher.encode(teacher.module, {"text": teacher.tokenize(["in the snow"])}),
+    }
     parts = {name: unit(value[0].detach().float().numpy()) for name, value in said.items()}
     for words, query, left_out in (
         (["in the snow", "--image", path], parts["text_emb"] + parts["image_emb"], set()),
         (["in the snow", "--key", keys[12]], parts["text_emb"] + unit(stored[12]), {12}),
         (["--image", path, "--key", keys[12]], parts["image_emb"] + unit(stored[12]), {12}),
-        (["in the snow", "--image", path, "--key", keys[12], "--key", keys[5]],
-         parts["text_emb"] + parts["image_emb"] + unit(stored[12]) + unit(stored[5]), {12, 5}),
-    ):  # fmt: skip
+        (
+            ["in the snow", "--image", path, "--key", keys[12], "--key", keys[5]],
+            parts["text_emb"] + parts["image_emb"] + unit(stored[12]) + unit(stored[5]),
+            {12, 5},
+        ),
+    ):
         ids, cosine = brute_force(stored, query, 30)
         kept = [i not in left_out for i in ids]
         found = run(capsys, built, *words, "--top", 6)["results"]
@@ -140,7 +153,9 @@ def test_what_cannot_be_asked(built, tmp_path, capsys):
     assert "field 'valid' holds no vectors" in error_of(capsys, built, "x", "--field", "valid")
     assert "has no field 'vae'" in error_of(capsys, built, "x", "--field", "vae")
     narrow = make_cache(tmp_path / "c.zarr", vectors(9), texts=vectors(9, 8).reshape(9, 1, 8))
-    with pytest.raises(UserError, match="texts and pictures in different spaces: search 'text_emb' by a text alone"):
+    with pytest.raises(
+        UserError, match="texts and pictures in different spaces: search 'text_emb' by a text alone"
+    ):
         search_cache(narrow.path, keys=("k1",), field="text_emb")
 
 
@@ -148,5 +163,7 @@ def test_many_vectors_without_an_index_are_refused_before_the_teacher_is_loaded(
     monkeypatch.setattr(index, "FLAT_UP_TO", 29)
     monkeypatch.setattr(live, "load_teacher", no_teacher)
     copy = shutil.copytree(built, tmp_path / "c.zarr")
-    with pytest.raises(UserError, match=r"no index of 'image_emb' yet: run `tc index .*c\.zarr --field image_emb`"):
+    with pytest.raises(
+        UserError, match=r"no index of 'image_emb' yet: run `tc index .*c\.zarr --field image_emb`"
+    ):
         search_cache(copy, text="x")

@@ -96,7 +96,9 @@ def test_why_a_student_is_not_compiled(monkeypatch, capsys):
     assert said(student) == ""
     assert compiled == [student]
     monkeypatch.setattr(engine.importlib.util, "find_spec", lambda name: None)
-    assert "the package triton is missing" in engine._no_compile(student, dataclasses.replace(run_of(), device="cuda"))
+    assert "the package triton is missing" in engine._no_compile(
+        student, dataclasses.replace(run_of(), device="cuda")
+    )
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")

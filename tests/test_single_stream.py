@@ -26,7 +26,9 @@ def words_of() -> object:
 
 def batch_of(n=2, C=2, regions=3, width=5, **more) -> dict:
     """Rows of C pairs with regions; the second row has one region fewer."""
-    pairs = [("is the red circle above?", f"it is a {word}.") for word in ("star", "yes", "no", "circle")[: n * C]]
+    pairs = [
+        ("is the red circle above?", f"it is a {word}.") for word in ("star", "yes", "no", "circle")[: n * C]
+    ]
     encoded = encode_pairs(words_of(), pairs, 40)
     torch.manual_seed(5)
     box = torch.tensor([[0, 0, 1, 1], [0.1, 0.2, 0.5, 0.9], [0.3, 0.3, 0.4, 0.4]]).expand(n, -1, -1).clone()
@@ -39,7 +41,9 @@ def batch_of(n=2, C=2, regions=3, width=5, **more) -> dict:
     return batch | {"region_feature": feature, "region_box": box, "target": target} | more
 
 
-def student_of(face="uniter", *, inputs=2, classes=2, many=False, stage="task", perturbation=None) -> SingleStream:
+def student_of(
+    face="uniter", *, inputs=2, classes=2, many=False, stage="task", perturbation=None
+) -> SingleStream:
     torch.manual_seed(0)
     config = BertConfig(vocab_size=words_of().get_vocab_size(), type_vocab_size=3, **MICRO)
     return SingleStream(config, Shape(face, 5, inputs, classes, many, stage), perturbation)
@@ -81,7 +85,9 @@ def test_a_vocabulary_depends_on_the_texts_and_not_on_their_order_and_knows_ever
 
 def test_geometry_and_waves_are_the_papers_numbers():
     box = torch.tensor([0.1, 0.2, 0.5, 0.8], dtype=torch.float64)
-    torch.testing.assert_close(geometry(box), torch.tensor([0.1, 0.2, 0.5, 0.8, 0.4, 0.6, 0.24], dtype=torch.float64))
+    torch.testing.assert_close(
+        geometry(box), torch.tensor([0.1, 0.2, 0.5, 0.8, 0.4, 0.6, 0.24], dtype=torch.float64)
+    )
     found = waves(box.unsqueeze(0), 4)[0].view(4, 8)
     for c, value in enumerate(box.tolist()):
         for k in range(4):
@@ -137,7 +143,9 @@ def test_an_element_of_uniters_picture_by_hand():
     part, f, b = student.regions, batch["region_feature"][0, 1], batch["region_box"][0, 1]
     where = part.pos_layer_norm(part.pos_linear(geometry(b)))
     kind = student.bert.embeddings.token_type_embeddings.weight[IMAGE]
-    torch.testing.assert_close(regions[0, 1], part.LayerNorm(part.img_layer_norm(part.img_linear(f)) + where + kind))
+    torch.testing.assert_close(
+        regions[0, 1], part.LayerNorm(part.img_layer_norm(part.img_linear(f)) + where + kind)
+    )
 
 
 def test_a_word_of_vl_bert_sees_the_object_that_it_names_or_the_whole_picture():
@@ -167,8 +175,14 @@ def test_a_student_is_built_again_from_what_run_json_holds():
 
 
 def opened(init, name="uniter-micro"):
-    return open_student(name, str(init), Shape(name.rpartition("-")[0], 5, 1, 3), tokenizer=words_of(),
-                        perturbation=Perturbation(), max_text=40)  # fmt: skip
+    return open_student(
+        name,
+        str(init),
+        Shape(name.rpartition("-")[0], 5, 1, 3),
+        tokenizer=words_of(),
+        perturbation=Perturbation(),
+        max_text=40,
+    )
 
 
 def test_a_bert_that_starts_vl_bert_reads_its_words_as_before_and_learns_to_see(tmp_path):
@@ -219,8 +233,11 @@ def test_a_uniter_checkpoint_starts_words_and_regions(tmp_path):
 
 def test_uniters_second_stage_of_vcr_is_inside_and_has_four_token_types(tmp_path):
     student = student_of(inputs=1, classes=3)
-    state = {name.replace("bert.", "uniter.", 1): tensor for name, tensor in student.state_dict().items()
-             if name.startswith("bert.")}  # fmt: skip
+    state = {
+        name.replace("bert.", "uniter.", 1): tensor
+        for name, tensor in student.state_dict().items()
+        if name.startswith("bert.")
+    }
     kinds = state["uniter.embeddings.token_type_embeddings.weight"] = torch.randn(4, MICRO["hidden_size"])
     torch.save({"model_state": state, "step": 7}, tmp_path / "vcr.pt")
     load_into(student, read_state(tmp_path / "vcr.pt"), "vcr.pt")
@@ -237,8 +254,14 @@ def test_old_names_and_foreign_files(tmp_path):
     with pytest.raises(UserError, match=r"bad\.pt cannot be loaded"):
         read_state(tmp_path / "bad.pt")
     with pytest.raises(UserError, match=r"did you mean|choose from"):
-        open_student("unitr-tiny", "", Shape("uniter", 5, 1, 3), tokenizer=words_of(), perturbation=Perturbation(),
-                     max_text=40)  # fmt: skip
+        open_student(
+            "unitr-tiny",
+            "",
+            Shape("uniter", 5, 1, 3),
+            tokenizer=words_of(),
+            perturbation=Perturbation(),
+            max_text=40,
+        )
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -263,7 +286,10 @@ def test_perturbed_predictions_lose_more_each_time_and_teach_the_parameters(many
             module.p = 0.0
     batch = batch_of(C=1, n=2)
     found = student(batch)
-    each = [losses.answer_loss(found["adv_logits"][:, k], batch["target"], many=many).sum().item() for k in range(4)]
+    each = [
+        losses.answer_loss(found["adv_logits"][:, k], batch["target"], many=many).sum().item()
+        for k in range(4)
+    ]
     clean = losses.answer_loss(found["logits"], batch["target"], many=many).sum().item()
     assert math.isclose(each[0], clean, rel_tol=1e-5)  # delta begins at 0
     assert each[1] > each[0]
@@ -289,7 +315,9 @@ def test_answer_loss_and_its_gradient():
             total = sum(torch.exp(value) for value in z)
             if many:
                 p = [1 / (1 + torch.exp(-value)) for value in z]
-                slow.append(-sum(b * torch.log(a) + (1 - b) * torch.log(1 - a) for a, b in zip(p, t, strict=True)))
+                slow.append(
+                    -sum(b * torch.log(a) + (1 - b) * torch.log(1 - a) for a, b in zip(p, t, strict=True))
+                )
             else:
                 slow.append(-sum(b * torch.log(torch.exp(a) / total) for a, b in zip(z, t, strict=True)))
         fast, slow = losses.answer_loss(logits, target, many=many), torch.stack(slow)
@@ -300,8 +328,13 @@ def test_answer_loss_and_its_gradient():
 
 def test_token_l1_and_its_gradient():
     S = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
-    T, W = torch.randn(2, 3, 5, dtype=torch.float64), torch.tensor([[0.05, 0, 1], [0.05, 0.05, 0]], dtype=torch.float64)
-    slow = sum(W[i, j] * abs(S[i, j, k] - T[i, j, k]) for i in range(2) for j in range(3) for k in range(5)) / 30
+    T, W = (
+        torch.randn(2, 3, 5, dtype=torch.float64),
+        torch.tensor([[0.05, 0, 1], [0.05, 0.05, 0]], dtype=torch.float64),
+    )
+    slow = (
+        sum(W[i, j] * abs(S[i, j, k] - T[i, j, k]) for i in range(2) for j in range(3) for k in range(5)) / 30
+    )
     fast = losses.token_l1(S, T, W)
     torch.testing.assert_close(fast, slow)
     gradient = torch.autograd.grad(fast, S)[0]
@@ -333,7 +366,9 @@ def test_answer_kl_is_both_divergences():
             total = 0.0
             for k in range(4):
                 if many:
-                    pairs = [torch.stack([z.sigmoid(), 1 - z.sigmoid()], -1) for z in (clean[i], logits[i, k])]
+                    pairs = [
+                        torch.stack([z.sigmoid(), 1 - z.sigmoid()], -1) for z in (clean[i], logits[i, k])
+                    ]
                 else:
                     pairs = [z.softmax(-1) for z in (clean[i], logits[i, k])]
                 p, q = pairs

@@ -41,8 +41,15 @@ def test_waiting_and_computing_are_told_apart(monkeypatch):
     assert "MFU" not in clock.words()
 
 
-@pytest.mark.parametrize("words", [(), ("--micro-batch", 4), ("--set", "run.grad_checkpointing=true"),
-                                   ("--micro-batch", 4, "--set", "run.grad_checkpointing=true")])  # fmt: skip
+@pytest.mark.parametrize(
+    "words",
+    [
+        (),
+        ("--micro-batch", 4),
+        ("--set", "run.grad_checkpointing=true"),
+        ("--micro-batch", 4, "--set", "run.grad_checkpointing=true"),
+    ],
+)
 def test_products_are_counted_once(words, known_peak, squares, cache, tmp_path):
     """Three forwards of the student; heads of so small a batch are a per cent on top."""
     assert train_here(squares, cache, tmp_path / "run", "--steps", 2, *words) == 0
@@ -55,9 +62,18 @@ def test_products_are_counted_once(words, known_peak, squares, cache, tmp_path):
 
 
 def test_a_peak_is_that_of_the_longest_name(monkeypatch):
-    names = {"NVIDIA H100 PCIe": 756e12, "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA A10G": 70e12, "NVIDIA L40S": 362e12,
-             "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA L4": 121e12, "NVIDIA H100 NVL": 835e12, "NVIDIA L40": None,
-             "NVIDIA RTX A1000 Laptop GPU": None, "NVIDIA A10M": None}  # fmt: skip
+    names = {
+        "NVIDIA H100 PCIe": 756e12,
+        "NVIDIA H100 80GB HBM3": 989e12,
+        "NVIDIA A10G": 70e12,
+        "NVIDIA L40S": 362e12,
+        "NVIDIA A100-SXM4-80GB": 312e12,
+        "NVIDIA L4": 121e12,
+        "NVIDIA H100 NVL": 835e12,
+        "NVIDIA L40": None,
+        "NVIDIA RTX A1000 Laptop GPU": None,
+        "NVIDIA A10M": None,
+    }
     for name, peak in names.items():
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
         assert speed.peak_flops("cuda:0", "bfloat16") == peak, name
@@ -93,8 +109,9 @@ def test_tensorboard_gets_every_value(squares, cache, tmp_path):
 def test_wandb_gets_every_value(squares, cache, tmp_path, monkeypatch):
     """By a stand-in with the three calls that are made; the real one was tried offline by hand."""
     logged, started, finished = [], {}, []
-    run = types.SimpleNamespace(log=lambda values, step: logged.append({"step": step, **values}),
-                                finish=lambda: finished.append(True))  # fmt: skip
+    run = types.SimpleNamespace(
+        log=lambda values, step: logged.append({"step": step, **values}), finish=lambda: finished.append(True)
+    )
     module = types.ModuleType("wandb")
     module.init = lambda **words: started.update(words) or run
     monkeypatch.setitem(sys.modules, "wandb", module)
@@ -110,10 +127,13 @@ def test_wandb_gets_every_value(squares, cache, tmp_path, monkeypatch):
     assert started["id"] != first
 
 
-@pytest.mark.parametrize(("names", "said"), [
-    ("tensorbord", "--report-to tensorbord: choose from tensorboard, wandb"),
-    ("wandb", "--report-to wandb needs its package: pip install 'teachercache[wandb]'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        ("tensorbord", "--report-to tensorbord: choose from tensorboard, wandb"),
+        ("wandb", "--report-to wandb needs its package: pip install 'teachercache[wandb]'"),
+    ],
+)
 def test_a_report_that_cannot_be_is_refused(names, said, squares, cache, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "wandb", None)
     assert train_here(squares, cache, tmp_path / "run", "--report-to", names) == 2

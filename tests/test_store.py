@@ -39,12 +39,20 @@ FIELDS = (
 
 @functools.cache
 def make_rows() -> Manifest:
-    return make_manifest("some/data", Path("some/data"), [Sample(f"row/{i:04d}\u00e9", "a.png") for i in range(ROWS)])
+    return make_manifest(
+        "some/data", Path("some/data"), [Sample(f"row/{i:04d}\u00e9", "a.png") for i in range(ROWS)]
+    )
 
 
 def make_meta(**changes) -> CacheMeta:
     spec = TeacherSpec(TEACHER, "pretrained", "0" * 64, ("embeddings",), FIELDS, {}, {}, {"logit_scale": 4.6})
-    values = {"data": "some/data", "manifest": make_rows().digest, "rows": ROWS, "texts": TEXTS, "block_rows": BLOCK}
+    values = {
+        "data": "some/data",
+        "manifest": make_rows().digest,
+        "rows": ROWS,
+        "texts": TEXTS,
+        "block_rows": BLOCK,
+    }
     return CacheMeta(**({"spec": spec, "precision": "float32", "versions": {}} | values | changes))
 
 
@@ -110,7 +118,10 @@ def test_fields_read_back_by_us_and_by_plain_zarr(whole, arrays):
 
 def test_both_ways_of_reading_were_met(whole):
     def is_mapped(name: str) -> bool:
-        size = np.prod(whole.fields[name].array_shape(BLOCK, TEXTS)) * np.dtype(whole.fields[name].dtype).itemsize
+        size = (
+            np.prod(whole.fields[name].array_shape(BLOCK, TEXTS))
+            * np.dtype(whole.fields[name].dtype).itemsize
+        )
         return can_map(int(size))
 
     assert [is_mapped(name) for name in ("image_emb", "text_emb", "map", "ids")] == [True] * 4
@@ -183,7 +194,11 @@ def test_keys_in_the_order_of_the_cache_are_joined_without_a_table(whole, monkey
     assert store.join(whole, keys).tolist() == list(range(len(keys)))
     some = [0, 1, 5, 99, 100, 101, 350, 351, 899, 1379]
     assert store.join(whole, keys.take(some)).tolist() == some
-    assert store.join(whole, ["row/0300\u00e9", "row/0300\u00e9", "row/0301\u00e9"]).tolist() == [300, 300, 301]
+    assert store.join(whole, ["row/0300\u00e9", "row/0300\u00e9", "row/0301\u00e9"]).tolist() == [
+        300,
+        300,
+        301,
+    ]
     with pytest.raises(ZeroDivisionError):
         store.join(whole, keys.take([100, 0]))
 

@@ -23,12 +23,27 @@ ROOT = Path(__file__).parent.parent
 # A change here is a change of the contract in DESIGN.md, and a line in CHANGELOG.md
 OPTIONS = {
     "recipes": ["name"],
-    "train": ["--batch-size", "--cache", "--data", "--dry-run", "--eval-every", "--live", "--micro-batch", "--out",
-              "--print-config", "--recipe", "--report-to", "--resume", "--seed", "--set", "--steps"],
+    "train": [
+        "--batch-size",
+        "--cache",
+        "--data",
+        "--dry-run",
+        "--eval-every",
+        "--live",
+        "--micro-batch",
+        "--out",
+        "--print-config",
+        "--recipe",
+        "--report-to",
+        "--resume",
+        "--seed",
+        "--set",
+        "--steps",
+    ],
     "eval": ["--data", "--figures", "--json", "--out", "--samples", "--task", "models"],
     "generate": ["--beams", "--image", "--masks", "--question", "model"],
     "export": ["--format", "--out", "run"],
-}  # fmt: skip
+}
 
 
 def python(*words: str, **options) -> subprocess.CompletedProcess:
@@ -86,8 +101,14 @@ def test_recipes_lists_every_name_and_paper(capsys):
 def test_recipes_shows_equations_constants_and_the_build_command(capsys):
     assert main(["recipes", "clip_kd"]) == 0
     text = capsys.readouterr().out
-    for equation in ("KL(sm(a_T V_T S_T^T) || sm(a_S V S^T))", "(V' - V_T)^2", "CE(g V' S_T^T, I)",
-                     "G_V = a/2N [(P - I) S' + (Q - I)^T S']", "A = norm(W [V'; V_T])", "(H' - H_T)^2"):  # fmt: skip
+    for equation in (
+        "KL(sm(a_T V_T S_T^T) || sm(a_S V S^T))",
+        "(V' - V_T)^2",
+        "CE(g V' S_T^T, I)",
+        "G_V = a/2N [(P - I) S' + (Q - I)^T S']",
+        "A = norm(W [V'; V_T])",
+        "(H' - H_T)^2",
+    ):
         assert equation in text
     for line in (
         "--set fd=2000.0",
@@ -177,8 +198,20 @@ def home(tmp_path, monkeypatch, teacher_folder):
     return tmp_path
 
 
-TRAIN = ["train", "--recipe", "clip_kd", "--data", "data/squares", "--dry-run", "--batch-size", "4",
-         "--set", "model=vit-micro", "--set", "run.workers=0"]  # fmt: skip
+TRAIN = [
+    "train",
+    "--recipe",
+    "clip_kd",
+    "--data",
+    "data/squares",
+    "--dry-run",
+    "--batch-size",
+    "4",
+    "--set",
+    "model=vit-micro",
+    "--set",
+    "run.workers=0",
+]
 
 
 def mended(capsys, words: list[str]) -> None:
@@ -201,7 +234,9 @@ def test_a_missing_cache_elsewhere_ends_in_the_command_that_makes_it_there(home,
     mended(capsys, [*TRAIN, "--cache", "elsewhere/mine"])
 
 
-@pytest.mark.parametrize("block_rows", [None, 8])  # what this version chooses, and what another may have chosen
+@pytest.mark.parametrize(
+    "block_rows", [None, 8]
+)  # what this version chooses, and what another may have chosen
 def test_an_unfinished_cache_ends_in_the_command_that_finishes_it(block_rows, home, capsys):
     path = Path("caches/squares/clip-lite.zarr")
     build_cache(Path("data/squares"), Path("models/clip-lite"), path, block_rows=block_rows)
@@ -226,7 +261,9 @@ def test_an_existing_run(home, capsys):
     with contained():
         assert main(words) == 0
         capsys.readouterr()
-        assert error_of(capsys, *words) == "error: runs/one exists: go on with --resume, or pass another --out"
+        assert (
+            error_of(capsys, *words) == "error: runs/one exists: go on with --resume, or pass another --out"
+        )
 
 
 def test_resume_finds_the_newest_run_of_the_recipe(home, capsys):
@@ -243,7 +280,15 @@ def test_resume_finds_the_newest_run_of_the_recipe(home, capsys):
 
 
 def test_a_random_teacher_is_warned_of(home, capsys):
-    words = ["build", "--teacher", "open_clip:ViT-S-32-alt/x", "--weights", "random:0", "--data", "data/squares"]
+    words = [
+        "build",
+        "--teacher",
+        "open_clip:ViT-S-32-alt/x",
+        "--weights",
+        "random:0",
+        "--data",
+        "data/squares",
+    ]
     if tc_main([*words, "--limit", "16"]) != 0:
         pytest.fail(capsys.readouterr().err)
     with contained():
@@ -257,7 +302,9 @@ def test_a_random_teacher_is_warned_of(home, capsys):
 
 def test_json_prints_one_object_and_nothing_else(finished_run, squares, tmp_path):
     run = shutil.copytree(finished_run, tmp_path / "run")
-    result = python("-m", "student", "eval", str(run), "--task", "retrieval", "--data", str(squares), "--json")
+    result = python(
+        "-m", "student", "eval", str(run), "--task", "retrieval", "--data", str(squares), "--json"
+    )
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
     assert len(lines) == 1

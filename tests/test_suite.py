@@ -42,8 +42,11 @@ def report(root):
 
 
 def metrics_of(report, dataset: str, task: str = "zeroshot_classification", model: str = "linear") -> dict:
-    found = [each["metrics"] for each in report.results
-             if (each["dataset"], each["task"], each["model"]) == (dataset, task, model)]  # fmt: skip
+    found = [
+        each["metrics"]
+        for each in report.results
+        if (each["dataset"], each["task"], each["model"]) == (dataset, task, model)
+    ]
     assert len(found) == 1, (dataset, task)
     return found[0]
 
@@ -119,10 +122,17 @@ def test_birdsnap_and_places_by_their_lists(root, tmp_path):
     assert {row.key for row in rows if row.split == "test"} == {
         f"{bird}/{i}.jpg" for bird in ("Blue_Jay", "Acadian_Flycatcher") for i in (4, 5, 6)
     }
-    assert {(row.key.split("/")[0], row.label) for row in rows} == {("Blue_Jay", "1"), ("Acadian_Flycatcher", "2")}
+    assert {(row.key.split("/")[0], row.label) for row in rows} == {
+        ("Blue_Jay", "1"),
+        ("Acadian_Flycatcher", "2"),
+    }
     places = read("places365", root, tmp_path)
     found = {places.manifest.row(i).key: places.names[places.manifest.row(i).label] for i in range(7)}
-    assert found["Places365_val_00000002.jpg"] == found["Places365_val_00000005.jpg"] == "apartment building outdoor"
+    assert (
+        found["Places365_val_00000002.jpg"]
+        == found["Places365_val_00000005.jpg"]
+        == "apartment building outdoor"
+    )
 
 
 def test_a_pickle_that_would_run_something_is_refused(root, tmp_path):
@@ -134,7 +144,12 @@ def test_a_pickle_that_would_run_something_is_refused(root, tmp_path):
     path.write_bytes(pickle.dumps({"data": Evil()}, protocol=2))
     with pytest.raises(UserError, match=r"asks for __builtin__.print, which is no array"):
         datasets.unpickle(path, "data")
-    for content in (b"\x80\x02}", b"no pickle", pickle.dumps({"other": 1}, protocol=2), pickle.dumps(3, protocol=2)):
+    for content in (
+        b"\x80\x02}",
+        b"no pickle",
+        pickle.dumps({"other": 1}, protocol=2),
+        pickle.dumps(3, protocol=2),
+    ):
         path.write_bytes(content)
         with pytest.raises(UserError, match=r"test_batch is not one of CIFAR's"):
             datasets.unpickle(path, "data")
@@ -153,12 +168,17 @@ def test_prompts_are_the_papers():
     assert len(set(CIFAR)) == 18
     assert len(set(CALTECH)) == 34
     assert {template for template in CIFAR if "small" in template} == {
-        "a photo of a small {}.", "a photo of the small {}."
-    }  # fmt: skip
-    assert {"a embroidered {}.", "the plushie {}.", "art of a {}.", "the cartoon {}.", "{}"} - {*CALTECH} == {"{}"}
+        "a photo of a small {}.",
+        "a photo of the small {}.",
+    }
+    assert {"a embroidered {}.", "the plushie {}.", "art of a {}.", "the cartoon {}.", "{}"} - {*CALTECH} == {
+        "{}"
+    }
 
 
-@pytest.mark.parametrize(("name", "templates"), [("cifar10", CIFAR), ("cifar100", CIFAR), ("caltech101", CALTECH)])
+@pytest.mark.parametrize(
+    ("name", "templates"), [("cifar10", CIFAR), ("cifar100", CIFAR), ("caltech101", CALTECH)]
+)
 def test_prompts_are_clip_benchmarks_own_file(name, templates):
     """MIT data of the installed package, where it is; the paper's are CLIP's of these sets."""
     pytest.importorskip("clip_benchmark", reason="clip-benchmark is not installed")
@@ -189,7 +209,9 @@ def slow(root, scratch, name: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines [n, classes] and classes by the definitions, pictures opened here."""
     found, border = read(name, root, scratch), 2 if name == "objectnet" else 0
     templates = {"cifar10": CIFAR, "cifar100": CIFAR, "caltech101": CALTECH}.get(name, IMAGENET_PLUS)
-    weights = [np.mean([slow_text(fill(each, words)) for each in templates], 0) for words in found.names.values()]
+    weights = [
+        np.mean([slow_text(fill(each, words)) for each in templates], 0) for words in found.names.values()
+    ]
     weights = np.stack([weight / np.linalg.norm(weight) for weight in weights])
     images, target = [], []
     for row in measured_rows(found):
@@ -209,8 +231,19 @@ def slow(root, scratch, name: str) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.from_numpy(np.stack(images) @ weights.T), torch.tensor(target)
 
 
-SETS = ("cifar10", "caltech101", "food101", "pets", "birdsnap", "places365", "objectnet", "imagenet1k", "imagenet-a",
-        "imagenet-r", "imagenetv2")  # fmt: skip
+SETS = (
+    "cifar10",
+    "caltech101",
+    "food101",
+    "pets",
+    "birdsnap",
+    "places365",
+    "objectnet",
+    "imagenet1k",
+    "imagenet-a",
+    "imagenet-r",
+    "imagenetv2",
+)
 
 
 @pytest.mark.parametrize("name", SETS)
@@ -239,8 +272,10 @@ def test_objectnets_classes_that_imagenet_has(report, root, tmp_path):
     names = list(read("objectnet", root, tmp_path).names)
     columns = [i for i, name in enumerate(names) if name != "air_freshener"]
     rows = torch.isin(target, torch.tensor(columns))
-    hits = [columns[int(score[columns].argmax())] == int(label)
-            for score, label in zip(scores[rows], target[rows], strict=True)]  # fmt: skip
+    hits = [
+        columns[int(score[columns].argmax())] == int(label)
+        for score, label in zip(scores[rows], target[rows], strict=True)
+    ]
     assert metrics_of(report, "objectnet")["acc1_imagenet_classes"] == pytest.approx(np.mean(hits))
 
 
@@ -274,8 +309,10 @@ def test_the_same_classes_of_imagenet_are_what_a_shift_is_compared_with(report, 
     scores, target = slow(root, tmp_path, "imagenet1k")
     columns = [IMAGENET.index(place) for place in SHARED]
     rows = torch.isin(target, torch.tensor(columns))
-    hits = [columns[int(score[columns].argmax())] == int(label)
-            for score, label in zip(scores[rows], target[rows], strict=True)]  # fmt: skip
+    hits = [
+        columns[int(score[columns].argmax())] == int(label)
+        for score, label in zip(scores[rows], target[rows], strict=True)
+    ]
     assert metrics_of(report, "imagenet-r")["imagenet1k_acc1"] == pytest.approx(np.mean(hits))
     assert metrics_of(report, "imagenetv2")["imagenet1k_acc1"] == metrics_of(report, "imagenet1k")["acc1"]
 
@@ -295,7 +332,9 @@ def test_a_model_that_says_one_thing_is_at_chance_everywhere(report):
                 assert value == pytest.approx(16 / (16 + 14))
             elif name.endswith("tie_rate"):
                 assert value == 1 or name.startswith("lp_")
-            elif name.startswith("lp_"):  # the probe has biases: it says the commonest class, or the five of them
+            elif name.startswith(
+                "lp_"
+            ):  # the probe has biases: it says the commonest class, or the five of them
                 assert value <= (5.5 if name == "lp_acc5" else 1.5) / min(metrics["num_classes"], 10)
             else:
                 assert value == 0, (result["dataset"], name)
@@ -330,13 +369,18 @@ def test_folds_are_means_of_parts(root, monkeypatch):
     recalls = []
     for part in (rows[:4], rows[4:8]):
         images = np.stack([slow_image(manifest.root / row.image) for row in part])
-        ranks = [sorted(range(4), key=lambda j, t=text: -float(images[j] @ slow_text(t))).index(i)
-                 for i, row in enumerate(part) for text in row.texts[:5]]  # fmt: skip
+        ranks = [
+            sorted(range(4), key=lambda j, t=text: -float(images[j] @ slow_text(t))).index(i)
+            for i, row in enumerate(part)
+            for text in row.texts[:5]
+        ]
         recalls.append(np.mean([rank < 1 for rank in ranks]))
     assert found["num_folds"] == 2
     assert found["4/image_retrieval_recall@1"] == pytest.approx(np.mean(recalls))
     assert 0 < np.mean(recalls) < 1
-    assert found["4/image_retrieval_recall@5"] is found["image_retrieval_recall@10"] is None  # every model would be 1
+    assert (
+        found["4/image_retrieval_recall@5"] is found["image_retrieval_recall@10"] is None
+    )  # every model would be 1
     assert found["text_retrieval_recall@10"] is not None
 
 
@@ -360,7 +404,12 @@ def test_baselines_beside_the_data_give_effective_robustness(root, tmp_path, mon
     monkeypatch.setattr(encoder, "default_workers", lambda: 0)
     for name in ("imagenet", "imagenet-r"):
         shutil.copytree(root / name, tmp_path / name)
-    lines = ["model,imagenet1k,imagenet-r,imagenet-r:imagenet1k", "a,0.6,0.3,0.8", "b,0.7,0.4,0.85", "c,0.8,,"]
+    lines = [
+        "model,imagenet1k,imagenet-r,imagenet-r:imagenet1k",
+        "a,0.6,0.3,0.8",
+        "b,0.7,0.4,0.85",
+        "c,0.8,,",
+    ]
     (tmp_path / "baselines.csv").write_text("\n".join(lines) + "\n")
     assert read_baselines(tmp_path / "baselines.csv") == {"imagenet-r": [(0.8, 0.3), (0.85, 0.4)]}
     metrics = metrics_of(run_suite([ENCODER], tmp_path), "imagenet-r")
@@ -381,8 +430,11 @@ def test_what_is_not_there_is_skipped_with_a_reason(report):
     assert "training pictures" in reasons["places365", "linear_probe"]
     assert "baselines.csv" in reasons["imagenet shifts", "effective_robustness"]
     measured = {each["dataset"] for each in report.results}
-    assert measured == {*LABELLED, *CAPTIONED} - {"imagenet_sketch", "imagenetv2-threshold0.7",
-                                                  "imagenetv2-top-images"}  # fmt: skip
+    assert measured == {*LABELLED, *CAPTIONED} - {
+        "imagenet_sketch",
+        "imagenetv2-threshold0.7",
+        "imagenetv2-top-images",
+    }
     probed = {each["dataset"] for each in report.results if each["task"] == "linear_probe"}
     assert probed == {"cifar10", "cifar100", "caltech101", "food101", "pets", "birdsnap"}
 
@@ -406,11 +458,22 @@ def test_one_json_one_csv_and_one_table(report, tmp_path):
 
 def test_the_mean_is_over_sets_that_all_models_have():
     def result(dataset: str, model: str, value: float) -> dict:
-        return {"dataset": dataset, "model": model, "pretrained": model, "task": "zeroshot_classification",
-                "language": "en", "metrics": {"acc1": value}}  # fmt: skip
+        return {
+            "dataset": dataset,
+            "model": model,
+            "pretrained": model,
+            "task": "zeroshot_classification",
+            "language": "en",
+            "metrics": {"acc1": value},
+        }
 
-    results = [result("food101", "a", 0.2), result("cifar10", "a", 0.4), result("objectnet", "a", 1.0),
-               result("food101", "b", 0.3), result("cifar10", "b", 0.9)]  # fmt: skip
+    results = [
+        result("food101", "a", 0.2),
+        result("cifar10", "a", 0.4),
+        result("objectnet", "a", 1.0),
+        result("food101", "b", 0.3),
+        result("cifar10", "b", 0.9),
+    ]
     lines = suite_table(suite.Report(results, [])).splitlines()
     assert "| zeroshot_classification | objectnet | top-1 | 100.0 | - |" in lines
     assert "| zeroshot_classification | mean of 2 | top-1 or mean per class | 30.0 | 60.0 |" in lines

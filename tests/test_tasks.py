@@ -33,10 +33,19 @@ def write_vqa(folder: Path, answers: list[list[str]]) -> Path:
     (folder / "train2014").mkdir(parents=True)
     Image.new("RGB", (8, 8)).save(folder / "train2014" / "COCO_train2014_000000000001.jpg")
     questions = [{"image_id": 1, "question": f"What is {i}?", "question_id": i} for i in range(len(answers))]
-    notes = [{"question_id": i, "image_id": 1, "question_type": "what is", "answer_type": "other",
-              "multiple_choice_answer": Counter(given).most_common(1)[0][0],
-              "answers": [{"answer": one, "answer_confidence": "yes", "answer_id": k} for k, one in enumerate(given)]}
-             for i, given in enumerate(answers)]  # fmt: skip
+    notes = [
+        {
+            "question_id": i,
+            "image_id": 1,
+            "question_type": "what is",
+            "answer_type": "other",
+            "multiple_choice_answer": Counter(given).most_common(1)[0][0],
+            "answers": [
+                {"answer": one, "answer_confidence": "yes", "answer_id": k} for k, one in enumerate(given)
+            ],
+        }
+        for i, given in enumerate(answers)
+    ]
     path = folder / "v2_OpenEnded_mscoco_train2014_questions.json"
     path.write_text(json.dumps({"data_subtype": "train2014", "questions": questions}))
     (folder / "v2_mscoco_train2014_annotations.json").write_text(json.dumps({"annotations": notes}))
@@ -67,7 +76,9 @@ def test_a_vcr_row_asks_four_pairs_and_its_rationales_know_the_right_answer(scen
 def test_mentions_point_at_the_words_of_their_objects_in_the_joined_parts(scenes, which):
     """Each reference of VCR's own lines once, in order: the question's, then of what follows."""
     manifest = read_manifest(str(scenes / "vcr1"))
-    texts = [line for name in ("train", "val") for line in (scenes / f"vcr1/{name}.jsonl").read_text().splitlines()]
+    texts = [
+        line for name in ("train", "val") for line in (scenes / f"vcr1/{name}.jsonl").read_text().splitlines()
+    ]
     lines = {line["annot_id"]: line for line in map(json.loads, texts)}
     checked = 0
     for number in range(len(manifest)):
@@ -105,7 +116,9 @@ def test_vqa_targets_are_the_mean_accuracy_over_nine_of_ten_people(tmp_path):
         given = answers[n]
         expected = {}
         for answer in set(given):
-            left = [min(sum(one == answer for k, one in enumerate(given) if k != i) / 3, 1) for i in range(10)]
+            left = [
+                min(sum(one == answer for k, one in enumerate(given) if k != i) / 3, 1) for i in range(10)
+            ]
             expected[task.answers.index(answer)] = sum(left) / 10
         found = read_question(task, manifest.row(n)).target
         assert found == pytest.approx(expected)
@@ -141,11 +154,19 @@ def test_regimes_choose_so_many_of_each_group_and_the_same_again(scenes):
             labelled_rows(VCR, manifest, rows[:1], regime, 0)
 
 
-@pytest.mark.parametrize(("question", "category"), [
-    ("Why is person 1 smiling?", "explanation"), ("What will happen next?", "temporal"),
-    ("Where are they?", "scene"), ("What is person 2 doing?", "activity"), ("How does person 1 feel?", "explanation"),
-    ("What is the relationship of person 1 and person 2?", "role"), ("Is person 1 angry?", "mental"),
-    ("What would person 1 do if it rained?", "hypothetical")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("question", "category"),
+    [
+        ("Why is person 1 smiling?", "explanation"),
+        ("What will happen next?", "temporal"),
+        ("Where are they?", "scene"),
+        ("What is person 2 doing?", "activity"),
+        ("How does person 1 feel?", "explanation"),
+        ("What is the relationship of person 1 and person 2?", "role"),
+        ("Is person 1 angry?", "mental"),
+        ("What would person 1 do if it rained?", "hypothetical"),
+    ],
+)
 def test_question_categories(question, category):
     assert question_category(question) == category
 

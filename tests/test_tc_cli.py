@@ -25,15 +25,26 @@ OPTIONS = {  # a contract: adding one is a decision, made here and in DESIGN.md
     "teachers": {"--json"},
     "manifest": {"data", "--out", "--limit", "--noise", "--noise-seed", "--json"},
     "build": {
-        "--teacher", "--data", "--out", "--outputs", "--weights", "--batch-size", "--workers", "--precision",
-        "--device", "--limit", "--views", "--augment", "--prune",
+        "--teacher",
+        "--data",
+        "--out",
+        "--outputs",
+        "--weights",
+        "--batch-size",
+        "--workers",
+        "--precision",
+        "--device",
+        "--limit",
+        "--views",
+        "--augment",
+        "--prune",
     },
     "info": {"cache", "--json"},
     "verify": {"cache", "--samples", "--json"},
     "index": {"cache", "--field", "--kind"},
     "analyze": {"cache", "--against", "--out", "--map", "--points", "--json"},
     "search": {"cache", "text", "--image", "--key", "--field", "--top", "--json"},
-}  # fmt: skip
+}
 HERE = ("--device", "cpu", "--workers", "0")
 
 
@@ -113,7 +124,10 @@ def test_help_names_every_option(command: str, capsys):
 
 def test_examples_keep_their_lines(capsys):
     assert run("build", "--help") == 0
-    assert "\n  tc build --teacher clip-lite\n  tc build --teacher clip-lite --views 4\n" in capsys.readouterr().out
+    assert (
+        "\n  tc build --teacher clip-lite\n  tc build --teacher clip-lite --views 4\n"
+        in capsys.readouterr().out
+    )
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -145,7 +159,7 @@ def test_examples_keep_their_lines(capsys):
         (["--out", "."], "pass another --out"),
     ],
     ids=lambda value: "=".join(value).lstrip("-") if isinstance(value, list) else "",
-)  # fmt: skip
+)
 def test_build_errors_are_one_line(words, says, teacher_folder, photos, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "notes.docx").touch()
@@ -221,7 +235,9 @@ def run_named_command(line: str) -> None:
 
 
 @pytest.mark.parametrize("extra", ["", "--limit 7", "--precision bf16", "--data relative/photos"])
-def test_named_command_knows_how_the_cache_was_built(extra, teacher_folder, photos, tmp_path, capsys, monkeypatch):
+def test_named_command_knows_how_the_cache_was_built(
+    extra, teacher_folder, photos, tmp_path, capsys, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "relative").mkdir()
     (tmp_path / "relative" / "photos").symlink_to(photos)
@@ -381,7 +397,10 @@ def test_index_says_what_it_did_and_how_exact_it_is(copy, capsys):
     for words, says in (
         ([], "built: 12 vectors, flat, exact"),
         ([], "current: 12 vectors, flat, exact"),
-        (["--kind", "hnsw"], "built: 12 vectors, hnsw, efSearch 12: recall@10 1.000 for queries from image_emb and"),
+        (
+            ["--kind", "hnsw"],
+            "built: 12 vectors, hnsw, efSearch 12: recall@10 1.000 for queries from image_emb and",
+        ),
     ):
         capsys.readouterr()
         assert run("index", copy, *words) == 0

@@ -24,7 +24,10 @@ def kl_rows(teacher, student):
 
 def whole_soft_clip(image, text, scale, t_image, t_text, t_scale):
     student, teacher = pairs(scale, image, text), pairs(t_scale, t_image, t_text)
-    there, back = -(teacher.softmax(1) * student.log_softmax(1)), -(teacher.T.softmax(1) * student.T.log_softmax(1))
+    there, back = (
+        -(teacher.softmax(1) * student.log_softmax(1)),
+        -(teacher.T.softmax(1) * student.T.log_softmax(1)),
+    )
     return (there.sum() + back.sum()) / (2 * len(image))
 
 
@@ -35,13 +38,18 @@ def whole_psd(image, text, scale, t_image, t_text, t_scale, unaligned):
         target = t.T.softmax(1).T
         target = target / target.sum(1, keepdim=True)
         log_p = z.log_softmax(1)
-        total = total + torch.where(unaligned, (target * (target.log() - log_p)).sum(1), -log_p.diagonal()).mean()
+        total = (
+            total + torch.where(unaligned, (target * (target.log() - log_p)).sum(1), -log_p.diagonal()).mean()
+        )
     return total / 2
 
 
 def whole_cross(image, text, t_image, t_text, scale, t_scale):
     teacher = pairs(t_scale, t_image, t_text)
-    there, back = kl_rows(teacher, pairs(scale, image, t_text)), kl_rows(teacher.T, pairs(scale, text, t_image))
+    there, back = (
+        kl_rows(teacher, pairs(scale, image, t_text)),
+        kl_rows(teacher.T, pairs(scale, text, t_image)),
+    )
     return (there.mean() + back.mean()) / 2
 
 
@@ -93,7 +101,10 @@ def inputs_of(name, count, *, a=9.0, dtype=torch.float64, seed=0, width=D):
     widths = {"image": width, "text": width, "t_image": E, "t_text": E}
     if name in SAME_WIDTH:
         widths |= {"t_image": width, "t_text": width}
-    given = {key: torch.randn(count, size, generator=generator, dtype=torch.float64) for key, size in widths.items()}
+    given = {
+        key: torch.randn(count, size, generator=generator, dtype=torch.float64)
+        for key, size in widths.items()
+    }
     given = {key: (rows / rows.norm(dim=1, keepdim=True)).to(dtype) for key, rows in given.items()}
     given |= {"scale": torch.tensor([a], dtype=dtype), "t_scale": torch.tensor([1.7 * a], dtype=dtype)}
     given["unaligned"] = torch.rand(count, generator=generator) < 0.6
@@ -150,7 +161,9 @@ def test_gradients_match_finite_differences(name):
 @every_loss
 def test_bfloat16_inputs_are_computed_in_float32(name):
     given = inputs_of(name, 70, a=14.0, dtype=torch.bfloat16, width=32)
-    wide = {key: value.detach().double() if value.is_floating_point() else value for key, value in given.items()}
+    wide = {
+        key: value.detach().double() if value.is_floating_point() else value for key, value in given.items()
+    }
     wide = {key: value.requires_grad_(key in STUDENT) for key, value in wide.items()}
     value, gradients = results(getattr(tiled, f"tiled_{name}"), given, tile=32)
     exact, exact_gradients = results(LOSSES[name][0], wide)
@@ -158,9 +171,13 @@ def test_bfloat16_inputs_are_computed_in_float32(name):
     assert (value - exact).abs() <= 1e-4 * exact.abs()
     for ours, theirs in zip(gradients, exact_gradients, strict=True):
         assert ours.dtype == torch.bfloat16
-        rounded = theirs.to(torch.bfloat16)  # what is left beside rounding to bfloat16: at most one step of it
+        rounded = theirs.to(
+            torch.bfloat16
+        )  # what is left beside rounding to bfloat16: at most one step of it
         assert (ours.double() - rounded.double()).abs().max() <= 2**-8 * theirs.abs().max()
-    float32 = {key: part.detach().float().requires_grad_() if key in STUDENT else part for key, part in given.items()}
+    float32 = {
+        key: part.detach().float().requires_grad_() if key in STUDENT else part for key, part in given.items()
+    }
     for ours, theirs in zip(
         results(getattr(tiled, f"tiled_{name}"), float32, tile=32)[1], exact_gradients, strict=True
     ):
@@ -170,7 +187,9 @@ def test_bfloat16_inputs_are_computed_in_float32(name):
 @every_loss
 @pytest.mark.parametrize("a", [100.0, 1e4])
 def test_large_scales_stay_finite_in_float32(name, a):
-    value, gradients = results(getattr(tiled, f"tiled_{name}"), inputs_of(name, 21, a=a, dtype=torch.float32), tile=8)
+    value, gradients = results(
+        getattr(tiled, f"tiled_{name}"), inputs_of(name, 21, a=a, dtype=torch.float32), tile=8
+    )
     assert value.isfinite()
     assert all(gradient.isfinite().all() for gradient in gradients)
 
@@ -199,7 +218,8 @@ def test_what_asks_alone_gets_its_gradient(name, key):
     given = inputs_of(name, 13)
     expected = dict(zip(STUDENT, results(LOSSES[name][0], given)[1], strict=True))[key]
     alone = {
-        other: value.detach().requires_grad_() if other == key else value.detach() for other, value in given.items()
+        other: value.detach().requires_grad_() if other == key else value.detach()
+        for other, value in given.items()
     }
     total(getattr(tiled, f"tiled_{name}")(**alone, tile=4)).backward()
     torch.testing.assert_close(alone[key].grad, expected)
@@ -242,8 +262,11 @@ def test_crd_of_the_same_relations_is_zero():
 def test_psd_of_aligned_pairs_is_clip():
     given = inputs_of("psd", 21)
     aligned = given | {"unaligned": torch.zeros(21, dtype=torch.bool)}
-    assert_same(results(tiled.tiled_psd, aligned, tile=8),
-                results(tiled.tiled_clip, {key: given[key] for key in STUDENT}, tile=8), 1e-12)  # fmt: skip
+    assert_same(
+        results(tiled.tiled_psd, aligned, tile=8),
+        results(tiled.tiled_clip, {key: given[key] for key in STUDENT}, tile=8),
+        1e-12,
+    )
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -305,5 +328,7 @@ def test_a_teacher_that_learns_keeps_whole_matrices(monkeypatch):
     given = {key: value.requires_grad_() for key, value in inputs_of("crd", 40).items()}
     expected = torch.autograd.grad(losses.crd_loss(**given), list(given.values()))
     monkeypatch.setattr(tiled, "TILED_FROM", {"cpu": 1, "cuda": 1})
-    for ours, theirs in zip(torch.autograd.grad(losses.crd_loss(**given), list(given.values())), expected, strict=True):
+    for ours, theirs in zip(
+        torch.autograd.grad(losses.crd_loss(**given), list(given.values())), expected, strict=True
+    ):
         assert torch.equal(ours, theirs)

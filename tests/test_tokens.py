@@ -112,9 +112,13 @@ def test_every_text_against_loops(folder, data, cache):
     teacher, manifest = load(str(folder)), store.cached_manifest(cache)
     values = {name: store.read_field(cache, name) for name in FIELDS}
     assert {name: array.shape[2:] for name, array in values.items()} == {
-        "word_span": (64, 2), "word_score": (64,), "word_index": (3,), "word_feature": (3, 16),
-        "random_index": (3,), "random_feature": (3, 16),
-    }  # fmt: skip
+        "word_span": (64, 2),
+        "word_score": (64,),
+        "word_index": (3,),
+        "word_feature": (3, 16),
+        "random_index": (3,),
+        "random_feature": (3, 16),
+    }
     chosen = {}
     for row in range(len(manifest)):
         sample = manifest.row(row)
@@ -149,8 +153,11 @@ def test_verify_agrees_and_sees_what_is_wrong(cache, tmp_path):
 def rewrite(cache: store.Cache, name: str, change) -> None:
     """Change a field of every block, in good order otherwise."""
     rows = cache.meta.block(0)
-    chunks = {(field, copy): store.read_rows(cache, field, copy, np.array(rows))
-              for field in cache.fields for copy in range(cache.copies(field))}  # fmt: skip
+    chunks = {
+        (field, copy): store.read_rows(cache, field, copy, np.array(rows))
+        for field in cache.fields
+        for copy in range(cache.copies(field))
+    }
     chunks["key", 0] = np.array(store.read_keys(cache).tolist(), np.dtypes.StringDType())
     chunks |= {at: change(values) for at, values in chunks.items() if at[0] == name}
     store.write_block(cache, 0, chunks, store.done_record(cache, 0)["invalid"])
@@ -191,14 +198,20 @@ def test_one_text_forward_for_each_distinct_word(folder, data, tmp_path):
     run_build(load(str(folder)), data, tmp_path / "plain.zarr")
     run_build(teacher, data, tmp_path / "c.zarr")
     manifest = read_manifest(str(data))
-    words = {word for row in range(len(manifest)) for text in manifest.row(row).texts
-             for word in re.findall(r"\w+(?:['-]\w+)*", text.strip())[:64]}  # fmt: skip
+    words = {
+        word
+        for row in range(len(manifest))
+        for text in manifest.row(row).texts
+        for word in re.findall(r"\w+(?:['-]\w+)*", text.strip())[:64]
+    }
     pieces = -(-len(manifest) // 5)
     assert sum(shown) - len(words) <= pieces * manifest.texts * 5  # what is left are the texts themselves
     assert sum(size == 1 for size in shown) >= len(words)
     assert len(next(iter(teacher.tokens.known.values()))) == len(words)
     before = len(shown)
-    run_build(teacher, data, tmp_path / "again.zarr")  # the same words: known for as long as the teacher lives
+    run_build(
+        teacher, data, tmp_path / "again.zarr"
+    )  # the same words: known for as long as the teacher lives
     assert sum(size == 1 for size in shown[before:]) <= sum(size == 1 for size in shown[:before]) - len(words)
     assert tree(tmp_path / "again.zarr") == tree(tmp_path / "c.zarr")
 
@@ -211,7 +224,9 @@ def test_batches_of_words_have_one_size(folder, monkeypatch):
     for order in (words, words[::-1]):
         teacher = load(str(folder), outputs=BOTH)
         true_encode = teacher.module.encode_text
-        teacher.module.encode_text = lambda ids, true=true_encode, **how: sizes.append(len(ids)) or true(ids, **how)
+        teacher.module.encode_text = lambda ids, true=true_encode, **how: (
+            sizes.append(len(ids)) or true(ids, **how)
+        )
         with torch.inference_mode():
             values = teacher.tokens.features_of(teacher.module, order)
         found.append(dict(zip(order, values, strict=True)))
@@ -262,8 +277,11 @@ def test_texts_that_were_added(folder, tmp_path):
     grown, whole = (store.open_complete(tmp_path / name) for name in ("c.zarr", "whole.zarr"))
     assert fingerprint(grown.meta) == fingerprint(whole.meta)
     for name in grown.fields:
-        np.testing.assert_allclose(store.read_field(grown, name).astype(float),
-                                   store.read_field(whole, name).astype(float), atol=2e-3)  # fmt: skip
+        np.testing.assert_allclose(
+            store.read_field(grown, name).astype(float),
+            store.read_field(whole, name).astype(float),
+            atol=2e-3,
+        )
     assert verify_cache(tmp_path / "c.zarr", samples=19)["ok"]
 
 
@@ -291,8 +309,11 @@ def test_texts_without_pictures(folder, tmp_path):
     (tmp_path / "names.txt").write_text("a red dog\nthe bird\n")
     run_build(load(str(folder), outputs=BOTH), tmp_path / "names.txt", tmp_path / "c.zarr")
     cache = store.open_complete(tmp_path / "c.zarr")
-    np.testing.assert_allclose(store.read_field(cache, "word_score")[0, 0, :3],
-                               yakes_weights("a red dog", ["a", "red", "dog"]), atol=1e-3)  # fmt: skip
+    np.testing.assert_allclose(
+        store.read_field(cache, "word_score")[0, 0, :3],
+        yakes_weights("a red dog", ["a", "red", "dog"]),
+        atol=1e-3,
+    )
     assert verify_cache(cache.path, samples=2)["ok"]
 
 
@@ -304,7 +325,10 @@ def test_the_towers_without_heads_are_refused():
 def test_one_request_is_written_in_one_way():
     assert join_outputs(parse_outputs(("tokens:3", "embeddings"))) == ("embeddings", "tokens")
     assert join_outputs(parse_outputs(("random_tokens:2", "tokens:1", "embeddings"))) == (
-        "embeddings", "tokens:1", "random_tokens:2")  # fmt: skip
+        "embeddings",
+        "tokens:1",
+        "random_tokens:2",
+    )
 
 
 @pytest.mark.parametrize(
@@ -337,8 +361,19 @@ def test_a_missing_package_is_named(folder, monkeypatch):
 
 def test_tokens_at_the_command_line(folder, tmp_path, capsys):
     data = make_folder(tmp_path / "data", 3)
-    words = ("build", "--teacher", folder, "--data", data, "--outputs", "embeddings,tokens:1,random_tokens",
-             "--workers", 1, "--out", tmp_path / "c.zarr")  # fmt: skip
+    words = (
+        "build",
+        "--teacher",
+        folder,
+        "--data",
+        data,
+        "--outputs",
+        "embeddings,tokens:1,random_tokens",
+        "--workers",
+        1,
+        "--out",
+        tmp_path / "c.zarr",
+    )
     assert "leave --views or tokens away" in error_of(capsys, *words, "--views", 2)
     assert run(*words) == 0
     cache = store.open_complete(tmp_path / "c.zarr")

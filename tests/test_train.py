@@ -61,7 +61,9 @@ def start(data: Path, cache: Path, out: Path, *words: object, recipe: str = "cli
     environment = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
     environment["PYTHONPATH"] = f"{ROOT}:{ROOT / 'tests'}"
     command = [sys.executable, "-m", "student", *train_words(data, cache, out, *words, recipe=recipe)]
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
 
 
 def wait_for_lines(process: subprocess.Popen, run: Path, count: int) -> None:
@@ -91,9 +93,13 @@ def test_a_run_is_whole(undisturbed):
     lines = read_lines(undisturbed)
     assert [line["step"] for line in lines] == list(range(STEPS))
     for line in lines:
-        assert line["loss"] == pytest.approx(sum(line[name] for name in ("task", "crd", "fd", "icl")), rel=1e-6)
+        assert line["loss"] == pytest.approx(
+            sum(line[name] for name in ("task", "crd", "fd", "icl")), rel=1e-6
+        )
     assert lines[-1]["loss"] < 0.9 * lines[0]["loss"]
-    assert [path.name for path in sorted((undisturbed / "checkpoints").iterdir())] == [f"step-{STEPS:08d}.safetensors"]
+    assert [path.name for path in sorted((undisturbed / "checkpoints").iterdir())] == [
+        f"step-{STEPS:08d}.safetensors"
+    ]
     assert not list(undisturbed.rglob("*.partial"))
     facts = json.loads((undisturbed / "run.json").read_text())
     assert (facts["recipe"]["name"], facts["recipe"]["steps"], facts["world_size"]) == ("clip_kd", STEPS, 1)
@@ -220,7 +226,9 @@ def test_the_loop_gives_signals_back(squares, cache, tmp_path):
         (["--live"], "live: False there, True asked"),
     ],
 )
-def test_a_resume_with_changed_settings_is_refused_by_name(words, named, undisturbed, squares, cache, tmp_path, capsys):
+def test_a_resume_with_changed_settings_is_refused_by_name(
+    words, named, undisturbed, squares, cache, tmp_path, capsys
+):
     shutil.copytree(undisturbed, tmp_path / "run")
     assert train_here(squares, cache, tmp_path / "run", "--steps", STEPS, "--resume", *words) == 2
     error = capsys.readouterr().err.splitlines()[-1]
@@ -295,7 +303,9 @@ def test_no_checkpoint_holds_what_is_no_number(squares, cache, tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["cut", "garbage", "pickle", "another model", "empty"])
-def test_a_checkpoint_that_cannot_be_loaded_is_one_line(damage, undisturbed, squares, cache, tmp_path, capsys):
+def test_a_checkpoint_that_cannot_be_loaded_is_one_line(
+    damage, undisturbed, squares, cache, tmp_path, capsys
+):
     """A pickle is never opened: safetensors hold numbers alone."""
     run = tmp_path / "run"
     shutil.copytree(undisturbed, run)
@@ -307,7 +317,9 @@ def test_a_checkpoint_that_cannot_be_loaded_is_one_line(damage, undisturbed, squ
     elif damage == "pickle":
         torch.save({"module": Code(tmp_path / "proof")}, saved)
     elif damage == "another model":
-        save_file({name: tensor.flatten()[:1] for name, tensor in load_file(saved).items()}, saved, {"step": "4"})
+        save_file(
+            {name: tensor.flatten()[:1] for name, tensor in load_file(saved).items()}, saved, {"step": "4"}
+        )
     else:
         save_file({}, saved)
     assert train_here(squares, cache, run, "--steps", STEPS, "--resume") == 2
@@ -497,7 +509,9 @@ def test_logit_scales_are_clamped_at_every_stage(stage, squares, cache, tmp_path
     lines = read_lines(tmp_path / "run")
     for name in ("scale", "icl_scale"):
         assert lines[0][name] == pytest.approx(math.exp(4.59), rel=1e-5)
-        assert [line[name] for line in lines[1:]] == pytest.approx([100.0] * 3, rel=1e-5)  # the next step sees it
+        assert [line[name] for line in lines[1:]] == pytest.approx(
+            [100.0] * 3, rel=1e-5
+        )  # the next step sees it
     if stage < 3:  # whole parameters of stage 3 are the business of another test
         saved = load_file(tmp_path / "run" / "model.safetensors")["logit_scale"]
         assert float(saved) == pytest.approx(math.log(100), rel=1e-6)
@@ -527,8 +541,16 @@ def test_weight_decay_is_for_matrices_alone():
     names = {name: decay.get(id(p)) for name, p in step.named_parameters()}
     assert names.pop("student.model.visual.conv1.weight") is None
     assert not frozen.requires_grad
-    free = ("bias", "ln_1.weight", "ln_2.weight", "ln_pre.weight", "ln_post.weight", "ln_final.weight",
-            "class_embedding", "logit_scale")  # fmt: skip
+    free = (
+        "bias",
+        "ln_1.weight",
+        "ln_2.weight",
+        "ln_pre.weight",
+        "ln_post.weight",
+        "ln_final.weight",
+        "class_embedding",
+        "logit_scale",
+    )
     for name, value in names.items():
         assert value == (0.0 if name.endswith(free) else 0.3), name
     assert names["heads.image.weight"] == 0.3
@@ -539,7 +561,9 @@ def test_only_decayed_parameters_shrink(squares, cache, tmp_path):
     """With a learning rate that moves and gradients that hardly matter, decay is what is left: 1 - lr wd per step."""
     words = ["--steps", 1, "--set", "optim.warmup=0", "--set", "optim.lr=0.01", "--set", "optim.eps=1e9"]
     for name, value in (("decay", 0.5), ("none", 0.0)):
-        assert train_here(squares, cache, tmp_path / name, *words, "--set", f"optim.weight_decay={value}") == 0
+        assert (
+            train_here(squares, cache, tmp_path / name, *words, "--set", f"optim.weight_decay={value}") == 0
+        )
     decayed, plain = (load_file(tmp_path / name / "model.safetensors") for name in ("decay", "none"))
     for name, value in plain.items():
         factor = 1 - 0.01 * 0.5 if value.ndim > 1 else 1.0
@@ -567,7 +591,9 @@ def test_the_learning_rate_of_odd_schedules(steps, warmup):
 
 def test_the_schedule_is_what_the_optimizer_uses(undisturbed):
     optim = Optim(**json.loads((undisturbed / "run.json").read_text())["recipe"]["optim"])
-    assert [line["lr"] for line in read_lines(undisturbed)] == [learning_rate(optim, i, STEPS) for i in range(STEPS)]
+    assert [line["lr"] for line in read_lines(undisturbed)] == [
+        learning_rate(optim, i, STEPS) for i in range(STEPS)
+    ]
 
 
 def test_a_step_is_adamw_by_hand(squares, cache, tmp_path):
@@ -590,10 +616,20 @@ def test_a_step_is_adamw_by_hand(squares, cache, tmp_path):
     student = recipe.build(recipe.constants)
     heads = recipe.heads(recipe.constants, student, {"image_emb": (16,), "text_emb": (16,)})
     step = TrainStep(recipe, student, heads)
-    batches = Batches(manifest, training_rows(manifest, opened), student=student, cache=opened, reads=recipe.fields,
-                      batch=8, steps=2, seed=0)  # fmt: skip
+    batches = Batches(
+        manifest,
+        training_rows(manifest, opened),
+        student=student,
+        cache=opened,
+        reads=recipe.fields,
+        batch=8,
+        steps=2,
+        seed=0,
+    )
     optim = recipe.optim
-    groups = [{"params": [p], "weight_decay": optim.weight_decay if p.ndim > 1 else 0.0} for p in step.parameters()]
+    groups = [
+        {"params": [p], "weight_decay": optim.weight_decay if p.ndim > 1 else 0.0} for p in step.parameters()
+    ]
     optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(0.5, optim.beta2), eps=optim.eps)
     for i in range(2):
         for group in optimizer.param_groups:

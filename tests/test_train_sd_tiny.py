@@ -55,7 +55,9 @@ def test_folder_is_a_stable_diffusion_pipeline(tmp_path):
     pipeline = sd_tiny.load_folder(tmp_path / "sd")
     assert isinstance(pipeline, StableDiffusionPipeline)
     assert pipeline.scheduler.config.prediction_type == "epsilon"
-    tokens = pipeline.tokenizer.convert_ids_to_tokens(pipeline.tokenizer("An Orange ring, above a zebra.").input_ids)
+    tokens = pipeline.tokenizer.convert_ids_to_tokens(
+        pipeline.tokenizer("An Orange ring, above a zebra.").input_ids
+    )
     assert tokens == ["<start>", "an", "orange", "ring", "above", "a", "<unknown>", "<end>"]
     pictures = sd_tiny.sample(pipeline, ["A red circle.", ""], num_steps=2)
     assert [picture.size for picture in pictures] == [(64, 64)] * 2
@@ -69,7 +71,10 @@ def test_resumed_run_equals_uninterrupted_one(tmp_path, monkeypatch):
 
     def stop_now_and_then(*values):
         calls.append(1)
-        if len(calls) in (3, 7):  # the autoencoder's third step; the denoiser's third: 2 + stop, 1 + 2 + stop, 2
+        if len(calls) in (
+            3,
+            7,
+        ):  # the autoencoder's third step; the denoiser's third: 2 + stop, 1 + 2 + stop, 2
             raise KeyboardInterrupt
         average(*values)
 
@@ -82,7 +87,9 @@ def test_resumed_run_equals_uninterrupted_one(tmp_path, monkeypatch):
     whole, stopped = weights(tmp_path / "whole"), weights(tmp_path / "stopped")
     assert whole.keys() == stopped.keys()
     assert all(torch.equal(whole[key], stopped[key]) for key in whole)
-    losses = [json.loads((tmp_path / name / "training.json").read_text())["losses"] for name in ("whole", "stopped")]
+    losses = [
+        json.loads((tmp_path / name / "training.json").read_text())["losses"] for name in ("whole", "stopped")
+    ]
     assert [row[0] for row in losses[0]] == [row[0] for row in losses[1]] == [2, 4]
 
 
@@ -136,12 +143,21 @@ class Blind(torch.nn.Module):
 def test_check_of_a_denoiser_that_ignores_the_text_is_zero():
     blind = Blind()
     found = sd_tiny.check(blind, blind, blind, sd_tiny.make_tokenizer(), num=3, draws=2)
-    assert found == {"colours_swapped": 0, "objects_swapped": 0, "one_colour": 0, "all": 0, "num": 3, "draws": 2}
+    assert found == {
+        "colours_swapped": 0,
+        "objects_swapped": 0,
+        "one_colour": 0,
+        "all": 0,
+        "num": 3,
+        "draws": 2,
+    }
 
 
 def test_check_of_a_denoiser_that_knows_the_true_caption_is_one():
     tokenizer = sd_tiny.make_tokenizer()
-    right = {tuple(sd_tiny.tokenize(tokenizer, [caption])[0].tolist()) for caption, _ in sd_tiny.check_scenes(3)}
+    right = {
+        tuple(sd_tiny.tokenize(tokenizer, [caption])[0].tolist()) for caption, _ in sd_tiny.check_scenes(3)
+    }
 
     class Knows(Blind):
         def forward(self, x, *rest):
@@ -164,7 +180,17 @@ def test_wrong_captions():
     assert wrong["colours_swapped"] == "A small blue star left of a dotted orange ring."
     assert wrong["objects_swapped"] == "A dotted blue ring left of a small orange star."
     changed = wrong["one_colour"].split()
-    assert [*changed[:2], *changed[3:]] == ["A", "small", "star", "left", "of", "a", "dotted", "blue", "ring."]
+    assert [*changed[:2], *changed[3:]] == [
+        "A",
+        "small",
+        "star",
+        "left",
+        "of",
+        "a",
+        "dotted",
+        "blue",
+        "ring.",
+    ]
     assert changed[2] in set(scenes.COLOURS) - {"orange", "blue"}
 
 

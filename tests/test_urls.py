@@ -41,7 +41,9 @@ def pictures(manifest: Manifest) -> list:
     found = []
     for i in range(len(manifest)):
         try:
-            found.append(np.asarray(read_image(manifest, manifest.row(i))).tolist() if manifest.row(i).image else None)
+            found.append(
+                np.asarray(read_image(manifest, manifest.row(i))).tolist() if manifest.row(i).image else None
+            )
         except BadSample as error:
             found.append(str(error).split(":")[0])
     return found
@@ -71,7 +73,9 @@ def photos(folder: Path) -> str:
     write(folder / "photos/train/cat/1.txt", "a cat\nanother\n")
     write(folder / "photos/train/dog/2.JPG", png(2))
     write(folder / "photos/train/dog/2.json", '{"caption": "a dog"}')
-    write(folder / "photos/train-2/3.png", png(3))  # sorts before train/ as a string and behind it as a folder
+    write(
+        folder / "photos/train-2/3.png", png(3)
+    )  # sorts before train/ as a string and behind it as a folder
     write(folder / "photos/train-2/3.txt", "")
     write(folder / "photos/5, what #?.png", png(5))
     return "photos"
@@ -85,7 +89,9 @@ def shards(folder: Path) -> str:
 
 def parquet(folder: Path) -> str:
     (folder / "set/data").mkdir(parents=True)
-    pq.write_table(table([1, 2, 3], text=["a", "b", "c"]), folder / "set/data/train-0.parquet", row_group_size=2)
+    pq.write_table(
+        table([1, 2, 3], text=["a", "b", "c"]), folder / "set/data/train-0.parquet", row_group_size=2
+    )
     write(folder / "set/data/there.png", png(7))
     cells = pa.array([{"bytes": None, "path": "there.png"}, {"bytes": None, "path": "../x.png"}, None], IMAGE)
     pq.write_table(pa.table({"image": cells}), folder / "set/data/train-1.parquet")
@@ -106,7 +112,13 @@ def csv(folder: Path) -> str:
 
 def karpathy(folder: Path) -> str:
     write(folder / "coco/val2014/a.jpg", png(4))
-    entry = {"filename": "a.jpg", "filepath": "val2014", "cocoid": 9, "split": "val", "sentences": [{"raw": "x"}]}
+    entry = {
+        "filename": "a.jpg",
+        "filepath": "val2014",
+        "cocoid": 9,
+        "split": "val",
+        "sentences": [{"raw": "x"}],
+    }
     write(folder / "annotations/dataset_coco.json", json.dumps({"images": [entry]}))
     return "annotations/dataset_coco.json"
 
@@ -126,7 +138,9 @@ def snli_ve(folder: Path) -> str:
 
 def vcr(folder: Path) -> str:
     write(folder / "vcr1images/m/a@0.jpg", png(1))
-    write(folder / "vcr1images/m/a@0.json", '{"boxes": [[1, 2, 3, 4, 0.9], [0, 0, 1, 1, 0.8], [5, 5, 6, 6, 1]]}')
+    write(
+        folder / "vcr1images/m/a@0.json", '{"boxes": [[1, 2, 3, 4, 0.9], [0, 0, 1, 1, 0.8], [5, 5, 6, 6, 1]]}'
+    )
     lines = [vcr_line(0), vcr_line(1, metadata_fn="m/none.json")]
     write(folder / "vcr1/val.jsonl", "\n".join(map(json.dumps, lines)))
     return "vcr1/val.jsonl"
@@ -185,15 +199,23 @@ def test_a_bucket_is_a_folder_and_limit_counts(s3, tmp_path):
     url = upload(tmp_path / "photos", s3())
     as_path(f"{url}/empty").fs.pipe(f"{url}/train/", b"")  # what consoles leave where they make a folder
     assert (
-        read_manifest(url).digest == read_manifest(f"{url}/").digest == read_manifest(str(tmp_path / "photos")).digest
+        read_manifest(url).digest
+        == read_manifest(f"{url}/").digest
+        == read_manifest(str(tmp_path / "photos")).digest
     )
     assert read_manifest(url, limit=2).column("key") == read_manifest(url).column("key")[:2]
 
 
 def test_headers_of_large_pictures_come_without_the_pictures(s3, tmp_path, monkeypatch):
     large = np.random.default_rng(0).bytes(3 << 20)
-    make_tar(tmp_path / "a.tar", [(f"{i}.{kind}", large if kind == "jpg" else f"text {i}")
-                                  for i in range(4) for kind in ("jpg", "txt")])  # fmt: skip
+    make_tar(
+        tmp_path / "a.tar",
+        [
+            (f"{i}.{kind}", large if kind == "jpg" else f"text {i}")
+            for i in range(4)
+            for kind in ("jpg", "txt")
+        ],
+    )
     caches = []
 
     def spy(path, block):
@@ -234,7 +256,10 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_a_picture_is_one_request_and_sizes_are_one_listing(s3, tmp_path, monkeypatch):
     for form in (photos, shards):
         form(tmp_path)
-    write(tmp_path / "x.csv", "image\n" + "".join(f"photos/train/{name}\n" for name in ("cat/1.png", "dog/2.JPG")))
+    write(
+        tmp_path / "x.csv",
+        "image\n" + "".join(f"photos/train/{name}\n" for name in ("cat/1.png", "dog/2.JPG")),
+    )
     url = upload(tmp_path, s3())
     for data in ("photos", "shards"):
         manifest = read_manifest(f"{url}/{data}")
@@ -273,7 +298,11 @@ def test_a_manifest_at_a_url_with_a_root_at_a_url(s3, tmp_path, capsys):
     for out in (as_path(f"{url}/saved/m.parquet"), tmp_path / "m.parquet"):
         save(manifest, out)
         again = read_manifest(str(out))
-        assert (again.digest, str(again.root), again.data) == (manifest.digest, str(manifest.root), manifest.data)
+        assert (again.digest, str(again.root), again.data) == (
+            manifest.digest,
+            str(manifest.root),
+            manifest.data,
+        )
         assert pictures(again) == pictures(manifest)
     assert find_sources(f"{url}/saved/m.parquet")[0].kind == "manifest"
     assert main(["manifest", f"{url}/photos", "--json"]) == 0
@@ -347,7 +376,9 @@ class Ranges(http.server.SimpleHTTPRequestHandler):
 @pytest.fixture(params=[True, False], ids=["ranges", "no ranges"])
 def web(request, tmp_path) -> Iterator[tuple[str, bool]]:
     handler = type("Handler", (Ranges,), {"ranges": request.param})
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(handler, directory=tmp_path)) as server:
+    with http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(handler, directory=tmp_path)
+    ) as server:
         threading.Thread(target=server.serve_forever).start()
         yield f"http://127.0.0.1:{server.server_port}", request.param
         server.shutdown()
@@ -419,8 +450,9 @@ def test_no_connection_is_one_line(data: str, s3, broken):
     url = f"{s3()}/{data}"
     broken()
     message = refuses(url, r"^cannot read s3://bucket-\d+/")
-    assert message.endswith("check the bucket's name, the credentials (AWS_PROFILE, AWS_ACCESS_KEY_ID) and "
-                            "AWS_ENDPOINT_URL")  # fmt: skip
+    assert message.endswith(
+        "check the bucket's name, the credentials (AWS_PROFILE, AWS_ACCESS_KEY_ID) and AWS_ENDPOINT_URL"
+    )
 
 
 def test_a_missing_object_is_a_bad_row_and_a_missing_bucket_is_not(s3, tmp_path):
@@ -447,7 +479,9 @@ def test_a_connection_that_comes_back_is_used(form: str, s3, tmp_path, monkeypat
     fails = [ConnectionResetError("reset"), TimeoutError("slow")]
 
     def flaky(function):
-        return lambda *args, **options: (_ for _ in ()).throw(fails.pop()) if fails else function(*args, **options)
+        return lambda *args, **options: (
+            (_ for _ in ()).throw(fails.pop()) if fails else function(*args, **options)
+        )
 
     monkeypatch.setattr(S3FileSystem, "_cat_file", flaky(S3FileSystem._cat_file))
     S3FileSystem.clear_instance_cache()  # an instance holds the methods that its class had
@@ -473,7 +507,9 @@ def test_build_from_s3_stops_without_a_connection_and_goes_on(
     broken()
     with pytest.raises(UserError, match=r"cannot read s3://.*goes on where it left off") as stopped:
         build_cache(url, teacher_folder, out, block_rows=8, workers=workers)
-    traceback.clear_frames(stopped.tb)  # ends the workers: torch waits ten seconds for them where gc has to do it
+    traceback.clear_frames(
+        stopped.tb
+    )  # ends the workers: torch waits ten seconds for them where gc has to do it
     monkeypatch.setenv("AWS_ENDPOINT_URL", right)
     remote.here(manifest.root).fs.clear_instance_cache()
     build_cache(url, teacher_folder, out, block_rows=8, workers=workers)

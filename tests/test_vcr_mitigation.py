@@ -25,13 +25,21 @@ def line(question: str, *choices: str, label: int = 0, number: int = 0, **more) 
         return [[int(n) for n in word.split(",")] if word[0].isdigit() else word for word in text.split()]
 
     choices = [*choices, *["Nothing ."] * (4 - len(choices))]
-    return vcr_line(number, objects=OBJECTS, question=tokens(question), answer_choices=list(map(tokens, choices)),
-                    answer_label=label, **more)  # fmt: skip
+    return vcr_line(
+        number,
+        objects=OBJECTS,
+        question=tokens(question),
+        answer_choices=list(map(tokens, choices)),
+        answer_label=label,
+        **more,
+    )
 
 
 def said(found: dict, k: int) -> str:
-    return " ".join(",".join(map(str, token)) if isinstance(token, list) else token
-                    for token in found["answer_choices"][k])  # fmt: skip
+    return " ".join(
+        ",".join(map(str, token)) if isinstance(token, list) else token
+        for token in found["answer_choices"][k]
+    )
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -42,26 +50,72 @@ def said(found: dict, k: int) -> str:
     ("question", "choices", "label", "then"),
     [
         # the four examples that the authors show of their files, persons from 0
-        ("Where is 1 going ?",
-         ("1 is going into the store .", "1 is getting into a carriage .", "0 is going to the bathroom .",
-          "0 is going outside to play after the conversation with 1 is over ."), 0,
-         ("He is going into the store .", "1 is getting into a carriage .", "1 is going to the bathroom .",
-          "0 is going outside to play after the conversation with 1 is over .")),
-        ("What are 0,1 feeling ?",
-         ("0,1 do not like the restaurant .", "They are apprehensive .", "They are both feeling happy .",
-          "0,1 are feeling drunk ."), 2,
-         ("0,1 do not like the restaurant .", "0,1 are apprehensive .", "They are both feeling happy .",
-          "0,1 are feeling drunk .")),
-        ("How is 0 feeling ?",
-         ("0 is feeling amused .", "0 is upset and disgusted .", "0 is feeling very scared .",
-          "0 is feeling uncomfortable with 1 ."), 1,
-         ("0 is feeling amused .", "He is upset and disgusted .", "0 is feeling very scared .",
-          "0 is feeling uncomfortable with 1 .")),
-        ("How does 0 feel right now ?",
-         ("0 is tired and concerned .", "0 feels admonished .", "1 is a bit upset .", "0 is aroused and happy ."), 0,
-         ("He is tired and concerned .", "0 feels admonished .", "0 is a bit upset .", "0 is aroused and happy .")),
+        (
+            "Where is 1 going ?",
+            (
+                "1 is going into the store .",
+                "1 is getting into a carriage .",
+                "0 is going to the bathroom .",
+                "0 is going outside to play after the conversation with 1 is over .",
+            ),
+            0,
+            (
+                "He is going into the store .",
+                "1 is getting into a carriage .",
+                "1 is going to the bathroom .",
+                "0 is going outside to play after the conversation with 1 is over .",
+            ),
+        ),
+        (
+            "What are 0,1 feeling ?",
+            (
+                "0,1 do not like the restaurant .",
+                "They are apprehensive .",
+                "They are both feeling happy .",
+                "0,1 are feeling drunk .",
+            ),
+            2,
+            (
+                "0,1 do not like the restaurant .",
+                "0,1 are apprehensive .",
+                "They are both feeling happy .",
+                "0,1 are feeling drunk .",
+            ),
+        ),
+        (
+            "How is 0 feeling ?",
+            (
+                "0 is feeling amused .",
+                "0 is upset and disgusted .",
+                "0 is feeling very scared .",
+                "0 is feeling uncomfortable with 1 .",
+            ),
+            1,
+            (
+                "0 is feeling amused .",
+                "He is upset and disgusted .",
+                "0 is feeling very scared .",
+                "0 is feeling uncomfortable with 1 .",
+            ),
+        ),
+        (
+            "How does 0 feel right now ?",
+            (
+                "0 is tired and concerned .",
+                "0 feels admonished .",
+                "1 is a bit upset .",
+                "0 is aroused and happy .",
+            ),
+            0,
+            (
+                "He is tired and concerned .",
+                "0 feels admonished .",
+                "0 is a bit upset .",
+                "0 is aroused and happy .",
+            ),
+        ),
     ],
-)  # fmt: skip
+)
 def test_rules_make_what_is_published(question, choices, label, then):
     given = line(question, *choices, label=label)
     given["rationale_choices"], given["rationale_label"] = given["answer_choices"][::-1], 3 - label
@@ -79,11 +133,41 @@ def test_rules_make_what_is_published(question, choices, label, then):
     [
         ("Why is 0 here ?", "0 wants her cup .", "He is late .", "She wants her cup .", "0 is late ."),
         ("Where does 0 go with her cup ?", "Away , says 0 .", "Away .", "Away , says she .", "Away ."),
-        ("Why is 0 here ?", "To 1 , says 0 .", "1 and 3 talk .", "To 1 , says 0 .", "1 and 3 talk ."),  # two: as it was
-        ("Why is 0 here ?", "1 is tired .", "1 says 1 is late .", "He is tired .", "0 says 0 is late ."),  # wherever
-        ("Why is 0 here ?", "0 says he is .", "He says 1 is .", "0 says he is .", "He says 1 is ."),  # one and a he
-        ("Why is 0 near 2 ?", "It is 2 .", "It is his cup .", "It is 2 .", "It is his cup ."),  # a cup is nobody
-        ("Why is 0 here ? 0 waves .", "No one .", "0,1 wave .", "No one .", "0,1 wave ."),  # a group is no person
+        (
+            "Why is 0 here ?",
+            "To 1 , says 0 .",
+            "1 and 3 talk .",
+            "To 1 , says 0 .",
+            "1 and 3 talk .",
+        ),  # two: as it was
+        (
+            "Why is 0 here ?",
+            "1 is tired .",
+            "1 says 1 is late .",
+            "He is tired .",
+            "0 says 0 is late .",
+        ),  # wherever
+        (
+            "Why is 0 here ?",
+            "0 says he is .",
+            "He says 1 is .",
+            "0 says he is .",
+            "He says 1 is .",
+        ),  # one and a he
+        (
+            "Why is 0 near 2 ?",
+            "It is 2 .",
+            "It is his cup .",
+            "It is 2 .",
+            "It is his cup .",
+        ),  # a cup is nobody
+        (
+            "Why is 0 here ? 0 waves .",
+            "No one .",
+            "0,1 wave .",
+            "No one .",
+            "0,1 wave .",
+        ),  # a group is no person
     ],
 )
 def test_rule_singular(question, right, wrong, right_then, wrong_then):
@@ -91,14 +175,17 @@ def test_rule_singular(question, right, wrong, right_then, wrong_then):
     assert (said(found, 1), said(found, 0)) == (right_then, wrong_then)
 
 
-@pytest.mark.parametrize("question", ["Why ?", "Why is 0 near 1 ?", "What is 2 ?", "Who are 0,1 ?", "Is 0 at 0,3 ?"])
+@pytest.mark.parametrize(
+    "question", ["Why ?", "Why is 0 near 1 ?", "What is 2 ?", "Who are 0,1 ?", "Is 0 at 0,3 ?"]
+)
 def test_rule_singular_leaves_out_what_is_not_about_one_person(question):
     assert vm.rule_mitigated([line(question, "0 is .")]) == []
 
 
 def test_rule_plural():
-    (found,) = vm.rule_mitigated([line("What do 0,1 do ?", "0,3 eat .", "They sleep .", "0,3 sing .", "1 sings .")],
-                                 plural=True)  # fmt: skip
+    (found,) = vm.rule_mitigated(
+        [line("What do 0,1 do ?", "0,3 eat .", "They sleep .", "0,3 sing .", "1 sings .")], plural=True
+    )
     assert [said(found, k) for k in range(4)] == ["They eat .", "0,1 sleep .", "0,1 sing .", "1 sings ."]
     asked = ("Why is 0 ?", "Why do 0,1 see 3 ?", "Why do 0,1 see 2 ?", "Is 0,2 here ?", "Do 0,1 see 0,1 ?")
     assert vm.rule_mitigated([line(question, "x") for question in asked], plural=True) == []
@@ -110,10 +197,20 @@ def test_rule_plural():
 
 @pytest.mark.parametrize(
     ("words", "alike"),
-    [("walk walks walking walked", True), ("make makes making", True), ("stop stops stopping stopped", True),
-     ("cup cups", True), ("city cities", True), ("watch watches watching", True), ("is it", False),
-     ("glass grass", False), ("sing singing", True), ("bus buses", True), ("his hi", False)],
-)  # fmt: skip
+    [
+        ("walk walks walking walked", True),
+        ("make makes making", True),
+        ("stop stops stopping stopped", True),
+        ("cup cups", True),
+        ("city cities", True),
+        ("watch watches watching", True),
+        ("is it", False),
+        ("glass grass", False),
+        ("sing singing", True),
+        ("bus buses", True),
+        ("his hi", False),
+    ],
+)
 def test_lemmas(words, alike):
     assert (len({vm.lemma(word) for word in words.split()}) == 1) == alike
 
@@ -161,16 +258,25 @@ def test_explicit_never_takes_a_word_of_the_question_and_mends_a_and_an():
 
 def test_explicit_goes_by_the_row_and_the_seed_alone():
     lines = [line("An orange ?", "An orange .", number=i) for i in range(20)]
-    one, again, other = (vm.explicit_mitigated(lines, SYNONYMS, min_count=1, seed=seed).lines for seed in (0, 0, 1))
+    one, again, other = (
+        vm.explicit_mitigated(lines, SYNONYMS, min_count=1, seed=seed).lines for seed in (0, 0, 1)
+    )
     assert one == again != other
     assert {said(row, 0) for row in one} == {"A fruit .", "An apple ."}
     assert vm.explicit_mitigated(lines[7:], SYNONYMS, min_count=1).lines == one[7:]
 
 
 def test_inflections():
-    assert [vm.inflected(*words) for words in (("stroll", "walking", "walk"), ("move", "walked", "walk"),
-            ("watch", "sees", "see"), ("mug", "cup", "cup"), ("sing", "bring", "bring"))] == [
-        "strolling", "moved", "watches", "mug", "sing"]  # fmt: skip
+    assert [
+        vm.inflected(*words)
+        for words in (
+            ("stroll", "walking", "walk"),
+            ("move", "walked", "walk"),
+            ("watch", "sees", "see"),
+            ("mug", "cup", "cup"),
+            ("sing", "bring", "bring"),
+        )
+    ] == ["strolling", "moved", "watches", "mug", "sing"]
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -189,8 +295,11 @@ def test_implicit_parts_by_hand():
     lines = [line("Why ?", "x", number=i) for i in range(6)]
     parts = vm.implicit_parts(lines, given)
     names = {name: [row["annot_id"] for row in part] for name, part in parts.items()}
-    assert names == {"language_biased": ["val-0", "val-4"], "image_biased": ["val-2", "val-3"],
-                     "unsure": ["val-1", "val-5"]}  # fmt: skip
+    assert names == {
+        "language_biased": ["val-0", "val-4"],
+        "image_biased": ["val-2", "val-3"],
+        "unsure": ["val-1", "val-5"],
+    }
     assert len(vm.implicit_parts(lines, given, sure=0.5)["unsure"]) == 0
 
 
@@ -202,7 +311,10 @@ def test_implicit_parts_by_hand():
 def vcr(tmp_path):
     write(tmp_path / "vcr1images/m/a@0.jpg", png(1))
     write(tmp_path / "vcr1images/m/a@0.json", json.dumps({"boxes": [[0, 0, 1, 1, 1]] * 4}))
-    lines = [line("Why is 0 walking ?", "0 walks .", "1 runs .", number=0), line("Who do 0,1 see ?", "0,1 .", number=1)]
+    lines = [
+        line("Why is 0 walking ?", "0 walks .", "1 runs .", number=0),
+        line("Who do 0,1 see ?", "0,1 .", number=1),
+    ]
     return write(tmp_path / "vcr1/val.jsonl", "".join(json.dumps(row) + "\n" for row in lines))
 
 
@@ -225,7 +337,11 @@ def test_the_command_writes_files_that_are_read_as_vcr(vcr, monkeypatch, capsys)
         assert run(monkeypatch, *options) == 0
         for name, count in made.items():
             manifest = read_manifest(str(vcr.with_name(f"val_{name}.jsonl")))
-            assert (len(manifest), set(manifest.column("problem")), manifest.column("split")[0]) == (count, {""}, "val")
+            assert (len(manifest), set(manifest.column("problem")), manifest.column("split")[0]) == (
+                count,
+                {""},
+                "val",
+            )
     singular = read_manifest(str(vcr.with_name("val_rule_singular.jsonl"))).row(0)
     assert singular.texts[1:3] == ("He walks.", "person 1 runs.")
     assert read_manifest(str(vcr.with_name("val_explicit.jsonl"))).row(0).texts[1] == "person 1 strolls."
@@ -257,7 +373,9 @@ def test_the_command_says_what_is_wrong(words, message, vcr, monkeypatch, capsys
     assert re.search(message, error)
 
 
-@pytest.mark.parametrize("name", ["val_rule_singular", "val_rule_plural", "val_adv_rmtop1", "val_adv_keeptop3"])
+@pytest.mark.parametrize(
+    "name", ["val_rule_singular", "val_rule_plural", "val_adv_rmtop1", "val_adv_keeptop3"]
+)
 def test_published_variants_are_read_unchanged(name, vcr):
     changed = line("Why is 0 [MASK] ?", "He [MASK] [MASK] .", "0 [MASK] .")
     path = write(vcr.with_name(f"{name}.jsonl"), json.dumps(changed) + "\n")

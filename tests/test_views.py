@@ -26,7 +26,15 @@ from teachercache.runtime import Precision
 from teachercache.samples import Manifest
 from teachercache.teachers import Teacher, load
 from teachercache.teachers.clip import open_folder
-from teachercache.views import PARAMS, Augment, describe_view, draw_params, image_view, parse_augment, replay_view
+from teachercache.views import (
+    PARAMS,
+    Augment,
+    describe_view,
+    draw_params,
+    image_view,
+    parse_augment,
+    replay_view,
+)
 
 VIEW = describe_view({"size": 16, "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic"})
 NEUTRAL = {"flip": 0, "jitter": 0, "gray": 0, "scale_min": 1, "ratio": 1}
@@ -38,7 +46,9 @@ def photos(tmp_path_factory) -> Path:
     folder = make_folder(tmp_path_factory.mktemp("views") / "photos", 24, texts=2)
     for i, path in enumerate(sorted(folder.rglob("*.png"))):
         width, height = [(640, 480), (90, 300), (33, 40)][i % 3]
-        Image.open(path).resize((width, height), Image.Resampling.BICUBIC).save(path.with_suffix(".jpg"), quality=90)
+        Image.open(path).resize((width, height), Image.Resampling.BICUBIC).save(
+            path.with_suffix(".jpg"), quality=90
+        )
         path.unlink()
     return folder
 
@@ -62,9 +72,20 @@ def seen(teacher, photos, tmp_path_factory) -> tuple[store.Cache, torch.Tensor]:
         shown.append(inputs["image"].clone())
         return teacher.encode(module, inputs)
 
-    watched, out = dataclasses.replace(teacher, encode=encode), tmp_path_factory.mktemp("caches") / "tiny.zarr"
-    build(watched, read_manifest(str(photos)), out, batch_size=24, workers=0, device="cpu",
-          precision=Precision("float32", "a test"), views=4)  # fmt: skip
+    watched, out = (
+        dataclasses.replace(teacher, encode=encode),
+        tmp_path_factory.mktemp("caches") / "tiny.zarr",
+    )
+    build(
+        watched,
+        read_manifest(str(photos)),
+        out,
+        batch_size=24,
+        workers=0,
+        device="cpu",
+        precision=Precision("float32", "a test"),
+        views=4,
+    )
     return store.open_complete(out), torch.stack(shown)
 
 
@@ -75,7 +96,9 @@ def manifest(photos) -> Manifest:
 
 def batches_of(manifest: Manifest, cache: store.Cache, student, **changes) -> Batches:
     values = {"reads": ("image_emb", "text_emb"), "batch": 8, "steps": 12, "seed": 0}
-    return Batches(manifest, training_rows(manifest, cache), student=student, cache=cache, **(values | changes))
+    return Batches(
+        manifest, training_rows(manifest, cache), student=student, cache=cache, **(values | changes)
+    )
 
 
 def student_like(folder: Path, size: int = 16) -> TwoTower:
@@ -205,8 +228,18 @@ def test_neutral_parameters_are_a_plain_resize():
     torch.testing.assert_close(replay_view(VIEW)(picture, params), image_view(VIEW)(picture), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(("name", "value"), [("flip", 1), ("gray", 1), ("hue", 0.1), ("brightness", 0.6),
-                                             ("contrast", 1.4), ("saturation", 0.6), ("top", 3)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("flip", 1),
+        ("gray", 1),
+        ("hue", 0.1),
+        ("brightness", 0.6),
+        ("contrast", 1.4),
+        ("saturation", 0.6),
+        ("top", 3),
+    ],
+)
 def test_each_parameter_does_what_it_is_called(name: str, value: float):
     picture = Image.fromarray(np.random.default_rng(0).integers(60, 190, (20, 20, 3), dtype=np.uint8))
     neutral = dict(zip(PARAMS, (0, 0, 16, 20, 0, 1, 1, 1, 0, 0), strict=True))
@@ -237,10 +270,17 @@ def test_views_differ_by_key_view_and_seed_and_share_what_a_setting_does_not_nam
 
 @pytest.mark.parametrize(
     ("setting", "named"),
-    [("flips=1", "write KEY=VALUE, KEY one of scale_min"), ("flip=x", "'x' is not a number"), ("flip", "not a number"),
-     ("flip=2", "--augment flip=2.0: 0 < scale_min"), ("scale_min=0", "--augment scale_min=0.0"),
-     ("ratio=0.5", "--augment ratio=0.5"), ("hue=0.6", "--augment hue=0.6"), ("seed=-1", "--augment seed=-1")],
-)  # fmt: skip
+    [
+        ("flips=1", "write KEY=VALUE, KEY one of scale_min"),
+        ("flip=x", "'x' is not a number"),
+        ("flip", "not a number"),
+        ("flip=2", "--augment flip=2.0: 0 < scale_min"),
+        ("scale_min=0", "--augment scale_min=0.0"),
+        ("ratio=0.5", "--augment ratio=0.5"),
+        ("hue=0.6", "--augment hue=0.6"),
+        ("seed=-1", "--augment seed=-1"),
+    ],
+)
 def test_settings_that_make_no_sense(setting: str, named: str):
     with pytest.raises(UserError) as error:
         parse_augment((setting,))

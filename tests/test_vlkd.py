@@ -26,7 +26,9 @@ NOW, WIDTH = Now(0, 1), 12
 
 def make_student(stage: str = "distil", *, width: int = WIDTH, visual: str = "cls", **changes) -> Seq2Seq:
     bart, tokenizer = micro_bart(dropout=0.0, **changes)
-    reader = make_reader(tokenizer.backend_tokenizer, bart.config, stage=stage, masks=0, share=0.15, max_text=32)
+    reader = make_reader(
+        tokenizer.backend_tokenizer, bart.config, stage=stage, masks=0, share=0.15, max_text=32
+    )
     student = Seq2Seq(bart, reader, visual=visual)
     student.connect(width)
     return student
@@ -43,7 +45,11 @@ def read(student: Seq2Seq, *samples: Sample, seed: int = 0) -> dict:
     return batch | {"image_emb": pictures, "text_emb": pictures.flip(0)}
 
 
-CAPTIONS = [sample("a red bird said 12"), sample("square 3"), sample("two birds and a square said nothing at all.")]
+CAPTIONS = [
+    sample("a red bird said 12"),
+    sample("square 3"),
+    sample("two birds and a square said nothing at all."),
+]
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -55,7 +61,9 @@ def test_ttdm_is_the_loop_in_value_and_gradient():
     slow = sum((t[k, j] - e[k, j]) ** 2 for k in range(4) for j in range(5)) / 4
     fast = losses.ttdm_loss(e, t)
     torch.testing.assert_close(fast, slow, rtol=1e-12, atol=0)
-    torch.testing.assert_close(*(torch.autograd.grad(one, e)[0] for one in (fast, slow)), rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(
+        *(torch.autograd.grad(one, e)[0] for one in (fast, slow)), rtol=1e-12, atol=1e-15
+    )
     assert float(losses.ttdm_loss(t, t)) == 0
     torch.testing.assert_close(fast, 2 * (1 - (e * t).sum(1)).mean())  # of unit rows
 
@@ -94,8 +102,12 @@ def test_the_recipes_terms_are_the_papers():
     v, t = (batch[name] / batch[name].norm(dim=1, keepdim=True) for name in ("image_emb", "text_emb"))
     ttdm = sum(float((t[k] - e[k]).norm()) ** 2 for k in range(3)) / 3
     logits = [[float(v[i] @ e[j]) / 0.07 for j in range(3)] for i in range(3)]
-    i2t = -sum(np.log(np.exp(logits[k][k]) / sum(np.exp(logits[k][j]) for j in range(3))) for k in range(3)) / 3
-    t2i = -sum(np.log(np.exp(logits[k][k]) / sum(np.exp(logits[j][k]) for j in range(3))) for k in range(3)) / 3
+    i2t = (
+        -sum(np.log(np.exp(logits[k][k]) / sum(np.exp(logits[k][j]) for j in range(3))) for k in range(3)) / 3
+    )
+    t2i = (
+        -sum(np.log(np.exp(logits[k][k]) / sum(np.exp(logits[j][k]) for j in range(3))) for k in range(3)) / 3
+    )
     assert float(terms["ttdm"]) == pytest.approx(1000 * ttdm, rel=1e-5)
     assert float(terms["itcl"]) == pytest.approx((i2t + t2i) / 2, rel=1e-5)
     assert float(terms["icti"]) == pytest.approx(float(outputs["nll"].sum()) / 3, rel=1e-6)
@@ -104,7 +116,11 @@ def test_the_recipes_terms_are_the_papers():
         off = dataclasses.replace(VLKD.constants, **{name: 0.0})
         assert terms.keys() - VLKD.loss(outputs, batch, off, NOW)[0].keys() == {name}
     assert VLKD.reads(dataclasses.replace(VLKD.constants, ttdm=0.0)) == ("image_emb",)
-    assert VLKD.reads(dataclasses.replace(VLKD.constants, visual="patches")) == ("patch_emb", "image_emb", "text_emb")
+    assert VLKD.reads(dataclasses.replace(VLKD.constants, visual="patches")) == (
+        "patch_emb",
+        "image_emb",
+        "text_emb",
+    )
     assert VLKD.reads(dataclasses.replace(VLKD.constants, stage="vqa")) == ("image_emb",)
 
 
@@ -130,8 +146,12 @@ def test_the_decoder_reads_pictures_before_the_text_and_padding_is_not_there():
     V = student.pictures(batch)
     torch.testing.assert_close(V[:, 0].norm(dim=1), torch.ones(3))
     C, there = student.context(batch["source"], V)
-    E = student.bart.model.encoder(input_ids=batch["source"][1:2, : int(there[1].sum()) - 1]).last_hidden_state[0]
-    expected = torch.cat([V[1] @ student.image_in.weight.T, E @ student.text_out.weight.T @ student.text_in.weight.T])
+    E = student.bart.model.encoder(
+        input_ids=batch["source"][1:2, : int(there[1].sum()) - 1]
+    ).last_hidden_state[0]
+    expected = torch.cat(
+        [V[1] @ student.image_in.weight.T, E @ student.text_out.weight.T @ student.text_in.weight.T]
+    )
     torch.testing.assert_close(C[1][there[1]], expected, rtol=1e-4, atol=1e-5)
     patches = make_student(visual="patches")
     seen = patches.pictures({"patch_emb": torch.randn(2, 5, WIDTH)})
@@ -165,11 +185,13 @@ def test_the_language_model_alone_is_this_one_without_a_picture():
     batch = read(student, *CAPTIONS)
     ours = student.decode(batch["text"], *student.context(batch["source"], None))
     alone = student.language_model()
-    plain = alone(input_ids=batch["source"], attention_mask=(batch["source"] != 1).long(),
-                  labels=batch["text"]).logits  # fmt: skip
+    plain = alone(
+        input_ids=batch["source"], attention_mask=(batch["source"] != 1).long(), labels=batch["text"]
+    ).logits
     torch.testing.assert_close(plain, ours, rtol=1e-4, atol=1e-4)
-    before = student.bart(input_ids=batch["source"], attention_mask=(batch["source"] != 1).long(),
-                          labels=batch["text"]).logits  # fmt: skip
+    before = student.bart(
+        input_ids=batch["source"], attention_mask=(batch["source"] != 1).long(), labels=batch["text"]
+    ).logits
     assert (before - ours).abs().max() > 0.05
 
 
@@ -177,7 +199,9 @@ def test_every_parameter_has_a_gradient_but_what_a_softmax_cannot_see():
     student = make_student()
     outputs = student(read(student, *CAPTIONS))
     (outputs["nll"].sum() + outputs["text_t"].square().sum()).backward()
-    silent = {name for name, value in student.named_parameters() if value.grad is None or value.grad.norm() < 1e-4}
+    silent = {
+        name for name, value in student.named_parameters() if value.grad is None or value.grad.norm() < 1e-4
+    }
     assert {name.rpartition(".k_proj.")[2] for name in silent} == {"bias"}
 
 
@@ -207,10 +231,14 @@ def test_captions_and_answers_stand_in_their_prompts():
     student = make_student("caption")
     batch = read(student, sample(" Red birds. "), sample("square 3"))
     assert {spoken(student, ids) for ids in batch["source"]} == {f"<s>A picture of{'<mask>' * 6}.</s>"}
-    assert [spoken(student, ids) for ids in batch["text"]] == ["<s>A picture of Red birds.</s>",
-                                                              "<s>A picture of square 3.</s>"]  # fmt: skip
-    assert all(spoken(student, ids[:given]) == "<s>A picture of" for ids, given in zip(batch["text"], batch["given"],
-                                                                                       strict=True))  # fmt: skip
+    assert [spoken(student, ids) for ids in batch["text"]] == [
+        "<s>A picture of Red birds.</s>",
+        "<s>A picture of square 3.</s>",
+    ]
+    assert all(
+        spoken(student, ids[:given]) == "<s>A picture of"
+        for ids, given in zip(batch["text"], batch["given"], strict=True)
+    )
     counted = student(batch)["tokens"].tolist()
     assert counted == [
         float((ids != 1).sum() - given) for ids, given in zip(batch["text"], batch["given"], strict=True)
@@ -290,7 +318,9 @@ def test_rewards_are_those_of_the_texts_and_dropout_stays_as_it_was():
     torch.testing.assert_close(outputs["reward"], found["reward"])
     tokenizer = student.read_texts.tokenizer
     for k, caption in enumerate(CAPTIONS):
-        said = torch.tensor([tokenizer.encode(f"A picture of {caption.texts[0]}", add_special_tokens=False).ids])
+        said = torch.tensor(
+            [tokenizer.encode(f"A picture of {caption.texts[0]}", add_special_tokens=False).ids]
+        )
         (score,) = rewards(said, batch["reference"][k : k + 1], student.read_texts, student.reward)
         words = len(caption.texts[0].split())
         assert score == pytest.approx(2.5 * min(4, words))  # it has no longer n-grams than words

@@ -43,8 +43,11 @@ def run(squares, cache, bart, tmp_path_factory):
 
 
 def prepared(squares, cache, bart, *settings, rank=0, world=1, monkeypatch=None):
-    found, place = override(VLKD, Run(str(squares), str(cache), "", device="cpu", workers=0),
-                            [f"model={bart}", "max_text=32", *settings])  # fmt: skip
+    found, place = override(
+        VLKD,
+        Run(str(squares), str(cache), "", device="cpu", workers=0),
+        [f"model={bart}", "max_text=32", *settings],
+    )
     if monkeypatch:
         monkeypatch.setattr("student.prepare.rank", lambda: rank)
         monkeypatch.setattr("student.prepare.world_size", lambda: world)
@@ -68,9 +71,13 @@ def test_a_run_decodes_no_picture_and_says_its_terms(run):
     assert (made["kind"], made["width"], made["visual"], made["masks"]) == ("seq2seq", 16, "cls", 6)
 
 
-def test_holes_are_the_same_on_any_number_of_ranks_and_others_in_every_epoch(squares, cache, bart, monkeypatch):
+def test_holes_are_the_same_on_any_number_of_ranks_and_others_in_every_epoch(
+    squares, cache, bart, monkeypatch
+):
     whole = prepared(squares, cache, bart).batches
-    halves = [prepared(squares, cache, bart, rank=k, world=2, monkeypatch=monkeypatch).batches for k in (0, 1)]
+    halves = [
+        prepared(squares, cache, bart, rank=k, world=2, monkeypatch=monkeypatch).batches for k in (0, 1)
+    ]
     per_epoch = whole.order.per_epoch
     for step in (0, per_epoch):
         assert sources(whole[step]) == [row for half in halves for row in sources(half[step])]
@@ -105,7 +112,10 @@ def test_micro_batches_have_the_losses_of_whole_batches(squares, cache, bart, tm
 
 
 def test_the_stages_go_on_from_a_run(squares, cache, bart, run, tmp_path):
-    assert train(squares, cache, bart, tmp_path / "caption", "--set", "stage=caption", "--set", f"init={run}") == 0
+    assert (
+        train(squares, cache, bart, tmp_path / "caption", "--set", "stage=caption", "--set", f"init={run}")
+        == 0
+    )
     first, *_, last = read_lines(tmp_path / "caption")
     assert first.keys() == {"step", "loss", "nll", "nll_token", "lr"}
     assert last["nll_token"] < first["nll_token"]
@@ -192,10 +202,16 @@ def error(capsys) -> str:
 
 
 def test_what_cannot_be_is_refused_in_one_line(run, squares, cache, bart, finished_run, tmp_path, capsys):
-    cases = {"visual=rows": "cls, patches", "stage=adapt": "distil, caption, vqa, scst",
-             "mask_share=0": "shares above 0", "max_text=900": "40 positions",
-             f"init={finished_run}": "no run of vlkd", "visual=patches": "--outputs",
-             "stage=vqa": "asks nothing", "optim.decay=step": "cosine or linear"}  # fmt: skip
+    cases = {
+        "visual=rows": "cls, patches",
+        "stage=adapt": "distil, caption, vqa, scst",
+        "mask_share=0": "shares above 0",
+        "max_text=900": "40 positions",
+        f"init={finished_run}": "no run of vlkd",
+        "visual=patches": "--outputs",
+        "stage=vqa": "asks nothing",
+        "optim.decay=step": "cosine or linear",
+    }
     for k, (setting, words) in enumerate(cases.items()):
         assert train(squares, cache, bart, tmp_path / f"refused-{k}", "--set", setting) == 2, setting
         assert words in error(capsys), setting
@@ -219,7 +235,9 @@ def test_the_packaged_bart_mends_text():
 
     model, tokenizer = open_bart("bart-tiny", scratch=False)
     ids = torch.tensor([tokenizer.encode("A large<mask> circle left of a blue square.").ids])
-    written = tokenizer.decode(model.eval().generate(input_ids=ids, num_beams=4, max_new_tokens=24)[0].tolist())
+    written = tokenizer.decode(
+        model.eval().generate(input_ids=ids, num_beams=4, max_new_tokens=24)[0].tolist()
+    )
     assert written.startswith("A large")
     assert written.endswith("circle left of a blue square.")
     assert model.model.shared.weight.dtype == torch.float32

@@ -20,9 +20,16 @@ def as_mteb(encoder: Encoder) -> Any:
         from mteb.models import ModelMeta
         from mteb.similarity_functions import cos_sim, pairwise_cos_sim
     except ImportError as error:
-        raise UserError(f"mteb is not there or another version ({error}): pip install 'mteb>=2.20'") from error
-    meta = ModelMeta.create_empty(overwrites={"name": f"local/{encoder.name.replace('/', '-')}", "revision": "local",
-                                              "modalities": ["image", "text"]})  # fmt: skip
+        raise UserError(
+            f"mteb is not there or another version ({error}): pip install 'mteb>=2.20'"
+        ) from error
+    meta = ModelMeta.create_empty(
+        overwrites={
+            "name": f"local/{encoder.name.replace('/', '-')}",
+            "revision": "local",
+            "modalities": ["image", "text"],
+        }
+    )
     return MtebModel(encoder, meta, cos_sim, pairwise_cos_sim)
 
 

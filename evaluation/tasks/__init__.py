@@ -120,7 +120,14 @@ GENERATED: dict[str, Callable[..., dict[str, Any]]] = {"captions": _captions, "o
 # Tasks of a language model: these take a transformers folder and where the data lie
 LANGUAGE: dict[str, Callable[..., dict[str, Any]]] = {"glue": _glue, "xsum": _xsum, "text_loss": _text_loss}
 Settings = dict[str, Callable[[str], Any]]
-FITTING: Settings = {"epochs": int, "batch": int, "lr": float, "weight_decay": float, "longest": int, "seed": int}
+FITTING: Settings = {
+    "epochs": int,
+    "batch": int,
+    "lr": float,
+    "weight_decay": float,
+    "longest": int,
+    "seed": int,
+}
 # What may stand behind a task's name: `captions:masks=8`, `glue:lr=1e-4,epochs=3`
 SETTINGS: dict[str, Settings] = {
     "captions": {"masks": int, "beams": int, "java": int},
@@ -157,8 +164,9 @@ def _settings(task: str, given: str) -> dict[str, Any]:
             found[key] = known[key](value)
         except (KeyError, ValueError) as error:
             choices = ", ".join(f"{name}=NUMBER" for name in known)
-            raise UserError(f"--task {task}:{part}: " + (f"choose from {choices}" if known else
-                            f"{task} has no settings")) from error  # fmt: skip
+            raise UserError(
+                f"--task {task}:{part}: " + (f"choose from {choices}" if known else f"{task} has no settings")
+            ) from error
         if found[key] <= 0 and key not in ("seed", "weight_decay", "java"):
             raise UserError(f"--task {task}:{part}: give a number above 0")
     return found

@@ -27,7 +27,10 @@ CASES: dict[str, tuple[str, Callable[[Path], list[Case]]]] = {
     "relation": ("visual_genome_relation.json", read_relations),
     "attribution": ("visual_genome_attribution.json", read_attributions),
 }
-ORDERS = {"coco_order": ("coco_karpathy_test.json", "coco"), "flickr_order": ("flickr30k_test.json", "flickr30k")}
+ORDERS = {
+    "coco_order": ("coco_karpathy_test.json", "coco"),
+    "flickr_order": ("flickr30k_test.json", "flickr30k"),
+}
 
 
 def evaluate(matcher: Matcher, data: Path, *, min_count: int = MIN_COUNT, seed: int = 0) -> dict[str, Any]:
@@ -38,7 +41,9 @@ def evaluate(matcher: Matcher, data: Path, *, min_count: int = MIN_COUNT, seed: 
         if (data / file).is_file():
             symmetric = symmetric_relations(data) if name == "relation" else None
             least = min_count if name == "attribution" else 1
-            found, cost = cases_metrics(matcher, name, read(data / file), min_count=least, symmetric=symmetric)
+            found, cost = cases_metrics(
+                matcher, name, read(data / file), min_count=least, symmetric=symmetric
+            )
             metrics |= found
             heard.append(cost)
     for name, (file, folder) in ORDERS.items():
@@ -57,24 +62,42 @@ def evaluate(matcher: Matcher, data: Path, *, min_count: int = MIN_COUNT, seed: 
     return metrics | together(heard).cost()
 
 
-def cases_metrics(matcher: Matcher, name: str, cases: Sequence[Case], *, min_count: int = 1,
-                  symmetric: Collection[str] | None = None) -> tuple[dict[str, Any], Heard]:  # fmt: skip
+def cases_metrics(
+    matcher: Matcher,
+    name: str,
+    cases: Sequence[Case],
+    *,
+    min_count: int = 1,
+    symmetric: Collection[str] | None = None,
+) -> tuple[dict[str, Any], Heard]:
     """Macro and micro accuracy of true against false captions, options in ARO's order [false, true]."""
     heard = ask(matcher, [Question(case.picture, (case.false, case.true)) for case in cases])
-    asked = [(case, scores) for case, scores in zip(cases, heard.scores["score"], strict=True) if scores is not None]
+    asked = [
+        (case, scores)
+        for case, scores in zip(cases, heard.scores["score"], strict=True)
+        if scores is not None
+    ]
     hits = np.array([bool(scores[1] > scores[0]) for _, scores in asked])
     ties = np.array([bool(scores[1] == scores[0]) for _, scores in asked])
     places: dict[str, list[int]] = {}
     for i, (case, _) in enumerate(asked):
         places.setdefault(case.group, []).append(i)
-    shares = {group: float(hits[rows].mean()) for group, rows in sorted(places.items()) if len(rows) >= min_count}
-    metrics: dict[str, Any] = {f"{name}_macro": mean_or_reason(shares, f"none of its groups comes {min_count} times")}
+    shares = {
+        group: float(hits[rows].mean()) for group, rows in sorted(places.items()) if len(rows) >= min_count
+    }
+    metrics: dict[str, Any] = {
+        f"{name}_macro": mean_or_reason(shares, f"none of its groups comes {min_count} times")
+    }
     metrics |= accuracy(f"{name}_micro", hits)
     if symmetric is not None:
         left = {group: share for group, share in shares.items() if group not in symmetric}
         metrics[f"{name}_macro_asymmetric"] = mean_or_reason(left, "all its relations hold both ways")
         metrics |= {f"{name}={group}": share for group, share in shares.items()}
-    return metrics | {f"{name}_groups": len(shares), f"{name}_ties": float(ties.mean()), f"{name}_n": len(hits)}, heard
+    return metrics | {
+        f"{name}_groups": len(shares),
+        f"{name}_ties": float(ties.mean()),
+        f"{name}_n": len(hits),
+    }, heard
 
 
 def mean_or_reason(shares: dict[str, float], reason: str) -> float | str:
@@ -115,12 +138,18 @@ def order_metrics(matcher: Matcher, name: str, path: Path, *, seed: int = 0) -> 
         per_picture += [(read, usable)] if usable else []
     if not per_picture:
         raise UserError(f"{path}: no caption has words that can change places")
-    heard = ask(matcher, [Question(read, tuple(text for group in own for text in group)) for read, own in per_picture])
+    heard = ask(
+        matcher, [Question(read, tuple(text for group in own for text in group)) for read, own in per_picture]
+    )
     hits, ties = [], []
     for (_, asked), scores in zip(per_picture, heard.scores["score"], strict=True):
         for part in scores.split([len(group) for group in asked]) if scores is not None else ():
             hits.append(bool((part[0] > part[1:]).all()))
             ties.append(bool(part[0] == part[1:].max()))
     metrics: dict[str, Any] = accuracy(name, np.array(hits))
-    metrics |= {f"{name}_ties": float(np.mean(ties)), f"{name}_n": len(hits), f"{name}_dropped_options": dropped}
+    metrics |= {
+        f"{name}_ties": float(np.mean(ties)),
+        f"{name}_n": len(hits),
+        f"{name}_dropped_options": dropped,
+    }
     return metrics | {f"{name}_tagger": options.tagger, f"{name}_seed": options.seed}, heard

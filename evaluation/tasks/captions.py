@@ -17,8 +17,15 @@ MASKS, BEAMS = 6, 6  # VLKD, 4.3.1 and table 11
 LONGEST = 24  # sub-words
 
 
-def evaluate(generator: Generator, manifest: Manifest, masks: int = MASKS, beams: int = BEAMS, *,
-             java: int = 1, only: Sequence[str] = METRICS) -> dict[str, Any]:  # fmt: skip
+def evaluate(
+    generator: Generator,
+    manifest: Manifest,
+    masks: int = MASKS,
+    beams: int = BEAMS,
+    *,
+    java: int = 1,
+    only: Sequence[str] = METRICS,
+) -> dict[str, Any]:
     """Scores over the test split (else val, else all rows), of each domain too; `results` in COCO's own form.
 
     Pictures that cannot be read are left out and counted. With `java` 0 nothing is computed by it, METEOR least of all.
@@ -40,9 +47,11 @@ def evaluate(generator: Generator, manifest: Manifest, masks: int = MASKS, beams
         "num_images": len(said),
         "num_different": len(set(said)),
         "num_skipped": len(skipped),
-        "results": [{"image_id": int(sample.key) if sample.key.isdigit() else sample.key, "caption": text}
-                    for sample, text in zip(samples, said, strict=True)],
-    }  # fmt: skip
+        "results": [
+            {"image_id": int(sample.key) if sample.key.isdigit() else sample.key, "caption": text}
+            for sample, text in zip(samples, said, strict=True)
+        ],
+    }
 
 
 def rows_of(manifest: Manifest) -> list[int]:
@@ -52,6 +61,8 @@ def rows_of(manifest: Manifest) -> list[int]:
         return list(range(len(manifest)))
     found = next((split for split in SPLITS if split in there), None)
     if found is None:
-        raise UserError(f"{manifest.data} has the splits {', '.join(sorted(there))} but neither test nor val: pass the "
-                        "file of one split")  # fmt: skip
+        raise UserError(
+            f"{manifest.data} has the splits {', '.join(sorted(there))} but neither test nor val: pass the "
+            "file of one split"
+        )
     return manifest.rows_of_split(found).tolist()

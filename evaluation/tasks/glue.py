@@ -33,16 +33,23 @@ class GlueTask:
 NLI = ("entailment", "not_entailment")
 BINARY = ("0", "1")
 GLUE = {
-    "CoLA": GlueTask(("sentence",), "label", BINARY, ("mcc",), header=("source", "label", "mark", "sentence")),
+    "CoLA": GlueTask(
+        ("sentence",), "label", BINARY, ("mcc",), header=("source", "label", "mark", "sentence")
+    ),
     "SST-2": GlueTask(("sentence",), "label", BINARY, ("acc",)),
     "MRPC": GlueTask(("#1 String", "#2 String"), "Quality", BINARY, ("acc", "f1")),
     "QQP": GlueTask(("question1", "question2"), "is_duplicate", BINARY, ("acc", "f1")),
     "STS-B": GlueTask(("sentence1", "sentence2"), "score", (), ("pearson", "spearman")),
-    "MNLI": GlueTask(("sentence1", "sentence2"), "gold_label", ("entailment", "neutral", "contradiction"), ("acc",),
-                     (("dev_matched.tsv", ""), ("dev_mismatched.tsv", "-mm"))),
+    "MNLI": GlueTask(
+        ("sentence1", "sentence2"),
+        "gold_label",
+        ("entailment", "neutral", "contradiction"),
+        ("acc",),
+        (("dev_matched.tsv", ""), ("dev_mismatched.tsv", "-mm")),
+    ),
     "QNLI": GlueTask(("question", "sentence"), "label", NLI, ("acc",)),
     "RTE": GlueTask(("sentence1", "sentence2"), "label", NLI, ("acc",)),
-}  # fmt: skip
+}
 PAPER = tuple(name for name in GLUE if name != "STS-B")  # table 5's mean
 
 
@@ -72,10 +79,15 @@ def find_tasks(data: str) -> dict[str, Path]:
     root = Path(data)
     names = {name.lower(): name for name in GLUE}
     places = [root, *sorted(path for path in root.iterdir() if path.is_dir())] if root.is_dir() else []
-    there = {names[path.name.lower()]: path for path in places
-             if path.name.lower() in names and (path / "train.tsv").exists()}  # fmt: skip
+    there = {
+        names[path.name.lower()]: path
+        for path in places
+        if path.name.lower() in names and (path / "train.tsv").exists()
+    }
     if not there:
-        raise UserError(f"no GLUE at {data}: a folder of {', '.join(GLUE)} is expected, each with train.tsv, dev.tsv")
+        raise UserError(
+            f"no GLUE at {data}: a folder of {', '.join(GLUE)} is expected, each with train.tsv, dev.tsv"
+        )
     return {name: there[name] for name in GLUE if name in there}
 
 
@@ -102,7 +114,9 @@ def read_tsv(path: Path, task: GlueTask) -> tuple[list[Row], int]:
         else:
             rows.append((tuple(cells[place] for place in places), label))
     if not rows:
-        raise UserError(f"no line of {path} has a label: measure the file `dev`, GLUE's test labels are not public")
+        raise UserError(
+            f"no line of {path} has a label: measure the file `dev`, GLUE's test labels are not public"
+        )
     return rows, lost
 
 
@@ -118,7 +132,11 @@ def _one(name: str, where: Path, folder: str, options: Options) -> dict[str, Any
     """A task from its files to its metrics."""
     task = GLUE[name]
     train, lost = read_tsv(where / "train.tsv", task)
-    dev = {f"{name}{suffix}": read_tsv(where / file, task) for file, suffix in task.dev if (where / file).exists()}
+    dev = {
+        f"{name}{suffix}": read_tsv(where / file, task)
+        for file, suffix in task.dev
+        if (where / file).exists()
+    }
     if name not in dev:
         raise UserError(f"there is no {where / task.dev[0][0]}: GLUE's own files are expected")
     say(f"{name}: fine-tuning {folder} on {len(train):,} rows, {options.epochs} epochs")
@@ -136,17 +154,22 @@ def _one(name: str, where: Path, folder: str, options: Options) -> dict[str, Any
     return found | {f"{name}/num_train": len(train), f"{name}/num_left_out": lost}
 
 
-def trained(folder: str, rows: list[Row], outputs: int, options: Options,
-            title: str) -> Callable[[list[Row]], np.ndarray]:  # fmt: skip
+def trained(
+    folder: str, rows: list[Row], outputs: int, options: Options, title: str
+) -> Callable[[list[Row]], np.ndarray]:
     """Fine-tune a model of a folder; what it then predicts: classes [n], or numbers [n] where there is one output."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)  # the head, and dropout
         kind = "regression" if outputs == 1 else "single_label_classification"
-        model, tokenizer = load_text_model("SequenceClassification", folder, num_labels=outputs, problem_type=kind)
+        model, tokenizer = load_text_model(
+            "SequenceClassification", folder, num_labels=outputs, problem_type=kind
+        )
         model.to(pick_device())
 
         def collate(part: Any) -> dict[str, torch.Tensor]:
-            labels = torch.tensor([label for _, label in part], dtype=torch.float32 if outputs == 1 else torch.int64)
+            labels = torch.tensor(
+                [label for _, label in part], dtype=torch.float32 if outputs == 1 else torch.int64
+            )
             return encode_texts(tokenizer, part, options.longest) | {"labels": labels}
 
         fine_tune(model, rows, collate, options, title)
@@ -156,7 +179,9 @@ def trained(folder: str, rows: list[Row], outputs: int, options: Options,
         with torch.inference_mode():
             for part in batches(asked, 4 * options.batch):
                 inputs = encode_texts(tokenizer, part, options.longest)
-                logits.append(model(**{key: value.to(device) for key, value in inputs.items()}).logits.float().cpu())
+                logits.append(
+                    model(**{key: value.to(device) for key, value in inputs.items()}).logits.float().cpu()
+                )
         found = torch.cat(logits)
         return (found[:, 0] if outputs == 1 else found.argmax(1)).numpy()
 

@@ -46,8 +46,10 @@ def _labelled_rows(manifest: Manifest, labels: list[str]) -> list[int]:
         rows = [row for row in manifest.rows_of_split(split).tolist() if labels[row]]
         if rows:
             return rows
-    raise UserError(f"{manifest.data} has no validation or test rows with labels: pass the folder that holds `val`, or "
-                    "one whose folders are wnids (n01440764) or 0 to 999")  # fmt: skip
+    raise UserError(
+        f"{manifest.data} has no validation or test rows with labels: pass the folder that holds `val`, or "
+        "one whose folders are wnids (n01440764) or 0 to 999"
+    )
 
 
 def class_places(labels: Collection[str], data: str) -> dict[str, int]:
@@ -57,8 +59,10 @@ def class_places(labels: Collection[str], data: str) -> dict[str, int]:
     known = by_number if all(label in by_number for label in labels) else by_wnid
     unknown = sorted(label for label in labels if label not in known)
     if unknown:
-        raise UserError(f"{data}: folder '{unknown[0]}' is not one of ImageNet's 1,000 wnids (n01440764) or numbers 0 "
-                        "to 999; for classes of your own `--task zeroshot`")  # fmt: skip
+        raise UserError(
+            f"{data}: folder '{unknown[0]}' is not one of ImageNet's 1,000 wnids (n01440764) or numbers 0 "
+            "to 999; for classes of your own `--task zeroshot`"
+        )
     return {label: known[label] for label in labels}
 
 

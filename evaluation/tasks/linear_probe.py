@@ -41,7 +41,9 @@ def evaluate(encoder: Encoder, manifest: Manifest) -> dict[str, Any]:
     rows = [row for part in parts.values() for row in part]
     features, kept, skipped = features_of(encoder, manifest, rows, encode)
     if not features.isfinite().all():
-        raise UserError(f"{encoder.name} says NaN or infinity of some pictures of {manifest.data}: train it anew")
+        raise UserError(
+            f"{encoder.name} says NaN or infinity of some pictures of {manifest.data}: train it anew"
+        )
     x, y, classes = arrays(manifest, parts, features, kept)
     c = best_strength(lambda c: float((fit(x["train"], y["train"], c).predict(x["val"]) == y["val"]).mean()))
     probe = fit(np.concatenate([x["train"], x["val"]]), np.concatenate([y["train"], y["val"]]), c)
@@ -73,8 +75,10 @@ def labelled_splits(manifest: Manifest) -> dict[str, list[int]]:
             parts[renamed.get(name, name)].append(row)
     for name in ("train", "test"):
         if not parts[name]:
-            raise UserError(f"{manifest.data} has no {name} rows with labels: a linear probe needs folders "
-                            "`train/<class>` and `test/<class>`")  # fmt: skip
+            raise UserError(
+                f"{manifest.data} has no {name} rows with labels: a linear probe needs folders "
+                "`train/<class>` and `test/<class>`"
+            )
     if not parts["val"]:
         parts["train"], parts["val"] = hold_out(parts["train"], [labels[row] for row in parts["train"]])
     return parts
@@ -90,8 +94,9 @@ def hold_out(rows: list[int], labels: list[str]) -> tuple[list[int], list[int]]:
     return [row for row in rows if row not in held], [row for row in rows if row in held]
 
 
-def arrays(manifest: Manifest, parts: dict[str, list[int]], features: Tensor,
-           kept: list[int]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], int]:  # fmt: skip
+def arrays(
+    manifest: Manifest, parts: dict[str, list[int]], features: Tensor, kept: list[int]
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], int]:
     """Features [n, width] and classes [n] of each split's readable rows, and how many classes training has.
 
     A class that only test rows have gets the number behind the others: nothing can hit it.
@@ -99,12 +104,17 @@ def arrays(manifest: Manifest, parts: dict[str, list[int]], features: Tensor,
     labels, place = manifest.column("label"), {row: i for i, row in enumerate(kept)}
     usable = {name: [row for row in part if row in place] for name, part in parts.items()}
     if len({labels[row] for row in usable["train"]}) < 2 or not usable["val"] or not usable["test"]:
-        raise UserError(f"{manifest.data} has too few pictures: a linear probe needs two classes of several training "
-                        "pictures, and test pictures")  # fmt: skip
+        raise UserError(
+            f"{manifest.data} has too few pictures: a linear probe needs two classes of several training "
+            "pictures, and test pictures"
+        )
     classes = sorted({labels[row] for row in usable["train"] + usable["val"]})
     number = {label: i for i, label in enumerate(classes)}
     x = {name: features[[place[row] for row in part]].numpy() for name, part in usable.items()}
-    y = {name: np.array([number.get(labels[row], len(classes)) for row in part]) for name, part in usable.items()}
+    y = {
+        name: np.array([number.get(labels[row], len(classes)) for row in part])
+        for name, part in usable.items()
+    }
     return x, y, len(classes)
 
 
@@ -113,7 +123,9 @@ def probe_features(encoder: Encoder) -> tuple[Callable[[Tensor], Tensor], str]:
     tower, kind = encoder.tower, "" if encoder.tower is None else tower_kind(encoder.tower)
     if kind == "vit" and tower.proj is not None:
         unprojected = {"proj": torch.eye(len(tower.proj), dtype=tower.proj.dtype, device=tower.proj.device)}
-        return lambda images: output_tensor(functional_call(tower, unprojected, (images,))), "before the projection"
+        return lambda images: output_tensor(
+            functional_call(tower, unprojected, (images,))
+        ), "before the projection"
     layers = dict(tower.head.named_children()) if kind == "timm" else {}
     if "proj" not in layers and "mlp" not in layers:
         return encoder.encode_image, "embedding"
@@ -151,7 +163,9 @@ def fit(x: np.ndarray, y: np.ndarray, c: float) -> Any:
     """Logistic regression on features [n, width] and classes [n]; that 1,000 iterations were too few is no error."""
     sklearn = _sklearn()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", sklearn.exceptions.ConvergenceWarning)  # `iterations` in the result says it
+        warnings.simplefilter(
+            "ignore", sklearn.exceptions.ConvergenceWarning
+        )  # `iterations` in the result says it
         return sklearn.linear_model.LogisticRegression(C=c, solver="lbfgs", max_iter=1000).fit(x, y)
 
 

@@ -19,8 +19,14 @@ MASKS, BEAMS = 2, 1  # VLKD, table 11
 LONGEST = 24  # sub-words
 
 
-def evaluate(generator: Generator, manifest: Manifest, masks: int = MASKS, beams: int = BEAMS, *,
-             protocol: str = "official") -> dict[str, Any]:  # fmt: skip
+def evaluate(
+    generator: Generator,
+    manifest: Manifest,
+    masks: int = MASKS,
+    beams: int = BEAMS,
+    *,
+    protocol: str = "official",
+) -> dict[str, Any]:
     """The soft accuracy, per answer type and question type; `results` in VQA's own form.
 
     OK-VQA's `answer` is a stem: `accuracy:raw_answer` compares with what people wrote. An answer of no words is wrong.
@@ -41,9 +47,11 @@ def evaluate(generator: Generator, manifest: Manifest, masks: int = MASKS, beams
         "num_rows": len(known),
         "num_different": len(set(said)),
         "num_skipped": len(skipped),
-        "results": [{"question_id": facts[row].get("id"), "answer": text}
-                    for row, text in zip(kept, said, strict=True)],
-    }  # fmt: skip
+        "results": [
+            {"question_id": facts[row].get("id"), "answer": text}
+            for row, text in zip(kept, said, strict=True)
+        ],
+    }
 
 
 def _scores(known: list[tuple[str, dict[str, Any]]], protocol: str, data: str) -> dict[str, Any]:

@@ -15,8 +15,9 @@ from teachercache.samples import Manifest
 CHUNK = 1024  # queries scored at once
 
 
-def evaluate(encoder: Encoder, manifest: Manifest, split: str = "test", *, captions: int | None = None,
-             fold: int = 0) -> dict[str, Any]:  # fmt: skip
+def evaluate(
+    encoder: Encoder, manifest: Manifest, split: str = "test", *, captions: int | None = None, fold: int = 0
+) -> dict[str, Any]:
     """Recalls over a split; keys as clip-benchmark writes them, ties and counts beside them.
 
     `captions`: of each picture the first so many alone. `fold`: also the mean over that many pictures at a time, in the
@@ -41,8 +42,9 @@ def evaluate(encoder: Encoder, manifest: Manifest, split: str = "test", *, capti
     return metrics | means | ({"num_folds": len(folds)} if fold else {}) | counts
 
 
-def recalls(images: Float[Tensor, "images dim"], sentences: Float[Tensor, "texts dim"],
-            owner: Int[Tensor, " texts"]) -> dict[str, float | None]:  # fmt: skip
+def recalls(
+    images: Float[Tensor, "images dim"], sentences: Float[Tensor, "texts dim"], owner: Int[Tensor, " texts"]
+) -> dict[str, float | None]:
     """R@1/5/10 both ways and tie rates; `owner` is each text's picture.
 
     R@K is None where there are fewer than K wrong answers: every model would score 1.
@@ -61,8 +63,12 @@ def recalls(images: Float[Tensor, "images dim"], sentences: Float[Tensor, "texts
     i2t, i2t_ties = both(images, sentences, lambda part: image_ids[part, None] == owner[None])
     t2i, t2i_ties = both(sentences, images, lambda part: owner[part, None] == image_ids[None])
     wrong_images, wrong_texts = len(images) - 1, len(sentences) - int(owner.bincount().max())
-    metrics = {f"image_retrieval_recall@{k}": recall_at(t2i, k) if k <= wrong_images else None for k in (1, 5, 10)}
-    metrics |= {f"text_retrieval_recall@{k}": recall_at(i2t, k) if k <= wrong_texts else None for k in (1, 5, 10)}
+    metrics = {
+        f"image_retrieval_recall@{k}": recall_at(t2i, k) if k <= wrong_images else None for k in (1, 5, 10)
+    }
+    metrics |= {
+        f"text_retrieval_recall@{k}": recall_at(i2t, k) if k <= wrong_texts else None for k in (1, 5, 10)
+    }
     return metrics | {
         "image_retrieval_tie_rate": float(t2i_ties.double().mean()),
         "text_retrieval_tie_rate": float(i2t_ties.double().mean()),

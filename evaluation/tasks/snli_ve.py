@@ -39,5 +39,6 @@ def evaluate(answerer: Answerer, manifest: Manifest) -> dict[str, Any]:
 def best_mapping(chosen: np.ndarray, gold: np.ndarray) -> float:
     """The accuracy under the best one-to-one naming of the clusters: what the labels would give (Hungarian)."""
     return max(
-        float((np.array([*names, -1])[chosen] == gold).mean()) for names in itertools.permutations(range(len(LABELS)))
+        float((np.array([*names, -1])[chosen] == gold).mean())
+        for names in itertools.permutations(range(len(LABELS)))
     )

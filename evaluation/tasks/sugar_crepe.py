@@ -16,8 +16,14 @@ FILES = ("add_att", "add_obj", "replace_att", "replace_obj", "replace_rel", "swa
 
 def evaluate(matcher: Matcher, data: Path) -> dict[str, Any]:
     """Accuracy per file below `data` or `data`/data; pictures in val2017/ or images/ of `data` or beside it."""
-    folder = next((folder for folder in (data, data / "data") if any((folder / f"{name}.json").is_file()
-                                                                     for name in FILES)), None)  # fmt: skip
+    folder = next(
+        (
+            folder
+            for folder in (data, data / "data")
+            if any((folder / f"{name}.json").is_file() for name in FILES)
+        ),
+        None,
+    )
     if folder is None:
         raise UserError(f"no SugarCrepe in {data}: put {', '.join(f'{name}.json' for name in FILES)} there")
     places = [root / name for root in (data, folder, data.parent) for name in ("val2017", "images")]

@@ -41,7 +41,9 @@ def evaluate(folder: str, data: str) -> dict[str, Any]:
     nll, hidden = torch.cat(losses), torch.cat(masked)
     return {
         "nll_per_token": float(nll.mean()),
-        "nll_per_masked_token": float(nll[hidden].mean()) if hidden.any() else "skipped: no text is long enough",
+        "nll_per_masked_token": float(nll[hidden].mean())
+        if hidden.any()
+        else "skipped: no text is long enough",
         "num_texts": len(texts),
         "num_tokens": len(nll),
     }
@@ -62,12 +64,19 @@ def masked_ids(ids: list[int], mask: int) -> list[int]:
 def _losses(model: Any, tokenizer: Any, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
     """Loss of every token of these texts, and whether it was hidden."""
     device = next(model.parameters()).device
-    source, there = _padded([masked_ids(ids, tokenizer.mask_token_id) for ids in rows], tokenizer.pad_token_id)
+    source, there = _padded(
+        [masked_ids(ids, tokenizer.mask_token_id) for ids in rows], tokenizer.pad_token_id
+    )
     labels, counted = _padded(rows, tokenizer.pad_token_id)
     before = torch.cat([torch.full((len(rows), 1), model.config.decoder_start_token_id), labels[:, :-1]], 1)
-    found = model(input_ids=source.to(device), attention_mask=there.long().to(device),
-                  decoder_input_ids=before.to(device))  # fmt: skip
-    nll = torch.nn.functional.cross_entropy(found.logits.float().transpose(1, 2), labels.to(device), reduction="none")
+    found = model(
+        input_ids=source.to(device),
+        attention_mask=there.long().to(device),
+        decoder_input_ids=before.to(device),
+    )
+    nll = torch.nn.functional.cross_entropy(
+        found.logits.float().transpose(1, 2), labels.to(device), reduction="none"
+    )
     hidden, _ = _padded([[int(one) for one in holes(len(ids))] for ids in rows], 0)
     return nll.cpu()[counted], hidden.bool()[counted]
 

@@ -36,8 +36,9 @@ def evaluate(answerer: Answerer, manifest: Manifest) -> dict[str, Any]:
     return metrics | {"num_rows": len(rows)}
 
 
-def _one(answerer: Answerer, manifest: Manifest, rows: np.ndarray, tasks: list[dict], which: str,
-         column: str) -> tuple[np.ndarray, dict[str, Any]]:  # fmt: skip
+def _one(
+    answerer: Answerer, manifest: Manifest, rows: np.ndarray, tasks: list[dict], which: str, column: str
+) -> tuple[np.ndarray, dict[str, Any]]:
     """Right or wrong per row, and the metrics of one of the two questions."""
     right = np.full(len(rows), np.nan)
     labelled = np.array([task.get(column) is not None for task in tasks], bool)

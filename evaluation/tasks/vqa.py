@@ -34,7 +34,9 @@ def evaluate(answerer: Answerer, manifest: Manifest, protocol: str = "official")
         return {"accuracy": f"skipped: {answerer.name} has no score for any row"}
     tasks = [tasks[i] for i in np.flatnonzero(heard)]
     said = [None if place < 0 else answerer.answers[place] for place in chosen[heard].tolist()]
-    hits = np.array([soft_accuracy(word, task["answers"], protocol) for word, task in zip(said, tasks, strict=True)])
+    hits = np.array(
+        [soft_accuracy(word, task["answers"], protocol) for word, task in zip(said, tasks, strict=True)]
+    )
     return {
         "accuracy": float(hits.mean()),
         "tie_rate": float(ties[heard].mean()),
@@ -47,7 +49,9 @@ def evaluate(answerer: Answerer, manifest: Manifest, protocol: str = "official")
     }
 
 
-def _chosen(answerer: Answerer, manifest: Manifest, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _chosen(
+    answerer: Answerer, manifest: Manifest, rows: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Which answer each row got (-1: none), where two shared the best score, which rows could be asked."""
     parts = []
     for start in range(0, len(rows), CHUNK):

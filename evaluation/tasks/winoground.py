@@ -30,7 +30,9 @@ def evaluate(matcher: Matcher, data: Path) -> dict[str, Any]:
     metrics: dict[str, Any] = {}
     for name, values in heard.scores.items():
         both = zip(examples, values[::2], values[1::2], strict=True)
-        asked = [(example, [a.tolist(), b.tolist()]) for example, a, b in both if a is not None and b is not None]
+        asked = [
+            (example, [a.tolist(), b.tolist()]) for example, a, b in both if a is not None and b is not None
+        ]
         if not asked:
             return {"text_score": "skipped: no example has two pictures that can be read"} | heard.cost()
         found = metrics_of(np.array([scores for _, scores in asked]), [example for example, _ in asked])
@@ -39,7 +41,9 @@ def evaluate(matcher: Matcher, data: Path) -> dict[str, Any]:
     return metrics | heard.cost()
 
 
-def metrics_of(scores: Float[np.ndarray, "n pictures=2 captions=2"], examples: list[Example]) -> dict[str, Any]:
+def metrics_of(
+    scores: Float[np.ndarray, "n pictures=2 captions=2"], examples: list[Example]
+) -> dict[str, Any]:
     """Shares of hits, all and per group; `ties` is the share of examples where a comparison was undecided."""
     hits, ties = hits_of(scores)
     groups = {"": np.ones(len(examples), bool)}
@@ -62,8 +66,9 @@ def metrics_of(scores: Float[np.ndarray, "n pictures=2 captions=2"], examples: l
     return metrics
 
 
-def hits_of(scores: Float[np.ndarray, "n pictures=2 captions=2"]
-            ) -> tuple[dict[str, Bool[np.ndarray, " n"]], Bool[np.ndarray, " n"]]:  # fmt: skip
+def hits_of(
+    scores: Float[np.ndarray, "n pictures=2 captions=2"],
+) -> tuple[dict[str, Bool[np.ndarray, " n"]], Bool[np.ndarray, " n"]]:
     """Per example whether text, image and group are right, and whether any of the four comparisons is a tie."""
     s = {(caption, picture): scores[:, picture, caption] for caption in (0, 1) for picture in (0, 1)}
     text = (s[0, 0] > s[1, 0]) & (s[1, 1] > s[0, 1])

@@ -62,21 +62,30 @@ def read_split(data: str, split: str) -> list[Row]:
         lines = json_lines(root / f"{split}.jsonl")
         found = ((str(line.get("document", "")), str(line.get("summary", ""))) for line in lines)
     if found is None:
-        raise UserError(f"no XSUM at {data}: {split}.source and {split}.target, {split}.jsonl, or {SPLIT_FILE} with "
-                        "bbc-summary-data/ are expected")  # fmt: skip
-    rows: list[Row] = [((document.strip(),), summary.strip()) for document, summary in found
-                       if document.strip() and summary.strip()]  # fmt: skip
+        raise UserError(
+            f"no XSUM at {data}: {split}.source and {split}.target, {split}.jsonl, or {SPLIT_FILE} with "
+            "bbc-summary-data/ are expected"
+        )
+    rows: list[Row] = [
+        ((document.strip(),), summary.strip())
+        for document, summary in found
+        if document.strip() and summary.strip()
+    ]
     if not rows:
         raise UserError(f"the split {split} of {data} is empty")
     return rows
 
 
 def _lines(root: Path, split: str) -> Iterator[tuple[str, str]]:
-    documents, targets = ((root / f"{split}.{kind}").read_text(encoding="utf-8").removesuffix("\n").split("\n")
-                          for kind in ("source", "target"))  # fmt: skip
+    documents, targets = (
+        (root / f"{split}.{kind}").read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        for kind in ("source", "target")
+    )
     if len(documents) != len(targets):
-        raise UserError(f"{root}/{split}.source has {len(documents)} lines, {split}.target {len(targets)}: they belong "
-                        "together line by line")  # fmt: skip
+        raise UserError(
+            f"{root}/{split}.source has {len(documents)} lines, {split}.target {len(targets)}: they belong "
+            "together line by line"
+        )
     yield from zip(documents, targets, strict=True)
 
 
@@ -116,10 +125,19 @@ def summaries(folder: str, train: Sequence[Row], test: Sequence[Row], options: O
     said, device = [], next(model.parameters()).device
     with torch.inference_mode(), ticker(len(test), "summaries", folder) as tick:
         for part in batches(test, 16):
-            inputs = {name: value.to(device) for name, value in encode_texts(tokenizer, part, longest).items()}
-            ids = model.generate(**inputs, num_beams=BEAMS, min_new_tokens=SHORTEST, max_new_tokens=LONGEST,
-                                 no_repeat_ngram_size=NO_REPEAT, early_stopping=True, length_penalty=1.0,
-                                 do_sample=False)  # fmt: skip
+            inputs = {
+                name: value.to(device) for name, value in encode_texts(tokenizer, part, longest).items()
+            }
+            ids = model.generate(
+                **inputs,
+                num_beams=BEAMS,
+                min_new_tokens=SHORTEST,
+                max_new_tokens=LONGEST,
+                no_repeat_ngram_size=NO_REPEAT,
+                early_stopping=True,
+                length_penalty=1.0,
+                do_sample=False,
+            )
             said += [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
             tick.step(len(part))
     return said

@@ -22,7 +22,9 @@ def evaluate(encoder: Encoder, manifest: Manifest, split: str = "test") -> dict[
     labels = manifest.column("label")
     chosen = manifest.rows_of_split(split).tolist()
     if not chosen:
-        raise UserError(f"{manifest.data} has no {split} rows: give it a folder `{split}`, or pass other --data")
+        raise UserError(
+            f"{manifest.data} has no {split} rows: give it a folder `{split}`, or pass other --data"
+        )
     rows = [row for row in chosen if labels[row]]
     if not rows:
         raise UserError(f"{manifest.data} has no labels: zero-shot classification needs a folder per class")
@@ -30,8 +32,14 @@ def evaluate(encoder: Encoder, manifest: Manifest, split: str = "test") -> dict[
     return classify(encoder, manifest, rows, {label: names[label] for label in sorted(names)}, TEMPLATES)
 
 
-def classify(encoder: Encoder, manifest: Manifest, rows: Sequence[int], names: Mapping[str, str],
-             templates: Sequence[str], fill: Fill = str.format) -> dict[str, Any]:  # fmt: skip
+def classify(
+    encoder: Encoder,
+    manifest: Manifest,
+    rows: Sequence[int],
+    names: Mapping[str, str],
+    templates: Sequence[str],
+    fill: Fill = str.format,
+) -> dict[str, Any]:
     """Metrics of labelled rows; the labels of `names` compete, in that order."""
     scores, target, skipped = class_scores(encoder, manifest, rows, names, templates, fill)
     return {
@@ -42,9 +50,14 @@ def classify(encoder: Encoder, manifest: Manifest, rows: Sequence[int], names: M
     }
 
 
-def class_scores(encoder: Encoder, manifest: Manifest, rows: Sequence[int], names: Mapping[str, str],
-                 templates: Sequence[str], fill: Fill = str.format
-                 ) -> tuple[Float[Tensor, "n classes"], Int[Tensor, " n"], int]:  # fmt: skip
+def class_scores(
+    encoder: Encoder,
+    manifest: Manifest,
+    rows: Sequence[int],
+    names: Mapping[str, str],
+    templates: Sequence[str],
+    fill: Fill = str.format,
+) -> tuple[Float[Tensor, "n classes"], Int[Tensor, " n"], int]:
     """Cosines of the rows that can be read to each class, their classes, and how many rows cannot be read."""
     labels, column = manifest.column("label"), {label: i for i, label in enumerate(names)}
     images, kept, skipped = embed_images(encoder, manifest, list(rows))
@@ -52,8 +65,9 @@ def class_scores(encoder: Encoder, manifest: Manifest, rows: Sequence[int], name
     return images @ weights.T, torch.tensor([column[labels[row]] for row in kept]), len(skipped)
 
 
-def classifier(encoder: Encoder, names: Sequence[str], templates: Sequence[str],
-               fill: Fill = str.format) -> Float[Tensor, "classes dim"]:  # fmt: skip
+def classifier(
+    encoder: Encoder, names: Sequence[str], templates: Sequence[str], fill: Fill = str.format
+) -> Float[Tensor, "classes dim"]:
     """One unit vector per class: the mean over templates of unit text embeddings, normalised again."""
     texts = [fill(template, name) for name in names for template in templates]
     embeddings = embed_texts(encoder, texts).reshape(len(names), len(templates), -1)

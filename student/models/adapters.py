@@ -28,12 +28,20 @@ class Adapter(nn.Module):
     def __init__(self, kind: str, fusion: str, widths: tuple[int, int], *, inputs: int, classes: int):
         super().__init__()
         self.kind, self.fusion, self.classes = kind, fusion, classes
-        self.made = {"kind": kind, "fusion": fusion, "widths": list(widths), "inputs": inputs, "classes": classes}
+        self.made = {
+            "kind": kind,
+            "fusion": fusion,
+            "widths": list(widths),
+            "inputs": inputs,
+            "classes": classes,
+        }
         width = widths[0]
         self.norm = nn.ModuleList(nn.LayerNorm(one) for one in widths)
         if kind == "clip-transformer":
             self.to_width = nn.Linear(widths[1], width)
-            self.layer = nn.TransformerEncoderLayer(width, HEADS, 2 * width, batch_first=True, norm_first=True)
+            self.layer = nn.TransformerEncoderLayer(
+                width, HEADS, 2 * width, batch_first=True, norm_first=True
+            )
             self.out = nn.Linear(width, 1 if inputs > 1 else classes)
         elif fusion == "cosine":
             self.image, self.text = (_linears(kind, one, width) for one in widths)
@@ -68,7 +76,10 @@ class TunedClip(nn.Module):
 
     def __init__(self, clip: TwoTower, *, inputs: int, classes: int):
         super().__init__()
-        self.clip, self.adapter = clip, Adapter("clip-1-linear", "concat", clip.widths, inputs=inputs, classes=classes)
+        self.clip, self.adapter = (
+            clip,
+            Adapter("clip-1-linear", "concat", clip.widths, inputs=inputs, classes=classes),
+        )
         clip.model.logit_scale.requires_grad_(False)  # nothing here has a scale
         self.view, self.tokenizer = clip.view, clip.tokenizer
 
@@ -88,15 +99,20 @@ def _linears(kind: str, width: int, out: int) -> nn.Module:
     """One linear layer, or three with ReLU between them."""
     if kind == "clip-1-linear":
         return nn.Linear(width, out)
-    return nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, out))
+    return nn.Sequential(
+        nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, out)
+    )
 
 
-def build_adapter(name: str, fusion: str, widths: tuple[int, int], *, inputs: int, classes: int,
-                  init: str = "") -> Adapter | TunedClip:  # fmt: skip
+def build_adapter(
+    name: str, fusion: str, widths: tuple[int, int], *, inputs: int, classes: int, init: str = ""
+) -> Adapter | TunedClip:
     """The baseline of that name; UserError names those there are."""
     if name == TUNED:
         if not init:
-            raise UserError(f"--set model={name}: it begins from a CLIP, add --set init=FOLDER (open_clip's form)")
+            raise UserError(
+                f"--set model={name}: it begins from a CLIP, add --set init=FOLDER (open_clip's form)"
+            )
         return TunedClip(build_two_tower(name, init), inputs=inputs, classes=classes)
     if name not in ADAPTERS:
         names = ", ".join((*ADAPTERS, TUNED))

@@ -34,9 +34,14 @@ def ascend(delta: Tensor, gradient: Tensor, plan: Perturbation) -> Tensor:
     return moved.detach()
 
 
-def perturbed_logits(student: Any, words: Float[Tensor, "nC l h"], regions: Float[Tensor, "nC r h"],
-                     mask: Bool[Tensor, "nC lr"], clean: Float[Tensor, "n classes"],
-                     target: Float[Tensor, "n classes"]) -> Float[Tensor, "n K classes"]:  # fmt: skip
+def perturbed_logits(
+    student: Any,
+    words: Float[Tensor, "nC l h"],
+    regions: Float[Tensor, "nC r h"],
+    mask: Bool[Tensor, "nC lr"],
+    clean: Float[Tensor, "n classes"],
+    target: Float[Tensor, "n classes"],
+) -> Float[Tensor, "n K classes"]:
     """Predictions at each delta on the way up; gradients reach the student's parameters, never delta's past."""
     plan, found = student.perturbation, []
     both = [torch.zeros_like(words), torch.zeros_like(regions)]

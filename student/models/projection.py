@@ -62,8 +62,12 @@ class Fusion(nn.Module):
 
     def forward(self, values: Mapping[str, Tensor]) -> dict[str, Float[Tensor, "..."]]:
         """`image_fused`, `text_fused` [n, teacher width] and `fused_scale` [1]; what is fused is normalised first."""
-        pairs = {name: torch.cat([normalize(values[f"{name}_t"].float()), normalize(values[f"{name}_emb"].float())], 1)
-                 for name in ("image", "text")}  # fmt: skip
+        pairs = {
+            name: torch.cat(
+                [normalize(values[f"{name}_t"].float()), normalize(values[f"{name}_emb"].float())], 1
+            )
+            for name in ("image", "text")
+        }
         found = {"image_fused": self.image(pairs["image"]), "text_fused": self.text(pairs["text"])}
         return found | {"fused_scale": self.logit_scale.exp()}
 
@@ -71,7 +75,9 @@ class Fusion(nn.Module):
 class HiddenSpace(nn.Module):
     """Outputs of student blocks in the widths of the teacher's (CLIP-KD, appendix Fig. 2): a linear map per pair."""
 
-    def __init__(self, pairs: Sequence[tuple[str, str]], widths: Mapping[str, int], teacher_widths: Mapping[str, int]):
+    def __init__(
+        self, pairs: Sequence[tuple[str, str]], widths: Mapping[str, int], teacher_widths: Mapping[str, int]
+    ):
         super().__init__()
         self.pairs = pairs
         self.maps = nn.ModuleList(_linear(widths[block], teacher_widths[field]) for block, field in pairs)

@@ -40,8 +40,9 @@ class UniterRegions(nn.Module):
         self.img_layer_norm, self.pos_layer_norm = nn.LayerNorm(hidden, eps), nn.LayerNorm(hidden, eps)
         self.LayerNorm, self.dropout = nn.LayerNorm(hidden, eps), nn.Dropout(dropout)
 
-    def forward(self, feature: Float[Tensor, "n r d"], box: Float[Tensor, "n r 4"],
-                kind: Float[Tensor, " h"]) -> Float[Tensor, "n r h"]:  # fmt: skip
+    def forward(
+        self, feature: Float[Tensor, "n r d"], box: Float[Tensor, "n r 4"], kind: Float[Tensor, " h"]
+    ) -> Float[Tensor, "n r h"]:
         """Elements of the picture; `kind` is the token type embedding of pictures."""
         where = self.pos_layer_norm(self.pos_linear(geometry(box)))
         return self.dropout(self.LayerNorm(self.img_layer_norm(self.img_linear(feature)) + where + kind))
@@ -66,17 +67,22 @@ class VlBertRegions(nn.Module):
         self.image_token = nn.Parameter(torch.empty(hidden).normal_(0, 0.02))
         self.join, self.dropout = nn.LayerNorm(hidden, eps), nn.Dropout(dropout)
 
-    def features(self, feature: Float[Tensor, "n r d"], box: Float[Tensor, "n r 4"]) -> Float[Tensor, "n r h"]:
+    def features(
+        self, feature: Float[Tensor, "n r d"], box: Float[Tensor, "n r 4"]
+    ) -> Float[Tensor, "n r h"]:
         """What both kinds of elements have of each region."""
         return self.visual(torch.cat([self.appearance(feature), waves(box)], -1))
 
-    def of_words(self, visual: Float[Tensor, "n r h"], box: Float[Tensor, "n r 4"],
-                 region: Int[Tensor, "n l"]) -> Float[Tensor, "n l h"]:  # fmt: skip
+    def of_words(
+        self, visual: Float[Tensor, "n r h"], box: Float[Tensor, "n r 4"], region: Int[Tensor, "n l"]
+    ) -> Float[Tensor, "n l h"]:
         """The visual feature embedding of words that speak of `region`; of region 0 where there is no such region."""
         region = torch.where(region < visual.shape[1], region, 0)
         region = region * known(box).gather(1, region)
         return self.word_norm(visual).gather(1, region.unsqueeze(-1).expand(-1, -1, visual.shape[-1]))
 
-    def forward(self, visual: Float[Tensor, "n r h"], rest: Float[Tensor, "n any h"]) -> Float[Tensor, "n r h"]:
+    def forward(
+        self, visual: Float[Tensor, "n r h"], rest: Float[Tensor, "n any h"]
+    ) -> Float[Tensor, "n r h"]:
         """Elements of the picture; `rest` is type and position, which all of them share."""
         return self.dropout(self.join(self.region_norm(visual) + self.image_token + rest))

@@ -35,9 +35,14 @@ def reward_of(references: Iterable[Sequence[str]]) -> Reward:
     return Reward(document_frequency(captions), len(captions))
 
 
-def sampled_captions(bart: Any, context: Float[Tensor, "n m d2"], there: Bool[Tensor, "n m"],
-                     batch: Mapping[str, Tensor], reader: Reader,
-                     reward: Reward) -> tuple[Int[Tensor, "n length"], dict[str, Tensor]]:  # fmt: skip
+def sampled_captions(
+    bart: Any,
+    context: Float[Tensor, "n m d2"],
+    there: Bool[Tensor, "n m"],
+    batch: Mapping[str, Tensor],
+    reader: Reader,
+    reward: Reward,
+) -> tuple[Int[Tensor, "n length"], dict[str, Tensor]]:
     """Sampled texts, and `reward`, `baseline` [n]: CIDEr-D of them and of greedy ones. Without dropout or gradient."""
     training = bart.training
     bart.eval()
@@ -45,19 +50,27 @@ def sampled_captions(bart: Any, context: Float[Tensor, "n m d2"], there: Bool[Te
         given = batch["text"][:, : int(batch["given"][0])]  # the prompt's words are the same in each row
         texts = [write(bart, context, there, given, chance, reader) for chance in (batch["chance"], None)]
     bart.train(training)
-    scores = [torch.tensor(rewards(text, batch["reference"], reader, reward), device=text.device) for text in texts]
+    scores = [
+        torch.tensor(rewards(text, batch["reference"], reader, reward), device=text.device) for text in texts
+    ]
     return texts[0], {"reward": scores[0], "baseline": scores[1]}
 
 
-def write(bart: Any, context: Tensor, there: Tensor, given: Tensor, chance: Tensor | None,
-          reader: Reader) -> Int[Tensor, "n length"]:  # fmt: skip
+def write(
+    bart: Any, context: Tensor, there: Tensor, given: Tensor, chance: Tensor | None, reader: Reader
+) -> Int[Tensor, "n length"]:
     """Texts that begin with `given`, token after token: sampled by the batch's own random numbers, or the likeliest."""
     marks, text, past = reader.marks, given, None
     start = torch.full_like(given[:, :1], bart.config.decoder_start_token_id)
     ids, open_ = torch.cat([start, given], 1), torch.ones(len(given), dtype=torch.bool, device=given.device)
     for step in range(reader.num_chances):
-        out = bart(encoder_outputs=BaseModelOutput(last_hidden_state=context), attention_mask=there.long(),
-                   decoder_input_ids=ids, past_key_values=past, use_cache=True)  # fmt: skip
+        out = bart(
+            encoder_outputs=BaseModelOutput(last_hidden_state=context),
+            attention_mask=there.long(),
+            decoder_input_ids=ids,
+            past_key_values=past,
+            use_cache=True,
+        )
         past, logits = out.past_key_values, out.logits[:, -1].float()
         if chance is None:
             word = logits.argmax(1)
@@ -76,6 +89,8 @@ def rewards(text: Tensor, references: Tensor, reader: Reader, reward: Reward) ->
     """CIDEr-D of each row's text."""
     found = []
     for ids, captions in zip(text.tolist(), references.tolist(), strict=True):
-        said, *known = (words_of(reader.tokenizer.decode(one, skip_special_tokens=True)) for one in (ids, *captions))
+        said, *known = (
+            words_of(reader.tokenizer.decode(one, skip_special_tokens=True)) for one in (ids, *captions)
+        )
         found.append(cider_d(said, [words for words in known if words], reward.frequency, reward.pictures))
     return found

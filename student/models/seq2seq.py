@@ -31,8 +31,15 @@ VISUAL = {"cls": "image_emb", "patches": "patch_emb"}  # what V is, and the cach
 class Seq2Seq(nn.Module):
     """BART, W_i, W_e and W'_e; the last three exist once `connect` knows the width of CLIP's space."""
 
-    def __init__(self, bart: BartForConditionalGeneration, reader: Reader, *, visual: str, aligned: bool = True,
-                 data_share: float = 1.0):  # fmt: skip
+    def __init__(
+        self,
+        bart: BartForConditionalGeneration,
+        reader: Reader,
+        *,
+        visual: str,
+        aligned: bool = True,
+        data_share: float = 1.0,
+    ):
         super().__init__()
         if visual not in VISUAL:
             raise UserError(f"--set visual={visual}: choose from {', '.join(VISUAL)}")
@@ -79,7 +86,9 @@ class Seq2Seq(nn.Module):
         rows = fields[VISUAL[self.visual]].float()
         return normalize(rows if rows.ndim == 3 else rows[:, None], dim=-1)
 
-    def encode(self, text: Int[Tensor, "n length"]) -> tuple[Float[Tensor, "n length d2"], Bool[Tensor, "n length"]]:
+    def encode(
+        self, text: Int[Tensor, "n length"]
+    ) -> tuple[Float[Tensor, "n length d2"], Bool[Tensor, "n length"]]:
         """E, and which of its rows there are."""
         there = text != self.read_texts.marks.pad
         return self.bart.model.encoder(input_ids=text, attention_mask=there).last_hidden_state, there
@@ -89,8 +98,9 @@ class Seq2Seq(nn.Module):
         E, there = self.encode(text)
         return self.text_out((E * there[..., None]).sum(1) / there.sum(1, keepdim=True))
 
-    def context(self, source: Int[Tensor, "n length"],
-                V: Float[Tensor, "n v d1"] | None) -> tuple[Float[Tensor, "n m d2"], Bool[Tensor, "n m"]]:  # fmt: skip
+    def context(
+        self, source: Int[Tensor, "n length"], V: Float[Tensor, "n v d1"] | None
+    ) -> tuple[Float[Tensor, "n m d2"], Bool[Tensor, "n m"]]:
         """C of Eq. 1 and which of its rows there are; without V that of the text alone."""
         E, there = self.encode(source)
         text = self.text_in(self.text_out(E))
@@ -99,18 +109,29 @@ class Seq2Seq(nn.Module):
         seen = torch.ones(V.shape[:2], dtype=torch.bool, device=there.device)
         return torch.cat([self.image_in(V).to(text.dtype), text], 1), torch.cat([seen, there], 1)
 
-    def decode(self, text: Int[Tensor, "n length"], context: Float[Tensor, "n m d2"],
-               there: Bool[Tensor, "n m"]) -> Float[Tensor, "n length words"]:  # fmt: skip
+    def decode(
+        self, text: Int[Tensor, "n length"], context: Float[Tensor, "n m d2"], there: Bool[Tensor, "n m"]
+    ) -> Float[Tensor, "n length words"]:
         """Logits of each token of a text after those before it; the first follows BART's start token."""
         start = torch.full_like(text[:, :1], self.bart.config.decoder_start_token_id)
         before = torch.cat([start, text[:, :-1]], 1)
-        outputs = self.bart(encoder_outputs=BaseModelOutput(last_hidden_state=context), attention_mask=there.long(),
-                            decoder_input_ids=before, use_cache=False)  # fmt: skip
+        outputs = self.bart(
+            encoder_outputs=BaseModelOutput(last_hidden_state=context),
+            attention_mask=there.long(),
+            decoder_input_ids=before,
+            use_cache=False,
+        )
         return outputs.logits
 
     @torch.inference_mode()
-    def generate_texts(self, fields: Mapping[str, Tensor], prompts: Sequence[str], *, num_beams: int = 1,
-                       max_new_tokens: int = 24) -> list[str]:  # fmt: skip
+    def generate_texts(
+        self,
+        fields: Mapping[str, Tensor],
+        prompts: Sequence[str],
+        *,
+        num_beams: int = 1,
+        max_new_tokens: int = 24,
+    ) -> list[str]:
         """What each prompt's masks stand for, given the picture of its row, by beam search.
 
         The decoder is given the prompt's words before the first mask (free choice); what follows the last one, a full
@@ -126,9 +147,14 @@ class Seq2Seq(nn.Module):
             start = [self.bart.config.decoder_start_token_id, marks.begin]
             before = torch.tensor([[*start, *encoded[i][1]] for i in rows], device=V.device)
             context, there = self.context(source, V[rows])
-            ids = self.bart.generate(encoder_outputs=BaseModelOutput(last_hidden_state=context),
-                                     attention_mask=there.long(), decoder_input_ids=before, num_beams=num_beams,
-                                     max_new_tokens=max_new_tokens, early_stopping=num_beams > 1)  # fmt: skip
+            ids = self.bart.generate(
+                encoder_outputs=BaseModelOutput(last_hidden_state=context),
+                attention_mask=there.long(),
+                decoder_input_ids=before,
+                num_beams=num_beams,
+                max_new_tokens=max_new_tokens,
+                early_stopping=num_beams > 1,
+            )
             for i, one in zip(rows, ids[:, before.shape[1] :].tolist(), strict=True):
                 text, after = tokenizer.decode(one, skip_special_tokens=True), prompts[i].rpartition(MASK)[2]
                 found[i] = " ".join(text.strip().removesuffix(after.strip()).split())
@@ -157,8 +183,15 @@ class Seq2Seq(nn.Module):
     def describe(self) -> dict[str, Any]:
         """What run.json keeps: enough to build the student again."""
         read = self.read_texts
-        return {"kind": "seq2seq", "bart": self.bart.config.to_diff_dict(), "width": self.text_out.out_features,
-                "visual": self.visual, "stage": read.stage, "masks": read.masks, "max_text": read.max_text}  # fmt: skip
+        return {
+            "kind": "seq2seq",
+            "bart": self.bart.config.to_diff_dict(),
+            "width": self.text_out.out_features,
+            "visual": self.visual,
+            "stage": read.stage,
+            "masks": read.masks,
+            "max_text": read.max_text,
+        }
 
     def files(self) -> dict[str, str]:
         """What else its folder holds."""
@@ -167,7 +200,9 @@ class Seq2Seq(nn.Module):
     def plain_state(self) -> dict[str, Tensor]:
         """Every tensor once: BART's embeddings, which it uses in four places, under their first name."""
         kept = self.state_dict()
-        return dict(self.named_parameters()) | {name: value for name, value in self.named_buffers() if name in kept}
+        return dict(self.named_parameters()) | {
+            name: value for name, value in self.named_buffers() if name in kept
+        }
 
 
 def load_plain_state(student: Seq2Seq, state: Mapping[str, Tensor]) -> None:

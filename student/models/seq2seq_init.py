@@ -27,7 +27,9 @@ def open_student(constants: Any) -> Seq2Seq:
     if constants.stage not in STAGES:
         raise UserError(f"--set stage={constants.stage}: choose from {', '.join(STAGES)}")
     if not 0 < constants.mask_share <= 1 or not 0 < constants.data_share <= 1 or constants.masks < 0:
-        raise UserError("--set mask_share and data_share are shares above 0, masks is a number or 0 for the paper's")
+        raise UserError(
+            "--set mask_share and data_share are shares above 0, masks is a number or 0 for the paper's"
+        )
     aligned = bool(constants.ttdm or constants.itcl)
     if constants.init:
         facts, tokenizer = read_facts(Path(constants.init))
@@ -36,14 +38,26 @@ def open_student(constants: Any) -> Seq2Seq:
                 f"--set init={constants.init} reads other parts of a picture: add --set visual={facts['visual']}"
             )
         say(f"starting from {constants.init}: its BART counts, not model={constants.model}")
-        student = rebuild(facts, tokenizer, stage=constants.stage, masks=constants.masks, share=constants.mask_share,
-                          max_text=constants.max_text)  # fmt: skip
+        student = rebuild(
+            facts,
+            tokenizer,
+            stage=constants.stage,
+            masks=constants.masks,
+            share=constants.mask_share,
+            max_text=constants.max_text,
+        )
         load_plain_state(student, load_file(Path(constants.init) / "model.safetensors"))
         student.aligned, student.data_share = aligned, constants.data_share
         return student
     bart, tokenizer = open_bart(constants.model, scratch=constants.scratch)
-    reader = make_reader(tokenizer, bart.config, stage=constants.stage, masks=constants.masks,
-                         share=constants.mask_share, max_text=constants.max_text)  # fmt: skip
+    reader = make_reader(
+        tokenizer,
+        bart.config,
+        stage=constants.stage,
+        masks=constants.masks,
+        share=constants.mask_share,
+        max_text=constants.max_text,
+    )
     return Seq2Seq(bart, reader, visual=constants.visual, aligned=aligned, data_share=constants.data_share)
 
 
@@ -61,28 +75,44 @@ def open_bart(name: str, *, scratch: bool) -> tuple[BartForConditionalGeneration
         bart = BartForConditionalGeneration.from_pretrained(place, use_safetensors=True, dtype="float32")
     except (OSError, ValueError) as error:
         reason = (str(error).splitlines() or ["?"])[0][:160]
-        raise UserError(f"--set model={name}: no BART there ({reason}); choose {', '.join(NAMES)}, a name on the hub "
-                        "or a folder with config.json, model.safetensors and tokenizer.json") from error  # fmt: skip
+        raise UserError(
+            f"--set model={name}: no BART there ({reason}); choose {', '.join(NAMES)}, a name on the hub "
+            "or a folder with config.json, model.safetensors and tokenizer.json"
+        ) from error
     finally:
         logging.enable_progress_bar()
     return bart, tokenizer
 
 
-def make_reader(tokenizer: Tokenizer, bart: Any, *, stage: str, masks: int, share: float, max_text: int) -> Reader:
+def make_reader(
+    tokenizer: Tokenizer, bart: Any, *, stage: str, masks: int, share: float, max_text: int
+) -> Reader:
     """How the rows of a stage are read."""
     if max_text > bart.max_position_embeddings:
-        raise UserError(f"--set max_text={max_text}: this BART has {bart.max_position_embeddings} positions at most")
+        raise UserError(
+            f"--set max_text={max_text}: this BART has {bart.max_position_embeddings} positions at most"
+        )
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    return Reader(tokenizer, marks_of(tokenizer), word_starts(tokenizer), stage, masks or NUM_MASKS[stage], share,
-                  max_text, CAPTION_TOKENS if stage == "scst" else 0)  # fmt: skip
+    return Reader(
+        tokenizer,
+        marks_of(tokenizer),
+        word_starts(tokenizer),
+        stage,
+        masks or NUM_MASKS[stage],
+        share,
+        max_text,
+        CAPTION_TOKENS if stage == "scst" else 0,
+    )
 
 
 def read_facts(folder: Path) -> tuple[dict[str, Any], Tokenizer]:
     """What a run, or what `student export` made of it, says of its student; and its tokenizer."""
     path = facts_path(folder)
     if path is None or not is_seq2seq(folder):
-        raise UserError(f"{folder} is no run of vlkd and no export of one: pass a folder that `student train` wrote")
+        raise UserError(
+            f"{folder} is no run of vlkd and no export of one: pass a folder that `student train` wrote"
+        )
     facts = json.loads(path.read_text())["student"]
     if not (folder / "model.safetensors").exists():
         raise UserError(
@@ -91,13 +121,26 @@ def read_facts(folder: Path) -> tuple[dict[str, Any], Tokenizer]:
     return facts, Tokenizer.from_file(str(folder / "tokenizer.json"))
 
 
-def rebuild(facts: Mapping[str, Any], tokenizer: Tokenizer, *, stage: str = "", masks: int = 0, share: float = 1.0,
-            max_text: int = 0) -> Seq2Seq:  # fmt: skip
+def rebuild(
+    facts: Mapping[str, Any],
+    tokenizer: Tokenizer,
+    *,
+    stage: str = "",
+    masks: int = 0,
+    share: float = 1.0,
+    max_text: int = 0,
+) -> Seq2Seq:
     """The student that `describe` described, at random; another stage has its own prompts."""
     config = BartConfig.from_dict(facts["bart"])
     masks = masks or (0 if stage else facts["masks"])
-    reader = make_reader(tokenizer, config, stage=stage or facts["stage"], masks=masks, share=share,
-                         max_text=max_text or facts["max_text"])  # fmt: skip
+    reader = make_reader(
+        tokenizer,
+        config,
+        stage=stage or facts["stage"],
+        masks=masks,
+        share=share,
+        max_text=max_text or facts["max_text"],
+    )
     student = Seq2Seq(BartForConditionalGeneration(config), reader, visual=facts["visual"])
     student.connect(facts["width"])
     return student

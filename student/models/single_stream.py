@@ -20,13 +20,31 @@ from teachercache.names import UserError, closest
 
 FACES = ("uniter", "vl-bert", "villa", "bert")
 SIZES: dict[str, dict[str, Any]] = {
-    "base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
-    "large": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096},
-    "tiny": {"hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 256,
-             "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},  # BERT's 0.1 takes half as long again
+    "base": {
+        "hidden_size": 768,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "intermediate_size": 3072,
+    },
+    "large": {
+        "hidden_size": 1024,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "intermediate_size": 4096,
+    },
+    "tiny": {
+        "hidden_size": 128,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "intermediate_size": 256,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    },  # BERT's 0.1 takes half as long again
     "micro": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64},
-}  # fmt: skip
-FIRST, IMAGE, SECOND = range(3)  # token types: before [SEP], the picture, behind [SEP] (UNITER has the first two)
+}
+FIRST, IMAGE, SECOND = range(
+    3
+)  # token types: before [SEP], the picture, behind [SEP] (UNITER has the first two)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,13 +81,21 @@ class SingleStream(nn.Module):
             embed = VlBertRegions if shape.face == "vl-bert" else UniterRegions
             self.regions = embed(shape.region_width, hidden, config.layer_norm_eps, dropout)
         if shape.stage == "adapt":
-            self.words = nn.Sequential(nn.Linear(hidden, hidden), nn.GELU(), nn.LayerNorm(hidden),
-                                       nn.Linear(hidden, config.vocab_size))  # fmt: skip
+            self.words = nn.Sequential(
+                nn.Linear(hidden, hidden),
+                nn.GELU(),
+                nn.LayerNorm(hidden),
+                nn.Linear(hidden, config.vocab_size),
+            )
             self.match = nn.Linear(hidden, 2)
         else:
             width = 1 if shape.inputs > 1 else shape.classes
-            self.answer = nn.Sequential(nn.Linear(hidden, 2 * hidden), nn.GELU(), nn.LayerNorm(2 * hidden),
-                                        nn.Linear(2 * hidden, width))  # fmt: skip
+            self.answer = nn.Sequential(
+                nn.Linear(hidden, 2 * hidden),
+                nn.GELU(),
+                nn.LayerNorm(2 * hidden),
+                nn.Linear(2 * hidden, width),
+            )
 
     def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Float[Tensor, "..."]]:
         """`cls`, `img` [n, C, h], `words` [n, C, m, h] (means of selected words' tokens); `logits` [n, classes].
@@ -93,18 +119,25 @@ class SingleStream(nn.Module):
             return outputs | {"word_logits": self.words(masked), "match": self.match(pooled)}
         outputs["logits"] = self.choose(pooled, n)
         if self.perturbation is not None and self.training:
-            outputs["adv_logits"] = perturbed_logits(self, words, regions, mask, outputs["logits"], batch["target"])
+            outputs["adv_logits"] = perturbed_logits(
+                self, words, regions, mask, outputs["logits"], batch["target"]
+            )
         return outputs
 
-    def embed(self, batch: Mapping[str, Tensor]) -> tuple[Float[Tensor, "nC l h"], Float[Tensor, "nC r h"],
-                                                          Bool[Tensor, "nC lr"]]:  # fmt: skip
+    def embed(
+        self, batch: Mapping[str, Tensor]
+    ) -> tuple[Float[Tensor, "nC l h"], Float[Tensor, "nC r h"], Bool[Tensor, "nC lr"]]:
         """Elements of words and regions before the first layer, and which of both there are."""
         C = batch["text"].shape[1]
         ids, second, there = (batch[name].flatten(0, 1) for name in ("text", "second", "there"))
         embed = self.bert.embeddings
         places = torch.arange(ids.shape[1], device=ids.device)
         kinds = torch.where(second, SECOND, FIRST)
-        words = embed.word_embeddings(ids) + embed.token_type_embeddings(kinds) + embed.position_embeddings(places)
+        words = (
+            embed.word_embeddings(ids)
+            + embed.token_type_embeddings(kinds)
+            + embed.position_embeddings(places)
+        )
         if self.shape.face == "bert":
             return embed.dropout(embed.LayerNorm(words)), words[:, :0], there
         feature, box = (batch[name].repeat_interleave(C, 0) for name in ("region_feature", "region_box"))
@@ -112,15 +145,18 @@ class SingleStream(nn.Module):
         if isinstance(self.regions, VlBertRegions):
             visual = self.regions.features(feature, box)
             words = words + self.regions.of_words(visual, box, batch["text_region"].flatten(0, 1))
-            rest = kind + embed.position_embeddings(there.sum(1))  # all regions are at one place, behind the text
+            rest = kind + embed.position_embeddings(
+                there.sum(1)
+            )  # all regions are at one place, behind the text
             regions = self.regions(visual, rest.unsqueeze(1))
         else:
             regions = self.regions(feature, box, kind)
         words = embed.dropout(embed.LayerNorm(words))
         return words, regions, torch.cat([there, known(box)], 1)
 
-    def encode(self, words: Float[Tensor, "n l h"], regions: Float[Tensor, "n r h"],
-               mask: Bool[Tensor, "n lr"]) -> Float[Tensor, "n lr h"]:  # fmt: skip
+    def encode(
+        self, words: Float[Tensor, "n l h"], regions: Float[Tensor, "n r h"], mask: Bool[Tensor, "n lr"]
+    ) -> Float[Tensor, "n lr h"]:
         """The last layer over words and regions; elements that are not there are seen by none."""
         elements = torch.cat([words, regions.to(words.dtype)], 1)
         unseen = torch.zeros(mask.shape, dtype=elements.dtype, device=mask.device)

@@ -27,19 +27,27 @@ UNITER = (
     (r"^(?:uniter|bert)\.pooler\.", "bert.pooler."),
     (r"^(?:uniter|bert)\.img_embeddings\.", "regions."),
 )
-OLD = (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias"))  # BERT's first checkpoints
+OLD = (
+    ("LayerNorm.gamma", "LayerNorm.weight"),
+    ("LayerNorm.beta", "LayerNorm.bias"),
+)  # BERT's first checkpoints
 
 
-def open_student(name: str, init: str, shape: Shape, *, tokenizer: Any, perturbation: Perturbation,
-                 max_text: int) -> SingleStream:  # fmt: skip
+def open_student(
+    name: str, init: str, shape: Shape, *, tokenizer: Any, perturbation: Perturbation, max_text: int
+) -> SingleStream:
     """The student called `name`, begun from `init`; what came from there is said."""
     face, sizes = parse_model(name)
-    config = BertConfig(vocab_size=tokenizer.get_vocab_size(), type_vocab_size=3, max_position_embeddings=512, **sizes)
+    config = BertConfig(
+        vocab_size=tokenizer.get_vocab_size(), type_vocab_size=3, max_position_embeddings=512, **sizes
+    )
     path = Path(init)
     if init and (path / "config.json").exists():
         config = _bert_config(path, sizes, name)
     if max_text + 1 > config.max_position_embeddings:
-        raise UserError(f"--set max_text={max_text}: {name} has {config.max_position_embeddings} positions at most")
+        raise UserError(
+            f"--set max_text={max_text}: {name} has {config.max_position_embeddings} positions at most"
+        )
     student = SingleStream(config, shape, perturbation if face == "villa" else None)
     if init:
         load_into(student, read_state(path), init)
@@ -62,7 +70,9 @@ def init_tokenizer(init: str) -> Any:
     """The tokenizer that belongs to `init`: of a folder its own, of a file the one beside it."""
     path = Path(init)
     if not path.exists():
-        raise UserError(f"--set init={init} is not there: pass a BERT folder, a UNITER checkpoint (.pt) or a run")
+        raise UserError(
+            f"--set init={init} is not there: pass a BERT folder, a UNITER checkpoint (.pt) or a run"
+        )
     return load_tokenizer(path if path.is_dir() else path.parent)
 
 
@@ -86,7 +96,9 @@ def read_state(path: Path) -> dict[str, Tensor]:
 def renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A BERT's or UNITER's tensors under our names; heads and what we do not have are left out."""
     found = {}
-    bare = not any(name.startswith(("bert.", "uniter.")) for name in state)  # BertModel's own, without a prefix
+    bare = not any(
+        name.startswith(("bert.", "uniter.")) for name in state
+    )  # BertModel's own, without a prefix
     for name, tensor in state.items():
         for old, new in OLD:
             name = name.replace(old, new)
@@ -102,12 +114,16 @@ def load_into(student: SingleStream, state: dict[str, Tensor], init: str) -> Non
     own = student.state_dict()
     kinds = "bert.embeddings.token_type_embeddings.weight"
     if kinds in state:
-        state[kinds] = state[kinds][: len(own[kinds])]  # UNITER's of VCR has four: words, picture, answer, rationale
+        state[kinds] = state[kinds][
+            : len(own[kinds])
+        ]  # UNITER's of VCR has four: words, picture, answer, rationale
     if kinds in state and len(state[kinds]) < len(own[kinds]):
         rows = state[kinds]
         state[kinds] = torch.cat([rows, rows[-1:].expand(len(own[kinds]) - len(rows), -1)])
         state[kinds][SECOND] = rows[0]  # a second part starts as the text that it is
-    fitting = {name: tensor for name, tensor in state.items() if name in own and own[name].shape == tensor.shape}
+    fitting = {
+        name: tensor for name, tensor in state.items() if name in own and own[name].shape == tensor.shape
+    }
     if not any(name.startswith("bert.encoder.") for name in fitting):
         raise UserError(f"--set init={init} has no BERT in it that fits --set model: is it of another size?")
     student.load_state_dict(fitting, strict=False)
@@ -115,5 +131,7 @@ def load_into(student: SingleStream, state: dict[str, Tensor], init: str) -> Non
         for norm in (student.regions.word_norm, student.regions.region_norm):
             torch.nn.init.zeros_(norm.weight)  # a BERT knows no pictures
     new = sorted({name.rpartition(".")[0] for name in own if name not in fitting})
-    say(f"init {init}: {len(fitting)} of {len(own)} tensors; new: {', '.join(new[:8]) or 'none'}"
-        + (f" and {len(new) - 8} more" if len(new) > 8 else ""))  # fmt: skip
+    say(
+        f"init {init}: {len(fitting)} of {len(own)} tensors; new: {', '.join(new[:8]) or 'none'}"
+        + (f" and {len(new) - 8} more" if len(new) > 8 else "")
+    )

@@ -52,13 +52,21 @@ class TwoTower(nn.Module):
 
     inputs = ("image", "text")
 
-    def __init__(self, model: nn.Module, model_cfg: Mapping[str, Any], preprocess: Mapping[str, Any], tokenizer: Any):
+    def __init__(
+        self, model: nn.Module, model_cfg: Mapping[str, Any], preprocess: Mapping[str, Any], tokenizer: Any
+    ):
         super().__init__()
-        model.logit_scale = nn.Parameter(model.logit_scale.detach().reshape(1))  # DeepSpeed refuses 0 dimensions
+        model.logit_scale = nn.Parameter(
+            model.logit_scale.detach().reshape(1)
+        )  # DeepSpeed refuses 0 dimensions
         self.model = model
         self.model_cfg, self.preprocess, self.tokenizer = model_cfg, preprocess, tokenizer
         described = describe_view(preprocess)
-        self.view, self.replay, self.at_least = image_view(described), replay_view(described), described["at_least"]
+        self.view, self.replay, self.at_least = (
+            image_view(described),
+            replay_view(described),
+            described["at_least"],
+        )
 
         self.taps = EMBEDDINGS  # and the blocks that `show_blocks` names
         self.mask_ratio: float | None = None  # set by `show_masked`
@@ -82,8 +90,9 @@ class TwoTower(nn.Module):
             outputs["image_masked"] = self._masked(batch["image"], batch["chance"])
         return outputs | {name.replace("_hidden_", "_block_"): value for name, value in found.items()}
 
-    def _masked(self, images: Float[Tensor, "n 3 height width"],
-                chance: Float[Tensor, "n patches"]) -> Float[Tensor, "n d"]:  # fmt: skip
+    def _masked(
+        self, images: Float[Tensor, "n 3 height width"], chance: Float[Tensor, "n patches"]
+    ) -> Float[Tensor, "n d"]:
         """The image embedding of the patches with the highest chance, in place of open_clip's own patch dropout."""
         assert self.mask_ratio is not None
         kept = chance.topk(max(1, round((1 - self.mask_ratio) * chance.shape[1])), dim=1).indices
@@ -101,8 +110,9 @@ class TwoTower(nn.Module):
         return self.model_cfg["embed_dim"], self.model_cfg["embed_dim"]
 
 
-def keep_patches(tokens: Float[Tensor, "n positions width"],
-                 kept: Int[Tensor, "n some"]) -> Float[Tensor, "n fewer width"]:  # fmt: skip
+def keep_patches(
+    tokens: Float[Tensor, "n positions width"], kept: Int[Tensor, "n some"]
+) -> Float[Tensor, "n fewer width"]:
     """The class token, which is first, and some patches; their positions are in them already."""
     places = kept[:, :, None].expand(-1, -1, tokens.shape[2])
     return torch.cat([tokens[:, :1], tokens[:, 1:].gather(1, places)], 1)
@@ -114,15 +124,19 @@ def show_masked(student: Any, ratio: float) -> None:
         raise UserError(f"--set mask_ratio={ratio:g}: a share of the patches is expected, from 0 to below 1")
     visual = student.model.visual if isinstance(student, TwoTower) else None
     if not hasattr(visual, "patch_dropout"):
-        raise UserError(f"masking needs patches, which {type(visual or student).__name__} does not have: choose a "
-                        "model with open_clip's ViT, or --set mfd=0")  # fmt: skip
+        raise UserError(
+            f"masking needs patches, which {type(visual or student).__name__} does not have: choose a "
+            "model with open_clip's ViT, or --set mfd=0"
+        )
     student.mask_ratio, student.num_chances = ratio, visual.grid_size[0] * visual.grid_size[1]
 
 
 def show_blocks(student: Any, names: Sequence[str]) -> None:
     """Let a student's forward also show blocks, `image_block_3`, each as one vector, as a teacher's `hidden` is."""
     if not isinstance(student, TwoTower):
-        raise UserError(f"{type(student).__name__} has no blocks to show: choose another model, or --set hidden=0")
+        raise UserError(
+            f"{type(student).__name__} has no blocks to show: choose another model, or --set hidden=0"
+        )
     towers = {"image": image_blocks(student.model.visual), "text": text_blocks(text_tower(student.model))}
     asked: dict[str, list[int]] = {"image": [], "text": []}
     for name in names:
@@ -132,7 +146,9 @@ def show_blocks(student: Any, names: Sequence[str]) -> None:
             raise UserError(
                 f"--set hidden_{tower}: the student has no block {number}, only {len(towers[tower])} from 0"
             )
-    student.taps = dataclasses.replace(EMBEDDINGS, image_layers=tuple(asked["image"]), text_layers=tuple(asked["text"]))
+    student.taps = dataclasses.replace(
+        EMBEDDINGS, image_layers=tuple(asked["image"]), text_layers=tuple(asked["text"])
+    )
     height, width = describe_view(student.preprocess)["size"]
     batch = {"image": torch.zeros(1, 3, height, width), "text": student.tokenizer(["a"])}
     training = student.training
@@ -146,7 +162,9 @@ def build_two_tower(name: str, init: str = "") -> TwoTower:
     """A student by configuration name, or from `init`, a run or an exported folder whose configuration then counts."""
     if init:
         if not Path(init).is_dir():
-            raise UserError(f"--set init={init}: no such folder; it takes a run, or what `student export` wrote")
+            raise UserError(
+                f"--set init={init}: no such folder; it takes a run, or what `student export` wrote"
+            )
         say(f"starting from {init}: its configuration counts, not model={name}")
         model, preprocess = open_folder(init)
         model_cfg = folder_parts(init)[0]
@@ -154,7 +172,9 @@ def build_two_tower(name: str, init: str = "") -> TwoTower:
     model_cfg = TINY.get(name) or open_clip.get_model_config(name)
     if model_cfg is None:
         names = [*TINY, *open_clip.list_models()]
-        raise UserError(f"--set model={name}: {closest(name, names)}choose {', '.join(TINY)} or an open_clip model")
+        raise UserError(
+            f"--set model={name}: {closest(name, names)}choose {', '.join(TINY)} or an open_clip model"
+        )
     model, preprocess = build_module(model_cfg, WHITE_64 if name in TINY else {})
     return TwoTower(model, model_cfg, preprocess, tokenizer_of(model_cfg))
 
@@ -163,4 +183,7 @@ def open_clip_state(student: TwoTower) -> dict[str, Tensor]:
     """The state dict that open_clip itself would save: logit_scale a scalar."""
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in student.model.state_dict().items()}
     state["logit_scale"] = state["logit_scale"].reshape(())
-    return {name: tensor.to(torch.float32) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    return {
+        name: tensor.to(torch.float32) if tensor.is_floating_point() else tensor
+        for name, tensor in state.items()
+    }

@@ -73,10 +73,14 @@ def block_pairs(constants: Constants) -> list[tuple[str, str]]:
         for word in filter(None, words.replace(" ", "").split(",")):
             own, colon, theirs = word.partition(":")
             if not (colon and own.isdecimal() and theirs.isdecimal()):
-                raise UserError(f"--set hidden_{tower}={words}: pairs of blocks STUDENT:TEACHER are expected, as 3:7")
+                raise UserError(
+                    f"--set hidden_{tower}={words}: pairs of blocks STUDENT:TEACHER are expected, as 3:7"
+                )
             pairs.append((f"{tower}_block_{int(own)}", f"{tower}_hidden_{int(theirs)}"))
     if not pairs:
-        raise UserError("--set hidden needs blocks: --set hidden_image=3:7 (student's 3, teacher's 7) or hidden_text")
+        raise UserError(
+            "--set hidden needs blocks: --set hidden_image=3:7 (student's 3, teacher's 7) or hidden_text"
+        )
     return list(dict.fromkeys(pairs))
 
 
@@ -121,20 +125,29 @@ def _heads(constants, student, shapes):
         parts.append(TeacherSpace(student.widths, widths, scale=bool(interactive)))
         for name in ("fd", "mfd"):
             if weight := getattr(constants, name):
-                say(f"{name}={weight:g} over {widths[0]} dimensions weighs {2 * weight / widths[0]:.3g} (1 - cos) "
-                    "per modality")  # fmt: skip
+                say(
+                    f"{name}={weight:g} over {widths[0]} dimensions weighs {2 * weight / widths[0]:.3g} (1 - cos) "
+                    "per modality"
+                )
         parts += [Fusion(widths)] if constants.afd else []
     if constants.hidden:
         pairs = block_pairs(constants)
-        parts.append(HiddenSpace(pairs, student.block_widths, {field: shapes[field][-1] for _, field in pairs}))
+        parts.append(
+            HiddenSpace(pairs, student.block_widths, {field: shapes[field][-1] for _, field in pairs})
+        )
     return Chain(parts) if len(parts) > 1 else parts[0] if parts else None
 
 
 def loss(student: dict, batch: dict, constants: Constants, now: Now) -> tuple[dict, dict]:
     """Every term that has a weight, over the global batch; of several teachers the mean."""
-    found = [_one_teacher(of_teacher(student, k), of_teacher(batch, k), constants) for k in range(num_teachers(batch))]
-    terms, notes = ({name: sum(part[name] for part in parts) / len(parts) for name in parts[0]}
-                    for parts in zip(*found, strict=True))  # fmt: skip
+    found = [
+        _one_teacher(of_teacher(student, k), of_teacher(batch, k), constants)
+        for k in range(num_teachers(batch))
+    ]
+    terms, notes = (
+        {name: sum(part[name] for part in parts) / len(parts) for name in parts[0]}
+        for parts in zip(*found, strict=True)
+    )
     if "gd" in terms:
         notes["gd_share"] = (terms["gd"] / sum(terms.values())).detach()
     return terms, notes
@@ -176,8 +189,11 @@ def _hidden(student: dict, batch: dict, pairs: list[tuple[str, str]]):
 
     total = 0
     for tower in ("image", "text"):
-        found = [hidden_loss(*_unit(student, f"{block}:{field}"), *_unit(batch, field)) for block, field in pairs
-                 if block.startswith(tower)]  # fmt: skip
+        found = [
+            hidden_loss(*_unit(student, f"{block}:{field}"), *_unit(batch, field))
+            for block, field in pairs
+            if block.startswith(tower)
+        ]
         total = total + sum(found) / max(1, len(found))
     return total
 
@@ -198,6 +214,16 @@ CLIP_KD = Recipe(
     heads=heads,
     loss=loss,
     reads=reads,
-    across=("image", "text", "image_t", "text_t", "image_emb", "text_emb",
-            "image_masked_t", "image_fused", "text_fused", "*_hidden_*"),
-)  # fmt: skip
+    across=(
+        "image",
+        "text",
+        "image_t",
+        "text_t",
+        "image_emb",
+        "text_emb",
+        "image_masked_t",
+        "image_fused",
+        "text_fused",
+        "*_hidden_*",
+    ),
+)

@@ -59,7 +59,9 @@ class Constants:
     model: str = "vl-bert-tiny"
     fusion: str = "concat"  # of the baselines on frozen CLIP: or cosine
     init: str = ""  # a BERT folder, a UNITER checkpoint, or a run
-    tokenizer: str = ""  # a folder with tokenizer.json or vocab.txt; else that of init, else the data's own words
+    tokenizer: str = (
+        ""  # a folder with tokenizer.json or vocab.txt; else that of init, else the data's own words
+    )
     max_text: int = 96  # sub-words
     adv_steps: int = 3  # VILLA: K
     adv_lr: float = 0.1
@@ -74,7 +76,9 @@ def reads(constants: Constants) -> tuple[str, ...]:
         return () if constants.model == "clip-tuned" else ("image_emb", "text_emb")
     if constants.model.startswith("bert-"):
         if constants.w or constants.stage == "adapt":
-            raise UserError(f"--set model={constants.model} sees no picture: add --set w=0, and no stage=adapt")
+            raise UserError(
+                f"--set model={constants.model} sees no picture: add --set w=0, and no stage=adapt"
+            )
         return ()
     found = ["region_feature", "region_box"]
     judged = constants.confidence and constants.stage == "task"
@@ -89,13 +93,19 @@ def reads(constants: Constants) -> tuple[str, ...]:
 
 def _check(constants: Constants) -> None:
     """Refuse what no switch takes."""
-    allowed = {"select": ("best", "random", "none"), "choices": ("all", "correct"), "stage": ("task", "adapt"),
-               "fusion": ("concat", "cosine")}  # fmt: skip
+    allowed = {
+        "select": ("best", "random", "none"),
+        "choices": ("all", "correct"),
+        "stage": ("task", "adapt"),
+        "fusion": ("concat", "cosine"),
+    }
     for name, choices in allowed.items():
         if getattr(constants, name) not in choices:
             raise UserError(f"--set {name}={getattr(constants, name)}: choose from {', '.join(choices)}")
     if constants.model == "clip-transformer" and constants.fusion == "cosine":
-        raise UserError("--set fusion=cosine: clip-transformer reads both side by side; choose a clip-...-linear")
+        raise UserError(
+            "--set fusion=cosine: clip-transformer reads both side by side; choose a clip-...-linear"
+        )
     if constants.m < 1 or constants.T <= 0 or constants.w < 0:
         raise UserError("--set m must be 1 or more, T above 0 and w not below 0")
 
@@ -106,19 +116,32 @@ def build(constants: Constants, task: Any, tokenizer: Any, shapes: dict):
         from student.models.adapters import build_adapter
 
         widths = tuple(shapes.get(name, (0,))[-1] for name in ("image_emb", "text_emb"))
-        return build_adapter(constants.model, constants.fusion, widths, inputs=task.inputs, classes=task.classes,
-                             init=constants.init)  # fmt: skip
+        return build_adapter(
+            constants.model,
+            constants.fusion,
+            widths,
+            inputs=task.inputs,
+            classes=task.classes,
+            init=constants.init,
+        )
     from student.models.adversarial import Perturbation
     from student.models.single_stream import Shape, parse_model
     from student.models.single_stream_init import open_student
 
     inputs = 1 if constants.stage == "adapt" else task.inputs
     width = shapes.get("region_feature", (0,))[-1]
-    shape = Shape(parse_model(constants.model)[0], width, inputs, task.classes,
-                  task.name == "vqa", constants.stage)  # fmt: skip
+    shape = Shape(
+        parse_model(constants.model)[0], width, inputs, task.classes, task.name == "vqa", constants.stage
+    )
     attack = Perturbation(constants.adv_steps, constants.adv_lr, constants.adv_max)
-    return open_student(constants.model, constants.init, shape, tokenizer=tokenizer, perturbation=attack,
-                        max_text=constants.max_text)  # fmt: skip
+    return open_student(
+        constants.model,
+        constants.init,
+        shape,
+        tokenizer=tokenizer,
+        perturbation=attack,
+        max_text=constants.max_text,
+    )
 
 
 def heads(constants: Constants, student, shapes: dict):
@@ -126,12 +149,16 @@ def heads(constants: Constants, student, shapes: dict):
     from student.models.projection import TokenSpace
 
     width = shapes.get("image_emb", shapes.get("text_emb", (0,)))[-1]
-    return TokenSpace(student.config.hidden_size, width) if constants.w and hasattr(student, "config") else None
+    return (
+        TokenSpace(student.config.hidden_size, width) if constants.w and hasattr(student, "config") else None
+    )
 
 
 def loss(student: dict, batch: dict, constants: Constants, now: Now) -> tuple[dict, dict]:
     """Terms of Eq. 8 or of Eq. 11, with VILLA's two where there is one."""
-    terms, notes = adapt_terms(student, batch) if constants.stage == "adapt" else task_terms(student, batch, constants)
+    terms, notes = (
+        adapt_terms(student, batch) if constants.stage == "adapt" else task_terms(student, batch, constants)
+    )
     if "img_t" not in student:
         return terms, notes
     weight = distillation_weight(student, batch, constants)  # [n, C]
@@ -160,12 +187,16 @@ def adapt_terms(student: dict, batch: dict) -> tuple[dict, dict]:
     from torch.nn.functional import cross_entropy
 
     words = batch["masked_word"]  # [n, slots], -1 where a slot is empty
-    each = cross_entropy(student["word_logits"].float().mT, words, ignore_index=-1, reduction="none")  # [n, slots]
+    each = cross_entropy(
+        student["word_logits"].float().mT, words, ignore_index=-1, reduction="none"
+    )  # [n, slots]
     found = each.sum(1) / (words >= 0).sum(1)  # every row has one masked word at least
     match = cross_entropy(student["match"].float(), batch["matched"].long())
     right = (student["match"].argmax(1) == batch["matched"].long()).float().mean()
     # Half of the rows match, in the mean: a sum over 0.5 n is the same in any number of processes
-    return {"mlm": (found * batch["matched"]).sum() / (0.5 * len(words)), "itm": match}, {"matched_right": right}
+    return {"mlm": (found * batch["matched"]).sum() / (0.5 * len(words)), "itm": match}, {
+        "matched_right": right
+    }
 
 
 def distillation_weight(student: dict, batch: dict, constants: Constants):
@@ -203,12 +234,24 @@ def distillation_terms(student: dict, batch: dict, weight, constants: Constants)
         terms["dt"] = constants.dt * token_l1(student["cls_t"], shaped(batch["text_emb"]), weight)
     if "words_t" in student:
         there = batch["word_there"]  # [n, C, m]: 0 where a text has fewer words, or they were cut
-        terms["words"] = token_l1(student["words_t"], shaped(batch["word_feature"]), weight[..., None] * there)
+        terms["words"] = token_l1(
+            student["words_t"], shaped(batch["word_feature"]), weight[..., None] * there
+        )
     return terms
 
 
-GIVEN = ("image_emb", "text_emb", "word_feature", "word_there", "clip_logits", "target", "labelled", "many", "matched",
-         "masked_word")  # fmt: skip
+GIVEN = (
+    "image_emb",
+    "text_emb",
+    "word_feature",
+    "word_there",
+    "clip_logits",
+    "target",
+    "labelled",
+    "many",
+    "matched",
+    "masked_word",
+)
 CLIP_TD = Recipe(
     name="clip_td",
     paper="CLIP-TD: CLIP Targeted Distillation for Vision-Language Tasks (2022)",

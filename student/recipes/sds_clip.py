@@ -84,14 +84,18 @@ def build(constants: Constants):
     from teachercache.runtime import say
 
     if not 0 <= constants.t_min < constants.t_max:
-        raise UserError(f"--set t_min={constants.t_min} and t_max={constants.t_max}: 0 <= t_min < t_max is expected")
+        raise UserError(
+            f"--set t_min={constants.t_min} and t_max={constants.t_max}: 0 <= t_min < t_max is expected"
+        )
     if constants.micro < 0:
         raise UserError(f"--set micro={constants.micro}: a number of rows is expected, 0 for all")
     student = clip.build(constants)
     if constants.train == "layernorm":
         keep_norms(student)
         if not constants.init:
-            say("WARNING: only the LayerNorms of a random model will train: pass --set init=FOLDER, or train=all")
+            say(
+                "WARNING: only the LayerNorms of a random model will train: pass --set init=FOLDER, or train=all"
+            )
     return student
 
 
@@ -99,11 +103,16 @@ def keep_norms(student) -> None:
     """Freeze all parameters but those of normalisation layers."""
     from torch import nn
 
-    norms = [module for module in student.modules()
-             if isinstance(module, nn.LayerNorm | nn.modules.batchnorm._BatchNorm)]  # fmt: skip
+    norms = [
+        module
+        for module in student.modules()
+        if isinstance(module, nn.LayerNorm | nn.modules.batchnorm._BatchNorm)
+    ]
     kept = {id(parameter) for module in norms for parameter in module.parameters()}
     if not kept:
-        raise UserError(f"{type(student).__name__} has no LayerNorm: choose another model, or --set train=all")
+        raise UserError(
+            f"{type(student).__name__} has no LayerNorm: choose another model, or --set train=all"
+        )
     for parameter in student.parameters():
         parameter.requires_grad_(id(parameter) in kept)
 
@@ -116,8 +125,10 @@ def heads(constants: Constants, student, shapes: dict):
     if not field:
         return None
     if field not in shapes:
-        raise UserError(f"the cache has no field {field}, whose shape h_w needs: build another with `tc build "
-                        "--outputs text_states,latents`")  # fmt: skip
+        raise UserError(
+            f"the cache has no field {field}, whose shape h_w needs: build another with `tc build "
+            "--outputs text_states,latents`"
+        )
     return LatentSpace(student.widths[0], shapes[field], start=constants.hw_init, unit=constants.unit)
 
 
@@ -152,9 +163,17 @@ def call(teacher, outputs: dict, fields: dict, constants: Constants) -> dict:
 
     latent, noise = outputs["latent"], fields["noise"]
     latent = latent if latent.dtype == torch.float64 else latent.float()
-    return {"error": diffusion_errors(teacher.module, latent, noise.to(latent.dtype), fields["t"],
-                                      fields["text_states"], full=constants.grad == "full",
-                                      micro=constants.micro)}  # fmt: skip
+    return {
+        "error": diffusion_errors(
+            teacher.module,
+            latent,
+            noise.to(latent.dtype),
+            fields["t"],
+            fields["text_states"],
+            full=constants.grad == "full",
+            micro=constants.micro,
+        )
+    }
 
 
 def memory(teacher, rows: int, constants: Constants) -> str:

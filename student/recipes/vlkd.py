@@ -62,7 +62,9 @@ def reads(constants: Constants) -> tuple[str, ...]:
     """V, which the student reads, and what the terms compare."""
     found = ["patch_emb" if constants.visual == "patches" else "image_emb"]
     if constants.stage == "distil":
-        found += [name for name, weight in (("image_emb", constants.itcl), ("text_emb", constants.ttdm)) if weight]
+        found += [
+            name for name, weight in (("image_emb", constants.itcl), ("text_emb", constants.ttdm)) if weight
+        ]
     return tuple(dict.fromkeys(found))
 
 
@@ -83,8 +85,10 @@ def heads(constants: Constants, student, shapes: dict):
         student.connect(width)
     if student.text_out.out_features != width:
         known = student.text_out.out_features
-        raise UserError(f"--set init={constants.init} knows a CLIP of width {known}, the cache's has {width}: pass a "
-                        "cache of the same teacher")  # fmt: skip
+        raise UserError(
+            f"--set init={constants.init} knows a CLIP of width {known}, the cache's has {width}: pass a "
+            "cache of the same teacher"
+        )
     return Temperature(constants.tau) if constants.stage == "distil" and constants.itcl else None
 
 
@@ -99,7 +103,9 @@ def loss(student: dict, batch: dict, constants: Constants, now: Now) -> tuple[di
     if constants.stage != "distil":
         return {"nll": student["nll"].float().mean()}, notes
     aligned, found = align_terms(student, batch, constants)
-    return aligned | ({"icti": constants.icti * student["nll"].float().mean()} if constants.icti else {}), notes | found
+    return aligned | (
+        {"icti": constants.icti * student["nll"].float().mean()} if constants.icti else {}
+    ), notes | found
 
 
 def align_terms(student: dict, batch: dict, constants: Constants) -> tuple[dict, dict]:

@@ -22,16 +22,22 @@ def write_points(shown: Shown, thumbnails: Thumbnails, path: Path) -> str:
         "text": pa.array([" | ".join(texts) for texts in shown.texts]),
         "projection_x": _numbers(xy[:, 0]),
         "projection_y": _numbers(xy[:, 1]),
-        "neighbors": pa.array([{"ids": at[at >= 0].tolist(), "distances": (1 - cosine[at >= 0]).tolist()}
-                               for at, cosine in zip(near["at"], near["cosine"], strict=True)]),
-    }  # fmt: skip
+        "neighbors": pa.array(
+            [
+                {"ids": at[at >= 0].tolist(), "distances": (1 - cosine[at >= 0]).tolist()}
+                for at, cosine in zip(near["at"], near["cosine"], strict=True)
+            ]
+        ),
+    }
     for name, values in shown.columns.items():
         columns[name] = pa.array(values) if isinstance(values, list) else _numbers(values)
     words = f"uvx embedding-atlas {path} --x projection_x --y projection_y --neighbors neighbors --text text"
     if thumbnails.pictures:
         pictures = [thumbnails.get(i) for i in range(len(shown.rows))]
-        columns["image"] = pa.array([picture and {"bytes": jpeg(picture), "path": None} for picture in pictures],
-                                    pa.struct([("bytes", pa.binary()), ("path", pa.string())]))  # fmt: skip
+        columns["image"] = pa.array(
+            [picture and {"bytes": jpeg(picture), "path": None} for picture in pictures],
+            pa.struct([("bytes", pa.binary()), ("path", pa.string())]),
+        )
         words += " --image image"
     stream_whole(path, lambda file: pq.write_table(pa.table(columns), file))
     return words

@@ -47,8 +47,11 @@ class Joined:
 def join(first: Subject, second: Subject) -> Joined:
     """What two caches have in common; UserError where that is no key at all."""
     at = store.join(second.cache, first.manifest.table["key"])
-    rows = {"both": int((at >= 0).sum()), "first_alone": int((at < 0).sum()),
-            "second_alone": len(second.manifest) - int((at >= 0).sum())}  # fmt: skip
+    rows = {
+        "both": int((at >= 0).sum()),
+        "first_alone": int((at < 0).sum()),
+        "second_alone": len(second.manifest) - int((at >= 0).sum()),
+    }
     if not rows["both"]:
         raise UserError(
             f"{first.cache.path} and {second.cache.path} have no key in common: build both from the same --data"
@@ -67,23 +70,28 @@ def join(first: Subject, second: Subject) -> Joined:
     return Joined(pictures, texts, rows)
 
 
-def _pair(first: Vectors, second: Vectors, ids: np.ndarray, other: np.ndarray, owner: np.ndarray) -> Pair | None:
+def _pair(
+    first: Vectors, second: Vectors, ids: np.ndarray, other: np.ndarray, owner: np.ndarray
+) -> Pair | None:
     """None where there is nothing to compare."""
     if len(ids) < 4:
         return None
     return Pair(dataclasses.replace(first, ids=ids), dataclasses.replace(second, ids=other), owner)
 
 
-def _same_texts(first: Subject, second: Subject, mine: np.ndarray, theirs: np.ndarray,
-                number: np.ndarray) -> np.ndarray:  # fmt: skip
+def _same_texts(
+    first: Subject, second: Subject, mine: np.ndarray, theirs: np.ndarray, number: np.ndarray
+) -> np.ndarray:
     """Whether text `number` of a row is the same in both caches."""
     if first.cache.meta.manifest == second.cache.meta.manifest:
         return np.ones(len(mine), bool)
     same = np.zeros(len(mine), bool)
     for start in range(0, len(mine), 65_536):
         span = slice(start, start + 65_536)
-        columns = [subject.manifest.table["texts"].take(rows[span]).to_pylist()
-                   for subject, rows in ((first, mine), (second, theirs))]  # fmt: skip
+        columns = [
+            subject.manifest.table["texts"].take(rows[span]).to_pylist()
+            for subject, rows in ((first, mine), (second, theirs))
+        ]
         same[span] = [a[k] == b[k] for a, b, k in zip(*columns, number[span].tolist(), strict=True)]
     return same
 
@@ -117,13 +125,29 @@ def neighbourhoods(pair: Pair) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
     overlap = {str(k): float(measures.neighbour_overlap(a[:, :k], b[:, :k]).mean()) for k in AT if k <= most}
     by_chance = {k: int(k) / (len(pair) - 1) for k in overlap}
     k = min(CHANGED_AT, most)
-    share, regret = measures.neighbour_overlap(a[:, :k], b[:, :k]), _regret(pair.first, at, a[:, :k], b[:, :k])
+    share, regret = (
+        measures.neighbour_overlap(a[:, :k], b[:, :k]),
+        _regret(pair.first, at, a[:, :k], b[:, :k]),
+    )
     order = np.lexsort((-regret, share))[:LISTED]
-    changed = [{"row": int(pair.owner[at[i]]), "overlap": float(share[i]), "regret": float(regret[i]),
-                "neighbours": pair.owner[a[i, :SHOWN_NEIGHBOURS]].tolist(),
-                "neighbours_against": pair.owner[b[i, :SHOWN_NEIGHBOURS]].tolist()} for i in order]  # fmt: skip
-    said = {"overlap": overlap, "by_chance": by_chance, "asked": len(at), "num_rows": len(pair), "changed_at": k,
-            "changed": changed}  # fmt: skip
+    changed = [
+        {
+            "row": int(pair.owner[at[i]]),
+            "overlap": float(share[i]),
+            "regret": float(regret[i]),
+            "neighbours": pair.owner[a[i, :SHOWN_NEIGHBOURS]].tolist(),
+            "neighbours_against": pair.owner[b[i, :SHOWN_NEIGHBOURS]].tolist(),
+        }
+        for i in order
+    ]
+    said = {
+        "overlap": overlap,
+        "by_chance": by_chance,
+        "asked": len(at),
+        "num_rows": len(pair),
+        "changed_at": k,
+        "changed": changed,
+    }
     return said, pair.owner[at], share
 
 
@@ -133,7 +157,9 @@ def _regret(first: Vectors, at: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.
     for start in range(0, len(at), 1024):
         span = slice(start, start + 1024)
         own = neighbours.take(first, at[span])
-        near = [neighbours.take(first, part[span].reshape(-1)).reshape(*part[span].shape, -1) for part in (a, b)]
+        near = [
+            neighbours.take(first, part[span].reshape(-1)).reshape(*part[span].shape, -1) for part in (a, b)
+        ]
         left, right = (np.einsum("qd,qkd->qk", own, part).mean(1) for part in near)
         found[span] = left - right
     return found
@@ -149,8 +175,10 @@ def retrieval(pictures: Pair, texts: Pair, manifest: Any) -> dict[str, Any]:
     owner = np.searchsorted(pictures.owner, texts.owner[kept])
     at = asked(len(kept), len(pictures))
     candidates = np.arange(len(pictures))
-    ranks = [matching.strict_ranks(neighbours.take(t, kept[at]), owner[at], p, candidates)
-             for t, p in ((texts.first, pictures.first), (texts.second, pictures.second))]  # fmt: skip
+    ranks = [
+        matching.strict_ranks(neighbours.take(t, kept[at]), owner[at], p, candidates)
+        for t, p in ((texts.first, pictures.first), (texts.second, pictures.second))
+    ]
     with_text = np.unique(owner)
     back = with_text[asked(len(with_text), len(kept))]
     back_ranks = [
@@ -167,9 +195,17 @@ def retrieval(pictures: Pair, texts: Pair, manifest: Any) -> dict[str, Any]:
     for name, (before, after) in (("lost", ranks), ("gained", ranks[::-1])):
         changed = np.flatnonzero((before <= FOUND_AT) & (after > FOUND_AT))
         order = changed[np.argsort(-after[changed] / before[changed], kind="stable")]
-        said[name] = {"count": len(changed), "worst": [
-            {"row": int(rows[i]), "text": manifest.row(int(rows[i])).texts[int(numbers[i])],
-             "ranks": [int(ranks[0][i]), int(ranks[1][i])]} for i in order[:LISTED].tolist()]}  # fmt: skip
+        said[name] = {
+            "count": len(changed),
+            "worst": [
+                {
+                    "row": int(rows[i]),
+                    "text": manifest.row(int(rows[i])).texts[int(numbers[i])],
+                    "ranks": [int(ranks[0][i]), int(ranks[1][i])],
+                }
+                for i in order[:LISTED].tolist()
+            ],
+        }
     return said
 
 
@@ -201,6 +237,9 @@ def _one_a_row(texts: Pair) -> Pair | None:
     """The first text of each row."""
     first = np.unique(texts.owner, return_index=True)[1]
     return _pair(
-        texts.first, texts.second, texts.first.ids[first], texts.second.ids[first],
+        texts.first,
+        texts.second,
+        texts.first.ids[first],
+        texts.second.ids[first],
         texts.owner[first],
-    )  # fmt: skip
+    )

@@ -45,10 +45,16 @@ def head(subject: Subject) -> dict[str, Any]:
     """Which cache it is and how much of it can be used."""
     cache, meta = subject.cache, subject.cache.meta
     return {
-        "path": str(cache.path), "teacher": meta.spec.name, "weights": meta.spec.weights, "data": meta.data,
-        "num_rows": meta.rows, "usable": len(subject.main), "texts": 0 if subject.texts is None else len(subject.texts),
-        "views": meta.views, "dim": subject.main.dim,
-    }  # fmt: skip
+        "path": str(cache.path),
+        "teacher": meta.spec.name,
+        "weights": meta.spec.weights,
+        "data": meta.data,
+        "num_rows": meta.rows,
+        "usable": len(subject.main),
+        "texts": 0 if subject.texts is None else len(subject.texts),
+        "views": meta.views,
+        "dim": subject.main.dim,
+    }
 
 
 def quarantine(subject: Subject) -> dict[str, Any]:
@@ -68,8 +74,11 @@ def quarantine(subject: Subject) -> dict[str, Any]:
 
 def space(subject: Subject) -> tuple[dict[str, Any], dict[str, measures.Moments]]:
     """Shape of the space of pictures and of that of texts; the moments, for maps."""
-    found = {name: measures.moments(part for _, part in chunks(vectors))
-             for name, vectors in (("pictures", subject.pictures), ("texts", subject.texts)) if vectors}  # fmt: skip
+    found = {
+        name: measures.moments(part for _, part in chunks(vectors))
+        for name, vectors in (("pictures", subject.pictures), ("texts", subject.texts))
+        if vectors
+    }
     said: dict[str, Any] = {}
     for name, values in found.items():
         vectors = subject.pictures if name == "pictures" else subject.texts
@@ -106,16 +115,24 @@ def pairs(subject: Subject, known: PerRow) -> dict[str, Any]:
     np.fmax.at(known.surprise, owner, surprise)
     worst = _worst(subject, owner, matched, surprise)
     return {
-        "mean": float(matched.mean()), "std": float(matched.std()), "others_mean": float(unmatched.mean()),
+        "mean": float(matched.mean()),
+        "std": float(matched.std()),
+        "others_mean": float(unmatched.mean()),
         "alignment": float((2 - 2 * matched.astype(np.float64)).mean()),
         "auc": _auc(matched, unmatched),
-        "histogram": {"edges": edges.tolist(), "own": np.histogram(matched, edges)[0].tolist(),
-                      "others": np.histogram(unmatched, edges)[0].tolist()},
-        "compared_with": len(reference), "worst": worst,
-    }  # fmt: skip
+        "histogram": {
+            "edges": edges.tolist(),
+            "own": np.histogram(matched, edges)[0].tolist(),
+            "others": np.histogram(unmatched, edges)[0].tolist(),
+        },
+        "compared_with": len(reference),
+        "worst": worst,
+    }
 
 
-def _worst(subject: Subject, owner: np.ndarray, matched: np.ndarray, surprise: np.ndarray) -> list[dict[str, Any]]:
+def _worst(
+    subject: Subject, owner: np.ndarray, matched: np.ndarray, surprise: np.ndarray
+) -> list[dict[str, Any]]:
     assert subject.texts is not None
     rows, seen = rows_of(subject.texts), set()
     listed: list[dict[str, Any]] = []
@@ -123,8 +140,14 @@ def _worst(subject: Subject, owner: np.ndarray, matched: np.ndarray, surprise: n
         if owner[i] not in seen and len(listed) < LISTED:
             seen.add(owner[i])
             number = int(subject.texts.ids[i] % subject.texts.per_row)
-            listed.append({"row": int(rows[i]), "text": subject.manifest.row(int(rows[i])).texts[number],
-                           "cosine": float(matched[i]), "surprise": float(surprise[i])})  # fmt: skip
+            listed.append(
+                {
+                    "row": int(rows[i]),
+                    "text": subject.manifest.row(int(rows[i])).texts[number],
+                    "cosine": float(matched[i]),
+                    "surprise": float(surprise[i]),
+                }
+            )
     return listed
 
 
@@ -166,15 +189,22 @@ def matrix(subject: Subject, known: PerRow) -> dict[str, Any]:
     values = neighbours.take(pictures, place) @ neighbours.take(firsts, at).T
     diagonal, total, n = float(np.trace(values)), float(values.sum()), len(values)
     rest = (total - diagonal) / (n * (n - 1)) if n > 1 else float("nan")
-    return {"rows": rows_of(firsts)[at].tolist(), "values": np.round(values, 3).tolist(),
-            "diagonal": diagonal / n, "rest": rest, "gap": diagonal / n - rest}  # fmt: skip
+    return {
+        "rows": rows_of(firsts)[at].tolist(),
+        "values": np.round(values, 3).tolist(),
+        "diagonal": diagonal / n,
+        "rest": rest,
+        "gap": diagonal / n - rest,
+    }
 
 
 # ----------------------------------------------------------------------------------------------------
 # Rows among rows
 
 
-def crowd(subject: Subject, known: PerRow, centres: np.ndarray | None) -> tuple[dict[str, Any], dict[str, Any]]:
+def crowd(
+    subject: Subject, known: PerRow, centres: np.ndarray | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Outliers and hubness, from each row's nearest others: of rows by chance and of those far from all centres."""
     main, rows = subject.main, subject.rows
     by_chance = at = asked(len(main), len(main))
@@ -184,13 +214,22 @@ def crowd(subject: Subject, known: PerRow, centres: np.ndarray | None) -> tuple[
     cosines, found = neighbours.nearest(main, NEIGHBOURS, at)
     known.lonely[at] = neighbours.outlier_scores(cosines)
     worst = at[np.argsort(-known.lonely[at], kind="stable")[:LISTED]]
-    outliers = {"asked": len(at), "num_rows": len(main), "neighbours": found.shape[1],
-                "worst": [{"row": int(rows[i]), "distance": float(known.lonely[i])} for i in worst]}  # fmt: skip
+    outliers = {
+        "asked": len(at),
+        "num_rows": len(main),
+        "neighbours": found.shape[1],
+        "worst": [{"row": int(rows[i]), "distance": float(known.lonely[i])} for i in worst],
+    }
     counts = measures.occurrences(found[np.isin(at, by_chance)], len(main))
     hubs = np.argsort(-counts, kind="stable")[:20]
-    hubness = {"asked": len(by_chance), "neighbours": found.shape[1], "skewness": measures.skewness(counts),
-               "most": int(counts.max()), "never": float((counts == 0).mean()),
-               "hubs": [{"row": int(rows[i]), "count": int(counts[i])} for i in hubs]}  # fmt: skip
+    hubness = {
+        "asked": len(by_chance),
+        "neighbours": found.shape[1],
+        "skewness": measures.skewness(counts),
+        "most": int(counts.max()),
+        "never": float((counts == 0).mean()),
+        "hubs": [{"row": int(rows[i]), "count": int(counts[i])} for i in hubs],
+    }
     return outliers, hubness
 
 
@@ -216,11 +255,26 @@ def duplicates(subject: Subject, threshold: float = NEAR) -> dict[str, Any]:
         leaks += len(found) > 1
         if len(listed) < GROUPS or (len(found) > 1 and len(listed) < 2 * GROUPS):
             numbers = {same.get(i, -1) for i in group}
-            listed.append({"rows": rows[group].tolist(), "cosine": lowest[number], "splits": found,
-                           "exact": len(numbers) == 1 and -1 not in numbers, "leak": len(found) > 1})  # fmt: skip
-    return {"threshold": threshold, "pairs": count, "exact_groups": len(exact), "near_groups": len(groups),
-            "leaks": leaks, "asked": len(at), "num_rows": len(main), "approximate": indexed is not None,
-            "groups": listed}  # fmt: skip
+            listed.append(
+                {
+                    "rows": rows[group].tolist(),
+                    "cosine": lowest[number],
+                    "splits": found,
+                    "exact": len(numbers) == 1 and -1 not in numbers,
+                    "leak": len(found) > 1,
+                }
+            )
+    return {
+        "threshold": threshold,
+        "pairs": count,
+        "exact_groups": len(exact),
+        "near_groups": len(groups),
+        "leaks": leaks,
+        "asked": len(at),
+        "num_rows": len(main),
+        "approximate": indexed is not None,
+        "groups": listed,
+    }
 
 
 def _lowest(groups: Sequence[Sequence[int]], near: np.ndarray, cosines: np.ndarray) -> list[float]:
@@ -267,10 +321,19 @@ def groups_of_rows(subject: Subject, known: PerRow, centres: np.ndarray) -> list
         mine = np.flatnonzero(known.cluster == number)
         if len(mine):
             mine = mine[np.argsort(distance[mine], kind="stable")]
-            texts = [text for i in rows[mine[: clusters.KEYWORD_TEXTS]].tolist()
-                     for text in subject.manifest.row(i).texts[:1]]  # fmt: skip
-            found.append({"number": number, "size": len(mine), "keywords": clusters.keywords(texts),
-                          "rows": rows[mine[:8]].tolist()})  # fmt: skip
+            texts = [
+                text
+                for i in rows[mine[: clusters.KEYWORD_TEXTS]].tolist()
+                for text in subject.manifest.row(i).texts[:1]
+            ]
+            found.append(
+                {
+                    "number": number,
+                    "size": len(mine),
+                    "keywords": clusters.keywords(texts),
+                    "rows": rows[mine[:8]].tolist(),
+                }
+            )
     return found
 
 
@@ -278,21 +341,30 @@ def groups_of_rows(subject: Subject, known: PerRow, centres: np.ndarray) -> list
 # Slices
 
 
-def slices(subject: Subject, columns: dict[str, np.ndarray], most: int = 60) -> dict[str, list[dict[str, Any]]]:
+def slices(
+    subject: Subject, columns: dict[str, np.ndarray], most: int = 60
+) -> dict[str, list[dict[str, Any]]]:
     """Means of per-row numbers by label, split and folder, largest slices first."""
     table = subject.manifest.table.select(["key", "label", "split"])
     names = {kind: table[kind].to_numpy()[subject.rows] for kind in ("label", "split")}
     if len(np.unique(names["label"])) < 2:
         keys = table["key"].to_pylist()
-        names["folder"] = np.array([keys[row].rpartition("/")[0] for row in subject.rows.tolist()], dtype=object)
+        names["folder"] = np.array(
+            [keys[row].rpartition("/")[0] for row in subject.rows.tolist()], dtype=object
+        )
     said = {}
     for kind, values in names.items():
         found, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
         if 2 <= len(found) < max(3, len(values) / 2):
             order = np.argsort(-counts, kind="stable")[:most]
-            said[kind] = [{"name": found[i] or "(none)", "num_rows": int(counts[i]),
-                           **{name: _mean(column[inverse == i]) for name, column in columns.items()}}
-                          for i in order]  # fmt: skip
+            said[kind] = [
+                {
+                    "name": found[i] or "(none)",
+                    "num_rows": int(counts[i]),
+                    **{name: _mean(column[inverse == i]) for name, column in columns.items()},
+                }
+                for i in order
+            ]
     return said
 
 
@@ -304,8 +376,12 @@ def _mean(values: np.ndarray) -> float | None:
 def slice_columns(known: PerRow) -> dict[str, np.ndarray]:
     """What slices are compared by."""
     found = np.where(np.isnan(known.found), np.nan, known.found <= 1)
-    columns = {"cosine to text": known.similarity, "surprise": known.surprise, "text->image R@1": found,
-               "distance to neighbours": known.lonely}  # fmt: skip
+    columns = {
+        "cosine to text": known.similarity,
+        "surprise": known.surprise,
+        "text->image R@1": found,
+        "distance to neighbours": known.lonely,
+    }
     return {name: values for name, values in columns.items() if not np.isnan(values).all()}
 
 

@@ -9,8 +9,20 @@ import numpy as np
 from teachercache.analysis.shown import Shown, as_category
 from teachercache.paths import write_whole
 
-PALETTE = ("#4c78a8", "#f58518", "#3f9a57", "#e45756", "#8e6bbf", "#9d6b4f", "#e377c2", "#17a2b8", "#b5a21c", "#6f7fe0",
-           "#a83a6b", "#5aae9c")  # fmt: skip
+PALETTE = (
+    "#4c78a8",
+    "#f58518",
+    "#3f9a57",
+    "#e45756",
+    "#8e6bbf",
+    "#9d6b4f",
+    "#e377c2",
+    "#17a2b8",
+    "#b5a21c",
+    "#6f7fe0",
+    "#a83a6b",
+    "#5aae9c",
+)
 
 
 def draw_figures(report: dict[str, Any], shown: Shown, folder: Path) -> list[Path]:
@@ -34,12 +46,21 @@ def _map(axis: Any, report: dict[str, Any], shown: Shown) -> None:
     """The first map by its first column of names."""
     xy = shown.maps[0]["parts"][0]["xy"]
     column = next((name for name, values in shown.columns.items() if isinstance(values, list)), "")
-    names, which, rest = as_category(list(shown.columns[column])) if column else ([""], np.zeros(len(xy), int), False)
+    names, which, rest = (
+        as_category(list(shown.columns[column])) if column else ([""], np.zeros(len(xy), int), False)
+    )
     for number, name in enumerate(names):
         mine = which == number
         colour = "0.7" if rest and number == len(names) - 1 else PALETTE[number % len(PALETTE)]
-        axis.scatter(*xy[mine].T, s=40_000 / (2000 + len(xy)), color=colour, alpha=0.7, linewidths=0,
-                     label=name[:24].replace("$", r"\$"), zorder=1 if colour == "0.7" else 2)  # fmt: skip
+        axis.scatter(
+            *xy[mine].T,
+            s=40_000 / (2000 + len(xy)),
+            color=colour,
+            alpha=0.7,
+            linewidths=0,
+            label=name[:24].replace("$", r"\$"),
+            zorder=1 if colour == "0.7" else 2,
+        )
     if len(names) > 1:
         axis.legend(frameon=False, fontsize=7, markerscale=1.5, loc="center left", bbox_to_anchor=(1, 0.5))
     axis.set(title=shown.maps[0]["title"].replace("$", r"\$"), xticks=[], yticks=[], aspect="equal")

@@ -13,8 +13,9 @@ from teachercache.names import UserError
 KINDS = ("pca", "umap")
 
 
-def flatten(x: Float[np.ndarray, "n dim"], moments: Moments | None = None, *,
-            kind: str = "pca") -> Float[np.ndarray, "n 2"]:  # fmt: skip
+def flatten(
+    x: Float[np.ndarray, "n dim"], moments: Moments | None = None, *, kind: str = "pca"
+) -> Float[np.ndarray, "n 2"]:
     """Two coordinates of unit vectors; PCA's axes are of `moments` (of all rows), where x are some of them."""
     if kind == "umap":
         return _umap(x)
@@ -28,7 +29,9 @@ def _umap(x: np.ndarray) -> np.ndarray:
     try:
         import umap
     except ImportError as error:
-        raise UserError("--map umap needs umap-learn: pip install 'teachercache[umap]', or leave --map away") from error
+        raise UserError(
+            "--map umap needs umap-learn: pip install 'teachercache[umap]', or leave --map away"
+        ) from error
     import warnings
 
     with warnings.catch_warnings():
@@ -37,8 +40,9 @@ def _umap(x: np.ndarray) -> np.ndarray:
         return umap.UMAP(n_neighbors=near, metric="cosine", random_state=0).fit_transform(x)
 
 
-def make_maps(subject: Subject, rows: Int[np.ndarray, " n"], moments: Mapping[str, Moments], *,
-              kind: str = "pca") -> dict[str, Float[np.ndarray, "n 2"]]:  # fmt: skip
+def make_maps(
+    subject: Subject, rows: Int[np.ndarray, " n"], moments: Mapping[str, Moments], *, kind: str = "pca"
+) -> dict[str, Float[np.ndarray, "n 2"]]:
     """Coordinates of rows on each map: pictures, texts, and both together twice; nan where a row has no such vector."""
     found = {"pictures": subject.pictures, "texts": subject.firsts}
     vectors = {name: vectors_at(part, rows) for name, part in found.items() if part is not None}
@@ -55,8 +59,9 @@ def make_maps(subject: Subject, rows: Int[np.ndarray, " n"], moments: Mapping[st
     return maps
 
 
-def second_map(first: Float[np.ndarray, "n 2"], subject: Subject, at: Int[np.ndarray, " n"], *,
-               kind: str = "pca") -> Float[np.ndarray, "n 2"]:  # fmt: skip
+def second_map(
+    first: Float[np.ndarray, "n 2"], subject: Subject, at: Int[np.ndarray, " n"], *, kind: str = "pca"
+) -> Float[np.ndarray, "n 2"]:
     """The same rows (at row at[i] of another cache, -1: nowhere) on a map of that cache, turned to lie on the first."""
     there, x = vectors_at(subject.main, at)
     placed = np.full((len(at), 2), np.nan)

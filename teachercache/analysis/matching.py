@@ -21,8 +21,14 @@ def pair_cosines(pictures: Rows, texts: Rows, owner: Int[np.ndarray, " t"]) -> F
     return found
 
 
-def surprise(pictures: Rows, texts: Rows, owner: Int[np.ndarray, " t"], reference: Int[np.ndarray, " r"], *,
-             sharpness: float = SHARPNESS) -> Float[np.ndarray, " t"]:  # fmt: skip
+def surprise(
+    pictures: Rows,
+    texts: Rows,
+    owner: Int[np.ndarray, " t"],
+    reference: Int[np.ndarray, " r"],
+    *,
+    sharpness: float = SHARPNESS,
+) -> Float[np.ndarray, " t"]:
     """How much better a text and its picture go with others than with each other: high for a wrong caption.
 
     The contrastive loss of each pair, over both directions, against the texts at `reference` and their pictures, pairs
@@ -36,7 +42,9 @@ def surprise(pictures: Rows, texts: Rows, owner: Int[np.ndarray, " t"], referenc
         own = take(pictures, owner[span])
         same = owner[span, None] == other_owner
         matched = sharpness * np.einsum("ij,ij->i", part, own)
-        found[span] = sum(_log_sum(sharpness * scores, same) for scores in (own @ others.T, part @ other_pictures.T))
+        found[span] = sum(
+            _log_sum(sharpness * scores, same) for scores in (own @ others.T, part @ other_pictures.T)
+        )
         found[span] -= 2 * matched
     return found
 
@@ -49,8 +57,12 @@ def _log_sum(scores: np.ndarray, left_out: np.ndarray) -> np.ndarray:
         return most + np.log(np.exp(scores - most[:, None]).sum(1) / np.maximum((~left_out).sum(1), 1))
 
 
-def strict_ranks(queries: Float[np.ndarray, "q dim"], owners: Int[np.ndarray, " q"], candidates: Rows,
-                 owner: Int[np.ndarray, " n"]) -> Int[np.ndarray, " q"]:  # fmt: skip
+def strict_ranks(
+    queries: Float[np.ndarray, "q dim"],
+    owners: Int[np.ndarray, " q"],
+    candidates: Rows,
+    owner: Int[np.ndarray, " n"],
+) -> Int[np.ndarray, " q"]:
     """Rank, from 1, of the best candidate that has the query's owner among those of others; a tie is lost.
 
     `owner` of the candidates ascends; each query has at least one of its own.

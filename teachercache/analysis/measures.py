@@ -119,15 +119,23 @@ def skewness(values: Float[np.ndarray, " n"] | Int[np.ndarray, " n"]) -> float:
 # Two spaces over the same rows
 
 
-def cross_moments(parts: Iterable[tuple[Float[np.ndarray, "n dim_x"], Float[np.ndarray, "n dim_y"]]]) -> CrossMoments:
+def cross_moments(
+    parts: Iterable[tuple[Float[np.ndarray, "n dim_x"], Float[np.ndarray, "n dim_y"]]],
+) -> CrossMoments:
     """CrossMoments of all rows of some parts, the same rows in both of each."""
     found: CrossMoments | None = None
     for x_all, y_all in parts:
         for first in range(0, len(x_all), ROWS_AT_ONCE):
             x, y = x_all[first : first + ROWS_AT_ONCE], y_all[first : first + ROWS_AT_ONCE]
             squares = np.stack([np.square(x).sum(1), np.square(y).sum(1)]).astype(np.float64)
-            more = CrossMoments(moments([x]), moments([y]), (x.T @ y).astype(np.float64), squares @ squares.T,
-                                squares @ x, squares @ y)  # fmt: skip
+            more = CrossMoments(
+                moments([x]),
+                moments([y]),
+                (x.T @ y).astype(np.float64),
+                squares @ squares.T,
+                squares @ x,
+                squares @ y,
+            )
             found = more if found is None else _add(found, more)
     assert found is not None
     return found
@@ -148,17 +156,53 @@ def cka(pairs: CrossMoments) -> float:
     n, x, y, by = pairs.x.count, pairs.x, pairs.y, pairs
     if n < 4:
         return float("nan")
-    xy = _hsic(by.cross, x.total, y.total, by.x_by[1], by.y_by[0], np.trace(x.gram), np.trace(y.gram),
-               by.lengths[0, 1], n)  # fmt: skip
-    xx = _hsic(x.gram, x.total, x.total, by.x_by[0], by.x_by[0], np.trace(x.gram), np.trace(x.gram),
-               by.lengths[0, 0], n)  # fmt: skip
-    yy = _hsic(y.gram, y.total, y.total, by.y_by[1], by.y_by[1], np.trace(y.gram), np.trace(y.gram),
-               by.lengths[1, 1], n)  # fmt: skip
+    xy = _hsic(
+        by.cross,
+        x.total,
+        y.total,
+        by.x_by[1],
+        by.y_by[0],
+        np.trace(x.gram),
+        np.trace(y.gram),
+        by.lengths[0, 1],
+        n,
+    )
+    xx = _hsic(
+        x.gram,
+        x.total,
+        x.total,
+        by.x_by[0],
+        by.x_by[0],
+        np.trace(x.gram),
+        np.trace(x.gram),
+        by.lengths[0, 0],
+        n,
+    )
+    yy = _hsic(
+        y.gram,
+        y.total,
+        y.total,
+        by.y_by[1],
+        by.y_by[1],
+        np.trace(y.gram),
+        np.trace(y.gram),
+        by.lengths[1, 1],
+        n,
+    )
     return float(xy / np.sqrt(xx * yy)) if xx > 0 and yy > 0 else float("nan")
 
 
-def _hsic(cross: np.ndarray, x: np.ndarray, y: np.ndarray, x_by_y: np.ndarray, y_by_x: np.ndarray, x_trace: float,
-          y_trace: float, both: float, n: int) -> float:  # fmt: skip
+def _hsic(
+    cross: np.ndarray,
+    x: np.ndarray,
+    y: np.ndarray,
+    x_by_y: np.ndarray,
+    y_by_x: np.ndarray,
+    x_trace: float,
+    y_trace: float,
+    both: float,
+    n: int,
+) -> float:
     """Unbiased HSIC (Song et al. 2012, Eq. 5) of K = X X^T and L = Y Y^T with zero diagonals, never made whole.
 
     `cross` = X^T Y; x, y = sums of rows; x_by_y = sum of x |y|^2; the traces are of K and L; both = sum of |x|^2 |y|^2.
@@ -179,8 +223,11 @@ def procrustes(pairs: CrossMoments) -> float:
     return float(max(0.0, 1 - np.linalg.svd(cross, compute_uv=False).sum() ** 2 / (spread[0] * spread[1])))
 
 
-def turn_onto(x: Float[np.ndarray, "n dim"], y: Float[np.ndarray, "n dim"],
-              moved: Float[np.ndarray, "m dim"] | None = None) -> Float[np.ndarray, "m dim"]:  # fmt: skip
+def turn_onto(
+    x: Float[np.ndarray, "n dim"],
+    y: Float[np.ndarray, "n dim"],
+    moved: Float[np.ndarray, "m dim"] | None = None,
+) -> Float[np.ndarray, "m dim"]:
     """`moved` (y) by the shift, turn, mirroring and scale that lay y on x best: for two maps beside each other."""
     moved = y if moved is None else moved
     centred_x, centred_y = x - x.mean(0), y - y.mean(0)
@@ -209,7 +256,9 @@ def spearman(x: Float[np.ndarray, " n"], y: Float[np.ndarray, " n"]) -> float:
     ranks = np.stack([_mean_ranks(x), _mean_ranks(y)])
     ranks -= ranks.mean(1, keepdims=True)
     spread = np.square(ranks).sum(1)
-    return float((ranks[0] * ranks[1]).sum() / np.sqrt(spread[0] * spread[1])) if spread.all() else float("nan")
+    return (
+        float((ranks[0] * ranks[1]).sum() / np.sqrt(spread[0] * spread[1])) if spread.all() else float("nan")
+    )
 
 
 def _mean_ranks(values: np.ndarray) -> np.ndarray:

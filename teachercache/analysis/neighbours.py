@@ -96,7 +96,9 @@ def exact_groups(rows: Rows) -> list[list[int]]:
     for first in range(0, len(vectors), 8192):
         stored = _stored(vectors, vectors.ids[first : first + 8192])
         for i, row in enumerate(stored):
-            digests[first + i] = int.from_bytes(hashlib.blake2b(row.tobytes(), digest_size=8).digest(), "little")
+            digests[first + i] = int.from_bytes(
+                hashlib.blake2b(row.tobytes(), digest_size=8).digest(), "little"
+            )
     order = np.argsort(digests, kind="stable")
     edges = np.flatnonzero(np.diff(digests[order])) + 1
     return sorted(group.tolist() for group in np.split(order, edges) if len(group) > 1)
@@ -134,8 +136,9 @@ def outlier_scores(cosines: Float[np.ndarray, "q k"]) -> Float[np.ndarray, " q"]
     return 1 - cosines.mean(1)
 
 
-def far_from_centres(rows: Rows, centres: Float[np.ndarray, "c dim"]) -> tuple[Int[np.ndarray, " n"],
-                                                                               Float[np.ndarray, " n"]]:  # fmt: skip
+def far_from_centres(
+    rows: Rows, centres: Float[np.ndarray, "c dim"]
+) -> tuple[Int[np.ndarray, " n"], Float[np.ndarray, " n"]]:
     """The nearest centre of each row and 1 - the cosine to it."""
     vectors, towards = as_vectors(rows), unit(centres)
     number, distance = np.empty(len(vectors), np.int32), np.empty(len(vectors), np.float32)

@@ -30,11 +30,14 @@ def plotly_source() -> str:
     return get_plotlyjs()
 
 
-def make_page(report: dict[str, Any], shown: Shown, thumbnails: Thumbnails, sheets: Sequence[bytes], *,
-              note: str) -> str:  # fmt: skip
+def make_page(
+    report: dict[str, Any], shown: Shown, thumbnails: Thumbnails, sheets: Sequence[bytes], *, note: str
+) -> str:
     """The whole page as text."""
-    tags = [f'<script type="text/plain" id="sheet-{i}">{base64.b64encode(sheet).decode()}</script>'
-            for i, sheet in enumerate(sheets)]  # fmt: skip
+    tags = [
+        f'<script type="text/plain" id="sheet-{i}">{base64.b64encode(sheet).decode()}</script>'
+        for i, sheet in enumerate(sheets)
+    ]
     slots = {
         "title": html.escape(report["title"]),
         "css": (HOME / "page.css").read_text(),
@@ -64,17 +67,38 @@ def _points(shown: Shown, thumbnails: Thumbnails, note: str) -> dict[str, Any]:
     labels = shown.columns.get("label")
     number = "int16" if len(shown.rows) < 1 << 15 else "int32"
     return {
-        "rows": shown.rows.tolist(), "keys": shown.keys, "texts": shown.texts, "note": note,
+        "rows": shown.rows.tolist(),
+        "keys": shown.keys,
+        "texts": shown.texts,
+        "note": note,
         "labels": labels if isinstance(labels, list) else [""] * len(shown.keys),
-        "thumbs": {"edge": thumbnails.edge, "across": ACROSS, "any": bool(thumbnails.pictures),
-                   "count": len(thumbnails.pictures), "number": _packed(thumbnails.number, number)},
+        "thumbs": {
+            "edge": thumbnails.edge,
+            "across": ACROSS,
+            "any": bool(thumbnails.pictures),
+            "count": len(thumbnails.pictures),
+            "number": _packed(thumbnails.number, number),
+        },
         "columns": [_column(name, values) for name, values in shown.columns.items()],
-        "maps": [{"title": each["title"], "parts": [{"what": part["what"], "packed": _packed(part["xy"], "float32")}
-                                                    for part in each["parts"]]} for each in shown.maps],
-        "lists": [{"title": each["title"], "k": each["at"].shape[1], "at": _packed(each["at"], number),
-                   "cosine": _packed(np.round(127 * np.clip(each["cosine"], -1, 1)), "int8")}
-                  for each in shown.lists],
-    }  # fmt: skip
+        "maps": [
+            {
+                "title": each["title"],
+                "parts": [
+                    {"what": part["what"], "packed": _packed(part["xy"], "float32")} for part in each["parts"]
+                ],
+            }
+            for each in shown.maps
+        ],
+        "lists": [
+            {
+                "title": each["title"],
+                "k": each["at"].shape[1],
+                "at": _packed(each["at"], number),
+                "cosine": _packed(np.round(127 * np.clip(each["cosine"], -1, 1)), "int8"),
+            }
+            for each in shown.lists
+        ],
+    }
 
 
 def _column(name: str, values: list[str] | np.ndarray) -> dict[str, Any]:

@@ -31,8 +31,9 @@ def default_out(cache: Any, against: Any = None) -> Path:
     return (Path() if is_url(cache) else Path(cache).parent) / f"{name}{more}.report"
 
 
-def analyze(cache: Any, *, against: Any = None, out: Path, kind: str = "pca",
-            points: int = MAPPED) -> tuple[dict[str, Any], list[str]]:  # fmt: skip
+def analyze(
+    cache: Any, *, against: Any = None, out: Path, kind: str = "pca", points: int = MAPPED
+) -> tuple[dict[str, Any], list[str]]:
     """Write the report of a cache; its numbers, and what was written, a line each."""
     if kind not in maps.KINDS:
         raise UserError(f"--map {kind}: choose from {', '.join(maps.KINDS)}")
@@ -74,9 +75,14 @@ def _one(subject: Subject) -> tuple[dict[str, Any], describe.PerRow, dict[str, A
     """All sections of one cache; what was known of each row; the moments."""
     known = describe.empty_per_row(len(subject.main))
     head = describe.head(subject)
-    said: dict[str, Any] = {"format": 1, "title": f"{head['teacher']} over {head['data']}", "cache": head,
-                            "made": datetime.date.today().isoformat(), "left_out": dict(subject.left_out),
-                            "quarantine": describe.quarantine(subject)}  # fmt: skip
+    said: dict[str, Any] = {
+        "format": 1,
+        "title": f"{head['teacher']} over {head['data']}",
+        "cache": head,
+        "made": datetime.date.today().isoformat(),
+        "left_out": dict(subject.left_out),
+        "quarantine": describe.quarantine(subject),
+    }
     with _section("the space"):
         said["space"], moments = describe.space(subject)
     centres = None
@@ -88,9 +94,11 @@ def _one(subject: Subject) -> tuple[dict[str, Any], describe.PerRow, dict[str, A
         said["left_out"]["clusters"] = str(error)
     sections: dict[str, Callable[[], Any]] = {"duplicates": lambda: describe.duplicates(subject)}
     if subject.both:
-        sections |= {"pairs": lambda: describe.pairs(subject, known),
-                     "retrieval": lambda: describe.retrieval(subject, known),
-                     "matrix": lambda: describe.matrix(subject, known)}  # fmt: skip
+        sections |= {
+            "pairs": lambda: describe.pairs(subject, known),
+            "retrieval": lambda: describe.retrieval(subject, known),
+            "matrix": lambda: describe.matrix(subject, known),
+        }
     with _section("neighbours"):
         said["outliers"], said["hubness"] = describe.crowd(subject, known, centres)
     for name, make in sections.items():
@@ -99,23 +107,45 @@ def _one(subject: Subject) -> tuple[dict[str, Any], describe.PerRow, dict[str, A
     return said, known, moments
 
 
-def _shown(first: Subject, second: Subject | None, rows: np.ndarray, said: dict[str, Any], known: describe.PerRow,
-           columns: dict[str, np.ndarray], moments: dict[str, Any], kind: str) -> Shown:  # fmt: skip
+def _shown(
+    first: Subject,
+    second: Subject | None,
+    rows: np.ndarray,
+    said: dict[str, Any],
+    known: describe.PerRow,
+    columns: dict[str, np.ndarray],
+    moments: dict[str, Any],
+    kind: str,
+) -> Shown:
     """The rows of the page, with all that it shows of them."""
     placed = maps.make_maps(first, rows, moments, kind=kind)
-    found: list[dict[str, Any]] = [{"title": name, "parts": [{"what": name.removesuffix("s"), "xy": placed[name]}]}
-             for name in ("pictures", "texts") if name in placed]  # fmt: skip
+    found: list[dict[str, Any]] = [
+        {"title": name, "parts": [{"what": name.removesuffix("s"), "xy": placed[name]}]}
+        for name in ("pictures", "texts")
+        if name in placed
+    ]
     if "both" in placed:
-        found.append({"title": "pictures and texts", "parts": [
-            {"what": "picture", "xy": placed["both"]}, {"what": "text", "xy": placed["both_texts"]}]})  # fmt: skip
+        found.append(
+            {
+                "title": "pictures and texts",
+                "parts": [
+                    {"what": "picture", "xy": placed["both"]},
+                    {"what": "text", "xy": placed["both_texts"]},
+                ],
+            }
+        )
     lists = shown.neighbour_lists(first, rows)
     if second is not None:
         at = store.join(second.cache, first.manifest.table["key"].take(rows))
         alike = (first.pictures is None) == (second.pictures is None)
         if alike:
             xy = maps.second_map(found[0]["parts"][0]["xy"], second, at, kind=kind)
-            found.append({"title": f"{found[0]['title']}, second cache", "parts": [
-                {"what": found[0]["parts"][0]["what"], "xy": xy}]})  # fmt: skip
+            found.append(
+                {
+                    "title": f"{found[0]['title']}, second cache",
+                    "parts": [{"what": found[0]["parts"][0]["what"], "xy": xy}],
+                }
+            )
             lists = shown.neighbour_lists(first, rows, second.main, at)
     colours: dict[str, list[str] | np.ndarray] = {}
     for name in ("label", "split"):
@@ -131,8 +161,9 @@ def _shown(first: Subject, second: Subject | None, rows: np.ndarray, said: dict[
     return Shown(rows, shown.names_of(first, rows, "key"), shown.texts_of(first, rows), colours, found, lists)
 
 
-def _write(said: dict[str, Any], part: Shown, small: thumbnails.Thumbnails, first: Subject, kind: str,
-           out: Path) -> list[str]:  # fmt: skip
+def _write(
+    said: dict[str, Any], part: Shown, small: thumbnails.Thumbnails, first: Subject, kind: str, out: Path
+) -> list[str]:
     """All files of the folder, report.json first."""
     out.mkdir(parents=True, exist_ok=True)
     write_whole(out / "report.json", describe.as_json(said) + "\n")
@@ -143,7 +174,10 @@ def _write(said: dict[str, Any], part: Shown, small: thumbnails.Thumbnails, firs
     figures = draw_figures(said, part, out)
     command = write_points(part, small, out / "points.parquet")
     size = (out / "report.html").stat().st_size
-    return [f"{out / 'report.html'}  {size / 1e6:.1f} MB, {len(part.rows):,} points: open it in a browser",
-            f"{out / 'report.json'}  every number", f"{', '.join(path.name for path in figures)}  figures",
-            f"{out / 'points.parquet'}  for Embedding Atlas: {command}",
-            *(f"left out: {name}: {reason}" for name, reason in said["left_out"].items())]  # fmt: skip
+    return [
+        f"{out / 'report.html'}  {size / 1e6:.1f} MB, {len(part.rows):,} points: open it in a browser",
+        f"{out / 'report.json'}  every number",
+        f"{', '.join(path.name for path in figures)}  figures",
+        f"{out / 'points.parquet'}  for Embedding Atlas: {command}",
+        *(f"left out: {name}: {reason}" for name, reason in said["left_out"].items()),
+    ]

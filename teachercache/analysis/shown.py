@@ -47,7 +47,9 @@ def mentioned(report: Any) -> set[int]:
 def name_rows(report: Any, keys: dict[int, str]) -> Any:
     """The report with `key` or `keys` beside the rows that it names."""
     if isinstance(report, list):
-        return [name_rows(item, keys) for item in report] if report and isinstance(report[0], dict) else report
+        return (
+            [name_rows(item, keys) for item in report] if report and isinstance(report[0], dict) else report
+        )
     if not isinstance(report, dict):
         return report
     found = {name: name_rows(value, keys) for name, value in report.items()}
@@ -69,7 +71,10 @@ def texts_of(subject: Subject, rows: np.ndarray) -> list[list[str]]:
     """Some texts of each row, cut where they are long."""
     column = subject.manifest.table["texts"].take(rows).to_pylist()
     most = min(LETTERS, max(60, ALL_LETTERS // max(1, sum(min(TEXTS, len(texts)) for texts in column))))
-    return [[text if len(text) <= most else f"{text[: most - 3]}..." for text in texts[:TEXTS]] for texts in column]
+    return [
+        [text if len(text) <= most else f"{text[: most - 3]}..." for text in texts[:TEXTS]]
+        for texts in column
+    ]
 
 
 def names_of(subject: Subject, rows: np.ndarray, column: str) -> list[str]:
@@ -84,8 +89,9 @@ def at_rows(subject: Subject, values: np.ndarray, rows: np.ndarray) -> Float[np.
     return np.where(mine[at] == rows, values[at], np.nan)
 
 
-def neighbour_lists(subject: Subject, rows: np.ndarray, second: Vectors | None = None,
-                    second_rows: np.ndarray | None = None) -> list[dict[str, Any]]:  # fmt: skip
+def neighbour_lists(
+    subject: Subject, rows: np.ndarray, second: Vectors | None = None, second_rows: np.ndarray | None = None
+) -> list[dict[str, Any]]:
     """Each shown row's nearest others among those shown, of its kind, across kinds, and in a second cache."""
     what = "pictures" if subject.pictures is not None else "texts"
     lists = [_list(f"{what} like it", subject.main, subject.main, rows, rows)]

@@ -54,11 +54,17 @@ def open_subject(path: Any) -> Subject:
     """The cache at a path, whole; UserError where it holds nothing that can be looked at."""
     cache = store.open_complete(path)
     if not any(_is_vector(cache, name) for name in ("image_emb", "text_emb")):
-        raise UserError(f"{path} holds no embeddings: build one with `tc build --outputs embeddings`, to another --out")
+        raise UserError(
+            f"{path} holds no embeddings: build one with `tc build --outputs embeddings`, to another --out"
+        )
     manifest = store.cached_manifest(cache)
-    found = {name: usable_vectors(cache, name) if _is_vector(cache, name) else None
-             for name in ("image_emb", "text_emb")}  # fmt: skip
-    pictures, texts = (vectors if vectors is not None and len(vectors) > 1 else None for vectors in found.values())
+    found = {
+        name: usable_vectors(cache, name) if _is_vector(cache, name) else None
+        for name in ("image_emb", "text_emb")
+    }
+    pictures, texts = (
+        vectors if vectors is not None and len(vectors) > 1 else None for vectors in found.values()
+    )
     if pictures is None and texts is None:
         raise UserError(f"{path} has fewer than two usable vectors: see `tc info {path}`")
     left_out: dict[str, str] = {}
@@ -67,7 +73,9 @@ def open_subject(path: Any) -> Subject:
         left_out["pairs"] = f"the cache has no {why} that can be used"
     elif pictures.dim != texts.dim:
         left_out["pairs"] = f"pictures are {pictures.dim} and texts {texts.dim} wide: two spaces"
-    firsts = texts and dataclasses.replace(texts, ids=texts.ids[np.unique(rows_of(texts), return_index=True)[1]])
+    firsts = texts and dataclasses.replace(
+        texts, ids=texts.ids[np.unique(rows_of(texts), return_index=True)[1]]
+    )
     return Subject(cache, manifest, pictures, texts, firsts, left_out)
 
 
@@ -87,7 +95,9 @@ def asked(queries: int, candidates: int) -> Int[np.ndarray, " q"]:
     return draw(queries, max(100, ALL_PAIRS // max(1, candidates)))
 
 
-def vectors_at(vectors: Vectors, rows: Int[np.ndarray, " q"]) -> tuple[np.ndarray, Float[np.ndarray, "n dim"]]:
+def vectors_at(
+    vectors: Vectors, rows: Int[np.ndarray, " q"]
+) -> tuple[np.ndarray, Float[np.ndarray, "n dim"]]:
     """Which of some rows have a vector, and their unit vectors; one vector a row, rows ascending."""
     mine = rows_of(vectors)
     at = np.minimum(np.searchsorted(mine, rows), len(mine) - 1)

@@ -21,7 +21,11 @@ if TYPE_CHECKING:
     from PIL import Image
 
 SHEET_BYTES = 8_000_000  # of all sheets together: a third more in the page
-EDGES = {4_000: 112, 8_000: 72, 12_000: 56}  # pixels by how many thumbnails there are; below LEAST_EDGE for more
+EDGES = {
+    4_000: 112,
+    8_000: 72,
+    12_000: 56,
+}  # pixels by how many thumbnails there are; below LEAST_EDGE for more
 LEAST_EDGE = 48
 ACROSS = 24  # thumbnails in a row of a sheet, and rows in a sheet
 QUALITIES = (70, 50, 35, 20)
@@ -55,7 +59,9 @@ def make_thumbnails(manifest: Manifest, rows: Int[np.ndarray, " n"]) -> Thumbnai
             continue
         number[at] = len(pictures)
         pictures.append(found)
-    return Thumbnails(edge, number, pictures, f"{failed:,} pictures cannot be read ({reason})" if failed else "")
+    return Thumbnails(
+        edge, number, pictures, f"{failed:,} pictures cannot be read ({reason})" if failed else ""
+    )
 
 
 def _read_all(manifest: Manifest, rows: np.ndarray, edge: int) -> "Iterator[Image.Image | str]":

@@ -105,9 +105,13 @@ def find_sources(data: str) -> list[Source]:
     for part in _parts(data):
         found = _found(part)
         if not found and is_url(part):
-            raise UserError(f"no data at {part}: check its spelling with `tc manifest {part}`, and AWS_ENDPOINT_URL")
+            raise UserError(
+                f"no data at {part}: check its spelling with `tc manifest {part}`, and AWS_ENDPOINT_URL"
+            )
         if not found:
-            raise UserError(f"no data at {part}: pass --data FOLDER, or make the demo data with `bash scripts/demo`")
+            raise UserError(
+                f"no data at {part}: pass --data FOLDER, or make the demo data with `bash scripts/demo`"
+            )
         for path, is_folder in (one for place, whole in found for one in _annotations(place, whole)):
             with remote.asking(path):
                 grouped = path.suffix.lower() in GROUPED and not is_folder
@@ -168,7 +172,9 @@ def _file(paths: list[Any]) -> Source:
         return Source(whole, "webdataset tars", path.parent, lambda: files.read_tars(path.parent, paths))
     if suffix == ".parquet" and tables.is_manifest(path):
         manifest = load_manifest(path)
-        return Source(path, "manifest", manifest.root, lambda: (manifest.row(i) for i in range(len(manifest))))
+        return Source(
+            path, "manifest", manifest.root, lambda: (manifest.row(i) for i in range(len(manifest)))
+        )
     if suffix == ".parquet":
         return Source(whole, "Parquet", path.parent, lambda: tables.read_parquet(path.parent, paths))
     if suffix == ".arrow" and is_url(path):
@@ -189,7 +195,9 @@ def _file(paths: list[Any]) -> Source:
 
 
 def _folder(path: Any) -> Source:
-    found = [(entry, is_folder) for entry, is_folder in remote.children(path) if not entry.name.startswith(".")]
+    found = [
+        (entry, is_folder) for entry, is_folder in remote.children(path) if not entry.name.startswith(".")
+    ]
     names = {entry.name for entry, _ in found}
     if names & {"dataset_dict.json", "state.json"}:
         if is_url(path):
@@ -197,7 +205,9 @@ def _folder(path: Any) -> Source:
         return Source(path, "Hugging Face dataset saved on disk", path, lambda: tables.read_saved(path))
     tars = [entry for entry, _ in found if entry.name.endswith(".tar")]
     if tars and any(entry.suffix.lower() in files.IMAGE_SUFFIXES for entry, _ in found):
-        raise UserError(f"{path} holds both .tar files and loose pictures: move one kind into a folder of its own")
+        raise UserError(
+            f"{path} holds both .tar files and loose pictures: move one kind into a folder of its own"
+        )
     if tars:
         return Source(path, "webdataset tars", path, lambda: files.read_tars(path, tars))
     # beside pictures Parquet files are about them (img2dataset's 00000.parquet, a manifest); alone they are the data
@@ -220,7 +230,9 @@ def _json(path: Any) -> Source:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"{path} is not a COCO captions file (`images` and `annotations`): {error}") from error
+        raise UserError(
+            f"{path} is not a COCO captions file (`images` and `annotations`): {error}"
+        ) from error
     if isinstance(values, list) and values and isinstance(values[0], dict) and "caption" in values[0]:
         return Source(path, "list of captions", path.parent, lambda: captions.read_caption_list(path, values))
     found = values if isinstance(values, dict) else {}
@@ -231,7 +243,9 @@ def _json(path: Any) -> Source:
         return Source(path, "Karpathy split", path.parent, lambda: captions.read_karpathy(path, values))
     first = next(iter(found.get("annotations") or [{}]), {})
     if "images" not in found and isinstance(first, dict) and "question_id" in first:
-        raise UserError(f"{path} holds VQA's answers: pass the file of questions, answers are found beside it")
+        raise UserError(
+            f"{path} holds VQA's answers: pass the file of questions, answers are found beside it"
+        )
     return Source(path, "COCO captions", path.parent, lambda: captions.read_coco(path, values))
 
 
@@ -243,7 +257,9 @@ def _json_lines(path: Any) -> Source:
         return Source(path, "VCR", path.parent, lambda: tasks.read_vcr(path, lines))
     if "sentence2" in first:
         return Source(path, "SNLI-VE", path.parent, lambda: tasks.read_snli_ve(path, lines))
-    raise UserError(f"{path} is neither VCR (`answer_choices`) nor SNLI-VE (`sentence2`): write it as .csv or .json")
+    raise UserError(
+        f"{path} is neither VCR (`answer_choices`) nor SNLI-VE (`sentence2`): write it as .csv or .json"
+    )
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -259,7 +275,11 @@ def describe(sources: list[Source], manifest: Manifest) -> dict[str, Any]:
     empty = sum(
         bool(image) and alone and not size and not problem
         for image, alone, size, problem in zip(
-            table["image"].to_pylist(), whole, manifest.column("size"), manifest.column("problem"), strict=True
+            table["image"].to_pylist(),
+            whole,
+            manifest.column("size"),
+            manifest.column("problem"),
+            strict=True,
         )
     )
     if empty:

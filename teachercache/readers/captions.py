@@ -19,9 +19,13 @@ def read_coco(path: Any, values: Any) -> Iterator[Sample]:
         images = [(image["id"], image["file_name"], image.get("domain")) for image in values["images"]]
         captions: dict[int, list[tuple[int, str]]] = {}
         for i, annotation in enumerate(values["annotations"]):
-            captions.setdefault(annotation["image_id"], []).append((annotation.get("id", i), annotation["caption"]))
+            captions.setdefault(annotation["image_id"], []).append(
+                (annotation.get("id", i), annotation["caption"])
+            )
     except (KeyError, TypeError) as error:
-        raise UserError(f"{path} is not a COCO captions file (`images` and `annotations`): {error!r}") from error
+        raise UserError(
+            f"{path} is not a COCO captions file (`images` and `annotations`): {error!r}"
+        ) from error
     split = path.stem.split("_")[-1]  # captions_val2014.json
     folders = ["", split, "images", f"../{split}", "../images", f"../images/{split}"]
     names = [name for _, name, _ in images[:100]]
@@ -69,7 +73,9 @@ def read_caption_list(path: Any, values: list[Any]) -> Iterator[Sample]:
             caption = entry["caption"]
             texts.setdefault(entry["image"], []).extend([caption] if isinstance(caption, str) else caption)
         except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(f'entry {i} of {path} is not {{"image": PATH, "caption": TEXT}}: {error!r}') from error
+            raise UserError(
+                f'entry {i} of {path} is not {{"image": PATH, "caption": TEXT}}: {error!r}'
+            ) from error
     folders = ["", "images", "..", "../images"]
     size = sizes_below(path.parent)
     folder = picture_folder(path.parent, list(texts), folders, advice=path.parent / "images", size=size)

@@ -17,12 +17,23 @@ from typing import Any
 from teachercache.columns import PATH_COLUMNS
 from teachercache.names import UserError
 from teachercache.paths import is_url
-from teachercache.remote import TAR_BLOCK, file_size, in_order, is_http, open_file, read_small, sizes_below, walk
+from teachercache.remote import (
+    TAR_BLOCK,
+    file_size,
+    in_order,
+    is_http,
+    open_file,
+    read_small,
+    sizes_below,
+    walk,
+)
 from teachercache.samples import Sample
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 Sizes = Callable[[str], int | None]
-Entry = tuple[int, int, bytes]  # a tar member: where its bytes start, how many they are, and they themselves if text
+Entry = tuple[
+    int, int, bytes
+]  # a tar member: where its bytes start, how many they are, and they themselves if text
 SPLITS = ("train", "val", "validation", "test")
 TEXT_COLUMNS = ("text", "caption", "title", "texts", "captions")
 
@@ -95,7 +106,9 @@ def captions_of_json(content: bytes) -> tuple[tuple[str, ...], str]:
     except ValueError as error:
         return (), f"the caption file is not JSON: {error}"
     found = (
-        (values.get("captions") or values.get("caption") or values.get("text") or ()) if isinstance(values, dict) else 0
+        (values.get("captions") or values.get("caption") or values.get("text") or ())
+        if isinstance(values, dict)
+        else 0
     )
     if isinstance(found, str):
         return (found,), ""
@@ -130,8 +143,11 @@ def _members(tar: Any) -> Iterator[tuple[str, str, Entry]]:
                 small = f".{suffix}".lower() in (".txt", ".json", ".cls")
                 inside = archive.extractfile(member) if small else None
                 content = inside.read() if inside else b""
-                yield f"{folder}/{stem}".lstrip("/"), f".{suffix}".lower(), (
-                    member.offset_data, member.size, content)  # fmt: skip
+                yield (
+                    f"{folder}/{stem}".lstrip("/"),
+                    f".{suffix}".lower(),
+                    (member.offset_data, member.size, content),
+                )
     except tarfile.TarError as error:
         raise UserError(f"{tar} is not a plain (uncompressed) tar file: {error}") from error
 
@@ -142,7 +158,9 @@ def _tar_sample(shard: str, stem: str, group: dict[str, Entry]) -> Sample:
     problem = ""
     if ".json" in group:
         texts, problem = captions_of_json(group[".json"][2])
-    if ".txt" in group and texts != (group[".txt"][2].decode("utf-8", "replace"),):  # img2dataset: both say the same
+    if ".txt" in group and texts != (
+        group[".txt"][2].decode("utf-8", "replace"),
+    ):  # img2dataset: both say the same
         texts, problem = lines_of(group[".txt"][2]), ""
     label = group[".cls"][2].decode("utf-8", "replace").strip() if ".cls" in group else ""
     offset, size, _ = group[image] if image else (-1, 0, b"")
@@ -161,7 +179,9 @@ def read_table(path: Any) -> Iterator[Sample]:
     image_column = next((name for name in PATH_COLUMNS if name in columns), None)
     text_column = next((name for name in TEXT_COLUMNS if name in columns), None)
     if image_column is None:
-        raise UserError(f"{path} has no column for the picture: name one of {', '.join(PATH_COLUMNS)} in its header")
+        raise UserError(
+            f"{path} has no column for the picture: name one of {', '.join(PATH_COLUMNS)} in its header"
+        )
     size = sizes_below(path.parent)
     first: dict[str, dict[str, str | None]] = {}
     texts: dict[str, list[str]] = {}
@@ -237,7 +257,9 @@ def read_cc3m(path: Any) -> Iterator[Sample]:
     for i, (line, name) in enumerate(zip(lines, urls, strict=True)):
         number = f"{i:09d}"
         image = by_number.get(number) or (by_name.get(name, "") if times[name] == 1 else "")
-        problem = "" if image else f"no picture {number}.jpg or {name or 'with a url'} in {path.parent / folder}"
+        problem = (
+            "" if image else f"no picture {number}.jpg or {name or 'with a url'} in {path.parent / folder}"
+        )
         if not image and times[name] > 1 and name in by_name:
             problem = f"{times[name]} urls end in {name}: name the pictures by row number"
         problem = "the line is not `caption<TAB>url`" if len(line) != 2 else problem

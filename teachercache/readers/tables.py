@@ -9,7 +9,14 @@ from collections.abc import Iterator
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
-from teachercache.columns import PATH_COLUMNS, PICTURE_COLUMNS, group_bytes, open_arrow, open_parquet, picture_column
+from teachercache.columns import (
+    PATH_COLUMNS,
+    PICTURE_COLUMNS,
+    group_bytes,
+    open_arrow,
+    open_parquet,
+    picture_column,
+)
 from teachercache.names import UserError
 from teachercache.paths import is_url
 from teachercache.readers.files import TEXT_COLUMNS, split_in_name
@@ -20,7 +27,15 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 KEY_COLUMNS = ("key", "__key__")
-TASK_COLUMNS = ("question", "choices", "answers", "answer", "boxes", "question_id", "image_id")  # VQA sets on the hub
+TASK_COLUMNS = (
+    "question",
+    "choices",
+    "answers",
+    "answer",
+    "boxes",
+    "question_id",
+    "image_id",
+)  # VQA sets on the hub
 
 
 def is_manifest(path: Any) -> bool:
@@ -36,7 +51,9 @@ def read_parquet(root: Any, files: list[Any]) -> Iterator[Sample]:
         first = 0
         for group in range(file.metadata.num_row_groups):
             size = group_bytes(file.metadata, group, columns.picture, stored=True) if columns.picture else 0
-            for batch in file.iter_batches(4096, row_groups=[group], columns=columns.others, use_threads=False):
+            for batch in file.iter_batches(
+                4096, row_groups=[group], columns=columns.others, use_threads=False
+            ):
                 yield from columns.samples(
                     root, first, batch.to_pylist(), [size] * len(batch), split="", name=path.stem
                 )
@@ -49,7 +66,9 @@ def read_saved(root: Any) -> Iterator[Sample]:
     for split in splits:
         state = _json(root / split / "state.json")
         if state.get("_indices_data_files"):
-            raise UserError(f"{root / split} was saved with an index: call flatten_indices() before save_to_disk()")
+            raise UserError(
+                f"{root / split} was saved with an index: call flatten_indices() before save_to_disk()"
+            )
         files = [root / split / entry["filename"] for entry in state["_data_files"]]
         yield from read_arrow(root, files, split=split, name=split or "row")
 
@@ -76,7 +95,9 @@ def read_arrow(root: Any, files: list[Any], *, split: str = "", name: str = "") 
             lines = batch.to_pylist()
             part = sizes[start : start + len(lines)] or [0] * len(lines)
             before = first if name else 0
-            yield from columns.samples(root, start, lines, part, split=split, name=name or path.stem, before=before)
+            yield from columns.samples(
+                root, start, lines, part, split=split, name=name or path.stem, before=before
+            )
             start += len(lines)
         first += start
 
@@ -111,8 +132,17 @@ class Columns:
         fits = lambda kind: not strings or types.is_string(kind) or types.is_large_string(kind)  # noqa: E731
         return next((name for name in names if name in schema.names and fits(schema.field(name).type)), "")
 
-    def samples(self, root: Any, start: int, lines: list[dict[str, Any]], sizes: list[int], *, split: str, name: str,
-                before: int = 0) -> Iterator[Sample]:  # fmt: skip
+    def samples(
+        self,
+        root: Any,
+        start: int,
+        lines: list[dict[str, Any]],
+        sizes: list[int],
+        *,
+        split: str,
+        name: str,
+        before: int = 0,
+    ) -> Iterator[Sample]:
         """Samples of lines that begin at row `start` of the file, in which `before` rows of a set came earlier."""
         own = PurePath(str(self.path.relative_to(root)))
         for row, (line, size) in enumerate(zip(lines, sizes, strict=True), start=start):
@@ -136,7 +166,9 @@ class Columns:
 
     def _label(self, value: Any) -> str:
         if self.classes and isinstance(value, int):
-            return self.classes[value] if 0 <= value < len(self.classes) else ""  # -1: the test split has none
+            return (
+                self.classes[value] if 0 <= value < len(self.classes) else ""
+            )  # -1: the test split has none
         return "" if value is None else str(value)
 
 
@@ -152,7 +184,11 @@ def class_names(schema: "pa.Schema") -> list[str]:
 def _texts(value: Any) -> tuple[str, ...]:
     if value is None:
         return ()
-    return tuple("" if text is None else str(text) for text in value) if isinstance(value, list) else (str(value),)
+    return (
+        tuple("" if text is None else str(text) for text in value)
+        if isinstance(value, list)
+        else (str(value),)
+    )
 
 
 def _task(line: dict[str, Any]) -> str:

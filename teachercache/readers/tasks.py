@@ -54,7 +54,15 @@ def read_vqa(path: Any, values: Any) -> Iterator[Sample]:
         raise UserError(f"{path} is not a VQA questions file: {error!r} in it is missing or odd") from error
     answers = _vqa_answers(path)
     images = [f"COCO_{subset}_{image:012d}.jpg" for _, image, _ in questions]
-    folders = [subset, f"../{subset}", f"../Images/{subset}", f"images/{subset}", f"../images/{subset}", "images", ""]
+    folders = [
+        subset,
+        f"../{subset}",
+        f"../Images/{subset}",
+        f"images/{subset}",
+        f"../images/{subset}",
+        "images",
+        "",
+    ]
     size = sizes_below(path.parent)
     folder = picture_folder(path.parent, images, folders, advice=path.parent / subset, size=size)
     for (number, image_id, question), name in zip(questions, images, strict=True):
@@ -63,14 +71,26 @@ def read_vqa(path: Any, values: Any) -> Iterator[Sample]:
         given, common = facts.get("answers"), facts.get("multiple_choice_answer") or ""
         texts = {"question": question} | ({"answer": common} if common else {})
         task = task_columns(
-            task="vqa", id=number, image_id=image_id, question=question, texts=[*texts],
+            task="vqa",
+            id=number,
+            image_id=image_id,
+            question=question,
+            texts=[*texts],
             answers=None if given is None else [answer["answer"] for answer in given],
             raw_answers=[a["raw_answer"] for a in given] if given and "raw_answer" in given[0] else None,
-            answer=facts.get("multiple_choice_answer"), answer_type=facts.get("answer_type"),
+            answer=facts.get("multiple_choice_answer"),
+            answer_type=facts.get("answer_type"),
             question_type=facts.get("question_type"),
-        )  # fmt: skip
-        yield Sample(str(number), where, tuple(texts.values()), label=common, split=split_in_name(subset),
-                     size=size(where) or 0, task=task)  # fmt: skip
+        )
+        yield Sample(
+            str(number),
+            where,
+            tuple(texts.values()),
+            label=common,
+            split=split_in_name(subset),
+            size=size(where) or 0,
+            task=task,
+        )
 
 
 def _vqa_answers(path: Any) -> dict[int, dict[str, Any]]:
@@ -82,7 +102,9 @@ def _vqa_answers(path: Any) -> dict[int, dict[str, Any]]:
         return {}
     try:
         values = json.loads(found.read_text(encoding="utf-8"))
-        return {entry["question_id"]: entry for entry in values["annotations"] if entry["answers"] is not None}
+        return {
+            entry["question_id"]: entry for entry in values["annotations"] if entry["answers"] is not None
+        }
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{found} is not a VQA annotations file: {error!r}") from error
 
@@ -107,10 +129,15 @@ def read_snli_ve(path: Any, lines: list[dict[str, Any]]) -> Iterator[Sample]:
         label = gold if gold in LABELS else ""
         missing = [name for name in ("sentence2", "pairID") if not isinstance(line.get(name), str)]
         task = task_columns(
-            task="snli-ve", id=line.get("pairID"), premise=line.get("sentence1"), hypothesis=line.get("sentence2"),
-            choices=LABELS, label=LABELS.index(label) if label else None, texts=["hypothesis"],
+            task="snli-ve",
+            id=line.get("pairID"),
+            premise=line.get("sentence1"),
+            hypothesis=line.get("sentence2"),
+            choices=LABELS,
+            label=LABELS.index(label) if label else None,
+            texts=["hypothesis"],
             annotator_labels=line.get("annotator_labels"),
-        )  # fmt: skip
+        )
         yield Sample(
             line["pairID"] if "pairID" not in missing else f"line {number}",
             where,
@@ -158,21 +185,33 @@ def _vcr_row(line: dict[str, Any], images: Any) -> tuple[tuple[str, ...], str]:
     boxes = _vcr_boxes(images / line["metadata_fn"]) if line.get("metadata_fn") else None
     label = line.get("answer_label")
     if len(choices) != NUM_CHOICES or len(rationales) not in (0, NUM_CHOICES):
-        raise ValueError(f"{len(choices)} answers and {len(rationales)} rationales, {NUM_CHOICES} of each are expected")
+        raise ValueError(
+            f"{len(choices)} answers and {len(rationales)} rationales, {NUM_CHOICES} of each are expected"
+        )
     for name in ("answer_label", "rationale_label"):
         if line.get(name) not in (None, *range(NUM_CHOICES)):
             raise ValueError(f"{name} is {line[name]}, 0 to {NUM_CHOICES - 1} is expected")
     texts = _vcr_texts(question, choices, rationales, "" if label is None else choices[label])
     task = task_columns(
-        task="vcr", id=line["annot_id"], question=question, choices=choices, label=label,
-        rationales=rationales or None, rationale_label=line.get("rationale_label"), objects=objects,
-        category=line.get("category"), boxes=boxes, texts=[kind for kind, _ in texts],
+        task="vcr",
+        id=line["annot_id"],
+        question=question,
+        choices=choices,
+        label=label,
+        rationales=rationales or None,
+        rationale_label=line.get("rationale_label"),
+        objects=objects,
+        category=line.get("category"),
+        boxes=boxes,
+        texts=[kind for kind, _ in texts],
         mentions=[mentions_of(tokens, objects) for tokens in said],
-    )  # fmt: skip
+    )
     return tuple(text for _, text in texts), task
 
 
-def _vcr_texts(question: str, choices: list[str], rationales: list[str], answer: str) -> list[tuple[str, str]]:
+def _vcr_texts(
+    question: str, choices: list[str], rationales: list[str], answer: str
+) -> list[tuple[str, str]]:
     """Kind and text: question, choices, question with choice, rationales, question with answer with rationale."""
     return [
         ("question", question),

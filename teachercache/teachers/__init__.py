@@ -39,7 +39,12 @@ class Entry:
 
 
 WORD_OUTPUTS = ("tokens", "random_tokens")  # three words of a text, `tokens:2` two
-CLIP_OUTPUTS = ("embeddings", "patches", "hidden", *WORD_OUTPUTS)  # `hidden` is the last block, `hidden:3+7` those two
+CLIP_OUTPUTS = (
+    "embeddings",
+    "patches",
+    "hidden",
+    *WORD_OUTPUTS,
+)  # `hidden` is the last block, `hidden:3+7` those two
 
 # `scores:16+seed=1+t=200-800` draws so often, from that seed and of those timesteps; `unet_features:100+up_blocks.1`
 DIFFUSION_OUTPUTS = ("text_states", "latents", "unet_features", "scores")
@@ -83,7 +88,9 @@ TEACHERS: dict[str, Entry] = {
     "clip-rn50": _clip("OpenAI CLIP ResNet-50, 1024-d", "RN50-quickgelu", "openai"),
     "clip-rn50x16": _clip("OpenAI CLIP RN50x16, 768-d", "RN50x16-quickgelu", "openai"),
     "clip-lite": Entry(
-        "EfficientNet-Lite0 + MiniLM with heads aligned by `bash scripts/demo`, 512-d", _clip_lite, CLIP_OUTPUTS
+        "EfficientNet-Lite0 + MiniLM with heads aligned by `bash scripts/demo`, 512-d",
+        _clip_lite,
+        CLIP_OUTPUTS,
     ),
     "clip-lite-towers": Entry(
         "the two towers of clip-lite before any alignment, 1280-d and 384-d", _clip_lite, CLIP_OUTPUTS
@@ -98,8 +105,12 @@ TEACHERS: dict[str, Entry] = {
         _regions,
         ("regions",),
     ),
-    "sd-v1-4": _diffusion("Stable Diffusion v1-4, 512 px, text states 77 x 768", "hub:CompVis/stable-diffusion-v1-4"),
-    "sd-tiny": _diffusion("a small Stable Diffusion of drawn scenes, made by scripts/train_sd_tiny.py", "folder:"),
+    "sd-v1-4": _diffusion(
+        "Stable Diffusion v1-4, 512 px, text states 77 x 768", "hub:CompVis/stable-diffusion-v1-4"
+    ),
+    "sd-tiny": _diffusion(
+        "a small Stable Diffusion of drawn scenes, made by scripts/train_sd_tiny.py", "folder:"
+    ),
 }
 
 
@@ -136,5 +147,7 @@ def load(name: str, *, weights: str = "pretrained", outputs: tuple[str, ...] | N
         raise UserError(f"--outputs names nothing: choose from {', '.join(entry.outputs)}")
     for output in outputs:
         if output.partition(":")[0] not in entry.outputs:
-            raise UserError(f"teacher {name} has no output '{output}': choose from {', '.join(entry.outputs)}")
+            raise UserError(
+                f"teacher {name} has no output '{output}': choose from {', '.join(entry.outputs)}"
+            )
     return entry.load(name, weights=weights, outputs=outputs)

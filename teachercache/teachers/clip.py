@@ -41,7 +41,9 @@ def load_clip(name: str, *, architecture: str, tag: str, weights: str, outputs: 
     """A CLIP teacher: pretrained (by tag), `random:SEED`, or weights from a file or folder."""
     source = f"local-dir:{weights}" if Path(weights).is_dir() else architecture
     if architecture.startswith("local-dir:") and weights != "pretrained":
-        raise UserError(f"--weights {weights}: the folder {name} brings its own weights; leave --weights away")
+        raise UserError(
+            f"--weights {weights}: the folder {name} brings its own weights; leave --weights away"
+        )
     if source.startswith("local-dir:"):
         module, preprocess = open_folder(source.removeprefix("local-dir:"))
     elif weights.startswith("random:"):
@@ -52,8 +54,15 @@ def load_clip(name: str, *, architecture: str, tag: str, weights: str, outputs: 
     return make_teacher(name, module, preprocess, tokenizer, weights=weights, outputs=outputs)
 
 
-def make_teacher(name: str, module: Any, preprocess: Mapping[str, Any], tokenizer: Any, *,
-                 weights: str, outputs: tuple[str, ...]) -> Teacher:  # fmt: skip
+def make_teacher(
+    name: str,
+    module: Any,
+    preprocess: Mapping[str, Any],
+    tokenizer: Any,
+    *,
+    weights: str,
+    outputs: tuple[str, ...],
+) -> Teacher:
     """A Teacher around any module with `encode_image`, `encode_text` and perhaps `logit_scale`."""
     module = module.eval().requires_grad_(False)
     view = describe_view(preprocess)
@@ -68,8 +77,10 @@ def make_teacher(name: str, module: Any, preprocess: Mapping[str, Any], tokenize
     if tokens is not None:
         wide = {field.name: field.shape[0] for field in fields if field.name in ("image_emb", "text_emb")}
         if len({*wide.values()}) > 1:
-            raise UserError(f"{name}'s pictures are {wide['image_emb']} wide and its texts {wide['text_emb']}: tokens "
-                            "need one space, take a CLIP teacher whose towers share it")  # fmt: skip
+            raise UserError(
+                f"{name}'s pictures are {wide['image_emb']} wide and its texts {wide['text_emb']}: tokens "
+                "need one space, take a CLIP teacher whose towers share it"
+            )
         fields += tokens.fields(wide["text_emb"])
     spec = TeacherSpec(
         name=name,
@@ -88,8 +99,9 @@ def make_teacher(name: str, module: Any, preprocess: Mapping[str, Any], tokenize
     return Teacher(spec, module, partial(encode, taps=taps), image_view(view), tokenizer, tokens)
 
 
-def encode(module: Any, inputs: Mapping[str, Tensor], *,
-           taps: Taps = EMBEDDINGS) -> dict[str, Float[Tensor, "rows ..."]]:  # fmt: skip
+def encode(
+    module: Any, inputs: Mapping[str, Tensor], *, taps: Taps = EMBEDDINGS
+) -> dict[str, Float[Tensor, "rows ..."]]:
     """Pictures [n, 3, H, W] and token ids [m, length] to the fields that `taps` names, of whichever is given."""
     fields: dict[str, Tensor] = {}
     if "image" in inputs:
@@ -132,14 +144,23 @@ def folder_parts(folder: str) -> tuple[dict[str, Any], dict[str, Any], Path]:
     config_path, run_path = Path(folder, "open_clip_config.json"), Path(folder, "run.json")
     try:
         if run_path.exists() and not config_path.exists():
-            made, weights_path = json.loads(run_path.read_text())["student"], Path(folder, "model.safetensors")
+            made, weights_path = (
+                json.loads(run_path.read_text())["student"],
+                Path(folder, "model.safetensors"),
+            )
             if not made or "model_cfg" not in made:
                 raise UserError(f"{folder} trained no model of two towers: pass another --teacher")
             if not weights_path.exists():
-                raise UserError(f"{folder} is not a finished run: go on with `student train --resume --out {folder}`")
+                raise UserError(
+                    f"{folder} is not a finished run: go on with `student train --resume --out {folder}`"
+                )
             return made["model_cfg"], made["preprocess"], weights_path
         config = json.loads(config_path.read_text())
-        return config["model_cfg"], config.get("preprocess_cfg", {}), Path(folder, "open_clip_model.safetensors")
+        return (
+            config["model_cfg"],
+            config.get("preprocess_cfg", {}),
+            Path(folder, "open_clip_model.safetensors"),
+        )
     except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise UserError(
             f"{folder} is neither an open_clip folder with open_clip_config.json and open_clip_model.safetensors, "
@@ -153,12 +174,17 @@ def tokenizer_of(model_cfg: Mapping[str, Any], folder: str = "") -> Any:
     length, options = text_cfg.get("context_length", 77), text_cfg.get("tokenizer_kwargs", {})
     if "hf_tokenizer_name" not in text_cfg:
         return open_clip.SimpleTokenizer(context_length=length, **options)
-    source = folder if folder and Path(folder, "tokenizer_config.json").exists() else text_cfg["hf_tokenizer_name"]
-    return HFTokenizer(source, context_length=length, tokenizer_mode=text_cfg.get("tokenizer_mode"), **options)
+    source = (
+        folder if folder and Path(folder, "tokenizer_config.json").exists() else text_cfg["hf_tokenizer_name"]
+    )
+    return HFTokenizer(
+        source, context_length=length, tokenizer_mode=text_cfg.get("tokenizer_mode"), **options
+    )
 
 
-def build_module(model_cfg: Mapping[str, Any], preprocess_cfg: Mapping[str, Any], *,
-                 folder: str = "") -> tuple[Any, dict[str, Any]]:  # fmt: skip
+def build_module(
+    model_cfg: Mapping[str, Any], preprocess_cfg: Mapping[str, Any], *, folder: str = ""
+) -> tuple[Any, dict[str, Any]]:
     """An open_clip model from its configuration, at random, and its complete preprocess_cfg."""
     from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 
@@ -181,10 +207,14 @@ def _random(architecture: str, weights: str) -> tuple[Any, dict[str, Any]]:
     if not seed.isdigit():
         raise UserError(f"--weights {weights}: write random:SEED, for example random:0")
     if architecture.startswith("hf-hub:"):
-        raise UserError(f"--weights {weights} needs an architecture that is known here: try --teacher clip-vit-b16")
+        raise UserError(
+            f"--weights {weights} needs an architecture that is known here: try --teacher clip-vit-b16"
+        )
     model_cfg = open_clip.get_model_config(architecture)
     if model_cfg is None:
-        raise UserError(f"open_clip knows no model '{architecture}': {closest(architecture, open_clip.list_models())}")
+        raise UserError(
+            f"open_clip knows no model '{architecture}': {closest(architecture, open_clip.list_models())}"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(seed))
         return build_module(model_cfg, {})
@@ -226,7 +256,9 @@ def hub_answers() -> bool:
 
 def _tokenizer(source: str) -> Any:
     folder = source.removeprefix("local-dir:")
-    if folder != source and not Path(folder, "open_clip_config.json").exists():  # a run: open_clip does not know it
+    if (
+        folder != source and not Path(folder, "open_clip_config.json").exists()
+    ):  # a run: open_clip does not know it
         return tokenizer_of(folder_parts(folder)[0], folder)
     return open_clip.get_tokenizer(source)
 
@@ -239,7 +271,12 @@ def _fields(module: Any, view: Any, tokenizer: Any, taps: Taps) -> tuple[Field, 
     with torch.inference_mode():
         fields = encode(module, inputs, taps=taps)
     return tuple(
-        Field(name, tuple(tensor.shape[1:]), "text" if name.startswith("text") else "image", "float16",
-              describe(module, name))
+        Field(
+            name,
+            tuple(tensor.shape[1:]),
+            "text" if name.startswith("text") else "image",
+            "float16",
+            describe(module, name),
+        )
         for name, tensor in fields.items()
-    )  # fmt: skip
+    )

@@ -62,15 +62,21 @@ def parse_outputs(outputs: Sequence[str]) -> dict[str, tuple[int, ...]]:
                 "tokens a number, tokens:2"
             )
         if kind in asked:
-            raise UserError(f"--outputs names {kind} twice: write it once, layers with + between them (hidden:3+7)")
+            raise UserError(
+                f"--outputs names {kind} twice: write it once, layers with + between them (hidden:3+7)"
+            )
         asked[kind] = tuple(sorted({int(part) for part in parts}))
         if colon and kind in WORD_OUTPUTS:
             if len(parts) != 1 or not 1 <= int(parts[0]) <= MAX_WORDS:
-                raise UserError(f"--outputs {output}: write how many words are kept, 1 to {MAX_WORDS}, {kind}:2")
+                raise UserError(
+                    f"--outputs {output}: write how many words are kept, 1 to {MAX_WORDS}, {kind}:2"
+                )
             asked[kind] = () if asked[kind] == (DEFAULT,) else asked[kind]
     words = [kind for kind in WORD_OUTPUTS if kind in asked]
     if words and "embeddings" not in asked:
-        raise UserError(f"--outputs {words[0]} goes with embeddings: write --outputs embeddings,{','.join(outputs)}")
+        raise UserError(
+            f"--outputs {words[0]} goes with embeddings: write --outputs embeddings,{','.join(outputs)}"
+        )
     return {kind: asked[kind] for kind in CLIP_OUTPUTS if kind in asked}
 
 
@@ -94,11 +100,15 @@ def plan_taps(name: str, module: Any, asked: Mapping[str, tuple[int, ...]]) -> T
     if "hidden" in asked:
         depths = len(image_blocks(module.visual)), len(text_blocks(text_tower(module)))
         if not all(depths):
-            raise UserError(f"teacher {name} has no layers that are known here: leave hidden out of --outputs")
+            raise UserError(
+                f"teacher {name} has no layers that are known here: leave hidden out of --outputs"
+            )
         missing = [layer for layer in asked["hidden"] if layer >= max(depths)]
         if missing:
-            raise UserError(f"teacher {name} has no layer {missing[0]}: --outputs hidden:LAYER+LAYER takes 0 to "
-                            f"{depths[0] - 1} (picture tower) and 0 to {depths[1] - 1} (text tower)")  # fmt: skip
+            raise UserError(
+                f"teacher {name} has no layer {missing[0]}: --outputs hidden:LAYER+LAYER takes 0 to "
+                f"{depths[0] - 1} (picture tower) and 0 to {depths[1] - 1} (text tower)"
+            )
         image_layers, text_layers = (
             tuple(layer for layer in asked["hidden"] or (depth - 1,) if layer < depth) for depth in depths
         )
@@ -137,13 +147,17 @@ def picture_fields(
     return fields | found
 
 
-def text_fields(module: Any, ids: Int[Tensor, "texts length"], taps: Taps) -> dict[str, Float[Tensor, "texts dim"]]:
+def text_fields(
+    module: Any, ids: Int[Tensor, "texts length"], taps: Taps
+) -> dict[str, Float[Tensor, "texts dim"]]:
     """`text_emb` and `text_hidden_<layer>` of a batch, those that `taps` names."""
     if not (taps.embeddings or taps.text_layers):
         return {}
     tower = text_tower(module)
-    places = {f"text_hidden_{layer}": (text_blocks(tower)[layer], partial(text_vector, tower, ids))
-              for layer in taps.text_layers}  # fmt: skip
+    places = {
+        f"text_hidden_{layer}": (text_blocks(tower)[layer], partial(text_vector, tower, ids))
+        for layer in taps.text_layers
+    }
     with watch(places) as found:
         embedding = module.encode_text(ids, normalize=False)
     return {"text_emb": embedding, **found} if taps.embeddings else found
@@ -157,7 +171,9 @@ def watch(places: Mapping[str, Place]) -> Iterator[dict[str, Tensor]]:
     def keep(name: str, take: Callable[[Any], Tensor], module: nn.Module, inputs: Any, output: Any) -> None:
         found[name] = take(output)
 
-    hooks = [module.register_forward_hook(partial(keep, name, take)) for name, (module, take) in places.items()]
+    hooks = [
+        module.register_forward_hook(partial(keep, name, take)) for name, (module, take) in places.items()
+    ]
     try:
         yield found
     finally:

@@ -37,10 +37,20 @@ PREPROCESS = {
 
 def model_cfg(folder: str) -> dict[str, Any]:
     """The open_clip configuration; `folder` holds the text tower's config.json and tokenizer."""
-    vision = {"timm_model_name": "tf_efficientnet_lite0", "timm_model_pretrained": False, "timm_pool": "avg",
-              "timm_proj": "mlp", "image_size": 224}  # fmt: skip
-    text = {"hf_model_name": folder, "hf_tokenizer_name": folder, "hf_pooler_type": "mean_pooler",
-            "hf_proj_type": "linear", "context_length": CONTEXT}  # fmt: skip
+    vision = {
+        "timm_model_name": "tf_efficientnet_lite0",
+        "timm_model_pretrained": False,
+        "timm_pool": "avg",
+        "timm_proj": "mlp",
+        "image_size": 224,
+    }
+    text = {
+        "hf_model_name": folder,
+        "hf_tokenizer_name": folder,
+        "hf_pooler_type": "mean_pooler",
+        "hf_proj_type": "linear",
+        "context_length": CONTEXT,
+    }
     return {"embed_dim": EMBED_DIM, "vision_cfg": vision, "text_cfg": text, "custom_text": True}
 
 
@@ -55,7 +65,9 @@ def load_clip_lite(name: str, *, weights: str, outputs: tuple[str, ...]) -> Teac
         return make_teacher(name, module, preprocess, tokenizer, weights=weights, outputs=outputs)
     folder = HOME if weights == "pretrained" else weights
     if not Path(folder).is_dir():
-        raise UserError(f"no {folder}: make clip-lite with `bash scripts/demo` or `python scripts/build_clip_lite.py`")
+        raise UserError(
+            f"no {folder}: make clip-lite with `bash scripts/demo` or `python scripts/build_clip_lite.py`"
+        )
     module, preprocess = open_folder(folder)
     tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
     return make_teacher(name, module, preprocess, tokenizer, weights=weights, outputs=outputs)
@@ -119,7 +131,9 @@ def assemble(heads: Mapping[str, Tensor], folder: str | Path = HOME) -> Path:
         "vocab.txt",
     ):
         shutil.copy(text_folder / name, partial / name)
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, partial / "open_clip_model.safetensors")
+    save_file(
+        {name: tensor.contiguous() for name, tensor in state.items()}, partial / "open_clip_model.safetensors"
+    )
     config = {"model_cfg": model_cfg(str(folder)), "preprocess_cfg": preprocess}
     (partial / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
     shutil.rmtree(folder, ignore_errors=True)

@@ -38,7 +38,9 @@ def _resnet_patches(tower: Any, last: Float[Tensor, "rows width down across"]) -
     return {"patch_token": tokens, "patch_emb": pool_positions(tower.attnpool, tokens)[:, 1:]}
 
 
-def pool_positions(pool: Any, tokens: Float[Tensor, "rows positions width"]) -> Float[Tensor, "rows queries dim"]:
+def pool_positions(
+    pool: Any, tokens: Float[Tensor, "rows positions width"]
+) -> Float[Tensor, "rows queries dim"]:
     """ModifiedResNet's attention pool with every position as a query, their mean first: positions + 1 answers.
 
     CLIP keeps the first alone, as image_emb; VLKD's V = [v_cls, v_1 .. v_n] (section 3.2) is all of them.
@@ -85,7 +87,9 @@ def picture_vector(tower: Any, output: Any) -> Float[Tensor, "rows width"]:
     tokens = _positions(trunk, last)
     if _ends_on_class_token(tower):
         return tokens[:, 0]
-    prefix = 1 if tower_kind(tower) == "vit" else getattr(trunk, "num_prefix_tokens", 0) if last.ndim == 3 else 0
+    prefix = (
+        1 if tower_kind(tower) == "vit" else getattr(trunk, "num_prefix_tokens", 0) if last.ndim == 3 else 0
+    )
     return tokens[:, prefix:].mean(1)
 
 
@@ -94,7 +98,9 @@ def text_vector(tower: Any, ids: Int[Tensor, "texts length"], output: Any) -> Fl
     tokens = output_tensor(output)  # [texts, positions, width]
     pooling = _text_pooling(tower)
     if pooling == "pooler":
-        return tower.pooler(SimpleNamespace(last_hidden_state=tokens), (ids != tower.config.pad_token_id).long())
+        return tower.pooler(
+            SimpleNamespace(last_hidden_state=tokens), (ids != tower.config.pad_token_id).long()
+        )
     if pooling == "argmax":
         place = ids.argmax(1)  # EOT has the highest id
     elif pooling == "eos":
@@ -123,7 +129,9 @@ def image_blocks(tower: Any) -> Sequence[nn.Module]:
     found = [getattr(getattr(trunk, "transformer", None), "resblocks", None)]
     found += [getattr(trunk, name, None) for name in ("blocks", "stages", "layers")]
     found += [[getattr(trunk, f"layer{i}") for i in range(1, 5)] if hasattr(trunk, "layer4") else None]
-    return next((list(blocks) for blocks in found if isinstance(blocks, list | nn.ModuleList | nn.Sequential)), [])
+    return next(
+        (list(blocks) for blocks in found if isinstance(blocks, list | nn.ModuleList | nn.Sequential)), []
+    )
 
 
 def text_tower(module: Any) -> Any:
@@ -196,7 +204,13 @@ def _describe_patches(tower: Any) -> tuple[str, str]:
     if tower_kind(tower) == "resnet":
         return "last feature map", "attention pool with each position as the query, in the space of image_emb"
     if tower_kind(tower) == "timm":
-        return "last features of timm's forward_features", "pooling and head of each alone, in the space of image_emb"
+        return (
+            "last features of timm's forward_features",
+            "pooling and head of each alone, in the space of image_emb",
+        )
     if not _projects(tower):
         return "tokens of the last block, before the attentional pooler", ""
-    return "tokens after the final LayerNorm, before the projection", "patch_token after the projection of image_emb"
+    return (
+        "tokens after the final LayerNorm, before the projection",
+        "patch_token after the projection of image_emb",
+    )

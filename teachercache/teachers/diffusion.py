@@ -14,7 +14,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 PREDICTIONS = ("epsilon", "v_prediction")
-PAIRS_AT_ONCE = 64  # of one pass through the UNet: what it needs of memory does not depend on the number of texts
+PAIRS_AT_ONCE = (
+    64  # of one pass through the UNet: what it needs of memory does not depend on the number of texts
+)
 
 
 class Diffusion(nn.Module):
@@ -22,8 +24,15 @@ class Diffusion(nn.Module):
 
     alphas_cumprod: Float[Tensor, " timesteps"]
 
-    def __init__(self, unet: Any, vae: Any, text_encoder: Any, *, alphas_cumprod: Float[Tensor, " timesteps"],
-                 prediction: str):  # fmt: skip
+    def __init__(
+        self,
+        unet: Any,
+        vae: Any,
+        text_encoder: Any,
+        *,
+        alphas_cumprod: Float[Tensor, " timesteps"],
+        prediction: str,
+    ):
         super().__init__()
         if prediction not in PREDICTIONS:
             raise ValueError(f"prediction is {' or '.join(PREDICTIONS)}, not {prediction!r}")
@@ -69,18 +78,22 @@ def _shares(module: Diffusion, t: Int[Tensor, " rows"], like: Tensor) -> tuple[T
 
 
 def add_noise(
-    module: Diffusion, latents: Float[Tensor, "rows channels down across"],
-    noise: Float[Tensor, "rows channels down across"], t: Int[Tensor, " rows"],
-) -> Float[Tensor, "rows channels down across"]:  # fmt: skip
+    module: Diffusion,
+    latents: Float[Tensor, "rows channels down across"],
+    noise: Float[Tensor, "rows channels down across"],
+    t: Int[Tensor, " rows"],
+) -> Float[Tensor, "rows channels down across"]:
     """z_t = sqrt(abar_t) z + sqrt(1 - abar_t) eps, computed in float32, in the dtype of `latents`."""
     signal, rest = _shares(module, t, latents)
     return (signal * latents + rest * noise).to(latents.dtype)
 
 
 def predict_noise(
-    module: Diffusion, noised: Float[Tensor, "rows channels down across"], t: Int[Tensor, " rows"],
+    module: Diffusion,
+    noised: Float[Tensor, "rows channels down across"],
+    t: Int[Tensor, " rows"],
     states: Float[Tensor, "rows length dim"],
-) -> Float[Tensor, "rows channels down across"]:  # fmt: skip
+) -> Float[Tensor, "rows channels down across"]:
     """eps_theta(z_t, t, c) in the dtype of `noised`, the UNet in its own; v becomes sqrt(abar) v + sqrt(1 - abar) z."""
     dtype = module.unet.dtype
     said = module.unet(noised.to(dtype), t.to(noised.device), encoder_hidden_states=states.to(dtype)).sample
@@ -100,7 +113,9 @@ def draw_noise(
     """
     first, last = t_range or (0, len(module.alphas_cumprod))
     if not 0 <= first < last <= len(module.alphas_cumprod) or num < 1:
-        raise ValueError(f"{num} draws of t within {first} and {last}: of {len(module.alphas_cumprod)} timesteps")
+        raise ValueError(
+            f"{num} draws of t within {first} and {last}: of {len(module.alphas_cumprod)} timesteps"
+        )
     generator = torch.Generator().manual_seed(seed)
     within = (torch.arange(num) + torch.rand(num, generator=generator, dtype=torch.float64)) / num
     t = (first + within * (last - first)).long().clamp(max=last - 1)
@@ -110,10 +125,12 @@ def draw_noise(
 
 
 def pair_errors(
-    module: Diffusion, latents: Float[Tensor, "rows channels down across"],
-    states: Float[Tensor, "rows texts length dim"], t: Int[Tensor, " draws"],
+    module: Diffusion,
+    latents: Float[Tensor, "rows channels down across"],
+    states: Float[Tensor, "rows texts length dim"],
+    t: Int[Tensor, " draws"],
     noise: Float[Tensor, "draws channels down across"],
-) -> Float[Tensor, "rows texts"]:  # fmt: skip
+) -> Float[Tensor, "rows texts"]:
     """d(x, c) of Eq. 1 for every text of every row: the mean over draws and elements, in float32."""
     rows, texts = states.shape[:2]
     owners = torch.arange(rows, device=latents.device).repeat_interleave(texts)

@@ -67,15 +67,30 @@ def load_diffusion(name: str, *, source: str, weights: str, outputs: tuple[str, 
     return make_teacher(name, module, tokenize, tokenizer, weights=weights, outputs=outputs)
 
 
-def make_teacher(name: str, module: Diffusion, tokenize: Tokenize, tokenizer: Any, *, weights: str,
-                 outputs: tuple[str, ...]) -> Teacher:  # fmt: skip
+def make_teacher(
+    name: str,
+    module: Diffusion,
+    tokenize: Tokenize,
+    tokenizer: Any,
+    *,
+    weights: str,
+    outputs: tuple[str, ...],
+) -> Teacher:
     """A Teacher around any Diffusion. Pictures are resized and cut to the square that the UNet was trained on."""
     timesteps = len(module.alphas_cumprod)
     plan = parse_outputs(outputs, timesteps)
     check_block(name, module, plan)
     empty = tokenize([""])
-    view = describe_view({"size": _pixels(module), "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic",
-                          "resize_mode": "shortest", "fill_color": 0})  # fmt: skip
+    view = describe_view(
+        {
+            "size": _pixels(module),
+            "mean": [0.5] * 3,
+            "std": [0.5] * 3,
+            "interpolation": "bicubic",
+            "resize_mode": "shortest",
+            "fill_color": 0,
+        }
+    )
     with torch.inference_mode():
         fields = fields_of(plan, module, length=empty.shape[1], empty=empty)
     spec = TeacherSpec(
@@ -85,10 +100,13 @@ def make_teacher(name: str, module: Diffusion, tokenize: Tokenize, tokenizer: An
         outputs=join_outputs(plan, timesteps),
         fields=fields,
         view=view,
-        tokenizer={"kind": type(tokenizer).__name__, "context_length": empty.shape[1],
-                   "vocab_size": int(module.text_encoder.config.vocab_size)},
+        tokenizer={
+            "kind": type(tokenizer).__name__,
+            "context_length": empty.shape[1],
+            "vocab_size": int(module.text_encoder.config.vocab_size),
+        },
         constants=constants(plan, module),
-    )  # fmt: skip
+    )
     encode, pair = functions_of(plan, empty)
     return Teacher(spec, module, encode, image_view(view), tokenize, pair=pair)
 
@@ -102,7 +120,9 @@ def _pixels(module: Diffusion) -> tuple[int, int]:
 
 def _tokenize(tokenizer: Any, length: int, texts: list[str]) -> Int[Tensor, "texts length"]:
     """Token ids, cut or filled up to `length`, as a pipeline's `encode_prompt` makes them."""
-    return tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+    return tokenizer(
+        texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+    ).input_ids
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -123,19 +143,27 @@ def _folder(name: str, source: str, weights: str) -> Path:
     kind, _, place = source.partition(":")
     if weights != "pretrained" and _seed(weights) is None:
         if kind == "folder" and place:
-            raise UserError(f"--weights {weights}: the folder {name} brings its own weights; leave --weights away")
+            raise UserError(
+                f"--weights {weights}: the folder {name} brings its own weights; leave --weights away"
+            )
         if not Path(weights, "model_index.json").is_file():
-            raise UserError(f"--weights {weights} is no folder of diffusers with a model_index.json (or write "
-                            "pretrained, or random:SEED)")  # fmt: skip
+            raise UserError(
+                f"--weights {weights} is no folder of diffusers with a model_index.json (or write "
+                "pretrained, or random:SEED)"
+            )
         return Path(weights)
     if kind == "folder":
         folder = Path(place) if place else HOME
         if not Path(folder, "model_index.json").is_file():
-            raise UserError(f"no {folder}: make sd-tiny with `python scripts/train_sd_tiny.py`, or pass --weights "
-                            "FOLDER (of diffusers)")  # fmt: skip
+            raise UserError(
+                f"no {folder}: make sd-tiny with `python scripts/train_sd_tiny.py`, or pass --weights "
+                "FOLDER (of diffusers)"
+            )
         return folder
     if weights != "pretrained":
-        raise UserError(f"--weights {weights} needs an architecture that is known here: try --teacher sd-v1-4")
+        raise UserError(
+            f"--weights {weights} needs an architecture that is known here: try --teacher sd-v1-4"
+        )
     return _download(name, place)
 
 
@@ -144,11 +172,15 @@ def _download(name: str, repository: str) -> Path:
     import huggingface_hub
 
     patterns = ["model_index.json", "tokenizer/*", "*/*config.json"]
-    patterns += [f"{part}/{file}.safetensors" for part in NEEDED for file in ("diffusion_pytorch_model", "model")]
+    patterns += [
+        f"{part}/{file}.safetensors" for part in NEEDED for file in ("diffusion_pytorch_model", "model")
+    ]
     try:
-        return Path(huggingface_hub.snapshot_download(
-            repository, allow_patterns=patterns, local_files_only=not hub_answers()
-        ))  # fmt: skip
+        return Path(
+            huggingface_hub.snapshot_download(
+                repository, allow_patterns=patterns, local_files_only=not hub_answers()
+            )
+        )
     except Exception as error:
         raise UserError(
             f"cannot get the weights of {name} ({type(error).__name__}: {str(error).splitlines()[0][:120]}). Pass "
@@ -172,13 +204,17 @@ def open_folder(folder: Path, *, seed: int | None = None) -> tuple[Diffusion, An
         raise UserError(f"{folder}/model_index.json is not readable: {error}") from error
     for part, needed in NEEDED.items():
         if parts[part] != needed and (part, parts[part]) != ("vae", None):
-            raise UserError(f"{folder} has {parts[part] or 'nothing'} as its {part}: a diffusion teacher has {needed}")
+            raise UserError(
+                f"{folder} has {parts[part] or 'nothing'} as its {part}: a diffusion teacher has {needed}"
+            )
     with _told(folder), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed or 0)
         made = {part: _part(folder, part, seed) for part, kind in parts.items() if kind}
         scheduler = _scheduler(json.loads(Path(folder, "scheduler", "scheduler_config.json").read_text()))
         kind = (index.get("tokenizer") or [None, ""])[1]
-        tokenizer = getattr(transformers, kind, transformers.AutoTokenizer).from_pretrained(Path(folder, "tokenizer"))
+        tokenizer = getattr(transformers, kind, transformers.AutoTokenizer).from_pretrained(
+            Path(folder, "tokenizer")
+        )
     return _join(str(folder), made, scheduler), tokenizer
 
 
@@ -215,7 +251,9 @@ def _part(folder: Path, part: str, seed: int | None) -> Any:
         where = Path(folder, part)
         if seed is not None:
             return transformers.CLIPTextModel(transformers.CLIPTextConfig.from_pretrained(where))
-        return transformers.CLIPTextModel.from_pretrained(where, use_safetensors=True, local_files_only=True).float()
+        return transformers.CLIPTextModel.from_pretrained(
+            where, use_safetensors=True, local_files_only=True
+        ).float()
     kind = getattr(diffusers, NEEDED[part])
     if seed is not None:
         return kind.from_config(kind.load_config(folder, subfolder=part))
@@ -227,8 +265,15 @@ def _scheduler(config: dict[str, Any]) -> Any:
     """The noise schedule of any scheduler's configuration, as DDPM has it."""
     from diffusers import DDPMScheduler
 
-    known = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type",
-             "rescale_betas_zero_snr")  # fmt: skip
+    known = (
+        "num_train_timesteps",
+        "beta_start",
+        "beta_end",
+        "beta_schedule",
+        "trained_betas",
+        "prediction_type",
+        "rescale_betas_zero_snr",
+    )
     return DDPMScheduler(**{name: config[name] for name in known if config.get(name) is not None})
 
 
@@ -242,7 +287,9 @@ def _join(name: str, made: dict[str, Any], scheduler: Any) -> Diffusion:
         wrong = f"its UNet predicts '{prediction}', not {' or '.join(PREDICTIONS)}"
     elif (channels, unet.config.out_channels) != (latents, latents):
         wrong = f"its UNet maps {channels} channels to {unet.config.out_channels}, its latents have {latents}"
-    elif unet.config.cross_attention_dim != text_encoder.config.hidden_size or unet.config.addition_embed_type:
+    elif (
+        unet.config.cross_attention_dim != text_encoder.config.hidden_size or unet.config.addition_embed_type
+    ):
         wrong = "its UNet reads more than, or other than, the text encoder's states"
     elif unet.config.sample_size is None:
         wrong = "its UNet does not say its sample_size"
@@ -264,7 +311,9 @@ def _told(folder: Path) -> Iterator[None]:
         raise
     except Exception as error:
         reason = " ".join(str(error).split())[:160]
-        raise UserError(f"{folder} is not readable as a diffusers folder ({type(error).__name__}: {reason})") from error
+        raise UserError(
+            f"{folder} is not readable as a diffusers folder ({type(error).__name__}: {reason})"
+        ) from error
     finally:
         if bars:
             logging.enable_progress_bar()

@@ -75,16 +75,24 @@ def parse_outputs(outputs: Sequence[str], timesteps: int) -> Plan:
     for output in outputs:
         kind, colon, rest = output.partition(":")
         if kind not in DIFFUSION_OUTPUTS or (colon and kind in ("text_states", "latents")):
-            raise UserError(f"--outputs {output}: choose from {', '.join(DIFFUSION_OUTPUTS)}; scores takes how often, "
-                            "scores:16+seed=1, unet_features where, unet_features:100+mid_block")  # fmt: skip
+            raise UserError(
+                f"--outputs {output}: choose from {', '.join(DIFFUSION_OUTPUTS)}; scores takes how often, "
+                "scores:16+seed=1, unet_features where, unet_features:100+mid_block"
+            )
         if kind in asked:
             raise UserError(f"--outputs names {kind} twice: write it once")
         parts = rest.split("+") if colon else []
         if kind == "scores":
-            asked[kind] = _scores(output, _read(output, parts, SAMPLES, "scores:16+seed=1+t=200-800"), timesteps)
+            asked[kind] = _scores(
+                output, _read(output, parts, SAMPLES, "scores:16+seed=1+t=200-800"), timesteps
+            )
         elif kind == "unet_features":
-            values = _read(output, parts, PLACE, "unet_features:100+mid_block+seed=1, the block mid_block, "
-                                                 "down_blocks.0, up_blocks.1 or out")  # fmt: skip
+            values = _read(
+                output,
+                parts,
+                PLACE,
+                "unet_features:100+mid_block+seed=1, the block mid_block, down_blocks.0, up_blocks.1 or out",
+            )
             asked[kind] = Features(**values)
             _check_timesteps(output, asked[kind].t, asked[kind].t, timesteps)
         else:
@@ -97,7 +105,9 @@ def _read(output: str, parts: Sequence[str], pattern: re.Pattern, example: str) 
     values: dict[str, Any] = {}
     for part in parts:
         match = pattern.fullmatch(part)
-        found = {name: text for name, text in (match.groupdict() if match else {}).items() if text is not None}
+        found = {
+            name: text for name, text in (match.groupdict() if match else {}).items() if text is not None
+        }
         if not found or found.keys() & values.keys():
             raise UserError(f"--outputs {output}: write {example}")
         values |= {name: int(text) if text.isdecimal() else text for name, text in found.items()}
@@ -126,8 +136,10 @@ def join_outputs(plan: Plan, timesteps: int) -> tuple[str, ...]:
     if plan.scores is not None:
         scores = plan.scores
         whole = (scores.first, scores.last) == (0, timesteps - 1)
-        written.append(f"scores:{scores.samples}{_seed(scores.seed)}"
-                       + ("" if whole else f"+t={scores.first}-{scores.last}"))  # fmt: skip
+        written.append(
+            f"scores:{scores.samples}{_seed(scores.seed)}"
+            + ("" if whole else f"+t={scores.first}-{scores.last}")
+        )
     return tuple(written)
 
 
@@ -155,9 +167,15 @@ def fields_of(plan: Plan, module: Diffusion, *, length: int, empty: Tensor) -> t
     fields = []
     if plan.text_states:
         dim = int(module.text_encoder.config.hidden_size)
-        fields.append(Field("text_states", (length, dim), "text", "float16", "last hidden states, what the UNet reads"))
+        fields.append(
+            Field("text_states", (length, dim), "text", "float16", "last hidden states, what the UNet reads")
+        )
     if plan.latents:
-        doc = "pixels in [-1, 1]" if module.vae is None else "mean of the VAE's posterior times its scaling factor"
+        doc = (
+            "pixels in [-1, 1]"
+            if module.vae is None
+            else "mean of the VAE's posterior times its scaling factor"
+        )
         fields.append(Field("latent", shape, "image", "float16", doc))
     if (place := plan.unet_features) is not None:
         said = unet_features(module, torch.zeros(1, *shape), encode_states(module, empty)[None], place=place)
@@ -165,10 +183,14 @@ def fields_of(plan: Plan, module: Diffusion, *, length: int, empty: Tensor) -> t
         doc = f"{where} at t={place.t}, one noise for all rows (seed {place.seed})"
         fields.append(Field("unet_feature", tuple(said.shape[2:]), "text", "float16", doc))
     if (scores := plan.scores) is not None:
-        drawn = f"{scores.samples} draws of t from {scores.first} to {scores.last}, shared (seed {scores.seed})"
+        drawn = (
+            f"{scores.samples} draws of t from {scores.first} to {scores.last}, shared (seed {scores.seed})"
+        )
         fields += [
             Field("diffusion_score", (), "text", "float32", f"-d(x, c) of Eq. 1, {drawn}"),
-            Field("diffusion_score_normalised", (), "text", "float32", "d(x, no text) - d(x, c), the same draws"),
+            Field(
+                "diffusion_score_normalised", (), "text", "float32", "d(x, no text) - d(x, c), the same draws"
+            ),
         ]
     return tuple(fields)
 
@@ -176,18 +198,24 @@ def fields_of(plan: Plan, module: Diffusion, *, length: int, empty: Tensor) -> t
 def check_block(name: str, module: Diffusion, plan: Plan) -> None:
     """UserError where the UNet lacks the block."""
     blocks = [
-        f"{side}_blocks.{i}" for side in ("down", "up") for i in range(len(module.unet.get_submodule(f"{side}_blocks")))
+        f"{side}_blocks.{i}"
+        for side in ("down", "up")
+        for i in range(len(module.unet.get_submodule(f"{side}_blocks")))
     ]
     blocks += ["mid_block"] * (module.unet.mid_block is not None) + [OUT]
     if plan.unet_features is not None and plan.unet_features.block not in blocks:
-        raise UserError(f"teacher {name} has no block {plan.unet_features.block}: choose from {', '.join(blocks)}")
+        raise UserError(
+            f"teacher {name} has no block {plan.unet_features.block}: choose from {', '.join(blocks)}"
+        )
 
 
 # ----------------------------------------------------------------------------------------------------
 # One pass
 
 
-def encode(module: Diffusion, inputs: Mapping[str, Tensor], *, plan: Plan) -> dict[str, Float[Tensor, "rows ..."]]:
+def encode(
+    module: Diffusion, inputs: Mapping[str, Tensor], *, plan: Plan
+) -> dict[str, Float[Tensor, "rows ..."]]:
     """Pictures [n, 3, H, W] to `latent`, token ids [m, length] to `text_states`, those that are kept."""
     fields = {}
     if plan.latents and "image" in inputs:
@@ -211,9 +239,13 @@ def pair(
     states = states[at["text"]].unflatten(0, (rows, -1))
     fields = {}
     if plan.unet_features is not None:
-        fields["unet_feature"] = unet_features(module, latents, states, place=plan.unet_features).flatten(0, 1)
+        fields["unet_feature"] = unet_features(module, latents, states, place=plan.unet_features).flatten(
+            0, 1
+        )
     if (scores := plan.scores) is not None:
-        t, noise = draw_noise(module, scores.samples, seed=scores.seed, t_range=(scores.first, scores.last + 1))
+        t, noise = draw_noise(
+            module, scores.samples, seed=scores.seed, t_range=(scores.first, scores.last + 1)
+        )
         nothing = encode_states(module, empty.to(states.device))[None].expand(rows, -1, -1, -1)
         errors = pair_errors(module, latents, torch.cat([states, nothing], 1), t, noise)
         fields["diffusion_score"] = -errors[:, :-1].flatten()
@@ -222,15 +254,20 @@ def pair(
 
 
 def unet_features(
-    module: Diffusion, latents: Float[Tensor, "rows channels down across"],
-    states: Float[Tensor, "rows texts length dim"], *, place: Features,
-) -> Float[Tensor, "rows texts ..."]:  # fmt: skip
+    module: Diffusion,
+    latents: Float[Tensor, "rows channels down across"],
+    states: Float[Tensor, "rows texts length dim"],
+    *,
+    place: Features,
+) -> Float[Tensor, "rows texts ..."]:
     """A block's output, or the predicted noise, at z_t of one (t, eps), for every text of every row."""
     rows, texts = states.shape[:2]
     t, noise = draw_noise(module, 1, seed=place.seed, t_range=(place.t, place.t + 1))
     owners = torch.arange(rows, device=latents.device).repeat_interleave(texts)
     kept = []
-    for places, said in zip(owners.split(PAIRS_AT_ONCE), states.flatten(0, 1).split(PAIRS_AT_ONCE), strict=True):
+    for places, said in zip(
+        owners.split(PAIRS_AT_ONCE), states.flatten(0, 1).split(PAIRS_AT_ONCE), strict=True
+    ):
         at = t.expand(len(places))
         noised = add_noise(module, latents[places].float(), noise.expand(len(places), *noise.shape[1:]), at)
         if place.block == OUT:

@@ -26,7 +26,12 @@ NUM_REGIONS = {"regions": 37, "regions-lite": 10}  # the whole picture and so ma
 # Squashed to a square of fixed size: boxes are shares of the picture, so they need not know. 608 is the multiple of 32
 # nearest to the 600 pixels of Faster R-CNN's paper.
 VIEWS = {
-    "regions": {"size": 608, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225], "interpolation": "bilinear"},
+    "regions": {
+        "size": 608,
+        "mean": [0.485, 0.456, 0.406],
+        "std": [0.229, 0.224, 0.225],
+        "interpolation": "bilinear",
+    },
     "regions-lite": {"size": 160, "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic"},
 }
 QUARTERS = ((0.0, 0.0, 0.5, 0.5), (0.5, 0.0, 1.0, 0.5), (0.0, 0.5, 0.5, 1.0), (0.5, 0.5, 1.0, 1.0))
@@ -42,7 +47,9 @@ def load_regions(name: str, *, weights: str, outputs: tuple[str, ...]) -> Teache
     if lite and weights != "pretrained":
         raise UserError("regions-lite has only its package's weights: leave --weights away")
     module = (vision_trunk() if lite else _detector(weights)).eval().requires_grad_(False)
-    view = describe_view({"resize_mode": "squash", "fill_color": 0, **VIEWS[name]}) | {"boxes": num_regions - 1}
+    view = describe_view({"resize_mode": "squash", "fill_color": 0, **VIEWS[name]}) | {
+        "boxes": num_regions - 1
+    }
     encode: Callable[..., Fields] = partial(lite_fields if lite else detector_fields, num_regions=num_regions)
     with torch.inference_mode():
         said = encode(module, _inputs(torch.zeros(1, 3, *view["size"]), num_regions - 1))
@@ -72,8 +79,14 @@ def _num_regions(name: str, outputs: tuple[str, ...]) -> int:
 
 def _field(name: str, shape: tuple[int, ...]) -> Field:
     docs = {
-        "region_feature": ("float16", "features of each region, the whole picture first; zeros where there is none"),
-        "region_box": ("float32", "x1, y1, x2, y2 as shares of the picture as a person sees it; zeros where none"),
+        "region_feature": (
+            "float16",
+            "features of each region, the whole picture first; zeros where there is none",
+        ),
+        "region_box": (
+            "float32",
+            "x1, y1, x2, y2 as shares of the picture as a person sees it; zeros where none",
+        ),
         "region_score": ("float16", "probability of region_label, 0 for the whole picture"),
         "region_label": ("int16", "COCO's category id, 0 for the whole picture"),
     }
@@ -154,7 +167,9 @@ def _detector(weights: str) -> nn.Module:
         module.load_state_dict(state)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:120]
-        raise UserError(f"--weights {weights} is not of torchvision's fasterrcnn_resnet50_fpn: {reason}") from error
+        raise UserError(
+            f"--weights {weights} is not of torchvision's fasterrcnn_resnet50_fpn: {reason}"
+        ) from error
     return module
 
 
@@ -176,7 +191,9 @@ def _state(weights: str) -> dict[str, Tensor]:
     if not Path(weights).is_file():
         raise UserError(f"--weights {weights}: no such file (or write pretrained, or random:SEED)")
     try:
-        return load_file(weights) if weights.endswith(".safetensors") else torch.load(weights, weights_only=True)
+        return (
+            load_file(weights) if weights.endswith(".safetensors") else torch.load(weights, weights_only=True)
+        )
     except Exception as error:
         raise UserError(
             f"--weights {weights} is not readable as weights: {str(error).splitlines()[0][:120]}"
@@ -192,22 +209,32 @@ def detector_fields(module: Any, inputs: Mapping[str, Tensor], *, num_regions: i
     levels = module.backbone(images)
     exact = {name: level.float() for name, level in levels.items()}
     alone = (num_boxes == 0).nonzero().flatten()
-    found = _detect(module, images[alone], {name: level[alone] for name, level in exact.items()}) if len(alone) else []
+    found = (
+        _detect(module, images[alone], {name: level[alone] for name, level in exact.items()})
+        if len(alone)
+        else []
+    )
     for i, detected in zip(alone.tolist(), found, strict=True):
         best = detected["boxes"][: num_regions - 1]
         boxes[i, : len(best)], num_boxes[i] = best, len(best)
     regions, known = with_whole(boxes, num_boxes)
     pixels = [*(regions * _pixels(images))]
     features, classes, _ = _box_head(module, exact, pixels, images)
-    features, classes = (values.unflatten(0, known.shape) * known[..., None] for values in (features, classes))
+    features, classes = (
+        values.unflatten(0, known.shape) * known[..., None] for values in (features, classes)
+    )
     score, label = classes.float().softmax(2)[..., 1:].max(2)  # class 0 is none of them
     score, label = score * known, (label + 1) * known
     for i, detected in zip(alone.tolist(), found, strict=True):
         score[i, 1 : num_boxes[i] + 1] = detected["scores"][: num_regions - 1]
         label[i, 1 : num_boxes[i] + 1] = detected["labels"][: num_regions - 1]
     score[:, 0], label[:, 0] = 0, 0
-    return {"region_feature": features, "region_box": regions, "region_score": score,
-            "region_label": label.to(torch.int16)}  # fmt: skip
+    return {
+        "region_feature": features,
+        "region_box": regions,
+        "region_score": score,
+        "region_label": label.to(torch.int16),
+    }
 
 
 def _pixels(images: Tensor) -> Float[Tensor, "4"]:
@@ -215,7 +242,9 @@ def _pixels(images: Tensor) -> Float[Tensor, "4"]:
     return torch.tensor([across, down, across, down], dtype=torch.float32, device=images.device)
 
 
-def _box_head(module: Any, levels: dict[str, Tensor], boxes: list[Tensor], images: Tensor) -> tuple[Tensor, ...]:
+def _box_head(
+    module: Any, levels: dict[str, Tensor], boxes: list[Tensor], images: Tensor
+) -> tuple[Tensor, ...]:
     """Features [boxes, 1024], class logits and shifts of boxes in pixels, those of all pictures one after another."""
     heads = module.roi_heads
     pooled = heads.box_roi_pool(levels, boxes, _sizes(images))
@@ -234,7 +263,9 @@ def _detect(module: Any, images: Tensor, levels: dict[str, Tensor]) -> list[dict
 
     rpn, heads, maps, sizes = module.rpn, module.roi_heads, [*levels.values()], _sizes(images)
     dtype = heads.box_head.fc6.weight.dtype
-    objectness, deltas = ([x.float() for x in values] for values in rpn.head([level.to(dtype) for level in maps]))
+    objectness, deltas = (
+        [x.float() for x in values] for values in rpn.head([level.to(dtype) for level in maps])
+    )
     counts = [scores[0].numel() for scores in objectness]
     anchors = rpn.anchor_generator(ImageList(images.float(), sizes), maps)
     logits, moves = concat_box_prediction_layers(objectness, deltas)

@@ -53,10 +53,15 @@ class Words:
 def find_words(texts: Sequence[str], *, weighed: bool, num_drawn: int) -> Words:
     """The words of each text without the spaces around it; YAKE runs where they are `weighed`."""
     found = [_words_of(text.strip(), weighed, num_drawn) for text in texts]
-    distinct = {word: i for i, word in enumerate(dict.fromkeys(word for words, *_ in found for word in words))}
+    distinct = {
+        word: i for i, word in enumerate(dict.fromkeys(word for words, *_ in found for word in words))
+    }
     place = np.full((len(texts), MAX_WORDS), -1)
     span, first = np.zeros((len(texts), MAX_WORDS, 2), np.int16), np.zeros((len(texts), MAX_WORDS), bool)
-    importance, drawn = np.zeros((len(texts), MAX_WORDS), np.float32), np.full((len(texts), num_drawn), -1, np.int16)
+    importance, drawn = (
+        np.zeros((len(texts), MAX_WORDS), np.float32),
+        np.full((len(texts), num_drawn), -1, np.int16),
+    )
     for i, (words, spans, firsts, weights, picked) in enumerate(found):
         count = len(words)
         place[i, :count] = [distinct[word] for word in words]
@@ -79,7 +84,13 @@ def _words_of(text: str, weighed: bool, num_drawn: int) -> tuple[tuple[Any, ...]
     seed = np.frombuffer(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest(), np.uint32)
     drawn = np.random.default_rng(seed).permutation(firsts)[:num_drawn] if firsts else ()
     weights = importance(text[: matches[-1].end()], words) if weighed and words else np.zeros(len(words))
-    return words, tuple(match.span() for match in matches), firsts, tuple(weights), tuple(int(place) for place in drawn)
+    return (
+        words,
+        tuple(match.span() for match in matches),
+        firsts,
+        tuple(weights),
+        tuple(int(place) for place in drawn),
+    )
 
 
 def importance(text: str, words: Sequence[str]) -> Float[np.ndarray, " words"]:
@@ -94,8 +105,12 @@ def importance(text: str, words: Sequence[str]) -> Float[np.ndarray, " words"]:
     for ngram, score in found:
         for part in WORD.findall(ngram):
             # rounded, since YAKE adds up over sets, whose order is another in each process
-            lowest[_known_by(part)] = min(round(max(float(score), 0.0), 9), lowest.get(_known_by(part), np.inf))
-    weights = np.array([1 / (1 + lowest[_known_by(word)]) if _known_by(word) in lowest else 0.0 for word in words])
+            lowest[_known_by(part)] = min(
+                round(max(float(score), 0.0), 9), lowest.get(_known_by(part), np.inf)
+            )
+    weights = np.array(
+        [1 / (1 + lowest[_known_by(word)]) if _known_by(word) in lowest else 0.0 for word in words]
+    )
     return weights / max(weights.sum(), 1e-12)
 
 
@@ -127,22 +142,61 @@ class Tokens:
     def fields(self, dim: int) -> tuple[Field, ...]:
         """The fields of `weigh`, whose embeddings are `dim` wide."""
         length, best, drawn = MAX_WORDS, self.num_best, self.num_drawn
-        fields = [Field("word_span", (length, 2), "text", "int16",
-                        "start and end of each word in the text without spaces around it, 0 for none")]  # fmt: skip
+        fields = [
+            Field(
+                "word_span",
+                (length, 2),
+                "text",
+                "int16",
+                "start and end of each word in the text without spaces around it, 0 for none",
+            )
+        ]
         if best:
             fields += [
-                Field("word_score", (length,), "text", "float16", "S of CLIP-TD's Eq. 5, 0 where there is no word"),
-                Field("word_index", (best,), "text", "int16", "places in word_span of the best words, -1 for none"),
-                Field("word_feature", (best, dim), "text", "float16", "text embedding of each alone, not normalised"),
+                Field(
+                    "word_score",
+                    (length,),
+                    "text",
+                    "float16",
+                    "S of CLIP-TD's Eq. 5, 0 where there is no word",
+                ),
+                Field(
+                    "word_index",
+                    (best,),
+                    "text",
+                    "int16",
+                    "places in word_span of the best words, -1 for none",
+                ),
+                Field(
+                    "word_feature",
+                    (best, dim),
+                    "text",
+                    "float16",
+                    "text embedding of each alone, not normalised",
+                ),
             ]
         if drawn:
             fields += [
-                Field("random_index", (drawn,), "text", "int16", "places in word_span of words at random, -1 for none"),
-                Field("random_feature", (drawn, dim), "text", "float16", "text embedding of each, not normalised"),
+                Field(
+                    "random_index",
+                    (drawn,),
+                    "text",
+                    "int16",
+                    "places in word_span of words at random, -1 for none",
+                ),
+                Field(
+                    "random_feature",
+                    (drawn, dim),
+                    "text",
+                    "float16",
+                    "text embedding of each, not normalised",
+                ),
             ]
         return tuple(fields)
 
-    def weigh(self, module: Any, words: Words, images: Float[Tensor, "texts dim"] | None) -> dict[str, Tensor]:
+    def weigh(
+        self, module: Any, words: Words, images: Float[Tensor, "texts dim"] | None
+    ) -> dict[str, Tensor]:
         """The fields of texts beside their pictures' embeddings, zeros where there is no picture that can be used."""
         device = next(module.parameters()).device
         features = self.features_of(module, words.distinct)
@@ -178,9 +232,11 @@ class Tokens:
 
 
 def score(
-    images: Float[Tensor, "texts dim"] | None, features: Float[Tensor, "words dim"],
-    place: Int[Tensor, "texts length"], importance: Float[Tensor, "texts length"],
-) -> Float[Tensor, "texts length"]:  # fmt: skip
+    images: Float[Tensor, "texts dim"] | None,
+    features: Float[Tensor, "words dim"],
+    place: Int[Tensor, "texts length"],
+    importance: Float[Tensor, "texts length"],
+) -> Float[Tensor, "texts length"]:
     """Eq. 5; `importance` has its L1 norm already."""
     if images is None or not len(features):
         return importance
