@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from teachercache.names import UserError
-from teachercache.samples import Manifest
+from teachercache.core.errors import UserError
+from teachercache.data.manifest import Manifest
 
 SPLITS = ("val", "validation", "test")
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from teachercache.cider import cider_d, document_frequency, ngrams
-from teachercache.names import UserError
+from teachercache.core.errors import UserError
 
 NGRAMS = 4
 METRICS = ("Bleu", "METEOR", "ROUGE_L", "CIDEr", "SPICE")

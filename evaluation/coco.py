@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from teachercache.names import UserError
-from teachercache.samples import BadSample, Manifest, read_image
+from teachercache.core.errors import UserError
+from teachercache.data.manifest import Manifest
+from teachercache.data.pictures import read_image
+from teachercache.data.sample import BadSample
 
 AVERAGES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")  # the first six of COCOeval.stats
 MISSING = "COCO detection needs pycocotools: pip install 'teachercache[detection]'"

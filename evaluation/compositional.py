@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from teachercache.columns import open_parquet
-from teachercache.names import UserError
-from teachercache.samples import BadSample, decode_image
+from teachercache.core.errors import UserError
+from teachercache.data.columns import open_parquet
+from teachercache.data.pictures import decode_image
+from teachercache.data.sample import BadSample
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 
 from evaluation.tasks.imagenet import class_places, class_words
-from teachercache.names import UserError
-from teachercache.readers import read_manifest
-from teachercache.samples import Manifest, Sample, make_manifest
+from teachercache.core.errors import UserError
+from teachercache.data.manifest import Manifest, make_manifest
+from teachercache.data.read import read_manifest
+from teachercache.data.sample import Sample
 
 CALTECH_TRAIN, CALTECH_SEED = 30, 0  # pictures a class that the probe is trained on, as CLIP has it
 PICTURES = (".jpg", ".jpeg", ".png")

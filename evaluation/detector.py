@@ -24,10 +24,11 @@ from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastL
 
 from evaluation.coco import Pictures
 from evaluation.encoder import Encoder
-from teachercache.decode import ignore_interrupt
-from teachercache.names import UserError
-from teachercache.runtime import default_workers, ticker
-from teachercache.teachers.clip_towers import image_blocks, tower_kind
+from teachercache.build.decode import ignore_interrupt
+from teachercache.core.errors import UserError
+from teachercache.core.process import default_workers
+from teachercache.core.progress import ticker
+from teachercache.teachers.clip.towers import image_blocks, tower_kind
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,11 +9,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from teachercache.decode import Piece, Rows, decoded
-from teachercache.names import UserError
-from teachercache.runtime import default_workers, ticker
-from teachercache.samples import Manifest
-from teachercache.teachers import Teacher
+from teachercache.build.decode import Piece, Rows, decoded
+from teachercache.core.errors import UserError
+from teachercache.core.process import default_workers
+from teachercache.core.progress import ticker
+from teachercache.data.manifest import Manifest
+from teachercache.teachers.teacher import Teacher
 
 
 @dataclasses.dataclass(frozen=True)

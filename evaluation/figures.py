@@ -16,9 +16,10 @@ from evaluation.prompts import fill
 from evaluation.suite import LABELLED
 from evaluation.tasks.imagenet import class_places, class_words
 from evaluation.tasks.zeroshot import TEMPLATES, Fill, class_names, classifier
-from teachercache.names import UserError
-from teachercache.readers import read_manifest
-from teachercache.samples import Manifest, read_image
+from teachercache.core.errors import UserError
+from teachercache.data.manifest import Manifest
+from teachercache.data.pictures import read_image
+from teachercache.data.read import read_manifest
 
 if TYPE_CHECKING:
     import torch
@@ -257,7 +258,7 @@ def _save(figure: "Figure", path: Path) -> None:
     """Write a picture whole, PNG."""
     import io
 
-    from teachercache.paths import write_whole
+    from teachercache.core.paths import write_whole
 
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=110, format="png")

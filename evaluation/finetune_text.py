@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from teachercache.names import UserError
-from teachercache.runtime import ticker
+from teachercache.core.errors import UserError
+from teachercache.core.progress import ticker
 
 Row = tuple[tuple[str, ...], Any]  # texts (one or a pair), what is to be said of them
 

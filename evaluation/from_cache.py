@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 
 from evaluation.answerer import Answerer
-from teachercache import store
 from teachercache.answers import normalise_answer, vocabulary
-from teachercache.names import UserError
-from teachercache.readers.tasks import LABELS
-from teachercache.samples import Manifest
-from teachercache.vectors import unit
+from teachercache.cache import store
+from teachercache.core.errors import UserError
+from teachercache.data.manifest import Manifest
+from teachercache.data.readers.questions import LABELS
+from teachercache.search.vectors import unit
 
 CHUNK = 4096  # rows whose vectors are in memory at once
 KINDS = {"IA": {"q2a": "choice", "qa2r": "rationale"}, "IQA": {"q2a": "pair", "qa2r": "rationale_pair"}}

@@ -4,9 +4,11 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from teachercache.names import UserError
-from teachercache.runtime import ticker
-from teachercache.samples import BadSample, Manifest, read_image
+from teachercache.core.errors import UserError
+from teachercache.core.progress import ticker
+from teachercache.data.manifest import Manifest
+from teachercache.data.pictures import read_image
+from teachercache.data.sample import BadSample
 
 MASK = "[MASK]"  # the model's own mask in its place
 BATCH = 32  # pictures at a time

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from evaluation.encoder import Encoder, embed_texts
-from teachercache.names import UserError
-from teachercache.runtime import ticker
-from teachercache.samples import BadSample
-from teachercache.teachers import Teacher
+from teachercache.core.errors import UserError
+from teachercache.core.progress import ticker
+from teachercache.data.sample import BadSample
+from teachercache.teachers.teacher import Teacher
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -72,7 +72,7 @@ def of_diffusion(
     device: str = "cpu",
 ) -> Matcher:
     """Minus the error of Eq. 1 over `samples` draws of (t, eps), one draw for all pictures and texts."""
-    from teachercache.teachers import diffusion
+    from teachercache.teachers.diffusion import model as diffusion
 
     module: Any = teacher.module.to(device)
     tokenize = teacher.tokenize

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from teachercache.names import UserError
-from teachercache.paths import stream_whole
+from teachercache.core.errors import UserError
+from teachercache.core.paths import stream_whole
 
 WIDTH, LINE, ROW = 96, 0.34, 0.5  # of a drawn text: characters a line, inches a line, inches a heading
 

@@ -15,9 +15,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from evaluation.pos_tags import Tagged, Tagger, find_tagger, word_tokenizer
-from teachercache.names import UserError
-from teachercache.paths import write_whole
-from teachercache.runtime import say
+from teachercache.core.errors import UserError
+from teachercache.core.paths import write_whole
+from teachercache.core.progress import say
 
 MAX_WORDS = 30
 SHUFFLES = ("nouns_and_adjectives", "all_but_nouns_and_adjectives", "within_trigrams", "trigrams")

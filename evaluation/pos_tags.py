@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from teachercache.names import UserError
+from teachercache.core.errors import UserError
 
 KINDS = ("noun", "adjective", "other")
 SPACY_MODEL = "en_core_web_sm"

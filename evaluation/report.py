@@ -12,8 +12,8 @@ from evaluation.encoder import Encoder
 from evaluation.generator import Generator
 from evaluation.matcher import Matcher
 from evaluation.tasks import find
-from teachercache.names import UserError
-from teachercache.readers import read_manifest
+from teachercache.core.errors import UserError
+from teachercache.data.read import read_manifest
 
 # What a task's result is as one number, the mean of these
 SCORES = {

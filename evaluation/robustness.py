@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from teachercache.names import UserError
+from teachercache.core.errors import UserError
 
 Points = list[tuple[float, float]]  # accuracy on ImageNet and on the shifted set, of one standard model each
 

@@ -26,10 +26,10 @@ from evaluation.tasks import MATCHED
 from evaluation.tasks import find as find_task
 from evaluation.tasks.retrieval import evaluate as retrieve
 from evaluation.tasks.zeroshot import class_scores
-from teachercache.names import UserError
-from teachercache.readers import read_manifest
-from teachercache.runtime import say
-from teachercache.samples import Manifest
+from teachercache.core.errors import UserError
+from teachercache.core.progress import say
+from teachercache.data.manifest import Manifest
+from teachercache.data.read import read_manifest
 
 IMAGENET, ZEROSHOT = "imagenet1k", "zeroshot_classification"
 Read = Callable[[Path, Path], Found]

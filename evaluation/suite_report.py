@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.suite import Report
-from teachercache.paths import write_whole
+from teachercache.core.paths import write_whole
 
 MEAN_PER_CLASS = ("caltech101", "pets")  # what CLIP reports of these; accuracy of the others
 WAYS = (("image", "T2I"), ("text", "I2T"))

@@ -11,10 +11,10 @@ Measured in alternation and reported as the median with lowest and highest of se
 import argparse
 import sys
 
-from bench_report import write
-
-from teachercache.names import UserError
-from teachercache.runtime import keep_memory, say
+from scripts.bench_report import write
+from teachercache.core.errors import UserError
+from teachercache.core.process import keep_memory
+from teachercache.core.progress import say
 
 PARTS = ("reading", "building", "peer", "memory")
 
@@ -39,13 +39,13 @@ def main() -> int:
     keep_memory()
     try:
         if options.theme == "cache":
-            from bench_cache import bench_cache as bench
+            from scripts.bench_cache import bench_cache as bench
         elif options.theme == "losses":
-            from bench_losses import bench_losses as bench
+            from scripts.bench_losses import bench_losses as bench
         elif options.theme == "sds":
-            from bench_sds import bench_sds as bench
+            from scripts.bench_sds import bench_sds as bench
         else:
-            from bench_train import bench_train as bench
+            from scripts.bench_train import bench_train as bench
         text = bench(options)
     except UserError as error:
         say(f"error: {error}")

@@ -9,17 +9,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from bench_memory import DIM, empty_cache, put_block, vectors
-from bench_report import HEAD, Figures, Line, alternate, compare, cores, middle, number
 
-from teachercache import store
-from teachercache.build import build, plan
-from teachercache.decode import Piece, decoded, rows_for
-from teachercache.names import UserError
-from teachercache.readers import read_manifest
-from teachercache.runtime import Precision, default_workers, keep_memory, pick_device, say
-from teachercache.samples import Manifest
-from teachercache.teachers import Teacher, load
+from scripts.bench_memory import DIM, empty_cache, put_block, vectors
+from scripts.bench_report import HEAD, Figures, Line, alternate, compare, cores, middle, number
+from teachercache.build.decode import Piece, decoded
+from teachercache.build.forward import rows_for
+from teachercache.build.loop import build, plan
+from teachercache.cache import store
+from teachercache.core.device import Precision, pick_device
+from teachercache.core.errors import UserError
+from teachercache.core.process import default_workers, keep_memory
+from teachercache.core.progress import say
+from teachercache.data.manifest import Manifest
+from teachercache.data.read import read_manifest
+from teachercache.teachers.registry import load
+from teachercache.teachers.teacher import Teacher
 
 SCATTERED = 1024
 BAR = 0.95  # of the bare forward, where the teacher is the bottleneck
@@ -37,13 +41,13 @@ def bench_cache(options: argparse.Namespace) -> list[str]:
             lines.append(line)
             notes.append(note)
     if "peer" in options.only:
-        from bench_peer import against_clip_retrieval
+        from scripts.bench_peer import against_clip_retrieval
 
         found, note = against_clip_retrieval(options)
         lines += found
         notes.append(note)
     if "memory" in options.only:
-        from bench_memory import memory
+        from scripts.bench_memory import memory
 
         found, note = memory(options)
         lines += found

@@ -17,12 +17,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from bench_report import HEAD, Figures, Line, compare, judge, number, resident
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from scripts.bench_report import HEAD, Figures, Line, compare, judge, number, resident
 from student import losses, tiled
-from teachercache.runtime import keep_memory, say
+from teachercache.core.process import keep_memory
+from teachercache.core.progress import say
 
 DIM = 512
 JUDGED = 8192  # pairs at which DESIGN.md sets its bars

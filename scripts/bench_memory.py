@@ -24,14 +24,16 @@ from typing import ClassVar
 import numpy as np
 import pyarrow
 import torch
-from bench_report import Line, judge, resident
 
-from teachercache import store
-from teachercache.layout import block_rows_for
-from teachercache.runtime import Precision, say
-from teachercache.samples import Manifest, Sample, load_manifest, make_manifest, write_manifest
-from teachercache.spec import CacheMeta, Field, TeacherSpec
-from teachercache.teachers import Teacher
+from scripts.bench_report import Line, judge, resident
+from teachercache.cache import store
+from teachercache.cache.layout import block_rows_for
+from teachercache.cache.spec import CacheMeta, Field, TeacherSpec
+from teachercache.core.device import Precision
+from teachercache.core.progress import say
+from teachercache.data.manifest import Manifest, load_manifest, make_manifest, write_manifest
+from teachercache.data.sample import Sample
+from teachercache.teachers.teacher import Teacher
 
 DIM, BLOCK = (
     512,
@@ -130,7 +132,7 @@ def job_write(folder: Path, rows: int, start) -> None:
 
 def job_build(folder: Path, rows: int, start) -> None:
     """The real build loop with a teacher that costs nothing, one decoding process."""
-    from teachercache.build import build
+    from teachercache.build.loop import build
 
     manifest = load_manifest(folder / "manifest.parquet")
     start()

@@ -18,11 +18,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from bench_report import Line, alternate, compare
 
-from teachercache import store
-from teachercache.readers import read_manifest
-from teachercache.runtime import default_workers, pick_device, say
+from scripts.bench_report import Line, alternate, compare
+from teachercache.cache import store
+from teachercache.core.device import pick_device
+from teachercache.core.process import default_workers
+from teachercache.core.progress import say
+from teachercache.data.read import read_manifest
 
 HOME = Path(".bench")
 PACKAGES = ("clip-retrieval==2.45.0", "setuptools>=77,<81")  # one of its dependencies imports pkg_resources

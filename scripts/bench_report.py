@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from teachercache.runtime import say
+from teachercache.core.progress import say
 
 Figures = dict[str, list[float]]
 HEAD = ["| what | ours | theirs | ratio | bar | verdict |", "|---|---|---|---|---|---|"]

@@ -9,9 +9,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from bench_report import HEAD, Line, alternate, compare
 from torch.nn.functional import mse_loss, normalize
 
+from scripts.bench_report import HEAD, Line, alternate, compare
 from student.engine import clamp_scales, parameter_groups, quiet_deepspeed, start_engine
 from student.frozen_unet import num_weights, unet_bytes
 from student.losses import clip_loss
@@ -19,8 +19,8 @@ from student.models.two_tower import TINY
 from student.recipe import Now, Run
 from student.recipes.sds_clip import SDS_CLIP
 from student.step import TrainStep
-from teachercache.space import size
-from teachercache.teachers.diffusion import Diffusion
+from teachercache.cache.disk_space import size
+from teachercache.teachers.diffusion.model import Diffusion
 
 BATCH, LATENT, STATES, NOW = 32, (4, 16, 16), (24, 128), Now(0, 100)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

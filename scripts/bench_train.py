@@ -17,14 +17,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from bench_report import HEAD, alternate, compare, resident
 
+from scripts.bench_report import HEAD, alternate, compare, resident
 from student.engine import clamp_scales, parameter_groups, quiet_deepspeed, start_engine
 from student.models.two_tower import TINY
 from student.recipe import Now, Run
 from student.recipes import find
 from student.train import prepare
-from teachercache.runtime import keep_memory, say
+from teachercache.core.process import keep_memory
+from teachercache.core.progress import say
 
 BATCH, NOW = 64, Now(0, 100)
 CACHE = "caches/demo/clip-lite.zarr"  # that one, not another that may lie beside it

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-from teachercache.teachers.clip_lite import assemble
+from teachercache.teachers.clip.lite import assemble
 
 STEPS, BATCH, RATE, DECAY = 320, 512, 1e-3, 0.5  # LOG.md, "clip-lite"
 

@@ -25,9 +25,9 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from evaluation.vcr_mitigation import explicit_mitigated, implicit_parts, overlap_table, rule_mitigated
-from teachercache.names import UserError
-from teachercache.paths import write_whole
-from teachercache.readers.tasks import json_lines
+from teachercache.core.errors import UserError
+from teachercache.core.paths import write_whole
+from teachercache.data.readers.questions import json_lines
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -123,8 +123,8 @@ def run(options: argparse.Namespace) -> None:
 def scores_of(run: Path, path: Path) -> dict[str, list[float]]:
     """What a student without pictures says of each line; UserError where it has seen them."""
     from student.answering import is_task_run, load_task_model
-    from teachercache.readers import read_manifest
-    from teachercache.runtime import pick_device
+    from teachercache.core.device import pick_device
+    from teachercache.data.read import read_manifest
 
     if not (run / "run.json").exists() or not is_task_run(run):
         raise UserError(f"{run} is no run of clip_td: train one with --set model=bert-base --set w=0")

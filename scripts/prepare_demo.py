@@ -25,11 +25,12 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-import prepare_scenes
 from PIL import Image, ImageChops, ImageOps
-from prepare_demo_debian import Pair, SourceError, fetch_packages, package_version, read_packages
-from prepare_demo_rules import CLASSES, caption_key
 from rich.progress import track
+
+import scripts.prepare_scenes as prepare_scenes
+from scripts.prepare_demo_debian import Pair, SourceError, fetch_packages, package_version, read_packages
+from scripts.prepare_demo_rules import CLASSES, caption_key
 
 NUM_TEST = 500
 MIN_TRAIN = 20  # pictures a class needs; smaller classes are dropped

@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from xml.etree import ElementTree
 
-from prepare_demo_rules import (
+from rich.progress import track
+
+from scripts.prepare_demo_rules import (
     clipart_captions,
     clipart_class,
     clipart_title,
@@ -23,7 +25,6 @@ from prepare_demo_rules import (
     stamp_captions,
     stamp_class,
 )
-from rich.progress import track
 
 PACKAGES = {  # Debian package -> the part of it that is read
     "tuxpaint-stamps-default": "usr/share/tuxpaint/stamps",

@@ -21,8 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from prepare_scene_swaps import centres_of, draw_things, pair, scene_of, swapped
-from prepare_scenes import (
+from rich.progress import track
+
+from scripts.prepare_scene_swaps import centres_of, draw_things, pair, scene_of, swapped
+from scripts.prepare_scenes import (
     BACKGROUNDS,
     RELATIONS,
     article,
@@ -33,7 +35,6 @@ from prepare_scenes import (
     opposite_of,
     render,
 )
-from rich.progress import track
 
 # Few, so that 200 examples have 25 of each: ARO's mean over attribute pairs leaves rarer ones out.
 ATTRIBUTES = (

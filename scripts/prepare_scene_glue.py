@@ -15,10 +15,11 @@ import sys
 from pathlib import Path
 
 import numpy
-from prepare_scene_hypotheses import hypotheses_of
-from prepare_scene_questions import usable
-from prepare_scenes import captions_of, draw_scene_values
-from pretrain_bart_tiny import docstrings, is_prose, sentences
+
+from scripts.prepare_scene_hypotheses import hypotheses_of
+from scripts.prepare_scene_questions import usable
+from scripts.prepare_scenes import captions_of, draw_scene_values
+from scripts.pretrain_bart_tiny import docstrings, is_prose, sentences
 
 MNLI = (
     "index\tpromptID\tpairID\tgenre\tsentence1_binary_parse\tsentence2_binary_parse\tsentence1_parse\t"

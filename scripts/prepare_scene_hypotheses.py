@@ -7,8 +7,8 @@ neutral hypotheses are. Whoever sees no picture is right in two of three cases a
 import random
 from typing import Any
 
-from prepare_scene_questions import absent, fact_of, values_of
-from prepare_scenes import article
+from scripts.prepare_scene_questions import absent, fact_of, values_of
+from scripts.prepare_scenes import article
 
 # What no picture of the scene can show
 OPEN = (

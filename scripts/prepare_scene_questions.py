@@ -8,7 +8,7 @@ import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from prepare_scenes import COLOURS, RELATIONS, SHAPES, SIZES, TEXTURES, article
+from scripts.prepare_scenes import COLOURS, RELATIONS, SHAPES, SIZES, TEXTURES, article
 
 Tokens = list[Any]  # words, and lists of places in `objects`
 KEEP_ONE = 0.9  # of the scenes with one shape, for `count`: pairs of one shape are left out, which are one pair in ten

@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from prepare_scenes import (
+from scripts.prepare_scenes import (
     BACKGROUNDS,
     COLOURS,
     RELATIONS,

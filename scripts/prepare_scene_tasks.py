@@ -20,11 +20,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import prepare_scenes
 from PIL import Image
-from prepare_scene_hypotheses import hypotheses_of, snli_ve_lines
-from prepare_scene_questions import questions_of, usable
 from rich.progress import track
+
+import scripts.prepare_scenes as prepare_scenes
+from scripts.prepare_scene_hypotheses import hypotheses_of, snli_ve_lines
+from scripts.prepare_scene_questions import questions_of, usable
 
 PICTURES_PER_MOVIE = 1000
 DEV = {"train": "train", "val": "dev"}  # SNLI-VE's name of VCR's split

@@ -24,10 +24,10 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
-import prepare_scenes
 import torch
-from prepare_scene_questions import questions_of, usable
 
+import scripts.prepare_scenes as prepare_scenes
+from scripts.prepare_scene_questions import questions_of, usable
 from student.infilling import infill
 from student.text_inputs import Marks, marks_of, padded, word_starts
 

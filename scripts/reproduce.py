@@ -24,16 +24,15 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import reproduce_clip_kd
-import reproduce_clip_td
-import reproduce_psd
-import reproduce_sds_clip
-import reproduce_vlkd
-from bench_report import cores
-from reproduce_tables import METRICS, Row, Table, spread
-
-from teachercache.paths import write_whole
-from teachercache.runtime import say, ticker
+import scripts.reproduce_clip_kd as reproduce_clip_kd
+import scripts.reproduce_clip_td as reproduce_clip_td
+import scripts.reproduce_psd as reproduce_psd
+import scripts.reproduce_sds_clip as reproduce_sds_clip
+import scripts.reproduce_vlkd as reproduce_vlkd
+from scripts.bench_report import cores
+from scripts.reproduce_tables import METRICS, Row, Table, spread
+from teachercache.core.paths import write_whole
+from teachercache.core.progress import say, ticker
 
 # Each has TABLES and words(row, seed); where clip_kd's do not fit also evaluations, prepare, seeds_of and section
 PAPERS = {

@@ -1,6 +1,6 @@
 """CLIP-KD's tables: each term alone beside the task loss (main paper), and the appendix's sweeps of weights."""
 
-from reproduce_tables import Row, Table
+from scripts.reproduce_tables import Row, Table
 
 STEPS, BATCH, LR = 150, 64, 1e-3
 MODEL, CACHE = "vit-tiny", "caches/demo/clip-lite.zarr"  # that cache, not another that may lie beside it

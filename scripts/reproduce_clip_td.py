@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from reproduce_tables import Row, Table, spread
+from scripts.reproduce_tables import Row, Table, spread
 
 FOLDER = Path("runs/reproduce/clip_td")
 PICTURES, PAIRS, SIZE = 3000, 8000, 96
@@ -240,7 +240,7 @@ def prepare(rows: Sequence[Row], seeds: Sequence[int], jobs: int) -> None:
 
 def train_all(runs: dict[Path, list[str]], jobs: int) -> None:
     """`student train` of each run that is not there or was another command, `jobs` at a time."""
-    from teachercache.paths import write_whole
+    from teachercache.core.paths import write_whole
 
     def made(out: Path) -> str:
         return (out / "words.json").read_text() if (out / "words.json").exists() else ""
@@ -325,8 +325,8 @@ def prepare_data() -> None:
 def write_words() -> None:
     """The words of all three data sets, which every student here has from the start."""
     from student.words import vocabulary_tokenizer
-    from teachercache.paths import write_whole
-    from teachercache.readers import read_manifest
+    from teachercache.core.paths import write_whole
+    from teachercache.data.read import read_manifest
 
     texts = [text for data in DATA.values() for row in read_manifest(data).column("texts") for text in row]
     WORDS.mkdir(parents=True, exist_ok=True)

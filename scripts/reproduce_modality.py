@@ -12,12 +12,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import reproduce_clip_td as paper
-from bench_report import cores
-from reproduce import replace_section
-from show_attention import show
-
-from teachercache.runtime import say
+import scripts.reproduce_clip_td as paper
+from scripts.bench_report import cores
+from scripts.reproduce import replace_section
+from scripts.show_attention import show
+from teachercache.core.progress import say
 
 METHODS = {"before": "baseline", "after": "CLIP-TD (AF + TS + CW)"}
 FULL = 2  # of the three data sizes

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from reproduce_tables import Row, Table, spread
+from scripts.reproduce_tables import Row, Table, spread
 
 BATCH, LR, MODEL = 64, 1e-3, "vit-micro"
 STEPS = {"demo": 300, "scenes": 700}  # 8 and 15 epochs: PSD needs time (LOG.md)
@@ -103,7 +103,7 @@ def shrink_demo(out: Path) -> None:
 
 def draw_scenes(out: Path) -> None:
     """Scenes at half the size."""
-    from prepare_scenes import write_scenes
+    from scripts.prepare_scenes import write_scenes
 
     out.parent.mkdir(parents=True, exist_ok=True)
     write_scenes(out, SCENES, size=SMALL // 2)

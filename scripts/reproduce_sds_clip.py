@@ -9,8 +9,8 @@ import concurrent.futures
 from collections.abc import Sequence
 from pathlib import Path
 
-from reproduce_clip_td import command, train_all
-from reproduce_tables import Row, Table, spread
+from scripts.reproduce_clip_td import command, train_all
+from scripts.reproduce_tables import Row, Table, spread
 
 FOLDER, HOME, CACHES = Path("runs/reproduce/sds_clip"), Path("data/sds_clip"), Path("caches/sds_clip")
 SIZE, PRETRAIN, PAIRS, QUESTIONS = 64, 8000, 4000, 400  # pixels; scenes of each kind; examples of a set

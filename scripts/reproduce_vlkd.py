@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from reproduce_tables import Row, Table, spread
+from scripts.reproduce_tables import Row, Table, spread
 
 HOME, CACHE = Path("data/vlkd"), Path("caches/vlkd/clip-lite.zarr")
 DEMO, SCENES, VQA, LANGUAGE = Path("data/demo"), HOME / "scenes", HOME / "easy-vqa", HOME / "language"
@@ -150,8 +150,8 @@ def hold_out(data: Path, out: Path) -> None:
     """A manifest of test rows, drawn once: beam search of all of them would take longer than training."""
     import numpy as np
 
-    from teachercache.readers import read_manifest, save
-    from teachercache.samples import make_manifest
+    from teachercache.data.manifest import make_manifest
+    from teachercache.data.read import read_manifest, save
 
     manifest = read_manifest(str(data))
     rows = manifest.rows_of_split("test")

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import prepare_scenes
 import torch
 from PIL import Image, ImageDraw
+
+import scripts.prepare_scenes as prepare_scenes
 
 SIDE = 64  # pixels; latents are 8 times smaller
 NUM_TOKENS = 16  # the longest caption has 13 words, and two marks

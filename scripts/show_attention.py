@@ -26,12 +26,12 @@ from evaluation.modality import as_numbers, change, draw_importance, draw_token_
 from student.answering import TaskModel, batches_of, is_task_run, load_task_model
 from student.tasks import read_question
 from student.words import SPECIAL, encode_pairs, load_tokenizer
-from teachercache import store
-from teachercache.names import UserError
-from teachercache.paths import write_whole
-from teachercache.readers import read_manifest
-from teachercache.runtime import pick_device
-from teachercache.samples import Manifest
+from teachercache.cache import store
+from teachercache.core.device import pick_device
+from teachercache.core.errors import UserError
+from teachercache.core.paths import write_whole
+from teachercache.data.manifest import Manifest
+from teachercache.data.read import read_manifest
 
 
 class Looks:

@@ -19,14 +19,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import sd_tiny
 import torch
+
+import scripts.sd_tiny as sd_tiny
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from teachercache.names import UserError
-from teachercache.paths import stream_whole
-from teachercache.runtime import say, ticker
+from teachercache.core.errors import UserError
+from teachercache.core.paths import stream_whole
+from teachercache.core.progress import say, ticker
 
 CHECK_EVERY = 500  # steps; the binding is measured and the folder renewed
 SAVE_EVERY = 250  # steps

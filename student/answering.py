@@ -19,10 +19,10 @@ from student.recipe import Run
 from student.task_batches import TaskBatches
 from student.tasks import Task, read_question
 from student.words import load_tokenizer
-from teachercache.names import UserError
-from teachercache.readers import cache_folder
-from teachercache.samples import Manifest
-from teachercache.teachers.clip import build_module
+from teachercache.core.errors import UserError
+from teachercache.data.manifest import Manifest
+from teachercache.data.read import cache_folder
+from teachercache.teachers.clip.loading import build_module
 
 ROWS = 64  # at a time
 

@@ -13,10 +13,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from student.caches import Source, open_source, places, same_views
 from student.ensemble import concat_teachers, named
-from teachercache import store
-from teachercache.names import UserError
-from teachercache.samples import BadSample, Manifest, Sample, clean_texts, read_image
-from teachercache.views import replay_view
+from teachercache.cache import store
+from teachercache.core.errors import UserError
+from teachercache.data.manifest import Manifest
+from teachercache.data.pictures import read_image
+from teachercache.data.sample import BadSample, Sample, clean_texts
+from teachercache.data.views import replay_view
 
 WINDOW_BLOCKS = 64  # blocks whose rows are mixed; a mapped cache of up to 64 blocks is shuffled as a whole
 

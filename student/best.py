@@ -13,9 +13,10 @@ from student.accumulate import random_state, set_random_state
 from student.checkpoint import save_student, write_tensors
 from student.distributed import any_rank
 from student.metrics import Metrics
-from teachercache.names import UserError
-from teachercache.paths import write_whole
-from teachercache.runtime import rank, say
+from teachercache.core.errors import UserError
+from teachercache.core.paths import write_whole
+from teachercache.core.process import rank
+from teachercache.core.progress import say
 
 WITH_IT = ("run.json", "tokenizer.json")  # what a student needs besides its weights
 Evaluate = Callable[[Path], tuple[float, dict[str, float]]]  # a run folder -> score, metrics

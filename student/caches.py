@@ -7,11 +7,14 @@ import numpy as np
 
 from student.distributed import from_all_ranks
 from student.ensemble import concat_shapes, named
-from teachercache import store
-from teachercache.names import UserError
-from teachercache.paths import as_path
-from teachercache.runtime import rank, say, ticker, world_size
-from teachercache.samples import BadSample, Manifest, read_image
+from teachercache.cache import store
+from teachercache.core.errors import UserError
+from teachercache.core.paths import as_path
+from teachercache.core.process import rank, world_size
+from teachercache.core.progress import say, ticker
+from teachercache.data.manifest import Manifest
+from teachercache.data.pictures import read_image
+from teachercache.data.sample import BadSample
 
 # ----------------------------------------------------------------------------------------------------
 # Which cache

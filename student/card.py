@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from student.recipes import RECIPES
-from teachercache.names import UserError
+from teachercache.core.errors import UserError
 
 
 def model_card(

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from student.distributed import from_all_ranks
 from student.engine_state import engine_state, load_engine_state
 from student.models.two_tower import TwoTower, open_clip_state
-from teachercache.names import UserError
-from teachercache.runtime import rank, say, world_size
-from teachercache.store import flush
-from teachercache.teachers.clip import build_module, tokenizer_of
+from teachercache.cache.store import flush
+from teachercache.core.errors import UserError
+from teachercache.core.process import rank, world_size
+from teachercache.core.progress import say
+from teachercache.teachers.clip.loading import build_module, tokenizer_of
 
 OTHERS = {"vlkd": "`student generate` takes it, and `student export --format hf`"}  # instead of eval
 

@@ -11,8 +11,10 @@ import click
 from evaluation.tasks import ANSWERED, GENERATED, LANGUAGE, MATCHED, SHORT, TASKS
 from evaluation.tasks import find as find_task
 from student.recipe import DEMO_DATA
-from teachercache.names import UserError
-from teachercache.runtime import rank, run_command, say
+from teachercache.core.command import run_command
+from teachercache.core.errors import UserError
+from teachercache.core.process import rank
+from teachercache.core.progress import say
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -125,7 +127,7 @@ def train(
     """
     from student.recipe import Run, override, run_folder
     from student.recipes import find
-    from teachercache.readers import cache_folder
+    from teachercache.data.read import cache_folder
 
     recipe = find(name)
     recipe = dataclasses.replace(recipe, steps=steps or recipe.steps, batch=batch_size or recipe.batch)
@@ -150,7 +152,8 @@ def train(
         print(jsonlib.dumps({"recipe": plain, "run": dataclasses.asdict(run)}, indent=1))
         return
 
-    from teachercache.runtime import default_workers, pick_device
+    from teachercache.core.device import pick_device
+    from teachercache.core.process import default_workers
 
     run = dataclasses.replace(
         run, device=pick_device(run.device), workers=run.workers if run.workers >= 0 else default_workers()
@@ -320,7 +323,7 @@ def _keep(result: dict, folder: Path | None) -> None:
     """A run's result stays with it, and what it wrote."""
     texts = result.pop("results", None)
     if folder is not None:
-        from teachercache.paths import write_whole
+        from teachercache.core.paths import write_whole
 
         for inner, found in (("eval", result), ("written", texts)):
             if found is not None:
@@ -334,7 +337,7 @@ def _matcher(model: str, samples: int | None):
     from evaluation.encoder import of_teacher
     from evaluation.matcher import SAMPLES, of_diffusion, of_encoder
     from student.encoding import named_teacher
-    from teachercache.runtime import pick_device
+    from teachercache.core.device import pick_device
 
     if not (Path(model) / "run.json").exists():
         teacher = named_teacher(model)
@@ -349,7 +352,7 @@ def _encoder(model: str):
     """An Encoder for a run, a folder or a teacher; and the run folder where results are kept."""
     from evaluation.encoder import Encoder, of_teacher
     from student.encoding import encoder_parts, named_teacher
-    from teachercache.runtime import pick_device
+    from teachercache.core.device import pick_device
 
     path, device = Path(model), pick_device()
     if not (path / "run.json").exists():
@@ -376,7 +379,7 @@ def _answerer(run: Path, task: str, data: str):
     """An Answerer for a run that was trained on a task."""
     from evaluation.answerer import Answerer
     from student.answering import is_task_run, load_task_model
-    from teachercache.runtime import pick_device
+    from teachercache.core.device import pick_device
 
     if not is_task_run(run):
         raise UserError(
@@ -398,7 +401,7 @@ def _written(model: str, task: str, data: str) -> dict:
     from evaluation.report import run_generated, run_language
     from student.export_seq2seq import language_model_of
     from student.generating import load_generator
-    from teachercache.runtime import pick_device
+    from teachercache.core.device import pick_device
 
     if task.partition(":")[0] in LANGUAGE:
         with language_model_of(Path(model)) as place:
@@ -433,7 +436,7 @@ def generate(
     student generate runs/NAME --image cat.jpg --question "What color is the cat?"
     """
     from student.generating import describe_pictures
-    from teachercache.runtime import pick_device
+    from teachercache.core.device import pick_device
 
     texts = describe_pictures(
         model, images, question=question.strip(), masks=masks or 0, beams=beams or 0, device=pick_device()

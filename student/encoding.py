@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from student.checkpoint import load_student
-from teachercache.names import UserError
-from teachercache.teachers import load
-from teachercache.views import describe_view
+from teachercache.core.errors import UserError
+from teachercache.data.views import describe_view
+from teachercache.teachers.registry import load
 
 
 def encoder_parts(run: Path, *, device: str) -> dict[str, Any]:

@@ -15,8 +15,8 @@ from torch import nn
 
 from student.engine_state import is_sharded, set_sharded
 from student.recipe import Optim, Run
-from teachercache.names import UserError
-from teachercache.runtime import say
+from teachercache.core.errors import UserError
+from teachercache.core.progress import say
 
 MAX_LOG_SCALE = math.log(100)  # CLIP: logit scales are clamped to this after each step
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from teachercache.runtime import rank
+from teachercache.core.process import rank
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MODEL, OPTIM, COUNT = "model.", "optim.", ".step"

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from teachercache.names import UserError
+from teachercache.core.errors import UserError
 
 ENSEMBLES = ("average", "concat")
 

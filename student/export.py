@@ -20,10 +20,10 @@ from student import export_hf
 from student.card import model_card, read_results
 from student.checkpoint import load_student
 from student.models.two_tower import TwoTower, open_clip_state
-from teachercache.names import UserError
-from teachercache.paths import write_whole
-from teachercache.teachers.clip import open_folder
-from teachercache.views import describe_view
+from teachercache.core.errors import UserError
+from teachercache.core.paths import write_whole
+from teachercache.data.views import describe_view
+from teachercache.teachers.clip.loading import open_folder
 
 TOLERANCE = 1e-4  # of the largest value in an embedding, and of 1
 PROBES = ["a photo of a red bird", "It's 12 o'clock, \u00fcber \u65e5\u672c \U0001f44d", "", "word " * 100]

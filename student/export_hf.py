@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from student.export_tokenizer import clip_tokenizer
 from student.models.two_tower import TwoTower
-from teachercache.names import UserError
-from teachercache.views import describe_view
+from teachercache.core.errors import UserError
+from teachercache.data.views import describe_view
 
 BLOCK = {
     "ln_1": "layer_norm1",

@@ -19,8 +19,8 @@ from student.card import model_card, read_results
 from student.checkpoint import write_tensors
 from student.models.seq2seq import Seq2Seq
 from student.models.seq2seq_init import is_seq2seq, load_seq2seq
-from teachercache.names import UserError
-from teachercache.paths import write_whole
+from teachercache.core.errors import UserError
+from teachercache.core.paths import write_whole
 
 TOLERANCE = 1e-4  # of the largest logit, and of 1
 PROBES = ["A picture of a red bird.", "It's 12 o'clock.", "word " * 20]

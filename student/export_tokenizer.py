@@ -11,7 +11,7 @@ from typing import Any
 
 from open_clip import SimpleTokenizer
 
-from teachercache.names import UserError
+from teachercache.core.errors import UserError
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 ENTITIES = {"&amp;": "&", "&lt;": "<", "&gt;": ">", "&quot;": '"', "&#39;": "'", "&apos;": "'", "&nbsp;": " "}

@@ -14,13 +14,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from student.losses import diffusion_loss
-from teachercache.live import load_teacher
-from teachercache.names import UserError
-from teachercache.runtime import pick_precision, say
-from teachercache.space import size
-from teachercache.store import Cache
-from teachercache.teachers import Teacher
-from teachercache.teachers.diffusion import Diffusion, add_noise, predict_noise
+from teachercache.cache.disk_space import size
+from teachercache.cache.store import Cache
+from teachercache.core.device import pick_precision
+from teachercache.core.errors import UserError
+from teachercache.core.progress import say
+from teachercache.teachers.diffusion.model import Diffusion, add_noise, predict_noise
+from teachercache.teachers.of_cache import load_teacher
+from teachercache.teachers.teacher import Teacher
 
 PRECISIONS = ("auto", "float32", "bfloat16")
 

@@ -9,9 +9,10 @@ import torch
 
 from student.models.seq2seq_init import facts_path, load_seq2seq
 from student.text_inputs import NUM_MASKS, answer_prompt, caption_prompt
-from teachercache.names import UserError
-from teachercache.samples import BadSample, decode_image
-from teachercache.teachers import load
+from teachercache.core.errors import UserError
+from teachercache.data.pictures import decode_image
+from teachercache.data.sample import BadSample
+from teachercache.teachers.registry import load
 
 ROWS = 32  # at a time
 CAPTION_BEAMS, ANSWER_BEAMS = 6, 1  # VLKD, table 11

@@ -13,8 +13,8 @@ from jaxtyping import Float
 from student.caches import Source
 from student.tasks import Question, Task
 from teachercache.answers import normalise_answer
-from teachercache.names import UserError
-from teachercache.samples import Manifest
+from teachercache.core.errors import UserError
+from teachercache.data.manifest import Manifest
 
 MOST = 20_000  # rows that SNLI-VE's anchors are found in
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from student.distributed import any_rank
-from teachercache.names import UserError
-from teachercache.paths import write_whole
-from teachercache.runtime import rank
+from teachercache.core.errors import UserError
+from teachercache.core.paths import write_whole
+from teachercache.core.process import rank
 
 CALMER = "try a smaller --set optim.lr or --set optim.clip=1.0"
 

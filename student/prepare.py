@@ -17,10 +17,11 @@ from student.ensemble import check_ensemble
 from student.prepare_task import Prepared, prepare_task
 from student.recipe import Recipe, Run
 from student.step import TrainStep
-from teachercache.names import UserError
-from teachercache.readers import read_manifest
-from teachercache.runtime import rank, say, world_size
-from teachercache.store import Cache
+from teachercache.cache.store import Cache
+from teachercache.core.errors import UserError
+from teachercache.core.process import rank, world_size
+from teachercache.core.progress import say
+from teachercache.data.read import read_manifest
 
 
 def prepare(recipe: Recipe, run: Run) -> Prepared:
@@ -112,7 +113,7 @@ def passed_teacher(recipe: Recipe, caches: list[Cache], run: Run) -> Any:
 
 def live_teacher(caches: list[Cache], device: str) -> Any:
     """The cache's teacher in this process."""
-    from teachercache.live import load_teacher
+    from teachercache.teachers.of_cache import load_teacher
 
     if not caches:
         raise UserError("--live: this recipe reads nothing from a teacher; leave --live away")

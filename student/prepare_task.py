@@ -20,11 +20,12 @@ from student.step import TrainStep
 from student.task_batches import TaskBatches
 from student.tasks import Task, find_task, labelled_rows
 from student.words import load_tokenizer, vocabulary_tokenizer
-from teachercache.names import UserError
-from teachercache.readers import read_manifest
-from teachercache.runtime import rank, say, world_size
-from teachercache.samples import Manifest
-from teachercache.store import Cache
+from teachercache.cache.store import Cache
+from teachercache.core.errors import UserError
+from teachercache.core.process import rank, world_size
+from teachercache.core.progress import say
+from teachercache.data.manifest import Manifest
+from teachercache.data.read import read_manifest
 
 
 class Prepared(NamedTuple):

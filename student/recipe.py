@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from teachercache.names import UserError, closest
+from teachercache.core.errors import UserError, closest
 
 DEMO_DATA = "data/demo"
 

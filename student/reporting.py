@@ -9,9 +9,10 @@ from typing import Any
 
 from student.metrics import Metrics
 from student.recipe import Run
-from teachercache.names import UserError
-from teachercache.paths import write_whole
-from teachercache.runtime import rank, say
+from teachercache.core.errors import UserError
+from teachercache.core.paths import write_whole
+from teachercache.core.process import rank
+from teachercache.core.progress import say
 
 Report = Callable[[int, dict[str, float]], None]
 SINKS = ("tensorboard", "wandb")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from student.distributed import gather
 from student.ensemble import plain_name
 from student.recipe import Now, Recipe
-from teachercache.names import UserError
+from teachercache.core.errors import UserError
 
 
 class TrainStep(nn.Module):

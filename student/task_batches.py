@@ -16,8 +16,10 @@ from student.batches import Order
 from student.caches import Source
 from student.tasks import Mentions, Question, Task, read_question
 from student.words import encode_pairs, tokens_of
-from teachercache.names import UserError
-from teachercache.samples import BadSample, Manifest, Sample, read_image
+from teachercache.core.errors import UserError
+from teachercache.data.manifest import Manifest
+from teachercache.data.pictures import read_image
+from teachercache.data.sample import BadSample, Sample
 
 MASKED_SHARE, MASK, OTHER = (
     0.15,

@@ -1,6 +1,6 @@
 """VCR, SNLI-VE and VQA as a task student reads them: a row's texts, what is right, which rows have labels.
 
-Rows come from `teachercache.readers.tasks`. Not for batches (`task_batches`), nor for measuring (`evaluation.tasks`).
+Rows come from `teachercache.data.readers.questions`. Not for batches (`task_batches`), nor for measuring (`evaluation.tasks`).
 """
 
 import dataclasses
@@ -13,9 +13,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from teachercache.answers import normalise_answer, vocabulary
-from teachercache.names import UserError
-from teachercache.readers.tasks import LABELS
-from teachercache.samples import Manifest, Sample
+from teachercache.core.errors import UserError
+from teachercache.data.manifest import Manifest
+from teachercache.data.readers.questions import LABELS
+from teachercache.data.sample import Sample
 
 VQA_SCORES = (0.0, 0.3, 0.6, 0.9)  # of an answer that 0, 1, 2 or 3 of the ten people gave; 1 from four on
 

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from student.infilling import infill
 from teachercache.answers import normalise_answer
-from teachercache.names import UserError
-from teachercache.samples import Manifest, Sample, clean_texts
+from teachercache.core.errors import UserError
+from teachercache.data.manifest import Manifest
+from teachercache.data.sample import Sample, clean_texts
 
 MASK = "[MASK]"  # in prompts; the tokenizer's own mask in its place
 STAGES = ("distil", "caption", "vqa", "scst")

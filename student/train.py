@@ -36,10 +36,11 @@ from student.recipe import Now, Recipe, Run
 from student.reporting import Report, asked, reporting
 from student.speed import Speed, peak_memory
 from student.step import TrainStep
-from teachercache.names import UserError
-from teachercache.paths import write_whole
-from teachercache.runtime import keep_memory, rank, say, ticker, world_size
-from teachercache.spec import fingerprint, to_dict
+from teachercache.cache.spec import fingerprint, to_dict
+from teachercache.core.errors import UserError
+from teachercache.core.paths import write_whole
+from teachercache.core.process import keep_memory, rank, world_size
+from teachercache.core.progress import say, ticker
 
 # Settings of a run that say where things lie and how they are computed, not what is computed: a resume may change them
 HOW = (

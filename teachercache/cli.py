@@ -5,16 +5,17 @@ from pathlib import Path
 
 import click
 
-from teachercache.names import UserError
-from teachercache.paths import as_path
-from teachercache.runtime import run_command, say
+from teachercache.core.command import run_command
+from teachercache.core.errors import UserError
+from teachercache.core.paths import as_path
+from teachercache.core.progress import say
 
 DEMO_DATA = "data/demo"
 
 
 def default_cache(data: str, teacher: str, views: int = 0) -> Path:
     """caches/<data>/<teacher>.zarr, of augmented views <teacher>-views.zarr"""
-    from teachercache.readers import cache_folder
+    from teachercache.data.read import cache_folder
 
     name = Path(teacher).name if Path(teacher).is_dir() else teacher.replace("/", "-").replace(":", "-")
     return cache_folder(data) / f"{name}{'-views' * bool(views)}.zarr"
@@ -35,7 +36,7 @@ def tc() -> None:
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def teachers(as_json: bool) -> None:
     """List the teachers that `--teacher` takes."""
-    from teachercache.teachers import TEACHERS
+    from teachercache.teachers.registry import TEACHERS
 
     if as_json:
         print(jsonlib.dumps({name: {"doc": e.doc, "outputs": e.outputs} for name, e in TEACHERS.items()}))
@@ -75,12 +76,12 @@ def manifest(
       x.csv x.tsv      a table with a header, or CC3M's captions and urls beside a folder of what was downloaded
       x.txt            texts alone, one a line: class names, answers
     """
-    from teachercache.readers import describe, find_sources, join_sources, save
+    from teachercache.data.read import describe, find_sources, join_sources, save
 
     sources = find_sources(data)
     found = join_sources(data, sources, limit=limit)
     if noise is not None:
-        from teachercache.noise import corrupt, parse
+        from teachercache.data.noise import corrupt, parse
 
         kind, share = parse(noise)
         clean, found = found, corrupt(found, kind, share, seed=noise_seed)
@@ -182,10 +183,10 @@ def build(
     tc build --teacher clip-vit-b16 --weights random:0 --limit 100
     torchrun --nproc-per-node 8 -m teachercache build --teacher clip-vit-l14 --data shards/
     """
-    from teachercache import runtime
-    from teachercache.readers import read_manifest
-    from teachercache.teachers import find
-    from teachercache.views import parse_augment
+    from teachercache.core import process as runtime
+    from teachercache.data.read import read_manifest
+    from teachercache.data.views import parse_augment
+    from teachercache.teachers.registry import find
 
     wanted = None if outputs is None else tuple(part.strip() for part in outputs.split(",") if part.strip())
     find(name)
@@ -200,9 +201,9 @@ def build(
             f"WARNING: --weights {weights}: the true architecture of {name} with random weights; it knows nothing"
         )
 
-    from teachercache.build import announce
-    from teachercache.build import build as run
-    from teachercache.teachers import load
+    from teachercache.build.loop import announce
+    from teachercache.build.loop import build as run
+    from teachercache.teachers.registry import load
 
     teacher = load(name, weights=weights, outputs=wanted)
     say(f"{name} on {device} in {dtype.dtype} ({dtype.reason}); {len(manifest):,} rows of {manifest.data}")
@@ -230,8 +231,8 @@ def build(
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def info(cache: str, as_json: bool) -> None:
     """Say what a cache holds: teacher, fields, rows, how much of it is done."""
-    from teachercache import store
-    from teachercache.spec import to_dict
+    from teachercache.cache import store
+    from teachercache.cache.spec import to_dict
 
     opened = store.open_cache(cache)
     meta, done = opened.meta, store.done_blocks(opened)
@@ -282,7 +283,7 @@ def verify(cache: str, samples: int, as_json: bool) -> None:
 
     A damaged block is named and forgotten, so that the next `tc build` writes it again; so is what follows from others.
     """
-    from teachercache.live import verify_cache
+    from teachercache.build.verify import verify_cache
 
     report = verify_cache(cache, samples=samples)
     if as_json:
@@ -319,8 +320,8 @@ def index(cache: str, field: str, kind: str) -> None:
 
     Prints the measured recall@10 against exact search; nprobe or efSearch is raised until it is 0.95.
     """
-    from teachercache.index import describe, update_index
-    from teachercache.store import open_complete
+    from teachercache.cache.store import open_complete
+    from teachercache.search.index import describe, update_index
 
     path, facts, done = update_index(open_complete(cache), field=field, kind=kind)
     say(f"{path} {done}: {describe(facts)}")
@@ -346,7 +347,7 @@ def search(cache, text, images, keys, field, top, as_json) -> None:
     tc search caches/demo/clip-lite.zarr --image cat.jpg --top 5
     tc search caches/demo/clip-lite.zarr --key train/cat/0012 "in the snow"   # this picture, but snowy
     """
-    from teachercache.search import search_cache
+    from teachercache.search.query import search_cache
 
     found = search_cache(cache, text=text, images=images, keys=keys, field=field, top=top)
     if as_json:
@@ -384,15 +385,15 @@ def analyze(cache, against, out, kind, points, as_json) -> None:
     tc build --teacher runs/mine --out caches/demo/mine.zarr       # a student says what it sees in the same rows
     tc analyze caches/demo/clip-lite.zarr --against caches/demo/mine.zarr --out report
     """
-    from teachercache.analysis.report import analyze as run
-    from teachercache.analysis.report import default_out
+    from teachercache.analysis.report.write import analyze as run
+    from teachercache.analysis.report.write import default_out
 
     out = out or default_out(as_path(cache), against)
     found, written = run(
         as_path(cache), against=against and as_path(against), out=out, kind=kind, points=points
     )
     if as_json:
-        from teachercache.analysis.describe import as_json as json_of
+        from teachercache.analysis.report.one_cache import as_json as json_of
 
         print(json_of(found))
         return

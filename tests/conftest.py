@@ -244,10 +244,10 @@ def build_cache(
     outputs: tuple[str, ...] = ("embeddings",),
 ) -> Path:
     """`tc build` in this process."""
-    from teachercache.build import build
-    from teachercache.readers import read_manifest
-    from teachercache.runtime import Precision
-    from teachercache.teachers import load
+    from teachercache.build.loop import build
+    from teachercache.core.device import Precision
+    from teachercache.data.read import read_manifest
+    from teachercache.teachers.registry import load
 
     loaded = load(str(teacher), weights="pretrained", outputs=outputs)
     build(

@@ -19,16 +19,17 @@ from typing import Any
 import torch
 from conftest import tree
 
-from teachercache.build import Summary, build
-from teachercache.readers import read_manifest
-from teachercache.runtime import Precision
-from teachercache.teachers import Teacher, load
+from teachercache.build.loop import Summary, build
+from teachercache.core.device import Precision
+from teachercache.data.read import read_manifest
+from teachercache.teachers.registry import load
+from teachercache.teachers.teacher import Teacher
 
 BLOCK, BATCH = 8, 5  # a batch never crosses a block
 WATCHED = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir")
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["teachercache.build", "teachercache.teachers.clip"])
+CONTEXT.set_forkserver_preload(["teachercache.build.loop", "teachercache.teachers.clip.loading"])
 
 
 def run_build(

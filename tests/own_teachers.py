@@ -6,11 +6,17 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
-from teachercache.spec import Field, TeacherSpec
-from teachercache.teachers import Entry, Teacher
-from teachercache.teachers.clip import digest_weights
-from teachercache.teachers.diffusion import Diffusion, add_noise, encode_latent, encode_states, predict_noise
-from teachercache.views import describe_view, image_view
+from teachercache.cache.spec import Field, TeacherSpec
+from teachercache.data.views import describe_view, image_view
+from teachercache.teachers.diffusion.model import (
+    Diffusion,
+    add_noise,
+    encode_latent,
+    encode_states,
+    predict_noise,
+)
+from teachercache.teachers.teacher import Entry, Teacher
+from teachercache.teachers.weights import digest_weights
 
 LATENT, LENGTH, WIDTH = (3, 8, 8), 6, 16
 FIELDS = {

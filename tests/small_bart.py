@@ -25,8 +25,9 @@ MICRO = {
 def micro_bart(seed: int = 0, **changes):
     """BartForConditionalGeneration and its tokenizer as transformers have them."""
     import torch
-    from pretrain_bart_tiny import train_tokenizer
     from transformers import BartConfig, BartForConditionalGeneration
+
+    from scripts.pretrain_bart_tiny import train_tokenizer
 
     tokenizer = train_tokenizer(TEXTS * 3, 300)
     torch.manual_seed(seed)
@@ -36,7 +37,7 @@ def micro_bart(seed: int = 0, **changes):
 
 def save_bart(folder: Path, **changes) -> Path:
     """Its folder; weights of ours are float16."""
-    from pretrain_bart_tiny import write_folder
+    from scripts.pretrain_bart_tiny import write_folder
 
     write_folder(*micro_bart(**changes), folder)
     return folder

@@ -12,9 +12,10 @@ from sklearn.neighbors import LocalOutlierFactor, NearestNeighbors
 from test_index import make_cache
 
 from teachercache import analysis
-from teachercache import vectors as vectors_module
-from teachercache.analysis import describe, matching, measures, neighbours
-from teachercache.vectors import Vectors
+from teachercache.analysis import matching, measures, neighbours
+from teachercache.analysis.report import one_cache as describe
+from teachercache.search import vectors as vectors_module
+from teachercache.search.vectors import Vectors
 
 ROOT = Path(__file__).parent.parent
 

@@ -10,9 +10,10 @@ from evaluation.answerer import Answerer, ensemble, pick, rows_to_measure
 from evaluation.report import run_answered, table
 from evaluation.tasks import ANSWERED, find, snli_ve, vcr, vqa
 from teachercache.answers import normalise_answer
-from teachercache.names import UserError
-from teachercache.readers.tasks import LABELS
-from teachercache.samples import Sample, make_manifest, task_columns, write_manifest
+from teachercache.core.errors import UserError
+from teachercache.data.manifest import make_manifest, write_manifest
+from teachercache.data.readers.questions import LABELS
+from teachercache.data.sample import Sample, task_columns
 
 
 def manifest_of(tasks: list[dict], tmp_path, splits=None):

@@ -18,11 +18,12 @@ from PIL import Image
 
 from student.batches import Batches, epoch_order, loader
 from student.caches import find_cache, readable_rows, same_data_cache, training_rows
-from teachercache import store
-from teachercache.names import UserError
-from teachercache.readers import read_manifest
-from teachercache.samples import Manifest, Sample, digest_rows, make_manifest
-from teachercache.spec import CacheMeta, Field, TeacherSpec
+from teachercache.cache import store
+from teachercache.cache.spec import CacheMeta, Field, TeacherSpec
+from teachercache.core.errors import UserError
+from teachercache.data.manifest import Manifest, digest_rows, make_manifest
+from teachercache.data.read import read_manifest
+from teachercache.data.sample import Sample
 
 ROWS, TEXTS, READS = 40, 3, ("image_emb", "text_emb")
 
@@ -421,8 +422,8 @@ def test_a_cache_given_by_its_own_path_counts_for_the_usable_rows(manifest, tmp_
 
 def test_built_caches_give_what_the_teacher_says(tmp_path):
     """Once through the real phase 1: the rows of a batch against the teacher itself."""
-    from teachercache.samples import read_image
-    from teachercache.teachers import load
+    from teachercache.data.pictures import read_image
+    from teachercache.teachers.registry import load
 
     data, teacher = make_folder(tmp_path / "squares", 12, texts=2), save_teacher(tmp_path / "tiny")
     cache = store.open_complete(build_cache(data, teacher, tmp_path / "tiny.zarr", block_rows=4))

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from student.best import best_score, keep_best
 from student.checkpoint import load_student
 from student.cli import main
-from teachercache.names import UserError
+from teachercache.core.errors import UserError
 
 STEPS, EVERY = 6, 2
 KEYS = ["image_retrieval_recall@1", "text_retrieval_recall@1"]

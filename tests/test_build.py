@@ -23,9 +23,10 @@ from disturbed import BATCH, BLOCK, CONTEXT, Disturbed, mount_disk, run_build, w
 from PIL import Image
 from test_readers import make_tar
 
-from teachercache import store
-from teachercache.names import UserError
-from teachercache.teachers import Teacher, load
+from teachercache.cache import store
+from teachercache.core.errors import UserError
+from teachercache.teachers.registry import load
+from teachercache.teachers.teacher import Teacher
 
 ROWS = 44  # six blocks, the last one in part
 

@@ -15,8 +15,8 @@ from evaluation.generator import MASK, Generator, answer_prompt, caption_prompt
 from evaluation.report import run_generated, table
 from evaluation.tasks import find
 from student import text_inputs
-from teachercache.names import UserError
-from teachercache.readers import read_manifest
+from teachercache.core.errors import UserError
+from teachercache.data.read import read_manifest
 
 WORDS = [
     "a",

@@ -14,8 +14,8 @@ from student.models.two_tower import TINY, TwoTower, build_two_tower, keep_patch
 from student.recipe import Now, Run, override
 from student.recipes.clip_kd import CLIP_KD, block_pairs
 from student.step import TrainStep
-from teachercache.names import UserError
-from teachercache.teachers.clip import build_module
+from teachercache.core.errors import UserError
+from teachercache.teachers.clip.loading import build_module
 
 RUN, NOW = Run(data="", cache="", out=""), Now(0, 1)
 OFF = ("task=0", "crd=0", "fd=0", "icl=0")
@@ -308,7 +308,7 @@ def test_a_mask_ratio_that_is_none(ratio):
 
 
 def test_blocks_are_what_a_teacher_of_the_same_weights_stores_as_hidden():
-    from teachercache.teachers.clip_layers import Taps, picture_fields, text_fields
+    from teachercache.teachers.clip.layers import Taps, picture_fields, text_fields
 
     student = build_two_tower("vit-tiny").eval()
     show_blocks(student, ["image_block_1", "image_block_3", "text_block_0"])
@@ -471,8 +471,8 @@ def test_masks_change_with_the_epoch_and_not_with_the_step_alone(squares, hidden
     """Chances are drawn by seed, epoch and row: a row has another mask in each epoch."""
     from student.batches import Batches
     from student.caches import training_rows
-    from teachercache import store
-    from teachercache.readers import read_manifest
+    from teachercache.cache import store
+    from teachercache.data.read import read_manifest
 
     recipe = recipe_of("mfd=1")
     student = recipe.build(recipe.constants)

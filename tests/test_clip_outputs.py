@@ -15,13 +15,15 @@ from conftest import TINY_CFG, build_cache, make_folder, save_teacher
 from PIL import Image
 from torch import nn
 
-from teachercache import store
-from teachercache.names import UserError
-from teachercache.spec import fingerprint, meta_from_dict, to_dict
-from teachercache.teachers import TEACHERS, Teacher, load
-from teachercache.teachers.clip import build_module, digest_weights, make_teacher
-from teachercache.teachers.clip_layers import join_outputs, parse_outputs
-from teachercache.teachers.clip_towers import pool_positions
+from teachercache.cache import store
+from teachercache.cache.spec import fingerprint, meta_from_dict, to_dict
+from teachercache.core.errors import UserError
+from teachercache.teachers.clip.layers import join_outputs, parse_outputs
+from teachercache.teachers.clip.loading import build_module, make_teacher
+from teachercache.teachers.clip.towers import pool_positions
+from teachercache.teachers.registry import TEACHERS, load
+from teachercache.teachers.teacher import Teacher
+from teachercache.teachers.weights import digest_weights
 
 ALL = ("embeddings", "patches", "hidden")
 TEXT = {"context_length": 8, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2}
@@ -295,7 +297,7 @@ def test_timm_feature_maps(name, width):
 
 
 def test_clip_lite_puts_each_position_through_its_head():
-    from teachercache.teachers.clip_lite import PREPROCESS, model_cfg, towers
+    from teachercache.teachers.clip.lite import PREPROCESS, model_cfg, towers
 
     teacher = load("clip-lite-towers", outputs=("embeddings", "patches", "hidden:6"))
     found = said(teacher)

@@ -9,7 +9,7 @@ import torch
 
 from student.recipe import Now
 from student.recipes.clip_td import Constants, loss, reads
-from teachercache.names import UserError
+from teachercache.core.errors import UserError
 
 N, C, M, D = 3, 4, 2, 5
 NOW = Now(0, 10)

@@ -22,9 +22,9 @@ from student.prepare import prepare
 from student.recipe import Now, Run, override
 from student.recipes.clip_td import CLIP_TD
 from student.tasks import read_question
-from teachercache import store
-from teachercache.names import UserError
-from teachercache.readers import read_manifest
+from teachercache.cache import store
+from teachercache.core.errors import UserError
+from teachercache.data.read import read_manifest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 CFG = TINY_CFG | {"text_cfg": TINY_CFG["text_cfg"] | {"context_length": 32}}
@@ -33,8 +33,7 @@ CFG = TINY_CFG | {"text_cfg": TINY_CFG["text_cfg"] | {"context_length": 32}}
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Both sets of 24 drawn scenes, easy questions as VQA, their caches of a tiny CLIP and of regions."""
-    import prepare_scene_tasks
-
+    import scripts.prepare_scene_tasks as prepare_scene_tasks
     from teachercache.cli import main as tc
 
     home = tmp_path_factory.mktemp("home")
@@ -368,11 +367,10 @@ def test_the_best_student_so_far_is_a_run_that_answers(home, tmp_path):
 
 
 def test_a_student_without_pictures_splits_vcr_by_what_words_tell(home, tmp_path, monkeypatch):
-    import mitigate_vcr
-    import show_attention
-
+    import scripts.mitigate_vcr as mitigate_vcr
+    import scripts.show_attention as show_attention
     from evaluation.vcr_mitigation import implicit_parts
-    from teachercache.readers.tasks import json_lines
+    from teachercache.data.readers.questions import json_lines
 
     assert train(home, tmp_path / "run", *sets(model="bert-micro", w=0.0)) == 0
     source = data_of(home)["vcr"] / "val.jsonl"
@@ -460,7 +458,8 @@ def test_adapted_students_begin_the_task_and_do_not_answer_themselves(home, tmp_
 
 def test_training_reads_no_picture_and_loads_no_teacher(home, tmp_path, monkeypatch):
     from student import task_batches
-    from teachercache import samples, teachers
+    from teachercache.data import manifest as samples
+    from teachercache.teachers import registry as teachers
 
     def refuse(*words, **more):
         raise AssertionError("a picture or a teacher was asked for")

@@ -18,8 +18,8 @@ from evaluation.matcher import Matcher, of_encoder
 from evaluation.metrics import bootstrap_interval
 from evaluation.report import run_matched
 from evaluation.tasks import aro, sugar_crepe, winoground
-from teachercache.names import UserError
-from teachercache.samples import BadSample
+from teachercache.core.errors import UserError
+from teachercache.data.sample import BadSample
 
 MATCHER, COLLAPSED = of_encoder(ENCODER), of_encoder(CONSTANT)
 LAYOUTS = ("zip", "folder", "parquet")

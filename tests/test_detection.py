@@ -28,9 +28,9 @@ from evaluation.detector import ONE_X, Options, build_detector, mirrored, train
 from evaluation.encoder import of_teacher
 from evaluation.tasks import coco_detection
 from student.cli import main
-from teachercache.names import UserError
-from teachercache.readers import read_manifest
-from teachercache.teachers import load
+from teachercache.core.errors import UserError
+from teachercache.data.read import read_manifest
+from teachercache.teachers.registry import load
 
 RESNET_CFG = {
     **TINY_CFG,

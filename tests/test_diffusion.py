@@ -9,9 +9,10 @@ from conftest import save_diffusion
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 from torch import nn
 
-from teachercache.names import UserError
-from teachercache.teachers import Teacher, diffusion, load
-from teachercache.teachers.diffusion import (
+from teachercache.core.errors import UserError
+from teachercache.teachers.diffusion import model as diffusion
+from teachercache.teachers.diffusion.loading import random_sd_v1
+from teachercache.teachers.diffusion.model import (
     Diffusion,
     add_noise,
     draw_noise,
@@ -20,8 +21,9 @@ from teachercache.teachers.diffusion import (
     pair_errors,
     predict_noise,
 )
-from teachercache.teachers.diffusion_folders import random_sd_v1
-from teachercache.teachers.diffusion_outputs import Features, unet_features
+from teachercache.teachers.diffusion.outputs import Features, unet_features
+from teachercache.teachers.registry import load
+from teachercache.teachers.teacher import Teacher
 
 TEXTS = [
     "a red cube",
@@ -378,8 +380,8 @@ def test_parts_that_do_not_go_together(folder_of_pixels, diffusion_folder, tmp_p
 )
 def test_weights_that_are_not_there(name, weights, says, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("teachercache.teachers.diffusion_folders.hub_answers", lambda: False)
-    monkeypatch.setattr("teachercache.teachers.diffusion_folders.HOME", tmp_path / "none")
+    monkeypatch.setattr("teachercache.teachers.diffusion.loading.hub_answers", lambda: False)
+    monkeypatch.setattr("teachercache.teachers.diffusion.loading.HOME", tmp_path / "none")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     with pytest.raises(UserError) as error:
         load(name, weights=weights)

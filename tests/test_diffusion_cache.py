@@ -12,12 +12,14 @@ from diffusers import DDPMScheduler, StableDiffusionPipeline
 from disturbed import run_build
 from PIL import Image
 
-from teachercache import store
-from teachercache.live import load_teacher, verify_cache
-from teachercache.names import UserError
-from teachercache.teachers import Teacher, load
-from teachercache.teachers.diffusion import Diffusion
-from teachercache.teachers.diffusion_outputs import Features, Plan, Scores, join_outputs, parse_outputs
+from teachercache.build.verify import verify_cache
+from teachercache.cache import store
+from teachercache.core.errors import UserError
+from teachercache.teachers.diffusion.model import Diffusion
+from teachercache.teachers.diffusion.outputs import Features, Plan, Scores, join_outputs, parse_outputs
+from teachercache.teachers.of_cache import load_teacher
+from teachercache.teachers.registry import load
+from teachercache.teachers.teacher import Teacher
 
 ALL = ("text_states", "latents", "unet_features:50+up_blocks.0+seed=2", "scores:3+seed=1+t=100-899")
 FIELDS = ["text_states", "latent", "unet_feature", "diffusion_score", "diffusion_score_normalised"]
@@ -336,7 +338,7 @@ def test_at_the_command_line(diffusion_folder, data, tmp_path, capsys, monkeypat
         )
     line = error_of(capsys, "build", "--teacher", diffusion_folder, *where, "--outputs", "latents,scores:2")
     assert "holds another build" in line
-    monkeypatch.setattr("teachercache.teachers.diffusion_folders.HOME", tmp_path / "none")
+    monkeypatch.setattr("teachercache.teachers.diffusion.loading.HOME", tmp_path / "none")
     assert "train_sd_tiny.py" in error_of(capsys, "build", "--teacher", "sd-tiny", *where)
     assert run("teachers") == 0
     assert "sd-v1-4" in capsys.readouterr().out

@@ -19,9 +19,9 @@ from student.models.projection import PerTeacher
 from student.models.two_tower import build_two_tower
 from student.recipe import Now, Run, override
 from student.recipes.clip_kd import CLIP_KD
-from teachercache import store
-from teachercache.names import UserError
-from teachercache.readers import read_manifest
+from teachercache.cache import store
+from teachercache.core.errors import UserError
+from teachercache.data.read import read_manifest
 
 RUN, NOW = Run(data="", cache="", out=""), Now(0, 1)
 

@@ -16,8 +16,8 @@ from evaluation.report import run_task
 from evaluation.tasks import SHORT, find
 from evaluation.tasks.zeroshot import TEMPLATES
 from student.cli import main
-from teachercache.names import UserError
-from teachercache.readers import read_manifest
+from teachercache.core.errors import UserError
+from teachercache.data.read import read_manifest
 
 ANY_FOLDER = (
     *SHORT,
@@ -325,7 +325,7 @@ def test_a_teacher_by_folder_and_by_name(teacher_folder, squares, tmp_path, monk
     of_folder = student_eval(capfd, teacher_folder, "--task", "retrieval", "--data", squares)
     assert (of_folder["model"], of_folder["pretrained"]) == (str(teacher_folder), "pretrained")
     (tmp_path / "my_teachers.py").write_text(
-        "from teachercache.teachers import Entry, find\n"
+        "from teachercache.teachers.registry import Entry, find\n"
         f"FOLDER = {str(teacher_folder)!r}\n"
         "ENTRY = Entry('mine', lambda name, **words: find(FOLDER).load(FOLDER, **words))\n"
     )

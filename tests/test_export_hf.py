@@ -18,8 +18,8 @@ from student.cli import main
 from student.export_hf import image_processor
 from student.export_tokenizer import clip_tokenizer
 from student.models.two_tower import TwoTower, open_clip_state
-from teachercache.teachers.clip import build_module, tokenizer_of
-from teachercache.views import image_view
+from teachercache.data.views import image_view
+from teachercache.teachers.clip.loading import build_module, tokenizer_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 

@@ -18,13 +18,14 @@ from conftest import counting, error_of, make_folder, run, tree
 from disturbed import BLOCK, CONTEXT, Disturbed, mount_disk, run_build, wait_for
 from PIL import Image
 
-from teachercache import store
-from teachercache.decode import Rows, _is_death
-from teachercache.derived import damaged_files
-from teachercache.names import UserError
-from teachercache.readers import read_manifest
-from teachercache.samples import digest_rows, load_manifest, write_manifest
-from teachercache.teachers import Teacher, load
+from teachercache.build.decode import Rows, _is_death
+from teachercache.cache import store
+from teachercache.cache.repair import damaged_files
+from teachercache.core.errors import UserError
+from teachercache.data.manifest import digest_rows, load_manifest, write_manifest
+from teachercache.data.read import read_manifest
+from teachercache.teachers.registry import load
+from teachercache.teachers.teacher import Teacher
 
 STEP = 19  # of all bits of a file one in so many is flipped; odd, so that all places of a byte come
 HERE = ("--device", "cpu", "--workers", "0")

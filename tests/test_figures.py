@@ -14,7 +14,7 @@ from PIL import Image
 from evaluation import encoder, figures
 from evaluation.tasks.zeroshot import TEMPLATES
 from student.cli import main
-from teachercache.names import UserError
+from teachercache.core.errors import UserError
 
 MODELS = [
     ENCODER,

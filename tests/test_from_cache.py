@@ -13,8 +13,8 @@ from conftest import build_cache
 
 from evaluation import from_cache
 from student.cli import main
-from teachercache.names import UserError
-from teachercache.readers import read_manifest
+from teachercache.core.errors import UserError
+from teachercache.data.read import read_manifest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 scene_tasks = importlib.import_module("prepare_scene_tasks")
@@ -161,7 +161,8 @@ def test_vqa_by_the_nearest_answer_of_training(caches, capfd):
 
 
 def test_the_vocabulary_keeps_the_most_common(caches, monkeypatch):
-    from teachercache import answers, store
+    from teachercache import answers
+    from teachercache.cache import store
 
     monkeypatch.setattr(answers, "NUM_ANSWERS", 2)
     words, vectors = from_cache.answers_of(store.open_complete(caches["vqa"][0]))

@@ -14,15 +14,17 @@ import zarr
 from conftest import counting, make_folder, tree
 from PIL import Image
 
-from teachercache import store
-from teachercache.build import Summary, build
-from teachercache.grow import replace_pruned, settle
-from teachercache.names import UserError
-from teachercache.readers import read_manifest
-from teachercache.runtime import Precision
-from teachercache.samples import Manifest, read_image
-from teachercache.teachers import Teacher, load
-from teachercache.views import PARAMS, Augment, draw_params, replay_view
+from teachercache.build.loop import Summary, build
+from teachercache.build.target import replace_pruned, settle
+from teachercache.cache import store
+from teachercache.core.device import Precision
+from teachercache.core.errors import UserError
+from teachercache.data.manifest import Manifest
+from teachercache.data.pictures import read_image
+from teachercache.data.read import read_manifest
+from teachercache.data.views import PARAMS, Augment, draw_params, replay_view
+from teachercache.teachers.registry import load
+from teachercache.teachers.teacher import Teacher
 
 BLOCK, BATCH = 8, 5
 
@@ -249,7 +251,7 @@ def test_growth_that_was_killed_before_its_last_file_is_not_seen(teacher, tmp_pa
             raise Killed
         path.write_bytes(content)
 
-    monkeypatch.setattr("teachercache.grow.write_whole", write)
+    monkeypatch.setattr("teachercache.build.target.write_whole", write)
     with pytest.raises(Killed):
         run_build(teacher, data, tmp_path / "c.zarr")
     monkeypatch.undo()

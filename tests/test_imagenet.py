@@ -12,8 +12,8 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from evaluation.report import run_task
 from evaluation.tasks.imagenet import class_places, class_words, evaluate, wnids
-from teachercache.names import UserError
-from teachercache.readers import read_manifest
+from teachercache.core.errors import UserError
+from teachercache.data.read import read_manifest
 
 PLACES = (2, 10, 100, 407, 657, 744, 999)  # 657 missile, 744 projectile: CLIP calls both `missile`
 

@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 from conftest import chunks_of
 
-from teachercache import index, index_files, store
-from teachercache import vectors as vectors_module
-from teachercache.names import UserError
-from teachercache.paths import as_path
-from teachercache.samples import Sample, make_manifest
-from teachercache.spec import CacheMeta, Field, TeacherSpec
+from teachercache.cache import store
+from teachercache.cache.spec import CacheMeta, Field, TeacherSpec
+from teachercache.core.errors import UserError
+from teachercache.core.paths import as_path
+from teachercache.data.manifest import make_manifest
+from teachercache.data.sample import Sample
+from teachercache.search import index, index_files
+from teachercache.search import vectors as vectors_module
 
 COMMAND = r"run `tc index .*c\.zarr --field image_emb( --kind \w+)?`"
 
@@ -417,7 +419,7 @@ def test_extend_indexes_does_what_each_needs_and_says_so(tmp_path, capsys, monke
         line.startswith(f"{text_path} extended by 100: 300 vectors, hnsw, efSearch 16:") for line in lines
     )
     assert index.extend_indexes(grown) == []
-    monkeypatch.setattr("teachercache.index.faiss_module", index_without_faiss)
+    monkeypatch.setattr("teachercache.search.index.faiss_module", index_without_faiss)
     assert index.extend_indexes(make_cache(tmp_path / "c.zarr", vectors(310))) == []
     assert f"{image_path} was left as it is: search needs FAISS" in capsys.readouterr().err
 

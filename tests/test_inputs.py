@@ -12,20 +12,15 @@ import pytest
 from conftest import build_cache
 from test_readers import assert_pictures, coco, make_tar, png, rows, write
 
-from teachercache import columns, store
+from teachercache.cache import store
 from teachercache.cli import default_cache, main
-from teachercache.names import UserError
-from teachercache.readers import cache_folder, read_manifest
-from teachercache.readers.tasks import mentions_of, render_tokens
-from teachercache.samples import (
-    BadSample,
-    Manifest,
-    Sample,
-    load_manifest,
-    make_manifest,
-    read_image,
-    write_manifest,
-)
+from teachercache.core.errors import UserError
+from teachercache.data import columns
+from teachercache.data.manifest import Manifest, load_manifest, make_manifest, write_manifest
+from teachercache.data.pictures import read_image
+from teachercache.data.read import cache_folder, read_manifest
+from teachercache.data.readers.questions import mentions_of, render_tokens
+from teachercache.data.sample import BadSample, Sample
 
 NONE = {"bytes": None, "path": None}
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])

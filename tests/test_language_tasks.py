@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from evaluation.finetune_text import Options
 from evaluation.tasks import glue, text_loss, xsum
-from teachercache.names import UserError
+from teachercache.core.errors import UserError
 
 LINES = {  # a train line and a dev line of each task, as GLUE's own files have them
     "CoLA": (None, "gj04\t1\t\tOur friends won't buy this.", 'gj04\t0\t*\tThey drank the "pub.'),

@@ -25,8 +25,8 @@ from evaluation.tasks.linear_probe import (
     probe_features,
 )
 from student.cli import main
-from teachercache.names import UserError
-from teachercache.readers import read_manifest
+from teachercache.core.errors import UserError
+from teachercache.data.read import read_manifest
 
 GRID = 10.0 ** (np.arange(-48, 49) / 8)
 

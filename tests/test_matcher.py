@@ -14,9 +14,10 @@ from evaluation.matcher import Question, ask, of_diffusion, of_encoder
 from evaluation.suite import run_suite
 from evaluation.suite_report import suite_table
 from student.cli import main
-from teachercache.names import UserError
-from teachercache.samples import BadSample
-from teachercache.teachers import diffusion, load
+from teachercache.core.errors import UserError
+from teachercache.data.sample import BadSample
+from teachercache.teachers.diffusion import model as diffusion
+from teachercache.teachers.registry import load
 
 TEXTS = [["red 1", "1 red"], ["a red b", "re d", "1 red"], [""]]
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from evaluation import modality
-from teachercache.names import UserError
+from teachercache.core.errors import UserError
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 show = importlib.import_module("show_attention")
@@ -155,7 +155,7 @@ def student(tmp_path, monkeypatch):
     from student.models.single_stream import SIZES, Shape, SingleStream
     from student.tasks import Task, read_question
     from student.words import encode_pairs, vocabulary_tokenizer
-    from teachercache.readers import read_manifest
+    from teachercache.data.read import read_manifest
 
     scene_tasks.write_tasks(tmp_path / "scenes", 8, seed=0, size=32, test=0.9)
     data = str(tmp_path / "scenes/vcr1/val.jsonl")
@@ -191,7 +191,7 @@ def student(tmp_path, monkeypatch):
 
 
 def test_a_students_first_layer_by_hand(student):
-    from teachercache.readers import read_manifest
+    from teachercache.data.read import read_manifest
 
     folder, data, model, tokenizer, seen = student
     looks = show.Looks(folder / "before", data, "cpu")

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from conftest import error_of, make_folder, run
 
-from teachercache.noise import KINDS, corrupt
-from teachercache.readers import read_manifest
-from teachercache.samples import Sample, make_manifest
+from teachercache.data.manifest import make_manifest
+from teachercache.data.noise import KINDS, corrupt
+from teachercache.data.read import read_manifest
+from teachercache.data.sample import Sample
 
 CAPTIONS = [
     "a red cat sits",

@@ -22,14 +22,15 @@ from zarr.core.sync import sync
 
 from student.batches import Batches
 from student.caches import training_rows
-from teachercache import store
+from teachercache.cache import store
+from teachercache.cache.lease import is_lease, lease
 from teachercache.cli import main
-from teachercache.lease import is_lease, lease
-from teachercache.names import UserError
-from teachercache.paths import as_path
-from teachercache.readers import read_manifest
-from teachercache.remote import read_range
-from teachercache.teachers import Teacher, load
+from teachercache.core.errors import UserError
+from teachercache.core.paths import as_path
+from teachercache.core.urls import read_range
+from teachercache.data.read import read_manifest
+from teachercache.teachers.registry import load
+from teachercache.teachers.teacher import Teacher
 
 pytestmark = pytest.mark.usefixtures("s3")
 HERE = ("--device", "cpu", "--workers", "0")
@@ -72,7 +73,7 @@ class Killed(Exception):
 
 def kill_at_write(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     """Every write of a cache from the `number`-th on fails, as of a process that is not there any more."""
-    from teachercache import paths
+    from teachercache.core import paths
 
     whole, seen = paths.stream_whole, [0]
 
@@ -293,7 +294,7 @@ def test_a_dead_process_of_this_machine_is_not_waited_for(url, teacher, tmp_path
 
 
 def test_a_lease_is_renewed_and_shared_by_the_ranks_of_one_job(url, monkeypatch):
-    monkeypatch.setattr("teachercache.lease.RENEWED", 0.05)
+    monkeypatch.setattr("teachercache.cache.lease.RENEWED", 0.05)
 
     with lease(url):
         (mine,) = leases(url)
@@ -318,7 +319,7 @@ def test_a_lease_is_renewed_and_shared_by_the_ranks_of_one_job(url, monkeypatch)
 def test_of_two_builders_at_once_one_builds(url, teacher, tmp_path, monkeypatch):
     """Threads stand for machines: each has its own job. Whatever they meet, one cache comes out, by one of them."""
     data, names = make_folder(tmp_path / "data", 12), iter(["a", "b"])
-    monkeypatch.setattr("teachercache.lease._job", lambda: next(names))
+    monkeypatch.setattr("teachercache.cache.lease._job", lambda: next(names))
     said: list[str] = []
 
     def work() -> None:

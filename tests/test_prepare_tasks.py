@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from teachercache.readers import read_manifest
-from teachercache.readers.tasks import render_tokens
-from teachercache.samples import read_image
+from teachercache.data.pictures import read_image
+from teachercache.data.read import read_manifest
+from teachercache.data.readers.questions import render_tokens
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 scenes = importlib.import_module("prepare_scenes")

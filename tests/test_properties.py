@@ -14,13 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from teachercache import store
-from teachercache.derived import damaged_files
-from teachercache.grow import jobs_for, settle
-from teachercache.names import UserError
-from teachercache.readers import read_manifest
-from teachercache.samples import BadSample, Sample, decode_image, digest_rows, load_manifest, make_manifest
-from teachercache.spec import CacheMeta, Field, TeacherSpec
+from teachercache.build.target import jobs_for, settle
+from teachercache.cache import store
+from teachercache.cache.repair import damaged_files
+from teachercache.cache.spec import CacheMeta, Field, TeacherSpec
+from teachercache.core.errors import UserError
+from teachercache.data.manifest import digest_rows, load_manifest, make_manifest
+from teachercache.data.pictures import decode_image
+from teachercache.data.read import read_manifest
+from teachercache.data.sample import BadSample, Sample
 
 QUICK = settings(max_examples=25, deadline=None, database=None)
 STORES = settings(QUICK, max_examples=8)
@@ -105,7 +107,7 @@ def test_a_damaged_manifest_is_refused_or_says_the_same(manifest_bytes, place, j
 
 @pytest.fixture(scope="module")
 def manifest_bytes(tmp_path_factory):
-    from teachercache.samples import write_manifest
+    from teachercache.data.manifest import write_manifest
 
     folder = tmp_path_factory.mktemp("m")
     manifest = read_manifest(str(make_folder(folder / "data", 4, texts=2, splits=True)))

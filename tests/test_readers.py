@@ -15,9 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from teachercache.names import UserError
-from teachercache.readers import read_manifest
-from teachercache.samples import BadSample, Manifest, read_image, write_manifest
+from teachercache.core.errors import UserError
+from teachercache.data.manifest import Manifest, write_manifest
+from teachercache.data.pictures import read_image
+from teachercache.data.read import read_manifest
+from teachercache.data.sample import BadSample
 
 
 def picture(seed: int) -> Image.Image:

@@ -20,7 +20,7 @@ from student.recipes import RECIPES, find
 from student.recipes.clip import CLIP
 from student.recipes.clip_kd import CLIP_KD
 from student.step import TrainStep
-from teachercache.names import UserError
+from teachercache.core.errors import UserError
 
 RUN = Run(data="d", cache="c", out="o")
 NOW = Now(0, 1)

@@ -17,13 +17,16 @@ from torch import nn
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
-from teachercache import store
-from teachercache.decode import Piece, rows_for
-from teachercache.live import verify_cache
-from teachercache.names import UserError
-from teachercache.readers import read_manifest
-from teachercache.teachers import Teacher, load, regions
-from teachercache.teachers.clip import digest_weights
+from teachercache.build.decode import Piece
+from teachercache.build.forward import rows_for
+from teachercache.build.verify import verify_cache
+from teachercache.cache import store
+from teachercache.core.errors import UserError
+from teachercache.data.read import read_manifest
+from teachercache.teachers import regions
+from teachercache.teachers.registry import load
+from teachercache.teachers.teacher import Teacher
+from teachercache.teachers.weights import digest_weights
 
 BOXES = [[[0.1, 0.2, 0.7, 0.9], [0.0, 0.0, 0.3, 0.25]], [[0.4, 0.4, 0.45, 0.45], [0.2, 0.0, 1.0, 1.0]]]
 

@@ -15,11 +15,18 @@ from conftest import build_cache, error_of, make_folder, run, save_teacher
 from PIL import Image
 from test_index import make_cache
 
-from teachercache import analysis, store
-from teachercache import vectors as vectors_module
-from teachercache.analysis import compare, describe, matching, neighbours, report, subject, thumbnails
-from teachercache.analysis.report import analyze
-from teachercache.samples import Sample, make_manifest, write_manifest
+from teachercache import analysis
+from teachercache.analysis import matching, neighbours
+from teachercache.analysis.report import one_cache as describe
+from teachercache.analysis.report import opened as subject
+from teachercache.analysis.report import thumbnails
+from teachercache.analysis.report import two_caches as compare
+from teachercache.analysis.report import write as report
+from teachercache.analysis.report.write import analyze
+from teachercache.cache import store
+from teachercache.data.manifest import make_manifest, write_manifest
+from teachercache.data.sample import Sample
+from teachercache.search import vectors as vectors_module
 
 WIDTH = 24
 
@@ -397,7 +404,7 @@ def test_texts_that_differ_are_not_compared(two, tmp_path):
 
 def test_a_run_is_a_teacher_and_its_cache_can_be_compared(finished_run, squares, cache, tmp_path, capsys):
     from student.checkpoint import load_student
-    from teachercache.samples import decode_image
+    from teachercache.data.pictures import decode_image
 
     out = tmp_path / "student.zarr"
     assert run("build", "--teacher", finished_run, "--data", squares, "--out", out, "--workers", 0) == 0

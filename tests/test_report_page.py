@@ -9,7 +9,7 @@ from conftest import make_folder
 from test_index import make_cache
 from test_report import embeddings, samples_of, with_samples
 
-from teachercache.analysis.report import analyze
+from teachercache.analysis.report.write import analyze
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chrome")
 EVIL = "<script>document.title='owned'</script><b>bold</b>"

@@ -12,10 +12,10 @@ from student.recipes import find
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 
-import reproduce
-import reproduce_clip_kd
-import reproduce_psd
-from reproduce_tables import METRICS, Row, Table
+import scripts.reproduce as reproduce
+import scripts.reproduce_clip_kd as reproduce_clip_kd
+import scripts.reproduce_psd as reproduce_psd
+from scripts.reproduce_tables import METRICS, Row, Table
 
 A = Row("a", (("fd", 1.0),), (30.0, None, None))
 B = Row("b", (("fd", 2.0),), (31.5, None, None))
@@ -197,7 +197,7 @@ def test_psd_table_pairs_by_seed():
 def test_psd_prepares_its_data_once(tmp_path, monkeypatch):
     from conftest import make_folder
 
-    from teachercache.readers import read_manifest
+    from teachercache.data.read import read_manifest
 
     monkeypatch.chdir(tmp_path)
     made = []

@@ -10,9 +10,9 @@ from student.recipes import find
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 
-import reproduce
-import reproduce_clip_td as paper
-import reproduce_modality
+import scripts.reproduce as reproduce
+import scripts.reproduce_clip_td as paper
+import scripts.reproduce_modality as reproduce_modality
 
 
 def settings_of(words: list[str]) -> list[str]:

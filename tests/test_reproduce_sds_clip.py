@@ -10,8 +10,8 @@ from student.recipes import find
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 
-import reproduce
-import reproduce_sds_clip as paper
+import scripts.reproduce as reproduce
+import scripts.reproduce_sds_clip as paper
 
 
 @pytest.mark.parametrize("name", paper.TABLES)

@@ -9,13 +9,13 @@ import pytest
 from evaluation.tasks import find, glue
 from student.recipe import Run, override
 from student.recipes import find as find_recipe
-from teachercache.readers import read_manifest
+from teachercache.data.read import read_manifest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 
-import prepare_scene_glue
-import reproduce
-import reproduce_vlkd as paper
+import scripts.prepare_scene_glue as prepare_scene_glue
+import scripts.reproduce as reproduce
+import scripts.reproduce_vlkd as paper
 
 
 def settings_of(words: list[str]) -> list[str]:

@@ -12,19 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from teachercache.names import UserError
-from teachercache.samples import (
-    BadSample,
-    Manifest,
-    Sample,
-    clean_texts,
-    decode_image,
-    digest_rows,
-    load_manifest,
-    make_manifest,
-    read_image,
-    write_manifest,
-)
+from teachercache.core.errors import UserError
+from teachercache.data.manifest import Manifest, digest_rows, load_manifest, make_manifest, write_manifest
+from teachercache.data.pictures import decode_image, read_image
+from teachercache.data.sample import BadSample, Sample, clean_texts
 
 
 def encoded(image: Image.Image, fmt: str = "PNG", **options) -> bytes:

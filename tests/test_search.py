@@ -9,11 +9,14 @@ import pytest
 from conftest import build_cache, make_folder
 from test_index import brute_force, make_cache, vectors
 
-from teachercache import index, live, store
+from teachercache.build import verify as live
+from teachercache.cache import store
 from teachercache.cli import main
-from teachercache.names import UserError
-from teachercache.samples import decode_image, load_manifest
-from teachercache.search import search_cache
+from teachercache.core.errors import UserError
+from teachercache.data.manifest import load_manifest
+from teachercache.data.pictures import decode_image
+from teachercache.search import index
+from teachercache.search.query import search_cache
 
 
 @pytest.fixture(scope="module")

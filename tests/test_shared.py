@@ -11,11 +11,13 @@ from disturbed import BATCH, Disturbed, run_build
 from PIL import Image
 
 from evaluation.encoder import embed_images, of_teacher
-from teachercache import store
-from teachercache.decode import Piece, rows_for
-from teachercache.readers import read_manifest
-from teachercache.teachers import Teacher, load
-from teachercache.views import Augment
+from teachercache.build.decode import Piece
+from teachercache.build.forward import rows_for
+from teachercache.cache import store
+from teachercache.data.read import read_manifest
+from teachercache.data.views import Augment
+from teachercache.teachers.registry import load
+from teachercache.teachers.teacher import Teacher
 
 PER_PICTURE = 4
 

@@ -13,7 +13,7 @@ from student.models.regions import geometry, known, waves
 from student.models.single_stream import FIRST, IMAGE, SECOND, SIZES, Shape, SingleStream, rebuild
 from student.models.single_stream_init import load_into, open_student, read_state, renamed
 from student.words import encode_pairs, tokens_of, vocabulary_tokenizer
-from teachercache.names import UserError
+from teachercache.core.errors import UserError
 
 MICRO = SIZES["micro"]
 TEXT = ("text", "second", "there", "text_region")

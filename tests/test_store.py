@@ -18,13 +18,15 @@ from conftest import chunks_of, tree
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from teachercache import samples, store
-from teachercache.grow import settle
-from teachercache.layout import block_rows_for
-from teachercache.mapped import can_map
-from teachercache.names import UserError
-from teachercache.samples import Manifest, Sample, load_manifest, make_manifest
-from teachercache.spec import CacheMeta, Field, TeacherSpec
+from teachercache.build.target import settle
+from teachercache.cache import store
+from teachercache.cache.layout import block_rows_for
+from teachercache.cache.memory_map import can_map
+from teachercache.cache.spec import CacheMeta, Field, TeacherSpec
+from teachercache.core.errors import UserError
+from teachercache.data import manifest as samples
+from teachercache.data.manifest import Manifest, load_manifest, make_manifest
+from teachercache.data.sample import Sample
 
 TEACHER = "open_clip:ViT-B-32/laion2b_s34b_b79k"
 ROWS, TEXTS, BLOCK = 1280 + 100, 2, 256  # five whole blocks and a part of one

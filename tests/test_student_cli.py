@@ -15,7 +15,7 @@ from conftest import RANK_VARIABLES, build_cache, contained, make_folder, save_t
 from student import cli
 from student.cli import main
 from student.recipes.clip_kd import CLIP_KD
-from teachercache import store
+from teachercache.cache import store
 from teachercache.cli import main as tc_main
 
 ROOT = Path(__file__).parent.parent

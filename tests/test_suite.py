@@ -24,8 +24,8 @@ from evaluation.prompts import CALTECH, CIFAR, IMAGENET_PLUS, fill
 from evaluation.robustness import effective_robustness, read_baselines
 from evaluation.suite import CAPTIONED, LABELLED, bordered, locate, measured_rows, run_suite
 from evaluation.suite_report import suite_table, write_suite
-from teachercache.names import UserError
-from teachercache.samples import read_image
+from teachercache.core.errors import UserError
+from teachercache.data.pictures import read_image
 
 
 @pytest.fixture(scope="module")
@@ -360,7 +360,7 @@ def test_retrieval_of_karpathys_coco(report, root):
 def test_folds_are_means_of_parts(root, monkeypatch):
     """Of nine pictures two folds of four; recall by hand in each."""
     from evaluation.tasks.retrieval import evaluate
-    from teachercache.readers import read_manifest
+    from teachercache.data.read import read_manifest
 
     monkeypatch.setattr(encoder, "default_workers", lambda: 0)
     manifest = read_manifest(str(root / "coco/dataset_coco.json"))

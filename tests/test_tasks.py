@@ -11,8 +11,8 @@ from PIL import Image
 
 from student.tasks import VQA_SCORES, Task, find_task, labelled_rows, question_category, read_question
 from teachercache.answers import vocabulary
-from teachercache.names import UserError
-from teachercache.readers import read_manifest
+from teachercache.core.errors import UserError
+from teachercache.data.read import read_manifest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 VCR = Task("vcr", "q2a", 4, 4)
@@ -21,7 +21,7 @@ VCR = Task("vcr", "q2a", 4, 4)
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A VCR and an SNLI-VE set of 40 pictures."""
-    import prepare_scene_tasks
+    import scripts.prepare_scene_tasks as prepare_scene_tasks
 
     out = tmp_path_factory.mktemp("tasks") / "scenes"
     prepare_scene_tasks.write_tasks(out, 40, seed=1, size=32, test=0.2)

@@ -17,8 +17,8 @@ import torch
 from conftest import error_of, make_folder, run, save_teacher, tree
 from PIL import Image
 
-import teachercache.teachers.clip
-from teachercache import store
+import teachercache.teachers.clip.loading
+from teachercache.cache import store
 from teachercache.cli import tc
 
 OPTIONS = {  # a contract: adding one is a decision, made here and in DESIGN.md
@@ -199,7 +199,7 @@ def test_teacher_without_weights_offline_says_what_can_be_done(photos, tmp_path,
     for name in ("connect", "connect_ex"):
         monkeypatch.setattr(socket.socket, name, refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    monkeypatch.setattr(teachercache.teachers.clip, "hub_answers", lambda: False)
+    monkeypatch.setattr(teachercache.teachers.clip.loading, "hub_answers", lambda: False)
     for name in ("HF_HOME", "HF_HUB_CACHE"):
         monkeypatch.setenv(name, str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
@@ -251,7 +251,7 @@ def test_interrupt_is_one_line_and_130(teacher_folder, photos, tmp_path, capsys,
     def interrupt(*arguments, **more):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("teachercache.build.build", interrupt)
+    monkeypatch.setattr("teachercache.build.loop.build", interrupt)
     words = ["--teacher", teacher_folder, "--data", photos, "--out", tmp_path / "c.zarr", *HERE]
     assert run("build", *words) == 130
     assert capsys.readouterr().err.splitlines()[-1] == "stopped; the same command goes on where it left off"

@@ -11,14 +11,16 @@ import yake
 from conftest import TINY_CFG, build_cache, error_of, make_folder, run, save_teacher, tree
 from disturbed import Disturbed, run_build
 
-from teachercache import store
-from teachercache.live import verify_cache
-from teachercache.names import UserError
-from teachercache.readers import read_manifest
-from teachercache.samples import decode_image
-from teachercache.spec import fingerprint
-from teachercache.teachers import Teacher, load, tokens
-from teachercache.teachers.clip_layers import join_outputs, parse_outputs
+from teachercache.build.verify import verify_cache
+from teachercache.cache import store
+from teachercache.cache.spec import fingerprint
+from teachercache.core.errors import UserError
+from teachercache.data.pictures import decode_image
+from teachercache.data.read import read_manifest
+from teachercache.teachers.clip import word_selection as tokens
+from teachercache.teachers.clip.layers import join_outputs, parse_outputs
+from teachercache.teachers.registry import load
+from teachercache.teachers.teacher import Teacher
 
 BOTH = ("embeddings", "tokens", "random_tokens")
 FIELDS = ("word_span", "word_score", "word_index", "word_feature", "random_index", "random_feature")
@@ -167,7 +169,7 @@ def test_of_two_equal_words_either_may_be_chosen(cache, tmp_path):
     """What another device rounds otherwise is no damage: places are compared by the scores that they have now."""
     shutil.copytree(cache.path, tmp_path / "c.zarr")
     other = store.open_complete(tmp_path / "c.zarr")
-    from teachercache import live
+    from teachercache.build import verify as live
 
     copy, rows = 0, np.arange(2)
     fields = {name: store.read_rows(other, name, copy, rows).astype(np.float32) for name in FIELDS}

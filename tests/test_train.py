@@ -603,8 +603,8 @@ def test_a_step_is_adamw_by_hand(squares, cache, tmp_path):
     from student.recipe import Now, override
     from student.recipe import Run as RunRecord
     from student.recipes import find
-    from teachercache import store
-    from teachercache.readers import read_manifest
+    from teachercache.cache import store
+    from teachercache.data.read import read_manifest
 
     run = tmp_path / "run"
     words = ["--steps", 2, "--set", "optim.lr=0.003", "--set", "optim.beta1=0.5", "--set", "optim.clip=1.0"]

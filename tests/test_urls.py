@@ -18,12 +18,15 @@ from conftest import build_cache, make_folder
 from test_inputs import IMAGE, cc3m, save_to_disk, table, vcr_line, vqa
 from test_readers import SHARD, coco, make_tar, picture, png, write
 
-from teachercache import remote, store
+from teachercache.cache import store
 from teachercache.cli import default_cache, main
-from teachercache.names import UserError
-from teachercache.paths import as_path
-from teachercache.readers import cache_folder, find_sources, read_manifest, save
-from teachercache.samples import BadSample, Manifest, Sample, make_manifest, read_image
+from teachercache.core import urls as remote
+from teachercache.core.errors import UserError
+from teachercache.core.paths import as_path
+from teachercache.data.manifest import Manifest, make_manifest
+from teachercache.data.pictures import read_image
+from teachercache.data.read import cache_folder, find_sources, read_manifest, save
+from teachercache.data.sample import BadSample, Sample
 
 pytestmark = pytest.mark.usefixtures("s3")
 
@@ -224,7 +227,7 @@ def test_headers_of_large_pictures_come_without_the_pictures(s3, tmp_path, monke
         return file
 
     open_file = remote.open_file
-    monkeypatch.setattr("teachercache.readers.files.open_file", spy)
+    monkeypatch.setattr("teachercache.data.readers.files.open_file", spy)
     manifest = read_manifest(upload(tmp_path, s3()) + "/a.tar")
     assert [texts for (texts,) in manifest.column("texts")] == [f"text {i}" for i in range(4)]
     assert caches[0].total_requested_bytes < 2 << 20 < 12 << 20 < caches[0].size
@@ -503,7 +506,7 @@ def test_build_from_s3_stops_without_a_connection_and_goes_on(
     right, out = os.environ["AWS_ENDPOINT_URL"], tmp_path / "c.zarr"
     manifest = read_manifest(url)  # and so the parent has connections that no worker must use
     as_path(f"{url}/class1/022.png").unlink()
-    monkeypatch.setattr("teachercache.readers.read_manifest", lambda data: manifest)
+    monkeypatch.setattr("teachercache.data.read.read_manifest", lambda data: manifest)
     broken()
     with pytest.raises(UserError, match=r"cannot read s3://.*goes on where it left off") as stopped:
         build_cache(url, teacher_folder, out, block_rows=8, workers=workers)

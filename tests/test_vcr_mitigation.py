@@ -11,7 +11,7 @@ import pytest
 from test_inputs import png, vcr_line, write
 
 from evaluation import vcr_mitigation as vm
-from teachercache.readers import read_manifest
+from teachercache.data.read import read_manifest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 command = importlib.import_module("mitigate_vcr")

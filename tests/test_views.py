@@ -18,15 +18,13 @@ from student.batches import Batches
 from student.caches import training_rows
 from student.models.two_tower import TwoTower
 from student.step import live_fields
-from teachercache import store
-from teachercache.build import build
-from teachercache.names import UserError
-from teachercache.readers import read_manifest
-from teachercache.runtime import Precision
-from teachercache.samples import Manifest
-from teachercache.teachers import Teacher, load
-from teachercache.teachers.clip import open_folder
-from teachercache.views import (
+from teachercache.build.loop import build
+from teachercache.cache import store
+from teachercache.core.device import Precision
+from teachercache.core.errors import UserError
+from teachercache.data.manifest import Manifest
+from teachercache.data.read import read_manifest
+from teachercache.data.views import (
     PARAMS,
     Augment,
     describe_view,
@@ -35,6 +33,9 @@ from teachercache.views import (
     parse_augment,
     replay_view,
 )
+from teachercache.teachers.clip.loading import open_folder
+from teachercache.teachers.registry import load
+from teachercache.teachers.teacher import Teacher
 
 VIEW = describe_view({"size": 16, "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic"})
 NEUTRAL = {"flip": 0, "jitter": 0, "gray": 0, "scale_min": 1, "ratio": 1}

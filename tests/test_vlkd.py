@@ -18,8 +18,8 @@ from student.models.seq2seq_init import make_reader
 from student.recipe import Now
 from student.recipes.vlkd import VLKD
 from student.text_inputs import answer_prompt, caption_prompt, encode_prompt
-from teachercache.names import UserError
-from teachercache.samples import Sample
+from teachercache.core.errors import UserError
+from teachercache.data.sample import Sample
 
 NOW, WIDTH = Now(0, 1), 12
 

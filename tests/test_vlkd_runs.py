@@ -19,7 +19,7 @@ from student.models.seq2seq_init import load_seq2seq
 from student.prepare import prepare
 from student.recipe import Run, override
 from student.recipes.vlkd import VLKD
-from teachercache.names import UserError
+from teachercache.core.errors import UserError
 
 
 @pytest.fixture(scope="module")

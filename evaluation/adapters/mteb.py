@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import normalize
 
 from evaluation.encoder import Encoder, embed_texts
-from teachercache.names import UserError
+from teachercache.core.errors import UserError
 
 
 def as_mteb(encoder: Encoder) -> Any:

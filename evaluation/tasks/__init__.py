@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from teachercache.names import UserError, resolve
+from teachercache.core.errors import UserError, resolve
 
 
 def _retrieval(encoder: Any, manifest: Any, split: str = "test") -> dict[str, Any]:

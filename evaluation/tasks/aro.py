@@ -19,7 +19,7 @@ from evaluation.compositional import Case, Read, read_attributions, read_caption
 from evaluation.matcher import Heard, Matcher, Question, ask, together
 from evaluation.metrics import bootstrap_interval
 from evaluation.orders import stored_options, wrong_options
-from teachercache.names import UserError
+from teachercache.core.errors import UserError
 
 SYMMETRIC = ("around", "beside", "by", "close to", "near", "next to", "touching", "with")
 MIN_COUNT = 25  # of a pair of attributes in the macro mean

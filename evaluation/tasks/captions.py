@@ -9,8 +9,8 @@ from typing import Any
 
 from evaluation.caption_scores import METRICS, score_captions
 from evaluation.generator import Generator, caption_prompt, written
-from teachercache.names import UserError
-from teachercache.samples import Manifest
+from teachercache.core.errors import UserError
+from teachercache.data.manifest import Manifest
 
 SPLITS = ("test", "val", "validation")
 MASKS, BEAMS = 6, 6  # VLKD, 4.3.1 and table 11

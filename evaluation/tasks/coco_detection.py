@@ -10,9 +10,9 @@ import torch
 from evaluation.coco import Pictures, average_precisions, images_with_objects, read_instances, results_of
 from evaluation.detector import ONE_X, Options, build_detector, detect, train
 from evaluation.encoder import Encoder
-from teachercache.names import UserError
-from teachercache.runtime import say
-from teachercache.samples import Manifest
+from teachercache.core.errors import UserError
+from teachercache.core.progress import say
+from teachercache.data.manifest import Manifest
 
 
 def evaluate(encoder: Encoder, manifest: Manifest, options: Options | None = None) -> dict[str, Any]:

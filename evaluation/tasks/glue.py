@@ -14,8 +14,9 @@ import numpy as np
 import torch
 
 from evaluation.finetune_text import Options, Row, batches, encode_texts, fine_tune, load_text_model
-from teachercache.names import UserError
-from teachercache.runtime import pick_device, say
+from teachercache.core.device import pick_device
+from teachercache.core.errors import UserError
+from teachercache.core.progress import say
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,9 +17,9 @@ from typing import Any
 
 from evaluation.encoder import Encoder
 from evaluation.tasks.zeroshot import classify, given_names
-from teachercache.names import UserError
-from teachercache.runtime import say
-from teachercache.samples import Manifest
+from teachercache.core.errors import UserError
+from teachercache.core.progress import say
+from teachercache.data.manifest import Manifest
 
 SPLITS = ("val", "validation", "test")  # ImageNet's own test pictures have no labels
 

@@ -22,9 +22,10 @@ from torch.func import functional_call
 
 from evaluation.encoder import Encoder, features_of
 from evaluation.metrics import accuracies
-from teachercache.names import UserError
-from teachercache.samples import Manifest
-from teachercache.teachers.clip_towers import output_tensor, tower_kind
+from teachercache.core.errors import UserError
+from teachercache.data.manifest import Manifest
+from teachercache.teachers.clip.towers import tower_kind
+from teachercache.teachers.hooks import output_tensor
 
 PER_DECADE, DECADES = 8, 6
 HELD_OUT, SEED = 5, 0  # one row in five

@@ -12,8 +12,8 @@ import numpy as np
 from evaluation.answerer import by_group, rows_to_measure
 from evaluation.generator import Generator, answer_prompt, written
 from evaluation.tasks.vqa import soft_accuracy
-from teachercache.names import UserError
-from teachercache.samples import Manifest
+from teachercache.core.errors import UserError
+from teachercache.data.manifest import Manifest
 
 MASKS, BEAMS = 2, 1  # VLKD, table 11
 LONGEST = 24  # sub-words

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from evaluation.encoder import Encoder, embed_images, embed_texts
 from evaluation.metrics import recall_at, strict_ranks
-from teachercache.names import UserError
-from teachercache.samples import Manifest
+from teachercache.core.errors import UserError
+from teachercache.data.manifest import Manifest
 
 CHUNK = 1024  # queries scored at once
 

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from evaluation.answerer import Answerer, asked, by_group, pick, rows_to_measure
-from teachercache.readers.tasks import LABELS
-from teachercache.samples import Manifest
+from teachercache.data.manifest import Manifest
+from teachercache.data.readers.questions import LABELS
 
 
 def evaluate(answerer: Answerer, manifest: Manifest) -> dict[str, Any]:

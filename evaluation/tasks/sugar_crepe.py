@@ -9,7 +9,7 @@ from typing import Any
 from evaluation.compositional import read_sugar_crepe
 from evaluation.matcher import Heard, Matcher, together
 from evaluation.tasks.aro import cases_metrics
-from teachercache.names import UserError
+from teachercache.core.errors import UserError
 
 FILES = ("add_att", "add_obj", "replace_att", "replace_obj", "replace_rel", "swap_att", "swap_obj")
 

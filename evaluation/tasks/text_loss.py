@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from evaluation.finetune_text import batches, load_text_model
-from teachercache.names import UserError
-from teachercache.readers import read_manifest
-from teachercache.runtime import pick_device
+from teachercache.core.device import pick_device
+from teachercache.core.errors import UserError
+from teachercache.data.read import read_manifest
 
 PERIOD, SPAN = 20, 3
 LONGEST, BATCH = 128, 64

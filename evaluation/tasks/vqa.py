@@ -13,8 +13,8 @@ import numpy as np
 
 from evaluation.answerer import Answerer, asked, by_group, pick, rows_to_measure
 from teachercache.answers import normalise_answer
-from teachercache.names import UserError
-from teachercache.samples import Manifest
+from teachercache.core.errors import UserError
+from teachercache.data.manifest import Manifest
 
 CHUNK = 4096  # rows scored at once: their scores of 3,129 answers are 51 MB
 

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 
 from evaluation.finetune_text import Options, Row, batches, encode_texts, fine_tune, load_text_model
-from teachercache.names import UserError
-from teachercache.readers.tasks import json_lines
-from teachercache.runtime import pick_device, say, ticker
+from teachercache.core.device import pick_device
+from teachercache.core.errors import UserError
+from teachercache.core.progress import say, ticker
+from teachercache.data.readers.questions import json_lines
 
 SPLIT_FILE = "XSum-TRAINING-DEV-TEST-SPLIT-90-5-5.json"
 BART = Options(epochs=5, batch=64, lr=3e-5, weight_decay=0.01, clip=0.1, label_smoothing=0.1, longest=1024)

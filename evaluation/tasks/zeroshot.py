@@ -10,8 +10,8 @@ from torch.nn.functional import normalize
 
 from evaluation.encoder import Encoder, embed_images, embed_texts
 from evaluation.metrics import accuracies
-from teachercache.names import UserError
-from teachercache.samples import Manifest
+from teachercache.core.errors import UserError
+from teachercache.data.manifest import Manifest
 
 Fill = Callable[[str, str], str]  # template and name to a prompt
 TEMPLATES = ("a picture of {}.", "a photo of {}.", "a drawing of {}.", "{}.")

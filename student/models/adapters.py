@@ -13,7 +13,7 @@ from torch.nn.functional import cosine_similarity
 
 from student.models import LOG_SCALE_INIT
 from student.models.two_tower import TwoTower, build_two_tower
-from teachercache.names import UserError
+from teachercache.core.errors import UserError
 
 HEADS = 8  # of the attention layer
 ADAPTERS = ("clip-1-linear", "clip-3-linear", "clip-transformer")

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout
 
 from student.models import LOG_SCALE_INIT
-from teachercache.teachers.clip_lite import EMBED_DIM, head_modules
+from teachercache.teachers.clip.lite import EMBED_DIM, head_modules
 
 IMAGE_DROPOUT, TEXT_DROPOUT = 0.5, 0.25
 

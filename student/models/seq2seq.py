@@ -22,8 +22,8 @@ from transformers.modeling_outputs import BaseModelOutput
 from student.losses import text_nll
 from student.models.self_critical import Reward, reward_of, sampled_captions
 from student.text_inputs import MASK, Reader, choose_rows, encode_prompt, padded, references
-from teachercache.names import UserError
-from teachercache.samples import Manifest
+from teachercache.core.errors import UserError
+from teachercache.data.manifest import Manifest
 
 VISUAL = {"cls": "image_emb", "patches": "patch_emb"}  # what V is, and the cache's field of it
 

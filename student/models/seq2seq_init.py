@@ -14,8 +14,8 @@ from transformers import AutoTokenizer, BartConfig, BartForConditionalGeneration
 
 from student.models.seq2seq import Seq2Seq, load_plain_state
 from student.text_inputs import NUM_MASKS, STAGES, Reader, marks_of, word_starts
-from teachercache.names import UserError
-from teachercache.runtime import say
+from teachercache.core.errors import UserError
+from teachercache.core.progress import say
 
 PACKAGED = Path(__file__).parent / "bart_tiny"  # written by scripts/pretrain_bart_tiny.py
 NAMES = {"bart-tiny": str(PACKAGED), "bart-base": "facebook/bart-base", "bart-large": "facebook/bart-large"}

@@ -16,7 +16,7 @@ from transformers import BertConfig, BertModel
 
 from student.models.adversarial import Perturbation, perturbed_logits
 from student.models.regions import UniterRegions, VlBertRegions, known
-from teachercache.names import UserError, closest
+from teachercache.core.errors import UserError, closest
 
 FACES = ("uniter", "vl-bert", "villa", "bert")
 SIZES: dict[str, dict[str, Any]] = {

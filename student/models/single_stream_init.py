@@ -17,8 +17,8 @@ from transformers import BertConfig
 from student.models.adversarial import Perturbation
 from student.models.single_stream import SECOND, Shape, SingleStream, parse_model
 from student.words import load_tokenizer
-from teachercache.names import UserError
-from teachercache.runtime import say
+from teachercache.core.errors import UserError
+from teachercache.core.progress import say
 
 # A released UNITER checkpoint's names -> ours; what is not here (its heads) stays behind
 UNITER = (

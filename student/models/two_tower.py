@@ -13,12 +13,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from teachercache.names import UserError, closest
-from teachercache.runtime import say
-from teachercache.teachers.clip import build_module, folder_parts, open_folder, tokenizer_of
-from teachercache.teachers.clip_layers import EMBEDDINGS, picture_fields, text_fields
-from teachercache.teachers.clip_towers import image_blocks, text_blocks, text_tower
-from teachercache.views import describe_view, image_view, replay_view
+from teachercache.core.errors import UserError, closest
+from teachercache.core.progress import say
+from teachercache.data.views import describe_view, image_view, replay_view
+from teachercache.teachers.clip.layers import EMBEDDINGS, picture_fields, text_fields
+from teachercache.teachers.clip.loading import build_module, folder_parts, open_folder, tokenizer_of
+from teachercache.teachers.clip.towers import image_blocks, text_blocks, text_tower
 
 WHITE_64 = {
     "mean": [0.5] * 3,

@@ -7,7 +7,7 @@ from student.recipes.clip_td import CLIP_TD
 from student.recipes.psd import PSD
 from student.recipes.sds_clip import SDS_CLIP
 from student.recipes.vlkd import VLKD
-from teachercache.names import UserError, resolve
+from teachercache.core.errors import UserError, resolve
 
 RECIPES: dict[str, Recipe] = {
     "clip": CLIP,

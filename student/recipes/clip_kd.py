@@ -42,7 +42,7 @@ import functools
 from student.ensemble import num_teachers, of_teacher
 from student.recipe import Now, Recipe
 from student.recipes import clip
-from teachercache.names import UserError
+from teachercache.core.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +94,7 @@ def reads(constants: Constants) -> tuple[str, ...]:
 def build(constants: Constants):
     """The student by name; its forward also shows masked pictures and inner blocks where a term compares them."""
     from student.models.two_tower import show_blocks, show_masked
-    from teachercache.runtime import say
+    from teachercache.core.progress import say
 
     for setting, weight in (("mask_ratio", "mfd"), ("hidden_image", "hidden"), ("hidden_text", "hidden")):
         if getattr(constants, setting) != getattr(Constants, setting) and not getattr(constants, weight):
@@ -117,7 +117,7 @@ def heads(constants, student, shapes):
 
 def _heads(constants, student, shapes):
     from student.models.projection import Chain, Fusion, HiddenSpace, TeacherSpace
-    from teachercache.runtime import say
+    from teachercache.core.progress import say
 
     parts, interactive = [], constants.icl or constants.cross
     if interactive or constants.fd or constants.mfd or constants.gd or constants.afd:

@@ -36,7 +36,7 @@ import dataclasses
 from typing import Any
 
 from student.recipe import Now, Optim, Recipe
-from teachercache.names import UserError
+from teachercache.core.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,7 +29,7 @@ import math
 
 from student.recipe import Now, Optim, Recipe
 from student.recipes import clip
-from teachercache.names import UserError
+from teachercache.core.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)

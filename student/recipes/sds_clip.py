@@ -37,7 +37,7 @@ import dataclasses
 
 from student.recipe import Live, Now, Optim, Recipe
 from student.recipes import clip
-from teachercache.names import UserError
+from teachercache.core.errors import UserError
 
 CHOICES = {
     "objective": ("score", "features", "none"),
@@ -81,7 +81,7 @@ def reads(constants: Constants) -> tuple[str, ...]:
 
 def build(constants: Constants):
     """The student by name; what does not train is frozen, and so in no optimizer."""
-    from teachercache.runtime import say
+    from teachercache.core.progress import say
 
     if not 0 <= constants.t_min < constants.t_max:
         raise UserError(

@@ -78,7 +78,7 @@ def build(constants: Constants):
 def heads(constants: Constants, student, shapes: dict):
     """W_i, W_e, W'_e of the student in the teacher's width; of its own a temperature alone."""
     from student.models.projection import Temperature
-    from teachercache.names import UserError
+    from teachercache.core.errors import UserError
 
     width = shapes[student.inputs[1]][-1]
     if not hasattr(student, "text_out"):

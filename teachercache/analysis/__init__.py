@@ -1,6 +1,6 @@
 """Look into a cache, and at what a student kept of its teacher. Not for training.
 
-The functions below take arrays; `Vectors` of a cache (`teachercache.vectors.usable_vectors`) do as well where rows are
+The functions below take arrays; `Vectors` of a cache (`teachercache.search.vectors.usable_vectors`) do as well where rows are
 many. docs/analysis.md shows them at work.
 """
 
@@ -28,7 +28,7 @@ from teachercache.analysis.measures import (
     uniformity,
 )
 from teachercache.analysis.neighbours import exact_groups, grouped, near_pairs, nearest, outlier_scores
-from teachercache.vectors import unit
+from teachercache.search.vectors import unit
 
 __all__ = [
     "alignment",

@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Float
 
 from teachercache.analysis.neighbours import Rows, as_vectors, take
-from teachercache.names import UserError
+from teachercache.core.errors import UserError
 
 FITTED = 20_000  # rows that centres are found from
 KEYWORD_TEXTS = 300  # texts of a cluster that are read for its words

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from jaxtyping import Float, Int
 
-from teachercache.vectors import Vectors, exact_search, unit
+from teachercache.search.vectors import Vectors, exact_search, unit
 
 BLOCK_SCORES = 1 << 25  # cosines in memory at once
 Rows = np.ndarray | Vectors

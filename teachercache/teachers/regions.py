@@ -15,12 +15,12 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 
-from teachercache.names import UserError
-from teachercache.spec import Field, TeacherSpec
-from teachercache.teachers import Teacher
-from teachercache.teachers.clip import digest_weights
-from teachercache.teachers.clip_lite import vision_trunk
-from teachercache.views import describe_view, image_view
+from teachercache.cache.spec import Field, TeacherSpec
+from teachercache.core.errors import UserError
+from teachercache.data.views import describe_view, image_view
+from teachercache.teachers.clip.lite import vision_trunk
+from teachercache.teachers.teacher import Teacher
+from teachercache.teachers.weights import digest_weights
 
 NUM_REGIONS = {"regions": 37, "regions-lite": 10}  # the whole picture and so many boxes more, less one
 # Squashed to a square of fixed size: boxes are shares of the picture, so they need not know. 608 is the multiple of 32

@@ -1,0 +1,1 @@
+"""The report of `tc analyze`: what a person sees."""

@@ -1,0 +1,105 @@
+"""What is looked at: the usable vectors of a cache, which rows they are of, and what it lacks. Measures nothing."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from teachercache.analysis.neighbours import take
+from teachercache.cache import store
+from teachercache.core.errors import UserError
+from teachercache.data.manifest import Manifest
+from teachercache.search.vectors import Vectors, usable_vectors
+
+ALL_PAIRS = 2_500_000_000  # cosines that one section may ask for: all pairs of 50,000 rows
+MAPPED = 20_000  # rows on the map
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """A cache opened for looking at it. A row stands for its picture, or where there are none for its first text."""
+
+    cache: store.Cache
+    manifest: Manifest
+    pictures: Vectors | None
+    texts: Vectors | None  # every usable text
+    firsts: Vectors | None  # the first usable text of each row
+    left_out: dict[str, str]  # section -> why it is not there
+
+    @property
+    def main(self) -> Vectors:
+        """One vector a row."""
+        found = self.firsts if self.pictures is None else self.pictures
+        assert found is not None
+        return found
+
+    @property
+    def rows(self) -> Int[np.ndarray, " n"]:
+        """The row of each vector of `main`."""
+        return rows_of(self.main)
+
+    @property
+    def both(self) -> bool:
+        """Whether pictures and texts are there and in one space."""
+        return self.pictures is not None and self.texts is not None and "pairs" not in self.left_out
+
+
+def rows_of(vectors: Vectors) -> Int[np.ndarray, " n"]:
+    """The row of each id."""
+    return vectors.ids // vectors.per_row
+
+
+def open_subject(path: Any) -> Subject:
+    """The cache at a path, whole; UserError where it holds nothing that can be looked at."""
+    cache = store.open_complete(path)
+    if not any(_is_vector(cache, name) for name in ("image_emb", "text_emb")):
+        raise UserError(
+            f"{path} holds no embeddings: build one with `tc build --outputs embeddings`, to another --out"
+        )
+    manifest = store.cached_manifest(cache)
+    found = {
+        name: usable_vectors(cache, name) if _is_vector(cache, name) else None
+        for name in ("image_emb", "text_emb")
+    }
+    pictures, texts = (
+        vectors if vectors is not None and len(vectors) > 1 else None for vectors in found.values()
+    )
+    if pictures is None and texts is None:
+        raise UserError(f"{path} has fewer than two usable vectors: see `tc info {path}`")
+    left_out: dict[str, str] = {}
+    why = "pictures" if pictures is None else "texts"
+    if pictures is None or texts is None:
+        left_out["pairs"] = f"the cache has no {why} that can be used"
+    elif pictures.dim != texts.dim:
+        left_out["pairs"] = f"pictures are {pictures.dim} and texts {texts.dim} wide: two spaces"
+    firsts = texts and dataclasses.replace(
+        texts, ids=texts.ids[np.unique(rows_of(texts), return_index=True)[1]]
+    )
+    return Subject(cache, manifest, pictures, texts, firsts, left_out)
+
+
+def _is_vector(cache: store.Cache, name: str) -> bool:
+    return name in cache.fields and len(cache.fields[name].shape) == 1
+
+
+def draw(count: int, most: int, *, seed: int = 0) -> Int[np.ndarray, " n"]:
+    """`most` positions of `count` by chance, in order; all where there are no more."""
+    if count <= most:
+        return np.arange(count)
+    return np.sort(np.random.default_rng(seed).choice(count, most, replace=False))
+
+
+def asked(queries: int, candidates: int) -> Int[np.ndarray, " q"]:
+    """Positions of the queries that are asked of that many candidates: all, or as many as ALL_PAIRS allows."""
+    return draw(queries, max(100, ALL_PAIRS // max(1, candidates)))
+
+
+def vectors_at(
+    vectors: Vectors, rows: Int[np.ndarray, " q"]
+) -> tuple[np.ndarray, Float[np.ndarray, "n dim"]]:
+    """Which of some rows have a vector, and their unit vectors; one vector a row, rows ascending."""
+    mine = rows_of(vectors)
+    at = np.minimum(np.searchsorted(mine, rows), len(mine) - 1)
+    there = np.flatnonzero(mine[at] == rows)
+    return there, take(vectors, at[there])

@@ -1,0 +1,187 @@
+"""`tc analyze`: one cache, or two beside each other, into a folder with a page, numbers, figures and a table.
+
+report.json holds every number and is written first. Not for computing: see `describe.py`.
+"""
+
+import contextlib
+import datetime
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from teachercache.analysis import clusters, maps
+from teachercache.analysis.report import one_cache as describe
+from teachercache.analysis.report import rows as shown
+from teachercache.analysis.report import thumbnails
+from teachercache.analysis.report import two_caches as compare
+from teachercache.analysis.report.atlas import write_points
+from teachercache.analysis.report.figures import draw_figures
+from teachercache.analysis.report.opened import MAPPED, Subject, open_subject
+from teachercache.analysis.report.page import make_page, plotly_source
+from teachercache.analysis.report.rows import Shown
+from teachercache.cache import store
+from teachercache.core.errors import UserError
+from teachercache.core.paths import is_url, write_whole
+from teachercache.core.progress import say
+
+
+def default_out(cache: Any, against: Any = None) -> Path:
+    """Beside the cache, <name>.report; in this folder where the cache is at a URL."""
+    name = Path(str(cache)).name.removesuffix(".zarr")
+    more = f"-{Path(str(against)).name.removesuffix('.zarr')}" if against else ""
+    return (Path() if is_url(cache) else Path(cache).parent) / f"{name}{more}.report"
+
+
+def analyze(
+    cache: Any, *, against: Any = None, out: Path, kind: str = "pca", points: int = MAPPED
+) -> tuple[dict[str, Any], list[str]]:
+    """Write the report of a cache; its numbers, and what was written, a line each."""
+    if kind not in maps.KINDS:
+        raise UserError(f"--map {kind}: choose from {', '.join(maps.KINDS)}")
+    plotly_source()  # its absence is told before anything is computed
+    if out.exists() and not (out.is_dir() and ((out / "report.json").exists() or not any(out.iterdir()))):
+        raise UserError(f"{out} exists and is no report: pass another --out")
+    first = open_subject(cache)
+    second = None if against is None else open_subject(against)
+    joined = None if second is None else compare.join(first, second)
+    said, known, moments = _one(first)
+    overlap = np.full(len(first.main), np.nan)
+    if second is not None and joined is not None:
+        with _section("two caches"):
+            said["against"], overlap = compare.against(first, second, joined)
+        said["against"]["cache"] = describe.head(second)
+    columns = {**describe.slice_columns(known), **({} if second is None else {"neighbours kept": overlap})}
+    said["slices"] = describe.slices(first, columns)
+    with _section("map"):
+        rows = shown.rows_to_show(first, said, points)
+        part = _shown(first, second, rows, said, known, columns, moments, kind)
+    with _section("pictures"):
+        small = thumbnails.make_thumbnails(first.manifest, rows)
+    if small.missing:
+        said["left_out"]["thumbnails"] = small.missing
+    said = shown.name_rows(said, dict(zip(rows.tolist(), part.keys, strict=True)))
+    return said, _write(said, part, small, first, kind, out)
+
+
+@contextlib.contextmanager
+def _section(name: str) -> Iterator[None]:
+    """Say how long a part took where that was long."""
+    start = time.monotonic()
+    yield
+    if time.monotonic() - start > 2:
+        say(f"{name}: {time.monotonic() - start:.0f} s")
+
+
+def _one(subject: Subject) -> tuple[dict[str, Any], describe.PerRow, dict[str, Any]]:
+    """All sections of one cache; what was known of each row; the moments."""
+    known = describe.empty_per_row(len(subject.main))
+    head = describe.head(subject)
+    said: dict[str, Any] = {
+        "format": 1,
+        "title": f"{head['teacher']} over {head['data']}",
+        "cache": head,
+        "made": datetime.date.today().isoformat(),
+        "left_out": dict(subject.left_out),
+        "quarantine": describe.quarantine(subject),
+    }
+    with _section("the space"):
+        said["space"], moments = describe.space(subject)
+    centres = None
+    try:
+        with _section("clusters"):
+            centres = clusters.fit_centres(subject.main)
+            said["clusters"] = describe.groups_of_rows(subject, known, centres)
+    except UserError as error:
+        said["left_out"]["clusters"] = str(error)
+    sections: dict[str, Callable[[], Any]] = {"duplicates": lambda: describe.duplicates(subject)}
+    if subject.both:
+        sections |= {
+            "pairs": lambda: describe.pairs(subject, known),
+            "retrieval": lambda: describe.retrieval(subject, known),
+            "matrix": lambda: describe.matrix(subject, known),
+        }
+    with _section("neighbours"):
+        said["outliers"], said["hubness"] = describe.crowd(subject, known, centres)
+    for name, make in sections.items():
+        with _section(name):
+            said[name] = make()
+    return said, known, moments
+
+
+def _shown(
+    first: Subject,
+    second: Subject | None,
+    rows: np.ndarray,
+    said: dict[str, Any],
+    known: describe.PerRow,
+    columns: dict[str, np.ndarray],
+    moments: dict[str, Any],
+    kind: str,
+) -> Shown:
+    """The rows of the page, with all that it shows of them."""
+    placed = maps.make_maps(first, rows, moments, kind=kind)
+    found: list[dict[str, Any]] = [
+        {"title": name, "parts": [{"what": name.removesuffix("s"), "xy": placed[name]}]}
+        for name in ("pictures", "texts")
+        if name in placed
+    ]
+    if "both" in placed:
+        found.append(
+            {
+                "title": "pictures and texts",
+                "parts": [
+                    {"what": "picture", "xy": placed["both"]},
+                    {"what": "text", "xy": placed["both_texts"]},
+                ],
+            }
+        )
+    lists = shown.neighbour_lists(first, rows)
+    if second is not None:
+        at = store.join(second.cache, first.manifest.table["key"].take(rows))
+        alike = (first.pictures is None) == (second.pictures is None)
+        if alike:
+            xy = maps.second_map(found[0]["parts"][0]["xy"], second, at, kind=kind)
+            found.append(
+                {
+                    "title": f"{found[0]['title']}, second cache",
+                    "parts": [{"what": found[0]["parts"][0]["what"], "xy": xy}],
+                }
+            )
+            lists = shown.neighbour_lists(first, rows, second.main, at)
+    colours: dict[str, list[str] | np.ndarray] = {}
+    for name in ("label", "split"):
+        values = shown.names_of(first, rows, name)
+        if len(set(values)) > 1:
+            colours[name] = values
+    if "clusters" in said:
+        words = {one["number"]: ", ".join(one["keywords"]) or str(one["number"]) for one in said["clusters"]}
+        number = shown.at_rows(first, known.cluster.astype(float), rows)
+        colours["group"] = [words.get(int(i), "(none)") if i == i else "(none)" for i in number]
+    colours |= {name: shown.at_rows(first, values, rows) for name, values in columns.items()}
+    colours = colours or {"all": ["all"] * len(rows)}
+    return Shown(rows, shown.names_of(first, rows, "key"), shown.texts_of(first, rows), colours, found, lists)
+
+
+def _write(
+    said: dict[str, Any], part: Shown, small: thumbnails.Thumbnails, first: Subject, kind: str, out: Path
+) -> list[str]:
+    """All files of the folder, report.json first."""
+    out.mkdir(parents=True, exist_ok=True)
+    write_whole(out / "report.json", describe.as_json(said) + "\n")
+    how = "PCA of all rows" if kind == "pca" else "UMAP of the rows that are shown"
+    note = f"{how}; {len(part.rows):,} of {len(first.main):,} rows. Neighbours are among these."
+    with _section("page"):
+        write_whole(out / "report.html", make_page(said, part, small, thumbnails.sheets(small), note=note))
+    figures = draw_figures(said, part, out)
+    command = write_points(part, small, out / "points.parquet")
+    size = (out / "report.html").stat().st_size
+    return [
+        f"{out / 'report.html'}  {size / 1e6:.1f} MB, {len(part.rows):,} points: open it in a browser",
+        f"{out / 'report.json'}  every number",
+        f"{', '.join(path.name for path in figures)}  figures",
+        f"{out / 'points.parquet'}  for Embedding Atlas: {command}",
+        *(f"left out: {name}: {reason}" for name, reason in said["left_out"].items()),
+    ]

@@ -1,0 +1,107 @@
+"""A cache and its teacher together: load it, check rows against it. Not for building."""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from teachercache.build.decode import VIEWS_AT_ONCE, Piece
+from teachercache.build.forward import launch, rows_for
+from teachercache.build.target import compare
+from teachercache.cache import store
+from teachercache.cache.repair import damaged_files
+from teachercache.core.errors import UserError
+from teachercache.data.manifest import Manifest
+from teachercache.data.read import read_manifest
+from teachercache.data.views import Augment
+from teachercache.teachers.of_cache import load_teacher
+
+BAR = 0.999  # cosine of a float16 row to the live teacher
+# A score off by a hundredth of the error of Eq. 1 is at the bar: the tangent of its angle, for a hundredth
+STEEP = 100 * math.tan(math.acos(BAR))
+Values = dict[tuple[str, int], np.ndarray]  # field and copy (text or view) -> [rows, ...]
+
+
+def verify_cache(path: str | Path, *, samples: int) -> dict[str, Any]:
+    """Damaged blocks (their done records are removed), other damaged files, cosines to the live teacher."""
+    cache = store.open_cache(path)
+    damaged = store.damaged_blocks(cache)
+    files = damaged_files(cache)
+    for block in damaged:
+        store.forget_block(cache, block)
+    report: dict[str, Any] = {
+        "damaged": damaged,
+        "files": files,
+        "cosine": {},
+        "command": cache.command(),
+        "ok": not damaged and not files,
+    }
+    if not report["ok"]:
+        return report
+    store.open_complete(path)
+    if not samples:
+        return report
+    cosines = _live_cosines(cache, samples)
+    report["cosine"] = {name: {"min": float(c.min()), "mean": float(c.mean())} for name, c in cosines.items()}
+    report["ok"] = all(values["min"] >= BAR for values in report["cosine"].values())
+    return report
+
+
+def cached_data(cache: store.Cache) -> Manifest:
+    """The data of a cache as it is now, in the cache's order; UserError where it has lost or changed rows since."""
+    manifest = read_manifest(cache.meta.data, limit=cache.meta.limit or None)
+    change = compare(cache, manifest)
+    if change.lost or change.changed:
+        raise UserError(
+            f"{manifest.data} is not the data of {cache.path} any more ({len(change.lost)} rows are gone, "
+            f"{len(change.changed)} changed): follow it with `{cache.command()} --prune`"
+        )
+    return dataclasses.replace(manifest, table=manifest.table.take(change.order[: cache.meta.rows]))
+
+
+def _live_cosines(cache: store.Cache, samples: int) -> dict[str, np.ndarray]:
+    """Cosine of stored to recomputed values, over evenly spread usable rows, all texts and the first views."""
+    meta, manifest = cache.meta, cached_data(cache)
+    teacher = load_teacher(cache)
+    usable = np.flatnonzero(store.read_field(cache, "valid"))
+    if not len(usable):
+        raise UserError(f"no usable row in {cache.path}: see {cache.path / 'quarantine.jsonl'}")
+    rows = usable[np.linspace(0, len(usable) - 1, min(samples, len(usable))).round().astype(int)]
+    views = range(min(meta.views, VIEWS_AT_ONCE) or 1) if manifest.has_images else range(0)
+    piece = Piece(tuple(rows.tolist()), views, range(meta.texts))
+    batch = rows_for(teacher, manifest, Augment(**meta.augment) if meta.views else None).__getitems__(piece)
+    cosines: dict[str, list[np.ndarray]] = {}
+    said = launch(teacher, teacher.module, cache, batch, "cpu", torch.float32)
+    live = {(name, copy): tensor.float().numpy() for name, copy, tensor in said}
+    stored = {at: store.read_rows(cache, *at, rows).astype(np.float32) for at in live}
+    for name, copy in live:
+        pair = [
+            _comparable(values, name, copy, live, stored).reshape(len(rows), -1) for values in (live, stored)
+        ]
+        known = batch["text_valid"][:, copy] if cache.fields[name].per == "text" else batch["usable"]
+        norms = np.prod([np.linalg.norm(values, axis=1) for values in pair], axis=0)
+        cosine = (pair[0] * pair[1]).sum(1) / np.maximum(norms, 1e-12)
+        same = (pair[0] == pair[1]).all(1)  # also where both are zero, as maps behind a ReLU can be
+        cosines.setdefault(name, []).append(np.where(same, 1.0, cosine)[known])
+    return {name: np.concatenate(parts) for name, parts in cosines.items()}
+
+
+def _comparable(values: Values, name: str, copy: int, live: Values, stored: Values) -> np.ndarray:
+    """A field as it can be compared: of two words that are worth the same either may be the better one.
+
+    Their places count by the scores that they have now, embeddings where both chose the same word. A number alone
+    becomes the angle by which it differs from what is stored.
+    """
+    if name in ("diffusion_score", "diffusion_score_normalised"):
+        scale = np.abs(stored["diffusion_score", copy])
+        return np.stack([STEEP * (values[name, copy] - stored[name, copy]), scale], 1)
+    if name not in ("word_index", "word_feature"):
+        return values[name, copy]
+    index, found = values["word_index", copy].astype(int), live["word_score", copy]
+    if name == "word_index":
+        return np.where(index >= 0, np.take_along_axis(found, np.maximum(index, 0), 1), -1)
+    same = live["word_index", copy] == stored["word_index", copy]
+    return values["word_feature", copy] * same[..., None]

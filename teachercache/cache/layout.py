@@ -1,0 +1,156 @@
+"""Where a cache's values lie and how they are encoded: shapes, chunk files, metadata. Reads and writes no file.
+
+One chunk is one block of rows of one field, and of one text or one view where a row has several: so texts and views can
+be added without touching what is there.
+"""
+
+import dataclasses
+import shlex
+from pathlib import Path
+
+import numpy as np
+import zarr
+from zarr.codecs import Crc32cCodec
+from zarr.core.buffer import Buffer
+from zarr.storage import MemoryStore
+
+from teachercache.cache.spec import CacheMeta, Field, checksum, to_dict
+from teachercache.data.views import PARAMS, Augment
+
+MIN_BLOCK_ROWS, MAX_BLOCK_BYTES = 256, 64 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """An opened cache."""
+
+    path: Path
+    meta: CacheMeta
+
+    @property
+    def fields(self) -> dict[str, Field]:
+        """Every array but `key`: the teacher's fields, the masks of usable rows and texts, the views' parameters."""
+        own = [Field("valid", (), "row", "bool", "whether the row can be used")]
+        if self.meta.texts:
+            own.append(Field("text_valid", (), "text", "bool", "whether the text can be used"))
+        if self.meta.views:
+            own.append(Field("view_params", (len(PARAMS),), "image", "float32", ", ".join(PARAMS)))
+        return {field.name: field for field in (*own, *self.meta.spec.fields)}
+
+    def copies(self, name: str) -> int:
+        """Chunk files of a field's block: its texts or its views, 1 where it has no such axis."""
+        return 1 if name == "key" else self.fields[name].copies(self.meta.texts, self.meta.views) or 1
+
+    def command(self, *, data: str | None = None) -> str:
+        """The command that builds this cache, or one like it for all of `data`."""
+        meta, spec = self.meta, self.meta.spec
+        precision = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[meta.precision]
+        options = {
+            "--teacher": spec.name,
+            "--outputs": ",".join(spec.outputs),
+            "--weights": spec.weights,
+            "--data": data or meta.data,
+            "--out": str(self.path),
+            "--precision": precision,
+            "--views": meta.views,
+            "--limit": 0 if data else meta.limit,
+        }
+        usual = {"--outputs": "embeddings", "--weights": "pretrained", "--views": 0, "--limit": 0}
+        words = [str(word) for item in options.items() if usual.get(item[0]) != item[1] for word in item]
+        default = dataclasses.asdict(Augment())
+        drawn = [f"{name}={value:g}" for name, value in meta.augment.items() if value != default[name]]
+        return shlex.join(
+            ["tc", "build", *words, *(word for setting in drawn for word in ("--augment", setting))]
+        )
+
+
+def block_rows_for(fields: tuple[Field, ...], rows: int) -> int:
+    """Rows per block: a power of two, about 64 blocks, no chunk above 64 MiB."""
+    widest = max(int(np.prod(f.shape, dtype=int)) * np.dtype(f.dtype).itemsize for f in fields)
+    size = MIN_BLOCK_ROWS
+    while size < rows / 64 and 2 * size * widest <= MAX_BLOCK_BYTES:
+        size *= 2
+    while size > 1 and size * widest > MAX_BLOCK_BYTES:
+        size //= 2
+    return size
+
+
+def expected_bytes(meta: CacheMeta) -> int:
+    """Bytes of all chunk files of a whole cache, keys and the manifest left out."""
+    cache = Cache(Path(), meta)
+    return sum(cache.copies(name) * meta.num_blocks * chunk_bytes(cache, name) for name in cache.fields)
+
+
+def chunk_shape(cache: Cache, name: str) -> tuple[int, ...]:
+    """[block rows, *shape], [block rows, 1, *shape] with texts or views."""
+    field = cache.fields[name]
+    inner = (1, *field.shape) if field.copies(cache.meta.texts, cache.meta.views) else field.shape
+    return (cache.meta.block_rows, *inner)
+
+
+def chunk_bytes(cache: Cache, name: str) -> int:
+    """Bytes of a chunk's values."""
+    return int(np.prod(chunk_shape(cache, name))) * np.dtype(cache.fields[name].dtype).itemsize
+
+
+def metadata(meta: CacheMeta) -> dict[str, bytes]:
+    """Every zarr.json of a cache by its path below the cache, the group's own last: zarr itself writes them."""
+    files: dict[str, Buffer] = {}
+    memory, cache = MemoryStore(files), Cache(Path(), meta)
+    group = zarr.create_group(memory, zarr_format=3, attributes={**to_dict(meta), "checksum": checksum(meta)})
+    for field in cache.fields.values():
+        group.create_array(
+            field.name,
+            shape=field.array_shape(meta.rows, meta.texts, meta.views),
+            chunks=chunk_shape(cache, field.name),
+            dtype=field.dtype,
+            compressors=[Crc32cCodec()],
+            fill_value=False if field.dtype == "bool" else 0,
+            dimension_names=field.dims(meta.views),
+            attributes={"doc": field.doc},
+        )
+    group.create_array(
+        "key", shape=(meta.rows,), chunks=(meta.block_rows,), dtype=str, dimension_names=("row",)
+    )
+    found = {name: buffer.to_bytes() for name, buffer in sorted(files.items()) if name.endswith("zarr.json")}
+    return {
+        **{name: content for name, content in found.items() if "/" in name},
+        "zarr.json": found["zarr.json"],
+    }
+
+
+def chunk_path(cache: Cache, name: str, block: int, copy: int = 0) -> Path:
+    """The chunk file of a field's block, of one text or view where it has several."""
+    if name == "key":
+        return cache.path.joinpath("key", "c", str(block))
+    field = cache.fields[name]
+    outer = [str(copy)] if field.copies(cache.meta.texts, cache.meta.views) else []
+    return cache.path.joinpath(name, "c", str(block), *outer, *["0"] * len(field.shape))
+
+
+def encode(cache: Cache, name: str, values: np.ndarray, rows: int) -> bytes:
+    """A chunk's bytes as zarr writes them, rows of a last block filled up with zeros."""
+    if len(values) != rows:
+        raise ValueError(f"{name} has {len(values)} rows, its block {rows}")
+    if name != "key" and (values.shape[1:], values.dtype) != (
+        cache.fields[name].shape,
+        cache.fields[name].dtype,
+    ):
+        raise ValueError(f"{name} is {values.dtype} {values.shape}, not a chunk of {cache.fields[name]}")
+    files: dict[str, Buffer] = {}
+    size = cache.meta.block_rows
+    with zarr.config.set({"array.write_empty_chunks": True}):
+        if name == "key":
+            array = zarr.create_array(MemoryStore(files), shape=(size,), chunks=(size,), dtype=str)
+        else:
+            shape = (size, *values.shape[1:])
+            array = zarr.create_array(
+                MemoryStore(files),
+                shape=shape,
+                chunks=shape,
+                dtype=values.dtype,
+                compressors=[Crc32cCodec()],
+                fill_value=0,
+            )
+        array[:rows] = values
+    return next(buffer.to_bytes() for file, buffer in files.items() if not file.endswith("zarr.json"))

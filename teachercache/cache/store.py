@@ -1,0 +1,390 @@
+"""A cache on disk: create, open, write a block, read fields, join by key. Format version 1; not for computing.
+
+<cache>/zarr.json                 attributes: CacheMeta; rewritten last when a cache grows, so it says what counts
+<cache>/<field>/c/<block>/...     one chunk file per block and copy (text or view): raw bytes, then their crc32c
+<cache>/done/<block>.json         the block's rows, file checksums and unusable rows; written last
+<cache>/manifest.parquet          keys, texts, labels: a cache explains itself without the data
+<cache>/quarantine.jsonl          every unusable row with its reason, once all blocks are done
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import glob
+import json
+import os
+import shutil
+import socket
+import uuid
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numpy as np
+
+from teachercache.cache.layout import Cache, chunk_bytes, chunk_path, chunk_shape, encode, metadata
+from teachercache.cache.lease import is_lease
+from teachercache.cache.memory_map import can_map, map_chunks
+from teachercache.cache.spec import CacheMeta, meta_from_dict
+from teachercache.core.errors import UserError
+from teachercache.core.paths import as_path, is_url, write_whole
+from teachercache.core.process import is_alive
+from teachercache.data.manifest import Manifest, load_manifest, manifest_keys, write_manifest
+
+LOCK = ".lock"  # empty; a builder holds the byte of each block that it writes
+GROW_BYTE = 1 << 40  # of the lock file: held while a cache's own files are rewritten
+Chunks = Mapping[
+    tuple[str, int], np.ndarray
+]  # field and copy (text or view; 0 where there is one) -> [rows, ...]
+
+
+# ----------------------------------------------------------------------------------------------------
+# Create and open
+
+
+def is_there(path: Path) -> bool:
+    """Whether there is a cache at `path`; UserError where there is something else."""
+    if (path / "zarr.json").exists():
+        return True
+    if not path.exists():
+        return False
+    names = {entry.name for entry in path.iterdir() if not is_lease(entry)} if path.is_dir() else {path.name}
+    if names and not (
+        is_url(path) and "manifest.parquet" in names
+    ):  # a builder was killed while it created this cache
+        raise UserError(f"{path} is there and is no cache: pass another --out")
+    return False
+
+
+def create(path: Path, meta: CacheMeta, manifest: Manifest) -> Cache:
+    """An empty cache; the one that is there, whatever it is of, if another builder was first."""
+    if is_url(path):  # no rename there: the group's own zarr.json comes last
+        write_manifest(manifest, path / "manifest.parquet")
+        for name, content in metadata(meta).items():
+            write_whole(path / name, content)
+        return Cache(path, meta)
+    partial = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    _remove_abandoned(path)
+    try:
+        (partial / "done").mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"cannot make {path}: {error.strerror}; pass another --out") from error
+    for name, content in metadata(meta).items():
+        write_whole(partial / name, content)
+    write_manifest(manifest, partial / "manifest.parquet")
+    (partial / LOCK).touch()
+    try:
+        os.rename(partial, path)
+    except OSError:  # another builder was first
+        shutil.rmtree(partial)
+        return open_cache(path)
+    return Cache(path, meta)
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove the half-made folders of builders of this machine that were killed while they created this cache."""
+    for folder in path.parent.glob(f"{glob.escape(path.name)}.{socket.gethostname()}-*.partial"):
+        process = folder.name.split("-")[-1].removesuffix(".partial")
+        if process.isdecimal() and not is_alive(int(process)):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def open_cache(where: str | Path) -> Cache:
+    """The cache at a path or URL; UserError where there is none or its format is not ours."""
+    path = as_path(where)
+    try:
+        meta = meta_from_dict(json.loads((path / "zarr.json").read_text())["attributes"])
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    except FileNotFoundError as error:
+        raise UserError(
+            f"no cache at {path}: make one with `tc build --teacher NAME --out {path}`"
+        ) from error
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(
+            f"{path} is not a cache of this program, or its zarr.json is damaged ({error!r})"
+        ) from error
+    return Cache(path, meta)
+
+
+def open_complete(path: str | Path) -> Cache:
+    """The cache at `path` with all blocks written; UserError ends in the command that finishes it."""
+    cache = open_cache(path)
+    missing = cache.meta.num_blocks - len(done_blocks(cache))
+    if missing:
+        raise UserError(
+            f"{path} is not finished, {missing} of {cache.meta.num_blocks} blocks are missing: run `{cache.command()}`"
+        )
+    return cache
+
+
+@contextlib.contextmanager
+def _manifest_errors(cache: Cache) -> Iterator[None]:
+    """What cannot be read of the manifest ends in the command that mends it."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{cache.path} has no manifest.parquet: run `{cache.command()}` to mend it"
+        ) from error
+    except UserError as error:
+        raise UserError(f"{error}: run `{cache.command()}` to mend it") from error
+
+
+def cached_manifest(cache: Cache) -> Manifest:
+    """The rows of a cache in its order: the first ones, where a killed builder had begun to add more."""
+    with _manifest_errors(cache):
+        manifest = load_manifest(cache.path / "manifest.parquet")
+    return dataclasses.replace(
+        manifest, table=manifest.table.slice(0, cache.meta.rows), digest=cache.meta.manifest
+    )
+
+
+# ----------------------------------------------------------------------------------------------------
+# Blocks
+
+
+def _record_path(cache: Cache, block: int) -> Path:
+    return cache.path / "done" / f"{block:08d}.json"
+
+
+def listed_blocks(cache: Cache) -> list[int]:
+    """Blocks that have a done record, whatever it covers."""
+    return sorted(block for path in (cache.path / "done").glob("*.json") if (block := int(path.stem)) >= 0)
+
+
+def done_blocks(cache: Cache) -> set[int]:
+    """Blocks that are finished: their done record covers all rows, texts and views that the cache has now."""
+    listed = [block for block in listed_blocks(cache) if block < cache.meta.num_blocks]
+    return {block for block in listed if covers(cache, done_record(cache, block))}
+
+
+def covers(cache: Cache, record: Mapping[str, Any] | None) -> bool:
+    """Whether a done record is of the whole block as it is now, or as a builder of more data left it."""
+    if record is None:
+        return False
+    meta, last = cache.meta, cache.meta.block(record["block"]).stop
+    return record["rows"][1] >= last and record["texts"] >= meta.texts and record["views"] >= meta.views
+
+
+def _record_checksum(record: Mapping[str, Any]) -> int:
+    return zlib.crc32(
+        json.dumps({name: value for name, value in record.items() if name != "checksum"}).encode()
+    )
+
+
+def done_record(cache: Cache, block: int) -> dict[str, Any] | None:
+    """The done record of a block, None where there is none or it is damaged: the block is then built again."""
+    try:
+        record = json.loads(_record_path(cache, block).read_text())
+        return record if record["checksum"] == _record_checksum(record) else None
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+
+
+def write_block(cache: Cache, block: int, chunks: Chunks, invalid: list[dict[str, Any]]) -> None:
+    """Write chunks of a block, then its done record, which also names the chunks of an earlier one that stay."""
+    rows, earlier = cache.meta.block(block), done_record(cache, block)
+    files = dict(earlier["files"]) if earlier else {}
+    contents = {
+        chunk_path(cache, name, block, copy): encode(cache, name, values, len(rows))
+        for (name, copy), values in sorted(chunks.items())
+    }
+    names = {path: path.relative_to(cache.path).as_posix() for path in contents}
+    files |= {names[path]: [len(content), zlib.crc32(content)] for path, content in contents.items()}
+    needed = {
+        chunk_path(cache, name, block, copy).relative_to(cache.path).as_posix()
+        for name in (*cache.fields, "key")
+        for copy in range(cache.copies(name))
+    }
+    if set(files) != needed:
+        raise ValueError(
+            f"block {block} lacks {sorted(needed - set(files))}, has {sorted(set(files) - needed)} besides"
+        )
+    # From here on a killed builder leaves an unfinished block, never a wrong one. The record of a block that grows
+    # stays until the new one is there: its fewer rows or texts are the same in the new files as in the old.
+    if covers(cache, earlier):
+        forget_block(cache, block)
+    for path, content in contents.items():
+        write_whole(path, content)
+    record = {
+        "block": block,
+        "rows": [rows.start, rows.stop],
+        "texts": cache.meta.texts,
+        "views": cache.meta.views,
+        "files": dict(sorted(files.items())),
+        "invalid": invalid,
+    }
+    record["checksum"] = _record_checksum(record)
+    write_whole(_record_path(cache, block), json.dumps(record, indent=1) + "\n")
+
+
+def flush(path: Path) -> None:
+    """Wait until a file's bytes are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def finish(cache: Cache) -> list[dict[str, Any]]:
+    """Write quarantine.jsonl from the done records of a whole cache; its entries."""
+    entries = quarantined(cache)
+    with contextlib.suppress(FileNotFoundError):  # another builder finished first, with the same bytes
+        write_whole(cache.path / "quarantine.jsonl", json_lines(entries), tag=f".{uuid.uuid4().hex}")
+    if not is_url(cache.path):
+        for left in cache.path.glob("quarantine.jsonl.*.partial"):  # of a builder that was killed here
+            left.unlink(missing_ok=True)
+    return entries
+
+
+def quarantined(cache: Cache) -> list[dict[str, Any]]:
+    """What the done records say of rows and texts that cannot be used."""
+    records = [done_record(cache, block) for block in range(cache.meta.num_blocks)]
+    return [entry for record in records if record for entry in record["invalid"]]
+
+
+def json_lines(entries: list[dict[str, Any]]) -> str:
+    """The content of quarantine.jsonl."""
+    return "".join(json.dumps(entry) + "\n" for entry in entries)
+
+
+def damaged_blocks(cache: Cache) -> dict[int, str]:
+    """Blocks with a file that is missing or not what was written, with the reason."""
+    damaged = {}
+    for block in listed_blocks(cache):
+        record = done_record(cache, block)
+        if record is None:
+            damaged[block] = "its done record is damaged"
+            continue
+        for name, (size, checksum) in record["files"].items():
+            try:
+                content = (cache.path / name).read_bytes()
+            except OSError as error:
+                if is_url(cache.path) and not isinstance(error, FileNotFoundError):
+                    raise  # the connection, not the file
+                damaged[block] = f"{name}: {error.strerror or 'missing'}"
+                break
+            if (len(content), zlib.crc32(content)) != (size, checksum):
+                damaged[block] = f"{name}: checksum differs"
+                break
+    return damaged
+
+
+def bytes_there(cache: Cache) -> int:
+    """Bytes of the chunk files that done records name, keys left out as in `expected_bytes`."""
+    records = filter(None, (done_record(cache, block) for block in listed_blocks(cache)))
+    return sum(
+        size for record in records for name, (size, _) in record["files"].items() if name[:4] != "key/"
+    )
+
+
+@contextlib.contextmanager
+def growing(cache: Cache) -> Iterator[None]:
+    """One process at a time rewrites a cache's own files; at a URL there is one builder at a time (`lease.py`)."""
+    if is_url(cache.path):
+        yield
+        return
+    descriptor = open_lock(cache)
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX, 1, GROW_BYTE)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def open_lock(cache: Cache) -> int:
+    """A descriptor of the lock file, which a copy of a cache may lack."""
+    return os.open(cache.path / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+
+
+def forget_block(cache: Cache, block: int) -> None:
+    """Remove a block's done record, so that the next build writes the block again."""
+    _record_path(cache, block).unlink(missing_ok=True)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Reading
+
+
+def read_field(cache: Cache, name: str) -> np.ndarray:
+    """A whole field [rows, ...], [rows, texts, ...] or [rows, views, ...]: mapped where it can be, else in memory."""
+    if name not in cache.fields:
+        raise UserError(f"{cache.path} has no field '{name}': choose from {', '.join(cache.fields)}")
+    meta, field, copies = cache.meta, cache.fields[name], cache.copies(name)
+    chunk = chunk_shape(cache, name)
+    files = [
+        chunk_path(cache, name, block, copy) for copy in range(copies) for block in range(meta.num_blocks)
+    ]
+    if can_map(chunk_bytes(cache, name)) and not is_url(cache.path):
+        array = map_chunks(files, chunk_shape=chunk, dtype=field.dtype)
+    else:
+        array = np.concatenate([_read_chunk(path, chunk, field.dtype) for path in files])
+    shape = field.array_shape(meta.rows, meta.texts, meta.views)
+    array = array.reshape(copies, meta.num_blocks * meta.block_rows, *field.shape)[:, : meta.rows]
+    return array[0] if len(shape) == array.ndim - 1 else array.swapaxes(0, 1)
+
+
+def read_rows(cache: Cache, name: str, copy: int, rows: np.ndarray) -> np.ndarray:
+    """Values [n, *shape] of some rows and one text or view, from those blocks alone; checksums are looked at."""
+    field, size = cache.fields[name], cache.meta.block_rows
+    values = np.empty((len(rows), *field.shape), field.dtype)
+    for block in np.unique(rows // size).tolist():
+        mine = rows // size == block
+        path = chunk_path(cache, name, block, copy)
+        chunk = _read_chunk(path, (size, *field.shape), field.dtype, check=True)
+        values[mine] = chunk[rows[mine] - block * size]
+    return values
+
+
+def _read_chunk(path: Path, shape: Sequence[int], dtype: str, *, check: bool = False) -> np.ndarray:
+    """One chunk file as an array; without `check` the checksum behind the values is `tc verify`'s to look at."""
+    count = int(np.prod(shape))
+    content, size = path.read_bytes(), count * np.dtype(dtype).itemsize
+    if len(content) < size:
+        raise OSError(5, "a chunk file is too short; run `tc verify`", str(path))
+    if check and google_crc32c.value(content[:size]) != int.from_bytes(content[size:], "little"):
+        raise OSError(5, "a chunk file is damaged; run `tc verify`", str(path))
+    return np.frombuffer(content, dtype, count).reshape(shape)
+
+
+def read_keys(cache: Cache) -> np.ndarray:
+    """All keys in row order."""
+    return np.array(cached_manifest(cache).column("key"), dtype=np.dtypes.StringDType())
+
+
+def join(cache: Cache, keys: Any) -> np.ndarray:
+    """The cache's row for each key (a list or an Arrow array), -1 where it lacks it: by key, never by position."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    asked = keys if isinstance(keys, pa.Array | pa.ChunkedArray) else pa.array(keys, pa.string())
+    at = np.full(len(asked), -1, np.int64)
+    if len(asked) and not _join_in_order(cache, asked, at):
+        found = pc.index_in(asked, value_set=cached_manifest(cache).table["key"].combine_chunks())
+        at[:] = found.fill_null(-1).to_numpy()
+    return at
+
+
+def _join_in_order(cache: Cache, asked: Any, at: np.ndarray) -> bool:
+    """Fill `at` where the keys stand in the cache's order, as they do unless the data changed; else False.
+
+    A part of the cache's keys is looked at beside as many of those asked: no table of all keys is made.
+    """
+    import pyarrow.compute as pc
+
+    done = start = 0
+    with _manifest_errors(cache):
+        for part in manifest_keys(cache.path / "manifest.parquet"):
+            part = part[: cache.meta.rows - start]  # where a killed builder had begun to add more
+            found = pc.index_in(asked[done : done + len(part)], value_set=part).fill_null(-1).to_numpy()
+            count = len(found) if (found >= 0).all() else int(np.argmax(found < 0))
+            at[done : done + count] = start + found[:count]
+            done, start = done + count, start + len(part)
+            if done == len(asked):
+                return True
+    return False

@@ -1,0 +1,1 @@
+"""Errors, paths, URLs, devices, processes and progress: what every other floor stands on."""

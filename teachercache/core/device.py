@@ -1,0 +1,46 @@
+"""Choose the device and the compute precision."""
+
+from typing import NamedTuple
+
+from teachercache.core.errors import UserError
+from teachercache.core.process import local_rank
+
+
+class Precision(NamedTuple):
+    """A dtype name and why it was chosen."""
+
+    dtype: str
+    reason: str
+
+
+def pick_device(name: str = "auto") -> str:
+    """A torch device: the one named, else cuda, else cpu."""
+    import torch
+
+    if name != "auto":
+        if name.startswith("cuda") and not torch.cuda.is_available():
+            raise UserError(f"--device {name}: no CUDA device here; try --device cpu")
+        try:
+            torch.empty(1, device=name)
+        except (RuntimeError, AssertionError) as error:
+            raise UserError(f"--device {name}: not a device; try cpu, cuda or cuda:0") from error
+        return name
+    return f"cuda:{local_rank()}" if torch.cuda.is_available() else "cpu"
+
+
+def pick_precision(name: str, device: str) -> Precision:
+    """The compute dtype: as named, or by the device, with the reason to print."""
+    import torch
+
+    named = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+    if name in named:
+        if name == "fp16" and device == "cpu":
+            raise UserError("--precision fp16 is not for the CPU: try fp32 or bf16")
+        return Precision(named[name], "asked for")
+    if name != "auto":
+        raise UserError(f"--precision {name}: choose from auto, fp32, bf16, fp16")
+    if device.startswith("cuda"):
+        if torch.cuda.get_device_capability(device)[0] >= 8:
+            return Precision("bfloat16", "the GPU computes bf16 natively")
+        return Precision("float16", "the GPU is older than Ampere")
+    return Precision("float32", "the CPU is exact and not slower in fp32")

@@ -1,0 +1,68 @@
+"""Lines and progress bars for a person, on stderr."""
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from teachercache.core.process import rank
+
+
+def say(*words: Any) -> None:
+    """A line for the person, on stderr and from rank 0 alone, so that stdout stays for machines."""
+    if rank() == 0:
+        print(*words, file=sys.stderr, flush=True)
+
+
+class Ticker:
+    """Progress with a rate and an ETA: a rich bar on a terminal, a plain line every few seconds otherwise."""
+
+    def __init__(self, total: int, unit: str, *, every: float = 10.0):
+        self.total, self.unit, self.every = total, unit, every
+        self.done, self.start, self.last = 0, time.monotonic(), time.monotonic()
+        self.bar: Any = None  # a rich Progress on a terminal
+        self.task: Any = None
+
+    def step(self, count: int, note: str = "") -> None:
+        """Count `count` more units done; `note` is shown behind the rate."""
+        self.done += count
+        now = time.monotonic()
+        rate = self.done / max(now - self.start, 1e-9)
+        left = (self.total - self.done) / max(rate, 1e-9)
+        if self.bar is not None:
+            self.bar.update(self.task, completed=self.done, rate=f"{rate:,.1f} {self.unit}/s", note=note)
+        elif now - self.last >= self.every:
+            self.last = now
+            minutes, seconds = divmod(round(left), 60)
+            say(
+                f"{self.done:,}/{self.total:,} {self.unit}  {rate:,.1f} {self.unit}/s  "
+                f"{minutes}:{seconds:02d} left  {note}".rstrip()
+            )
+
+
+@contextlib.contextmanager
+def ticker(total: int, unit: str, title: str) -> Iterator[Ticker]:
+    """A Ticker that shows itself on rank 0."""
+    tick = Ticker(total, unit)
+    if rank() == 0 and sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.table import Column
+
+        def whole(width: int = 0) -> Column:
+            return Column(no_wrap=True, min_width=width)  # the note gives way on a narrow terminal, not these
+
+        columns = (
+            TextColumn("{task.description}", table_column=whole(len(title))),
+            BarColumn(20),
+            MofNCompleteColumn(table_column=whole(2 * len(str(total)) + 1)),
+            TextColumn("{task.fields[rate]}", table_column=whole(len(unit) + 6)),
+            TimeRemainingColumn(table_column=whole(7)),
+            TextColumn("{task.fields[note]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
+        )
+        with Progress(*columns, console=Console(stderr=True)) as tick.bar:
+            tick.task = tick.bar.add_task(title, total=total, rate="", note="")
+            yield tick
+    else:
+        yield tick

@@ -1,0 +1,339 @@
+"""Reading at URLs through fsspec: listings, byte ranges, many small files at once, and errors that say what to check.
+
+The same calls work on local paths, so that readers need not ask. Not for writing: see `paths.py`.
+"""
+
+import concurrent.futures
+import contextlib
+import os
+import posixpath
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from teachercache.core.errors import UserError
+from teachercache.core.paths import as_path, is_url
+
+# Headers of a tar are read in blocks of this size: beyond a larger picture nothing is read but the next header. Smaller
+# pictures come along, because one request costs as long as about a megabyte of transfer.
+TAR_BLOCK = 256 << 10
+TARS_AT_ONCE = 8  # each header waits for the one before it: several tars hide that
+SMALL_FILES_AT_ONCE = 256
+PAUSES = (1.0, 4.0, 16.0)  # seconds before each new try at a picture, beyond the tries of the driver itself
+DRIVERS = (
+    "aiobotocore",
+    "botocore",
+    "aiohttp",
+    "gcsfs",
+    "google",
+    "azure",
+    "adlfs",
+    "fsspec",
+    "huggingface_hub",
+)
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+# ----------------------------------------------------------------------------------------------------
+# Places
+
+
+def here(path: Any) -> Any:
+    """The same place through a driver of this process: fsspec's loops and connections do not survive a fork."""
+    return as_path(str(path)) if is_url(path) else path
+
+
+def below(root: Any, name: str) -> Any:
+    """A name seen from a root: one that is a URL stands alone; `..` goes up a URL too, never out of its bucket."""
+    if is_url(name):
+        return as_path(name)
+    if not is_url(root) or not {"", ".", ".."} & set(name.split("/")):
+        return root / name
+    scheme, bucket, folder = _split(root)
+    key = posixpath.normpath(posixpath.join("/", folder, name.lstrip("/"))).strip("/")
+    return as_path(f"{scheme}://{bucket}/{key}")
+
+
+def join_relative(folder: str, name: str) -> str:
+    """A path below a manifest's root from a folder and a name in it; a name that is a URL stands alone."""
+    if is_url(name):
+        return name
+    return f"{folder.rstrip('/')}/{name}" if is_url(folder) else os.path.normpath(os.path.join(folder, name))
+
+
+def common_root(roots: list[Any]) -> Any:
+    """The folder above all of them; of local paths and URLs, or URLs of two buckets, the folder of the local ones."""
+    local = [root for root in roots if not is_url(root)]
+    splits = [_split(root) for root in roots if is_url(root)]
+    if not local and len({split[:2] for split in splits}) == 1:
+        scheme, bucket, _ = splits[0]
+        return as_path(
+            f"{scheme}://{bucket}/{posixpath.commonpath(['/' + folder for *_, folder in splits])[1:]}"
+        )
+    if any(root.is_absolute() for root in local):
+        local = [root.absolute() for root in local]
+    return Path(os.path.commonpath(local)) if local else Path()
+
+
+def seen_from(root: Any, own: Any) -> str:
+    """How a source's own root is written below the common one: relative where it lies there, else its URL."""
+    if not is_url(own):
+        return os.path.relpath(own, root)
+    *place, folder = _split(own)
+    *common, above = _split(root)
+    return posixpath.relpath("/" + folder, "/" + above) if place == common else str(own)
+
+
+def tidy(data: str) -> str:
+    """What a user typed as it is recorded: os.path.normpath would make s3:/ of s3://."""
+    if not is_url(data):
+        return os.path.normpath(data)
+    return data if data.endswith("://") else data.rstrip("/")
+
+
+def last_part(url: str) -> str:
+    """The name that a URL ends in, its bucket where there is no more."""
+    return url.split("://")[-1].rstrip("/").split("/")[-1]
+
+
+def _split(url: Any) -> tuple[str, str, str]:
+    """Scheme, bucket and the rest of a URL; the scheme of a local path is empty."""
+    scheme, _, rest = str(url).rpartition("://")
+    bucket, _, folder = rest.partition("/")
+    return scheme, bucket, folder.strip("/")
+
+
+# ----------------------------------------------------------------------------------------------------
+# What there is
+
+
+def kind(path: Any) -> str:
+    """`file`, `directory`, or an empty string where there is nothing."""
+    try:
+        return path.fs.info(path.path)["type"]
+    except FileNotFoundError as error:
+        if isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, FileNotFoundError):
+            raise error.__cause__ from error  # http hides a broken connection in it
+        return ""
+
+
+def glob_url(pattern: str) -> list[tuple[Any, bool]]:
+    """Places that a pattern names and whether each is a folder, sorted, with one listing."""
+    path = as_path(pattern)
+    found = path.fs.glob(path.path, detail=True)
+    return [
+        (as_path(path.fs.unstrip_protocol(name)), found[name]["type"] == "directory")
+        for name in sorted(found)
+    ]
+
+
+def children(folder: Any) -> list[tuple[Any, bool]]:
+    """What lies in a folder and whether it is a folder itself, sorted, with one listing."""
+    if not is_url(folder):
+        return sorted((Path(entry.path), entry.is_dir()) for entry in os.scandir(folder))
+    return [(folder / name, size is None) for name, size in sorted(_listing(folder).items())]
+
+
+def _listing(folder: Any) -> dict[str, int | None]:
+    """Names in a folder at a URL with their bytes, None for folders; nothing where there is no such folder."""
+    _refuse_http(folder)
+    try:
+        found = folder.fs.ls(folder.path, detail=True)
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    own = folder.path.strip("/")  # object stores may hold an empty object in the folder's place
+    sizes = {info["name"].strip("/"): None if info["type"] == "directory" else info["size"] for info in found}
+    return {posixpath.basename(name): size for name, size in sizes.items() if name != own}
+
+
+def walk(root: Any) -> Iterator[tuple[str, dict[str, int | None]]]:
+    """Folders below a root in sorted order, with their files and, where a listing tells them, their bytes."""
+    if not is_url(root):
+        for folder, names, files in os.walk(root):
+            names.sort()
+            relative = os.path.relpath(folder, root)
+            yield "" if relative == "." else relative, dict.fromkeys(files)
+        return
+    _refuse_http(root)
+    start = len(root.path.rstrip("/")) + 1
+    folders: dict[tuple[str, ...], dict[str, int | None]] = {}
+    for name, info in root.fs.find(root.path, detail=True).items():
+        *above, last = name[start:].split("/")
+        if last and info["type"] == "file":
+            folders.setdefault(tuple(above), {})[last] = info["size"]
+    for parts in sorted(folders):
+        yield "/".join(parts), folders[parts]
+
+
+def is_http(path: Any) -> bool:
+    """Whether a place is at a web server, which gives files and lists none."""
+    return str(path).startswith(("http://", "https://"))
+
+
+def _refuse_http(path: Any) -> None:
+    if is_http(path):
+        raise UserError(
+            f"{path}: folders cannot be listed over http: pass a .tar, .parquet, .csv, .json or .txt file"
+        )
+
+
+def file_size(path: Any) -> int:
+    """Bytes of a file, 0 where there is none: the build quarantines the row with its reason."""
+    try:
+        return path.fs.info(path.path)["size"] or 0 if is_url(path) else path.stat().st_size
+    except FileNotFoundError:
+        return 0
+    except OSError:
+        if is_url(path):
+            raise
+        return 0
+
+
+def sizes_below(root: Any) -> Callable[[str], int | None]:
+    """A function from a file's path below a root to its bytes, None where there is none.
+
+    At a URL a folder is listed when it is first asked about, a thousand files a request, instead of asking for each.
+    """
+    listings: dict[str, dict[str, int | None]] = {}
+
+    def size(name: str) -> int | None:
+        if not is_url(root) and not is_url(name):
+            path = root / name
+            return file_size(path) if path.exists() else None
+        if is_http(root) or is_http(name):  # no listings: one question each
+            return file_size(below(root, name)) or None
+        folder, _, last = name.rpartition("/")
+        if folder not in listings:
+            listings[folder] = _listing(below(root, folder))
+        return listings[folder].get(last)
+
+    return size
+
+
+# ----------------------------------------------------------------------------------------------------
+# What it holds
+
+
+def open_file(path: Any, block: int) -> Any:
+    """A binary file that can be sought in; at a URL `block` bytes are read ahead."""
+    if not is_url(path):
+        return open(path, "rb")
+    file = path.fs.open(path.path, "rb", block_size=block, cache_type="readahead" if block else "none")
+    if getattr(file, "size", 0) is None:
+        raise UserError(f"the server of {path} gives no byte ranges: download the file and pass its path")
+    return file
+
+
+def read_small(root: Any, files: list[tuple[str, int | None]]) -> Iterator[bytes]:
+    """Contents of small files below a root, given with their bytes; at a URL many are on their way at once."""
+    if not is_url(root):
+        yield from ((root / name).read_bytes() for name, _ in files)
+        return
+    for start in range(0, len(files), SMALL_FILES_AT_ONCE):
+        part = files[start : start + SMALL_FILES_AT_ONCE]
+        wanted = [(below(root, name).path, size) for name, size in part if size]
+        paths, ends = [path for path, _ in wanted], [size for _, size in wanted]
+        found = iter(root.fs.cat_ranges(paths, [0] * len(paths), ends, on_error="raise") if paths else ())
+        yield from (next(found) if size else b"" for _, size in part)
+
+
+def in_order(function: Callable[[Item], Result], items: list[Item]) -> Iterator[Result]:
+    """map() for functions that wait for a network: the next few items are worked on meanwhile, in threads."""
+    if not items or not is_url(items[0]):
+        yield from map(function, items)
+        return
+    pool = concurrent.futures.ThreadPoolExecutor(TARS_AT_ONCE)
+    try:
+        waiting = [pool.submit(function, item) for item in items[:TARS_AT_ONCE]]
+        for i in range(len(items)):
+            yield waiting.pop(0).result()
+            if i + TARS_AT_ONCE < len(items):
+                waiting.append(pool.submit(function, items[i + TARS_AT_ONCE]))
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def read_range(path: Any, offset: int = 0, size: int | None = None) -> bytes:
+    """Bytes of a file at a URL with one request; FileNotFoundError where there is no such file."""
+    end = None if size is None else offset + size
+    if size == 0:
+        return b""
+    # a start even for a whole file: without one s3fs first asks for the size
+    content = persistently(lambda: path.fs.cat_file(path.path, start=offset, end=end), path)
+    whole = size is not None and len(content) > size  # from a web server that gives no ranges
+    return content[offset:end] if whole else content
+
+
+# ----------------------------------------------------------------------------------------------------
+# What goes wrong
+
+
+def persistently(read: Callable[[], bytes], path: Any) -> bytes:
+    """What a read gives, tried again after a broken connection, then a UserError that stops the build.
+
+    A row is bad only where the server says that its file is not there (FileNotFoundError) or is too short (b"").
+    """
+    for pause in (*PAUSES, None):
+        try:
+            return read()
+        except UserError:
+            raise
+        except Exception as error:
+            code = _code(error)
+            if code in ("InvalidRange", "416"):
+                return b""
+            if not _from_network(error):
+                raise
+            if isinstance(error, FileNotFoundError) and code != "NoSuchBucket":
+                raise
+            if pause is None or isinstance(error, PermissionError | FileNotFoundError):
+                again = "the same command goes on where it left off"
+                raise UserError(f"cannot read {path}: {_reason(error)}; {_advice(path)}; {again}") from error
+            time.sleep(pause)
+    raise AssertionError("the last try returns or raises")
+
+
+@contextlib.contextmanager
+def asking(path: Any, *, what: str = "read") -> Iterator[None]:
+    """Tell a broken connection, missing rights and a missing place in one line that says what to check."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        no_ranges = is_http(path) and isinstance(
+            error, ValueError
+        )  # fsspec's word for a server that gives none
+        local = isinstance(error, OSError) and (
+            not is_url(path) or isinstance(error.filename, str | os.PathLike)
+        )
+        if not (_from_network(error) or no_ranges) or local:
+            raise
+        raise UserError(f"cannot {what} {path}: {_reason(error)}; {_advice(path)}") from error
+
+
+def _from_network(error: Exception) -> bool:
+    return isinstance(error, OSError) or type(error).__module__.split(".")[0] in DRIVERS
+
+
+def _code(error: Exception) -> str:
+    """The server's own word for an error: S3's code, else the HTTP status."""
+    response = getattr(error.__cause__ or error, "response", None)
+    if isinstance(response, dict):
+        return str(response.get("Error", {}).get("Code", ""))
+    return str(getattr(error, "status", "") or getattr(error, "code", ""))
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _advice(path: Any) -> str:
+    if str(path).startswith(("s3://", "s3a://")):
+        return (
+            "check the bucket's name, the credentials (AWS_PROFILE, AWS_ACCESS_KEY_ID) and AWS_ENDPOINT_URL"
+        )
+    return "check the address, the network and the credentials"

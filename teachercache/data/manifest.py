@@ -1,0 +1,206 @@
+"""The manifest: one row per picture with a stable key, its texts and its labels; and how a row's picture is read.
+
+Readers for each input format are in `readers/`. Not for tensors: see `views.py`.
+"""
+
+import dataclasses
+import hashlib
+import io
+import itertools
+import json
+import zlib
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from teachercache.core.errors import UserError
+from teachercache.core.paths import as_path, is_url, stream_whole
+from teachercache.core.urls import tidy
+from teachercache.data.sample import Sample
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow as pa
+
+ROWS_AT_ONCE = 8192  # rows that are Python objects at one time, on their way into the Arrow table
+# What str.strip() leaves nothing of; Arrow's own trimming spares the separators 1c to 1f
+SPACES = (
+    r"\x{09}-\x{0d}\x{1c}-\x{20}\x{85}\x{a0}\x{1680}\x{2000}-\x{200a}\x{2028}\x{2029}\x{202f}\x{205f}\x{3000}"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """All rows of a data set, in an Arrow table; `root` is where their paths start."""
+
+    data: str  # what `--data` was
+    root: Any  # a Path, or a UPath
+    table: "pa.Table"
+    digest: str
+
+    def __len__(self) -> int:
+        return self.table.num_rows
+
+    @property
+    def texts(self) -> int:
+        """Texts per row: the most that any row has."""
+        import pyarrow.compute as pc
+
+        return pc.max(pc.list_value_length(self.table["texts"])).as_py() or 0
+
+    @property
+    def has_images(self) -> bool:
+        """Whether any row names a picture."""
+        import pyarrow.compute as pc
+
+        return pc.any(pc.not_equal(self.table["image"], "")).as_py()
+
+    def row(self, index: int) -> Sample:
+        """One row as a record."""
+        values = {name: self.table[name][index].as_py() for name in self.table.column_names}
+        return Sample(**{**values, "texts": tuple(values["texts"])})
+
+    def column(self, name: str) -> list[Any]:
+        """One column as a Python list."""
+        return self.table[name].to_pylist()
+
+    def rows_of_split(self, split: str) -> "np.ndarray":
+        """Rows of a split [n], all rows where the data has no splits at all."""
+        import numpy as np
+        import pyarrow.compute as pc
+
+        if not pc.any(pc.not_equal(self.table["split"], "")).as_py():
+            return np.arange(len(self))
+        return np.flatnonzero(pc.equal(self.table["split"], split).to_numpy())
+
+    def has_text(self) -> "np.ndarray":
+        """Whether each row has a text that is not empty, bool [rows]."""
+        import numpy as np
+        import pyarrow.compute as pc
+
+        texts = self.table["texts"]
+        filled = ~pc.match_substring_regex(pc.list_flatten(texts), rf"\A[{SPACES}]*\z").to_numpy()
+        found = np.zeros(len(self), bool)
+        found[pc.list_parent_indices(texts).to_numpy()[filled]] = True
+        return found
+
+
+def schema() -> "pa.Schema":
+    """Columns of a manifest."""
+    import pyarrow as pa
+
+    return pa.schema(
+        [
+            ("key", pa.string()),
+            ("image", pa.string()),
+            ("texts", pa.list_(pa.string())),
+            ("label", pa.string()),
+            ("split", pa.string()),
+            ("offset", pa.int64()),
+            ("size", pa.int64()),
+            ("problem", pa.string()),
+            ("task", pa.string()),
+        ]
+    )
+
+
+def make_manifest(data: str, root: Any, samples: Iterable[Sample], *, limit: int | None = None) -> Manifest:
+    """Rows into a Manifest; UserError where there are none or a key comes twice."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    rows = itertools.islice(samples, limit)
+    batches = []
+    while part := list(itertools.islice(rows, ROWS_AT_ONCE)):
+        for sample in part:
+            if any(name.encode("utf-8", "replace").decode() != name for name in (sample.key, sample.image)):
+                raise UserError(f"{sample.image!r} in {data} has a name that is not UTF-8: rename it")
+        columns = [pa.array([getattr(row, field.name) for row in part], field.type) for field in schema()]
+        batches.append(pa.RecordBatch.from_arrays(columns, schema=schema()))
+    if not batches:
+        raise UserError(
+            f"no pictures or texts found in {data}: see `tc build --help` for the formats that are read"
+        )
+    table = pa.Table.from_batches(batches)
+    if pc.count_distinct(table["key"]).as_py() < len(table):  # counted in Arrow: Python strings are larger
+        counts = pc.value_counts(table["key"])
+        key = counts.field("values")[pc.index(pc.greater(counts.field("counts"), 1), value=True).as_py()]
+        raise UserError(f"key '{key}' comes twice in {data}: give every row its own key or file name")
+    return Manifest(tidy(data), root, table, digest_rows(table))
+
+
+def digest_rows(table: "pa.Table") -> str:
+    """sha256 over every row's key, picture reference, picture size, texts and task; neither root nor order matter."""
+    import numpy as np
+
+    return hashlib.sha256(np.sort(row_digests(table)).tobytes()).hexdigest()
+
+
+def row_digests(table: "pa.Table") -> "np.ndarray":
+    """What `digest_rows` knows of each row: sixteen bytes, dtype S16 [rows]."""
+    import numpy as np
+
+    digests = bytearray()
+    for batch in table.select(["key", "image", "offset", "size", "texts", "task"]).to_batches(
+        max_chunksize=4096
+    ):
+        for row in batch.to_pylist():
+            digests += hashlib.blake2b(repr(tuple(row.values())).encode(), digest_size=16).digest()
+    return np.frombuffer(digests, "S16")
+
+
+def write_manifest(manifest: Manifest, path: Any) -> None:
+    """Parquet that `--data` takes; written aside and renamed, or in one request."""
+    import pyarrow.parquet as pq
+
+    meta = {"data": manifest.data, "root": str(manifest.root), "digest": manifest.digest}
+    table = manifest.table.replace_schema_metadata({**meta, "checksum": _checksum(meta)})
+    stream_whole(path, lambda file: pq.write_table(table, file, write_page_checksum=True))
+
+
+def load_manifest(path: Any) -> Manifest:
+    """The manifest that `write_manifest` wrote."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    source = io.BytesIO(path.read_bytes()) if is_url(path) else path  # a lost connection is told as that
+    try:
+        table = pq.read_table(source, page_checksum_verification=True)
+        if "task" not in table.column_names:  # written before there were task columns
+            table = table.append_column("task", pa.array([""] * len(table), pa.string()))
+        missing = [name for name in schema().names if name not in table.column_names]
+        meta = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
+        table = table if missing else table.select(schema().names).cast(schema())
+    except FileNotFoundError:
+        raise
+    except (pa.ArrowException, ValueError, OSError) as error:
+        raise UserError(f"{path} is not a readable Parquet file: {error}") from error
+    if missing or "root" not in meta:
+        raise UserError(f"{path} is not a manifest (no {', '.join(missing) or 'root'})")
+    known = {name: meta.get(name, "") for name in ("data", "root", "digest")}
+    if meta.get("checksum", _checksum(known)) != _checksum(known):
+        raise UserError(f"{path} is damaged: the checksum of where its pictures lie differs")
+    return Manifest(known["data"], as_path(known["root"]), table, known["digest"])
+
+
+def manifest_keys(path: Any) -> Iterator["pa.Array"]:
+    """The keys of a manifest that `write_manifest` wrote, in order, some at a time: never the whole table in memory."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    source = io.BytesIO(path.read_bytes()) if is_url(path) else path
+    try:
+        with pq.ParquetFile(source, page_checksum_verification=True) as file:
+            for batch in file.iter_batches(ROWS_AT_ONCE, columns=["key"]):
+                yield batch.column(0).cast(pa.string())
+    except FileNotFoundError:
+        raise
+    except (pa.ArrowException, ValueError, OSError, LookupError) as error:
+        raise UserError(f"{path} is not a readable manifest: {error}") from error
+
+
+def _checksum(meta: dict[str, str]) -> str:
+    return str(zlib.crc32(json.dumps(meta, sort_keys=True).encode()))
+
+
+# ----------------------------------------------------------------------------------------------------
+# Pictures

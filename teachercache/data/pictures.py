@@ -1,0 +1,125 @@
+"""Decode a row's picture: EXIF orientation, alpha, 16-bit depth, size limits."""
+
+import functools
+import io
+from typing import TYPE_CHECKING, Any
+
+from teachercache.core.paths import is_url
+from teachercache.core.urls import below, here, persistently, read_range
+from teachercache.data.columns import COLUMN_FILES, picture_in_row
+from teachercache.data.manifest import Manifest
+from teachercache.data.sample import BadSample, Sample
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+MAX_PIXELS = 89_478_485  # PIL's own warning level: about 256 MB of RGB
+
+
+def read_image(manifest: Manifest, sample: Sample, at_least: int = 0) -> "Image.Image":
+    """The row's picture as a person sees it, RGB; BadSample with the reason where it cannot be read.
+
+    At a URL a broken connection is a UserError, never a bad row: the build stops and can be resumed.
+    """
+    return decode_image(read_bytes(manifest, sample), at_least)
+
+
+def read_bytes(manifest: Manifest, sample: Sample) -> bytes:
+    """The bytes of a row's picture as they are stored; BadSample where there are none."""
+    path = below(here(manifest.root), sample.image)
+    try:
+        return _content(path, sample)
+    except FileNotFoundError as error:
+        reason = f"there is no {path}" if is_url(path) else error.strerror or error
+        raise BadSample(f"cannot open the picture: {reason}") from error
+    except OSError as error:
+        raise BadSample(f"cannot open the picture: {error.strerror or error}") from error
+    except LookupError as error:
+        raise BadSample(str(error.args[0])) from error
+
+
+def _content(path: Any, sample: Sample) -> bytes:
+    """The bytes of a row's picture: a whole file, a part of one, or a cell of a column."""
+    if sample.offset >= 0 and path.suffix.lower() in COLUMN_FILES:
+        read = functools.partial(picture_in_row, path, sample.offset)
+        return persistently(read, path) if is_url(path) else read()
+    if is_url(path):
+        return read_range(path, sample.offset, sample.size) if sample.offset >= 0 else read_range(path)
+    with open(path, "rb") as file:
+        if sample.offset >= 0:
+            file.seek(sample.offset)
+            return file.read(sample.size)
+        return file.read()
+
+
+def decode_image(content: bytes, at_least: int = 0) -> "Image.Image":
+    """Bytes to RGB: EXIF turned, alpha on white, 16 bit scaled, first frame; BadSample where not a picture.
+
+    With `at_least` a larger JPEG is decoded at 1/2, 1/4 or 1/8 of its size, the smallest whose shorter side has still
+    as many pixels: its decoder leaves out the finest cosines instead of computing pixels that a resize averages away.
+    """
+    import warnings
+
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    if not content:
+        raise BadSample("the picture has no bytes")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore"
+            )  # PIL warns of every odd tag; what cannot be read gets its reason below
+            image = Image.open(io.BytesIO(content))
+            if image.format == "EPS":  # PIL runs Ghostscript for it: a program, not a picture
+                raise BadSample("EPS is not read")
+            if image.width * image.height > MAX_PIXELS:
+                raise BadSample(
+                    f"{image.width} x {image.height} pixels are more than the limit of {MAX_PIXELS:,}"
+                )
+            if at_least > 0 and image.format in (
+                "JPEG",
+                "MPO",
+            ):  # MPO: a phone's JPEG with a second one behind it
+                # PIL takes the largest of its scales that keeps both sides above what is asked for
+                image.draft(None, (at_least, at_least))
+            image.load()
+            return _flatten(ImageOps.exif_transpose(image))
+    except BadSample:
+        raise
+    except UnidentifiedImageError as error:
+        raise BadSample("not a picture in a known format") from error
+    except Image.DecompressionBombError as error:
+        raise BadSample("far more pixels than a picture has (decompression bomb)") from error
+    except Exception as error:  # fuzzed files make PIL raise RuntimeError, struct.error and more
+        raise BadSample(f"the picture is damaged: {error}") from error
+
+
+def seen_size(content: bytes) -> tuple[int, int]:
+    """Width and height of a picture that can be decoded, as a person sees it at full size: EXIF turned, not reduced."""
+    import warnings
+
+    from PIL import ExifTags, Image
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        image = Image.open(io.BytesIO(content))
+        turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+    return image.size[::-1] if turned else image.size
+
+
+def _flatten(image: "Image.Image") -> "Image.Image":
+    """Any mode to RGB, the way a viewer on a white page shows it."""
+    from PIL import Image
+
+    if image.mode.startswith(("I", "F")):  # 16 or 32 bit grey: PIL's own convert clips at 255
+        import numpy as np
+
+        values = np.asarray(image, dtype=np.float64)
+        wide = image.mode.startswith("I;16") or (image.mode == "I" and values.max(initial=0) > 255)
+        scale = 257.0 if wide else 1.0
+        image = Image.fromarray(np.clip(values / scale, 0, 255).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, image)
+    return image if image.mode == "RGB" else image.convert("RGB")

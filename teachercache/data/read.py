@@ -1,0 +1,312 @@
+"""From what lies on disk to a manifest: `read_manifest` looks at the path, and one function per format reads it.
+
+`--data` may be several sources, separated by commas, each a path or a glob. Not for decoding: see `samples.py`.
+"""
+
+import collections
+import dataclasses
+import glob
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from teachercache.core import urls as remote
+from teachercache.core.errors import UserError
+from teachercache.core.paths import as_path, is_url
+from teachercache.core.progress import say
+from teachercache.data.columns import COLUMN_FILES
+from teachercache.data.manifest import Manifest, load_manifest, make_manifest, write_manifest
+from teachercache.data.readers import captions, files, tables
+from teachercache.data.readers import questions as tasks
+from teachercache.data.sample import Sample
+
+MAPPED = "Arrow files are mapped into memory: download them, or write them as Parquet (Dataset.to_parquet)"
+GROUPED = (".tar", *COLUMN_FILES)  # shards: those of one folder are one source
+FORMATS = "a folder of pictures, .tar, .parquet, .csv, .tsv, .txt, .arrow, .jsonl or a COCO captions .json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """One source of `--data`: what it was understood as, where its paths start, how its rows are read."""
+
+    path: Any  # a Path, or a UPath
+    kind: str
+    root: Any
+    rows: Callable[[], Iterator[Sample]]
+
+
+def read_manifest(data: str, *, limit: int | None = None) -> Manifest:
+    """The manifest of one or several folders and files, by their forms; UserError says which forms there are."""
+    return join_sources(data, find_sources(data), limit=limit)
+
+
+def join_sources(data: str, sources: list[Source], *, limit: int | None = None) -> Manifest:
+    """One manifest of what `find_sources` found."""
+    name = ",".join(remote.tidy(part) for part in _parts(data))
+    if len(sources) == 1:
+        source = sources[0]
+        if source.kind == "manifest":
+            with remote.asking(source.path):
+                manifest = load_manifest(source.path)
+            whole = limit is None or limit >= len(manifest)
+            return manifest if whole else make_manifest(name, manifest.root, source.rows(), limit=limit)
+        return make_manifest(name, source.root, _rows(source), limit=limit)
+    root = remote.common_root([source.root for source in sources])
+    return make_manifest(name, root, _joined(sources, root), limit=limit)
+
+
+def _rows(source: Source) -> Iterator[Sample]:
+    with remote.asking(source.path):
+        yield from source.rows()
+
+
+def _joined(sources: list[Source], root: Any) -> Iterator[Sample]:
+    """Rows of all sources, keys behind the source's name, pictures seen from the common root."""
+    short = [remote.last_part(str(source.path)).split(".")[0] for source in sources]
+    names = short if len(set(short)) == len(short) else [str(source.path) for source in sources]
+    for source, name in zip(sources, names, strict=True):
+        folder = remote.seen_from(root, source.root)
+        for sample in _rows(source):
+            image = remote.join_relative(folder, sample.image) if sample.image else ""
+            yield dataclasses.replace(sample, key=f"{name}/{sample.key}", image=image)
+
+
+def _parts(data: str) -> list[str]:
+    """The sources that a user named; a path or URL that has a comma in it and is there is one source."""
+    parts = [part.strip() for part in data.split(",") if part.strip()]
+    one_url = len(parts) > 1 and is_url(parts[0]) and not any(map(is_url, parts[1:]))
+    if os.path.exists(data) or (one_url and _at_url(data)):
+        return [data]
+    return parts or [data]
+
+
+def _at_url(url: str) -> str:
+    """`file` or `directory`, or an empty string where there is nothing."""
+    with remote.asking(url):
+        return remote.kind(as_path(url))
+
+
+def _found(part: str) -> list[tuple[Any, bool]]:
+    """Paths that one part of `--data` names, and whether each is a folder."""
+    if not is_url(part):
+        paths = [part] if os.path.exists(part) else sorted(glob.glob(part, recursive=True))
+        return [(Path(path), os.path.isdir(path)) for path in paths]
+    if there := _at_url(part):
+        folder = there == "directory" or (remote.is_http(part) and part.endswith("/"))
+        return [(as_path(part), folder)]
+    with remote.asking(part):
+        return remote.glob_url(part) if glob.has_magic(part) else []
+
+
+def find_sources(data: str) -> list[Source]:
+    """What `--data` names, in its order."""
+    groups: dict[Any, list[Any]] = {}
+    folders = set()
+    for part in _parts(data):
+        found = _found(part)
+        if not found and is_url(part):
+            raise UserError(
+                f"no data at {part}: check its spelling with `tc manifest {part}`, and AWS_ENDPOINT_URL"
+            )
+        if not found:
+            raise UserError(
+                f"no data at {part}: pass --data FOLDER, or make the demo data with `bash scripts/demo`"
+            )
+        for path, is_folder in (one for place, whole in found for one in _annotations(place, whole)):
+            with remote.asking(path):
+                grouped = path.suffix.lower() in GROUPED and not is_folder
+                alone = not grouped or (path.suffix.lower() == ".parquet" and tables.is_manifest(path))
+            groups.setdefault(path if alone else (path.parent, path.suffix.lower()), []).append(path)
+            folders |= {path} if is_folder else set()
+    return [_source(paths, is_folder=paths[0] in folders) for paths in groups.values()]
+
+
+def _annotations(path: Any, is_folder: bool) -> list[tuple[Any, bool]]:
+    """A folder of VCR, SNLI-VE or VQA as the files in it that say what is asked; anything else as it is.
+
+    A file named after another one (val_rule_singular beside val) is a variant of it, the same questions changed: who
+    wants it names it.
+    """
+    if not is_folder:
+        return [(path, is_folder)]
+    with remote.asking(path):
+        names = [entry for entry, inner in remote.children(path) if not inner]
+        found = [entry for entry in names if entry.name.endswith((".jsonl", "_questions.json"))]
+    stems = [entry.name.removesuffix(".jsonl") for entry in found]
+    variants = [entry for entry in found if any(entry.name.startswith(f"{stem}_") for stem in stems)]
+    if variants:
+        left_out = ", ".join(sorted(entry.name for entry in variants))
+        say(f"{path}: left out {left_out}, named after files beside them; to read one, pass it as --data")
+    return [(entry, False) for entry in sorted(set(found) - set(variants), key=str)] or [(path, is_folder)]
+
+
+def cache_folder(data: str) -> Path:
+    """caches/<name of the data>, with how many more sources there are; of a glob the folder that holds it."""
+    parts = _parts(data)
+    more = f"+{len(parts) - 1}" if len(parts) > 1 else ""
+    if is_url(parts[0]):
+        url = remote.tidy(parts[0].split("?")[0] if remote.is_http(parts[0]) else parts[0])
+        while glob.has_magic(remote.last_part(url)) and "/" in url.split("://")[-1]:
+            url = url.rpartition("/")[0]
+        return Path("caches", (remote.last_part(url).split(".")[0] or "data") + more)
+    path = Path(os.path.normpath(parts[0]))
+    while not path.exists() and glob.has_magic(path.name):
+        path = path.parent
+    return Path("caches", (path.name.split(".")[0] or "data") + more)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Which form a path has
+
+
+def _source(paths: list[Any], *, is_folder: bool) -> Source:
+    """The source of one path, or of the shards of one folder."""
+    with remote.asking(paths[0]):
+        return _folder(paths[0]) if is_folder else _file(paths)
+
+
+def _file(paths: list[Any]) -> Source:
+    path, suffix = paths[0], paths[0].suffix.split("?")[0].lower()
+    whole = path if len(paths) == 1 else path.parent
+    if suffix == ".tar":
+        return Source(whole, "webdataset tars", path.parent, lambda: files.read_tars(path.parent, paths))
+    if suffix == ".parquet" and tables.is_manifest(path):
+        manifest = load_manifest(path)
+        return Source(
+            path, "manifest", manifest.root, lambda: (manifest.row(i) for i in range(len(manifest)))
+        )
+    if suffix == ".parquet":
+        return Source(whole, "Parquet", path.parent, lambda: tables.read_parquet(path.parent, paths))
+    if suffix == ".arrow" and is_url(path):
+        raise UserError(f"{path}: {MAPPED}")
+    if suffix == ".arrow":
+        return Source(whole, "Arrow", path.parent, lambda: tables.read_arrow(path.parent, paths))
+    if suffix == ".txt":
+        return Source(path, "texts, one a line", path.parent, lambda: files.read_texts(path))
+    if suffix == ".tsv" and files.is_cc3m(path):
+        return Source(path, "CC3M captions and urls", path.parent, lambda: files.read_cc3m(path))
+    if suffix in (".csv", ".tsv"):
+        return Source(path, "table with a header", path.parent, lambda: files.read_table(path))
+    if suffix == ".json":
+        return _json(path)
+    if suffix == ".jsonl":
+        return _json_lines(path)
+    raise UserError(f"cannot read {path}: {FORMATS} is expected")
+
+
+def _folder(path: Any) -> Source:
+    found = [
+        (entry, is_folder) for entry, is_folder in remote.children(path) if not entry.name.startswith(".")
+    ]
+    names = {entry.name for entry, _ in found}
+    if names & {"dataset_dict.json", "state.json"}:
+        if is_url(path):
+            raise UserError(f"{path}: {MAPPED}")
+        return Source(path, "Hugging Face dataset saved on disk", path, lambda: tables.read_saved(path))
+    tars = [entry for entry, _ in found if entry.name.endswith(".tar")]
+    if tars and any(entry.suffix.lower() in files.IMAGE_SUFFIXES for entry, _ in found):
+        raise UserError(
+            f"{path} holds both .tar files and loose pictures: move one kind into a folder of its own"
+        )
+    if tars:
+        return Source(path, "webdataset tars", path, lambda: files.read_tars(path, tars))
+    # beside pictures Parquet files are about them (img2dataset's 00000.parquet, a manifest); alone they are the data
+    inside = [(entry, is_folder) for entry, is_folder in found if entry.name != "data"]
+    pictures = any(is_folder or entry.suffix.lower() in files.IMAGE_SUFFIXES for entry, is_folder in inside)
+    parquet = [] if pictures else _parquet_in(found)
+    if not parquet and not pictures and (path / "data", True) in found:
+        parquet = _parquet_in(remote.children(path / "data"))
+    if parquet:
+        return Source(path, "Parquet", path, lambda: tables.read_parquet(path, parquet))
+    return Source(path, "folder of pictures", path, lambda: files.read_folder(path))
+
+
+def _parquet_in(found: list[tuple[Any, bool]]) -> list[Any]:
+    return [entry for entry, _ in found if entry.name.endswith(".parquet")]
+
+
+def _json(path: Any) -> Source:
+    """COCO captions, Karpathy's splits, a list of captions, or VQA questions, by what is inside."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(
+            f"{path} is not a COCO captions file (`images` and `annotations`): {error}"
+        ) from error
+    if isinstance(values, list) and values and isinstance(values[0], dict) and "caption" in values[0]:
+        return Source(path, "list of captions", path.parent, lambda: captions.read_caption_list(path, values))
+    found = values if isinstance(values, dict) else {}
+    if "questions" in found:
+        return Source(path, "VQA questions", path.parent, lambda: tasks.read_vqa(path, values))
+    first: Any = next(iter(found.get("images") or [{}]), {})
+    if isinstance(first, dict) and "sentences" in first:
+        return Source(path, "Karpathy split", path.parent, lambda: captions.read_karpathy(path, values))
+    first = next(iter(found.get("annotations") or [{}]), {})
+    if "images" not in found and isinstance(first, dict) and "question_id" in first:
+        raise UserError(
+            f"{path} holds VQA's answers: pass the file of questions, answers are found beside it"
+        )
+    return Source(path, "COCO captions", path.parent, lambda: captions.read_coco(path, values))
+
+
+def _json_lines(path: Any) -> Source:
+    """VCR or SNLI-VE, by the fields of the first line."""
+    lines = tasks.json_lines(path)
+    first = lines[0] if lines else {}
+    if "answer_choices" in first:
+        return Source(path, "VCR", path.parent, lambda: tasks.read_vcr(path, lines))
+    if "sentence2" in first:
+        return Source(path, "SNLI-VE", path.parent, lambda: tasks.read_snli_ve(path, lines))
+    raise UserError(
+        f"{path} is neither VCR (`answer_choices`) nor SNLI-VE (`sentence2`): write it as .csv or .json"
+    )
+
+
+# ----------------------------------------------------------------------------------------------------
+# What was understood
+
+
+def describe(sources: list[Source], manifest: Manifest) -> dict[str, Any]:
+    """Formats, rows, texts per row, splits, labels, the first rows and what is wrong, for `tc manifest`."""
+    table = manifest.table
+    texts = [len(row) for row in manifest.column("texts")]
+    problems = collections.Counter(name for name in manifest.column("problem") if name)
+    whole = [offset < 0 for offset in manifest.column("offset")]
+    empty = sum(
+        bool(image) and alone and not size and not problem
+        for image, alone, size, problem in zip(
+            table["image"].to_pylist(),
+            whole,
+            manifest.column("size"),
+            manifest.column("problem"),
+            strict=True,
+        )
+    )
+    if empty:
+        problems["the picture is missing or empty"] = empty
+    return {
+        "data": manifest.data,
+        "formats": {str(source.path): source.kind for source in sources},
+        "root": str(manifest.root),
+        "digest": manifest.digest,
+        "rows": len(manifest),
+        "pictures": sum(map(bool, manifest.column("image"))),
+        "texts": [min(texts), max(texts)],
+        "tasks": sum(map(bool, manifest.column("task"))),
+        "splits": dict(collections.Counter(manifest.column("split"))),
+        "labels": dict(collections.Counter(name for name in manifest.column("label") if name).most_common()),
+        "first": [dataclasses.asdict(manifest.row(i)) for i in range(min(3, len(manifest)))],
+        "unusable": problems.total(),
+        "problems": dict(problems.most_common(5)),
+    }
+
+
+def save(manifest: Manifest, out: Any) -> None:
+    """Write a manifest for `--data`, with an absolute root: it may be used from any folder."""
+    if out.suffix != ".parquet":
+        raise UserError(f"--out {out}: name it {out.with_suffix('.parquet').name}, so that --data takes it")
+    if not is_url(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+    write_manifest(dataclasses.replace(manifest, root=manifest.root.absolute()), out)

@@ -1,0 +1,222 @@
+"""Parquet with pictures (bytes or paths) and Hugging Face `datasets` on disk, with pyarrow alone.
+
+`datasets` saves a folder per split: Arrow stream files, named in order in `state.json`, beside `dataset_info.json`;
+a `dataset_dict.json` above lists the splits. The Arrow schema itself carries the names of the classes.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any
+
+from teachercache.core.errors import UserError
+from teachercache.core.paths import is_url
+from teachercache.core.urls import sizes_below
+from teachercache.data.columns import (
+    PATH_COLUMNS,
+    PICTURE_COLUMNS,
+    group_bytes,
+    open_arrow,
+    open_parquet,
+    picture_column,
+)
+from teachercache.data.readers.files import TEXT_COLUMNS, split_in_name
+from teachercache.data.sample import Sample, task_columns
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+KEY_COLUMNS = ("key", "__key__")
+TASK_COLUMNS = (
+    "question",
+    "choices",
+    "answers",
+    "answer",
+    "boxes",
+    "question_id",
+    "image_id",
+)  # VQA sets on the hub
+
+
+def is_manifest(path: Any) -> bool:
+    """Whether a Parquet file is one that `tc manifest --out` wrote."""
+    return b"root" in (_parquet(path).schema_arrow.metadata or {})
+
+
+def read_parquet(root: Any, files: list[Any]) -> Iterator[Sample]:
+    """Rows of Parquet files in order; the pictures' own bytes stay unread."""
+    for path in files:
+        file = _parquet(path)
+        columns = Columns(root, path, file.schema_arrow)
+        first = 0
+        for group in range(file.metadata.num_row_groups):
+            size = group_bytes(file.metadata, group, columns.picture, stored=True) if columns.picture else 0
+            for batch in file.iter_batches(
+                4096, row_groups=[group], columns=columns.others, use_threads=False
+            ):
+                yield from columns.samples(
+                    root, first, batch.to_pylist(), [size] * len(batch), split="", name=path.stem
+                )
+                first += len(batch)
+
+
+def read_saved(root: Any) -> Iterator[Sample]:
+    """Rows of `Dataset.save_to_disk` or `DatasetDict.save_to_disk`; key = split/row, whatever the files are."""
+    splits = _json(root / "dataset_dict.json")["splits"] if (root / "dataset_dict.json").exists() else [""]
+    for split in splits:
+        state = _json(root / split / "state.json")
+        if state.get("_indices_data_files"):
+            raise UserError(
+                f"{root / split} was saved with an index: call flatten_indices() before save_to_disk()"
+            )
+        files = [root / split / entry["filename"] for entry in state["_data_files"]]
+        yield from read_arrow(root, files, split=split, name=split or "row")
+
+
+def read_arrow(root: Any, files: list[Any], *, split: str = "", name: str = "") -> Iterator[Sample]:
+    """Rows of Arrow files; where no `name` is given keys start with the file's own and count within it."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    first = 0
+    for path in files:
+        try:
+            table = open_arrow(path)
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"{path} is not a readable Arrow file: {error}") from error
+        columns = Columns(root, path, table.schema)
+        sizes = []
+        if columns.picture:
+            cells = table.column(columns.picture)
+            inside = pc.struct_field(cells, "bytes") if "bytes" in _names(cells.type) else cells
+            sizes = [size or 0 for size in pc.binary_length(inside).to_pylist()]
+        start = 0
+        for batch in table.select(columns.others).to_batches(max_chunksize=4096):
+            lines = batch.to_pylist()
+            part = sizes[start : start + len(lines)] or [0] * len(lines)
+            before = first if name else 0
+            yield from columns.samples(
+                root, start, lines, part, split=split, name=name or path.stem, before=before
+            )
+            start += len(lines)
+        first += start
+
+
+class Columns:
+    """Which column of a schema is what, and rows to Samples."""
+
+    def __init__(self, root: Any, path: Any, schema: "pa.Schema"):
+        self.path, names = path, schema.names
+        self.picture = picture_column(schema)
+        self.where = "" if self.picture else self._first(schema, PATH_COLUMNS, strings=True)
+        self.text = self._first(schema, (*TEXT_COLUMNS, "question"))
+        self.key = self._first(schema, KEY_COLUMNS)
+        self.task = [name for name in TASK_COLUMNS if name in names] if "question" in names else []
+        if not (self.picture or self.where or self.text):
+            raise UserError(
+                f"{path} has neither pictures nor texts among its columns ({', '.join(names)}): name a column of "
+                f"bytes one of {', '.join(PICTURE_COLUMNS)}, of paths one of {', '.join(PATH_COLUMNS)}, of texts one "
+                f"of {', '.join(TEXT_COLUMNS)}"
+            )
+        used = [self.where, self.text, self.key, "label", "split", *self.task]
+        self.others = [name for name in dict.fromkeys(used) if name and name in names]
+        if not self.others:  # pictures alone: something must be read to count the rows
+            self.others = [name for name in names if name != self.picture][:1] or [self.picture]
+        self.classes = class_names(schema)
+        self.size = sizes_below(root)
+
+    @staticmethod
+    def _first(schema: "pa.Schema", names: tuple[str, ...], *, strings: bool = False) -> str:
+        import pyarrow.types as types
+
+        fits = lambda kind: not strings or types.is_string(kind) or types.is_large_string(kind)  # noqa: E731
+        return next((name for name in names if name in schema.names and fits(schema.field(name).type)), "")
+
+    def samples(
+        self,
+        root: Any,
+        start: int,
+        lines: list[dict[str, Any]],
+        sizes: list[int],
+        *,
+        split: str,
+        name: str,
+        before: int = 0,
+    ) -> Iterator[Sample]:
+        """Samples of lines that begin at row `start` of the file, in which `before` rows of a set came earlier."""
+        own = PurePath(str(self.path.relative_to(root)))
+        for row, (line, size) in enumerate(zip(lines, sizes, strict=True), start=start):
+            image, offset = str(own), row
+            if not self.picture:
+                image, offset = str(line.get(self.where) or ""), -1
+                image = str(own.parent / image) if image and not is_url(image) else image
+                size = (self.size(image) or 0) if image else 0
+            texts = _texts(line.get(self.text)) if self.text else ()
+            kept = {column: line[column] for column in self.task}
+            yield Sample(
+                key=str(line[self.key]) if self.key else f"{name}/{before + row}",
+                image=image,
+                texts=texts,
+                label=self._label(line.get("label")),
+                split=str(line.get("split") or split or split_in_name(self.path.stem)),
+                offset=offset,
+                size=size,
+                task=_task(kept) if kept else "",
+            )
+
+    def _label(self, value: Any) -> str:
+        if self.classes and isinstance(value, int):
+            return (
+                self.classes[value] if 0 <= value < len(self.classes) else ""
+            )  # -1: the test split has none
+        return "" if value is None else str(value)
+
+
+def class_names(schema: "pa.Schema") -> list[str]:
+    """Names of the classes of the column `label`, from what Hugging Face writes into the schema."""
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        return features["label"].get("names") or []
+    except (KeyError, ValueError, TypeError, AttributeError):
+        return []
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    return (
+        tuple("" if text is None else str(text) for text in value)
+        if isinstance(value, list)
+        else (str(value),)
+    )
+
+
+def _task(line: dict[str, Any]) -> str:
+    answers = line.get("answers")
+    if answers and isinstance(answers[0], dict):  # [{"answer": ..., "answer_confidence": ...}]
+        line["answers"] = [entry.get("answer") for entry in answers]
+    return task_columns(task="vqa", **line)
+
+
+def _names(kind: "pa.DataType") -> list[str]:
+    return [field.name for field in kind] if hasattr(kind, "get_field_index") else []
+
+
+def _json(path: Any) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path} is missing or damaged ({error}): save the dataset again with save_to_disk()"
+        ) from error
+
+
+def _parquet(path: Any) -> Any:
+    import pyarrow as pa
+
+    try:
+        return open_parquet(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        if is_url(path) and not isinstance(error, pa.ArrowInvalid):
+            raise  # the connection, not the file
+        raise UserError(f"{path} is not a readable Parquet file: {error}") from error

@@ -1,0 +1,143 @@
+"""From a picture to a tensor, by a recorded description; augmented views by recorded parameters. Reads no files.
+
+A view is replayed from its parameters and never from a seed: crop box, flip and colours are stored with what the
+teacher said, and a student that decodes the same picture sees the same pixels, at its own size.
+"""
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from teachercache.core.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from torch import Tensor
+
+VIEW_KEYS = ("size", "mean", "std", "interpolation", "resize_mode", "fill_color")
+PARAMS = ("top", "left", "height", "width", "flip", "brightness", "contrast", "saturation", "hue", "gray")
+FACTORS = ("brightness", "contrast", "saturation")
+
+
+@dataclasses.dataclass(frozen=True)
+class Augment:
+    """How augmented views are drawn: a random resized crop, a flip, colours, grey; the same for every picture."""
+
+    scale_min: float = 0.4  # share of the picture's area that a crop keeps, at least and at most
+    scale_max: float = 1.0
+    ratio: float = 4 / 3  # a crop is at most this much wider, or higher, than it is high, or wide
+    flip: float = 0.5  # chance
+    jitter: float = 0.8  # chance that brightness, contrast, saturation and hue change
+    brightness: float = 0.4  # factors are within 1 - x and 1 + x
+    contrast: float = 0.4
+    saturation: float = 0.4
+    hue: float = 0.1  # turn of the colour circle within -x and x
+    gray: float = 0.1  # chance
+    seed: int = 0
+
+    def __post_init__(self):
+        chances = {
+            name: getattr(self, name)
+            for name in ("flip", "jitter", "gray", "brightness", "contrast", "saturation")
+        }
+        wrong = [name for name, value in chances.items() if not 0 <= value <= 1]
+        wrong += ["scale_min"] * (not 0 < self.scale_min <= self.scale_max <= 1) + ["ratio"] * (
+            self.ratio < 1
+        )
+        wrong += ["hue"] * (not 0 <= self.hue <= 0.5) + ["seed"] * (self.seed < 0)
+        if wrong:
+            raise UserError(f"--augment {wrong[0]}={getattr(self, wrong[0])}: {RANGES}")
+
+
+RANGES = "0 < scale_min <= scale_max <= 1, ratio >= 1, hue up to 0.5, the others are between 0 and 1"
+
+
+def parse_augment(settings: tuple[str, ...]) -> Augment:
+    """`KEY=VALUE` settings over the defaults; UserError names the keys."""
+    kinds = {field.name: field.type for field in dataclasses.fields(Augment)}
+    values: dict[str, Any] = {}
+    for setting in settings:
+        key, _, text = setting.partition("=")
+        if key.strip() not in kinds:
+            raise UserError(f"--augment {setting}: write KEY=VALUE, KEY one of {', '.join(kinds)}")
+        try:
+            values[key.strip()] = int(text) if kinds[key.strip()] is int else float(text)
+        except ValueError as error:
+            raise UserError(f"--augment {setting}: {text!r} is not a number") from error
+    return Augment(**values)
+
+
+def draw_params(augment: Augment, key: str, view: int, *, width: int, height: int) -> np.ndarray:
+    """PARAMS of one view of a picture of that many pixels, float32 [P]: a pure function of the key and the view.
+
+    Every view draws the same number of random numbers, so that a setting changes what it names and nothing else.
+    """
+    digest = hashlib.sha256(f"{augment.seed} {view} {key}".encode("utf-8", "surrogatepass")).digest()
+    draw = np.random.default_rng(np.frombuffer(digest, np.uint32)).random(12)
+    area = width * height * (augment.scale_min + draw[0] * (augment.scale_max - augment.scale_min))
+    ratio = math.exp((2 * draw[1] - 1) * math.log(augment.ratio))
+    crop_width = min(max(round(math.sqrt(area * ratio)), 1), width)
+    crop_height = min(max(round(math.sqrt(area / ratio)), 1), height)
+    top, left = int(draw[2] * (height - crop_height + 1)), int(draw[3] * (width - crop_width + 1))
+    spread = (2 * draw[5:9] - 1) * (draw[9] < augment.jitter)
+    colours = [
+        1 + spread[i] * getattr(augment, name)
+        for i, name in enumerate(("brightness", "contrast", "saturation"))
+    ]
+    flip, gray = draw[4] < augment.flip, draw[10] < augment.gray
+    values = [top, left, crop_height, crop_width, flip, *colours, spread[3] * augment.hue, gray]
+    return np.array(values, np.float32)
+
+
+def describe_view(preprocess_cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of an open_clip preprocess_cfg that decides the pixels, in JSON types.
+
+    `at_least`: a JPEG may be decoded at a reduced size as long as its shorter side keeps that many pixels, three
+    times what the view shows (`samples.decode_image`).
+    """
+    size = preprocess_cfg["size"]
+    size = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
+    view: dict[str, Any] = {name: preprocess_cfg.get(name) for name in VIEW_KEYS}
+    return {
+        **view,
+        "size": list(size),
+        "mean": list(view["mean"]),
+        "std": list(view["std"]),
+        "at_least": 3 * max(size),
+    }
+
+
+def image_view(view: Mapping[str, Any]) -> "Callable[[Image.Image], Tensor]":
+    """RGB picture to float32 [3, height, width]; open_clip's own evaluation transform."""
+    from open_clip.transform import PreprocessCfg, image_transform_v2
+
+    values = {name: view[name] for name in VIEW_KEYS if view.get(name) is not None}
+    values["size"] = tuple(values["size"])
+    return image_transform_v2(PreprocessCfg(**values), is_train=False)
+
+
+def replay_view(view: Mapping[str, Any]) -> "Callable[[Image.Image, np.ndarray], Tensor]":
+    """RGB picture and PARAMS [P] to float32 [3, height, width]: crop, resize, flip, colours, normalise."""
+    import torchvision.transforms.functional as F
+    from torchvision.transforms import InterpolationMode
+
+    bilinear = view.get("interpolation") == "bilinear"
+    interpolation = InterpolationMode.BILINEAR if bilinear else InterpolationMode.BICUBIC
+
+    def replay(picture: "Image.Image", params: np.ndarray) -> "Tensor":
+        values = dict(zip(PARAMS, params.tolist(), strict=True))
+        box = [round(values[name]) for name in ("top", "left", "height", "width")]
+        picture = F.resized_crop(picture, *box, size=list(view["size"]), interpolation=interpolation)
+        picture = F.hflip(picture) if values["flip"] else picture
+        for name in FACTORS:
+            if values[name] != 1:
+                picture = getattr(F, f"adjust_{name}")(picture, values[name])
+        picture = F.adjust_hue(picture, values["hue"]) if values["hue"] else picture
+        picture = F.rgb_to_grayscale(picture, num_output_channels=3) if values["gray"] else picture
+        return F.normalize(F.to_tensor(picture), view["mean"], view["std"])
+
+    return replay

@@ -1,0 +1,287 @@
+"""FAISS beside a cache: build, extend, measure, search. Not for queries' meaning: see `search.py`.
+
+Ids are the cache's rows (row * texts + k for texts), so they keep their meaning when the cache grows. Rows that cannot
+be used are left out. A row with several stored views has one vector, the normalised mean of its normalised views.
+"""
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from teachercache.cache import store
+from teachercache.core.errors import UserError
+from teachercache.core.progress import say
+from teachercache.search.index_files import (
+    Facts,
+    check_index,
+    facts_path,
+    faiss_module,
+    identity,
+    index_path,
+    read_facts,
+    read_index,
+    set_effort,
+    standing,
+    write_facts,
+    write_index,
+)
+from teachercache.search.vectors import Vectors, chunks, exact_search, unit, usable_vectors, vector_fields
+
+KINDS = ("auto", "flat", "ivf", "hnsw")
+FLAT_UP_TO = 50_000  # FEASIBILITY: above it exact search drops under some hundred queries a second
+EFFORT = {"ivf": "nprobe", "hnsw": "efSearch"}  # what is raised until the recall is reached
+LEAST_EFFORT = {"ivf": 4, "hnsw": 16}
+RECALL, NEIGHBOURS, QUERIES = 0.95, 10, 200
+POINTS_PER_LIST = 64  # to train on; faiss warns below 39
+MAX_GROWTH = 4  # an IVF index of more times the vectors that its lists were made for is built again
+
+
+def describe(facts: Facts) -> str:
+    """One line: how many vectors, and how well their neighbours are found."""
+    start = f"{facts.vectors:,} vectors, {facts.kind}"
+    if not facts.effort:
+        return f"{start}, exact"
+    effort = ", ".join(f"{name} {value}" for name, value in facts.effort.items())
+    recall = " and ".join(
+        f"{value:.3f} for queries from {name}" for name, value in facts.recall_at_10.items()
+    )
+    return (
+        f"{start}, {effort}: recall@{NEIGHBOURS} {recall}, against exact search on {facts.queries:,} vectors"
+    )
+
+
+# ----------------------------------------------------------------------------------------------------
+# Build and extend
+
+
+def update_index(
+    cache: store.Cache, *, field: str = "image_emb", kind: str = "auto"
+) -> tuple[Path, Facts, str]:
+    """Make the index of a vector field be of all rows; its path, facts and "current", "extended" or "built"."""
+    path, facts = index_path(cache, field), read_facts(cache, field)
+    state = standing(cache, facts) if facts is not None and facts.asked == kind else "other"
+    if facts is not None and state != "other":
+        with contextlib.suppress(UserError):  # damaged: build it again
+            index = read_index(cache, facts, write=state == "grown")
+            if state == "current":
+                return path, write_facts(cache, facts), state
+            extended = _extend(cache, index, facts)
+            if extended is not None:
+                return path, extended, "extended"
+    return *build_index(cache, field=field, kind=kind), "built"
+
+
+def extend_indexes(cache: store.Cache) -> list[Path]:
+    """Bring every index that lies beside a cache up to its rows, and say what was done; those that were changed.
+
+    For the end of `tc build`, by rank 0 alone: the cache is whole, so what hinders here is said and never raised.
+    """
+    changed = []
+    for field in vector_fields(cache):
+        path = index_path(cache, field)
+        if not path.exists():
+            continue
+        old = read_facts(cache, field)
+        try:
+            _, facts, done = update_index(cache, field=field, kind=old.asked if old else "auto")
+        except UserError as error:
+            say(f"{path} was left as it is: {error}")
+            continue
+        if done != "current":
+            more = f" by {facts.vectors - old.vectors:,}" if old and done == "extended" else ""
+            say(f"{path} {done}{more}: {describe(facts)}")
+            changed.append(path)
+    return changed
+
+
+def build_index(cache: store.Cache, *, field: str = "image_emb", kind: str = "auto") -> tuple[Path, Facts]:
+    """Build the index of a vector field anew, by inner product of unit vectors; its path and facts."""
+    faiss = faiss_module()
+    if kind not in KINDS:
+        raise UserError(f"--kind {kind}: choose from {', '.join(KINDS)}")
+    vectors = usable_vectors(cache, field)
+    if not len(vectors):
+        raise UserError(f"no usable row in {cache.path}: see {cache.path / 'quarantine.jsonl'}")
+    chosen = _pick(len(vectors)) if kind == "auto" else kind
+    index = _empty(faiss, vectors, chosen)
+    _add(faiss, index, vectors)
+    return index_path(cache, field), _finish(
+        cache, index, vectors, field=field, kind=chosen, asked=kind, trained=len(vectors)
+    )
+
+
+def _pick(num_vectors: int) -> str:
+    """The kind for `auto`. HNSW is for those who ask: at 100,000 x 512 it took 25 s and 130 MB, IVF 6 s and 104 MB."""
+    return "flat" if num_vectors <= FLAT_UP_TO else "ivf"
+
+
+def _empty(faiss: Any, vectors: Vectors, kind: str) -> Any:
+    """A trained index without vectors; trained on a sample, the coarse centroids on GPUs where faiss has them."""
+    lists = max(1, min(int(2 * np.sqrt(len(vectors))), len(vectors) // 39, 1 << 14))
+    factory = {"flat": "IDMap,Flat", "ivf": f"IVF{lists},SQfp16", "hnsw": "IDMap,HNSW32_SQfp16"}[kind]
+    index = faiss.index_factory(vectors.dim, factory, faiss.METRIC_INNER_PRODUCT)
+    if kind != "ivf":
+        return index
+    size = min(len(vectors), POINTS_PER_LIST * lists)
+    sample = np.sort(np.random.default_rng(0).choice(vectors.ids, size, replace=False, shuffle=False))
+    if faiss.get_num_gpus():
+        index.clustering_index = faiss.index_cpu_to_all_gpus(faiss.IndexFlatIP(vectors.dim))
+    index.train(vectors.take(sample))
+    index.clustering_index = None
+    return index
+
+
+def _add(faiss: Any, index: Any, vectors: Vectors, *, start: int = 0) -> None:
+    """Add unit vectors chunk by chunk, from the `start`-th usable one on.
+
+    Where faiss has GPUs they find each vector's list; the lists stay in main memory, so no GPU has to hold them.
+    """
+    coarse = getattr(index, "quantizer", None)
+    if coarse is not None and faiss.get_num_gpus():
+        index.quantizer = faiss.index_cpu_to_all_gpus(coarse)
+    for ids, chunk in chunks(vectors, start=start):
+        index.add_with_ids(chunk, ids)
+    if coarse is not None:
+        index.quantizer = coarse
+
+
+def _extend(cache: store.Cache, index: Any, old: Facts) -> Facts | None:
+    """Add the rows that a cache gained; None where the index should be built again instead."""
+    vectors = usable_vectors(cache, old.field)
+    start = int(np.searchsorted(vectors.ids, old.rows * vectors.per_row))
+    if start != old.vectors:  # an old row was mended or quarantined since
+        return None
+    if old.asked == "auto" and _pick(len(vectors)) != old.kind:
+        return None
+    if old.kind == "ivf" and len(vectors) > MAX_GROWTH * old.trained:
+        return None
+    _add(faiss_module(), index, vectors, start=start)
+    return _finish(
+        cache, index, vectors, field=old.field, kind=old.kind, asked=old.asked, trained=old.trained
+    )
+
+
+def _finish(
+    cache: store.Cache, index: Any, vectors: Vectors, *, field: str, kind: str, asked: str, trained: int
+) -> Facts:
+    """Measure a filled index, write it and its facts."""
+    effort, recall = _tune(cache, index, vectors, field=field, kind=kind)
+    path = index_path(cache, field)
+    facts_path(path).unlink(
+        missing_ok=True
+    )  # killed between the two files, the new index must not have old facts
+    size = write_index(index, path)
+    facts = Facts(
+        field=field,
+        kind=kind,
+        asked=asked,
+        vectors=len(vectors),
+        trained=trained,
+        bytes=size,
+        effort=effort,
+        recall_at_10=recall,
+        queries=min(QUERIES, len(vectors)) if effort else 0,
+        rows=cache.meta.rows,
+        meta="",
+        identity=identity(cache),
+        manifest=cache.meta.manifest,
+    )
+    return write_facts(cache, facts)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Measure
+
+
+def _tune(
+    cache: store.Cache, index: Any, vectors: Vectors, *, field: str, kind: str
+) -> tuple[dict[str, int], dict[str, float]]:
+    """Double nprobe or efSearch until recall@10 against exact search is enough; both are left in the index."""
+    if kind == "flat":
+        return {}, {}
+    samples = _sample(cache, vectors, field)
+    queries = np.concatenate([sample for sample, _ in samples.values()])
+    own = np.concatenate([ids for _, ids in samples.values()])
+    keep = min(NEIGHBOURS, len(vectors) - 1)
+    scores, ids = exact_search(vectors, queries, keep + 1)
+    bars = np.take_along_axis(scores, _others(ids, own, keep), 1).min(axis=1, keepdims=True, initial=1)
+    most = index.nlist if kind == "ivf" else len(vectors)
+    effort = min(LEAST_EFFORT[kind], most)
+    while True:
+        set_effort(index, {EFFORT[kind]: effort})
+        hits = _hits(index, vectors, queries, own, keep, bars)
+        ends = np.cumsum([len(sample) for sample, _ in samples.values()])[:-1]
+        recall = {name: float(part.mean()) for name, part in zip(samples, np.split(hits, ends), strict=True)}
+        if min(recall.values()) >= RECALL or effort >= most:
+            return {EFFORT[kind]: effort}, {name: round(value, 4) for name, value in recall.items()}
+        effort = min(2 * effort, most)
+
+
+def _sample(cache: store.Cache, vectors: Vectors, field: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Queries [q, dim] by field, each with its own id to leave out (-1: none).
+
+    People search pictures by texts, and texts lie away from pictures (CLIP's modality gap), where lists are cut
+    otherwise: so queries come from the other side too, where the cache has it.
+    """
+    other = {"image_emb": "text_emb", "text_emb": "image_emb"}.get(field, "")
+    sources = {field: vectors}
+    if other in cache.fields and cache.fields[other].shape == (vectors.dim,):
+        sources[other] = usable_vectors(cache, other)
+    random = np.random.default_rng(0)
+    samples = {}
+    for name, source in sources.items():
+        ids = np.sort(random.choice(source.ids, min(QUERIES, len(source)), replace=False))
+        samples[name] = source.take(ids), ids if name == field else np.full(len(ids), -1)
+    return {name: sample for name, sample in samples.items() if len(sample[0])}
+
+
+def _others(ids: np.ndarray, own: np.ndarray, keep: int) -> np.ndarray:
+    """Columns [q, keep] of the first ids that are not the query's own."""
+    return np.argsort(ids == own[:, None], axis=1, kind="stable")[:, :keep]
+
+
+def _hits(
+    index: Any, vectors: Vectors, queries: np.ndarray, own: np.ndarray, keep: int, bars: np.ndarray
+) -> np.ndarray:
+    """Share of found neighbours that are as near as the last exact one [q]: of equal pictures either counts."""
+    if not keep:
+        return np.ones(len(queries))
+    _, ids = index.search(queries, keep + 1)
+    ids = np.take_along_axis(ids, _others(ids, own, keep), 1)
+    near = vectors.take(np.maximum(ids, 0).reshape(-1)).reshape(*ids.shape, -1)
+    scores = np.einsum("qd,qkd->qk", queries, near)
+    return ((scores >= bars - 1e-6) & (ids >= 0)).mean(axis=1)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Search
+
+
+def open_index(cache: store.Cache, field: str = "image_emb") -> Any:
+    """The index beside a cache; its Vectors themselves, to be searched exactly, where they are few and it is of no use.
+
+    UserError where they are many.
+    """
+    try:
+        facts = check_index(cache, field)
+        return read_index(cache, facts)
+    except UserError as error:
+        vectors = usable_vectors(cache, field)
+        if len(vectors) > FLAT_UP_TO:
+            raise
+        if index_path(cache, field).exists():
+            say(f"searching without the index: {error}")
+        return vectors
+
+
+def search(opened: Any, query: Float[np.ndarray, " dim"], *, top: int = 10) -> list[tuple[int, float]]:
+    """The `top` nearest ids by cosine, best first, in what `open_index` gave."""
+    unit_query = unit(np.asarray(query)[None])
+    if isinstance(opened, Vectors):
+        scores, ids = exact_search(opened, unit_query, top)
+    else:
+        scores, ids = opened.search(unit_query, min(top, opened.ntotal))
+    return [(int(i), float(score)) for i, score in zip(ids[0], scores[0], strict=True) if i >= 0]

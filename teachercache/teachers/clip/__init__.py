@@ -1,0 +1,1 @@
+"""CLIP teachers: towers, inner layers, word selection and loading."""

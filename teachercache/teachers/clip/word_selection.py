@@ -1,0 +1,263 @@
+"""Which words of a text matter to its picture: CLIP-TD's token selection (Eq. 5 and 6), and words drawn at random.
+
+    S = S_vr / |S_vr|_1 + S_si / |S_si|_1        per word of the text; a vector of zeros stays one
+    S_vr   cosine of the image embedding and the text embedding of the word alone
+    S_si   1 / (1 + the lowest YAKE score of the n-grams, n <= 3, that contain the word), 0 where none does
+
+The paper says neither how YAKE's scores, small for what is important, become weights, nor what a word is: both are free
+choices. Words are found in the decoding processes (`find_words`), weighed beside the teacher (`Tokens`). Not for a
+student's sub-words: it has the words' places in the text.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import importlib.util
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor
+from torch.nn import functional as F
+
+from teachercache.cache.spec import Field
+from teachercache.core.errors import UserError
+
+WORD = re.compile(r"\w+(?:['-]\w+)*")
+MAX_WORDS, MAX_PLACE = 64, np.iinfo(np.int16).max  # CLIP's own context ends there or before
+DEFAULT = 3  # words kept of a text
+KEPT_TEXTS = 4096  # whose words a decoding process remembers: questions and answers come again
+WORDS_AT_ONCE = {"cpu": 1, "": 64}  # of one forward; see `Tokens.features_of`
+
+
+@dataclasses.dataclass(frozen=True)
+class Words:
+    """The words of some texts."""
+
+    distinct: tuple[str, ...]
+    place: np.ndarray  # int64 [texts, MAX_WORDS]: which of `distinct`, -1 where there is no word
+    span: np.ndarray  # int16 [texts, MAX_WORDS, 2]
+    first: np.ndarray  # bool [texts, MAX_WORDS]: the text has not had this word before
+    importance: np.ndarray  # float32 [texts, MAX_WORDS]: S_si / |S_si|_1
+    drawn: np.ndarray  # int16 [texts, m]: places of words drawn at random, -1 where there are fewer
+
+
+# ----------------------------------------------------------------------------------------------------
+# Words of a text
+
+
+def find_words(texts: Sequence[str], *, weighed: bool, num_drawn: int) -> Words:
+    """The words of each text without the spaces around it; YAKE runs where they are `weighed`."""
+    found = [_words_of(text.strip(), weighed, num_drawn) for text in texts]
+    distinct = {
+        word: i for i, word in enumerate(dict.fromkeys(word for words, *_ in found for word in words))
+    }
+    place = np.full((len(texts), MAX_WORDS), -1)
+    span, first = np.zeros((len(texts), MAX_WORDS, 2), np.int16), np.zeros((len(texts), MAX_WORDS), bool)
+    importance, drawn = (
+        np.zeros((len(texts), MAX_WORDS), np.float32),
+        np.full((len(texts), num_drawn), -1, np.int16),
+    )
+    for i, (words, spans, firsts, weights, picked) in enumerate(found):
+        count = len(words)
+        place[i, :count] = [distinct[word] for word in words]
+        span[i, :count] = np.array(spans, np.int16).reshape(-1, 2)
+        first[i, list(firsts)] = True
+        importance[i, :count] = weights
+        drawn[i, : len(picked)] = picked
+    return Words(tuple(distinct), place, span, first, importance, drawn)
+
+
+@functools.lru_cache(maxsize=KEPT_TEXTS)
+def _words_of(text: str, weighed: bool, num_drawn: int) -> tuple[tuple[Any, ...], ...]:
+    """Words, their spans, the places of those that are new, S_si / |S_si|_1, the places of those that are drawn."""
+    matches = [match for match in WORD.finditer(text) if match.end() <= MAX_PLACE][:MAX_WORDS]
+    words = tuple(match.group() for match in matches)
+    new: dict[str, int] = {}
+    for i, word in enumerate(words):
+        new.setdefault(word.lower(), i)
+    firsts = tuple(new.values())
+    seed = np.frombuffer(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest(), np.uint32)
+    drawn = np.random.default_rng(seed).permutation(firsts)[:num_drawn] if firsts else ()
+    weights = importance(text[: matches[-1].end()], words) if weighed and words else np.zeros(len(words))
+    return (
+        words,
+        tuple(match.span() for match in matches),
+        firsts,
+        tuple(weights),
+        tuple(int(place) for place in drawn),
+    )
+
+
+def importance(text: str, words: Sequence[str]) -> Float[np.ndarray, " words"]:
+    """S_si / |S_si|_1 of each word of a text.
+
+    YAKE cuts `dog's` into `dog` and `'s`: a word is known by what stands before its apostrophe.
+    """
+    lowest: dict[str, float] = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # numpy's, of statistics over a single word
+        found = _extractor().extract_keywords(text)
+    for ngram, score in found:
+        for part in WORD.findall(ngram):
+            # rounded, since YAKE adds up over sets, whose order is another in each process
+            lowest[_known_by(part)] = min(
+                round(max(float(score), 0.0), 9), lowest.get(_known_by(part), np.inf)
+            )
+    weights = np.array(
+        [1 / (1 + lowest[_known_by(word)]) if _known_by(word) in lowest else 0.0 for word in words]
+    )
+    return weights / max(weights.sum(), 1e-12)
+
+
+def _known_by(word: str) -> str:
+    return word.lower().partition("'")[0]
+
+
+@functools.cache
+def _extractor() -> Any:
+    import yake
+
+    return yake.KeywordExtractor(lan="en", n=3, dedup_lim=1.0, top=10**6)  # all of them, similar ones too
+
+
+# ----------------------------------------------------------------------------------------------------
+# Beside the teacher
+
+
+class Tokens:
+    """What `tokens:M` and `random_tokens:M` add to a CLIP teacher; remembers the embedding of every word it met."""
+
+    def __init__(self, tokenize: Callable[[list[str]], Tensor], *, num_best: int, num_drawn: int):
+        if num_best and importlib.util.find_spec("yake") is None:
+            raise UserError("--outputs tokens needs the package yake: pip install 'teachercache[tokens]'")
+        self.tokenize, self.num_best, self.num_drawn = tokenize, num_best, num_drawn
+        self.find = functools.partial(find_words, weighed=num_best > 0, num_drawn=num_drawn)
+        self.known: dict[tuple[str, torch.dtype], dict[str, Tensor]] = {}  # of each device and precision
+
+    def fields(self, dim: int) -> tuple[Field, ...]:
+        """The fields of `weigh`, whose embeddings are `dim` wide."""
+        length, best, drawn = MAX_WORDS, self.num_best, self.num_drawn
+        fields = [
+            Field(
+                "word_span",
+                (length, 2),
+                "text",
+                "int16",
+                "start and end of each word in the text without spaces around it, 0 for none",
+            )
+        ]
+        if best:
+            fields += [
+                Field(
+                    "word_score",
+                    (length,),
+                    "text",
+                    "float16",
+                    "S of CLIP-TD's Eq. 5, 0 where there is no word",
+                ),
+                Field(
+                    "word_index",
+                    (best,),
+                    "text",
+                    "int16",
+                    "places in word_span of the best words, -1 for none",
+                ),
+                Field(
+                    "word_feature",
+                    (best, dim),
+                    "text",
+                    "float16",
+                    "text embedding of each alone, not normalised",
+                ),
+            ]
+        if drawn:
+            fields += [
+                Field(
+                    "random_index",
+                    (drawn,),
+                    "text",
+                    "int16",
+                    "places in word_span of words at random, -1 for none",
+                ),
+                Field(
+                    "random_feature",
+                    (drawn, dim),
+                    "text",
+                    "float16",
+                    "text embedding of each, not normalised",
+                ),
+            ]
+        return tuple(fields)
+
+    def weigh(
+        self, module: Any, words: Words, images: Float[Tensor, "texts dim"] | None
+    ) -> dict[str, Tensor]:
+        """The fields of texts beside their pictures' embeddings, zeros where there is no picture that can be used."""
+        device = next(module.parameters()).device
+        features = self.features_of(module, words.distinct)
+        place = torch.from_numpy(words.place).to(device)
+        fields: dict[str, Tensor] = {"word_span": torch.from_numpy(words.span)}
+        if self.num_best:
+            scores = score(images, features, place, torch.from_numpy(words.importance).to(device))
+            index = best_words(scores, torch.from_numpy(words.first).to(device), self.num_best)
+            picked = chosen(features, place, index)
+            fields |= {"word_score": scores, "word_index": index.to(torch.int16), "word_feature": picked}
+        if self.num_drawn:
+            index = torch.from_numpy(words.drawn).to(device)
+            fields |= {"random_index": index, "random_feature": chosen(features, place, index.long())}
+        return fields
+
+    def features_of(self, module: Any, words: Sequence[str]) -> Float[Tensor, "words dim"]:
+        """Text embeddings in float32; a word that was met before is not encoded again.
+
+        Which words are new depends on what came before, and a resumed build has to write the same bytes: on the CPU,
+        where a batch saves little, each word goes alone; elsewhere batches have one size, so that one kernel computes
+        them all in the same way.
+        """
+        parameter = next(module.parameters())
+        known = self.known.setdefault((str(parameter.device), parameter.dtype), {})
+        new = [word for word in words if word not in known]
+        size = WORDS_AT_ONCE.get(parameter.device.type, WORDS_AT_ONCE[""])
+        for start in range(0, len(new), size):
+            part = new[start : start + size]
+            ids = self.tokenize(part + [""] * (size - len(part))).to(parameter.device)
+            known |= zip(part, module.encode_text(ids, normalize=False), strict=False)
+        none = torch.zeros(0, 1, device=parameter.device)
+        return torch.stack([known[word] for word in words]).float() if words else none
+
+
+def score(
+    images: Float[Tensor, "texts dim"] | None,
+    features: Float[Tensor, "words dim"],
+    place: Int[Tensor, "texts length"],
+    importance: Float[Tensor, "texts length"],
+) -> Float[Tensor, "texts length"]:
+    """Eq. 5; `importance` has its L1 norm already."""
+    if images is None or not len(features):
+        return importance
+    cosines = F.normalize(images.float(), dim=1) @ F.normalize(features, dim=1).T  # [texts, words]
+    relevance = cosines.gather(1, place.clamp(min=0)) * (place >= 0)
+    return F.normalize(relevance, p=1.0, dim=1) + importance
+
+
+def best_words(
+    scores: Float[Tensor, "texts length"], first: Shaped[Tensor, "texts length"], num_best: int
+) -> Int[Tensor, "texts best"]:
+    """Eq. 6: places of the highest scores, best first, of equals the first; a word that comes twice is one word."""
+    ranked, index = scores.masked_fill(~first, -torch.inf).sort(dim=1, descending=True, stable=True)
+    return index.masked_fill(ranked == -torch.inf, -1)[:, :num_best]
+
+
+def chosen(
+    features: Float[Tensor, "words dim"], place: Int[Tensor, "texts length"], index: Int[Tensor, "texts best"]
+) -> Float[Tensor, "texts best dim"]:
+    """The words' embeddings, zeros where the index is -1."""
+    if not len(features):
+        return features.new_zeros(*index.shape, features.shape[1])
+    words = place.gather(1, index.clamp(min=0)).clamp(min=0)
+    return features[words] * (index >= 0)[..., None]

@@ -1,0 +1,1 @@
+"""Stable Diffusion teachers: model, outputs and loading."""

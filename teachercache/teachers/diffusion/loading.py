@@ -1,0 +1,319 @@
+"""Diffusion teachers from diffusers' folders, from the hub, or at random. Only safetensors; no sampling of pictures.
+
+A folder is what `StableDiffusionPipeline.save_pretrained` writes: model_index.json, unet, vae, text_encoder, tokenizer,
+scheduler. Without a VAE the UNet works on pixels.
+"""
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from teachercache.cache.spec import TeacherSpec
+from teachercache.core.errors import UserError
+from teachercache.data.views import describe_view, image_view
+from teachercache.teachers.diffusion.model import PREDICTIONS, Diffusion, latent_shape
+from teachercache.teachers.diffusion.outputs import (
+    check_block,
+    constants,
+    fields_of,
+    functions_of,
+    join_outputs,
+    parse_outputs,
+)
+from teachercache.teachers.teacher import Teacher
+from teachercache.teachers.weights import digest_weights, hub_answers
+
+HOME = Path(__file__).with_name("sd_tiny")
+SD_V1_4 = "CompVis/stable-diffusion-v1-4"
+NEEDED = {"unet": "UNet2DConditionModel", "text_encoder": "CLIPTextModel", "vae": "AutoencoderKL"}
+SD_V1: dict[str, dict[str, Any]] = {  # where it differs from the classes' defaults
+    "unet": {"sample_size": 64, "cross_attention_dim": 768},
+    "vae": {
+        "sample_size": 512,
+        "block_out_channels": [128, 256, 512, 512],
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
+        "layers_per_block": 2,
+    },
+    "text_encoder": {
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "projection_dim": 768,
+    },
+    "scheduler": {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"},
+}
+Tokenize = Callable[[list[str]], Int[Tensor, "texts length"]]
+
+
+def load_diffusion(name: str, *, source: str, weights: str, outputs: tuple[str, ...]) -> Teacher:
+    """A diffusion teacher of `hub:ORG/NAME` or `folder:PATH`; `random:SEED`, or another folder, as --weights."""
+    seed = _seed(weights)
+    if seed is not None and source == f"hub:{SD_V1_4}":
+        module, tokenize, tokenizer = random_sd_v1(seed)
+    else:
+        folder = _folder(name, source, weights)
+        module, tokenizer = open_folder(folder, seed=seed)
+        length = min(tokenizer.model_max_length, module.text_encoder.config.max_position_embeddings)
+        tokenize = partial(_tokenize, tokenizer, length)
+    return make_teacher(name, module, tokenize, tokenizer, weights=weights, outputs=outputs)
+
+
+def make_teacher(
+    name: str,
+    module: Diffusion,
+    tokenize: Tokenize,
+    tokenizer: Any,
+    *,
+    weights: str,
+    outputs: tuple[str, ...],
+) -> Teacher:
+    """A Teacher around any Diffusion. Pictures are resized and cut to the square that the UNet was trained on."""
+    timesteps = len(module.alphas_cumprod)
+    plan = parse_outputs(outputs, timesteps)
+    check_block(name, module, plan)
+    empty = tokenize([""])
+    view = describe_view(
+        {
+            "size": _pixels(module),
+            "mean": [0.5] * 3,
+            "std": [0.5] * 3,
+            "interpolation": "bicubic",
+            "resize_mode": "shortest",
+            "fill_color": 0,
+        }
+    )
+    with torch.inference_mode():
+        fields = fields_of(plan, module, length=empty.shape[1], empty=empty)
+    spec = TeacherSpec(
+        name=name,
+        weights=weights,
+        digest=digest_weights(module),
+        outputs=join_outputs(plan, timesteps),
+        fields=fields,
+        view=view,
+        tokenizer={
+            "kind": type(tokenizer).__name__,
+            "context_length": empty.shape[1],
+            "vocab_size": int(module.text_encoder.config.vocab_size),
+        },
+        constants=constants(plan, module),
+    )
+    encode, pair = functions_of(plan, empty)
+    return Teacher(spec, module, encode, image_view(view), tokenize, pair=pair)
+
+
+def _pixels(module: Diffusion) -> tuple[int, int]:
+    """Height and width of the pictures whose latents the UNet was trained on."""
+    _, height, width = latent_shape(module)
+    factor = 1 if module.vae is None else 2 ** (len(module.vae.config.block_out_channels) - 1)
+    return height * factor, width * factor
+
+
+def _tokenize(tokenizer: Any, length: int, texts: list[str]) -> Int[Tensor, "texts length"]:
+    """Token ids, cut or filled up to `length`, as a pipeline's `encode_prompt` makes them."""
+    return tokenizer(
+        texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+    ).input_ids
+
+
+# ----------------------------------------------------------------------------------------------------
+# Where it comes from
+
+
+def _seed(weights: str) -> int | None:
+    seed = weights.removeprefix("random:")
+    if seed == weights:
+        return None
+    if not seed.isdigit():
+        raise UserError(f"--weights {weights}: write random:SEED, for example random:0")
+    return int(seed)
+
+
+def _folder(name: str, source: str, weights: str) -> Path:
+    """The folder of a teacher; from the hub the first time."""
+    kind, _, place = source.partition(":")
+    if weights != "pretrained" and _seed(weights) is None:
+        if kind == "folder" and place:
+            raise UserError(
+                f"--weights {weights}: the folder {name} brings its own weights; leave --weights away"
+            )
+        if not Path(weights, "model_index.json").is_file():
+            raise UserError(
+                f"--weights {weights} is no folder of diffusers with a model_index.json (or write "
+                "pretrained, or random:SEED)"
+            )
+        return Path(weights)
+    if kind == "folder":
+        folder = Path(place) if place else HOME
+        if not Path(folder, "model_index.json").is_file():
+            raise UserError(
+                f"no {folder}: make sd-tiny with `python scripts/train_sd_tiny.py`, or pass --weights "
+                "FOLDER (of diffusers)"
+            )
+        return folder
+    if weights != "pretrained":
+        raise UserError(
+            f"--weights {weights} needs an architecture that is known here: try --teacher sd-v1-4"
+        )
+    return _download(name, place)
+
+
+def _download(name: str, repository: str) -> Path:
+    """A snapshot in the hub's cache, without what is not read here: halves, checkers, other formats."""
+    import huggingface_hub
+
+    patterns = ["model_index.json", "tokenizer/*", "*/*config.json"]
+    patterns += [
+        f"{part}/{file}.safetensors" for part in NEEDED for file in ("diffusion_pytorch_model", "model")
+    ]
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                repository, allow_patterns=patterns, local_files_only=not hub_answers()
+            )
+        )
+    except Exception as error:
+        raise UserError(
+            f"cannot get the weights of {name} ({type(error).__name__}: {str(error).splitlines()[0][:120]}). Pass "
+            "--weights FOLDER (of diffusers, one you have), --weights random:0 (the true architecture that knows "
+            "nothing), or --teacher sd-tiny"
+        ) from error
+
+
+# ----------------------------------------------------------------------------------------------------
+# What it is made of
+
+
+def open_folder(folder: Path, *, seed: int | None = None) -> tuple[Diffusion, Any]:
+    """The module and the tokenizer of a diffusers folder; its architecture at random where a seed is given."""
+    import transformers
+
+    try:
+        index = json.loads(Path(folder, "model_index.json").read_text())
+        parts = {part: (index.get(part) or [None, None])[1] for part in NEEDED}
+    except (OSError, ValueError, TypeError, AttributeError, LookupError) as error:
+        raise UserError(f"{folder}/model_index.json is not readable: {error}") from error
+    for part, needed in NEEDED.items():
+        if parts[part] != needed and (part, parts[part]) != ("vae", None):
+            raise UserError(
+                f"{folder} has {parts[part] or 'nothing'} as its {part}: a diffusion teacher has {needed}"
+            )
+    with _told(folder), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed or 0)
+        made = {part: _part(folder, part, seed) for part, kind in parts.items() if kind}
+        scheduler = _scheduler(json.loads(Path(folder, "scheduler", "scheduler_config.json").read_text()))
+        kind = (index.get("tokenizer") or [None, ""])[1]
+        tokenizer = getattr(transformers, kind, transformers.AutoTokenizer).from_pretrained(
+            Path(folder, "tokenizer")
+        )
+    return _join(str(folder), made, scheduler), tokenizer
+
+
+def random_sd_v1(seed: int) -> tuple[Diffusion, Tokenize, Any]:
+    """Stable Diffusion v1's architecture at random, with the tokenizer that CLIP brings: no download."""
+    import open_clip
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        made = {
+            "unet": UNet2DConditionModel(**SD_V1["unet"]),
+            "text_encoder": CLIPTextModel(CLIPTextConfig(**SD_V1["text_encoder"])),
+            "vae": AutoencoderKL(**SD_V1["vae"]),
+        }
+    tokenizer = open_clip.SimpleTokenizer()
+    return _join("sd-v1-4", made, _scheduler(SD_V1["scheduler"])), partial(_as_sd, tokenizer), tokenizer
+
+
+def _as_sd(tokenizer: Any, texts: list[str]) -> Int[Tensor, "texts length"]:
+    """open_clip's ids filled up with the end of text, as Stable Diffusion's are, instead of zeros."""
+    ids = tokenizer(texts)
+    behind = torch.arange(ids.shape[1]) > ids.argmax(1, keepdim=True)
+    return ids.masked_fill(behind, tokenizer.eot_token_id)
+
+
+def _part(folder: Path, part: str, seed: int | None) -> Any:
+    """The UNet, VAE or text encoder of a folder in float32."""
+    import diffusers
+    import transformers
+
+    if part == "text_encoder":
+        where = Path(folder, part)
+        if seed is not None:
+            return transformers.CLIPTextModel(transformers.CLIPTextConfig.from_pretrained(where))
+        return transformers.CLIPTextModel.from_pretrained(
+            where, use_safetensors=True, local_files_only=True
+        ).float()
+    kind = getattr(diffusers, NEEDED[part])
+    if seed is not None:
+        return kind.from_config(kind.load_config(folder, subfolder=part))
+    how = {"use_safetensors": True, "local_files_only": True, "low_cpu_mem_usage": False}
+    return kind.from_pretrained(folder, subfolder=part, **how).float()
+
+
+def _scheduler(config: dict[str, Any]) -> Any:
+    """The noise schedule of any scheduler's configuration, as DDPM has it."""
+    from diffusers import DDPMScheduler
+
+    known = (
+        "num_train_timesteps",
+        "beta_start",
+        "beta_end",
+        "beta_schedule",
+        "trained_betas",
+        "prediction_type",
+        "rescale_betas_zero_snr",
+    )
+    return DDPMScheduler(**{name: config[name] for name in known if config.get(name) is not None})
+
+
+def _join(name: str, made: dict[str, Any], scheduler: Any) -> Diffusion:
+    """The parts as one module; UserError where they do not go together."""
+    unet, vae, text_encoder = made["unet"], made.get("vae"), made["text_encoder"]
+    prediction, channels = scheduler.config.prediction_type, unet.config.in_channels
+    latents = 3 if vae is None else vae.config.latent_channels
+    wrong = ""
+    if prediction not in PREDICTIONS:
+        wrong = f"its UNet predicts '{prediction}', not {' or '.join(PREDICTIONS)}"
+    elif (channels, unet.config.out_channels) != (latents, latents):
+        wrong = f"its UNet maps {channels} channels to {unet.config.out_channels}, its latents have {latents}"
+    elif (
+        unet.config.cross_attention_dim != text_encoder.config.hidden_size or unet.config.addition_embed_type
+    ):
+        wrong = "its UNet reads more than, or other than, the text encoder's states"
+    elif unet.config.sample_size is None:
+        wrong = "its UNet does not say its sample_size"
+    if wrong:
+        raise UserError(f"{name} is not a diffusion teacher that is known here: {wrong}")
+    return Diffusion(unet, vae, text_encoder, alphas_cumprod=scheduler.alphas_cumprod, prediction=prediction)
+
+
+@contextlib.contextmanager
+def _told(folder: Path) -> Iterator[None]:
+    """What a library says of a folder that it cannot read, in one line, and no bars of its own."""
+    from transformers.utils import logging
+
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"{folder} is not readable as a diffusers folder ({type(error).__name__}: {reason})"
+        ) from error
+    finally:
+        if bars:
+            logging.enable_progress_bar()
