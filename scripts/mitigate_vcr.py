@@ -24,7 +24,12 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from evaluation.vcr_mitigation import explicit_mitigated, implicit_parts, overlap_table, rule_mitigated
+from evaluation.studies.vcr_mitigation import (
+    explicit_mitigated,
+    implicit_parts,
+    overlap_table,
+    rule_mitigated,
+)
 from teachercache.core.errors import UserError
 from teachercache.core.paths import write_whole
 from teachercache.data.readers.questions import json_lines

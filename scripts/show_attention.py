@@ -21,8 +21,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from evaluation.answerer import rows_to_measure
-from evaluation.modality import as_numbers, change, draw_importance, draw_token_scores, importance
+from evaluation.models.answerer import rows_to_measure
+from evaluation.studies.modality_importance import (
+    as_numbers,
+    change,
+    draw_importance,
+    draw_token_scores,
+    importance,
+)
 from student.answering import TaskModel, batches_of, is_task_run, load_task_model
 from student.tasks import read_question
 from student.words import SPECIAL, encode_pairs, load_tokenizer

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import click
 
-from evaluation.tasks import ANSWERED, GENERATED, LANGUAGE, MATCHED, SHORT, TASKS
-from evaluation.tasks import find as find_task
+from evaluation.tasks.registry import ANSWERED, GENERATED, LANGUAGE, MATCHED, SHORT, TASKS
+from evaluation.tasks.registry import find as find_task
 from student.recipe import DEMO_DATA
 from teachercache.core.command import run_command
 from teachercache.core.errors import UserError
@@ -185,7 +185,7 @@ def train(
 
 def _evaluator(run):
     """What scores a run folder while it trains: `run.eval_task` on the data's val rows, else on its test rows."""
-    from evaluation.report import scorer
+    from evaluation.results.run import scorer
 
     score, split = scorer(run.eval_task, run.data)
     if split == "test":
@@ -197,7 +197,7 @@ def _evaluator(run):
 
 def _answer_evaluator(run):
     """What scores a task student while it trains: the accuracy on the data's val rows, else on its test rows."""
-    from evaluation.report import run_answered
+    from evaluation.results.run import run_answered
     from student.answering import load_task_model
 
     def score(folder):
@@ -258,7 +258,7 @@ def evaluate(
     student eval runs/NAME --task captions --data coco/dataset_coco.json
     student eval models/bart-base runs/NAME --task glue:lr=1e-4,epochs=3 --data GLUE/
     """
-    from evaluation.report import run_answered, run_matched, run_task, table
+    from evaluation.results.run import run_answered, run_matched, run_task, table
 
     if samples and task not in MATCHED:
         raise UserError(f"--samples counts draws of a diffusion model: only {', '.join(MATCHED)} take one")
@@ -289,7 +289,7 @@ def evaluate(
         for result, (_, folder) in zip(results, loaded, strict=True):
             _keep(result, folder)
         if figures:
-            from evaluation.figures import draw_data
+            from evaluation.results.figures import draw_data
 
             for path in draw_data([encoder for encoder, _ in loaded], task, data, figures):
                 say(f"wrote {path}")
@@ -304,9 +304,9 @@ def evaluate(
 
 def _suite(models: tuple[str, ...], data: str, out: Path, figures: Path | None, as_json: bool) -> None:
     """Every data set that is found below `data`."""
-    from evaluation.figures import draw_suite
-    from evaluation.suite import run_suite
-    from evaluation.suite_report import suite_table, write_suite
+    from evaluation.results.figures import draw_suite
+    from evaluation.results.suite import run_suite
+    from evaluation.results.suite_tables import suite_table, write_suite
 
     loaded = [_encoder(model) for model in models]
     seen = functools.partial(draw_suite, figures) if figures else None
@@ -334,8 +334,8 @@ def _keep(result: dict, folder: Path | None) -> None:
 
 def _matcher(model: str, samples: int | None):
     """A Matcher for whatever `_encoder` takes, or for a diffusion model; and the run folder."""
-    from evaluation.encoder import of_teacher
-    from evaluation.matcher import SAMPLES, of_diffusion, of_encoder
+    from evaluation.models.encoder import of_teacher
+    from evaluation.models.matcher import SAMPLES, of_diffusion, of_encoder
     from student.encoding import named_teacher
     from teachercache.core.device import pick_device
 
@@ -350,7 +350,7 @@ def _matcher(model: str, samples: int | None):
 
 def _encoder(model: str):
     """An Encoder for a run, a folder or a teacher; and the run folder where results are kept."""
-    from evaluation.encoder import Encoder, of_teacher
+    from evaluation.models.encoder import Encoder, of_teacher
     from student.encoding import encoder_parts, named_teacher
     from teachercache.core.device import pick_device
 
@@ -363,7 +363,7 @@ def _encoder(model: str):
 def _answerers(model: str, task: str, data: str):
     """How a cache or a run answers a task, each way as a model of its own; and the folder where results are kept."""
     if model.rstrip("/").endswith(".zarr"):
-        from evaluation.from_cache import answerers
+        from evaluation.models.cache_answerer import answerers
 
         return answerers(model, task), None
     path = Path(model)
@@ -377,7 +377,7 @@ def _answerers(model: str, task: str, data: str):
 
 def _answerer(run: Path, task: str, data: str):
     """An Answerer for a run that was trained on a task."""
-    from evaluation.answerer import Answerer
+    from evaluation.models.answerer import Answerer
     from student.answering import is_task_run, load_task_model
     from teachercache.core.device import pick_device
 
@@ -397,8 +397,8 @@ def _answerer(run: Path, task: str, data: str):
 
 def _written(model: str, task: str, data: str) -> dict:
     """The result of a model that writes, or of the language model that it is or has."""
-    from evaluation.generator import Generator
-    from evaluation.report import run_generated, run_language
+    from evaluation.models.generator import Generator
+    from evaluation.results.run import run_generated, run_language
     from student.export_seq2seq import language_model_of
     from student.generating import load_generator
     from teachercache.core.device import pick_device

@@ -10,7 +10,7 @@ from teachercache.teachers.registry import load
 
 
 def encoder_parts(run: Path, *, device: str) -> dict[str, Any]:
-    """The fields of `evaluation.encoder.Encoder` for a run folder's student."""
+    """The fields of `evaluation.models.encoder.Encoder` for a run folder's student."""
     trained = load_student(run).to(device)
     return {
         "name": run.name,

@@ -1,6 +1,6 @@
 """CLIP's own logits over the answers of a task, from cached embeddings: what confidence weighting compares (Eq. 9).
 
-Not for measuring CLIP itself: see `evaluation.tasks`.
+Not for measuring CLIP itself: see `evaluation.tasks.registry`.
 """
 
 from collections.abc import Sequence
@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
+from evaluation.metrics.vqa_answers import normalise_answer
 from student.caches import Source
 from student.tasks import Question, Task
-from teachercache.answers import normalise_answer
 from teachercache.core.errors import UserError
 from teachercache.data.manifest import Manifest
 

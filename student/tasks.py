@@ -1,6 +1,6 @@
 """VCR, SNLI-VE and VQA as a task student reads them: a row's texts, what is right, which rows have labels.
 
-Rows come from `teachercache.data.readers.questions`. Not for batches (`task_batches`), nor for measuring (`evaluation.tasks`).
+Rows come from `teachercache.data.readers.questions`. Not for batches (`task_batches`), nor for measuring (`evaluation.tasks.registry`).
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from teachercache.answers import normalise_answer, vocabulary
+from evaluation.metrics.vqa_answers import normalise_answer, vocabulary
 from teachercache.core.errors import UserError
 from teachercache.data.manifest import Manifest
 from teachercache.data.readers.questions import LABELS

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from evaluation.metrics.vqa_answers import normalise_answer
 from student.infilling import infill
-from teachercache.answers import normalise_answer
 from teachercache.core.errors import UserError
 from teachercache.data.manifest import Manifest
 from teachercache.data.sample import Sample, clean_texts

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from evaluation.encoder import Encoder
+from evaluation.models.encoder import Encoder
 
 WIDTH, SIZE = 6, 8
 RANDOM = np.random.default_rng(0)

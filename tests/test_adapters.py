@@ -6,7 +6,7 @@ from conftest import make_folder
 from own_encoder import ENCODER, slow_image, slow_text
 from PIL import Image
 
-from evaluation.adapters.mteb import MtebModel, as_mteb
+from evaluation.models.mteb import MtebModel, as_mteb
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # mteb's own imports warn of much
 CLASSES = [f"class{i}" for i in range(3)]

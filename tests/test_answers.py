@@ -6,10 +6,11 @@ import json
 import numpy as np
 import pytest
 
-from evaluation.answerer import Answerer, ensemble, pick, rows_to_measure
-from evaluation.report import run_answered, table
-from evaluation.tasks import ANSWERED, find, snli_ve, vcr, vqa
-from teachercache.answers import normalise_answer
+from evaluation.metrics.vqa_answers import normalise_answer
+from evaluation.models.answerer import Answerer, ensemble, pick, rows_to_measure
+from evaluation.results.run import run_answered, table
+from evaluation.tasks import snli_ve, vcr, vqa
+from evaluation.tasks.registry import ANSWERED, find
 from teachercache.core.errors import UserError
 from teachercache.data.manifest import make_manifest, write_manifest
 from teachercache.data.readers.questions import LABELS

@@ -146,7 +146,7 @@ def fail(message: str) -> None:
 
 
 def test_val_rows_come_before_test_rows(squares, tmp_path):
-    from evaluation.report import scorer
+    from evaluation.results.run import scorer
 
     data = tmp_path / "data"
     shutil.copytree(squares, data)

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from evaluation import caption_scores
-from evaluation.caption_scores import bleu, cider, plain_words, score_captions
-from evaluation.generator import MASK, Generator, answer_prompt, caption_prompt
-from evaluation.report import run_generated, table
-from evaluation.tasks import find
+from evaluation.metrics import captions as caption_scores
+from evaluation.metrics.captions import bleu, cider, plain_words, score_captions
+from evaluation.models.generator import MASK, Generator, answer_prompt, caption_prompt
+from evaluation.results.run import run_generated, table
+from evaluation.tasks.registry import find
 from student import text_inputs
 from teachercache.core.errors import UserError
 from teachercache.data.read import read_manifest

@@ -4,8 +4,8 @@ import math
 
 import pytest
 
+from evaluation.metrics.cider import cider_d, document_frequency
 from student.models.self_critical import reward_of, words_of
-from teachercache.cider import cider_d, document_frequency
 
 REFERENCES = [
     ["a red bird on a branch", "a bird sits on a branch", "red bird"],

@@ -369,7 +369,7 @@ def test_the_best_student_so_far_is_a_run_that_answers(home, tmp_path):
 def test_a_student_without_pictures_splits_vcr_by_what_words_tell(home, tmp_path, monkeypatch):
     import scripts.mitigate_vcr as mitigate_vcr
     import scripts.show_attention as show_attention
-    from evaluation.vcr_mitigation import implicit_parts
+    from evaluation.studies.vcr_mitigation import implicit_parts
     from teachercache.data.readers.questions import json_lines
 
     assert train(home, tmp_path / "run", *sets(model="bert-micro", w=0.0)) == 0

@@ -13,10 +13,10 @@ from own_encoder import CONSTANT, ENCODER, IMAGE_MATRIX, slow_text, view
 from PIL import Image
 from published_pairs import as_png, noise, winoground_rows, write_aro, write_sugar_crepe, write_winoground
 
-from evaluation import compositional
-from evaluation.matcher import Matcher, of_encoder
-from evaluation.metrics import bootstrap_interval
-from evaluation.report import run_matched
+from evaluation.data import compositional
+from evaluation.metrics.ranking import bootstrap_interval
+from evaluation.models.matcher import Matcher, of_encoder
+from evaluation.results.run import run_matched
 from evaluation.tasks import aro, sugar_crepe, winoground
 from teachercache.core.errors import UserError
 from teachercache.data.sample import BadSample

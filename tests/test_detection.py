@@ -15,7 +15,7 @@ from pycocotools.coco import COCO
 from torchmetrics.detection import MeanAveragePrecision
 from torchvision.models.detection import maskrcnn_resnet50_fpn
 
-from evaluation.coco import (
+from evaluation.data.coco_instances import (
     AVERAGES,
     Pictures,
     average_precisions,
@@ -24,8 +24,8 @@ from evaluation.coco import (
     read_instances,
     results_of,
 )
-from evaluation.detector import ONE_X, Options, build_detector, mirrored, train
-from evaluation.encoder import of_teacher
+from evaluation.models.encoder import of_teacher
+from evaluation.probes.mask_rcnn import ONE_X, Options, build_detector, mirrored, train
 from evaluation.tasks import coco_detection
 from student.cli import main
 from teachercache.core.errors import UserError

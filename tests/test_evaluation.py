@@ -11,9 +11,9 @@ from conftest import make_folder
 from own_encoder import CONSTANT, ENCODER, slow_image, slow_text
 from PIL import Image
 
-from evaluation.encoder import embed_images, embed_texts
-from evaluation.report import run_task
-from evaluation.tasks import SHORT, find
+from evaluation.models.encoder import embed_images, embed_texts
+from evaluation.results.run import run_task
+from evaluation.tasks.registry import SHORT, find
 from evaluation.tasks.zeroshot import TEMPLATES
 from student.cli import main
 from teachercache.core.errors import UserError

@@ -11,7 +11,8 @@ from conftest import make_folder, save_teacher
 from own_encoder import ENCODER, slow_image, slow_text
 from PIL import Image
 
-from evaluation import encoder, figures
+from evaluation.models import encoder
+from evaluation.results import figures
 from evaluation.tasks.zeroshot import TEMPLATES
 from student.cli import main
 from teachercache.core.errors import UserError

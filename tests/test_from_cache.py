@@ -11,7 +11,7 @@ import pytest
 import zarr
 from conftest import build_cache
 
-from evaluation import from_cache
+from evaluation.models import cache_answerer as from_cache
 from student.cli import main
 from teachercache.core.errors import UserError
 from teachercache.data.read import read_manifest
@@ -161,7 +161,7 @@ def test_vqa_by_the_nearest_answer_of_training(caches, capfd):
 
 
 def test_the_vocabulary_keeps_the_most_common(caches, monkeypatch):
-    from teachercache import answers
+    from evaluation.metrics import vqa_answers as answers
     from teachercache.cache import store
 
     monkeypatch.setattr(answers, "NUM_ANSWERS", 2)

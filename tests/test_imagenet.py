@@ -10,8 +10,9 @@ from own_encoder import CONSTANT, ENCODER, slow_image, slow_text
 from PIL import Image
 from torchmetrics.classification import MulticlassAccuracy
 
-from evaluation.report import run_task
-from evaluation.tasks.imagenet import class_places, class_words, evaluate, wnids
+from evaluation.data.imagenet_classes import class_places, class_words, wnids
+from evaluation.results.run import run_task
+from evaluation.tasks.imagenet import evaluate
 from teachercache.core.errors import UserError
 from teachercache.data.read import read_manifest
 

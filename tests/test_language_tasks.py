@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from evaluation.finetune_text import Options
+from evaluation.probes.finetune_text import Options
 from evaluation.tasks import glue, text_loss, xsum
 from teachercache.core.errors import UserError
 

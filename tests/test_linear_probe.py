@@ -14,8 +14,8 @@ from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from torchmetrics.classification import MulticlassAccuracy
 
-from evaluation.encoder import Encoder
-from evaluation.report import run_task
+from evaluation.models.encoder import Encoder
+from evaluation.results.run import run_task
 from evaluation.tasks.linear_probe import (
     best_strength,
     evaluate,

@@ -10,9 +10,9 @@ from own_encoder import ENCODER
 from PIL import Image
 from published_pairs import noise, write_aro, write_winoground
 
-from evaluation.matcher import Question, ask, of_diffusion, of_encoder
-from evaluation.suite import run_suite
-from evaluation.suite_report import suite_table
+from evaluation.models.matcher import Question, ask, of_diffusion, of_encoder
+from evaluation.results.suite import run_suite
+from evaluation.results.suite_tables import suite_table
 from student.cli import main
 from teachercache.core.errors import UserError
 from teachercache.data.sample import BadSample

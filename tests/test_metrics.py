@@ -8,8 +8,8 @@ from jaxtyping import TypeCheckError, jaxtyped
 from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
 from torchmetrics.retrieval import RetrievalHitRate, RetrievalMRR
 
-from evaluation.metrics import mean_per_class, recall_at, strict_ranks
-from evaluation.report import table
+from evaluation.metrics.ranking import mean_per_class, recall_at, strict_ranks
+from evaluation.results.run import table
 
 QUERIES, ITEMS = 60, 25
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from evaluation import modality
+from evaluation.studies import modality_importance as modality
 from teachercache.core.errors import UserError
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))

@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evaluation import orders, pos_tags
-from evaluation.orders import options_of, pre_caption, stored_options, wrong_options
-from evaluation.pos_tags import KINDS, Tagger, find_tagger, of_hanta, word_tokenizer
+from evaluation.data import pos_tags
+from evaluation.data import word_orders as orders
+from evaluation.data.pos_tags import KINDS, Tagger, find_tagger, of_hanta, word_tokenizer
+from evaluation.data.word_orders import options_of, pre_caption, stored_options, wrong_options
 from teachercache.core.errors import UserError
 
 WORDS = st.lists(st.tuples(st.text("abc", min_size=1, max_size=3), st.sampled_from(KINDS)), max_size=14)

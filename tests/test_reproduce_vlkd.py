@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from evaluation.tasks import find, glue
+from evaluation.tasks import glue
+from evaluation.tasks.registry import find
 from student.recipe import Run, override
 from student.recipes import find as find_recipe
 from teachercache.data.read import read_manifest

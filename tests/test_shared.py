@@ -10,7 +10,7 @@ from conftest import counting
 from disturbed import BATCH, Disturbed, run_build
 from PIL import Image
 
-from evaluation.encoder import embed_images, of_teacher
+from evaluation.models.encoder import embed_images, of_teacher
 from teachercache.build.decode import Piece
 from teachercache.build.forward import rows_for
 from teachercache.cache import store

@@ -18,12 +18,14 @@ from published_sets import CIFAR10, IMAGENET, SHARED, WNIDS
 from sklearn.metrics import average_precision_score
 from torchmetrics.classification import MulticlassAccuracy
 
-from evaluation import datasets, encoder, suite
-from evaluation.metrics import average_precision
-from evaluation.prompts import CALTECH, CIFAR, IMAGENET_PLUS, fill
-from evaluation.robustness import effective_robustness, read_baselines
-from evaluation.suite import CAPTIONED, LABELLED, bordered, locate, measured_rows, run_suite
-from evaluation.suite_report import suite_table, write_suite
+from evaluation.data import classification as datasets
+from evaluation.data.prompts import CALTECH, CIFAR, IMAGENET_PLUS, fill
+from evaluation.metrics.ranking import average_precision
+from evaluation.metrics.robustness import effective_robustness, read_baselines
+from evaluation.models import encoder
+from evaluation.results import suite
+from evaluation.results.suite import CAPTIONED, LABELLED, bordered, locate, measured_rows, run_suite
+from evaluation.results.suite_tables import suite_table, write_suite
 from teachercache.core.errors import UserError
 from teachercache.data.pictures import read_image
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from evaluation.metrics.vqa_answers import vocabulary
 from student.tasks import VQA_SCORES, Task, find_task, labelled_rows, question_category, read_question
-from teachercache.answers import vocabulary
 from teachercache.core.errors import UserError
 from teachercache.data.read import read_manifest
 

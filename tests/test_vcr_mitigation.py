@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from test_inputs import png, vcr_line, write
 
-from evaluation import vcr_mitigation as vm
+from evaluation.studies import vcr_mitigation as vm
 from teachercache.data.read import read_manifest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool
 
-from evaluation.compositional import Case, Read, read_attributions, read_captioned, read_relations
-from evaluation.matcher import Heard, Matcher, Question, ask, together
-from evaluation.metrics import bootstrap_interval
-from evaluation.orders import stored_options, wrong_options
+from evaluation.data.compositional import Case, Read, read_attributions, read_captioned, read_relations
+from evaluation.data.word_orders import stored_options, wrong_options
+from evaluation.metrics.ranking import bootstrap_interval
+from evaluation.models.matcher import Heard, Matcher, Question, ask, together
 from teachercache.core.errors import UserError
 
 SYMMETRIC = ("around", "beside", "by", "close to", "near", "next to", "touching", "with")

@@ -7,8 +7,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from evaluation.caption_scores import METRICS, score_captions
-from evaluation.generator import Generator, caption_prompt, written
+from evaluation.metrics.captions import METRICS, score_captions
+from evaluation.models.generator import Generator, caption_prompt, written
 from teachercache.core.errors import UserError
 from teachercache.data.manifest import Manifest
 

@@ -7,9 +7,15 @@ from typing import Any
 
 import torch
 
-from evaluation.coco import Pictures, average_precisions, images_with_objects, read_instances, results_of
-from evaluation.detector import ONE_X, Options, build_detector, detect, train
-from evaluation.encoder import Encoder
+from evaluation.data.coco_instances import (
+    Pictures,
+    average_precisions,
+    images_with_objects,
+    read_instances,
+    results_of,
+)
+from evaluation.models.encoder import Encoder
+from evaluation.probes.mask_rcnn import ONE_X, Options, build_detector, detect, train
 from teachercache.core.errors import UserError
 from teachercache.core.progress import say
 from teachercache.data.manifest import Manifest

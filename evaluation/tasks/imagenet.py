@@ -11,11 +11,10 @@ them are the same words (missile, sunglasses), and classes of one name tie in ev
 the first of WordNet's words (projectile, sunglass). Not for other folders: see `zeroshot.py`.
 """
 
-from collections import Counter
-from collections.abc import Collection
 from typing import Any
 
-from evaluation.encoder import Encoder
+from evaluation.data.imagenet_classes import class_places, class_words
+from evaluation.models.encoder import Encoder
 from evaluation.tasks.zeroshot import classify, given_names
 from teachercache.core.errors import UserError
 from teachercache.core.progress import say
@@ -50,36 +49,3 @@ def _labelled_rows(manifest: Manifest, labels: list[str]) -> list[int]:
         f"{manifest.data} has no validation or test rows with labels: pass the folder that holds `val`, or "
         "one whose folders are wnids (n01440764) or 0 to 999"
     )
-
-
-def class_places(labels: Collection[str], data: str) -> dict[str, int]:
-    """Each folder's place among ImageNet's sorted wnids: folders are wnids, or all of them are numbers (V2)."""
-    by_wnid = {wnid: place for place, wnid in enumerate(wnids())}
-    by_number = {str(place): place for place in by_wnid.values()}
-    known = by_number if all(label in by_number for label in labels) else by_wnid
-    unknown = sorted(label for label in labels if label not in known)
-    if unknown:
-        raise UserError(
-            f"{data}: folder '{unknown[0]}' is not one of ImageNet's 1,000 wnids (n01440764) or numbers 0 "
-            "to 999; for classes of your own `--task zeroshot`"
-        )
-    return {label: known[label] for label in labels}
-
-
-def wnids() -> list[str]:
-    """The 1,000 WordNet ids in sorted order, which is ImageNet's order of classes."""
-    from timm.data import ImageNetInfo
-
-    return list(ImageNetInfo().label_names())
-
-
-def class_words() -> list[str]:
-    """A name for each class, all different."""
-    from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
-    from timm.data import ImageNetInfo
-
-    times, wordnet = Counter(IMAGENET_CLASSNAMES), ImageNetInfo()
-    return [
-        name if times[name] == 1 else wordnet.index_to_description(place).split(",")[0]
-        for place, name in enumerate(IMAGENET_CLASSNAMES)
-    ]

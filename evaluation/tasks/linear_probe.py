@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from evaluation.encoder import Encoder, features_of
-from evaluation.metrics import accuracies
+from evaluation.metrics.ranking import accuracies
+from evaluation.models.encoder import Encoder, features_of
 from teachercache.core.errors import UserError
 from teachercache.data.manifest import Manifest
 from teachercache.teachers.clip.towers import tower_kind

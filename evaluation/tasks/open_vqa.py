@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from evaluation.answerer import by_group, rows_to_measure
-from evaluation.generator import Generator, answer_prompt, written
-from evaluation.tasks.vqa import soft_accuracy
+from evaluation.metrics.vqa_answers import soft_accuracy
+from evaluation.models.answerer import by_group, rows_to_measure
+from evaluation.models.generator import Generator, answer_prompt, written
 from teachercache.core.errors import UserError
 from teachercache.data.manifest import Manifest
 

@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from evaluation.encoder import Encoder, embed_images, embed_texts
-from evaluation.metrics import recall_at, strict_ranks
+from evaluation.metrics.ranking import recall_at, strict_ranks
+from evaluation.models.encoder import Encoder, embed_images, embed_texts
 from teachercache.core.errors import UserError
 from teachercache.data.manifest import Manifest
 

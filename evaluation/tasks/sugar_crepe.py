@@ -6,8 +6,8 @@ A tie is a miss and is counted. `acc` is the mean over the files found; `add`, `
 from pathlib import Path
 from typing import Any
 
-from evaluation.compositional import read_sugar_crepe
-from evaluation.matcher import Heard, Matcher, together
+from evaluation.data.compositional import read_sugar_crepe
+from evaluation.models.matcher import Heard, Matcher, together
 from evaluation.tasks.aro import cases_metrics
 from teachercache.core.errors import UserError
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evaluation.finetune_text import batches, load_text_model
+from evaluation.probes.finetune_text import batches, load_text_model
 from teachercache.core.device import pick_device
 from teachercache.core.errors import UserError
 from teachercache.data.read import read_manifest

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from evaluation.answerer import Answerer, asked, by_group, pick, rows_to_measure
+from evaluation.models.answerer import Answerer, asked, by_group, pick, rows_to_measure
 from teachercache.data.manifest import Manifest
 
 ASKED = {"q2a": "label", "qa2r": "rationale_label"}  # which -> its task column

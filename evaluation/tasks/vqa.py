@@ -6,13 +6,12 @@
 """
 
 import json
-from collections import Counter
 from typing import Any
 
 import numpy as np
 
-from evaluation.answerer import Answerer, asked, by_group, pick, rows_to_measure
-from teachercache.answers import normalise_answer
+from evaluation.metrics.vqa_answers import soft_accuracy
+from evaluation.models.answerer import Answerer, asked, by_group, pick, rows_to_measure
 from teachercache.core.errors import UserError
 from teachercache.data.manifest import Manifest
 
@@ -63,21 +62,3 @@ def _chosen(
             parts.append((*pick(scores), asked(scores)))
     chosen, ties, heard = (np.concatenate(column) for column in zip(*parts, strict=True))
     return chosen, ties, heard
-
-
-def soft_accuracy(said: str | None, answers: list[str], protocol: str = "official") -> float:
-    """How right an answer is by what the annotators said; 0 for no answer."""
-    if said is None:
-        return 0.0
-    given, said = [tidy(answer) for answer in answers], tidy(said)
-    if protocol == "mmf" or len(set(given)) > 1:
-        given, said = [normalise_answer(answer) for answer in given], normalise_answer(said)
-    times = Counter(given)
-    # an annotator's nine others: those who said `said`, without the annotator where that is one of them
-    shares = [min((times[said] - (answer == said)) / 3, 1.0) for answer in given]
-    return sum(shares) / len(shares)
-
-
-def tidy(answer: str) -> str:
-    """One line without spaces about it."""
-    return answer.replace("\n", " ").replace("\t", " ").strip()

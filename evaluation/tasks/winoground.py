@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float
 
-from evaluation.compositional import Example, read_winoground
-from evaluation.matcher import NORMALISED, Matcher, Question, ask
-from evaluation.metrics import bootstrap_interval
+from evaluation.data.compositional import Example, read_winoground
+from evaluation.metrics.ranking import bootstrap_interval
+from evaluation.models.matcher import NORMALISED, Matcher, Question, ask
 
 SCORES = ("text", "image", "group")
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from evaluation.finetune_text import Options, Row, batches, encode_texts, fine_tune, load_text_model
+from evaluation.probes.finetune_text import Options, Row, batches, encode_texts, fine_tune, load_text_model
 from teachercache.core.device import pick_device
 from teachercache.core.errors import UserError
 from teachercache.core.progress import say, ticker

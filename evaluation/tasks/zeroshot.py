@@ -8,8 +8,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from evaluation.encoder import Encoder, embed_images, embed_texts
-from evaluation.metrics import accuracies
+from evaluation.metrics.ranking import accuracies
+from evaluation.models.encoder import Encoder, embed_images, embed_texts
 from teachercache.core.errors import UserError
 from teachercache.data.manifest import Manifest
 

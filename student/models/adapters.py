@@ -1,6 +1,6 @@
 """CLIP-TD's baselines: a few layers over frozen CLIP's cached embeddings (table 11), and CLIP tuned as a whole.
 
-Nothing is distilled here. Not for CLIP without training: see `evaluation.from_cache`.
+Nothing is distilled here. Not for CLIP without training: see `evaluation.models.cache_answerer`.
 """
 
 from collections.abc import Mapping

@@ -13,8 +13,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
+from evaluation.metrics.cider import cider_d, document_frequency
 from student.text_inputs import CAPTION, Reader
-from teachercache.cider import cider_d, document_frequency
 
 
 class Reward(NamedTuple):

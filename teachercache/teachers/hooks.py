@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from teachercache.teachers.hooks import Place
+Place = tuple[nn.Module, Callable[[Any], Tensor]]  # a module and what is kept of its output
 
 
 @contextlib.contextmanager
@@ -26,9 +26,6 @@ def watch(places: Mapping[str, Place]) -> Iterator[dict[str, Tensor]]:
     finally:
         for hook in hooks:
             hook.remove()
-
-
-Place = tuple[nn.Module, Callable[[Any], Tensor]]  # a module and what is kept of its output
 
 
 def output_tensor(output: Any) -> Tensor:

@@ -15,15 +15,15 @@ from typing import Any
 
 import torch
 
-from evaluation import datasets
-from evaluation.datasets import Found
-from evaluation.encoder import Encoder
-from evaluation.matcher import of_encoder
-from evaluation.metrics import accuracies, average_precision
-from evaluation.prompts import CALTECH, CIFAR, IMAGENET_PLUS, fill
-from evaluation.robustness import effective_robustness, read_baselines
-from evaluation.tasks import MATCHED
-from evaluation.tasks import find as find_task
+from evaluation.data import classification as datasets
+from evaluation.data.classification import Found
+from evaluation.data.prompts import CALTECH, CIFAR, IMAGENET_PLUS, fill
+from evaluation.metrics.ranking import accuracies, average_precision
+from evaluation.metrics.robustness import effective_robustness, read_baselines
+from evaluation.models.encoder import Encoder
+from evaluation.models.matcher import of_encoder
+from evaluation.tasks.registry import MATCHED
+from evaluation.tasks.registry import find as find_task
 from evaluation.tasks.retrieval import evaluate as retrieve
 from evaluation.tasks.zeroshot import class_scores
 from teachercache.core.errors import UserError

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from evaluation.encoder import Encoder, embed_texts
+from evaluation.models.encoder import Encoder, embed_texts
 from teachercache.core.errors import UserError
 from teachercache.core.progress import ticker
 from teachercache.data.sample import BadSample

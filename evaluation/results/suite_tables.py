@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from evaluation.suite import Report
+from evaluation.results.suite import Report
 from teachercache.core.paths import write_whole
 
 MEAN_PER_CLASS = ("caltech101", "pets")  # what CLIP reports of these; accuracy of the others

@@ -60,3 +60,21 @@ def vocabulary(answers: Iterable[str]) -> list[str]:
     ordered = sorted(counts, key=lambda answer: (-counts[answer], answer))
     common = [answer for answer in ordered if counts[answer] >= MIN_ANSWERS]
     return (common if len(common) >= 20 else ordered)[:NUM_ANSWERS]
+
+
+def soft_accuracy(said: str | None, answers: list[str], protocol: str = "official") -> float:
+    """How right an answer is by what the annotators said; 0 for no answer."""
+    if said is None:
+        return 0.0
+    given, said = [tidy(answer) for answer in answers], tidy(said)
+    if protocol == "mmf" or len(set(given)) > 1:
+        given, said = [normalise_answer(answer) for answer in given], normalise_answer(said)
+    times = Counter(given)
+    # an annotator's nine others: those who said `said`, without the annotator where that is one of them
+    shares = [min((times[said] - (answer == said)) / 3, 1.0) for answer in given]
+    return sum(shares) / len(shares)
+
+
+def tidy(answer: str) -> str:
+    """One line without spaces about it."""
+    return answer.replace("\n", " ").replace("\t", " ").strip()

@@ -22,8 +22,8 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 from torchvision.models.detection.mask_rcnn import MaskRCNN, MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
 
-from evaluation.coco import Pictures
-from evaluation.encoder import Encoder
+from evaluation.data.coco_instances import Pictures
+from evaluation.models.encoder import Encoder
 from teachercache.build.decode import ignore_interrupt
 from teachercache.core.errors import UserError
 from teachercache.core.process import default_workers

@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from evaluation.pos_tags import Tagged, Tagger, find_tagger, word_tokenizer
+from evaluation.data.pos_tags import Tagged, Tagger, find_tagger, word_tokenizer
 from teachercache.core.errors import UserError
 from teachercache.core.paths import write_whole
 from teachercache.core.progress import say

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from teachercache.cider import cider_d, document_frequency, ngrams
+from evaluation.metrics.cider import cider_d, document_frequency, ngrams
 from teachercache.core.errors import UserError
 
 NGRAMS = 4

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from evaluation.answerer import Answerer
-from teachercache.answers import normalise_answer, vocabulary
+from evaluation.metrics.vqa_answers import normalise_answer, vocabulary
+from evaluation.models.answerer import Answerer
 from teachercache.cache import store
 from teachercache.core.errors import UserError
 from teachercache.data.manifest import Manifest

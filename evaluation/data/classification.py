@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from evaluation.tasks.imagenet import class_places, class_words
+from evaluation.data.imagenet_classes import class_places, class_words
 from teachercache.core.errors import UserError
 from teachercache.data.manifest import Manifest, make_manifest
 from teachercache.data.read import read_manifest

@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from evaluation.answerer import Answerer, ensemble
-from evaluation.encoder import Encoder
-from evaluation.generator import Generator
-from evaluation.matcher import Matcher
-from evaluation.tasks import find
+from evaluation.models.answerer import Answerer, ensemble
+from evaluation.models.encoder import Encoder
+from evaluation.models.generator import Generator
+from evaluation.models.matcher import Matcher
+from evaluation.tasks.registry import find
 from teachercache.core.errors import UserError
 from teachercache.data.read import read_manifest
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.nn.functional import normalize
 
-from evaluation.encoder import Encoder, embed_texts
+from evaluation.models.encoder import Encoder, embed_texts
 from teachercache.core.errors import UserError
 
 

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from evaluation.encoder import Encoder, embed_images, embed_texts
-from evaluation.prompts import fill
-from evaluation.suite import LABELLED
-from evaluation.tasks.imagenet import class_places, class_words
+from evaluation.data.imagenet_classes import class_places, class_words
+from evaluation.data.prompts import fill
+from evaluation.models.encoder import Encoder, embed_images, embed_texts
+from evaluation.results.suite import LABELLED
 from evaluation.tasks.zeroshot import TEMPLATES, Fill, class_names, classifier
 from teachercache.core.errors import UserError
 from teachercache.data.manifest import Manifest

@@ -1,1 +1,0 @@
-"""Our encoders as models of other evaluation libraries. They are optional; nothing else imports them."""

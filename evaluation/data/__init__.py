@@ -1,0 +1,1 @@
+"""Evaluation data: published sets, class names, prompts, word orders."""

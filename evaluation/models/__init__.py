@@ -1,0 +1,1 @@
+"""What can be measured: Encoder, Answerer, Matcher, Generator."""

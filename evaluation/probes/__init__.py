@@ -1,0 +1,1 @@
+"""Small models trained on top of a student to measure it."""

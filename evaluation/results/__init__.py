@@ -1,0 +1,1 @@
+"""Run tasks, collect results, draw tables and figures."""

@@ -1,0 +1,1 @@
+"""Studies that papers report beside their metrics."""
