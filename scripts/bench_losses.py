@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from scripts.bench_report import HEAD, Figures, Line, compare, judge, number, resident
-from student import losses, tiled
+from student import losses
+from student.losses import tiled
 from teachercache.core.process import keep_memory
 from teachercache.core.progress import say
 

@@ -159,8 +159,8 @@ def job_read(folder: Path, rows: int, start) -> None:
 
 def job_join(folder: Path, rows: int, start) -> None:
     """What a training does: usable rows, the join by key, shuffled batches; the student takes no inputs."""
-    from student.batches import Batches
-    from student.caches import training_rows
+    from student.inputs.caches import training_rows
+    from student.inputs.pairs import Batches
 
     manifest = load_manifest(folder / "manifest.parquet")
     start()

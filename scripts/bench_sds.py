@@ -12,13 +12,13 @@ import torch
 from torch.nn.functional import mse_loss, normalize
 
 from scripts.bench_report import HEAD, Line, alternate, compare
-from student.engine import clamp_scales, parameter_groups, quiet_deepspeed, start_engine
-from student.frozen_unet import num_weights, unet_bytes
 from student.losses import clip_loss
-from student.models.two_tower import TINY
+from student.models.frozen_unet import num_weights, unet_bytes
+from student.models.two_tower.loading import TINY
 from student.recipe import Now, Run
 from student.recipes.sds_clip import SDS_CLIP
-from student.step import TrainStep
+from student.training.engine import clamp_scales, parameter_groups, quiet_deepspeed, start_engine
+from student.training.step import TrainStep
 from teachercache.cache.disk_space import size
 from teachercache.teachers.diffusion.model import Diffusion
 

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 
 from scripts.bench_report import HEAD, alternate, compare, resident
-from student.engine import clamp_scales, parameter_groups, quiet_deepspeed, start_engine
-from student.models.two_tower import TINY
+from student.models.two_tower.loading import TINY
 from student.recipe import Now, Run
-from student.recipes import find
-from student.train import prepare
+from student.recipes.registry import find
+from student.training.engine import clamp_scales, parameter_groups, quiet_deepspeed, start_engine
+from student.training.loop import prepare
 from teachercache.core.process import keep_memory
 from teachercache.core.progress import say
 

@@ -127,7 +127,7 @@ def run(options: argparse.Namespace) -> None:
 
 def scores_of(run: Path, path: Path) -> dict[str, list[float]]:
     """What a student without pictures says of each line; UserError where it has seen them."""
-    from student.answering import is_task_run, load_task_model
+    from student.inference.answerer import is_task_run, load_task_model
     from teachercache.core.device import pick_device
     from teachercache.data.read import read_manifest
 

@@ -28,8 +28,8 @@ import torch
 
 import scripts.prepare_scenes as prepare_scenes
 from scripts.prepare_scene_questions import questions_of, usable
-from student.infilling import infill
-from student.text_inputs import Marks, marks_of, padded, word_starts
+from student.models.seq2seq.infilling import infill
+from student.models.seq2seq.texts import Marks, marks_of, padded, word_starts
 
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]  # BART's order: their ids are 0 to 4
 SHAPE = {

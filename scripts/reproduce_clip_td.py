@@ -324,7 +324,7 @@ def prepare_data() -> None:
 
 def write_words() -> None:
     """The words of all three data sets, which every student here has from the start."""
-    from student.words import vocabulary_tokenizer
+    from student.models.single_stream.tokenizer import vocabulary_tokenizer
     from teachercache.core.paths import write_whole
     from teachercache.data.read import read_manifest
 

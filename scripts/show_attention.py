@@ -29,9 +29,9 @@ from evaluation.studies.modality_importance import (
     draw_token_scores,
     importance,
 )
-from student.answering import TaskModel, batches_of, is_task_run, load_task_model
-from student.tasks import read_question
-from student.words import SPECIAL, encode_pairs, load_tokenizer
+from student.inference.answerer import TaskModel, batches_of, is_task_run, load_task_model
+from student.inputs.questions import read_question
+from student.models.single_stream.tokenizer import SPECIAL, encode_pairs, load_tokenizer
 from teachercache.cache import store
 from teachercache.core.device import pick_device
 from teachercache.core.errors import UserError

@@ -1,7 +1,6 @@
 """The command `student`: reads options, calls one function, prints. Training and evaluation meet here alone."""
 
 import dataclasses
-import functools
 import json as jsonlib
 import shlex
 from pathlib import Path
@@ -39,7 +38,7 @@ def recipes(name: str | None) -> None:
     """
     import sys
 
-    from student.recipes import RECIPES, find
+    from student.recipes.registry import RECIPES, find
 
     if name is None:
         for recipe in RECIPES.values():
@@ -125,8 +124,9 @@ def train(
     student train --recipe clip_kd --resume --out runs/clip_kd-20260101-120000
     torchrun --nproc-per-node 4 -m student train --recipe clip_kd --out runs/four
     """
-    from student.recipe import Run, override, run_folder
-    from student.recipes import find
+    from student.recipe import Run
+    from student.recipes.registry import find
+    from student.settings import override, run_folder
     from teachercache.data.read import cache_folder
 
     recipe = find(name)
@@ -158,9 +158,10 @@ def train(
     run = dataclasses.replace(
         run, device=pick_device(run.device), workers=run.workers if run.workers >= 0 else default_workers()
     )
-    from student.train import train as run_training
+    from student.inference.measure import answer_scorer, encoder_scorer
+    from student.training.loop import train as run_training
 
-    evaluator = _answer_evaluator if recipe.questions else _evaluator
+    evaluator = answer_scorer if recipe.questions else encoder_scorer
     evaluate = evaluator(run) if run.eval_every else None
     folder = run_training(recipe, run, resume=resume, dry_run=dry_run, evaluate=evaluate)
     if rank() == 0 and not dry_run:
@@ -181,34 +182,6 @@ def train(
                 f"init={folder}",
             ]
         say(f"next: {shlex.join(words)}")
-
-
-def _evaluator(run):
-    """What scores a run folder while it trains: `run.eval_task` on the data's val rows, else on its test rows."""
-    from evaluation.results.run import scorer
-
-    score, split = scorer(run.eval_task, run.data)
-    if split == "test":
-        say(
-            f"{run.data} has no val rows: the best student is chosen by test rows, on which its result is then too good"
-        )
-    return lambda folder: score(_encoder(str(folder))[0])
-
-
-def _answer_evaluator(run):
-    """What scores a task student while it trains: the accuracy on the data's val rows, else on its test rows."""
-    from evaluation.results.run import run_answered
-    from student.answering import load_task_model
-
-    def score(folder):
-        task = load_task_model(folder, device="cpu", cache=run.cache).task.name
-        metrics = run_answered(task, [[_answerer(folder, task, run.data)]], run.data)[0]["metrics"]
-        chosen = {
-            key: metrics[key] for key in ("q2a", "qa2r", "accuracy") if isinstance(metrics.get(key), float)
-        }
-        return sum(chosen.values()) / len(chosen), chosen
-
-    return score
 
 
 @student.command("eval")
@@ -259,11 +232,15 @@ def evaluate(
     student eval models/bart-base runs/NAME --task glue:lr=1e-4,epochs=3 --data GLUE/
     """
     from evaluation.results.run import run_answered, run_matched, run_task, table
+    from student.inference.answerer import find_answerers
+    from student.inference.encoder import find_encoder, find_matcher
+    from student.inference.generator import measure_writer
+    from student.inference.measure import keep_result, measure_suite
 
     if samples and task not in MATCHED:
         raise UserError(f"--samples counts draws of a diffusion model: only {', '.join(MATCHED)} take one")
     if task == "all":
-        return _suite(models, data, out or Path("evals", Path(data).name or "data"), figures, as_json)
+        return measure_suite(models, data, out or Path("evals", Path(data).name or "data"), figures, as_json)
     if out is not None:
         raise UserError("--out is where --task all writes its tables; a run's results are kept in RUN/eval")
     find_task(task)
@@ -272,22 +249,24 @@ def evaluate(
             f"--figures draws what encoders say of pictures, not answers: leave it away for {task}"
         )
     if task.partition(":")[0] in GENERATED | LANGUAGE:
-        results = [_written(model, task, data) for model in models]
+        results = [measure_writer(model, task, data) for model in models]
     elif task in MATCHED:
         results = []
-        for matcher, folder in [_matcher(model, samples) for model in models]:
+        for matcher, folder in [find_matcher(model, samples) for model in models]:
             results.append(run_matched(task, matcher, data))
-            _keep(results[-1], folder)
+            keep_result(results[-1], folder)
     elif task in ANSWERED:
-        answering = [_answerers(model, task, data) for model in models]
+        answering = [find_answerers(model, task, data) for model in models]
         results = run_answered(task, [ways for ways, _ in answering], data)
         for ways, folder in answering:
-            _keep(next(result for result in results if result["pretrained"] == ways[0].pretrained), folder)
+            keep_result(
+                next(result for result in results if result["pretrained"] == ways[0].pretrained), folder
+            )
     else:
-        loaded = [_encoder(model) for model in models]
+        loaded = [find_encoder(model) for model in models]
         results = [run_task(task, encoder, data) for encoder, _ in loaded]
         for result, (_, folder) in zip(results, loaded, strict=True):
-            _keep(result, folder)
+            keep_result(result, folder)
         if figures:
             from evaluation.results.figures import draw_data
 
@@ -300,116 +279,6 @@ def evaluate(
     else:
         print(table(results))
     return None
-
-
-def _suite(models: tuple[str, ...], data: str, out: Path, figures: Path | None, as_json: bool) -> None:
-    """Every data set that is found below `data`."""
-    from evaluation.results.figures import draw_suite
-    from evaluation.results.suite import run_suite
-    from evaluation.results.suite_tables import suite_table, write_suite
-
-    loaded = [_encoder(model) for model in models]
-    seen = functools.partial(draw_suite, figures) if figures else None
-    report = run_suite([encoder for encoder, _ in loaded], Path(data), seen=seen)
-    for result in report.results:
-        folders = [folder for encoder, folder in loaded if encoder.pretrained == result["pretrained"]]
-        _keep(result, folders[0] if folders else None)
-    say("wrote " + ", ".join(map(str, write_suite(report, out))))
-    found = {"results": report.results, "skipped": report.skipped}
-    print(jsonlib.dumps(found) if as_json else suite_table(report))
-
-
-def _keep(result: dict, folder: Path | None) -> None:
-    """A run's result stays with it, and what it wrote."""
-    texts = result.pop("results", None)
-    if folder is not None:
-        from teachercache.core.paths import write_whole
-
-        for inner, found in (("eval", result), ("written", texts)):
-            if found is not None:
-                path = folder / inner / f"{result['dataset']}_{result['task']}.json".replace(":", "-")
-                path.parent.mkdir(exist_ok=True)
-                write_whole(path, jsonlib.dumps(found) + "\n")
-
-
-def _matcher(model: str, samples: int | None):
-    """A Matcher for whatever `_encoder` takes, or for a diffusion model; and the run folder."""
-    from evaluation.models.encoder import of_teacher
-    from evaluation.models.matcher import SAMPLES, of_diffusion, of_encoder
-    from student.encoding import named_teacher
-    from teachercache.core.device import pick_device
-
-    if not (Path(model) / "run.json").exists():
-        teacher = named_teacher(model)
-        if hasattr(teacher.module, "unet"):
-            return of_diffusion(teacher, samples=samples or SAMPLES, device=pick_device()), None
-        return of_encoder(of_teacher(teacher, device=pick_device())), None
-    encoder, folder = _encoder(model)
-    return of_encoder(encoder), folder
-
-
-def _encoder(model: str):
-    """An Encoder for a run, a folder or a teacher; and the run folder where results are kept."""
-    from evaluation.models.encoder import Encoder, of_teacher
-    from student.encoding import encoder_parts, named_teacher
-    from teachercache.core.device import pick_device
-
-    path, device = Path(model), pick_device()
-    if not (path / "run.json").exists():
-        return of_teacher(named_teacher(model), device=device), None
-    return Encoder(**encoder_parts(path, device=device)), path
-
-
-def _answerers(model: str, task: str, data: str):
-    """How a cache or a run answers a task, each way as a model of its own; and the folder where results are kept."""
-    if model.rstrip("/").endswith(".zarr"):
-        from evaluation.models.cache_answerer import answerers
-
-        return answerers(model, task), None
-    path = Path(model)
-    if not (path / "run.json").exists():
-        raise UserError(
-            f"{model} is neither a run nor a cache: --task {task} measures a run trained on it, or the "
-            "embeddings of a CACHE.zarr as they are"
-        )
-    return [_answerer(path, task, data)], path
-
-
-def _answerer(run: Path, task: str, data: str):
-    """An Answerer for a run that was trained on a task."""
-    from evaluation.models.answerer import Answerer
-    from student.answering import is_task_run, load_task_model
-    from teachercache.core.device import pick_device
-
-    if not is_task_run(run):
-        raise UserError(
-            f"{run} was not trained to answer: pass a run of clip_td, or a CACHE.zarr for zero-shot"
-        )
-    trained = jsonlib.loads((run / "run.json").read_text())["run"]
-    cache = trained["cache"] if trained["data"] == data else ""  # of other data: caches/<data>
-    model = load_task_model(run, device=pick_device(), cache=cache)
-    if model.task.name != task:
-        raise UserError(
-            f"{run} was trained on {model.task.name}: pass --task {model.task.name} and its --data"
-        )
-    return Answerer(run.name, str(run), task, model.score, model.task.answers)
-
-
-def _written(model: str, task: str, data: str) -> dict:
-    """The result of a model that writes, or of the language model that it is or has."""
-    from evaluation.models.generator import Generator
-    from evaluation.results.run import run_generated, run_language
-    from student.export_seq2seq import language_model_of
-    from student.generating import load_generator
-    from teachercache.core.device import pick_device
-
-    if task.partition(":")[0] in LANGUAGE:
-        with language_model_of(Path(model)) as place:
-            result = run_language(task, model, data, str(place))
-    else:
-        result = run_generated(task, Generator(*load_generator(Path(model), device=pick_device())), data)
-    _keep(result, Path(model) if (Path(model) / "run.json").exists() else None)
-    return result
 
 
 @student.command()
@@ -435,7 +304,7 @@ def generate(
     student generate runs/NAME --image cat.jpg
     student generate runs/NAME --image cat.jpg --question "What color is the cat?"
     """
-    from student.generating import describe_pictures
+    from student.inference.generator import describe_pictures
     from teachercache.core.device import pick_device
 
     texts = describe_pictures(
@@ -458,9 +327,9 @@ def write_export(run: Path, form: str, out: Path | None) -> None:
     student export runs/NAME --format open_clip --out exports/mine
     student export runs/NAME --format hf
     """
-    from student.export import FORMATS, export
-    from student.export_seq2seq import export_seq2seq
-    from student.models.seq2seq_init import is_seq2seq
+    from student.export.seq2seq import export_seq2seq
+    from student.export.write import FORMATS, export
+    from student.models.seq2seq.loading import is_seq2seq
 
     writes = is_seq2seq(run)
     write = export_seq2seq if writes else export

@@ -9,12 +9,12 @@ import torch
 from conftest import read_lines, train_here, zero_noise
 from torch import nn
 
-from student.accumulate import accumulate, joined, split
-from student.models.two_tower import build_two_tower
+from student.models.two_tower.loading import build_two_tower
 from student.recipe import Now
 from student.recipes.clip import CLIP
 from student.recipes.clip_kd import CLIP_KD
-from student.step import TrainStep
+from student.training.accumulate import accumulate, joined, split
+from student.training.step import TrainStep
 
 ROWS, WIDTH = 12, 16
 
@@ -146,7 +146,7 @@ def test_micro_batches_that_do_not_come_out_even(squares, cache, tmp_path, capsy
 
 
 def test_a_step_without_micro_batches_is_one_forward():
-    from student.train import take_step
+    from student.training.loop import take_step
 
     calls = []
     engine = SimpleNamespace(

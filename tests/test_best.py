@@ -9,9 +9,9 @@ import pytest
 from conftest import make_folder, read_lines, train_here, zero_noise
 from safetensors.torch import load_file
 
-from student.best import best_score, keep_best
-from student.checkpoint import load_student
 from student.cli import main
+from student.models.two_tower.loading import load_student
+from student.training.best import best_score, keep_best
 from teachercache.core.errors import UserError
 
 STEPS, EVERY = 6, 2
@@ -59,7 +59,7 @@ def test_the_best_is_what_its_score_says(evaluated, squares, capsys):
 def test_the_curve_shows_the_scores(evaluated, tmp_path):
     from PIL import Image, ImageChops
 
-    from student.curve import draw_curve
+    from student.training.curve import draw_curve
 
     for name in ("metrics.jsonl", "evals.jsonl"):
         shutil.copy(evaluated / name, tmp_path)

@@ -14,7 +14,7 @@ from evaluation.metrics.captions import bleu, cider, plain_words, score_captions
 from evaluation.models.generator import MASK, Generator, answer_prompt, caption_prompt
 from evaluation.results.run import run_generated, table
 from evaluation.tasks.registry import find
-from student import text_inputs
+from student.models.seq2seq import texts as text_inputs
 from teachercache.core.errors import UserError
 from teachercache.data.read import read_manifest
 

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from evaluation.metrics.cider import cider_d, document_frequency
-from student.models.self_critical import reward_of, words_of
+from student.models.seq2seq.self_critical import reward_of, words_of
 
 REFERENCES = [
     ["a red bird on a branch", "a bird sits on a branch", "red bird"],

@@ -10,10 +10,12 @@ import torch
 from conftest import TINY_CFG, build_cache, read_lines, save_teacher, train_here
 from test_losses import loop_clip, mean_square
 
-from student.models.two_tower import TINY, TwoTower, build_two_tower, keep_patches, show_blocks, show_masked
-from student.recipe import Now, Run, override
+from student.models.two_tower.loading import TINY, build_two_tower
+from student.models.two_tower.model import TwoTower, keep_patches, show_blocks, show_masked
+from student.recipe import Now, Run
 from student.recipes.clip_kd import CLIP_KD, block_pairs
-from student.step import TrainStep
+from student.settings import override
+from student.training.step import TrainStep
 from teachercache.core.errors import UserError
 from teachercache.teachers.clip.loading import build_module
 
@@ -469,8 +471,8 @@ def test_all_terms_resume_to_the_last_bit(
 
 def test_masks_change_with_the_epoch_and_not_with_the_step_alone(squares, hidden_cache, tmp_path):
     """Chances are drawn by seed, epoch and row: a row has another mask in each epoch."""
-    from student.batches import Batches
-    from student.caches import training_rows
+    from student.inputs.caches import training_rows
+    from student.inputs.pairs import Batches
     from teachercache.cache import store
     from teachercache.data.read import read_manifest
 

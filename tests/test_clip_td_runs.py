@@ -15,13 +15,14 @@ from conftest import TINY_CFG, build_cache, contained, read_lines, save_teacher
 from safetensors.torch import load_file
 from test_tasks import write_vqa
 
-from student.answering import load_task_model
 from student.cli import main
-from student.judge import Judge, three_means, unit
-from student.prepare import prepare
-from student.recipe import Now, Run, override
+from student.inference.answerer import load_task_model
+from student.inputs.clip_judge import Judge, three_means, unit
+from student.inputs.questions import read_question
+from student.recipe import Now, Run
 from student.recipes.clip_td import CLIP_TD
-from student.tasks import read_question
+from student.settings import override
+from student.training.prepare_pairs import prepare
 from teachercache.cache import store
 from teachercache.core.errors import UserError
 from teachercache.data.read import read_manifest
@@ -457,7 +458,7 @@ def test_adapted_students_begin_the_task_and_do_not_answer_themselves(home, tmp_
 
 
 def test_training_reads_no_picture_and_loads_no_teacher(home, tmp_path, monkeypatch):
-    from student import task_batches
+    from student.inputs import question_batches as task_batches
     from teachercache.data import manifest as samples
     from teachercache.teachers import registry as teachers
 
@@ -471,7 +472,7 @@ def test_training_reads_no_picture_and_loads_no_teacher(home, tmp_path, monkeypa
         (teachers, "find"),
     ):
         monkeypatch.setattr(module, name, refuse)
-    monkeypatch.setattr("student.prepare.readable_rows", refuse)
+    monkeypatch.setattr("student.training.prepare_pairs.readable_rows", refuse)
     assert train(home, tmp_path / "run") == 0
 
 

@@ -22,19 +22,19 @@ from conftest import contained, read_lines, train_here, train_words, zero_noise
 from safetensors.torch import load_file
 from small_bart import micro_bart
 
-from student import checkpoint
 from student.distributed import first_row, gather, mean_over_ranks, num_ranks
-from student.engine import clamp_scales, learning_rate, start_engine
-from student.models.seq2seq import Seq2Seq
-from student.models.two_tower import build_two_tower
+from student.models.seq2seq.model import Seq2Seq
+from student.models.seq2seq.texts import Marks, Reader
+from student.models.two_tower.loading import build_two_tower
 from student.recipe import Now, Optim, Run
 from student.recipes.clip import CLIP
 from student.recipes.clip_kd import CLIP_KD
 from student.recipes.psd import PSD
 from student.recipes.sds_clip import SDS_CLIP
 from student.recipes.vlkd import VLKD
-from student.step import TrainStep
-from student.text_inputs import Marks, Reader
+from student.training import checkpoint
+from student.training.engine import clamp_scales, learning_rate, start_engine
+from student.training.step import TrainStep
 
 WORLD, ROWS = 2, 8
 WIDTHS = {
@@ -236,7 +236,7 @@ def gather_gradients(rank: int, world: int) -> dict[str, torch.Tensor]:
 def work(rank: int, port: int, out: Path, words: list[str], stopping: list[str]) -> None:
     """One of two processes."""
     from student.cli import main
-    from student.engine import start_distributed
+    from student.training.engine import start_distributed
 
     os.environ.update(
         RANK=str(rank),

@@ -11,14 +11,15 @@ from test_batches import READS, STUDENT, number, reordered, spelled_cache
 from test_losses import ce, kl, log_row_softmax, logits
 
 from student import losses
-from student.batches import Batches
-from student.caches import field_shapes, find_caches, training_rows
 from student.cli import main
 from student.ensemble import concat_shapes, concat_teachers, named, num_teachers, of_teacher
-from student.models.projection import PerTeacher
-from student.models.two_tower import build_two_tower
-from student.recipe import Now, Run, override
+from student.inputs.caches import field_shapes, find_caches, training_rows
+from student.inputs.pairs import Batches
+from student.models.heads import PerTeacher
+from student.models.two_tower.loading import build_two_tower
+from student.recipe import Now, Run
 from student.recipes.clip_kd import CLIP_KD
+from student.settings import override
 from teachercache.cache import store
 from teachercache.core.errors import UserError
 from teachercache.data.read import read_manifest
@@ -293,7 +294,7 @@ def test_what_two_teachers_cannot_do(recipe, words, said, squares, cache, second
 
 
 def test_a_recipe_without_an_ensemble_takes_one_cache(squares, cache, second, tmp_path, capsys, monkeypatch):
-    from student.recipes import RECIPES
+    from student.recipes.registry import RECIPES
 
     one = dataclasses.replace(
         CLIP_KD, name="one", constants=RECIPES["clip"].constants, build=RECIPES["clip"].build, reads=READS

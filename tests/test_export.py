@@ -11,8 +11,8 @@ from conftest import read_lines, train_here
 from PIL import Image
 from safetensors.torch import load_file
 
-from student.checkpoint import load_student
 from student.cli import main
+from student.models.two_tower.loading import load_student
 
 TEXTS = ["square 3 said 1", "a red bird", "", "\u00fcber 12 of them!", "word " * 50]
 

@@ -11,13 +11,13 @@ from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 from test_export import pictures
 
-from student import export_hf
-from student.card import model_card
-from student.checkpoint import load_student
 from student.cli import main
-from student.export_hf import image_processor
-from student.export_tokenizer import clip_tokenizer
-from student.models.two_tower import TwoTower, open_clip_state
+from student.export import hf as export_hf
+from student.export.clip_tokenizer import clip_tokenizer
+from student.export.hf import image_processor
+from student.export.model_card import model_card
+from student.models.two_tower.loading import load_student
+from student.models.two_tower.model import TwoTower, open_clip_state
 from teachercache.data.views import image_view
 from teachercache.teachers.clip.loading import build_module, tokenizer_of
 

@@ -6,7 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from student.infilling import draw_lengths, infill
+from student.models.seq2seq.infilling import draw_lengths, infill
 
 MASK = -1
 

@@ -151,10 +151,10 @@ def student(tmp_path, monkeypatch):
     """A random student as a run, its regions made up; the data that it is asked."""
     from transformers import BertConfig
 
-    from student.answering import TaskModel
-    from student.models.single_stream import SIZES, Shape, SingleStream
-    from student.tasks import Task, read_question
-    from student.words import encode_pairs, vocabulary_tokenizer
+    from student.inference.answerer import TaskModel
+    from student.inputs.questions import Task, read_question
+    from student.models.single_stream.model import SIZES, Shape, SingleStream
+    from student.models.single_stream.tokenizer import encode_pairs, vocabulary_tokenizer
     from teachercache.data.read import read_manifest
 
     scene_tasks.write_tasks(tmp_path / "scenes", 8, seed=0, size=32, test=0.9)

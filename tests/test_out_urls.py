@@ -20,8 +20,8 @@ from conftest import make_folder, tree
 from disturbed import run_build
 from zarr.core.sync import sync
 
-from student.batches import Batches
-from student.caches import training_rows
+from student.inputs.caches import training_rows
+from student.inputs.pairs import Batches
 from teachercache.cache import store
 from teachercache.cache.lease import is_lease, lease
 from teachercache.cli import main

@@ -10,7 +10,8 @@ from conftest import read_lines, train_here
 from test_losses import D, E, log_row_softmax, logits, rows, scale
 from torch.nn.functional import normalize
 
-from student import losses, tiled
+from student import losses
+from student.losses import tiled
 from student.recipe import Now
 from student.recipes.psd import PSD, alpha, draw_unaligned
 

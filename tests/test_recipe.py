@@ -10,16 +10,17 @@ import torch
 from conftest import train_here
 
 import student.recipe
-import student.train
+import student.training.loop
 from student import losses
 from student.cli import main
-from student.models.projection import TeacherSpace
-from student.models.two_tower import build_two_tower
-from student.recipe import Now, Optim, Recipe, Run, override
-from student.recipes import RECIPES, find
+from student.models.heads import TeacherSpace
+from student.models.two_tower.loading import build_two_tower
+from student.recipe import Now, Optim, Recipe, Run
 from student.recipes.clip import CLIP
 from student.recipes.clip_kd import CLIP_KD
-from student.step import TrainStep
+from student.recipes.registry import RECIPES, find
+from student.settings import override
+from student.training.step import TrainStep
 from teachercache.core.errors import UserError
 
 RUN = Run(data="d", cache="c", out="o")
@@ -344,7 +345,9 @@ def test_a_device_that_was_asked_for_is_taken(monkeypatch):
     """`--set run.device=cpu` on a machine with a GPU."""
     taken = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(student.train, "train", lambda recipe, run, **_: taken.append(run.device) or run.out)
+    monkeypatch.setattr(
+        student.training.loop, "train", lambda recipe, run, **_: taken.append(run.device) or run.out
+    )
     assert main(["train", "--recipe", "clip", "--dry-run", "--set", "run.device=cpu"]) == 0
     assert main(["train", "--recipe", "clip", "--dry-run"]) == 0
     assert taken == ["cpu", "cuda:0"]

@@ -403,7 +403,7 @@ def test_texts_that_differ_are_not_compared(two, tmp_path):
 
 
 def test_a_run_is_a_teacher_and_its_cache_can_be_compared(finished_run, squares, cache, tmp_path, capsys):
-    from student.checkpoint import load_student
+    from student.models.two_tower.loading import load_student
     from teachercache.data.pictures import decode_image
 
     out = tmp_path / "student.zarr"

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from student.recipe import Run, override
-from student.recipes import find
+from student.recipe import Run
+from student.recipes.registry import find
+from student.settings import override
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 

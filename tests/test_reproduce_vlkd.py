@@ -8,8 +8,9 @@ import pytest
 
 from evaluation.tasks import glue
 from evaluation.tasks.registry import find
-from student.recipe import Run, override
-from student.recipes import find as find_recipe
+from student.recipe import Run
+from student.recipes.registry import find as find_recipe
+from student.settings import override
 from teachercache.data.read import read_manifest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))

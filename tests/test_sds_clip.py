@@ -12,14 +12,16 @@ from own_teachers import LATENT, LENGTH, WIDTH, LinearUNet, make_diffusion, rand
 from safetensors.torch import load_file
 from torch import nn
 
-from student import frozen_unet, losses
-from student.frozen_unet import LiveBytes, Probe, diffusion_errors, unet_bytes
-from student.models.projection import LatentSpace
-from student.models.two_tower import build_two_tower
-from student.prepare import prepare
-from student.recipe import Now, Run, override
+from student import losses
+from student.models import frozen_unet
+from student.models.frozen_unet import LiveBytes, Probe, diffusion_errors, unet_bytes
+from student.models.heads import LatentSpace
+from student.models.two_tower.loading import build_two_tower
+from student.recipe import Now, Run
 from student.recipes.sds_clip import SDS_CLIP, keep_norms
-from student.step import TrainStep
+from student.settings import override
+from student.training.prepare_pairs import prepare
+from student.training.step import TrainStep
 
 ROWS = 5
 OWN = "own_teachers:DIFFUSION"
@@ -236,7 +238,7 @@ def test_the_unet_is_the_same_after_training_and_in_no_file(stage, squares, stat
     recipe = dataclasses.replace(own_recipes.SDS_STOPPING, live=dataclasses.replace(SDS_CLIP.live, load=keep))
     monkeypatch.setattr(own_recipes, "SDS_STOPPING", recipe)
     groups = []
-    from student import train
+    from student.training import loop as train
 
     start = train.start_engine
     monkeypatch.setattr(

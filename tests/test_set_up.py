@@ -9,10 +9,11 @@ import torch
 from conftest import read_lines, train_here, zero_noise
 from torch import nn
 
-from student import engine
-from student.engine import set_up_student
-from student.models.two_tower import build_two_tower, show_blocks, show_masked
+from student.models.two_tower.loading import build_two_tower
+from student.models.two_tower.model import show_blocks, show_masked
 from student.recipe import Run
+from student.training import engine
+from student.training.engine import set_up_student
 
 MASKED = ("--set", "mfd=10")
 
@@ -46,7 +47,7 @@ def kept_bytes(student: nn.Module) -> int:
 
     batch = {"image": torch.randn(16, 3, 64, 64), "text": torch.ones(16, 16, dtype=torch.int64)}
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        outputs = student.train()(batch)
+        outputs = student.training.loop()(batch)
     assert outputs["image"].requires_grad
     return sum(sizes.values())
 

@@ -8,11 +8,11 @@ from safetensors.torch import save_file
 from transformers import BertConfig, BertModel
 
 from student import losses
-from student.models.adversarial import Perturbation, ascend
-from student.models.regions import geometry, known, waves
-from student.models.single_stream import FIRST, IMAGE, SECOND, SIZES, Shape, SingleStream, rebuild
-from student.models.single_stream_init import load_into, open_student, read_state, renamed
-from student.words import encode_pairs, tokens_of, vocabulary_tokenizer
+from student.models.single_stream.loading import load_into, open_student, read_state, renamed
+from student.models.single_stream.model import FIRST, IMAGE, SECOND, SIZES, Shape, SingleStream, rebuild
+from student.models.single_stream.regions import geometry, known, waves
+from student.models.single_stream.tokenizer import encode_pairs, tokens_of, vocabulary_tokenizer
+from student.models.single_stream.villa import Perturbation, ascend
 from teachercache.core.errors import UserError
 
 MICRO = SIZES["micro"]
@@ -299,7 +299,7 @@ def test_perturbed_predictions_lose_more_each_time_and_teach_the_parameters(many
     assert student.regions.img_linear.weight.grad.abs().max() > 0
     assert "adv_logits" not in student.eval()(batch)
     with torch.no_grad():
-        assert not student.train()(batch)["adv_logits"].requires_grad
+        assert not student.training.loop()(batch)["adv_logits"].requires_grad
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -9,9 +9,9 @@ import torch
 from conftest import read_lines, train_here
 from torch.utils.flop_counter import FlopCounterMode
 
-from student import speed
-from student.models.two_tower import build_two_tower
+from student.models.two_tower.loading import build_two_tower
 from student.recipe import Run
+from student.training import speed
 
 RUN = Run(data="", cache="", out="", device="cpu")
 

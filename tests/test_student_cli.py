@@ -88,7 +88,7 @@ def test_what_only_prints_imports_no_torch(words):
 
 
 def test_recipes_lists_every_name_and_paper(capsys):
-    from student.recipes import RECIPES
+    from student.recipes.registry import RECIPES
 
     assert main(["recipes"]) == 0
     lines = capsys.readouterr().out.splitlines()

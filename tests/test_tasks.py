@@ -10,7 +10,14 @@ import pytest
 from PIL import Image
 
 from evaluation.metrics.vqa_answers import vocabulary
-from student.tasks import VQA_SCORES, Task, find_task, labelled_rows, question_category, read_question
+from student.inputs.questions import (
+    VQA_SCORES,
+    Task,
+    find_task,
+    labelled_rows,
+    question_category,
+    read_question,
+)
 from teachercache.core.errors import UserError
 from teachercache.data.read import read_manifest
 

@@ -31,13 +31,12 @@ from conftest import (
 )
 from safetensors.torch import load_file, save_file
 
-from student.checkpoint import load_student
 from student.cli import main
-from student.engine import learning_rate, parameter_groups
-from student.models.projection import TeacherSpace
-from student.models.two_tower import build_two_tower
+from student.models.heads import TeacherSpace
+from student.models.two_tower.loading import build_two_tower, load_student
 from student.recipe import Optim
-from student.step import TrainStep
+from student.training.engine import learning_rate, parameter_groups
+from student.training.step import TrainStep
 
 ROOT = Path(__file__).parent.parent
 STEPS = 20
@@ -598,11 +597,12 @@ def test_the_schedule_is_what_the_optimizer_uses(undisturbed):
 
 def test_a_step_is_adamw_by_hand(squares, cache, tmp_path):
     """One step of the engine against torch's AdamW without DeepSpeed, and against none of Adam's settings lost."""
-    from student.batches import Batches
-    from student.caches import training_rows
-    from student.recipe import Now, override
+    from student.inputs.caches import training_rows
+    from student.inputs.pairs import Batches
+    from student.recipe import Now
     from student.recipe import Run as RunRecord
-    from student.recipes import find
+    from student.recipes.registry import find
+    from student.settings import override
     from teachercache.cache import store
     from teachercache.data.read import read_manifest
 
@@ -664,7 +664,7 @@ def test_workers_change_nothing(undisturbed, squares, cache, tmp_path):
 def test_a_run_leaves_a_picture_of_its_losses(undisturbed, tmp_path):
     from PIL import Image
 
-    from student.curve import draw_curve, smooth
+    from student.training.curve import draw_curve, smooth
 
     with Image.open(undisturbed / "curve.png") as picture:
         assert picture.size == (840, 480)

@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from student.batches import Batches
-from student.caches import training_rows
-from student.models.two_tower import TwoTower
-from student.step import live_fields
+from student.inputs.caches import training_rows
+from student.inputs.pairs import Batches
+from student.models.two_tower.model import TwoTower
+from student.training.step import live_fields
 from teachercache.build.loop import build
 from teachercache.cache import store
 from teachercache.core.device import Precision

@@ -11,13 +11,13 @@ from small_bart import micro_bart
 from test_losses import rows
 
 from student import losses
-from student.models.projection import Temperature
-from student.models.self_critical import reward_of, rewards, sampled_captions, write
-from student.models.seq2seq import Seq2Seq
-from student.models.seq2seq_init import make_reader
+from student.models.heads import Temperature
+from student.models.seq2seq.loading import make_reader
+from student.models.seq2seq.model import Seq2Seq
+from student.models.seq2seq.self_critical import reward_of, rewards, sampled_captions, write
+from student.models.seq2seq.texts import answer_prompt, caption_prompt, encode_prompt
 from student.recipe import Now
 from student.recipes.vlkd import VLKD
-from student.text_inputs import answer_prompt, caption_prompt, encode_prompt
 from teachercache.core.errors import UserError
 from teachercache.data.sample import Sample
 

@@ -14,11 +14,12 @@ from small_bart import save_bart
 from test_tasks import write_vqa
 
 from student.cli import main
-from student.generating import load_generator
-from student.models.seq2seq_init import load_seq2seq
-from student.prepare import prepare
-from student.recipe import Run, override
+from student.inference.generator import load_generator
+from student.models.seq2seq.loading import load_seq2seq
+from student.recipe import Run
 from student.recipes.vlkd import VLKD
+from student.settings import override
+from student.training.prepare_pairs import prepare
 from teachercache.core.errors import UserError
 
 
@@ -49,8 +50,8 @@ def prepared(squares, cache, bart, *settings, rank=0, world=1, monkeypatch=None)
         [f"model={bart}", "max_text=32", *settings],
     )
     if monkeypatch:
-        monkeypatch.setattr("student.prepare.rank", lambda: rank)
-        monkeypatch.setattr("student.prepare.world_size", lambda: world)
+        monkeypatch.setattr("student.training.prepare_pairs.rank", lambda: rank)
+        monkeypatch.setattr("student.training.prepare_pairs.world_size", lambda: world)
     with contained():
         return prepare(dataclasses.replace(found, batch=8), place)
 
@@ -231,7 +232,7 @@ def test_what_cannot_be_is_refused_in_one_line(run, squares, cache, bart, finish
 
 
 def test_the_packaged_bart_mends_text():
-    from student.models.seq2seq_init import open_bart
+    from student.models.seq2seq.loading import open_bart
 
     model, tokenizer = open_bart("bart-tiny", scratch=False)
     ids = torch.tensor([tokenizer.encode("A large<mask> circle left of a blue square.").ids])

@@ -21,7 +21,7 @@ class Constants:
 
 def build(constants):
     """The student by name."""
-    from student.models import build_student
+    from student.models.registry import build_student
 
     return build_student(constants.model, constants.init)
 

@@ -93,7 +93,7 @@ def reads(constants: Constants) -> tuple[str, ...]:
 
 def build(constants: Constants):
     """The student by name; its forward also shows masked pictures and inner blocks where a term compares them."""
-    from student.models.two_tower import show_blocks, show_masked
+    from student.models.two_tower.model import show_blocks, show_masked
     from teachercache.core.progress import say
 
     for setting, weight in (("mask_ratio", "mfd"), ("hidden_image", "hidden"), ("hidden_text", "hidden")):
@@ -109,14 +109,14 @@ def build(constants: Constants):
 
 def heads(constants, student, shapes):
     """What only distillation trains, for each teacher: maps to its widths where they differ, g, AFD's W, W' and f."""
-    from student.models.projection import PerTeacher
+    from student.models.heads import PerTeacher
 
     found = [_heads(constants, student, of_teacher(shapes, k)) for k in range(num_teachers(shapes))]
     return found[0] if len(found) == 1 or found[0] is None else PerTeacher(found)
 
 
 def _heads(constants, student, shapes):
-    from student.models.projection import Chain, Fusion, HiddenSpace, TeacherSpace
+    from student.models.heads import Chain, Fusion, HiddenSpace, TeacherSpace
     from teachercache.core.progress import say
 
     parts, interactive = [], constants.icl or constants.cross

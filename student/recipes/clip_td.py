@@ -113,7 +113,7 @@ def _check(constants: Constants) -> None:
 def build(constants: Constants, task: Any, tokenizer: Any, shapes: dict):
     """The student of a task."""
     if constants.model.startswith("clip-"):
-        from student.models.adapters import build_adapter
+        from student.models.clip_baselines import build_adapter
 
         widths = tuple(shapes.get(name, (0,))[-1] for name in ("image_emb", "text_emb"))
         return build_adapter(
@@ -124,9 +124,9 @@ def build(constants: Constants, task: Any, tokenizer: Any, shapes: dict):
             classes=task.classes,
             init=constants.init,
         )
-    from student.models.adversarial import Perturbation
-    from student.models.single_stream import Shape, parse_model
-    from student.models.single_stream_init import open_student
+    from student.models.single_stream.loading import open_student
+    from student.models.single_stream.model import Shape, parse_model
+    from student.models.single_stream.villa import Perturbation
 
     inputs = 1 if constants.stage == "adapt" else task.inputs
     width = shapes.get("region_feature", (0,))[-1]
@@ -146,7 +146,7 @@ def build(constants: Constants, task: Any, tokenizer: Any, shapes: dict):
 
 def heads(constants: Constants, student, shapes: dict):
     """Maps to CLIP's width, where there is something to distil."""
-    from student.models.projection import TokenSpace
+    from student.models.heads import TokenSpace
 
     width = shapes.get("image_emb", shapes.get("text_emb", (0,)))[-1]
     return (

@@ -119,7 +119,7 @@ def keep_norms(student) -> None:
 
 def heads(constants: Constants, student, shapes: dict):
     """h_w, to what the UNet reads, or to what it said."""
-    from student.models.projection import LatentSpace
+    from student.models.heads import LatentSpace
 
     field = {"score": "latent", "features": "unet_feature", "none": ""}[objective(constants)]
     if not field:
@@ -146,7 +146,7 @@ def load(cache, constants: Constants, device: str):
     """The UNet, where it is asked."""
     if objective(constants) != "score":
         return None
-    from student.frozen_unet import load_unet
+    from student.models.frozen_unet import load_unet
 
     teacher = load_unet(cache, device, precision=constants.unet_precision, checkpoint=constants.checkpoint)
     known = len(teacher.module.alphas_cumprod)
@@ -159,7 +159,7 @@ def call(teacher, outputs: dict, fields: dict, constants: Constants) -> dict:
     """Eq. 3 of each row, `error` [n], outside of the student's precision."""
     import torch
 
-    from student.frozen_unet import diffusion_errors
+    from student.models.frozen_unet import diffusion_errors
 
     latent, noise = outputs["latent"], fields["noise"]
     latent = latent if latent.dtype == torch.float64 else latent.float()
@@ -178,7 +178,7 @@ def call(teacher, outputs: dict, fields: dict, constants: Constants) -> dict:
 
 def memory(teacher, rows: int, constants: Constants) -> str:
     """What the UNet needs in a step of so many rows."""
-    from student.frozen_unet import memory_words
+    from student.models.frozen_unet import memory_words
 
     return memory_words(teacher, min(rows, constants.micro or rows))
 

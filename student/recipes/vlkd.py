@@ -70,14 +70,14 @@ def reads(constants: Constants) -> tuple[str, ...]:
 
 def build(constants: Constants):
     """BART and its reader; its matrices are made when the width of CLIP's space is known."""
-    from student.models.seq2seq_init import open_student
+    from student.models.seq2seq.loading import open_student
 
     return open_student(constants)
 
 
 def heads(constants: Constants, student, shapes: dict):
     """W_i, W_e, W'_e of the student in the teacher's width; of its own a temperature alone."""
-    from student.models.projection import Temperature
+    from student.models.heads import Temperature
     from teachercache.core.errors import UserError
 
     width = shapes[student.inputs[1]][-1]

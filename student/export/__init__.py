@@ -1,0 +1,1 @@
+"""Write a trained student in the formats of other libraries."""

@@ -1,0 +1,106 @@
+"""A sequence-to-sequence student as a folder that we load again; inside of it its language model as a plain BART.
+
+seq2seq.json model.safetensors tokenizer.json README.md      `student generate FOLDER`, `--set init=FOLDER`
+language_model/                                              BartForConditionalGeneration.from_pretrained(...)
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from student.export.model_card import model_card, read_results
+from student.models.seq2seq.language_model import write_language_model
+from student.models.seq2seq.loading import load_seq2seq
+from student.models.seq2seq.model import Seq2Seq
+from student.training.checkpoint import write_tensors
+from teachercache.core.errors import UserError
+from teachercache.core.paths import write_whole
+
+TOLERANCE = 1e-4  # of the largest logit, and of 1
+PROBES = ["A picture of a red bird.", "It's 12 o'clock.", "word " * 20]
+
+
+def export_seq2seq(run: Path, out: Path, form: str) -> tuple[Path, list[str]]:
+    """Write the run's student to `out`: the folder, and what its users have to know."""
+    if form != "hf":
+        raise UserError(f"{run} writes texts, which open_clip has no place for: use --format hf")
+    if out.exists():
+        raise UserError(f"{out} exists: pass another --out, or remove it")
+    student, results, facts = load_seq2seq(run), read_results(run), json.loads((run / "run.json").read_text())
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        write_folder(student, facts, partial)
+        write_language_model(student, partial / "language_model")
+        _compare(student, partial)
+        notes = [
+            "language_model/ is its language model alone, a plain BART: "
+            'transformers.BartForConditionalGeneration.from_pretrained(".../language_model")'
+        ]
+        card = model_card(
+            facts,
+            results,
+            library="transformers",
+            usage=_usage(out.name),
+            notes=notes,
+            pipeline="image-to-text",
+        )
+        write_whole(partial / "README.md", card)
+        os.replace(partial, out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return out, notes
+
+
+def write_folder(student: Seq2Seq, facts: dict[str, Any], folder: Path) -> None:
+    """What `load_seq2seq` and `load_generator` read."""
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in student.plain_state().items()}
+    write_tensors(state, folder / "model.safetensors")
+    for name, text in student.files().items():
+        write_whole(folder / name, text)
+    kept = {name: facts[name] for name in ("student", "teachers")}
+    write_whole(folder / "seq2seq.json", json.dumps(kept, indent=1) + "\n")
+
+
+@torch.inference_mode()
+def _compare(student: Seq2Seq, folder: Path) -> None:
+    """UserError unless both of what was written give the student's logits of some texts."""
+    from transformers import AutoTokenizer, BartForConditionalGeneration
+
+    tokenizer = AutoTokenizer.from_pretrained(folder / "language_model")
+    ids = tokenizer(
+        PROBES, padding=True, truncation=True, max_length=student.read_texts.max_text, return_tensors="pt"
+    )
+    text, there = ids["input_ids"], ids["attention_mask"]
+    pictures = torch.randn(
+        len(PROBES), 2, student.text_out.out_features, generator=torch.Generator().manual_seed(0)
+    )
+    again, alone = (
+        load_seq2seq(folder),
+        BartForConditionalGeneration.from_pretrained(folder / "language_model"),
+    )
+    ours = [student.decode(text, *student.context(text, V)) for V in (pictures, None)]
+    start = torch.full_like(text[:, :1], student.bart.config.decoder_start_token_id)
+    plain = alone.eval()(
+        input_ids=text, attention_mask=there, decoder_input_ids=torch.cat([start, text[:, :-1]], 1)
+    )
+    theirs = [again.decode(text, *again.context(text, pictures)), plain.logits]
+    for name, a, b in zip(("model", "language_model"), ours, theirs, strict=True):
+        worst = float((a - b)[there.bool()].abs().max())
+        if not worst <= TOLERANCE * max(1.0, float(a.abs().max())):
+            raise UserError(f"the exported {name} gives other logits (by {worst:.2g}): nothing was written")
+
+
+def _usage(folder: str) -> str:
+    return f"""
+# student generate {folder} --image cat.jpg
+from transformers import AutoTokenizer, BartForConditionalGeneration
+
+language_model = BartForConditionalGeneration.from_pretrained("{folder}/language_model")
+tokenizer = AutoTokenizer.from_pretrained("{folder}/language_model")
+"""

@@ -1,0 +1,1 @@
+"""A trained student as Encoder, Answerer, Matcher or Generator."""

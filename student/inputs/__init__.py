@@ -1,0 +1,1 @@
+"""From a manifest and caches to training batches."""

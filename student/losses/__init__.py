@@ -1,0 +1,43 @@
+"""The papers' losses, in O(N D) memory, on torch alone."""
+
+from student.losses.papers import (
+    answer_kl,
+    answer_loss,
+    clip_crd_losses,
+    clip_loss,
+    confidence_weight,
+    crd_loss,
+    cross_kd_loss,
+    diffusion_loss,
+    fd_loss,
+    gd_loss,
+    hidden_loss,
+    icl_loss,
+    psd_loss,
+    scst_loss,
+    soft_clip_loss,
+    text_nll,
+    token_l1,
+    ttdm_loss,
+)
+
+__all__ = [
+    "answer_kl",
+    "answer_loss",
+    "clip_crd_losses",
+    "clip_loss",
+    "confidence_weight",
+    "crd_loss",
+    "cross_kd_loss",
+    "diffusion_loss",
+    "fd_loss",
+    "gd_loss",
+    "hidden_loss",
+    "icl_loss",
+    "psd_loss",
+    "scst_loss",
+    "soft_clip_loss",
+    "text_nll",
+    "token_l1",
+    "ttdm_loss",
+]

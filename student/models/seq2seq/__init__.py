@@ -1,0 +1,1 @@
+"""Sequence-to-sequence students: BART with a visual prefix."""

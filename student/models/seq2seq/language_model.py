@@ -1,0 +1,45 @@
+"""Write the language model of a sequence-to-sequence student as a plain BART folder of transformers."""
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from student.models.seq2seq.loading import is_seq2seq, load_seq2seq
+from student.models.seq2seq.model import Seq2Seq
+
+
+def write_language_model(student: Seq2Seq, folder: Path) -> None:
+    """config.json, model.safetensors and the tokenizer's files, as transformers write them."""
+    from transformers import PreTrainedTokenizerFast
+    from transformers.utils import logging
+
+    read, names = student.read_texts, ("bos", "pad", "eos", "mask")
+    special = {
+        f"{name}_token": read.tokenizer.id_to_token(number)
+        for name, number in zip(names, read.marks, strict=True)
+    }
+    special |= {"cls_token": special["bos_token"], "sep_token": special["eos_token"]}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=read.tokenizer,
+        unk_token="<unk>",
+        **special,
+        model_max_length=student.bart.config.max_position_embeddings,
+    )
+    logging.disable_progress_bar()
+    try:
+        student.language_model().save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    finally:
+        logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def language_model_of(model: Path) -> Iterator[Path]:
+    """Where the language model of a run or an export lies, for the time being; of anything else the folder itself."""
+    if not is_seq2seq(model) or (model / "language_model").exists():
+        yield model / "language_model" if is_seq2seq(model) else model
+        return
+    with tempfile.TemporaryDirectory() as name:
+        write_language_model(load_seq2seq(model), Path(name))
+        yield Path(name)

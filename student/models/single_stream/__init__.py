@@ -1,0 +1,1 @@
+"""Single-stream students: one transformer over words and image regions."""

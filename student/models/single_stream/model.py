@@ -1,0 +1,177 @@
+"""Single-stream students: words and regions through one BERT, with three faces, UNITER, VL-BERT and VILLA.
+
+A fourth, `bert`, sees no picture: what it answers tells how far words alone go. An answer is chosen by a head on [CLS];
+distillation reads [CLS], the whole picture's element and the words' elements. Not for losses (`recipes.clip_td`), nor
+for loading weights (`single_stream_init`).
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from transformers import BertConfig, BertModel
+
+from student.models.single_stream.regions import UniterRegions, VlBertRegions, known
+from student.models.single_stream.villa import Perturbation, perturbed_logits
+from teachercache.core.errors import UserError, closest
+
+FACES = ("uniter", "vl-bert", "villa", "bert")
+SIZES: dict[str, dict[str, Any]] = {
+    "base": {
+        "hidden_size": 768,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "intermediate_size": 3072,
+    },
+    "large": {
+        "hidden_size": 1024,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "intermediate_size": 4096,
+    },
+    "tiny": {
+        "hidden_size": 128,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "intermediate_size": 256,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    },  # BERT's 0.1 takes half as long again
+    "micro": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64},
+}
+FIRST, IMAGE, SECOND = range(
+    3
+)  # token types: before [SEP], the picture, behind [SEP] (UNITER has the first two)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """What a student is built for: everything that run.json keeps of it besides BERT's configuration."""
+
+    face: str
+    region_width: int
+    inputs: int  # texts a row
+    classes: int  # answers a row
+    many: bool = False  # several answers may be right (VQA)
+    stage: str = "task"  # or adapt
+
+
+def parse_model(name: str) -> tuple[str, dict[str, Any]]:
+    """`vl-bert-tiny` as face and sizes; UserError names those there are."""
+    face, _, size = name.rpartition("-")
+    if face not in FACES or size not in SIZES:
+        names = [f"{face}-{size}" for face in FACES for size in SIZES]
+        raise UserError(f"--set model={name}: {closest(name, names)}choose from {', '.join(names)}")
+    return face, SIZES[size]
+
+
+class SingleStream(nn.Module):
+    """`forward` gives what the recipe compares, for n rows of C texts each."""
+
+    def __init__(self, config: BertConfig, shape: Shape, perturbation: Perturbation | None = None):
+        super().__init__()
+        self.config, self.shape, self.perturbation = config, shape, perturbation
+        self.inputs = ("text",) if shape.face == "bert" else ("text", "region_feature", "region_box")
+        hidden, dropout = config.hidden_size, config.hidden_dropout_prob
+        self.bert = BertModel(config, add_pooling_layer=True)
+        if shape.face != "bert":
+            embed = VlBertRegions if shape.face == "vl-bert" else UniterRegions
+            self.regions = embed(shape.region_width, hidden, config.layer_norm_eps, dropout)
+        if shape.stage == "adapt":
+            self.words = nn.Sequential(
+                nn.Linear(hidden, hidden),
+                nn.GELU(),
+                nn.LayerNorm(hidden),
+                nn.Linear(hidden, config.vocab_size),
+            )
+            self.match = nn.Linear(hidden, 2)
+        else:
+            width = 1 if shape.inputs > 1 else shape.classes
+            self.answer = nn.Sequential(
+                nn.Linear(hidden, 2 * hidden),
+                nn.GELU(),
+                nn.LayerNorm(2 * hidden),
+                nn.Linear(2 * hidden, width),
+            )
+
+    def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Float[Tensor, "..."]]:
+        """`cls`, `img` [n, C, h], `words` [n, C, m, h] (means of selected words' tokens); `logits` [n, classes].
+
+        In stage adapt `word_logits` [n, slots, vocabulary] of the masked places and `match` [n, 2] instead of logits.
+        A VILLA in training adds `adv_logits` [n, K, classes].
+        """
+        n, C, length = batch["text"].shape
+        words, regions, mask = self.embed(batch)
+        hidden = self.encode(words, regions, mask)  # [n C, length + regions, h]
+        pooled = self.bert.pooler(hidden)
+        outputs = {"cls": hidden[:, 0].unflatten(0, (n, C))}
+        if regions.shape[1]:
+            outputs["img"] = hidden[:, length].unflatten(0, (n, C))
+        if "word_tokens" in batch:
+            tokens = batch["word_tokens"].flatten(0, 1).to(hidden.dtype)  # [n C, m, length]
+            means = tokens @ hidden[:, :length] / tokens.sum(-1, keepdim=True).clamp(min=1)
+            outputs["words"] = means.unflatten(0, (n, C))
+        if self.shape.stage == "adapt":
+            masked = hidden[torch.arange(n)[:, None], batch["masked_place"]]  # [n, slots, h]; C is 1
+            return outputs | {"word_logits": self.words(masked), "match": self.match(pooled)}
+        outputs["logits"] = self.choose(pooled, n)
+        if self.perturbation is not None and self.training:
+            outputs["adv_logits"] = perturbed_logits(
+                self, words, regions, mask, outputs["logits"], batch["target"]
+            )
+        return outputs
+
+    def embed(
+        self, batch: Mapping[str, Tensor]
+    ) -> tuple[Float[Tensor, "nC l h"], Float[Tensor, "nC r h"], Bool[Tensor, "nC lr"]]:
+        """Elements of words and regions before the first layer, and which of both there are."""
+        C = batch["text"].shape[1]
+        ids, second, there = (batch[name].flatten(0, 1) for name in ("text", "second", "there"))
+        embed = self.bert.embeddings
+        places = torch.arange(ids.shape[1], device=ids.device)
+        kinds = torch.where(second, SECOND, FIRST)
+        words = (
+            embed.word_embeddings(ids)
+            + embed.token_type_embeddings(kinds)
+            + embed.position_embeddings(places)
+        )
+        if self.shape.face == "bert":
+            return embed.dropout(embed.LayerNorm(words)), words[:, :0], there
+        feature, box = (batch[name].repeat_interleave(C, 0) for name in ("region_feature", "region_box"))
+        kind = embed.token_type_embeddings.weight[IMAGE]
+        if isinstance(self.regions, VlBertRegions):
+            visual = self.regions.features(feature, box)
+            words = words + self.regions.of_words(visual, box, batch["text_region"].flatten(0, 1))
+            rest = kind + embed.position_embeddings(
+                there.sum(1)
+            )  # all regions are at one place, behind the text
+            regions = self.regions(visual, rest.unsqueeze(1))
+        else:
+            regions = self.regions(feature, box, kind)
+        words = embed.dropout(embed.LayerNorm(words))
+        return words, regions, torch.cat([there, known(box)], 1)
+
+    def encode(
+        self, words: Float[Tensor, "n l h"], regions: Float[Tensor, "n r h"], mask: Bool[Tensor, "n lr"]
+    ) -> Float[Tensor, "n lr h"]:
+        """The last layer over words and regions; elements that are not there are seen by none."""
+        elements = torch.cat([words, regions.to(words.dtype)], 1)
+        unseen = torch.zeros(mask.shape, dtype=elements.dtype, device=mask.device)
+        unseen = unseen.masked_fill(~mask, torch.finfo(elements.dtype).min)
+        return self.bert.encoder(elements, attention_mask=unseen[:, None, None, :]).last_hidden_state
+
+    def choose(self, pooled: Float[Tensor, "nC h"], n: int) -> Float[Tensor, "n classes"]:
+        """Logits of each row's answers: a score of each of its texts, or of each class from its one text."""
+        return self.answer(pooled).reshape(n, self.shape.classes)
+
+    def describe(self) -> dict[str, Any]:
+        """What run.json keeps: enough to build the student again."""
+        return {"shape": dataclasses.asdict(self.shape), "bert": self.config.to_diff_dict()}
+
+
+def rebuild(facts: Mapping[str, Any]) -> SingleStream:
+    """The student that `describe` described, at random."""
+    return SingleStream(BertConfig.from_dict(facts["bert"]), Shape(**facts["shape"]))

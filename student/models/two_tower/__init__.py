@@ -1,0 +1,1 @@
+"""Two-tower students: an image encoder and a text encoder (CLIP)."""

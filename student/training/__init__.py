@@ -1,0 +1,1 @@
+"""Train a student: prepare, step, engine, checkpoints, loop."""
