@@ -1,4 +1,4 @@
-"""A BART that tests can afford, as scripts/pretrain_bart_tiny.py writes one, but not trained."""
+"""A BART that tests can afford, as scripts/teachers/bart_tiny.py writes one, but not trained."""
 
 import sys
 from pathlib import Path
@@ -27,7 +27,7 @@ def micro_bart(seed: int = 0, **changes):
     import torch
     from transformers import BartConfig, BartForConditionalGeneration
 
-    from scripts.pretrain_bart_tiny import train_tokenizer
+    from scripts.teachers.bart_tiny import train_tokenizer
 
     tokenizer = train_tokenizer(TEXTS * 3, 300)
     torch.manual_seed(seed)
@@ -37,7 +37,7 @@ def micro_bart(seed: int = 0, **changes):
 
 def save_bart(folder: Path, **changes) -> Path:
     """Its folder; weights of ours are float16."""
-    from scripts.pretrain_bart_tiny import write_folder
+    from scripts.teachers.bart_tiny import write_folder
 
     write_folder(*micro_bart(**changes), folder)
     return folder

@@ -34,7 +34,7 @@ CFG = TINY_CFG | {"text_cfg": TINY_CFG["text_cfg"] | {"context_length": 32}}
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Both sets of 24 drawn scenes, easy questions as VQA, their caches of a tiny CLIP and of regions."""
-    import scripts.prepare_scene_tasks as prepare_scene_tasks
+    from scripts.datasets import scene_vcr_snli_ve as prepare_scene_tasks
     from teachercache.cli import main as tc
 
     home = tmp_path_factory.mktemp("home")
@@ -368,9 +368,9 @@ def test_the_best_student_so_far_is_a_run_that_answers(home, tmp_path):
 
 
 def test_a_student_without_pictures_splits_vcr_by_what_words_tell(home, tmp_path, monkeypatch):
-    import scripts.mitigate_vcr as mitigate_vcr
-    import scripts.show_attention as show_attention
     from evaluation.studies.vcr_mitigation import implicit_parts
+    from scripts.datasets import mitigate_vcr
+    from scripts.papers import attention as show_attention
     from teachercache.data.readers.questions import json_lines
 
     assert train(home, tmp_path / "run", *sets(model="bert-micro", w=0.0)) == 0

@@ -375,7 +375,7 @@ def test_parts_that_do_not_go_together(folder_of_pixels, diffusion_folder, tmp_p
         ),
         ("sd-v1-4", "random:x", "write random:SEED"),
         ("sd-v1-4", "nowhere", "--weights nowhere is no folder of diffusers"),
-        ("sd-tiny", "pretrained", "make sd-tiny with `python scripts/train_sd_tiny.py`"),
+        ("sd-tiny", "pretrained", "make sd-tiny with `python -m scripts.teachers.train_sd_tiny`"),
     ],
 )
 def test_weights_that_are_not_there(name, weights, says, tmp_path, monkeypatch):

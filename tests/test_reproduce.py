@@ -13,10 +13,10 @@ from student.settings import override
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 
-import scripts.reproduce as reproduce
-import scripts.reproduce_clip_kd as reproduce_clip_kd
-import scripts.reproduce_psd as reproduce_psd
-from scripts.reproduce_tables import METRICS, Row, Table
+from scripts.papers import clip_kd as reproduce_clip_kd
+from scripts.papers import psd as reproduce_psd
+from scripts.papers import run as reproduce
+from scripts.papers.tables import METRICS, Row, Table
 
 A = Row("a", (("fd", 1.0),), (30.0, None, None))
 B = Row("b", (("fd", 2.0),), (31.5, None, None))

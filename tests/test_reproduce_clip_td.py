@@ -11,9 +11,9 @@ from student.settings import override
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 
-import scripts.reproduce as reproduce
-import scripts.reproduce_clip_td as paper
-import scripts.reproduce_modality as reproduce_modality
+from scripts.papers import clip_td as paper
+from scripts.papers import modality as reproduce_modality
+from scripts.papers import run as reproduce
 
 
 def settings_of(words: list[str]) -> list[str]:

@@ -11,8 +11,8 @@ from student.settings import override
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 
-import scripts.reproduce as reproduce
-import scripts.reproduce_sds_clip as paper
+from scripts.papers import run as reproduce
+from scripts.papers import sds_clip as paper
 
 
 @pytest.mark.parametrize("name", paper.TABLES)

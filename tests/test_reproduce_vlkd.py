@@ -15,9 +15,9 @@ from teachercache.data.read import read_manifest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 
-import scripts.prepare_scene_glue as prepare_scene_glue
-import scripts.reproduce as reproduce
-import scripts.reproduce_vlkd as paper
+from scripts.datasets import scene_glue as prepare_scene_glue
+from scripts.papers import run as reproduce
+from scripts.papers import vlkd as paper
 
 
 def settings_of(words: list[str]) -> list[str]:

@@ -28,7 +28,7 @@ VCR = Task("vcr", "q2a", 4, 4)
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A VCR and an SNLI-VE set of 40 pictures."""
-    import scripts.prepare_scene_tasks as prepare_scene_tasks
+    from scripts.datasets import scene_vcr_snli_ve as prepare_scene_tasks
 
     out = tmp_path_factory.mktemp("tasks") / "scenes"
     prepare_scene_tasks.write_tasks(out, 40, seed=1, size=32, test=0.2)

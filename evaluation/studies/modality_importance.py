@@ -4,7 +4,7 @@
 
 with q the [CLS] token, from which the answer is read (Cao et al. 2020, which CLIP-TD's figures 3 and 4 follow); per
 token, the sum over the number of M's tokens in the row. Special tokens belong to neither. Not for dual encoders, whose
-towers never look at each other, nor for getting attention out of a model: see scripts/show_attention.py.
+towers never look at each other, nor for getting attention out of a model: see scripts/papers/attention.py.
 """
 
 import dataclasses

@@ -70,7 +70,7 @@ def find_task(manifest: Manifest, rows: np.ndarray, mode: str) -> Task:
         return Task("vqa", "", 1, len(answers), tuple(answers))
     raise UserError(
         f"{manifest.data} asks nothing: pass VCR's .jsonl, SNLI-VE's .jsonl or VQA's questions .json as --data "
-        "(scripts/prepare_scene_tasks.py and prepare_easy_vqa.py make small ones)"
+        "(scripts/datasets/scene_vcr_snli_ve.py and scripts/datasets/easy_vqa.py make small ones)"
     )
 
 

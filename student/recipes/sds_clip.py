@@ -27,7 +27,7 @@ The text states c are read from the cache; only the UNet is loaded. It computes 
 nothing is computed twice. checkpoint=true keeps less of each; --dry-run says how much all of it is. --micro-batch cuts
 batches besides, which bounds the student's memory and costs another forward of both.
 
-    python scripts/prepare_scenes.py --out data/scene-pairs && tc build --teacher sd-tiny --data data/scene-pairs
+    python -m scripts.datasets.scenes --out data/scene-pairs && tc build --teacher sd-tiny --data data/scene-pairs
     student train --recipe sds_clip --set init=runs/NAME          # a run or an exported folder to fine-tune
     student train --recipe sds_clip --set init=FOLDER --set objective=none
     tc build --teacher sd-tiny --outputs text_states,latents,unet_features:100+out --data data/scene-pairs    # Eq. 6

@@ -63,7 +63,7 @@ TEACHERS: dict[str, Entry] = {
         "Stable Diffusion v1-4, 512 px, text states 77 x 768", "hub:CompVis/stable-diffusion-v1-4"
     ),
     "sd-tiny": _diffusion(
-        "a small Stable Diffusion of drawn scenes, made by scripts/train_sd_tiny.py", "folder:"
+        "a small Stable Diffusion of drawn scenes, made by scripts/teachers/train_sd_tiny.py", "folder:"
     ),
 }
 

@@ -17,7 +17,7 @@ from student.models.seq2seq.texts import NUM_MASKS, STAGES, Reader, marks_of, wo
 from teachercache.core.errors import UserError
 from teachercache.core.progress import say
 
-PACKAGED = Path(__file__).parent / "bart_tiny"  # written by scripts/pretrain_bart_tiny.py
+PACKAGED = Path(__file__).parent / "bart_tiny"  # written by scripts/teachers/bart_tiny.py
 NAMES = {"bart-tiny": str(PACKAGED), "bart-base": "facebook/bart-base", "bart-large": "facebook/bart-large"}
 CAPTION_TOKENS = 20  # of a sampled caption, at most
 

@@ -70,7 +70,9 @@ def load_student(run: Path) -> TwoTower:
     recipe, made = facts["recipe"], facts["student"]
     if made is None:
         name = recipe["constants"]["model"]
-        raise UserError(f"{run} trained {name}, which is no model of its own: see scripts/build_clip_lite.py")
+        raise UserError(
+            f"{run} trained {name}, which is no model of its own: see scripts/teachers/clip_lite.py"
+        )
     if "model_cfg" not in made:
         raise UserError(
             f"{run} is no model of two towers but a run of {recipe['name']}: "

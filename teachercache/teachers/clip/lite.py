@@ -1,7 +1,7 @@
 """clip-lite: a real dual encoder without any hub, from two packages that ship their weights.
 
 EfficientNet-Lite0 (ImageNet-1k, Apache-2.0) and all-MiniLM-L6-v2 (sentence embeddings) joined as an open_clip
-CustomTextCLIP. `clip-lite-towers` are the two before any projection; `scripts/build_clip_lite.py` trains the heads on
+CustomTextCLIP. `clip-lite-towers` are the two before any projection; `scripts/teachers/clip_lite.py` trains the heads on
 their cached features and writes the whole to models/clip-lite. Not for quality records: it fits a laptop.
 """
 
@@ -66,7 +66,7 @@ def load_clip_lite(name: str, *, weights: str, outputs: tuple[str, ...]) -> Teac
     folder = HOME if weights == "pretrained" else weights
     if not Path(folder).is_dir():
         raise UserError(
-            f"no {folder}: make clip-lite with `bash scripts/demo` or `python scripts/build_clip_lite.py`"
+            f"no {folder}: make clip-lite with `bash scripts/demo` or `python -m scripts.teachers.clip_lite`"
         )
     module, preprocess = open_folder(folder)
     tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")

@@ -156,7 +156,7 @@ def _folder(name: str, source: str, weights: str) -> Path:
         folder = Path(place) if place else HOME
         if not Path(folder, "model_index.json").is_file():
             raise UserError(
-                f"no {folder}: make sd-tiny with `python scripts/train_sd_tiny.py`, or pass --weights "
+                f"no {folder}: make sd-tiny with `python -m scripts.teachers.train_sd_tiny`, or pass --weights "
                 "FOLDER (of diffusers)"
             )
         return folder

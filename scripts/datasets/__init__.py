@@ -1,0 +1,1 @@
+"""Make or fetch small data sets."""

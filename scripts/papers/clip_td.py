@@ -1,0 +1,368 @@
+"""CLIP-TD's ablations (tables 2, 5, 6, 8): drawn scenes as VCR and SNLI-VE, easy-vqa as VQA, at three data sizes.
+
+The teacher is a CLIP trained on other drawn scenes by our own `clip` recipe: clip-lite knows photographs and drawings
+of things, not which of two shapes is striped. Students are tiny and begin, as the paper's do, pretrained: by
+stage=adapt without distillation on questions about other scenes, their right answers and rationales.
+"""
+
+import concurrent.futures
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from scripts.papers.tables import Row, Table, spread
+
+FOLDER = Path("runs/reproduce/clip_td")
+PICTURES, PAIRS, SIZE = 3000, 8000, 96
+STEPS = {"vcr": 200, "snli_ve": 400, "vqa": 300}  # a VCR row is four texts
+BATCH, ADAPT = 32, 150
+LR = {"vcr": 3e-4, "snli_ve": 3e-4, "vqa": 1e-3}  # on VCR 1e-3 tears down what pretraining built
+PRETRAIN, PRETRAIN_BATCH, SCRATCH_LR = 1000, 64, 1e-3
+VQA_PICTURES = 600  # of each split
+HOME, CACHES = Path("data/clip_td"), Path("caches/clip_td")
+DATA = {
+    "vcr": str(HOME / "scenes/vcr1"),
+    "snli_ve": str(HOME / "scenes/snli_ve"),
+    "vqa": str(HOME / "easy-vqa"),
+}
+OTHER, CAPTIONED = str(HOME / "scenes-other/vcr1"), str(HOME / "pairs")
+SCORE = {"vcr": "q2a", "snli_ve": "accuracy", "vqa": "accuracy"}
+SIZES = {  # labels in all: 17 of each of 6 categories, 34 of each of 3 classes
+    "vcr": ("low:17", "low:170", "full"),
+    "snli_ve": ("low:34", "low:334", "full"),
+    "vqa": ("low:100", "low:1000", "full"),
+}
+TEACHER, WORDS = FOLDER / "teacher", FOLDER / "words"
+W = "0.15"  # of the distillation, where a row does not say; the table `weight` has others
+NAIVE = {"select": "none", "confidence": "false"}
+WEIGHTS = ("1", "0.5", "0.1", "0.05", "0.01")
+METHODS: dict[str, dict[str, str]] = {  # first: what a student begins from
+    "baseline": {"w": "0"},
+    "naive V": NAIVE | {"dt": "0"},
+    "naive L": NAIVE | {"dv": "0"},
+    "naive VL": NAIVE,
+    "VL RTS": {"select": "random", "confidence": "false"},
+    "VL TS": {"confidence": "false"},
+    "VL CW": {"select": "none"},
+    "2nd-stage pretraining": {"w": "0", "adapted": "0"},
+    "VL AF": NAIVE | {"adapted": W},
+    "CLIP-TD (AF + TS + CW)": {"adapted": W},
+}
+SWEEP = {f"naive VL, w={w}": NAIVE | {"w": w} for w in WEIGHTS}
+LAYERS = {
+    "1 linear, concat": {"model": "clip-1-linear", "fusion": "concat"},
+    "1 linear, cosine": {"model": "clip-1-linear", "fusion": "cosine"},
+    "3 linear, concat": {"model": "clip-3-linear", "fusion": "concat"},
+    "3 linear, cosine": {"model": "clip-3-linear", "fusion": "cosine"},
+    "1 transformer layer": {"model": "clip-transformer"},
+}
+SETTINGS = METHODS | SWEEP | LAYERS
+PAPER = {  # tables 2, 5, 6 and 8, VL-BERT; SNLI-VE and VQA with a ViT-B/16
+    "vcr": {
+        "baseline": (30.85, 57.59, 76.02),
+        "naive V": (40.13, 55.23, 76.28),
+        "naive L": (44.07, 57.86, 76.57),
+        "naive VL": (45.18, 58.91, 76.74),
+        "VL RTS": (40.21, 57.24, 75.34),
+        "VL TS": (46.28, 59.68, 77.08),
+        "VL CW": (46.54, 58.93, 76.84),
+        "2nd-stage pretraining": (38.32, 58.13, 76.38),
+        "VL AF": (46.02, 59.23, 76.93),
+        "CLIP-TD (AF + TS + CW)": (46.74, 59.98, 77.24),
+        "naive VL, w=1": (35.39, 58.57, 76.4),
+        "naive VL, w=0.5": (37.20, 58.96, 76.42),
+        "naive VL, w=0.1": (40.47, 58.72, 76.62),
+        "naive VL, w=0.05": (45.18, 58.91, 76.74),
+        "naive VL, w=0.01": (42.31, 58.65, 76.23),
+        "1 linear, concat": (30.13, 30.39, 31.86),
+        "1 linear, cosine": (28.64, 29.31, 30.42),
+        "3 linear, concat": (30.43, 30.86, 32.31),
+        "3 linear, cosine": (29.65, 30.23, 30.84),
+        "1 transformer layer": (34.41, 35.34, 36.42),
+    },
+    "snli_ve": {
+        "baseline": (53.28, 62.31, 74.66),
+        "naive VL": (56.02, 64.92, 75.08),
+        "CLIP-TD (AF + TS + CW)": (56.78, 65.37, 75.75),
+    },
+    "vqa": {
+        "baseline": (35.33, 63.29, 69.05),
+        "naive VL": (36.83, 64.43, 70.22),
+        "CLIP-TD (AF + TS + CW)": (37.12, 65.71, 71.42),
+    },
+    "uniter": {
+        "baseline": (31.31, 57.02, 74.23),
+        "naive VL": (39.32, 57.23, 75.21),
+        "CLIP-TD (AF + TS + CW)": (45.58, 58.42, 76.35),
+    },
+}
+THEIRS = {
+    "vcr": ("700", "7000", "full"),
+    "snli_ve": ("3000", "30000", "full"),
+    "vqa": ("100", "1000", "full"),
+}
+
+
+def row(task: str, face: str, method: str, size: int) -> Row:
+    """One cell: a method at a data size."""
+    known = PAPER["uniter" if face == "uniter" and task == "vcr" else task].get(method)
+    settings = (("task", task), ("face", face), ("method", method), ("size", SIZES[task][size]))
+    return Row(method, settings, (known[size] if known and face == FACE[task, face] else None, None, None))
+
+
+FACE = {
+    ("vcr", "vl-bert"): "vl-bert",
+    ("vcr", "uniter"): "uniter",
+    ("snli_ve", "vl-bert"): "vl-bert",
+    ("vqa", "vl-bert"): "vl-bert",
+}
+
+
+def table(task: str, face: str, title: str, methods: Sequence[str] = tuple(METHODS)) -> Table:
+    """Methods by data sizes."""
+    rows = tuple(row(task, face, method, size) for method in methods for size in range(3))
+    return Table(title, rows, reference=0)
+
+
+ONE_STAGE = tuple(
+    name for name in METHODS if name != "2nd-stage pretraining"
+)  # which the paper has for VCR alone
+TABLES = {
+    "vcr": table("vcr", "vl-bert", "VCR Q2A on drawn scenes, tiny VL-BERT (tables 2 and 8)"),
+    "vcr_uniter": table(
+        "vcr",
+        "uniter",
+        "VCR Q2A on drawn scenes, tiny UNITER (table 1)",
+        ("baseline", "naive VL", "CLIP-TD (AF + TS + CW)"),
+    ),
+    "snli_ve": table("snli_ve", "vl-bert", "SNLI-VE on drawn scenes, tiny VL-BERT (table 5)", ONE_STAGE),
+    "vqa": table("vqa", "vl-bert", "VQA on easy-vqa, tiny VL-BERT (table 6)", ONE_STAGE),
+    "adapters": table("vcr", "vl-bert", "Layers on frozen CLIP, VCR Q2A (table 11)", ("baseline", *LAYERS)),
+    "weight": table("vcr", "vl-bert", "Weight of the distillation, VCR Q2A (table 8)", ("baseline", *SWEEP)),
+}
+
+
+# ----------------------------------------------------------------------------------------------------
+# Runs
+
+
+def common(task: str, face: str, seed: int) -> list[str]:
+    """Words that every training on a task has."""
+    settings = [f"model={face}-tiny", f"subset={seed}", "run.save_every=1000000", "run.workers=0"]
+    words = ["--recipe", "clip_td", "--data", DATA[task], "--cache", str(CACHES / task), "--seed", str(seed)]
+    words += ["--batch-size", str(BATCH)]
+    return words + [word for setting in settings for word in ("--set", setting)]
+
+
+def words(one: Row, seed: int) -> list[str]:
+    """The command line of a run behind `student train --out RUN`."""
+    given = dict(one.settings)
+    task, face, size, chosen = (
+        given["task"],
+        given["face"],
+        given["size"],
+        {"w": W} | SETTINGS[given["method"]],
+    )
+    weight = chosen.pop("adapted", "")
+    init = adapted(task, face, size, weight, seed) if weight else pretrained(face)
+    scratch = "model" in chosen
+    settings = [f"regime={size}", f"optim.lr={SCRATCH_LR if scratch else LR[task]:g}"]
+    settings += [] if scratch else [f"init={init}"]
+    settings += [f"{name}={value}" for name, value in chosen.items()]
+    return [
+        *common(task, face, seed),
+        "--steps",
+        str(STEPS[task]),
+        *(w for setting in settings for w in ("--set", setting)),
+    ]
+
+
+def evaluations(given: Sequence[str]) -> list[list[str]]:
+    """The words of each `student eval RUN`."""
+    data = given[given.index("--data") + 1]
+    return [["--task", next(task for task, where in DATA.items() if where == data), "--data", data]]
+
+
+def pretrained(face: str) -> Path:
+    """The student that all begin from."""
+    return FOLDER / f"pretrained-{face}"
+
+
+def adapted(task: str, face: str, size: str, weight: str, seed: int) -> Path:
+    """A student after Adaptive Finetuning; with weight 0 after a second pretraining."""
+    return FOLDER / "adapted" / f"{task}-{face}-{size.replace(':', '')}-w{weight}-seed{seed}"
+
+
+def adapt_words(task: str, face: str, size: str, weight: str, seed: int) -> list[str]:
+    """Adaptive Finetuning on all training rows, of which as many as later show their right answer."""
+    settings = [
+        "stage=adapt",
+        f"w={weight}",
+        f"init={pretrained(face)}",
+        f"regime={size.replace('low', 'semi')}",
+        f"optim.lr={LR[task]:g}",
+    ]
+    return [
+        *common(task, face, seed),
+        "--steps",
+        str(ADAPT),
+        *(w for setting in settings for w in ("--set", setting)),
+    ]
+
+
+def prepare(rows: Sequence[Row], seeds: Sequence[int], jobs: int) -> None:
+    """Data, teacher, caches, pretrained and adapted students that are not there."""
+    prepare_data()
+    given = [dict(one.settings) for one in rows]
+    faces = sorted({one["face"] for one in given})
+    settings = [
+        f"tokenizer={WORDS}",
+        "stage=adapt",
+        "mode=qa2r",
+        "w=0",
+        f"optim.lr={SCRATCH_LR:g}",
+        "run.workers=0",
+    ]
+    start = ["--recipe", "clip_td", "--data", OTHER, "--cache", str(CACHES / "other")]
+    start += ["--batch-size", str(PRETRAIN_BATCH), "--steps", str(PRETRAIN)]
+    start += [word for setting in settings for word in ("--set", setting)]
+    train_all({pretrained(face): [*start, "--set", f"model={face}-tiny"] for face in faces}, jobs)
+    wanted = {
+        (one["task"], one["face"], one["size"], SETTINGS[one["method"]].get("adapted", "")) for one in given
+    }
+    keys = [(*key, seed) for key in sorted(wanted) if key[-1] for seed in seeds]
+    train_all({adapted(*key): adapt_words(*key) for key in keys}, jobs)
+
+
+def train_all(runs: dict[Path, list[str]], jobs: int) -> None:
+    """`student train` of each run that is not there or was another command, `jobs` at a time."""
+    from teachercache.core.paths import write_whole
+
+    def made(out: Path) -> str:
+        return (out / "words.json").read_text() if (out / "words.json").exists() else ""
+
+    def train(out: Path) -> None:
+        shutil.rmtree(out, ignore_errors=True)
+        command("student", "train", "--out", str(out), *runs[out])
+        write_whole(out / "words.json", json.dumps(runs[out]))
+
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(train, [out for out, given in runs.items() if made(out) != json.dumps(given)]))
+
+
+def command(module: str, *given: str) -> None:
+    """A command of ours in a process of its own; its error ends everything."""
+    done = subprocess.run([sys.executable, "-m", module, *given], capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"error: {' '.join(given)}: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
+
+
+def prepare_data() -> None:
+    """Scenes of three seeds, easy-vqa, the teacher, regions and what the teacher says of them, the students' words."""
+    for out, seed in ((HOME / "scenes", 0), (HOME / "scenes-other", 7)):
+        if not out.exists():
+            out.parent.mkdir(parents=True, exist_ok=True)
+            command(
+                "scripts.datasets.scene_vcr_snli_ve",
+                "--out",
+                str(out),
+                "--num",
+                str(PICTURES),
+                "--seed",
+                str(seed),
+            )
+    if not Path(DATA["vqa"]).exists():
+        command("scripts.datasets.easy_vqa", "--out", DATA["vqa"], "--limit", str(VQA_PICTURES))
+    if not Path(CAPTIONED).exists():
+        sizes = ["--num", str(PAIRS), "--size", str(SIZE)]
+        command("scripts.datasets.scenes", "--out", CAPTIONED, "--seed", "100", *sizes)
+    if not TEACHER.exists():
+        run = FOLDER / "scene-clip"
+        sizes = [
+            "--steps",
+            "800",
+            "--batch-size",
+            "64",
+            "--set",
+            "model=vit-tiny-long",
+            "--set",
+            "run.workers=0",
+        ]
+        train_all({run: ["--recipe", "clip", "--data", CAPTIONED, *sizes]}, 1)
+        command("student", "export", str(run), "--format", "open_clip", "--out", str(TEACHER))
+    for task, data in {**DATA, "other": OTHER}.items():
+        regions = [
+            "--teacher",
+            "regions-lite",
+            "--outputs",
+            "regions:5",
+            "--out",
+            str(CACHES / task / "regions.zarr"),
+        ]
+        command("teachercache", "build", "--data", data, *regions)
+        if task in DATA:
+            command(
+                "teachercache",
+                "build",
+                "--data",
+                data,
+                "--teacher",
+                str(TEACHER),
+                "--outputs",
+                "embeddings,tokens,random_tokens",
+                "--out",
+                str(CACHES / task / "clip.zarr"),
+            )
+    if not (WORDS / "tokenizer.json").exists():
+        write_words()
+
+
+def write_words() -> None:
+    """The words of all three data sets, which every student here has from the start."""
+    from student.models.single_stream.tokenizer import vocabulary_tokenizer
+    from teachercache.core.paths import write_whole
+    from teachercache.data.read import read_manifest
+
+    texts = [text for data in DATA.values() for row in read_manifest(data).column("texts") for text in row]
+    WORDS.mkdir(parents=True, exist_ok=True)
+    write_whole(WORDS / "tokenizer.json", vocabulary_tokenizer(texts).to_str())
+
+
+# ----------------------------------------------------------------------------------------------------
+# Tables
+
+
+def section(one: Table, results: dict[Row, list[dict[str, float]]], seeds: Sequence[int]) -> str:
+    """Markdown: a line per method; at each size ours and both differences to the baseline, paired by seed."""
+    task = dict(one.rows[0].settings)["task"]
+    head = [""]
+    for ours, theirs in zip(SIZES[task], THEIRS[task], strict=True):
+        head += [f"{ours}, here", "to baseline, here", f"paper at {theirs}"]
+    lines = [[*head, "time of a step"], ["---"] * (len(head) + 1)]
+    base = one.rows[:3]
+    for at in range(0, len(one.rows), 3):
+        cells = one.rows[at : at + 3]
+        line = [cells[0].label]
+        for cell, reference in zip(cells, base, strict=True):
+            ours, theirs = ([100 * found[SCORE[task]] for found in results[of]] for of in (cell, reference))
+            gains = [a - b for a, b in zip(ours, theirs, strict=True)]
+            known = cell.paper[0] is not None and reference.paper[0] is not None
+            paper = f"{cell.paper[0] - reference.paper[0]:+.1f}" if known else "-"
+            line += [
+                spread(ours),
+                "-" if cell == reference else spread(gains),
+                "-" if cell == reference else paper,
+            ]
+        times = [
+            [found["seconds_per_step"] for of in part for found in results[of]] for part in (cells, base)
+        ]
+        lines.append([*line, f"{statistics.median(times[0]) / statistics.median(times[1]):.2f}"])
+    body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    count = f"{len(seeds)} seed{'s' if len(seeds) > 1 else ''}, each with labels of its own: mean (lowest to highest)"
+    return (
+        f"### {one.title}\n\n{body}\n\n{count}; the paper's columns are its differences. {one.note}".strip()
+    )

@@ -1,0 +1,1 @@
+"""Train or assemble small teachers."""
