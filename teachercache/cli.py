@@ -183,7 +183,8 @@ def build(
     tc build --teacher clip-vit-b16 --weights random:0 --limit 100
     torchrun --nproc-per-node 8 -m teachercache build --teacher clip-vit-l14 --data shards/
     """
-    from teachercache.core import process as runtime
+    from teachercache.core import device as devices
+    from teachercache.core.process import default_workers
     from teachercache.data.read import read_manifest
     from teachercache.data.views import parse_augment
     from teachercache.teachers.registry import find
@@ -193,8 +194,8 @@ def build(
     drawn = parse_augment(augment)
     if augment and not views:
         raise UserError("--augment is for stored views: add --views 4, or leave --augment away")
-    device = runtime.pick_device(device)
-    dtype = runtime.pick_precision(precision, device)
+    device = devices.pick_device(device)
+    dtype = devices.pick_precision(precision, device)
     manifest = read_manifest(data, limit=limit)
     if weights.startswith("random:"):
         say(
@@ -207,7 +208,7 @@ def build(
 
     teacher = load(name, weights=weights, outputs=wanted)
     say(f"{name} on {device} in {dtype.dtype} ({dtype.reason}); {len(manifest):,} rows of {manifest.data}")
-    workers = runtime.default_workers() if workers is None else workers
+    workers = default_workers() if workers is None else workers
     out = as_path(out) if out else default_cache(data, name, views)
     announce(
         run(

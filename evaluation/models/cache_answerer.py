@@ -12,6 +12,7 @@ All times the teacher's scale. Not for students, which answer by heads of their 
 
 import functools
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ CHUNK = 4096  # rows whose vectors are in memory at once
 KINDS = {"IA": {"q2a": "choice", "qa2r": "rationale"}, "IQA": {"q2a": "pair", "qa2r": "rationale_pair"}}
 
 
-def answerers(path: str, task: str) -> list[Answerer]:
+def answerers(path: str | Path, task: str) -> list[Answerer]:
     """How the teacher of a cache does a task, each way as a model of its own."""
     cache = store.open_complete(path)
     widths = {name: cache.fields[name].shape for name in ("image_emb", "text_emb") if name in cache.fields}

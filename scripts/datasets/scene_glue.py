@@ -16,10 +16,10 @@ from pathlib import Path
 
 import numpy
 
+from scripts.datasets.prose import docstrings, is_prose, sentences
 from scripts.datasets.scene_hypotheses import hypotheses_of
 from scripts.datasets.scene_questions import usable
 from scripts.datasets.scenes import captions_of, draw_scene_values
-from scripts.teachers.bart_tiny import docstrings, is_prose, sentences
 
 MNLI = (
     "index\tpromptID\tpairID\tgenre\tsentence1_binary_parse\tsentence2_binary_parse\tsentence1_parse\t"

@@ -12,7 +12,7 @@ from torch import nn
 from student.distributed import any_rank
 from student.training.accumulate import random_state, set_random_state
 from student.training.checkpoint import save_student, write_tensors
-from student.training.metrics import Metrics
+from student.training.telemetry.metrics import Metrics
 from teachercache.core.errors import UserError
 from teachercache.core.paths import write_whole
 from teachercache.core.process import rank

@@ -17,7 +17,6 @@ from student.recipe import Now, Recipe, Run
 from student.training import checkpoint
 from student.training.accumulate import accumulate, on_device
 from student.training.best import Evaluate, keep_best
-from student.training.curve import draw_curve
 from student.training.engine import (
     clamp_scales,
     learning_rate,
@@ -27,12 +26,13 @@ from student.training.engine import (
     start_engine,
     take_optimizer_step,
 )
-from student.training.metrics import plain, refuse_nan, refuse_nan_weights
 from student.training.prepare_pairs import Prepared, prepare
-from student.training.reporting import Report, asked, reporting
 from student.training.run_folder import describe, open_run
-from student.training.speed import Speed, peak_memory
 from student.training.step import TrainStep
+from student.training.telemetry.curve import draw_curve
+from student.training.telemetry.metrics import plain, refuse_nan, refuse_nan_weights
+from student.training.telemetry.reporting import Report, asked, reporting
+from student.training.telemetry.speed import Speed, peak_memory
 from teachercache.core.errors import UserError
 from teachercache.core.paths import write_whole
 from teachercache.core.process import keep_memory, rank, world_size

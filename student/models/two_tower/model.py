@@ -124,7 +124,7 @@ def show_blocks(student: Any, names: Sequence[str]) -> None:
     training = student.training
     with torch.no_grad():
         outputs = student.eval()({**batch, "chance": torch.zeros(1, student.num_chances)})
-    student.training.loop(training)
+    student.train(training)
     student.block_widths = {name: outputs[name].shape[1] for name in names}
 
 

@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from teachercache.analysis import clusters, maps
+from teachercache.analysis import clusters
+from teachercache.analysis.maps import KINDS
+from teachercache.analysis.report import maps, thumbnails
 from teachercache.analysis.report import one_cache as describe
 from teachercache.analysis.report import rows as shown
-from teachercache.analysis.report import thumbnails
 from teachercache.analysis.report import two_caches as compare
 from teachercache.analysis.report.atlas import write_points
 from teachercache.analysis.report.figures import draw_figures
@@ -39,8 +40,8 @@ def analyze(
     cache: Any, *, against: Any = None, out: Path, kind: str = "pca", points: int = MAPPED
 ) -> tuple[dict[str, Any], list[str]]:
     """Write the report of a cache; its numbers, and what was written, a line each."""
-    if kind not in maps.KINDS:
-        raise UserError(f"--map {kind}: choose from {', '.join(maps.KINDS)}")
+    if kind not in KINDS:
+        raise UserError(f"--map {kind}: choose from {', '.join(KINDS)}")
     plotly_source()  # its absence is told before anything is computed
     if out.exists() and not (out.is_dir() and ((out / "report.json").exists() or not any(out.iterdir()))):
         raise UserError(f"{out} exists and is no report: pass another --out")
