@@ -1,9 +1,9 @@
-"""The command `student`: reads options, calls one function, prints. Training and evaluation meet here alone."""
+"""The command `student`: reads options, calls one function, prints."""
 
 import dataclasses
-import json as jsonlib
-import shlex
+import json
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -18,7 +18,7 @@ from teachercache.core.progress import say
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 def student() -> None:
-    """Train students on what a teacher said, measure them, hand them on.
+    """Train students on cached teacher outputs, measure them, export them.
 
     \u0008
     student train --recipe clip_kd        on the cache of data/demo
@@ -38,18 +38,20 @@ def recipes(name: str | None) -> None:
     """
     import sys
 
-    from student.recipes.registry import RECIPES, find
+    from student.recipes.registry import RECIPES, find, installed
 
     if name is None:
         for recipe in RECIPES.values():
             print(f"{recipe.name:10} {recipe.doc}  [{recipe.paper}]")
+        for point in installed().values():
+            print(f"{point.name:10} of the installed package {point.value.partition(':')[0]}")
         return
     recipe = find(name)
     print((sys.modules[recipe.loss.__module__].__doc__ or recipe.doc).strip(), end="\n\n")
-    for field in dataclasses.fields(recipe.constants):
-        print(f"  --set {field.name}={getattr(recipe.constants, field.name)}")
-    for field in dataclasses.fields(recipe.optim):
-        print(f"  --set optim.{field.name}={getattr(recipe.optim, field.name)}")
+    for setting, value in dataclasses.asdict(recipe.constants).items():
+        print(f"  --set {setting}={value}")
+    for setting, value in dataclasses.asdict(recipe.optim).items():
+        print(f"  --set optim.{setting}={value}")
     print(f"  --data {recipe.data} --steps {recipe.steps} --batch-size {recipe.batch}")
 
 
@@ -65,7 +67,7 @@ def recipes(name: str | None) -> None:
 )
 @click.option("--out", help="The run folder; default runs/<recipe>-<time>.")
 @click.option("--steps", type=click.IntRange(1), help="Training steps.")
-@click.option("--batch-size", type=click.IntRange(2), help="Pairs per step, over all processes.")
+@click.option("--batch-size", "batch", type=click.IntRange(2), help="Rows per step, over all processes.")
 @click.option(
     "--micro-batch",
     type=click.IntRange(2),
@@ -84,12 +86,15 @@ def recipes(name: str | None) -> None:
     help="Go on from the last checkpoint of --out (default: the recipe's newest run).",
 )
 @click.option(
-    "--live", is_flag=True, help="Run the cache's teacher in this process instead of reading its fields."
+    "--live",
+    "online_teacher",
+    is_flag=True,
+    help="Run the cache's teacher in this process instead of reading its fields.",
 )
 @click.option(
     "--dry-run",
     is_flag=True,
-    help="Check everything, take two steps, say time and memory, leave nothing.",
+    help="Check everything, take two steps, print time and memory, write nothing.",
 )
 @click.option("--print-config", is_flag=True, help="Print the resolved recipe and run as JSON and leave.")
 @click.option(
@@ -100,21 +105,7 @@ def recipes(name: str | None) -> None:
     help="A constant, optim.NAME or run.NAME; repeatable.",
 )
 def train(
-    name,
-    data,
-    cache,
-    out,
-    steps,
-    batch_size,
-    micro_batch,
-    eval_every,
-    report_to,
-    seed,
-    resume,
-    live,
-    dry_run,
-    print_config,
-    settings,
+    name: str, resume: bool, dry_run: bool, print_config: bool, settings: tuple[str, ...], **options: Any
 ) -> None:
     """Train a student by a recipe.
 
@@ -124,64 +115,23 @@ def train(
     student train --recipe clip_kd --resume --out runs/clip_kd-20260101-120000
     torchrun --nproc-per-node 4 -m student train --recipe clip_kd --out runs/four
     """
-    from student.recipe import Run
     from student.recipes.registry import find
-    from student.settings import override, run_folder
-    from teachercache.data.read import cache_folder
+    from student.settings import TrainOptions, as_json, on_this_machine, resolve_run
 
-    recipe = find(name)
-    recipe = dataclasses.replace(recipe, steps=steps or recipe.steps, batch=batch_size or recipe.batch)
-    data = data or recipe.data
-    cache = cache or str(cache_folder(data))
-    run = Run(
-        data=data,
-        cache=cache,
-        out=out or run_folder(recipe.name, resume=resume),
-        seed=seed,
-        live=live,
-        micro_batch=micro_batch or 0,
-        eval_every=eval_every or 0,
-        report_to=report_to,
-    )
-    recipe, run = override(recipe, run, settings)
+    recipe, run = resolve_run(find(name), TrainOptions(**options), settings, resume=resume)
     if print_config:
-        known = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
-        known = {key: value for key, value in known.items() if not callable(value) and key != "live"}
-        known["reads"] = recipe.fields
-        plain = {k: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for k, v in known.items()}
-        print(jsonlib.dumps({"recipe": plain, "run": dataclasses.asdict(run)}, indent=1))
+        print(json.dumps(as_json(recipe, run), indent=1))
         return
 
-    from teachercache.core.device import pick_device
-    from teachercache.core.process import default_workers
-
-    run = dataclasses.replace(
-        run, device=pick_device(run.device), workers=run.workers if run.workers >= 0 else default_workers()
-    )
-    from student.inference.measure import answer_scorer, encoder_scorer
+    from student.inference.measure import score_while_training
+    from student.training.loop import next_command
     from student.training.loop import train as run_training
 
-    evaluator = answer_scorer if recipe.questions else encoder_scorer
-    evaluate = evaluator(run) if run.eval_every else None
-    folder = run_training(recipe, run, resume=resume, dry_run=dry_run, evaluate=evaluate)
+    run = on_this_machine(run)
+    evaluate = score_while_training(run) if run.eval_every else None
+    trained = run_training(recipe, run, resume=resume, dry_run=dry_run, evaluate=evaluate)
     if rank() == 0 and not dry_run:
-        made = jsonlib.loads((Path(folder) / "run.json").read_text()).get("student") or {}
-        task = made.get("task", {}).get("name", "retrieval")
-        words = ["student", "eval", str(folder), "--task", task, "--data", run.data]
-        if made.get("kind") == "seq2seq":
-            words = ["student", "generate", str(folder), "--image", "FILE"]
-        if made.get("shape", {}).get("stage") == "adapt":  # has no answers yet
-            words = [
-                "student",
-                "train",
-                "--recipe",
-                recipe.name,
-                "--data",
-                run.data,
-                "--set",
-                f"init={folder}",
-            ]
-        say(f"next: {shlex.join(words)}")
+        say(next_command(trained, recipe, run))
 
 
 @student.command("eval")
@@ -231,54 +181,29 @@ def evaluate(
     student eval runs/NAME --task captions --data coco/dataset_coco.json
     student eval models/bart-base runs/NAME --task glue:lr=1e-4,epochs=3 --data GLUE/
     """
-    from evaluation.results.run import run_answered, run_matched, run_task, table
-    from student.inference.answerer import find_answerers
-    from student.inference.encoder import find_encoder, find_matcher
-    from student.inference.generator import measure_writer
-    from student.inference.measure import keep_result, measure_suite
+    from evaluation.results.run import table
+    from evaluation.results.suite_tables import suite_table
+    from student.inference.measure import measure, measure_suite
 
     if samples and task not in MATCHED:
         raise UserError(f"--samples counts draws of a diffusion model: only {', '.join(MATCHED)} take one")
     if task == "all":
-        return measure_suite(models, data, out or Path("evals", Path(data).name or "data"), figures, as_json)
+        report = measure_suite(models, data, out or Path("evals", Path(data).name or "data"), figures)
+        printed = {"results": report.results, "skipped": report.skipped}
+        print(json.dumps(printed) if as_json else suite_table(report))
+        return
     if out is not None:
         raise UserError("--out is where --task all writes its tables; a run's results are kept in RUN/eval")
     find_task(task)
     if figures and task not in SHORT and task not in TASKS:
-        raise UserError(
-            f"--figures draws what encoders say of pictures, not answers: leave it away for {task}"
-        )
-    if task.partition(":")[0] in GENERATED | LANGUAGE:
-        results = [measure_writer(model, task, data) for model in models]
-    elif task in MATCHED:
-        results = []
-        for matcher, folder in [find_matcher(model, samples) for model in models]:
-            results.append(run_matched(task, matcher, data))
-            keep_result(results[-1], folder)
-    elif task in ANSWERED:
-        answering = [find_answerers(model, task, data) for model in models]
-        results = run_answered(task, [ways for ways, _ in answering], data)
-        for ways, folder in answering:
-            keep_result(
-                next(result for result in results if result["pretrained"] == ways[0].pretrained), folder
-            )
-    else:
-        loaded = [find_encoder(model) for model in models]
-        results = [run_task(task, encoder, data) for encoder, _ in loaded]
-        for result, (_, folder) in zip(results, loaded, strict=True):
-            keep_result(result, folder)
-        if figures:
-            from evaluation.results.figures import draw_data
-
-            for path in draw_data([encoder for encoder, _ in loaded], task, data, figures):
-                say(f"wrote {path}")
+        raise UserError(f"--figures draws what encoders retrieve, not answers: leave it away for {task}")
+    results = measure(models, task, data, samples=samples, figures=figures)
     if as_json:
         print(
-            *map(jsonlib.dumps, results), sep="\n"
+            *map(json.dumps, results), sep="\n"
         )  # a line for each model, and each way in which a cache answers
     else:
         print(table(results))
-    return None
 
 
 @student.command()
@@ -292,13 +217,13 @@ def evaluate(
     metavar="FILE",
     help="A picture; repeatable.",
 )
-@click.option("--question", default="", help="Answer it, instead of saying what is to be seen.")
-@click.option("--masks", type=click.IntRange(1), help="[MASK]s in the prompt; default 6, of a question 2.")
-@click.option("--beams", type=click.IntRange(1), help="Beam size; default 6, of a question 1.")
+@click.option("--question", default="", help="Answer this question, instead of captioning.")
+@click.option("--masks", type=click.IntRange(1), help="[MASK]s in the prompt; default 6, for a question 2.")
+@click.option("--beams", type=click.IntRange(1), help="Beam size; default 6, for a question 1.")
 def generate(
     model: Path, images: tuple[Path, ...], question: str, masks: int | None, beams: int | None
 ) -> None:
-    """Say what is in a picture, or answer a question about it, with a run of vlkd or an export of one.
+    """Caption a picture, or answer a question about it, with a run of vlkd or an export of one.
 
     \u0008
     student generate runs/NAME --image cat.jpg
@@ -317,29 +242,29 @@ def generate(
 @student.command("export")
 @click.argument("run", type=Path)
 @click.option(
-    "--format", "form", required=True, type=click.Choice(["open_clip", "hf"]), help="What it loads with."
+    "--format",
+    "form",
+    required=True,
+    type=click.Choice(["open_clip", "hf"]),
+    help="The library that loads it: open_clip, or hf for transformers.",
 )
 @click.option("--out", type=Path, help="Default exports/<run>-<format>.")
 def write_export(run: Path, form: str, out: Path | None) -> None:
-    """Write a trained student as a folder that open_clip or transformers load; distillation heads stay behind.
+    """Write a trained student as a folder that open_clip or transformers load, without distillation heads.
 
     \u0008
     student export runs/NAME --format open_clip --out exports/mine
     student export runs/NAME --format hf
     """
-    from student.export.seq2seq import export_seq2seq
-    from student.export.write import FORMATS, export
-    from student.models.seq2seq.loading import is_seq2seq
+    from student.export.write import export
 
-    writes = is_seq2seq(run)
-    write = export_seq2seq if writes else export
-    out, notes = write(run, out or Path("exports", f"{run.resolve().name}-{form}"), form)
-    for note in notes:
+    out, exported = export(run, out or Path("exports", f"{run.resolve().name}-{form}"), form)
+    for note in exported.notes:
         say(note)
-    say(f"{out}: " + ("`student generate` takes it" if writes else FORMATS[form].call.format(out)))
+    say(f"{out}: {exported.call.format(out)}")
     print(out)
 
 
 def main(args: list[str] | None = None) -> int:
-    """Entry point: exit code 0, or 2 with one `error:` line."""
+    """Run the command; return exit code 0, or 2 after one `error:` line."""
     return run_command(student, args)

@@ -1,4 +1,4 @@
-"""Change a recipe or a run with `--set key=value`."""
+"""From the options of `student train` to a recipe and a run: defaults, `--set key=value`, this machine."""
 
 import ast
 import dataclasses
@@ -8,13 +8,68 @@ from pathlib import Path
 from typing import Any
 
 from student.recipe import Optim, Recipe, Run
+from teachercache.core.device import pick_device
 from teachercache.core.errors import UserError, closest
+from teachercache.core.process import default_workers
+from teachercache.data.read import cache_folder
 
 # Settings of a run that `student train` has options of their own for
-OPTIONS = ("data", "cache", "out", "seed", "live", "micro_batch", "eval_every", "report_to")
+OPTIONS = ("data", "cache", "out", "seed", "online_teacher", "micro_batch", "eval_every", "report_to")
 
 
-def override(recipe: Recipe, run: Run, settings: Iterable[str]) -> tuple[Recipe, Run]:
+@dataclasses.dataclass(frozen=True)
+class TrainOptions:
+    """Options of `student train` that say what is trained where; None for a default."""
+
+    data: str | None
+    cache: str | None
+    out: str | None
+    steps: int | None
+    batch: int | None  # --batch-size
+    micro_batch: int | None
+    eval_every: int | None
+    report_to: str
+    seed: int
+    online_teacher: bool  # --live
+
+
+def resolve_run(
+    recipe: Recipe[Any], options: TrainOptions, settings: Iterable[str], *, resume: bool
+) -> tuple[Recipe[Any], Run]:
+    """Return the recipe and the run that options and settings ask for."""
+    recipe = dataclasses.replace(
+        recipe, steps=options.steps or recipe.steps, batch=options.batch or recipe.batch
+    )
+    data = options.data or recipe.data
+    run = Run(
+        data=data,
+        cache=options.cache or str(cache_folder(data)),
+        out=options.out or run_folder(recipe.name, resume=resume),
+        seed=options.seed,
+        online_teacher=options.online_teacher,
+        micro_batch=options.micro_batch or 0,
+        eval_every=options.eval_every or 0,
+        report_to=options.report_to,
+    )
+    return override(recipe, run, settings)
+
+
+def on_this_machine(run: Run) -> Run:
+    """Return the run with its device and its number of decoding processes chosen."""
+    workers = run.workers if run.workers >= 0 else default_workers()
+    return dataclasses.replace(run, device=pick_device(run.device), workers=workers)
+
+
+def as_json(recipe: Recipe[Any], run: Run) -> dict[str, Any]:
+    """Return the settings of a recipe and a run as plain JSON types."""
+    names = ("name", "paper", "doc", "data", "teacher", "steps", "batch", "loss_fields")
+    values = {name: getattr(recipe, name) for name in names}
+    values |= {"constants": dataclasses.asdict(recipe.constants), "optim": dataclasses.asdict(recipe.optim)}
+    values |= {"teacher_fields": recipe.fields, "per_row": sorted(recipe.per_row)}
+    return {"recipe": values, "run": dataclasses.asdict(run)}
+
+
+def override(recipe: Recipe[Any], run: Run, settings: Iterable[str]) -> tuple[Recipe[Any], Run]:
     """Apply `key=value` settings: a constant by its name, `optim.NAME`, or `run.NAME`."""
     for setting in settings:
         key, equals, text = setting.partition("=")

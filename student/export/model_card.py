@@ -9,26 +9,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from student.models.student import Exported
 from student.recipes.registry import RECIPES
 from teachercache.core.errors import UserError
 
 
-def model_card(
-    facts: Mapping[str, Any],
-    results: Sequence[Mapping[str, Any]],
-    *,
-    library: str,
-    usage: str,
-    notes: Sequence[str] = (),
-    pipeline: str = "zero-shot-image-classification",
-) -> str:
-    """The card of a run: `facts` its run.json, `results` as `student eval` wrote them, `usage` the code that loads."""
+def model_card(facts: Mapping[str, Any], results: Sequence[Mapping[str, Any]], exported: Exported) -> str:
+    """Return the card of a run: its run.json, the results that `student eval` wrote, and how the folder is loaded."""
     recipe, run = facts["recipe"], facts["run"]
     shown = {
         name: value for name, value in recipe["constants"].items() if name not in ("model", "init") or value
     }
     lines = [
-        *_front_matter(library, recipe["name"], pipeline),
+        *_front_matter(exported.library, recipe["name"], exported.pipeline),
         f"# {plain(recipe['constants'].get('model', 'student'))} trained by `{recipe['name']}`",
         "",
         f"- Recipe: {plain(recipe['paper'])}",
@@ -41,8 +34,8 @@ def model_card(
         "",
         "## Load",
         "",
-        *fenced(usage, "python"),
-        *(line for note in notes for line in (plain(note), "")),
+        *fenced(exported.usage, "python"),
+        *(line for note in exported.notes for line in (plain(note), "")),
     ]
     equations = _equations(recipe)
     if equations:

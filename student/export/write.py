@@ -1,128 +1,40 @@
-"""A trained student as a folder that others load; written aside, loaded again, compared, and only then put in place.
-
-What only distillation needed (projections, ICL's scale) is not in a run's model.safetensors and so in no export.
-"""
+"""A trained student as a folder that others load; written aside, checked by its family, then put in place."""
 
 import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
-import open_clip
-import torch
-from open_clip.tokenizer import HFTokenizer
-from safetensors.torch import save_file
-from torch import Tensor
-
-from student.export import hf as export_hf
 from student.export.model_card import model_card, read_results
-from student.models.two_tower.loading import load_student
-from student.models.two_tower.model import TwoTower, open_clip_state
+from student.inference.load import load_run
+from student.models.student import Capability, Exported, ExportRequest, require
 from teachercache.core.errors import UserError
 from teachercache.core.paths import write_whole
-from teachercache.data.views import describe_view
-from teachercache.teachers.clip.loading import open_folder
 
-TOLERANCE = 1e-4  # of the largest value in an embedding, and of 1
-PROBES = ["a photo of a red bird", "It's 12 o'clock, \u00fcber \u65e5\u672c \U0001f44d", "", "word " * 100]
-
-Encode = Callable[
-    [Tensor, list[str]], tuple[Tensor, Tensor]
-]  # pixels, texts -> raw image and text embeddings
+FORMATS = {"open_clip": Capability.EXPORTS_OPEN_CLIP, "hf": Capability.EXPORTS_HF}
 
 
-class Format(NamedTuple):
-    """How one kind of folder is written and read."""
+def export(run: Path, out: Path, form: str) -> tuple[Path, Exported]:
+    """Write the run's student to `out` in a format of FORMATS.
 
-    library: str
-    write: Callable[[TwoTower, Path], list[str]]  # returns what a user of the folder has to know, a line each
-    load: Callable[[Path], Encode]
-    usage: Callable[[TwoTower, str], str]  # for the card: the code that loads it
-    call: str  # for the terminal: the same in a word
+    Returns:
+        The folder, and how it is loaded.
 
-
-def export(run: Path, out: Path, form: str) -> tuple[Path, list[str]]:
-    """Write the run's student to `out` in a format of FORMATS: the folder, and what its users have to know."""
+    Raises:
+        UserError: The student cannot be exported, `out` exists, or the written folder computes something else.
+    """
     if out.exists():
         raise UserError(f"{out} exists: pass another --out, or remove it")
-    kind, student, results = FORMATS[form], load_student(run), read_results(run)
+    student, results = load_run(run), read_results(run)
+    require(student, FORMATS[form], f"{run} --format {form}")
     facts = json.loads((run / "run.json").read_text())
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        notes = kind.write(student, partial)
-        _compare(student, kind.load(partial), form)
-        usage = kind.usage(student, out.name)
-        card = model_card(facts, results, library=kind.library, usage=usage, notes=notes)
-        write_whole(partial / "README.md", card)
+        exported = student.export(ExportRequest(form, partial, out.name, facts))
+        write_whole(partial / "README.md", model_card(facts, results, exported))
         os.replace(partial, out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return out, notes
-
-
-def _compare(student: TwoTower, encode: Encode, form: str) -> None:
-    """UserError unless what was written gives the student's embeddings of random pictures and of some texts."""
-    pixels = torch.randn(
-        2, 3, *describe_view(student.preprocess)["size"], generator=torch.Generator().manual_seed(0)
-    )
-    with torch.inference_mode():
-        ours = student.model.encode_image(pixels), student.model.encode_text(student.tokenizer(PROBES))
-        theirs = encode(pixels, PROBES)
-    for name, a, b in zip(("image", "text"), ours, theirs, strict=True):
-        worst = float((a - b).abs().max()) if a.shape == b.shape else float("inf")
-        if not worst <= TOLERANCE * max(1.0, float(a.abs().max())):
-            other = "" if form == "open_clip" else ": use --format open_clip"
-            raise UserError(
-                f"as {form} this student would give other {name} embeddings (by {worst:.2g}){other}"
-            )
-
-
-def _write_open_clip(student: TwoTower, folder: Path) -> list[str]:
-    """open_clip_config.json, open_clip_model.safetensors and, for a Hugging Face text tower, its own files."""
-    save_file(open_clip_state(student), folder / "open_clip_model.safetensors")
-    if isinstance(student.tokenizer, HFTokenizer):  # open_clip looks for both in the folder itself
-        student.tokenizer.tokenizer.save_pretrained(folder)
-        student.model.text.config.save_pretrained(folder)
-    view = describe_view(student.preprocess)
-    preprocess = {**view, "size": view["size"][0] if view["size"][0] == view["size"][1] else view["size"]}
-    config = {"model_cfg": student.model_cfg, "preprocess_cfg": preprocess}
-    write_whole(folder / "open_clip_config.json", json.dumps(config, indent=2) + "\n")
-    return []
-
-
-def _load_open_clip(folder: Path) -> Encode:
-    module, _ = open_folder(str(folder))
-    tokenize = open_clip.get_tokenizer(f"local-dir:{folder}")
-    module = module.eval()
-    return lambda pixels, texts: (module.encode_image(pixels), module.encode_text(tokenize(texts)))
-
-
-def _open_clip_usage(student: TwoTower, folder: str) -> str:
-    return f"""
-import open_clip
-
-model, _, preprocess = open_clip.create_model_and_transforms("local-dir:{folder}")
-tokenizer = open_clip.get_tokenizer("local-dir:{folder}")
-"""
-
-
-FORMATS = {
-    "open_clip": Format(
-        "open_clip",
-        _write_open_clip,
-        _load_open_clip,
-        _open_clip_usage,
-        "open_clip.create_model_and_transforms('local-dir:{}')",
-    ),
-    "hf": Format(
-        "transformers",
-        export_hf.write,
-        export_hf.load,
-        export_hf.usage,
-        "transformers.AutoModel.from_pretrained('{}')",
-    ),
-}
+    return out, exported

@@ -1,21 +1,21 @@
-"""A trained sequence-to-sequence student as a function from pictures and prompts to texts. Knows no tasks."""
+"""A trained student that writes as a Generator: pictures and prompts to texts, with the CLIP that it was distilled from."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
+from PIL import Image
 
 from evaluation.models.generator import Generator
-from evaluation.tasks.registry import LANGUAGE
-from student.inference.measure import keep_result
-from student.models.seq2seq.loading import facts_path, load_seq2seq
+from student.inference.load import load_run
+from student.models.run_file import read_run
 from student.models.seq2seq.texts import NUM_MASKS, answer_prompt, caption_prompt
+from student.models.student import Capability, require
 from teachercache.core.errors import UserError
 from teachercache.data.pictures import decode_image
 from teachercache.data.sample import BadSample
-from teachercache.teachers.registry import load
+from teachercache.teachers.registry import load, outputs_for
+from teachercache.teachers.teacher import Teacher
 
 ROWS = 32  # at a time
 CAPTION_BEAMS, ANSWER_BEAMS = 6, 1  # VLKD, table 11
@@ -23,47 +23,47 @@ MOST_TOKENS = 24
 
 
 def load_generator(folder: Path, *, device: str = "cpu") -> Generator:
-    """The student of a run or an exported folder with the CLIP that it was distilled from.
+    """Load the student of a run or exported folder with the teacher of its picture fields.
 
-    `generate(pictures, prompts, num_beams, max_length)` takes PIL pictures in RGB and a prompt each, and gives what the
-    prompts' [MASK]s stand for, `max_length` sub-words at most.
+    Returns:
+        A Generator whose `generate(pictures, prompts, num_beams, max_length)` takes RGB pictures and a prompt each, and
+        returns what the prompts' [MASK]s stand for, `max_length` sub-words at most.
     """
-    student = load_seq2seq(folder).to(device)
-    teacher = picture_teacher(folder, student.inputs[1])
+    student = load_run(folder)
+    require(student, Capability.GENERATES, str(folder))
+    student.to(device)
+    teacher = picture_teacher(folder, student.row_inputs.fields)
     teacher.module.to(device)
 
     def generate(
-        pictures: Sequence[Any],
+        pictures: Sequence[Image.Image],
         prompts: Sequence[str],
         num_beams: int = CAPTION_BEAMS,
         max_length: int = MOST_TOKENS,
     ) -> list[str]:
         if len(pictures) != len(prompts):
             raise ValueError(f"{len(pictures)} pictures and {len(prompts)} prompts")
-        found: list[str] = []
+        texts: list[str] = []
         for start in range(0, len(prompts), ROWS):
-            part = slice(start, start + ROWS)
-            images = torch.stack([teacher.view(picture) for picture in pictures[part]]).to(device)
+            rows = slice(start, start + ROWS)
+            images = torch.stack([teacher.view(picture) for picture in pictures[rows]]).to(device)
             with torch.inference_mode():
                 fields = teacher.encode(teacher.module, {"image": images})
-            found += student.generate_texts(
-                fields, prompts[part], num_beams=num_beams, max_new_tokens=max_length
+            texts += student.generate_texts(
+                fields, prompts[rows], num_beams=num_beams, max_new_tokens=max_length
             )
-        return found
+        return texts
 
     return Generator(folder.resolve().name, str(folder), generate)
 
 
-def picture_teacher(folder: Path, field: str) -> Any:
-    """The CLIP that said what a student learned from; UserError where its weights have changed since."""
-    path = facts_path(folder)
-    assert path is not None  # a student was loaded from there
-    facts = json.loads(path.read_text())["teachers"][0]
-    outputs = ("patches",) if field == "patch_emb" else ("embeddings",)
-    teacher = load(facts["name"], weights=facts["weights"], outputs=outputs)
-    if teacher.spec.digest != facts["digest"]:
+def picture_teacher(folder: Path, fields: tuple[str, ...]) -> Teacher:
+    """Load the teacher that a student was distilled from; UserError if its weights have changed since."""
+    spec = read_run(folder)["teachers"][0]
+    teacher = load(spec["name"], weights=spec["weights"], outputs=outputs_for(spec["name"], fields))
+    if teacher.spec.digest != spec["digest"]:
         raise UserError(
-            f"{folder} was distilled from other weights of {facts['name']} than there are now: put those "
+            f"{folder} was distilled from other weights of {spec['name']} than there are now: put those "
             "back, or train again"
         )
     return teacher
@@ -78,32 +78,15 @@ def describe_pictures(
     beams: int = 0,
     device: str = "cpu",
 ) -> list[str]:
-    """A caption of each picture file, or an answer to the question; masks and beams 0 for the paper's."""
+    """Return a caption of each picture file, or an answer to the question; masks and beams 0 for the paper's."""
     pictures = []
     for file in files:
         try:
             pictures.append(decode_image(file.read_bytes()))
         except (OSError, BadSample) as error:
             raise UserError(f"--image {file} cannot be read as a picture: {error}") from error
-    kind = "vqa" if question else "caption"
-    masks = masks or NUM_MASKS[kind]
+    masks = masks or NUM_MASKS["vqa" if question else "caption"]
     prompt = answer_prompt(question, masks) if question else caption_prompt(masks)
     beams = beams or (ANSWER_BEAMS if question else CAPTION_BEAMS)
-    return load_generator(folder, device=device).generate(
-        pictures, [prompt] * len(pictures), beams, MOST_TOKENS
-    )
-
-
-def measure_writer(model: str, task: str, data: str) -> dict:
-    """The result of a model that writes, or of the language model that it is or has."""
-    from evaluation.results.run import run_generated, run_language
-    from student.models.seq2seq.language_model import language_model_of
-    from teachercache.core.device import pick_device
-
-    if task.partition(":")[0] in LANGUAGE:
-        with language_model_of(Path(model)) as place:
-            result = run_language(task, model, data, str(place))
-    else:
-        result = run_generated(task, load_generator(Path(model), device=pick_device()), data)
-    keep_result(result, Path(model) if (Path(model) / "run.json").exists() else None)
-    return result
+    generator = load_generator(folder, device=device)
+    return generator.generate(pictures, [prompt] * len(pictures), beams, MOST_TOKENS)

@@ -1,12 +1,14 @@
 """Which caches a run reads and which rows they let it train on. Caches join by key. Not for batches: see `batches`."""
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from student.distributed import from_all_ranks
 from student.ensemble import concat_shapes, named
+from student.inputs.hints import build_command, field_groups, teacher_for
 from teachercache.cache import store
 from teachercache.core.errors import UserError
 from teachercache.core.paths import as_path
@@ -17,16 +19,62 @@ from teachercache.data.pictures import read_image
 from teachercache.data.sample import BadSample
 
 # ----------------------------------------------------------------------------------------------------
-# Which cache
+# Which caches
 
 
-def find_caches(folders: str, reads: tuple[str, ...], build_hint: Callable[[str], str]) -> list[store.Cache]:
-    """A cache for each path or folder between commas; none where nothing is read."""
-    parts = parts_of(folders) if reads else []
-    found = [find_cache(part, reads, build_hint(part)) for part in parts]
-    if len({cache.meta.spec.digest for cache in found}) < len(found):
-        raise UserError(f"--cache {folders} names one teacher twice: several caches are for several teachers")
-    return found
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """What a run looks for among its caches.
+
+    Args:
+        cache: `--cache`: a cache, a folder of caches, or several with commas between them.
+        data: `--data`, for hints.
+        fields: Cached fields that recipe and student read.
+        teacher: The teacher that hints tell to build, where it writes the fields.
+    """
+
+    cache: str
+    data: str
+    fields: tuple[str, ...]
+    teacher: str
+
+    def hint(self, fields: tuple[str, ...], cache: str) -> str:
+        """Return a `tc build` command that writes `fields` at a part of --cache."""
+        return build_command(self.data, fields, teacher_for(fields, self.teacher), cache)
+
+
+def find_ensemble(wanted: Wanted) -> list[store.Cache]:
+    """Return the caches of several teachers, each with all fields; [] if no field is read."""
+    parts = parts_of(wanted.cache) if wanted.fields else []
+    caches = [find_cache(part, wanted.fields, wanted.hint(wanted.fields, part)) for part in parts]
+    if len({cache.meta.spec.digest for cache in caches}) < len(caches):
+        raise UserError(
+            f"--cache {wanted.cache} names one teacher twice: several caches are for several teachers"
+        )
+    return caches
+
+
+def find_by_field(wanted: Wanted) -> list[store.Cache]:
+    """Return one cache for each group of fields that one teacher writes; [] if no field is read."""
+    return [_find_among(wanted, fields) for fields in field_groups(wanted.fields, wanted.teacher)]
+
+
+def _find_among(wanted: Wanted, fields: tuple[str, ...]) -> store.Cache:
+    """Return the first cache of `--cache` that holds the fields; UserError names a `tc build` that makes one."""
+    parts = parts_of(wanted.cache)
+    for i, part in enumerate(parts):
+        try:
+            return find_cache(part, fields, wanted.hint(fields, part))
+        except SeveralCaches:
+            raise
+        except UserError:
+            if i == len(parts) - 1:
+                raise
+    raise AssertionError("parts_of returns one part at least")
+
+
+class SeveralCaches(UserError):
+    """More than one cache fits; the user has to name one."""
 
 
 def parts_of(folders: str) -> list[str]:
@@ -54,7 +102,7 @@ def find_cache(folder: str, reads: tuple[str, ...], build_hint: str) -> store.Ca
         raise UserError(f"no cache with {', '.join(reads)} in {folder}: run `{build_hint}`")
     if len(found) > 1:
         names = ", ".join(str(cache.path) for cache in found)
-        raise UserError(f"several caches fit, pass one as --cache: {names}")
+        raise SeveralCaches(f"several caches fit, pass one as --cache: {names}")
     return store.open_complete(found[0].path)
 
 

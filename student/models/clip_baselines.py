@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 from student.models.logit_scale import LOG_SCALE_INIT
-from student.models.two_tower.loading import build_two_tower
+from student.models.student import Capability, PictureView, RowInputs, StudentSpec
+from student.models.two_tower.loading import build_two_tower, rebuild
 from student.models.two_tower.model import TwoTower
 from teachercache.core.errors import UserError
 
@@ -20,11 +21,15 @@ HEADS = 8  # of the attention layer
 ADAPTERS = ("clip-1-linear", "clip-3-linear", "clip-transformer")
 TUNED = "clip-tuned"  # the row that the paper gives to CLIP-ViL: CLIP's towers trained with the task, pictures decoded
 
+LIMITS = {
+    Capability.ENCODES: "`student eval` takes it with the task that it was trained on",
+    Capability.EXPORTS_OPEN_CLIP: "it answers one task, which open_clip has no place for",
+    Capability.EXPORTS_HF: "it answers one task, which transformers has no model for",
+}
+
 
 class Adapter(nn.Module):
     """Picture and text embedding, fused, to a score for each text of a row or to classes from its one text."""
-
-    inputs = ("image_emb", "text_emb")
 
     def __init__(self, kind: str, fusion: str, widths: tuple[int, int], *, inputs: int, classes: int):
         super().__init__()
@@ -51,8 +56,34 @@ class Adapter(nn.Module):
         else:
             self.out = _linears(kind, sum(widths), 1 if inputs > 1 else classes)
 
+    @property
+    def spec(self) -> StudentSpec:
+        """The arguments of the constructor."""
+        return StudentSpec("clip_adapter", self.made)
+
+    @property
+    def row_inputs(self) -> RowInputs:
+        """Cached embeddings alone."""
+        return RowInputs(fields=("image_emb", "text_emb"))
+
+    def capabilities(self) -> frozenset[Capability]:
+        """Answering alone."""
+        return frozenset({Capability.ANSWERS, Capability.COMPILES, Capability.SHARDS_PARAMETERS})
+
+    def limits(self) -> dict[Capability, str]:
+        """It is a head on another model's embeddings."""
+        return LIMITS
+
+    def saved_state(self) -> dict[str, Tensor]:
+        """Return the state dict."""
+        return self.state_dict()
+
+    def load_saved_state(self, state: Mapping[str, Tensor]) -> None:
+        """Load a state dict."""
+        self.load_state_dict(dict(state))
+
     def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Float[Tensor, "n classes"]]:
-        """`logits` of each row's answers."""
+        """Compute `logits` of each row's answers."""
         text = self.norm[1](batch["text_emb"])  # [n, C, e]
         image = self.norm[0](batch["image_emb"])[:, None].expand(-1, text.shape[1], -1)  # [n, C, d]
         if self.kind == "clip-transformer":
@@ -65,15 +96,9 @@ class Adapter(nn.Module):
             found = self.out(torch.cat([image, text], -1).flatten(0, 1))
         return {"logits": found.reshape(len(text), self.classes)}
 
-    def describe(self) -> dict[str, Any]:
-        """What run.json keeps: enough to build it again."""
-        return {"adapter": self.made}
-
 
 class TunedClip(nn.Module):
     """Both towers of a CLIP and a linear layer over their joined embeddings, all of them trained."""
-
-    inputs = ("image", "pair_text")
 
     def __init__(self, clip: TwoTower, *, inputs: int, classes: int):
         super().__init__()
@@ -82,18 +107,38 @@ class TunedClip(nn.Module):
             Adapter("clip-1-linear", "concat", clip.widths, inputs=inputs, classes=classes),
         )
         clip.model.logit_scale.requires_grad_(False)  # nothing here has a scale
-        self.view, self.tokenizer = clip.view, clip.tokenizer
+
+    @property
+    def spec(self) -> StudentSpec:
+        """CLIP's configuration and the adapter's arguments."""
+        return StudentSpec("clip_tuned", {"clip": self.clip.spec.config, "adapter": self.adapter.made})
+
+    @property
+    def row_inputs(self) -> RowInputs:
+        """Pictures as pixels, and each input as CLIP's tokens."""
+        return RowInputs(PictureView(self.clip.picture.view), self.clip.tokenizer)
+
+    def capabilities(self) -> frozenset[Capability]:
+        """Answering alone."""
+        return frozenset({Capability.ANSWERS, Capability.COMPILES, Capability.SHARDS_PARAMETERS})
+
+    def limits(self) -> dict[Capability, str]:
+        """Its towers were tuned for one task."""
+        return LIMITS
+
+    def saved_state(self) -> dict[str, Tensor]:
+        """Return the state dict."""
+        return self.state_dict()
+
+    def load_saved_state(self, state: Mapping[str, Tensor]) -> None:
+        """Load a state dict."""
+        self.load_state_dict(dict(state))
 
     def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Float[Tensor, "n classes"]]:
-        """`logits` of each row's answers."""
+        """Compute `logits` of each row's answers."""
         image = self.clip.model.encode_image(batch["image"])
         text = self.clip.model.encode_text(batch["pair_text"].flatten(0, 1))
         return self.adapter({"image_emb": image, "text_emb": text.unflatten(0, batch["pair_text"].shape[:2])})
-
-    def describe(self) -> dict[str, Any]:
-        """What run.json keeps: enough to build it again."""
-        clip = {"model_cfg": self.clip.model_cfg, "preprocess": self.clip.preprocess}
-        return {"tuned": clip, "adapter": self.adapter.made}
 
 
 def _linears(kind: str, width: int, out: int) -> nn.Module:
@@ -119,3 +164,15 @@ def build_adapter(
         names = ", ".join((*ADAPTERS, TUNED))
         raise UserError(f"--set model={name}: choose from {names}, or a uniter, vl-bert or villa")
     return Adapter(name, fusion, widths, inputs=inputs, classes=classes)
+
+
+def rebuild_adapter(made: Mapping[str, Any]) -> Adapter:
+    """Return an adapter of a recorded configuration, with random weights."""
+    sizes = {"inputs": made["inputs"], "classes": made["classes"]}
+    return Adapter(made["kind"], made["fusion"], tuple(made["widths"]), **sizes)
+
+
+def rebuild_tuned(config: Mapping[str, Any]) -> TunedClip:
+    """Return a tuned CLIP of a recorded configuration, with random weights."""
+    adapter = config["adapter"]
+    return TunedClip(rebuild(config["clip"]), inputs=adapter["inputs"], classes=adapter["classes"])

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout
 
 from student.models.logit_scale import LOG_SCALE_INIT
+from student.models.student import Capability, RowInputs, StudentSpec
 from teachercache.teachers.clip.lite import EMBED_DIM, head_modules
 
 IMAGE_DROPOUT, TEXT_DROPOUT = 0.5, 0.25
@@ -19,8 +20,6 @@ class LiteHeads(nn.Module):
     Dropout on the features stands in for the augmentation that cached features cannot have (LOG.md, "clip-lite").
     """
 
-    inputs = ("image_emb", "text_emb")
-
     def __init__(self):
         super().__init__()
         heads = head_modules()
@@ -31,7 +30,39 @@ class LiteHeads(nn.Module):
         """Cached tower features to raw `image`, `text` [n, 512] and `scale` [1]."""
         image = dropout(batch["image_emb"], IMAGE_DROPOUT, self.training)
         text = dropout(batch["text_emb"], TEXT_DROPOUT, self.training)
-        return {"image": self.image(image), "text": self.text(text), "scale": self.logit_scale.exp()}
+        return {
+            "image": self.image(image),
+            "text": self.text(text),
+            "scale": self.logit_scale.exp().reshape(()),
+        }
+
+    @property
+    def spec(self) -> StudentSpec:
+        """Heads of one size."""
+        return StudentSpec("clip_lite_heads", {})
+
+    @property
+    def row_inputs(self) -> RowInputs:
+        """Cached features of clip-lite-towers."""
+        return RowInputs(fields=("image_emb", "text_emb"))
+
+    def capabilities(self) -> frozenset[Capability]:
+        """Training alone; `scripts.teachers.clip_lite` joins heads and towers."""
+        return frozenset({Capability.COMPILES, Capability.SHARDS_PARAMETERS})
+
+    def limits(self) -> dict[Capability, str]:
+        """The towers are missing."""
+        reason = "clip-lite-heads is no model of its own: see scripts/teachers/clip_lite.py"
+        kinds = (Capability.ENCODES, Capability.EXPORTS_OPEN_CLIP, Capability.EXPORTS_HF)
+        return dict.fromkeys(kinds, reason)
+
+    def saved_state(self) -> dict[str, Tensor]:
+        """Return the state dict."""
+        return self.state_dict()
+
+    def load_saved_state(self, state: Mapping[str, Tensor]) -> None:
+        """Load a state dict."""
+        self.load_state_dict(dict(state))
 
     @property
     def widths(self) -> tuple[int, int]:

@@ -33,11 +33,18 @@ class TeacherSpace(nn.Module):
         self.icl_logit_scale = _log_scale() if scale else None
 
     def forward(self, values: Mapping[str, Tensor]) -> dict[str, Float[Tensor, "..."]]:
-        """`image_t`, `text_t` and, of a masked forward, `image_masked_t` [n, teacher width]; `icl_scale` [1]."""
-        found = {"image_t": self.image(values["image"]), "text_t": self.text(values["text"])}
-        if "image_masked" in values:
-            found["image_masked_t"] = self.image(values["image_masked"])
-        return found if self.icl_logit_scale is None else found | {"icl_scale": self.icl_logit_scale.exp()}
+        """`image_in_teacher_space`, `text_in_teacher_space` and, of a masked forward, `masked_image_in_teacher_space` [n, teacher width]; the scalar `icl_scale`."""
+        found = {
+            "image_in_teacher_space": self.image(values["image"]),
+            "text_in_teacher_space": self.text(values["text"]),
+        }
+        if "masked_image" in values:
+            found["masked_image_in_teacher_space"] = self.image(values["masked_image"])
+        return (
+            found
+            if self.icl_logit_scale is None
+            else found | {"icl_scale": self.icl_logit_scale.exp().reshape(())}
+        )
 
 
 class Temperature(nn.Module):
@@ -48,8 +55,8 @@ class Temperature(nn.Module):
         self.logit_scale = nn.Parameter(torch.full((1,), -math.log(tau)))
 
     def forward(self, values: Mapping[str, Tensor]) -> dict[str, Float[Tensor, "..."]]:
-        """`itcl_scale` [1]."""
-        return {"itcl_scale": self.logit_scale.exp()}
+        """`itcl_scale`, a scalar."""
+        return {"itcl_scale": self.logit_scale.exp().reshape(())}
 
 
 class Fusion(nn.Module):
@@ -61,15 +68,19 @@ class Fusion(nn.Module):
         self.logit_scale = _log_scale()
 
     def forward(self, values: Mapping[str, Tensor]) -> dict[str, Float[Tensor, "..."]]:
-        """`image_fused`, `text_fused` [n, teacher width] and `fused_scale` [1]; what is fused is normalised first."""
+        """`image_fused`, `text_fused` [n, teacher width] and the scalar `fused_scale`; what is fused is normalised first."""
         pairs = {
             name: torch.cat(
-                [normalize(values[f"{name}_t"].float()), normalize(values[f"{name}_emb"].float())], 1
+                [
+                    normalize(values[f"{name}_in_teacher_space"].float()),
+                    normalize(values[f"{name}_emb"].float()),
+                ],
+                1,
             )
             for name in ("image", "text")
         }
         found = {"image_fused": self.image(pairs["image"]), "text_fused": self.text(pairs["text"])}
-        return found | {"fused_scale": self.logit_scale.exp()}
+        return found | {"fused_scale": self.logit_scale.exp().reshape(())}
 
 
 class HiddenSpace(nn.Module):
@@ -126,9 +137,12 @@ class TokenSpace(nn.Module):
         self.image, self.text, self.words = (nn.Linear(hidden, width) for _ in range(3))
 
     def forward(self, values: Mapping[str, Tensor]) -> dict[str, Float[Tensor, "..."]]:
-        """`img_t`, `cls_t` [n, C, width] and, where words were selected, `words_t` [n, C, m, width]."""
-        found = {"img_t": self.image(values["img"]), "cls_t": self.text(values["cls"])}
-        return found | ({"words_t": self.words(values["words"])} if "words" in values else {})
+        """`image_in_teacher_space`, `cls_in_teacher_space` [n, C, width] and, where words were selected, `words_in_teacher_space` [n, C, m, width]."""
+        found = {
+            "image_in_teacher_space": self.image(values["picture"]),
+            "cls_in_teacher_space": self.text(values["cls"]),
+        }
+        return found | ({"words_in_teacher_space": self.words(values["words"])} if "words" in values else {})
 
 
 class LatentSpace(nn.Module):

@@ -38,11 +38,18 @@ text_hidden_<block>): no teacher runs.
 
 import dataclasses
 import functools
+from typing import TYPE_CHECKING, Any
 
 from student.ensemble import num_teachers, of_teacher
-from student.recipe import Now, Recipe
+from student.recipe import Batch, Notes, Outputs, Progress, Recipe, Setting, Shapes, Terms
 from student.recipes import clip
+from student.rows import Pairs
 from teachercache.core.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from student.models.student import Student
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,38 +91,45 @@ def block_pairs(constants: Constants) -> list[tuple[str, str]]:
     return list(dict.fromkeys(pairs))
 
 
-def reads(constants: Constants) -> tuple[str, ...]:
-    """The teacher's fields that a term with a weight compares."""
+def rows(constants: Constants) -> Pairs:
+    """Pairs, of one teacher or of an ensemble."""
+    return Pairs(ensemble=constants.ensemble)
+
+
+def teacher_fields(constants: Constants) -> tuple[str, ...]:
+    """Return the teacher's fields that a term with a weight compares, and those that the student reads."""
     on = any(getattr(constants, name) for name in ("crd", "fd", "icl", "mfd", "gd", "afd", "cross"))
     hidden = dict.fromkeys(field for _, field in block_pairs(constants)) if constants.hidden else ()
-    return (*(("image_emb", "text_emb") if on else ()), *hidden)
+    compared = (*(("image_emb", "text_emb") if on else ()), *hidden)
+    return tuple(dict.fromkeys((*compared, *clip.student_fields(constants))))
 
 
-def build(constants: Constants):
-    """The student by name; its forward also shows masked pictures and inner blocks where a term compares them."""
-    from student.models.two_tower.model import show_blocks, show_masked
+def build(constants: Constants, setting: Setting) -> "Student":
+    """Build the student by name; its forward also encodes masked pictures and returns blocks that a term compares."""
+    from student.models.two_tower.model import add_block_outputs, add_masked_output
     from teachercache.core.progress import say
 
     for setting, weight in (("mask_ratio", "mfd"), ("hidden_image", "hidden"), ("hidden_text", "hidden")):
         if getattr(constants, setting) != getattr(Constants, setting) and not getattr(constants, weight):
             say(f"WARNING: --set {setting} does nothing while {weight}=0")
-    student = clip.build(constants)
+    student = clip.build_by_name(constants.model, constants.init)
     if constants.mfd:
-        show_masked(student, constants.mask_ratio)
+        add_masked_output(student, constants.mask_ratio)
     if constants.hidden:
-        show_blocks(student, [block for block, _ in block_pairs(constants)])
+        add_block_outputs(student, [block for block, _ in block_pairs(constants)])
     return student
 
 
-def heads(constants, student, shapes):
-    """What only distillation trains, for each teacher: maps to its widths where they differ, g, AFD's W, W' and f."""
+def heads(constants: Constants, student: Any, shapes: Shapes) -> "nn.Module | None":
+    """Build what only distillation trains, per teacher: maps to its widths if they differ, g, AFD's W, W' and f."""
     from student.models.heads import PerTeacher
 
-    found = [_heads(constants, student, of_teacher(shapes, k)) for k in range(num_teachers(shapes))]
-    return found[0] if len(found) == 1 or found[0] is None else PerTeacher(found)
+    each = [_heads(constants, student, of_teacher(shapes, k)) for k in range(num_teachers(shapes))]
+    modules = [module for module in each if module is not None]
+    return PerTeacher(modules) if len(modules) > 1 else modules[0] if modules else None
 
 
-def _heads(constants, student, shapes):
+def _heads(constants: Constants, student: Any, shapes: Shapes) -> "nn.Module | None":
     from student.models.heads import Chain, Fusion, HiddenSpace, TeacherSpace
     from teachercache.core.progress import say
 
@@ -138,29 +152,29 @@ def _heads(constants, student, shapes):
     return Chain(parts) if len(parts) > 1 else parts[0] if parts else None
 
 
-def loss(student: dict, batch: dict, constants: Constants, now: Now) -> tuple[dict, dict]:
-    """Every term that has a weight, over the global batch; of several teachers the mean."""
-    found = [
-        _one_teacher(of_teacher(student, k), of_teacher(batch, k), constants)
-        for k in range(num_teachers(batch))
+def loss(outputs: Outputs, fields: Batch, constants: Constants, progress: Progress) -> tuple[Terms, Notes]:
+    """Compute every term that has a weight, over the global batch; of several teachers the mean."""
+    each = [
+        _one_teacher(of_teacher(outputs, k), of_teacher(fields, k), constants)
+        for k in range(num_teachers(fields))
     ]
     terms, notes = (
-        {name: sum(part[name] for part in parts) / len(parts) for name in parts[0]}
-        for parts in zip(*found, strict=True)
+        {name: sum(values[name] for values in of_teachers) / len(of_teachers) for name in of_teachers[0]}
+        for of_teachers in zip(*each, strict=True)
     )
     if "gd" in terms:
         notes["gd_share"] = (terms["gd"] / sum(terms.values())).detach()
     return terms, notes
 
 
-def _one_teacher(student: dict, batch: dict, constants: Constants) -> tuple[dict, dict]:
-    """Weighted terms, and notes. What no term needs is not there, and None here."""
+def _one_teacher(student: Outputs, batch: Batch, constants: Constants) -> tuple[Terms, Notes]:
+    """Return weighted terms and notes; tensors that no term needs are missing, and None here."""
     from student import losses
 
     V, S = _unit(student, "image", "text")
-    V_, S_ = _unit(student, "image_t", "text_t")
+    V_, S_ = _unit(student, "image_in_teacher_space", "text_in_teacher_space")
     V_T, S_T = _unit(batch, "image_emb", "text_emb")
-    (V_masked,) = _unit(student, "image_masked_t")
+    (V_masked,) = _unit(student, "masked_image_in_teacher_space")
     A, B = _unit(student, "image_fused", "text_fused")
     a, g, f = student["scale"], student.get("icl_scale"), student.get("fused_scale")
     a_T = batch["logit_scale"].exp() if "logit_scale" in batch else None
@@ -183,8 +197,8 @@ def _one_teacher(student: dict, batch: dict, constants: Constants) -> tuple[dict
     return weighted, {name: value.detach() for name, value in notes.items() if value is not None}
 
 
-def _hidden(student: dict, batch: dict, pairs: list[tuple[str, str]]):
-    """Mean over the pairs of blocks of each tower; the towers are added, as FD adds image and text."""
+def _hidden(student: Outputs, batch: Batch, pairs: list[tuple[str, str]]) -> "Tensor":
+    """Return the mean over the pairs of blocks of each tower; the towers are added, as FD adds image and text."""
     from student.losses import hidden_loss
 
     total = 0
@@ -198,8 +212,8 @@ def _hidden(student: dict, batch: dict, pairs: list[tuple[str, str]]):
     return total
 
 
-def _unit(values: dict, *names: str) -> list:
-    """Rows of these names, normalised."""
+def _unit(values: Batch, *names: str) -> "list[Any]":
+    """Return the rows of these names, normalized; None for a name that is missing."""
     from torch.nn.functional import normalize
 
     return [normalize(values[name].float()) if name in values else None for name in names]
@@ -210,20 +224,9 @@ CLIP_KD = Recipe(
     paper="CLIP-KD: An Empirical Study of CLIP Model Distillation (2024)",
     doc="relations, features and cross-modal contrast of a cached CLIP teacher",
     constants=Constants(),
-    build=build,
-    heads=heads,
+    rows=rows,
+    student=build,
+    distill_heads=heads,
     loss=loss,
-    reads=reads,
-    across=(
-        "image",
-        "text",
-        "image_t",
-        "text_t",
-        "image_emb",
-        "text_emb",
-        "image_masked_t",
-        "image_fused",
-        "text_fused",
-        "*_hidden_*",
-    ),
+    teacher_fields=teacher_fields,
 )

@@ -2,7 +2,7 @@
 
 A row is a question about a picture; the student reads each answer choice (VCR), hypothesis (SNLI-VE) or question
 (VQA) together with the picture's regions. f_img, f_cls, f(t') are the student's elements of the whole picture, of [CLS]
-and of selected words, mapped to the teacher's width (a linear map each); CLIP's side is read from its cache:
+and of selected words, mapped to the teacher's width (a linear map each); CLIP's embeddings are read from its cache:
 
     L_dv   | f_CLIP(image) - f_img |_1                                                        Eq. 3
     L_dt   | f_CLIP(text) - f_cls |_1                                                         Eq. 4
@@ -13,15 +13,16 @@ and of selected words, mapped to the teacher's width (a linear map each); CLIP's
     L      L_task + w_r (L_dv + L_dt + L'_dt)                                                 Eq. 1, 8
     L_AF   L_MLM + L_ITM + w (L_dv + L_dt), before that, on the same data                     Eq. 11
 
-Switches: dv, dt (naive V, L, VL), select=best|random|none (TS, RTS), m, confidence (CW), choices=all|correct,
-stage=adapt (AF; with w=0 a second pretraining without distillation), regime=full|low:N|semi:N|zero. Students: uniter,
-vl-bert, villa in base, large, tiny; bert, which sees no picture. Baselines, without distillation, are clip-1-linear,
-clip-3-linear and clip-transformer on frozen CLIP (fusion=concat|cosine), and clip-tuned, CLIP itself (init=FOLDER).
+Settings: distill_weight (w); image_term, text_term (naive V, L, VL); select=best|random|none (TS, RTS) and num_words
+(m); confidence (CW) and temperature (T); choices=all|correct; stage=adapt (AF; with distill_weight=0 a second
+pretraining without distillation); regime=full|low:N|semi:N|zero. Students: uniter, vl-bert, villa in base, large, tiny;
+bert, which sees no picture. Baselines, without distillation, are clip-1-linear, clip-3-linear and clip-transformer on
+frozen CLIP (fusion=concat|cosine), and clip-tuned, CLIP itself (init=FOLDER).
 
 Free choices, where the paper is silent: linear maps to the teacher's width; |.|_1 is a mean over the width, and CLIP's
 rows are scaled to a root mean square of 1 before it; the mean over selected words, choices and rows; T = 1;
 CLIP's logits are its scale times cosines to the answers, and in SNLI-VE the distances to three anchors (k-means);
-f_img is the element of region 0, the whole picture; half of a batch has labels in semi; RTS's words are drawn once for
+f_img is the element of region 0, the whole picture; half of a batch has labels in semi; RTS draws its words once for
 each text; AF's masked words count on matching pairs alone, and AF reads the right choice of rows with a label, of
 others their question: before low:N use semi:N, all rows and the same N labels.
 
@@ -33,24 +34,33 @@ others their question: before low:N use semi:N, all rows and the same N labels.
 """
 
 import dataclasses
-from typing import Any
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from student.recipe import Now, Optim, Recipe
+from student.recipe import Batch, Notes, Optim, Outputs, Progress, Recipe, Setting, Shapes, Terms
+from student.rows import Questions, TeacherLogits, Words
 from teachercache.core.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from student.models.student import Student
 
 
 @dataclasses.dataclass(frozen=True)
 class Constants:
     """The paper's constants where it names them."""
 
-    w: float = 0.05  # Eq. 1 and 8; 0 for the baseline
-    dv: float = 1.0  # switches: 0 takes a term out of the sum
-    dt: float = 1.0
+    distill_weight: float = 0.05  # w of Eq. 1 and 8; 0 for the baseline
+    image_term: float = 1.0  # switches: 0 takes a term out of the sum
+    text_term: float = 1.0
     select: str = "best"  # t': best, random or none
-    m: int = 2  # selected words
+    num_words: int = 2  # m, selected words
     confidence: bool = True  # Eq. 9-10
-    T: float = 1.0  # free choice
-    choices: str = "all"  # VCR: distil every choice, or the correct one
+    temperature: float = 1.0  # T; free choice
+    choices: str = "all"  # VCR: distill every choice, or the correct one
     normalize: bool = True  # CLIP's rows to a root mean square of 1; free choice
     stage: str = "task"  # or adapt, Eq. 11
     mode: str = "q2a"  # VCR: or qa2r
@@ -69,26 +79,68 @@ class Constants:
     adv_kl: float = 1.5  # weight of the divergence
 
 
-def reads(constants: Constants) -> tuple[str, ...]:
-    """Fields of the caches: the student's regions, and of CLIP what the switches need."""
+WORD_FIELDS = {"best": ("word_index", "word_feature"), "random": ("random_index", "random_feature")}
+
+
+def words_of(constants: Constants) -> Words | None:
+    """Return the selected words t', if any are distilled."""
+    if not constants.distill_weight or constants.stage != "task" or constants.select == "none":
+        return None
+    index, feature = WORD_FIELDS[constants.select]
+    return Words("word_span", index, feature, constants.num_words)
+
+
+def weighs_confidence(constants: Constants) -> bool:
+    """Return whether Eq. 9 compares CLIP's own logits with the student's."""
+    return constants.distill_weight > 0 and constants.confidence and constants.stage == "task"
+
+
+def rows(constants: Constants) -> Questions:
+    """Questions of a task, or their texts with masked words."""
+    reads_clip = not constants.model.startswith(("clip-", "bert-"))
+    return Questions(
+        mode=constants.mode,
+        regime=constants.regime,
+        subset=constants.subset,
+        max_text=constants.max_text,
+        make_tokenizer=functools.partial(make_tokenizer, constants),
+        words=words_of(constants) if reads_clip else None,
+        teacher_logits=TeacherLogits() if weighs_confidence(constants) else None,
+        adapt=constants.stage == "adapt",
+    )
+
+
+def make_tokenizer(constants: Constants, texts: Sequence[str]) -> Any:
+    """Return the tokenizer that is named, else that of `init`, else the words of the training rows."""
+    from student.models.single_stream.loading import init_tokenizer
+    from student.models.single_stream.tokenizer import load_tokenizer, vocabulary_tokenizer
+
+    if constants.tokenizer:
+        return load_tokenizer(Path(constants.tokenizer))
+    if constants.init and not constants.model.startswith("clip-"):  # those have CLIP's
+        return init_tokenizer(constants.init)
+    return vocabulary_tokenizer(texts)
+
+
+def teacher_fields(constants: Constants) -> tuple[str, ...]:
+    """Return the student's regions, and the fields of CLIP that the switches need."""
     _check(constants)
     if constants.model.startswith("clip-"):
         return () if constants.model == "clip-tuned" else ("image_emb", "text_emb")
     if constants.model.startswith("bert-"):
-        if constants.w or constants.stage == "adapt":
+        if constants.distill_weight or constants.stage == "adapt":
             raise UserError(
-                f"--set model={constants.model} sees no picture: add --set w=0, and no stage=adapt"
+                f"--set model={constants.model} sees no picture: add --set distill_weight=0, and no stage=adapt"
             )
         return ()
-    found = ["region_feature", "region_box"]
-    judged = constants.confidence and constants.stage == "task"
-    if constants.w:
-        found += ["image_emb"] if constants.dv or judged else []
-        found += ["text_emb"] if constants.dt or judged else []
-        if constants.stage == "task" and constants.select != "none":
-            kind = "random" if constants.select == "random" else "word"
-            found += ["word_span", f"{kind}_index", f"{kind}_feature"]
-    return tuple(found)
+    fields = ["region_feature", "region_box"]
+    if constants.distill_weight:
+        scored = constants.confidence and constants.stage == "task"
+        fields += ["image_emb"] if constants.image_term or scored else []
+        fields += ["text_emb"] if constants.text_term or scored else []
+        words = words_of(constants)
+        fields += [words.span, words.index, words.feature] if words is not None else []
+    return tuple(fields)
 
 
 def _check(constants: Constants) -> None:
@@ -106,12 +158,15 @@ def _check(constants: Constants) -> None:
         raise UserError(
             "--set fusion=cosine: clip-transformer reads both side by side; choose a clip-...-linear"
         )
-    if constants.m < 1 or constants.T <= 0 or constants.w < 0:
-        raise UserError("--set m must be 1 or more, T above 0 and w not below 0")
+    if constants.num_words < 1 or constants.temperature <= 0 or constants.distill_weight < 0:
+        raise UserError(
+            "--set num_words must be 1 or more, temperature above 0 and distill_weight not below 0"
+        )
 
 
-def build(constants: Constants, task: Any, tokenizer: Any, shapes: dict):
-    """The student of a task."""
+def build(constants: Constants, setting: Setting) -> "Student":
+    """Build the student of a task."""
+    task, shapes = setting.task, setting.shapes
     if constants.model.startswith("clip-"):
         from student.models.clip_baselines import build_adapter
 
@@ -130,141 +185,143 @@ def build(constants: Constants, task: Any, tokenizer: Any, shapes: dict):
 
     inputs = 1 if constants.stage == "adapt" else task.inputs
     width = shapes.get("region_feature", (0,))[-1]
-    shape = Shape(
-        parse_model(constants.model)[0], width, inputs, task.classes, task.name == "vqa", constants.stage
-    )
+    face = parse_model(constants.model)[0]
+    shape = Shape(face, width, inputs, task.classes, task.several_right, constants.stage)
     attack = Perturbation(constants.adv_steps, constants.adv_lr, constants.adv_max)
     return open_student(
         constants.model,
         constants.init,
         shape,
-        tokenizer=tokenizer,
+        tokenizer=setting.tokenizer,
         perturbation=attack,
         max_text=constants.max_text,
     )
 
 
-def heads(constants: Constants, student, shapes: dict):
-    """Maps to CLIP's width, where there is something to distil."""
+def heads(constants: Constants, student: Any, shapes: Shapes) -> "nn.Module | None":
+    """Build maps to CLIP's width, if there is something to distill."""
     from student.models.heads import TokenSpace
 
+    if not constants.distill_weight or constants.model.startswith("clip-"):
+        return None
     width = shapes.get("image_emb", shapes.get("text_emb", (0,)))[-1]
-    return (
-        TokenSpace(student.config.hidden_size, width) if constants.w and hasattr(student, "config") else None
-    )
+    return TokenSpace(student.config.hidden_size, width)
 
 
-def loss(student: dict, batch: dict, constants: Constants, now: Now) -> tuple[dict, dict]:
-    """Terms of Eq. 8 or of Eq. 11, with VILLA's two where there is one."""
-    terms, notes = (
-        adapt_terms(student, batch) if constants.stage == "adapt" else task_terms(student, batch, constants)
-    )
-    if "img_t" not in student:
+def loss(outputs: Outputs, fields: Batch, constants: Constants, progress: Progress) -> tuple[Terms, Notes]:
+    """Compute the terms of Eq. 8 or of Eq. 11, with VILLA's two if the student is perturbed."""
+    if constants.stage == "adapt":
+        terms, notes = adapt_terms(outputs, fields)
+    else:
+        terms, notes = task_terms(outputs, fields, constants)
+    if "image_in_teacher_space" not in outputs:
         return terms, notes
-    weight = distillation_weight(student, batch, constants)  # [n, C]
+    weight = distillation_weight(outputs, fields, constants)  # [n, C]
     notes["distilled"] = (weight > 0).float().mean()
-    return terms | distillation_terms(student, batch, weight, constants), notes
+    return terms | distillation_terms(outputs, fields, weight, constants), notes
 
 
-def task_terms(student: dict, batch: dict, constants: Constants) -> tuple[dict, dict]:
-    """L_task over the rows with a label, and the share of them that is right."""
+def task_terms(outputs: Outputs, fields: Batch, constants: Constants) -> tuple[Terms, Notes]:
+    """Compute L_task over the rows with a label, and the share of them that is right."""
     from student.losses import answer_kl, answer_loss
 
-    logits, target, labelled = student["logits"].float(), batch["target"], batch["labelled"]
-    many, known = bool(batch["many"].any()), labelled.sum().clamp(min=1)
+    logits, target, labeled = outputs["logits"].float(), fields["target"], fields["labeled"]
+    many, num_labeled = bool(fields["several_right"].any()), labeled.sum().clamp(min=1)
     right = target.gather(1, logits.argmax(1, keepdim=True))[:, 0]
-    terms = {"task": (answer_loss(logits, target, many=many) * labelled).sum() / known}
-    if "adv_logits" in student:
-        attacked = student["adv_logits"].float()  # [n, K, classes]
+    terms = {"task": (answer_loss(logits, target, many=many) * labeled).sum() / num_labeled}
+    if "adv_logits" in outputs:
+        attacked = outputs["adv_logits"].float()  # [n, K, classes]
         each = [answer_loss(attacked[:, k], target, many=many) for k in range(attacked.shape[1])]
-        terms["adv"] = (sum(each) / len(each) * labelled).sum() / known
+        terms["adv"] = (sum(each) / len(each) * labeled).sum() / num_labeled
         terms["adv_kl"] = constants.adv_kl * answer_kl(attacked, logits, many=many).mean()
-    return terms, {"right": ((right * labelled).sum() / known).detach()}
+    return terms, {"right": ((right * labeled).sum() / num_labeled).detach()}
 
 
-def adapt_terms(student: dict, batch: dict) -> tuple[dict, dict]:
-    """MLM on the matching rows and image-text matching on all (UNITER's pretraining tasks)."""
+def adapt_terms(outputs: Outputs, fields: Batch) -> tuple[Terms, Notes]:
+    """Compute MLM on the matching rows and image-text matching on all (UNITER's pretraining tasks)."""
     from torch.nn.functional import cross_entropy
 
-    words = batch["masked_word"]  # [n, slots], -1 where a slot is empty
-    each = cross_entropy(
-        student["word_logits"].float().mT, words, ignore_index=-1, reduction="none"
-    )  # [n, slots]
-    found = each.sum(1) / (words >= 0).sum(1)  # every row has one masked word at least
-    match = cross_entropy(student["match"].float(), batch["matched"].long())
-    right = (student["match"].argmax(1) == batch["matched"].long()).float().mean()
-    # Half of the rows match, in the mean: a sum over 0.5 n is the same in any number of processes
-    return {"mlm": (found * batch["matched"]).sum() / (0.5 * len(words)), "itm": match}, {
-        "matched_right": right
-    }
+    words = fields["masked_word"]  # [n, slots], -1 for an empty slot
+    predicted = outputs["word_logits"].float().mT
+    each = cross_entropy(predicted, words, ignore_index=-1, reduction="none")  # [n, slots]
+    of_rows = each.sum(1) / (words >= 0).sum(1)  # every row has one masked word at least
+    matched = fields["matched"]
+    match = cross_entropy(outputs["match"].float(), matched.long())
+    right = (outputs["match"].argmax(1) == matched.long()).float().mean()
+    # Half of the rows match on average: a sum over 0.5 n is the same in any number of processes
+    mlm = (of_rows * matched).sum() / (0.5 * len(words))
+    return {"mlm": mlm, "itm": match}, {"matched_right": right}
 
 
-def distillation_weight(student: dict, batch: dict, constants: Constants):
-    """w_r of each row and choice, float [n, C]; a row whose correct choice alone counts has all weight on that."""
+def distillation_weight(outputs: Outputs, fields: Batch, constants: Constants) -> "Tensor":
+    """Return w_r of each row and choice, float [n, C]; with choices=correct all weight is on the correct choice."""
     import torch
 
     from student.losses import confidence_weight
 
-    n, C = student["img_t"].shape[:2]
-    weight = torch.full((n, C), constants.w, device=student["img_t"].device)
+    picture = outputs["image_in_teacher_space"]
+    n, C = picture.shape[:2]
+    weight = torch.full((n, C), constants.distill_weight, device=picture.device)
     if constants.stage == "adapt":
-        return weight * batch["matched"][:, None]
+        return weight * fields["matched"][:, None]
     if constants.choices == "correct" and C > 1:
-        weight = torch.where(batch["labelled"][:, None] > 0, C * weight * batch["target"], weight)
+        weight = torch.where(fields["labeled"][:, None] > 0, C * weight * fields["target"], weight)
     if constants.confidence:
-        weight = weight * confidence_weight(batch["clip_logits"], student["logits"], constants.T)[:, None]
+        confident = confidence_weight(fields["clip_logits"], outputs["logits"], constants.temperature)
+        weight = weight * confident[:, None]
     return weight
 
 
-def distillation_terms(student: dict, batch: dict, weight, constants: Constants) -> dict:
-    """w_r L_dv, w_r L_dt and w_r L'_dt, those that are switched on."""
+def distillation_terms(outputs: Outputs, fields: Batch, weight: "Tensor", constants: Constants) -> Terms:
+    """Compute w_r L_dv, w_r L_dt and w_r L'_dt, those that are switched on."""
     from torch.nn.functional import normalize
 
     from student.losses import token_l1
 
-    def shaped(rows):
+    def scaled(rows: "Tensor") -> "Tensor":
         rows = rows.float()
         return normalize(rows, dim=-1) * rows.shape[-1] ** 0.5 if constants.normalize else rows
 
     terms = {}
-    if constants.dv:
-        image = shaped(batch["image_emb"])[:, None].expand_as(student["img_t"])
-        terms["dv"] = constants.dv * token_l1(student["img_t"], image, weight)
-    if constants.dt:
-        terms["dt"] = constants.dt * token_l1(student["cls_t"], shaped(batch["text_emb"]), weight)
-    if "words_t" in student:
-        there = batch["word_there"]  # [n, C, m]: 0 where a text has fewer words, or they were cut
-        terms["words"] = token_l1(
-            student["words_t"], shaped(batch["word_feature"]), weight[..., None] * there
-        )
+    if constants.image_term:
+        picture = outputs["image_in_teacher_space"]
+        image = scaled(fields["image_emb"])[:, None].expand_as(picture)
+        terms["dv"] = constants.image_term * token_l1(picture, image, weight)
+    if constants.text_term:
+        text = scaled(fields["text_emb"])
+        terms["dt"] = constants.text_term * token_l1(outputs["cls_in_teacher_space"], text, weight)
+    if "words_in_teacher_space" in outputs:
+        valid = fields["word_valid"]  # [n, C, m]: 0 where a text has fewer words, or they were cut
+        words = scaled(fields["word_feature"])
+        terms["words"] = token_l1(outputs["words_in_teacher_space"], words, weight[..., None] * valid)
     return terms
 
 
-GIVEN = (
-    "image_emb",
-    "text_emb",
-    "word_feature",
-    "word_there",
-    "clip_logits",
-    "target",
-    "labelled",
-    "many",
-    "matched",
-    "masked_word",
-)
 CLIP_TD = Recipe(
     name="clip_td",
     paper="CLIP-TD: CLIP Targeted Distillation for Vision-Language Tasks (2022)",
     doc="CLIP's picture, text and best words into UNITER, VL-BERT, VILLA",
     constants=Constants(),
-    build=build,
-    heads=heads,
+    rows=rows,
+    student=build,
+    distill_heads=heads,
     loss=loss,
-    reads=reads,
-    given=GIVEN,
-    questions=True,
+    teacher_fields=teacher_fields,
+    loss_fields=(
+        "image_emb",
+        "text_emb",
+        "word_feature",
+        "word_valid",
+        "clip_logits",
+        "target",
+        "labeled",
+        "several_right",
+        "matched",
+        "masked_word",
+    ),
+    per_row=frozenset({"*"}),
     data="data/scenes/vcr1",
-    optim=Optim(lr=5e-4, beta2=0.999, eps=1e-8, weight_decay=0.01, warmup=0.1, clip=1.0),
+    optim=Optim(lr=5e-4, beta2=0.999, eps=1e-8, weight_decay=0.01, warmup=0.1, max_grad_norm=1.0),
     steps=400,
     batch=64,
 )

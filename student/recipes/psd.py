@@ -26,10 +26,16 @@ the paper's, for comparison.
 
 import dataclasses
 import math
+from typing import TYPE_CHECKING
 
-from student.recipe import Now, Optim, Recipe
+from student.recipe import Batch, Notes, Optim, Outputs, Progress, Recipe, Setting, Terms
 from student.recipes import clip
 from teachercache.core.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from student.models.student import Student
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,54 +51,54 @@ class Constants:
     init: str = ""
 
 
-def reads(constants: Constants) -> tuple[str, ...]:
-    """Nothing, unless a cache stands in for the model."""
+def teacher_fields(constants: Constants) -> tuple[str, ...]:
+    """Return no field, unless a cache replaces the model as its teacher, or the student trains on features."""
     if constants.teacher not in ("self", "cache"):
         raise UserError(f"--set teacher={constants.teacher}: choose self or cache")
-    return ("image_emb", "text_emb") if constants.teacher == "cache" else ()
+    return ("image_emb", "text_emb") if constants.teacher == "cache" else clip.student_fields(constants)
 
 
-def build(constants: Constants):
-    """The student by name; shares and temperatures that make no sense are refused."""
+def build(constants: Constants, setting: Setting) -> "Student":
+    """Build the student by name, and refuse shares and temperatures that make no sense."""
     for name in ("alpha_start", "alpha_end"):
         if not 0 <= getattr(constants, name) <= 1:
             raise UserError(f"--set {name}={getattr(constants, name):g}: a share is expected, from 0 to 1")
     if constants.teacher_temperature <= 0:
         raise UserError(f"--set teacher_temperature={constants.teacher_temperature:g}: it must be above 0")
-    alpha(constants, Now(0, 1))
-    return clip.build(constants)
+    alpha(constants, Progress(0, 1))
+    return clip.build_by_name(constants.model, constants.init)
 
 
-def alpha(constants: Constants, now: Now) -> float:
-    """The share of unaligned pairs in a step."""
-    done = now.step / max(1, now.steps - 1)
+def alpha(constants: Constants, progress: Progress) -> float:
+    """Return the share of unaligned pairs in a step."""
+    done = progress.step / max(1, progress.steps - 1)
     ramps = {"cosine": (1 - math.cos(math.pi * done)) / 2, "linear": done, "constant": 1.0}
     if constants.schedule not in ramps:
         raise UserError(f"--set schedule={constants.schedule}: choose from {', '.join(ramps)}")
     return constants.alpha_start + (constants.alpha_end - constants.alpha_start) * ramps[constants.schedule]
 
 
-def draw_unaligned(rows: int, share: float, step: int):
-    """Which pairs are called unaligned in a step, bool [rows]: the same on every rank, and in a resumed run."""
+def draw_unaligned(rows: int, share: float, step: int) -> "Tensor":
+    """Draw which pairs count as unaligned in a step, bool [rows]: the same on every rank, and in a resumed run."""
     import torch
 
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(step))
     return order < round(share * rows)
 
 
-def loss(student: dict, batch: dict, constants: Constants, now: Now) -> tuple[dict, dict]:
-    """One term over the global batch; `unaligned` is alpha as it was rounded."""
+def loss(outputs: Outputs, fields: Batch, constants: Constants, progress: Progress) -> tuple[Terms, Notes]:
+    """Compute one term over the global batch; the note `unaligned` is alpha as it was rounded."""
     from torch.nn.functional import normalize
 
     from student.losses import psd_loss
 
-    V, S = normalize(student["image"].float()), normalize(student["text"].float())
+    V, S = normalize(outputs["image"].float()), normalize(outputs["text"].float())
     V_T, S_T = V.detach(), S.detach()
     if constants.teacher == "cache":
-        V_T, S_T = normalize(batch["image_emb"].float()), normalize(batch["text_emb"].float())
-    unaligned = draw_unaligned(len(V), alpha(constants, now), now.step).to(V.device)
-    term = psd_loss(V, S, student["scale"], V_T, S_T, 1 / constants.teacher_temperature, unaligned)
-    return {"psd": term}, {"scale": student["scale"].detach(), "unaligned": unaligned.float().mean()}
+        V_T, S_T = normalize(fields["image_emb"].float()), normalize(fields["text_emb"].float())
+    unaligned = draw_unaligned(len(V), alpha(constants, progress), progress.step).to(V.device)
+    term = psd_loss(V, S, outputs["scale"], V_T, S_T, 1 / constants.teacher_temperature, unaligned)
+    return {"psd": term}, {"scale": outputs["scale"].detach(), "unaligned": unaligned.float().mean()}
 
 
 PSD = Recipe(
@@ -100,10 +106,8 @@ PSD = Recipe(
     paper="Robust Cross-Modal Representation Learning with Progressive Self-Distillation (2022)",
     doc="the model teaches itself, more with every step: for noisy pairs",
     constants=Constants(),
-    build=build,
-    heads=None,
+    student=build,
     loss=loss,
-    reads=reads,
-    across=("image", "text", "image_emb", "text_emb"),
+    teacher_fields=teacher_fields,
     optim=Optim(weight_decay=1e-3, warmup=0.2),
 )

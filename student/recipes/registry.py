@@ -1,4 +1,7 @@
-"""Recipes by name: an ordinary dict; a recipe of your own is `my_package.my_module:RECIPE`."""
+"""Recipes by name: an ordinary dict; plus those of installed packages."""
+
+import importlib.metadata
+from typing import Any
 
 from student.recipe import Recipe
 from student.recipes.clip import CLIP
@@ -9,7 +12,9 @@ from student.recipes.sds_clip import SDS_CLIP
 from student.recipes.vlkd import VLKD
 from teachercache.core.errors import UserError, resolve
 
-RECIPES: dict[str, Recipe] = {
+GROUP = "student.recipes"  # entry points: name -> a Recipe
+
+RECIPES: dict[str, Recipe[Any]] = {
     "clip": CLIP,
     "clip_kd": CLIP_KD,
     "clip_td": CLIP_TD,
@@ -19,9 +24,23 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
-def find(name: str) -> Recipe:
-    """The recipe of that name; UserError names those there are."""
-    recipe = resolve(name, RECIPES, kind="recipe")
+def installed() -> dict[str, importlib.metadata.EntryPoint]:
+    """Return the recipes of installed packages by name, not yet imported."""
+    return {point.name: point for point in importlib.metadata.entry_points(group=GROUP)}
+
+
+def find(name: str) -> Recipe[Any]:
+    """Return the recipe of a name, of an installed package, or of `package.module:RECIPE`.
+
+    Raises:
+        UserError: No such recipe; the message names those that exist.
+    """
+    points = installed()
+    recipe = (
+        points[name].load()
+        if name in points and name not in RECIPES
+        else resolve(name, RECIPES, kind="recipe")
+    )
     if not isinstance(recipe, Recipe):
         raise UserError(f"--recipe {name} is a {type(recipe).__name__}, not a student.recipe.Recipe")
     return recipe

@@ -1,7 +1,7 @@
 """vlkd: vision-language knowledge distillation into a BART that then captions and answers (VLKD, 2022).
 
 A pair of the batch is a picture and its text. CLIP is frozen and cached: v_cls, t_eos its picture and text embedding, V
-rows of its space; all normalised. E are the outputs of BART's encoder, e their mean over the text's tokens; W_e maps to
+rows of its space; all normalized. E are the outputs of BART's encoder, e their mean over the text's tokens; W_e maps to
 CLIP's space, W'_e back (it starts as W_e's pseudo-inverse), W_i from CLIP's pictures.
 
     e_norm  W_e e / |W_e e|
@@ -10,14 +10,15 @@ CLIP's space, W'_e back (it starts as W_e's pseudo-inverse), W_i from CLIP's pic
     ICTI    mean over pairs of - sum_j log P(w_j | w_<j, C),  C = concat(W_i V, W'_e W_e E)    Eq. 1, 2
     L       1000 TTDM + ITCL + ICTI                                                            section 3.3
 
-E in C is that of the text with 15 % of its words in spans, of Poisson(3) words in the mean, replaced by one mask each
+E in C encodes the text with 15 % of its words in spans, of Poisson(3) words on average, replaced by one mask each
 (BART's text infilling); w is the whole text. visual=cls takes V = v_cls, as the paper does for ViT-B/16; visual=patches
-takes all patches, as for RN50x16. A teacher without a [CLS] token (clip-lite) has its image embedding in that place.
+takes all patches, as for RN50x16. For a teacher without a [CLS] token (clip-lite), v_cls is its image embedding.
 
-Printed as it is, TTDM is a sum over the dimensions and 1000 TTDM far above the other terms; the paper says that they
-are three magnitudes larger than TTDM, which is so for the mean over 512 dimensions: that would be ttdm=2.
+As printed, TTDM is a sum over the dimensions and 1000 TTDM far above the other terms; the paper states that they are
+three magnitudes larger than TTDM, which holds for the mean over 512 dimensions: that would be ttdm=2.
 
-Finetuning keeps the input of zero-shot use and minimises the negative log-likelihood of the words in the masks' place:
+Finetuning keeps the input of zero-shot use and minimizes the negative log-likelihood of the words that replace the
+masks:
 
     stage=caption   "A picture of [MASK] x 6."           -> "A picture of <caption>."
     stage=vqa       "<question> Answer: [MASK] x 2."     -> "<question> Answer: <answer>."
@@ -35,8 +36,19 @@ small BART on a laptop. Table 11: `--set optim.lr=6e-5 --set optim.eps=1e-8`, ba
 """
 
 import dataclasses
+import functools
+from typing import TYPE_CHECKING, Any
 
-from student.recipe import Now, Optim, Recipe
+from student.recipe import Batch, Notes, Optim, Outputs, Progress, Recipe, Setting, Shapes, Terms
+from student.rows import Pairs
+from teachercache.core.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from student.models.student import Student
+
+STAGES = ("distil", "caption", "vqa", "scst")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,73 +70,113 @@ class Constants:
     max_text: int = 64  # sub-words
 
 
-def reads(constants: Constants) -> tuple[str, ...]:
-    """V, which the student reads, and what the terms compare."""
-    found = ["patch_emb" if constants.visual == "patches" else "image_emb"]
+def rows(constants: Constants) -> Pairs:
+    """Pairs that a stage can use, and the share of them that is asked for."""
+    from student.models.seq2seq.texts import choose_rows
+
+    _check(constants)
+    return Pairs(
+        choose_rows=functools.partial(choose_rows, stage=constants.stage, share=constants.data_share)
+    )
+
+
+def _check(constants: Constants) -> None:
+    """Refuse settings that make no sense."""
+    if constants.stage not in STAGES:
+        raise UserError(f"--set stage={constants.stage}: choose from {', '.join(STAGES)}")
+    if constants.visual not in ("cls", "patches"):
+        raise UserError(f"--set visual={constants.visual}: choose from cls, patches")
+    if not 0 < constants.mask_share <= 1 or not 0 < constants.data_share <= 1 or constants.masks < 0:
+        raise UserError(
+            "--set mask_share and data_share are shares above 0, masks is a number or 0 for the paper's"
+        )
+
+
+def picture_field(constants: Constants) -> str:
+    """Return the cached field that V is."""
+    return "patch_emb" if constants.visual == "patches" else "image_emb"
+
+
+def teacher_fields(constants: Constants) -> tuple[str, ...]:
+    """Return V, which the student reads, and the fields that the terms compare."""
+    fields = [picture_field(constants)]
     if constants.stage == "distil":
-        found += [
+        fields += [
             name for name, weight in (("image_emb", constants.itcl), ("text_emb", constants.ttdm)) if weight
         ]
-    return tuple(dict.fromkeys(found))
+    return tuple(dict.fromkeys(fields))
 
 
-def build(constants: Constants):
-    """BART and its reader; its matrices are made when the width of CLIP's space is known."""
-    from student.models.seq2seq.loading import open_student
+def build(constants: Constants, setting: Setting) -> "Student":
+    """Build BART with its matrices into the cache's CLIP space, or start from `init`."""
+    from student.models.seq2seq.loading import Reading, start_bart, start_from
+    from student.models.seq2seq.self_critical import reward_of
+    from student.models.seq2seq.texts import references
+    from teachercache.core.progress import say
 
-    return open_student(constants)
-
-
-def heads(constants: Constants, student, shapes: dict):
-    """W_i, W_e, W'_e of the student in the teacher's width; of its own a temperature alone."""
-    from student.models.heads import Temperature
-    from teachercache.core.errors import UserError
-
-    width = shapes[student.inputs[1]][-1]
-    if not hasattr(student, "text_out"):
-        student.connect(width)
-    if student.text_out.out_features != width:
-        known = student.text_out.out_features
-        raise UserError(
-            f"--set init={constants.init} knows a CLIP of width {known}, the cache's has {width}: pass a "
-            "cache of the same teacher"
+    reading = Reading(constants.stage, constants.masks, constants.mask_share, constants.max_text)
+    width = setting.shapes[picture_field(constants)][-1]
+    if constants.init:
+        say(f"starting from {constants.init}: its BART replaces model={constants.model}")
+        student = start_from(constants.init, reading, visual=constants.visual)
+    else:
+        student = start_bart(
+            constants.model, reading, scratch=constants.scratch, visual=constants.visual, width=width
         )
+    if student.text_out.out_features != width:
+        raise UserError(
+            f"--set init={constants.init} was trained on a CLIP of width {student.text_out.out_features}, the cache's "
+            f"has {width}: pass a cache of the same teacher"
+        )
+    student.aligned = bool(constants.ttdm or constants.itcl)
+    if constants.stage == "scst":
+        samples = (setting.manifest.row(row) for row in setting.rows.tolist())
+        student.reward = reward_of(references(sample) for sample in samples)
+    return student
+
+
+def heads(constants: Constants, student: Any, shapes: Shapes) -> "nn.Module | None":
+    """Build ITCL's temperature."""
+    from student.models.heads import Temperature
+
     return Temperature(constants.tau) if constants.stage == "distil" and constants.itcl else None
 
 
-def loss(student: dict, batch: dict, constants: Constants, now: Now) -> tuple[dict, dict]:
-    """Every term that has a weight; of a finetuning stage its one."""
+def loss(outputs: Outputs, fields: Batch, constants: Constants, progress: Progress) -> tuple[Terms, Notes]:
+    """Compute every term that has a weight; in a finetuning stage its single term."""
     from student.losses import scst_loss
 
-    notes = {"nll_token": student["nll"].detach().sum() / student["tokens"].sum()}
+    nll = outputs["nll"]
+    notes = {"nll_token": nll.detach().sum() / outputs["tokens"].sum()}
     if constants.stage == "scst":
-        notes |= {name: student[name].mean() for name in ("reward", "baseline")}
-        return {"scst": scst_loss(student["nll"], student["reward"], student["baseline"])}, notes
+        notes |= {name: outputs[name].mean() for name in ("reward", "baseline")}
+        return {"scst": scst_loss(nll, outputs["reward"], outputs["baseline"])}, notes
     if constants.stage != "distil":
-        return {"nll": student["nll"].float().mean()}, notes
-    aligned, found = align_terms(student, batch, constants)
-    return aligned | (
-        {"icti": constants.icti * student["nll"].float().mean()} if constants.icti else {}
-    ), notes | found
+        return {"nll": nll.float().mean()}, notes
+    terms, more = align_terms(outputs, fields, constants)
+    if constants.icti:
+        terms["icti"] = constants.icti * nll.float().mean()
+    return terms, notes | more
 
 
-def align_terms(student: dict, batch: dict, constants: Constants) -> tuple[dict, dict]:
-    """TTDM and ITCL, those that are switched on."""
+def align_terms(outputs: Outputs, fields: Batch, constants: Constants) -> tuple[Terms, Notes]:
+    """Compute TTDM and ITCL, those that are switched on."""
     from torch.nn.functional import normalize
 
     from student.losses import clip_loss, ttdm_loss
 
-    terms, notes = {}, {}
-    if "text_t" in student:
-        e_norm = normalize(student["text_t"].float())
+    terms: Terms = {}
+    notes: Notes = {}
+    if "text_in_teacher_space" in outputs:
+        e_norm = normalize(outputs["text_in_teacher_space"].float())
     if constants.ttdm:
-        t_eos = normalize(batch["text_emb"].float())
+        t_eos = normalize(fields["text_emb"].float())
         terms["ttdm"] = constants.ttdm * ttdm_loss(e_norm, t_eos)
         notes["cos_text"] = (e_norm * t_eos).sum(1).mean().detach()
     if constants.itcl:
-        v_cls = normalize(batch["image_emb"].float())
-        terms["itcl"] = constants.itcl * clip_loss(v_cls, e_norm, student["itcl_scale"])
-        notes["tau"] = 1 / student["itcl_scale"].detach()
+        v_cls = normalize(fields["image_emb"].float())
+        terms["itcl"] = constants.itcl * clip_loss(v_cls, e_norm, outputs["itcl_scale"])
+        notes["tau"] = 1 / outputs["itcl_scale"].detach()
     return terms, notes
 
 
@@ -133,12 +185,21 @@ VLKD = Recipe(
     paper="Enabling Multimodal Generation on CLIP via Vision-Language Knowledge Distillation (2022)",
     doc="a cached CLIP into a BART, which then captions and answers",
     constants=Constants(),
-    build=build,
-    heads=heads,
+    rows=rows,
+    student=build,
+    distill_heads=heads,
     loss=loss,
-    reads=reads,
-    across=("text_t", "image_emb", "text_emb", "nll", "tokens", "reward", "baseline"),
-    optim=Optim(lr=1e-3, beta2=0.999, eps=1e-6, weight_decay=0.01, warmup=0.06, clip=5.0, decay="linear"),
+    teacher_fields=teacher_fields,
+    per_row=frozenset({"patch_emb"}),
+    optim=Optim(
+        lr=1e-3,
+        beta2=0.999,
+        eps=1e-6,
+        weight_decay=0.01,
+        warmup=0.06,
+        max_grad_norm=5.0,
+        schedule="linear",
+    ),
     steps=600,
     batch=64,
 )

@@ -11,14 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from student.recipe import Now
+from student.recipe import Progress
 from student.training.engine import take_optimizer_step
+from student.training.step import Loss
 
 Batch = dict[str, Tensor]
 
 
-def accumulate(engine: Any, parts: list[Batch], now: Now, device: str) -> tuple[Tensor, Batch, Batch]:
-    """Loss, terms and notes of the whole batch; the engine has taken a step by its gradient.
+def accumulate(engine: Any, parts: list[Batch], progress: Progress, device: str) -> Loss:
+    """Return the loss of the whole batch after the engine has taken a step by its gradient.
 
     Micro-batches stay in main memory and are moved to the device when their turn comes.
     """
@@ -26,23 +27,23 @@ def accumulate(engine: Any, parts: list[Batch], now: Now, device: str) -> tuple[
     with torch.no_grad():
         for part in parts:
             states.append(random_state())
-            said, read = engine(on_device(part, device), now, {})
-            outputs.append(said)
-            fields.append(read)
+            of_part = engine(on_device(part, device), progress, {})
+            outputs.append(of_part[0])
+            fields.append(of_part[1])
     rows = [num_rows(part) for part in parts]
     leaves = {name: value.detach().requires_grad_() for name, value in joined(outputs, rows).items()}
-    loss, terms, notes = engine.module.loss(leaves, joined(fields, rows), now)
-    loss.backward()
+    loss = engine.module.loss(leaves, joined(fields, rows), progress)
+    loss.total.backward()
     gradients = split({name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}, rows)
     after = random_state()
-    for part, state, own in zip(parts, states, gradients, strict=True):
+    for part, state, gradient in zip(parts, states, gradients, strict=True):
         set_random_state(state)
-        engine.backward(
-            len(parts) * engine(on_device(part, device), now, own)
-        )  # DeepSpeed divides by their number
-        take_optimizer_step(engine)  # which it takes after the last
+        # DeepSpeed divides by the number of parts, and takes the step after the last
+        engine.backward(len(parts) * engine(on_device(part, device), progress, gradient))
+        take_optimizer_step(engine)
     set_random_state(after)
-    return loss.detach(), {name: term.detach() for name, term in terms.items()}, notes
+    terms = {name: term.detach() for name, term in loss.terms.items()}
+    return Loss(loss.total.detach(), terms, loss.notes)
 
 
 def on_device(batch: Batch, device: str) -> Batch:

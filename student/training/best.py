@@ -7,11 +7,12 @@ from pathlib import Path
 
 from safetensors import safe_open
 from safetensors.torch import load_file
-from torch import nn
 
 from student.distributed import any_rank
+from student.models.run_file import write_tensors
+from student.models.student import Student
 from student.training.accumulate import random_state, set_random_state
-from student.training.checkpoint import save_student, write_tensors
+from student.training.checkpoint import save_student
 from student.training.telemetry.metrics import Metrics
 from teachercache.core.errors import UserError
 from teachercache.core.paths import write_whole
@@ -22,7 +23,7 @@ WITH_IT = ("run.json", "tokenizer.json")  # what a student needs besides its wei
 Evaluate = Callable[[Path], tuple[float, dict[str, float]]]  # a run folder -> score, metrics
 
 
-def keep_best(student: nn.Module, run: Path, step: int, evaluate: Evaluate) -> None:
+def keep_best(student: Student, run: Path, step: int, evaluate: Evaluate) -> None:
     """Evaluate the student as it is after `step` steps; it becomes <run>/best where its score beats all before.
 
     What is evaluated is what was written, so that the file is what the score says; ties keep the older one. Random

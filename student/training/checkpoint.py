@@ -4,20 +4,17 @@
 <run>/model.safetensors                       the student alone, in open_clip's names: what eval and export read
 """
 
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
 
 from student.distributed import from_all_ranks
-from student.models.two_tower.model import TwoTower, open_clip_state
+from student.models.run_file import write_tensors
+from student.models.student import Student
 from student.training.zero_state import engine_state, load_engine_state
-from teachercache.cache.store import flush
 from teachercache.core.errors import UserError
 from teachercache.core.process import rank, world_size
 from teachercache.core.progress import say
@@ -40,14 +37,6 @@ def save(engine: Any, run: Path, step: int) -> None:
         for old in (*checkpoints_of(run)[:-1], *folder.glob("*.partial")):
             old.unlink()
     dist.barrier()
-
-
-def write_tensors(state: dict[str, Tensor], path: Path, facts: dict[str, str] | None = None) -> None:
-    """A safetensors file, written aside and renamed."""
-    partial = path.with_name(path.name + ".partial")
-    save_file(state, partial, facts)
-    flush(partial)
-    os.replace(partial, path)
 
 
 def checkpoints_of(run: Path) -> list[Path]:
@@ -93,17 +82,12 @@ def _set_random_state(file: Any, names: set[str]) -> None:
         torch.cuda.set_rng_state(file.get_tensor(f"random.cuda.{rank()}"))
 
 
-def save_student(student: nn.Module, path: Path) -> None:
-    """The deployable student, float32, written aside and renamed; at ZeRO 3 its parts are gathered first."""
+def save_student(student: Student, path: Path) -> None:
+    """Write the deployable student, aside and renamed; at ZeRO 3 its shards are gathered first."""
     import deepspeed
 
     sharded = [parameter for parameter in student.parameters() if hasattr(parameter, "ds_id")]
     with deepspeed.zero.GatheredParameters(sharded):
-        state = open_clip_state(student) if isinstance(student, TwoTower) else _own_state(student)
+        state = student.saved_state()
         if rank() == 0:
             write_tensors({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, path)
-
-
-def _own_state(student: nn.Module) -> dict[str, Tensor]:
-    """A state dict; of a student that uses a tensor in several places each once."""
-    return student.plain_state() if hasattr(student, "plain_state") else student.state_dict()

@@ -8,11 +8,18 @@ import os
 import socket
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
+from student.models.student import (
+    Capability,
+    CheckpointsActivations,
+    Student,
+    reason_against,
+    require,
+)
 from student.recipe import Optim, Run
 from student.training.zero_state import is_sharded, set_sharded
 from teachercache.core.errors import UserError
@@ -36,7 +43,7 @@ def learning_rate(optim: Optim, step: int, steps: int) -> float:
     if step < warmup:
         return optim.lr * (step + 1) / warmup
     done = (step - warmup) / max(1, steps - warmup)
-    return optim.lr * (1 - done if optim.decay == "linear" else 0.5 * (1 + math.cos(math.pi * done)))
+    return optim.lr * (1 - done if optim.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done)))
 
 
 def deepspeed_config(run: Run, optim: Optim, rows_per_rank: int, parameters: int) -> dict[str, Any]:
@@ -48,7 +55,7 @@ def deepspeed_config(run: Run, optim: Optim, rows_per_rank: int, parameters: int
     return {
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": rows_per_rank // micro,
-        "gradient_clipping": optim.clip,  # DeepSpeed's own default is 1.0
+        "gradient_clipping": optim.max_grad_norm,  # DeepSpeed's own default is 1.0
         "zero_optimization": {"stage": run.zero, "reduce_bucket_size": max(1, min(500_000_000, parameters))},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
@@ -79,46 +86,38 @@ def start_distributed(device: str) -> None:
         )  # others wait while one evaluates
 
 
-def set_up_student(student: nn.Module, run: Run) -> None:
-    """Activation checkpointing and torch.compile where they were asked for and can be; else the reason is said."""
-    if run.grad_checkpointing:
-        if reason := _no_checkpointing(student):
-            say(f"run.grad_checkpointing is off: {reason}")
-        else:
-            student.model.set_grad_checkpointing(True)
-    if run.compile:
-        if reason := _no_compile(student, run):
-            say(f"run.compile is off: {reason}")
-        else:
-            student.compile()
-
-
-def _no_checkpointing(student: nn.Module) -> str:
-    if getattr(student, "block_widths", None):
-        return "hidden looks into the blocks by hooks"
-    model = getattr(student, "model", None)
-    return (
-        ""
-        if hasattr(model, "set_grad_checkpointing")
-        else f"{type(model or student).__name__} has no blocks for it"
-    )
-
-
-def _no_compile(student: nn.Module, run: Run) -> str:
-    """Why the student cannot be compiled, or nothing."""
+def set_up_student(student: Student, run: Run) -> None:
+    """Turn on recomputation of activations and torch.compile if asked for and possible; else print the reason."""
     if run.zero == 3:
-        return "ZeRO 3 fetches parameters between modules, which breaks the graph at each"
-    if getattr(student, "mask_ratio", None) is not None or getattr(student, "block_widths", None):
-        return "mfd and hidden look into the towers by hooks"
+        require(student, Capability.SHARDS_PARAMETERS, "--set run.zero=3")
+    if run.grad_checkpointing:
+        if Capability.CHECKPOINTS_ACTIVATIONS in student.capabilities():
+            cast(CheckpointsActivations, student).checkpoint_activations()
+        else:
+            reason = reason_against(student, Capability.CHECKPOINTS_ACTIVATIONS)
+            say(f"run.grad_checkpointing is off{reason}")
+    if run.compile:
+        if reason := reason_against_compiling(student, run):
+            say(f"run.compile is off{reason}")
+        else:
+            cast(nn.Module, student).compile()
+
+
+def reason_against_compiling(student: Student, run: Run) -> str:
+    """Return ": reason" if the student cannot be compiled here, or nothing."""
+    if run.zero == 3:
+        return ": ZeRO 3 fetches parameters between modules, which breaks the graph at each"
+    if Capability.COMPILES not in student.capabilities():
+        return reason_against(student, Capability.COMPILES) or ": this student cannot be compiled"
     if run.device.startswith("cuda"):
-        return "" if importlib.util.find_spec("triton") else "the package triton is missing"
+        return "" if importlib.util.find_spec("triton") else ": the package triton is missing"
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
 
     try:
         get_cpp_compiler()
     except (InvalidCxxCompiler, RuntimeError):
-        return "no C++ compiler is installed"
+        return ": no C++ compiler is installed"
     return ""
 
 
@@ -128,8 +127,8 @@ def start_engine(step: nn.Module, optim: Optim, run: Run, rows_per_rank: int) ->
         raise UserError(f"--set run.zero={run.zero}: choose 0, 1, 2 or 3")
     if run.precision not in ("float32", "bfloat16"):
         raise UserError(f"--set run.precision={run.precision}: choose float32 or bfloat16")
-    if optim.decay not in ("cosine", "linear"):
-        raise UserError(f"--set optim.decay={optim.decay}: choose cosine or linear")
+    if optim.schedule not in ("cosine", "linear"):
+        raise UserError(f"--set optim.schedule={optim.schedule}: choose cosine or linear")
     start_distributed(run.device)
     with quiet_deepspeed():
         deepspeed = _import_deepspeed(run.device)

@@ -1,19 +1,21 @@
-"""THE phase-2 loop. Not for choosing what is computed: that is the recipe."""
+"""The loop of phase 2: prepare a run, take its steps, save and evaluate on the way."""
 
 import contextlib
 import itertools
 import json
+import shlex
 import signal
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from student.distributed import any_rank, mean_over_ranks
-from student.inputs.pairs import loader
-from student.models.two_tower.model import TwoTower
-from student.recipe import Now, Recipe, Run
+from student.inputs.loader import loader
+from student.models.student import Capability, reason_against, require
+from student.recipe import Progress, Recipe, Run
 from student.training import checkpoint
 from student.training.accumulate import accumulate, on_device
 from student.training.best import Evaluate, keep_best
@@ -26,9 +28,9 @@ from student.training.engine import (
     start_engine,
     take_optimizer_step,
 )
-from student.training.prepare_pairs import Prepared, prepare
-from student.training.run_folder import describe, open_run
-from student.training.step import TrainStep
+from student.training.prepare import Prepared, prepare
+from student.training.run_folder import open_run, run_record
+from student.training.step import Loss, TrainStep
 from student.training.telemetry.curve import draw_curve
 from student.training.telemetry.metrics import plain, refuse_nan, refuse_nan_weights
 from student.training.telemetry.reporting import Report, asked, reporting
@@ -39,12 +41,24 @@ from teachercache.core.process import keep_memory, rank, world_size
 from teachercache.core.progress import say, ticker
 
 
-def train(
-    recipe: Recipe, run: Run, *, resume: bool, dry_run: bool = False, evaluate: Evaluate | None = None
-) -> Path:
-    """Train a student; returns the run folder. With `dry_run` two steps are taken and nothing is left behind.
+class Trained(NamedTuple):
+    """A run that has ended."""
 
-    `evaluate` gives a run folder's score, for `run.eval_every`.
+    folder: Path
+    prepared: Prepared
+
+
+def train(
+    recipe: Recipe[Any], run: Run, *, resume: bool, dry_run: bool = False, evaluate: Evaluate | None = None
+) -> Trained:
+    """Train a student; return it with its run folder.
+
+    Args:
+        recipe: What is trained.
+        run: Where and how.
+        resume: Go on from the last checkpoint of the run folder.
+        dry_run: Take two steps, report time and memory, and leave nothing behind.
+        evaluate: Run folder -> score, for `run.eval_every`.
     """
     out = Path(run.out)
     count_parts(recipe.batch, run.micro_batch)
@@ -55,18 +69,12 @@ def train(
     start_distributed(run.device)
     prepared = prepare(recipe, run)
     step_module = prepared.step.to(run.device)
-    if (
-        run.eval_every
-        and "task" not in (prepared.facts or {})
-        and not isinstance(step_module.student, TwoTower)
-    ):
-        raise UserError(
-            f"--eval-every: {type(step_module.student).__name__} is no model of its own; leave it away"
-        )
-    facts = describe(recipe, run, prepared)
+    if run.eval_every and Capability.ANSWERS not in step_module.student.capabilities():
+        require(step_module.student, Capability.ENCODES, "--eval-every")
+    facts = run_record(recipe, run, prepared)
     if not dry_run:
         open_run(out, facts, resume)
-        for name, text in (prepared.files or {}).items() if rank() == 0 else ():
+        for name, text in prepared.files.items() if rank() == 0 else ():
             write_whole(out / name, text)
     rows = len(prepared.batches.rows)
     say(f"{recipe.name}: {count(step_module)}; {rows:,} rows, {recipe.steps} steps of {recipe.batch}")
@@ -77,7 +85,8 @@ def train(
     torch.manual_seed(run.seed * world_size() + rank())  # dropout differs between ranks
     speed = Speed(run, recipe.batch)
     if dry_run:
-        return rehearse(engine, prepared, recipe, speed)
+        rehearse(engine, prepared, recipe, speed)
+        return Trained(out, prepared)
     last = checkpoint.last_checkpoint(out) if resume else None
     done = checkpoint.resume(engine, last) if last else 0
     if resume:
@@ -94,13 +103,30 @@ def train(
     if speed.steps and rank() == 0:
         write_whole(out / "speed.json", json.dumps(speed.facts()) + "\n")
         say(f"{out}: {speed.facts()['seconds_per_step']:.3f} s a step, {speed.words()}")
-    return out
+    return Trained(out, prepared)
+
+
+def next_command(trained: Trained, recipe: Recipe[Any], run: Run) -> str:
+    """Return a line with the command that a user runs next, by what the student can do."""
+    folder, student, rows = str(trained.folder), trained.prepared.step.student, trained.prepared.rows
+    offered = student.capabilities()
+    if Capability.ANSWERS in offered and rows:
+        words = ["student", "eval", folder, "--task", rows["task"]["name"], "--data", run.data]
+    elif Capability.ENCODES in offered:
+        words = ["student", "eval", folder, "--task", "retrieval", "--data", run.data]
+    elif Capability.GENERATES in offered:
+        words = ["student", "generate", folder, "--image", "FILE"]
+    elif rows:  # it has no answers yet
+        words = ["student", "train", "--recipe", recipe.name, "--data", run.data, "--set", f"init={folder}"]
+    else:
+        return f"trained {folder}{reason_against(student, Capability.ENCODES)}"
+    return f"next: {shlex.join(words)}"
 
 
 def run_steps(
     engine: Any,
     prepared: Prepared,
-    recipe: Recipe,
+    recipe: Recipe[Any],
     speed: Speed,
     done: int,
     report: Report,
@@ -137,7 +163,7 @@ def run_steps(
 
 
 def steps_from(
-    engine: Any, prepared: Prepared, recipe: Recipe, speed: Speed, done: int
+    engine: Any, prepared: Prepared, recipe: Recipe[Any], speed: Speed, done: int
 ) -> Iterator[tuple[int, dict[str, float], tuple[str, ...]]]:
     """Take each step: how many are done with it, what it showed, and which of that are terms of the loss."""
     run = speed.run
@@ -147,12 +173,12 @@ def steps_from(
         speed.compute()
         if not speed.steps:
             speed.count_products(
-                engine, (on_device(part, run.device) for part in parts), Now(step, recipe.steps)
+                engine, (on_device(part, run.device) for part in parts), Progress(step, recipe.steps)
             )
         for group in engine.optimizer.param_groups:
             group["lr"] = learning_rate(recipe.optim, step, recipe.steps)
         with quiet_deepspeed():
-            loss, terms, notes = take_step(engine, parts, Now(step, recipe.steps), run.device)
+            loss, terms, notes = take_step(engine, parts, Progress(step, recipe.steps), run.device)
             clamp_scales(engine)
         values = plain(
             {"loss": mean_over_ranks(loss), **{k: mean_over_ranks(v) for k, v in terms.items()}, **notes}
@@ -162,11 +188,11 @@ def steps_from(
         speed.wait()
 
 
-def rehearse(engine: Any, prepared: Prepared, recipe: Recipe, speed: Speed) -> Path:
-    """Take two steps and say what all of them will need; the first warms up and is no measure."""
-    teacher, rows = prepared.step.teacher, speed.run.micro_batch or recipe.batch // world_size()
-    if teacher is not None and recipe.live:
-        say(recipe.live.memory(teacher, rows, recipe.constants))
+def rehearse(engine: Any, prepared: Prepared, recipe: Recipe[Any], speed: Speed) -> None:
+    """Take two steps and print the time and memory that all of them need; the first one only warms up."""
+    teacher, rows = prepared.step.gradient_teacher, speed.run.micro_batch or recipe.batch // world_size()
+    if teacher is not None and recipe.gradient_teacher is not None:
+        say(recipe.gradient_teacher.memory(teacher, rows, recipe.constants))
     seconds = [0.0]
     for _, values, _ in itertools.islice(steps_from(engine, prepared, recipe, speed, 0), 2):
         refuse_nan(values["loss"], 0)
@@ -178,7 +204,6 @@ def rehearse(engine: Any, prepared: Prepared, recipe: Recipe, speed: Speed) -> P
         f"the first step took {first:.2f} s, another {later:.2f} s, {memory:.1f} GB at the peak; {recipe.steps} steps "
         f"take about {minutes:.1f} min; nothing was written"
     )
-    return Path(speed.run.out)
 
 
 def count_parts(batch: int, micro: int) -> int:
@@ -193,21 +218,21 @@ def count_parts(batch: int, micro: int) -> int:
     return share // micro if micro else 1
 
 
-def batched(stream: Iterable[dict], size: int) -> Iterator[list[dict]]:
+def batched(stream: Iterable[dict[str, Tensor]], size: int) -> Iterator[list[dict[str, Tensor]]]:
     """`size` batches at a time."""
     batches = iter(stream)
     while parts := list(itertools.islice(batches, size)):
         yield parts
 
 
-def take_step(engine: Any, parts: list[dict], now: Now, device: str) -> tuple[torch.Tensor, dict, dict]:
-    """One optimizer step: loss, terms, notes."""
+def take_step(engine: Any, parts: list[dict[str, Tensor]], progress: Progress, device: str) -> Loss:
+    """Take one optimizer step over the micro-batches of a step."""
     if len(parts) > 1:
-        return accumulate(engine, parts, now, device)
-    loss, terms, notes = engine(on_device(parts[0], device), now)
-    engine.backward(loss)
+        return accumulate(engine, parts, progress, device)
+    loss = Loss(*engine(on_device(parts[0], device), progress))
+    engine.backward(loss.total)
     take_optimizer_step(engine)
-    return loss, terms, notes
+    return loss
 
 
 def count(step: TrainStep) -> str:

@@ -1,113 +1,132 @@
-"""What DeepSpeed wraps: student and distillation heads, their outputs gathered, the recipe's loss. Knows no files."""
+"""What DeepSpeed wraps: student and distillation heads, their outputs gathered over ranks, the recipe's loss."""
 
 import fnmatch
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from student.distributed import gather
 from student.ensemble import plain_name
-from student.recipe import Now, Recipe
+from student.models.student import Student
+from student.recipe import Batch, Notes, Outputs, Progress, Recipe, Terms
 from teachercache.core.errors import UserError
+from teachercache.teachers.teacher import Teacher
+
+
+class Loss(NamedTuple):
+    """The loss of the global batch."""
+
+    total: Tensor  # scalar, the sum of the terms
+    terms: Terms
+    notes: Notes
 
 
 class TrainStep(nn.Module):
-    """One forward: batch of this rank -> loss of the global batch.
+    """One forward: the batch of this rank -> the loss of the global batch.
 
-    A teacher is a plain attribute, not a submodule: never trained, sharded or saved. `live` stands in for a cache's
-    fields; through `teacher` a gradient passes.
+    Teachers are plain attributes, not submodules: never trained, sharded or saved. `online_teacher` computes the
+    fields that a cache would hold; a gradient passes through `gradient_teacher`.
     """
+
+    online_teacher: Teacher | None
+    gradient_teacher: Teacher | None
 
     def __init__(
         self,
-        recipe: Recipe,
-        student: nn.Module,
+        recipe: Recipe[Any],
+        student: Student,
         heads: nn.Module | None,
-        live: Any = None,
         *,
-        teacher: Any = None,
+        online_teacher: Teacher | None = None,
+        gradient_teacher: Teacher | None = None,
         precision: str = "float32",
     ):
         super().__init__()
         self.recipe, self.student, self.heads, self.precision = recipe, student, heads, precision
-        self.__dict__ |= {"live": live, "teacher": teacher}
+        self.loss_fields = (*(recipe.loss_fields or recipe.fields), "logit_scale")
+        self.__dict__ |= {"online_teacher": online_teacher, "gradient_teacher": gradient_teacher}
 
     def forward(
-        self, batch: Mapping[str, Tensor], now: Now, gradients: Mapping[str, Tensor] | None = None
-    ) -> Any:
-        """Loss to minimise, its weighted terms, and notes; the batch's fields come from a cache or a live teacher.
+        self, batch: Batch, progress: Progress, gradients: Mapping[str, Tensor] | None = None
+    ) -> tuple[Any, ...] | Tensor:
+        """Compute the loss of a batch; for `accumulate`, the parts of it.
 
-        For `accumulate`: with `gradients` {} the outputs and fields of these rows alone; with the gradient of some
-        loss with respect to outputs, the scalar whose backward is that gradient's.
+        Without `gradients`, return the entries of a Loss (DeepSpeed rebuilds plain tuples alone). If `gradients` is empty, return the outputs and loss fields of this
+        micro-batch. Otherwise return a scalar whose backward pass applies those output gradients.
         """
         outputs, fields = self.outputs(batch)
         if gradients is None:
-            return self.loss(outputs, fields, now)
+            return tuple(self.loss(outputs, fields, progress))
         if not gradients:
             return outputs, fields
-        return torch.stack(
-            [(outputs[name].float() * gradient).sum() for name, gradient in gradients.items()]
-        ).sum()
+        products = [(outputs[name].float() * gradient).sum() for name, gradient in gradients.items()]
+        return torch.stack(products).sum()
 
-    def outputs(self, batch: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """What student and heads say of this rank's rows, and what the teacher said."""
-        if self.live is not None:
-            batch = {**batch, **live_fields(self.live, batch, self.recipe.fields)}
-        names = (*(self.recipe.given or self.recipe.fields), "logit_scale")
-        fields = {name: rows for name, rows in batch.items() if plain_name(name) in names}
-        with torch.autocast(batch_device(batch), torch.bfloat16, enabled=self.precision == "bfloat16"):
+    def outputs(self, batch: Batch) -> tuple[Outputs, dict[str, Tensor]]:
+        """Compute the outputs of student, heads and gradient teacher for this rank's rows; return the loss fields too."""
+        if self.online_teacher is not None:
+            batch = {**batch, **online_fields(self.online_teacher, batch, self.recipe.fields)}
+        fields = {name: rows for name, rows in batch.items() if plain_name(name) in self.loss_fields}
+        with torch.autocast(device_type(batch), torch.bfloat16, enabled=self.precision == "bfloat16"):
             outputs = self.student(batch)
             if self.heads is not None:
                 outputs |= self.heads(outputs | fields)
-        if self.teacher is not None:
-            outputs |= self._through(outputs, fields)
+        if self.gradient_teacher is not None:
+            outputs |= self._through_teacher(outputs, fields)
         return outputs, fields
 
-    def _through(self, outputs: dict[str, Tensor], fields: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What the teacher says of the student's outputs, in its own precision; it must let their gradient through."""
-        assert self.recipe.live is not None
-        said = self.recipe.live.call(self.teacher, outputs, fields, self.recipe.constants)
-        if torch.is_grad_enabled() and any(value.requires_grad for value in outputs.values()):
-            refuse_constants(said, self.recipe.name)
-        return said
-
-    def loss(
-        self, outputs: Mapping[str, Tensor], fields: Mapping[str, Tensor], now: Now
-    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-        """Loss of the global batch from this rank's outputs and fields; no parameter is used here."""
-        outputs, fields = (
-            {name: gather(rows) if self._is_across(name) else rows for name, rows in part.items()}
-            for part in (outputs, fields)
+    def _through_teacher(self, outputs: Outputs, fields: Mapping[str, Tensor]) -> Outputs:
+        """Compute the gradient teacher's outputs, in its own precision; gradients must reach the student's outputs."""
+        assert self.recipe.gradient_teacher is not None
+        assert self.gradient_teacher is not None
+        more = self.recipe.gradient_teacher.call(
+            self.gradient_teacher, outputs, fields, self.recipe.constants
         )
-        terms, notes = self.recipe.loss(outputs, fields, self.recipe.constants, now)
+        if torch.is_grad_enabled() and any(value.requires_grad for value in outputs.values()):
+            refuse_constants(more, self.recipe.name)
+        return more
+
+    def loss(self, outputs: Mapping[str, Tensor], fields: Mapping[str, Tensor], progress: Progress) -> Loss:
+        """Compute the loss of the global batch from this rank's outputs and fields; no parameter is used here."""
+        terms, notes = self.recipe.loss(
+            self._gathered(outputs), self._gathered(fields), self.recipe.constants, progress
+        )
         if not terms:
             raise UserError(f"every weight of {self.recipe.name} is 0: give one of them a value by --set")
-        total = torch.stack([term.reshape(()) for term in terms.values()]).sum()
-        return total, terms, notes
+        return Loss(torch.stack([term.reshape(()) for term in terms.values()]).sum(), terms, notes)
 
-    def _is_across(self, name: str) -> bool:
-        return any(fnmatch.fnmatchcase(plain_name(name), pattern) for pattern in self.recipe.across)
+    def _gathered(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the rows of all ranks, except of scalars and of what the recipe declares per row."""
+        return {
+            name: gather(rows) if rows.ndim and not self._is_per_row(name) else rows
+            for name, rows in values.items()
+        }
+
+    def _is_per_row(self, name: str) -> bool:
+        return any(fnmatch.fnmatchcase(plain_name(name), pattern) for pattern in self.recipe.per_row)
 
 
-def refuse_constants(said: Mapping[str, Tensor], name: str) -> None:
-    """RuntimeError where what a teacher said of the student has no gradient: nothing would be learnt from it."""
-    lost = [key for key, value in said.items() if not value.requires_grad]
+def refuse_constants(outputs: Mapping[str, Tensor], name: str) -> None:
+    """Raise RuntimeError if a gradient teacher's output has no gradient: nothing would be learned from it."""
+    lost = [key for key, value in outputs.items() if not value.requires_grad]
     if lost:
         raise RuntimeError(
-            f"{name}: the live teacher gave {', '.join(lost)} without a gradient: is it under no_grad?"
+            f"{name}: the gradient teacher returned {', '.join(lost)} without a gradient: is it under no_grad?"
         )
 
 
-def batch_device(batch: Mapping[str, Tensor]) -> str:
-    """The type of the device that a batch lies on."""
+def device_type(batch: Batch) -> str:
+    """Return the type of the device that a batch lies on."""
     return next(iter(batch.values())).device.type
 
 
-def live_fields(teacher: Any, batch: Mapping[str, Tensor], names: tuple[str, ...]) -> dict[str, Tensor]:
-    """The fields that a cache would have handed over, computed now, without gradient."""
-    inputs = {"image": batch["teacher_image"], "text": batch["teacher_text"]}
+def online_fields(teacher: Teacher, batch: Batch, names: tuple[str, ...]) -> dict[str, Tensor]:
+    """Compute the fields that a cache would hold, without gradient."""
+    inputs = {"image": "teacher_image", "text": "teacher_text"}
     with torch.no_grad():
-        outputs = teacher.encode(teacher.module, inputs)
+        outputs = teacher.encode(
+            teacher.module, {name: batch[key] for name, key in inputs.items() if key in batch}
+        )
     return {name: outputs[name].float() for name in names}

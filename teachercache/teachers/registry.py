@@ -107,3 +107,8 @@ def load(name: str, *, weights: str = "pretrained", outputs: tuple[str, ...] | N
                 f"teacher {name} has no output '{output}': choose from {', '.join(entry.outputs)}"
             )
     return entry.load(name, weights=weights, outputs=outputs)
+
+
+def outputs_for(name: str, fields: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the outputs of a teacher that write the fields."""
+    return ("patches",) if "patch_emb" in fields else ("embeddings",)

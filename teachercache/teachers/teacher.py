@@ -26,6 +26,11 @@ class Teacher:
     # and as `encode` made them, and of the places of the n rows' pictures and texts among them (`image`, `text`)
     pair: "Callable[[nn.Module, Mapping[str, Tensor], Mapping[str, Tensor]], dict[str, Tensor]] | None" = None
 
+    @property
+    def denoises(self) -> bool:
+        """Whether the module is a diffusion model, whose UNet predicts noise."""
+        return hasattr(self.module, "unet")
+
 
 @dataclasses.dataclass(frozen=True)
 class Entry:

@@ -26,7 +26,7 @@ from student.distributed import first_row, gather, mean_over_ranks, num_ranks
 from student.models.seq2seq.model import Seq2Seq
 from student.models.seq2seq.texts import Marks, Reader
 from student.models.two_tower.loading import build_two_tower
-from student.recipe import Now, Optim, Run
+from student.recipe import Progress, Optim, Run
 from student.recipes.clip import CLIP
 from student.recipes.clip_kd import CLIP_KD
 from student.recipes.psd import PSD
@@ -162,7 +162,7 @@ def trained(step: TrainStep) -> list:
 def gradients(name: str, rank: int, world: int) -> dict[str, torch.Tensor]:
     """What data-parallel engines do: backward on each rank, then the mean over ranks."""
     step = make_step(name)
-    loss, terms, notes = step(make_batch(name, 0, rank, world), Now(0, 1))
+    loss, terms, notes = step(make_batch(name, 0, rank, world), Progress(0, 1))
     loss.backward()
     found = {"loss": loss.detach(), **{key: value.detach() for key, value in (terms | notes).items()}}
     for key, parameter in trained(step):
@@ -180,7 +180,7 @@ def after_steps(name: str, stage: int, rank: int, world: int) -> dict[str, torch
     for number in range(STEPS):
         for group in engine.optimizer.param_groups:
             group["lr"] = learning_rate(OPTIM, number, STEPS)
-        loss, _, _ = engine(make_batch(name, number, rank, world), Now(number, STEPS))
+        loss, _, _ = engine(make_batch(name, number, rank, world), Progress(number, STEPS))
         engine.backward(loss)
         engine.step()
         clamp_scales(engine)

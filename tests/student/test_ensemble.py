@@ -12,10 +12,10 @@ from student import losses
 from student.cli import main
 from student.ensemble import concat_shapes, concat_teachers, named, num_teachers, of_teacher
 from student.inputs.caches import field_shapes, find_caches, training_rows
-from student.inputs.pairs import Batches
+from student.inputs.pairs import PairBatches
 from student.models.heads import PerTeacher
 from student.models.two_tower.loading import build_two_tower
-from student.recipe import Now, Run
+from student.recipe import Progress, Run
 from student.recipes.clip_kd import CLIP_KD
 from student.settings import override
 from teachercache.cache import store
@@ -24,7 +24,7 @@ from teachercache.data.read import read_manifest
 from tests.student.inputs.test_batches import READS, STUDENT, number, reordered, spelled_cache
 from tests.student.losses.test_losses import ce, kl, log_row_softmax, logits
 
-RUN, NOW = Run(data="", cache="", out=""), Now(0, 1)
+RUN, NOW = Run(data="", cache="", out=""), Progress(0, 1)
 
 
 @pytest.fixture(scope="module")
@@ -221,8 +221,8 @@ def test_every_teacher_has_heads_of_its_own():
     found = heads({"image": torch.randn(3, 64), "text": torch.randn(3, 64)})
     widths = {name: value.shape[-1] for name, value in found.items()}
     assert widths == {
-        "image_t": 16,
-        "text_t": 16,
+        "image_in_teacher_space": 16,
+        "text_in_teacher_space": 16,
         "icl_scale": 1,
         "image_t@1": 64,
         "text_t@1": 24,

@@ -15,7 +15,7 @@ from student import losses
 from student.cli import main
 from student.models.heads import TeacherSpace
 from student.models.two_tower.loading import build_two_tower
-from student.recipe import Now, Optim, Recipe, Run
+from student.recipe import Progress, Optim, Recipe, Run
 from student.recipes.clip import CLIP
 from student.recipes.clip_kd import CLIP_KD
 from student.recipes.registry import RECIPES, find
@@ -24,7 +24,7 @@ from student.training.step import TrainStep
 from teachercache.core.errors import UserError
 
 RUN = Run(data="d", cache="c", out="o")
-NOW = Now(0, 1)
+NOW = Progress(0, 1)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -214,7 +214,9 @@ def test_clip_is_clip_loss_of_unit_rows():
 
 def test_clip_kd_terms_are_the_losses_called_by_hand():
     student, batch = outputs()
-    V, S, V_, S_ = (unit(student[name]) for name in ("image", "text", "image_t", "text_t"))
+    V, S, V_, S_ = (
+        unit(student[name]) for name in ("image", "text", "image_in_teacher_space", "text_in_teacher_space")
+    )
     V_T, S_T = unit(batch["image_emb"]), unit(batch["text_emb"])
     constants = dataclasses.replace(CLIP_KD.constants, task=0.5, crd=2.0, fd=3.0, icl=0.25)
     terms, notes = CLIP_KD.loss(student, batch, constants, NOW)
@@ -269,7 +271,10 @@ def test_projections_exist_where_widths_differ(widths, projected):
     assert {name.split(".")[0] for name, _ in heads.named_parameters()} == projected | {"icl_logit_scale"}
     raw = {"image": torch.randn(3, 64), "text": torch.randn(3, 64)}
     found = heads(raw)
-    assert (found["image_t"].shape, found["text_t"].shape) == ((3, widths[0]), (3, widths[1]))
+    assert (found["image_in_teacher_space"].shape, found["text_in_teacher_space"].shape) == (
+        (3, widths[0]),
+        (3, widths[1]),
+    )
     for name in {"image", "text"} - projected:
         assert torch.equal(found[f"{name}_t"], raw[name])
     torch.testing.assert_close(found["icl_scale"], torch.tensor([1 / 0.07]))  # g has CLIP's start

@@ -3,7 +3,7 @@
 Only safetensors. Not for what the student computes: see `seq2seq`.
 """
 
-import json
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,53 +12,52 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, BartConfig, BartForConditionalGeneration
 
-from student.models.seq2seq.model import Seq2Seq, load_plain_state
-from student.models.seq2seq.texts import NUM_MASKS, STAGES, Reader, marks_of, word_starts
+from student.models.run_file import is_run, student_record, weights_of
+from student.models.seq2seq.model import Seq2Seq
+from student.models.seq2seq.texts import NUM_MASKS, Reader, marks_of, word_starts
 from teachercache.core.errors import UserError
-from teachercache.core.progress import say
 
 PACKAGED = Path(__file__).parent / "bart_tiny"  # written by scripts/teachers/bart_tiny.py
 NAMES = {"bart-tiny": str(PACKAGED), "bart-base": "facebook/bart-base", "bart-large": "facebook/bart-large"}
 CAPTION_TOKENS = 20  # of a sampled caption, at most
 
 
-def open_student(constants: Any) -> Seq2Seq:
-    """The student that a recipe's constants name; begun from `init` its configuration counts."""
-    if constants.stage not in STAGES:
-        raise UserError(f"--set stage={constants.stage}: choose from {', '.join(STAGES)}")
-    if not 0 < constants.mask_share <= 1 or not 0 < constants.data_share <= 1 or constants.masks < 0:
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """How a stage reads its texts.
+
+    Args:
+        stage: distil, caption, vqa or scst; "" for that of the folder that is loaded.
+        masks: Masks of a prompt; 0 for the paper's number.
+        share: Share of the words that infilling masks.
+        max_text: Sub-words; 0 for that of the folder that is loaded.
+    """
+
+    stage: str = ""
+    masks: int = 0
+    share: float = 1.0
+    max_text: int = 0
+
+
+def start_from(init: str, reading: Reading, *, visual: str) -> Seq2Seq:
+    """Return the student of a run or exported folder, to train on in another stage."""
+    folder = Path(init)
+    record = seq2seq_record(folder)
+    if record["visual"] != visual:
         raise UserError(
-            "--set mask_share and data_share are shares above 0, masks is a number or 0 for the paper's"
+            f"--set init={init} reads other parts of a picture: add --set visual={record['visual']}"
         )
-    aligned = bool(constants.ttdm or constants.itcl)
-    if constants.init:
-        facts, tokenizer = read_facts(Path(constants.init))
-        if facts["visual"] != constants.visual:
-            raise UserError(
-                f"--set init={constants.init} reads other parts of a picture: add --set visual={facts['visual']}"
-            )
-        say(f"starting from {constants.init}: its BART counts, not model={constants.model}")
-        student = rebuild(
-            facts,
-            tokenizer,
-            stage=constants.stage,
-            masks=constants.masks,
-            share=constants.mask_share,
-            max_text=constants.max_text,
-        )
-        load_plain_state(student, load_file(Path(constants.init) / "model.safetensors"))
-        student.aligned, student.data_share = aligned, constants.data_share
-        return student
-    bart, tokenizer = open_bart(constants.model, scratch=constants.scratch)
-    reader = make_reader(
-        tokenizer,
-        bart.config,
-        stage=constants.stage,
-        masks=constants.masks,
-        share=constants.mask_share,
-        max_text=constants.max_text,
-    )
-    return Seq2Seq(bart, reader, visual=constants.visual, aligned=aligned, data_share=constants.data_share)
+    student = rebuild(record, read_tokenizer(folder), reading)
+    student.load_saved_state(load_file(weights_of(folder)))
+    return student
+
+
+def start_bart(model: str, reading: Reading, *, scratch: bool, visual: str, width: int) -> Seq2Seq:
+    """Return a student from a BART by name, its matrices new for a CLIP space of `width` dimensions."""
+    bart, tokenizer = open_bart(model, scratch=scratch)
+    student = Seq2Seq(bart, make_reader(tokenizer, bart.config, reading), visual=visual)
+    student.connect(width)
+    return student
 
 
 def open_bart(name: str, *, scratch: bool) -> tuple[BartForConditionalGeneration, Tokenizer]:
@@ -84,13 +83,11 @@ def open_bart(name: str, *, scratch: bool) -> tuple[BartForConditionalGeneration
     return bart, tokenizer
 
 
-def make_reader(
-    tokenizer: Tokenizer, bart: Any, *, stage: str, masks: int, share: float, max_text: int
-) -> Reader:
-    """How the rows of a stage are read."""
-    if max_text > bart.max_position_embeddings:
+def make_reader(tokenizer: Tokenizer, bart: BartConfig, reading: Reading) -> Reader:
+    """Return the reader of a stage's rows."""
+    if reading.max_text > bart.max_position_embeddings:
         raise UserError(
-            f"--set max_text={max_text}: this BART has {bart.max_position_embeddings} positions at most"
+            f"--set max_text={reading.max_text}: this BART has {bart.max_position_embeddings} positions at most"
         )
     tokenizer.no_padding()
     tokenizer.no_truncation()
@@ -98,68 +95,49 @@ def make_reader(
         tokenizer,
         marks_of(tokenizer),
         word_starts(tokenizer),
-        stage,
-        masks or NUM_MASKS[stage],
-        share,
-        max_text,
-        CAPTION_TOKENS if stage == "scst" else 0,
+        reading.stage,
+        reading.masks or NUM_MASKS[reading.stage],
+        reading.share,
+        reading.max_text,
+        CAPTION_TOKENS if reading.stage == "scst" else 0,
     )
 
 
-def read_facts(folder: Path) -> tuple[dict[str, Any], Tokenizer]:
-    """What a run, or what `student export` made of it, says of its student; and its tokenizer."""
-    path = facts_path(folder)
-    if path is None or not is_seq2seq(folder):
+def seq2seq_record(folder: Path) -> dict[str, Any]:
+    """Return the configuration of a sequence-to-sequence student; UserError if the folder holds another."""
+    if not is_seq2seq(folder):
         raise UserError(
             f"{folder} is no run of vlkd and no export of one: pass a folder that `student train` wrote"
         )
-    facts = json.loads(path.read_text())["student"]
-    if not (folder / "model.safetensors").exists():
-        raise UserError(
-            f"{folder} is not a finished run: go on with `student train --recipe vlkd --resume --out {folder}`"
-        )
-    return facts, Tokenizer.from_file(str(folder / "tokenizer.json"))
-
-
-def rebuild(
-    facts: Mapping[str, Any],
-    tokenizer: Tokenizer,
-    *,
-    stage: str = "",
-    masks: int = 0,
-    share: float = 1.0,
-    max_text: int = 0,
-) -> Seq2Seq:
-    """The student that `describe` described, at random; another stage has its own prompts."""
-    config = BartConfig.from_dict(facts["bart"])
-    masks = masks or (0 if stage else facts["masks"])
-    reader = make_reader(
-        tokenizer,
-        config,
-        stage=stage or facts["stage"],
-        masks=masks,
-        share=share,
-        max_text=max_text or facts["max_text"],
-    )
-    student = Seq2Seq(BartForConditionalGeneration(config), reader, visual=facts["visual"])
-    student.connect(facts["width"])
-    return student
-
-
-def facts_path(folder: Path) -> Path | None:
-    """The file that says what a run, or an exported folder, is."""
-    return next((folder / name for name in ("run.json", "seq2seq.json") if (folder / name).exists()), None)
+    return student_record(folder)["config"]
 
 
 def is_seq2seq(folder: Path) -> bool:
-    """Whether a folder holds a sequence-to-sequence student."""
-    path = facts_path(folder)
-    return path is not None and (json.loads(path.read_text()).get("student") or {}).get("kind") == "seq2seq"
+    """Return whether a folder holds a sequence-to-sequence student."""
+    return is_run(folder) and student_record(folder)["family"] == "seq2seq"
+
+
+def read_tokenizer(folder: Path) -> Tokenizer:
+    """Return the tokenizer of a run or exported folder."""
+    return Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+
+def rebuild(config: Mapping[str, Any], tokenizer: Tokenizer, reading: Reading | None = None) -> Seq2Seq:
+    """Return a student of a recorded configuration, with random weights; another stage has its own prompts."""
+    reading = reading or Reading()
+    bart = BartConfig.from_dict(config["bart"])
+    masks = reading.masks or (0 if reading.stage else config["masks"])
+    reading = Reading(
+        reading.stage or config["stage"], masks, reading.share, reading.max_text or config["max_text"]
+    )
+    reader = make_reader(tokenizer, bart, reading)
+    student = Seq2Seq(BartForConditionalGeneration(bart), reader, visual=config["visual"])
+    student.connect(config["width"])
+    return student
 
 
 def load_seq2seq(folder: Path) -> Seq2Seq:
-    """The trained student of a run or of an exported folder, from that folder alone."""
-    facts, tokenizer = read_facts(folder)
-    student = rebuild(facts, tokenizer)
-    load_plain_state(student, load_file(folder / "model.safetensors"))
+    """Load the trained student of a run or exported folder, from that folder alone."""
+    student = rebuild(seq2seq_record(folder), read_tokenizer(folder))
+    student.load_saved_state(load_file(weights_of(folder)))
     return student.eval()

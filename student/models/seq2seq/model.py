@@ -4,14 +4,13 @@
 
 E is the encoder's output, W_e takes it to CLIP's space, W'_e back: it starts as the pseudo-inverse of W_e. V are rows
 of CLIP's space, normalised: the picture's embedding (the output of its [CLS] token) or all of its patches. Not for
-losses (`recipes.vlkd`), nor for where weights come from (`seq2seq_init`).
+losses (`recipes.vlkd`), nor for where weights come from (`loading`).
 """
 
 import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -20,10 +19,10 @@ from transformers import BartForConditionalGeneration, GenerationConfig
 from transformers.modeling_outputs import BaseModelOutput
 
 from student.losses import text_nll
-from student.models.seq2seq.self_critical import Reward, reward_of, sampled_captions
-from student.models.seq2seq.texts import MASK, Reader, choose_rows, encode_prompt, padded, references
+from student.models.seq2seq.self_critical import CaptionSampler, Reward
+from student.models.seq2seq.texts import MASK, Reader, encode_prompt, padded
+from student.models.student import Capability, Exported, ExportRequest, RowInputs, StudentSpec
 from teachercache.core.errors import UserError
-from teachercache.data.manifest import Manifest
 
 VISUAL = {"cls": "image_emb", "patches": "patch_emb"}  # what V is, and the cache's field of it
 
@@ -38,14 +37,12 @@ class Seq2Seq(nn.Module):
         *,
         visual: str,
         aligned: bool = True,
-        data_share: float = 1.0,
     ):
         super().__init__()
         if visual not in VISUAL:
             raise UserError(f"--set visual={visual}: choose from {', '.join(VISUAL)}")
         self.bart, self.read_texts, self.visual, self.aligned = bart, reader, visual, aligned
         bart.generation_config = plain_search(bart.config)
-        self.inputs, self.data_share = ("text", VISUAL[visual]), data_share
         self.reward: Reward | None = None  # scst
 
     def connect(self, width: int) -> None:
@@ -61,24 +58,65 @@ class Seq2Seq(nn.Module):
         with torch.no_grad():
             self.text_in.weight.copy_(torch.linalg.pinv(self.text_out.weight))
 
-    def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Float[Tensor, "..."]]:
-        """`nll` [n] of the rows' texts, `tokens` [n] that it is summed over, and while distilling `text_t` [n, d1].
+    @property
+    def spec(self) -> StudentSpec:
+        """BART's configuration, the width of CLIP's space, and how texts are read."""
+        read = self.read_texts
+        config = {
+            "bart": self.bart.config.to_diff_dict(),
+            "width": self.text_out.out_features,
+            "visual": self.visual,
+            "stage": read.stage,
+            "masks": read.masks,
+            "max_text": read.max_text,
+        }
+        return StudentSpec("seq2seq", config, {"tokenizer.json": read.tokenizer.to_str()})
 
-        scst: `nll` is that of sampled captions, and `reward`, `baseline` [n] are CIDEr-D of these and of greedy ones.
+    @property
+    def row_inputs(self) -> RowInputs:
+        """A text with masks, and the cached picture."""
+        return RowInputs(read_texts=self.read_texts, fields=(VISUAL[self.visual],))
+
+    def capabilities(self) -> frozenset[Capability]:
+        """Writing, and an export for transformers."""
+        return frozenset(
+            {
+                Capability.GENERATES,
+                Capability.EXPORTS_HF,
+                Capability.COMPILES,
+                Capability.SHARDS_PARAMETERS,
+            }
+        )
+
+    def limits(self) -> dict[Capability, str]:
+        """It has one stream from picture and text to text."""
+        return {
+            Capability.ENCODES: "`student generate` takes it, and `student export --format hf`",
+            Capability.EXPORTS_OPEN_CLIP: "it writes texts, which open_clip has no place for: use --format hf",
+            Capability.CHECKPOINTS_ACTIVATIONS: f"{type(self).__name__} has no blocks for it",
+        }
+
+    def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Float[Tensor, "..."]]:
+        """Compute the negative log-likelihood of the rows' texts.
+
+        Returns:
+            `nll` [n], `tokens` [n] that it is summed over, and while distilling `text_in_teacher_space` [n, d1].
+            scst: `nll` is that of sampled captions; `reward`, `baseline` [n] are CIDEr-D of these and of greedy ones.
         """
         stage, outputs = self.read_texts.stage, {}
-        context, there = self.context(batch["source"], self.pictures(batch))
-        text, given = batch["text"], batch["given"]
+        context, attention_mask = self.context(batch["source"], self.pictures(batch))
+        text, prompt_length = batch["text"], batch["prompt_length"]
         if stage == "scst":
             assert self.reward is not None
-            text, rewards = sampled_captions(self.bart, context, there, batch, self.read_texts, self.reward)
+            sampler = CaptionSampler(self.bart, self.read_texts, self.reward)
+            text, rewards = sampler.sample(context, attention_mask, batch)
             outputs |= rewards
         if stage == "distil" and self.aligned:
-            outputs["text_t"] = self.embed_text(text)
+            outputs["text_in_teacher_space"] = self.embed_text(text)
         counted = (text != self.read_texts.marks.pad) & (
-            torch.arange(text.shape[1], device=text.device) >= given[:, None]
+            torch.arange(text.shape[1], device=text.device) >= prompt_length[:, None]
         )
-        logits = self.decode(text, context, there)
+        logits = self.decode(text, context, attention_mask)
         return outputs | {"nll": text_nll(logits, text, counted), "tokens": counted.sum(1).float()}
 
     def pictures(self, fields: Mapping[str, Tensor]) -> Float[Tensor, "n v d1"]:
@@ -89,35 +127,40 @@ class Seq2Seq(nn.Module):
     def encode(
         self, text: Int[Tensor, "n length"]
     ) -> tuple[Float[Tensor, "n length d2"], Bool[Tensor, "n length"]]:
-        """E, and which of its rows there are."""
-        there = text != self.read_texts.marks.pad
-        return self.bart.model.encoder(input_ids=text, attention_mask=there).last_hidden_state, there
+        """Return E and its attention mask."""
+        attention_mask = text != self.read_texts.marks.pad
+        hidden = self.bart.model.encoder(input_ids=text, attention_mask=attention_mask).last_hidden_state
+        return hidden, attention_mask
 
     def embed_text(self, text: Int[Tensor, "n length"]) -> Float[Tensor, "n d1"]:
         """W_e times the mean of E, not normalised (section 3.2.1)."""
-        E, there = self.encode(text)
-        return self.text_out((E * there[..., None]).sum(1) / there.sum(1, keepdim=True))
+        E, attention_mask = self.encode(text)
+        return self.text_out((E * attention_mask[..., None]).sum(1) / attention_mask.sum(1, keepdim=True))
 
     def context(
         self, source: Int[Tensor, "n length"], V: Float[Tensor, "n v d1"] | None
     ) -> tuple[Float[Tensor, "n m d2"], Bool[Tensor, "n m"]]:
-        """C of Eq. 1 and which of its rows there are; without V that of the text alone."""
-        E, there = self.encode(source)
+        """Return C of Eq. 1 and its attention mask; without V, C of the text alone."""
+        E, attention_mask = self.encode(source)
         text = self.text_in(self.text_out(E))
         if V is None:
-            return text, there
-        seen = torch.ones(V.shape[:2], dtype=torch.bool, device=there.device)
-        return torch.cat([self.image_in(V).to(text.dtype), text], 1), torch.cat([seen, there], 1)
+            return text, attention_mask
+        of_picture = torch.ones(V.shape[:2], dtype=torch.bool, device=attention_mask.device)
+        rows = torch.cat([self.image_in(V).to(text.dtype), text], 1)
+        return rows, torch.cat([of_picture, attention_mask], 1)
 
     def decode(
-        self, text: Int[Tensor, "n length"], context: Float[Tensor, "n m d2"], there: Bool[Tensor, "n m"]
+        self,
+        text: Int[Tensor, "n length"],
+        context: Float[Tensor, "n m d2"],
+        attention_mask: Bool[Tensor, "n m"],
     ) -> Float[Tensor, "n length words"]:
         """Logits of each token of a text after those before it; the first follows BART's start token."""
         start = torch.full_like(text[:, :1], self.bart.config.decoder_start_token_id)
         before = torch.cat([start, text[:, :-1]], 1)
         outputs = self.bart(
             encoder_outputs=BaseModelOutput(last_hidden_state=context),
-            attention_mask=there.long(),
+            attention_mask=attention_mask.long(),
             decoder_input_ids=before,
             use_cache=False,
         )
@@ -146,10 +189,10 @@ class Seq2Seq(nn.Module):
             source = padded([[marks.begin, *encoded[i][0], marks.end] for i in rows], marks.pad).to(V.device)
             start = [self.bart.config.decoder_start_token_id, marks.begin]
             before = torch.tensor([[*start, *encoded[i][1]] for i in rows], device=V.device)
-            context, there = self.context(source, V[rows])
+            context, attention_mask = self.context(source, V[rows])
             ids = self.bart.generate(
                 encoder_outputs=BaseModelOutput(last_hidden_state=context),
-                attention_mask=there.long(),
+                attention_mask=attention_mask.long(),
                 decoder_input_ids=before,
                 num_beams=num_beams,
                 max_new_tokens=max_new_tokens,
@@ -173,44 +216,25 @@ class Seq2Seq(nn.Module):
                 part.weight.copy_(part.weight @ there_and_back)
         return alone
 
-    def choose_rows(self, manifest: Manifest, rows: np.ndarray) -> np.ndarray:
-        """The rows to train on; scst learns from their captions what CIDEr-D has to know."""
-        rows = choose_rows(manifest, rows, self.read_texts.stage, self.data_share)
-        if self.read_texts.stage == "scst":
-            self.reward = reward_of(references(manifest.row(row)) for row in rows.tolist())
-        return rows
+    def export(self, request: ExportRequest) -> Exported:
+        """Write a folder that `student generate` loads, with the language model as a plain BART inside."""
+        from student.models.seq2seq.export import export
 
-    def describe(self) -> dict[str, Any]:
-        """What run.json keeps: enough to build the student again."""
-        read = self.read_texts
-        return {
-            "kind": "seq2seq",
-            "bart": self.bart.config.to_diff_dict(),
-            "width": self.text_out.out_features,
-            "visual": self.visual,
-            "stage": read.stage,
-            "masks": read.masks,
-            "max_text": read.max_text,
-        }
+        return export(self, request)
 
-    def files(self) -> dict[str, str]:
-        """What else its folder holds."""
-        return {"tokenizer.json": self.read_texts.tokenizer.to_str()}
-
-    def plain_state(self) -> dict[str, Tensor]:
-        """Every tensor once: BART's embeddings, which it uses in four places, under their first name."""
+    def saved_state(self) -> dict[str, Tensor]:
+        """Return every tensor once: BART's embeddings, which it uses in four places, under their first name."""
         kept = self.state_dict()
         return dict(self.named_parameters()) | {
             name: value for name, value in self.named_buffers() if name in kept
         }
 
-
-def load_plain_state(student: Seq2Seq, state: Mapping[str, Tensor]) -> None:
-    """The other way round; KeyError where a tensor is missing."""
-    missing = student.plain_state().keys() - state.keys()
-    if missing:
-        raise KeyError(sorted(missing)[0])
-    student.load_state_dict({name: value.float() for name, value in state.items()}, strict=False)
+    def load_saved_state(self, state: Mapping[str, Tensor]) -> None:
+        """Load what `saved_state` returned; KeyError if a tensor is missing."""
+        missing = self.saved_state().keys() - state.keys()
+        if missing:
+            raise KeyError(sorted(missing)[0])
+        self.load_state_dict({name: value.float() for name, value in state.items()}, strict=False)
 
 
 def plain_search(bart: Any) -> GenerationConfig:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from evaluation.metrics.vqa_answers import normalise_answer
 from student.models.seq2seq.infilling import infill
+from student.streams import stream
 from teachercache.core.errors import UserError
 from teachercache.data.manifest import Manifest
 from teachercache.data.sample import Sample, clean_texts
@@ -97,14 +98,17 @@ class Reader:
     masks: int  # of a prompt
     share: float  # of the words that infilling takes away
     max_text: int
-    num_chances: int = 0  # scst: random numbers of a sampled caption
+    sampling_steps: int = 0  # scst: random numbers of a sampled caption
 
     def __call__(
         self, samples: Sequence[Sample], texts: Sequence[str], random: Sequence[np.random.Generator]
     ) -> dict[str, Tensor]:
-        """`text` [n, L] what is to be written, `source` [n, M] the same with holes, `given` [n] see `encode_prompt`.
+        """Return the tensors of the chosen texts.
 
-        scst: also `reference` [n, R, W], every caption of the picture, and `chance` [n, num_chances] in [0, 1).
+        Returns:
+            `text` [n, L], the text to write; `source` [n, M], the same with masks; `prompt_length` [n], the first
+            tokens of `text` that the decoder is given (see `encode_prompt`). scst: also `reference` [n, R, W], every
+            caption of the picture, and `sampling_noise` [n, sampling_steps] in [0, 1).
         """
         marks = self.marks
         rows = [self.row(sample, text, one) for sample, text, one in zip(samples, texts, random, strict=True)]
@@ -112,7 +116,7 @@ class Reader:
             name: padded([[marks.begin, *row[k], marks.end] for row in rows], marks.pad)
             for k, name in enumerate(("text", "source"))
         }
-        batch["given"] = torch.tensor([row[2] for row in rows])
+        batch["prompt_length"] = torch.tensor([row[2] for row in rows])
         if self.stage == "scst":
             captions = [
                 [encode(self.tokenizer, text, self.max_text) for text in references(sample)]
@@ -122,8 +126,8 @@ class Reader:
             batch["reference"] = torch.full((len(samples), most, width), marks.pad)
             for i, row in enumerate(captions):
                 batch["reference"][i, : len(row), : max(map(len, row))] = padded(row, marks.pad)
-            chances = [one.random(self.num_chances, np.float32) for one in random]
-            batch["chance"] = torch.from_numpy(np.stack(chances))
+            noise = [generator.random(self.sampling_steps, np.float32) for generator in random]
+            batch["sampling_noise"] = torch.from_numpy(np.stack(noise))
         return batch
 
     def row(self, sample: Sample, text: str, random: np.random.Generator) -> tuple[list[int], list[int], int]:
@@ -166,5 +170,5 @@ def choose_rows(manifest: Manifest, rows: np.ndarray, stage: str, share: float) 
         rows = rows[np.array(['"vqa"' in task and bool(label) for task, label in columns])[rows]]
         if not len(rows):
             raise UserError(f"{manifest.data} asks nothing: stage=vqa takes VQA's questions .json as --data")
-    order = np.random.default_rng(0).permutation(len(rows))
+    order = stream("data_share", 0).permutation(len(rows))
     return np.sort(rows[order[: max(1, round(share * len(rows)))]])

@@ -14,8 +14,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
-from student.models.single_stream.regions import UniterRegions, VlBertRegions, known
+from student.models.single_stream.regions import UniterRegions, VlBertRegions, trim_regions, valid_regions
 from student.models.single_stream.villa import Perturbation, perturbed_logits
+from student.models.student import Capability, RowInputs, StudentSpec
 from teachercache.core.errors import UserError, closest
 
 FACES = ("uniter", "vl-bert", "villa", "bert")
@@ -55,7 +56,7 @@ class Shape:
     region_width: int
     inputs: int  # texts a row
     classes: int  # answers a row
-    many: bool = False  # several answers may be right (VQA)
+    several_right: bool = False  # several answers may be right (VQA)
     stage: str = "task"  # or adapt
 
 
@@ -74,7 +75,6 @@ class SingleStream(nn.Module):
     def __init__(self, config: BertConfig, shape: Shape, perturbation: Perturbation | None = None):
         super().__init__()
         self.config, self.shape, self.perturbation = config, shape, perturbation
-        self.inputs = ("text",) if shape.face == "bert" else ("text", "region_feature", "region_box")
         hidden, dropout = config.hidden_size, config.hidden_dropout_prob
         self.bert = BertModel(config, add_pooling_layer=True)
         if shape.face != "bert":
@@ -97,11 +97,26 @@ class SingleStream(nn.Module):
                 nn.Linear(2 * hidden, width),
             )
 
-    def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Float[Tensor, "..."]]:
-        """`cls`, `img` [n, C, h], `words` [n, C, m, h] (means of selected words' tokens); `logits` [n, classes].
+    @property
+    def spec(self) -> StudentSpec:
+        """The shape and BERT's configuration."""
+        config = {"shape": dataclasses.asdict(self.shape), "bert": self.config.to_diff_dict()}
+        return StudentSpec("single_stream", config)
 
-        In stage adapt `word_logits` [n, slots, vocabulary] of the masked places and `match` [n, 2] instead of logits.
-        A VILLA in training adds `adv_logits` [n, K, classes].
+    @property
+    def row_inputs(self) -> RowInputs:
+        """Text pairs, and the cached regions of the picture unless the face is `bert`."""
+        if self.shape.face == "bert":
+            return RowInputs(text_pairs=True)
+        return RowInputs(text_pairs=True, fields=("region_feature", "region_box"), trim=trim_regions)
+
+    def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Float[Tensor, "..."]]:
+        """Compute what the recipe compares, for n rows of C texts each.
+
+        Returns:
+            `cls`, `picture` [n, C, h], `words` [n, C, m, h] (means of selected words' tokens) and `logits` [n,
+            classes]. In stage adapt `word_logits` [n, slots, vocabulary] of the masked places and `match` [n, 2]
+            instead of logits. A VILLA in training adds `adv_logits` [n, K, classes].
         """
         n, C, length = batch["text"].shape
         words, regions, mask = self.embed(batch)
@@ -109,7 +124,7 @@ class SingleStream(nn.Module):
         pooled = self.bert.pooler(hidden)
         outputs = {"cls": hidden[:, 0].unflatten(0, (n, C))}
         if regions.shape[1]:
-            outputs["img"] = hidden[:, length].unflatten(0, (n, C))
+            outputs["picture"] = hidden[:, length].unflatten(0, (n, C))
         if "word_tokens" in batch:
             tokens = batch["word_tokens"].flatten(0, 1).to(hidden.dtype)  # [n C, m, length]
             means = tokens @ hidden[:, :length] / tokens.sum(-1, keepdim=True).clamp(min=1)
@@ -129,7 +144,9 @@ class SingleStream(nn.Module):
     ) -> tuple[Float[Tensor, "nC l h"], Float[Tensor, "nC r h"], Bool[Tensor, "nC lr"]]:
         """Elements of words and regions before the first layer, and which of both there are."""
         C = batch["text"].shape[1]
-        ids, second, there = (batch[name].flatten(0, 1) for name in ("text", "second", "there"))
+        ids, second, attention_mask = (
+            batch[name].flatten(0, 1) for name in ("text", "token_type_ids", "attention_mask")
+        )
         embed = self.bert.embeddings
         places = torch.arange(ids.shape[1], device=ids.device)
         kinds = torch.where(second, SECOND, FIRST)
@@ -139,20 +156,19 @@ class SingleStream(nn.Module):
             + embed.position_embeddings(places)
         )
         if self.shape.face == "bert":
-            return embed.dropout(embed.LayerNorm(words)), words[:, :0], there
+            return embed.dropout(embed.LayerNorm(words)), words[:, :0], attention_mask
         feature, box = (batch[name].repeat_interleave(C, 0) for name in ("region_feature", "region_box"))
         kind = embed.token_type_embeddings.weight[IMAGE]
         if isinstance(self.regions, VlBertRegions):
             visual = self.regions.features(feature, box)
             words = words + self.regions.of_words(visual, box, batch["text_region"].flatten(0, 1))
-            rest = kind + embed.position_embeddings(
-                there.sum(1)
-            )  # all regions are at one place, behind the text
+            # All regions are at one place, behind the text
+            rest = kind + embed.position_embeddings(attention_mask.sum(1))
             regions = self.regions(visual, rest.unsqueeze(1))
         else:
             regions = self.regions(feature, box, kind)
         words = embed.dropout(embed.LayerNorm(words))
-        return words, regions, torch.cat([there, known(box)], 1)
+        return words, regions, torch.cat([attention_mask, valid_regions(box)], 1)
 
     def encode(
         self, words: Float[Tensor, "n l h"], regions: Float[Tensor, "n r h"], mask: Bool[Tensor, "n lr"]
@@ -167,11 +183,36 @@ class SingleStream(nn.Module):
         """Logits of each row's answers: a score of each of its texts, or of each class from its one text."""
         return self.answer(pooled).reshape(n, self.shape.classes)
 
-    def describe(self) -> dict[str, Any]:
-        """What run.json keeps: enough to build the student again."""
-        return {"shape": dataclasses.asdict(self.shape), "bert": self.config.to_diff_dict()}
+    def capabilities(self) -> frozenset[Capability]:
+        """Answering, once there are answers."""
+        offered = {Capability.ANSWERS, Capability.COMPILES, Capability.SHARDS_PARAMETERS}
+        return frozenset(offered - self.limits().keys())
+
+    def limits(self) -> dict[Capability, str]:
+        """A student of stage adapt has no answers; VILLA takes gradients inside its forward."""
+        limits = {
+            Capability.EXPORTS_OPEN_CLIP: "a single-stream transformer has no place in open_clip",
+            Capability.EXPORTS_HF: "transformers has no model of these regions and heads",
+            Capability.ENCODES: "`student eval` takes it with the task that it was trained on",
+            Capability.CHECKPOINTS_ACTIVATIONS: f"{type(self).__name__} has no blocks for it",
+        }
+        if self.shape.stage == "adapt":
+            limits[Capability.ANSWERS] = (
+                "it is a stage=adapt run without answers: train on with `--set init=RUN`, then evaluate"
+            )
+        if self.perturbation is not None:
+            limits[Capability.SHARDS_PARAMETERS] = "VILLA's perturbations need whole parameters"
+        return limits
+
+    def saved_state(self) -> dict[str, Tensor]:
+        """Return the state dict."""
+        return self.state_dict()
+
+    def load_saved_state(self, state: Mapping[str, Tensor]) -> None:
+        """Load a state dict."""
+        self.load_state_dict(dict(state))
 
 
-def rebuild(facts: Mapping[str, Any]) -> SingleStream:
-    """The student that `describe` described, at random."""
-    return SingleStream(BertConfig.from_dict(facts["bert"]), Shape(**facts["shape"]))
+def rebuild(config: Mapping[str, Any]) -> SingleStream:
+    """Return a student of a recorded configuration, with random weights."""
+    return SingleStream(BertConfig.from_dict(config["bert"]), Shape(**config["shape"]))

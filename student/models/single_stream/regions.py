@@ -12,9 +12,19 @@ SCALE = 0.2  # VL-BERT from scratch: of the visual feature embedding in each ele
 WAVES = 8  # VL-BERT: wavelengths per coordinate; the paper embeds each in 1/4 of 2048 numbers
 
 
-def known(box: Float[Tensor, "... 4"]) -> Bool[Tensor, "..."]:
-    """Which regions there are: those of some width and height."""
+def valid_regions(box: Float[Tensor, "... 4"]) -> Bool[Tensor, "..."]:
+    """Return which places hold a region: those of some width and height."""
     return (box[..., 2] > box[..., 0]) & (box[..., 3] > box[..., 1])
+
+
+def trim_regions(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the batch without the places for regions that none of its rows has."""
+    if "region_box" not in batch:
+        return batch
+    box = batch["region_box"]
+    used = (box[..., 2] > box[..., 0]).any(0)
+    most = int(used.nonzero().max()) + 1 if used.any() else 1
+    return batch | {name: batch[name][:, :most] for name in ("region_feature", "region_box")}
 
 
 def geometry(box: Float[Tensor, "... 4"]) -> Float[Tensor, "... 7"]:
@@ -78,7 +88,7 @@ class VlBertRegions(nn.Module):
     ) -> Float[Tensor, "n l h"]:
         """The visual feature embedding of words that speak of `region`; of region 0 where there is no such region."""
         region = torch.where(region < visual.shape[1], region, 0)
-        region = region * known(box).gather(1, region)
+        region = region * valid_regions(box).gather(1, region)
         return self.word_norm(visual).gather(1, region.unsqueeze(-1).expand(-1, -1, visual.shape[-1]))
 
     def forward(

@@ -21,8 +21,8 @@ class Encoded(NamedTuple):
     """Sub-words of some texts, padded; `spans` are characters of "first second" as one text, 0 0 for special ones."""
 
     ids: torch.Tensor  # int64 [texts, length]
-    second: torch.Tensor  # bool [texts, length]: behind the first [SEP]
-    there: torch.Tensor  # bool [texts, length]: no padding
+    token_type_ids: torch.Tensor  # bool [texts, length]: after the first [SEP]
+    attention_mask: torch.Tensor  # bool [texts, length]: no padding
     spans: np.ndarray  # int [texts, length, 2]
 
 
@@ -68,17 +68,17 @@ def encode_pairs(tokenizer: Any, pairs: Sequence[tuple[str, str]], most: int) ->
     found = tokenizer.encode_batch([(first, second) if second else first for first, second in pairs])
     length = max(len(one.ids) for one in found)
     ids = torch.full((len(pairs), length), tokenizer.token_to_id("[PAD]"))
-    second, there = (torch.zeros(len(pairs), length, dtype=torch.bool) for _ in range(2))
+    token_type_ids, attention_mask = (torch.zeros(len(pairs), length, dtype=torch.bool) for _ in range(2))
     spans = np.zeros((len(pairs), length, 2), np.int64)
     for i, (one, (first, _)) in enumerate(zip(found, pairs, strict=True)):
         size = len(one.ids)
-        ids[i, :size], there[i, :size] = torch.tensor(one.ids), True
+        ids[i, :size], attention_mask[i, :size] = torch.tensor(one.ids), True
         kinds = np.array(one.type_ids, bool)
-        second[i, :size] = torch.from_numpy(kinds)
+        token_type_ids[i, :size] = torch.from_numpy(kinds)
         offsets = np.array(one.offsets, np.int64).reshape(size, 2)
         moved = offsets + (len(first) + 1) * kinds[:, None]
         spans[i, :size] = np.where(np.array(one.special_tokens_mask, bool)[:, None], 0, moved)
-    return Encoded(ids, second, there, spans)
+    return Encoded(ids, token_type_ids, attention_mask, spans)
 
 
 def tokens_of(spans: np.ndarray, words: np.ndarray) -> np.ndarray:

@@ -51,7 +51,7 @@ def perturbed_logits(
             both[which] = both[which].detach().requires_grad_()
             hidden = student.encode(words + both[0], regions + both[1], mask)
             logits = student.choose(student.bert.pooler(hidden), len(clean))
-            loss = answer_loss(logits, target, many=student.shape.many).sum()
+            loss = answer_loss(logits, target, many=student.shape.several_right).sum()
             (gradient,) = torch.autograd.grad(loss, both[which], retain_graph=True)
         both[which] = ascend(both[which], gradient, plan)
         found.append(logits if torch.is_grad_enabled() else logits.detach())

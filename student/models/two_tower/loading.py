@@ -1,11 +1,10 @@
 """Build or load a two-tower student by name, folder or run."""
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import open_clip
-from safetensors.torch import load_file
 
 from student.models.two_tower.model import TwoTower
 from teachercache.core.errors import UserError, closest
@@ -14,13 +13,13 @@ from teachercache.teachers.clip.loading import build_module, folder_parts, open_
 
 
 def build_two_tower(name: str, init: str = "") -> TwoTower:
-    """A student by configuration name, or from `init`, a run or an exported folder whose configuration then counts."""
+    """Build a student by configuration name, or from `init`, a run or exported folder that replaces the name."""
     if init:
         if not Path(init).is_dir():
             raise UserError(
                 f"--set init={init}: no such folder; it takes a run, or what `student export` wrote"
             )
-        say(f"starting from {init}: its configuration counts, not model={name}")
+        say(f"starting from {init}: its configuration replaces model={name}")
         model, preprocess = open_folder(init)
         model_cfg = folder_parts(init)[0]
         return TwoTower(model, model_cfg, preprocess, tokenizer_of(model_cfg, init))
@@ -62,31 +61,7 @@ TINY: dict[str, dict[str, Any]] = {
 }
 
 
-def load_student(run: Path) -> TwoTower:
-    """The trained student of a run folder, from that folder alone."""
-    if not (run / "run.json").exists():
-        raise UserError(f"{run} is not a run: pass a folder that `student train` wrote")
-    facts = json.loads((run / "run.json").read_text())
-    recipe, made = facts["recipe"], facts["student"]
-    if made is None:
-        name = recipe["constants"]["model"]
-        raise UserError(
-            f"{run} trained {name}, which is no model of its own: see scripts/teachers/clip_lite.py"
-        )
-    if "model_cfg" not in made:
-        raise UserError(
-            f"{run} is no model of two towers but a run of {recipe['name']}: "
-            + OTHERS.get(recipe["name"], "`student eval` takes it with the task that it was trained on")
-        )
-    if not (run / "model.safetensors").exists():
-        raise UserError(
-            f"{run} is not a finished run: `student train --recipe {recipe['name']} --resume --out {run}`"
-        )
-    model, preprocess = build_module(made["model_cfg"], made["preprocess"])
-    student = TwoTower(model, made["model_cfg"], preprocess, tokenizer_of(made["model_cfg"]))
-    state = load_file(run / "model.safetensors")
-    student.model.load_state_dict({**state, "logit_scale": state["logit_scale"].reshape(1)})
-    return student.eval()
-
-
-OTHERS = {"vlkd": "`student generate` takes it, and `student export --format hf`"}  # instead of eval
+def rebuild(config: Mapping[str, Any]) -> TwoTower:
+    """Return a student of a recorded configuration, with random weights."""
+    model, preprocess = build_module(config["model_cfg"], config["preprocess"])
+    return TwoTower(model, config["model_cfg"], preprocess, tokenizer_of(config["model_cfg"]))

@@ -1,7 +1,4 @@
-"""Two-tower students: any open_clip configuration, from scratch or from a folder; tiny ones for laptops.
-
-The output embeddings are raw (not normalised). Not for losses: see `recipes/`.
-"""
+"""Two-tower students: an open_clip model of any configuration behind the contract of a student."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -11,61 +8,72 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from evaluation.models.encoder import Encoder
+from student.models.student import Capability, Exported, ExportRequest, PictureView, RowInputs, StudentSpec
 from teachercache.core.errors import UserError
 from teachercache.data.views import describe_view, image_view, replay_view
 from teachercache.teachers.clip.layers import EMBEDDINGS, picture_fields, text_fields
 from teachercache.teachers.clip.towers import image_blocks, text_blocks, text_tower
 
+FAMILY = "two_tower"
+
 
 class TwoTower(nn.Module):
-    """An open_clip model behind one `forward`, so that every ZeRO stage sees all its parameters used there."""
+    """An open_clip model. Its output embeddings are raw (not normalized).
 
-    inputs = ("image", "text")
+    One `forward` computes everything, so that every ZeRO stage sees all parameters used there.
+    """
 
     def __init__(
         self, model: nn.Module, model_cfg: Mapping[str, Any], preprocess: Mapping[str, Any], tokenizer: Any
     ):
         super().__init__()
-        model.logit_scale = nn.Parameter(
-            model.logit_scale.detach().reshape(1)
-        )  # DeepSpeed refuses 0 dimensions
+        # DeepSpeed refuses parameters without dimensions
+        model.logit_scale = nn.Parameter(model.logit_scale.detach().reshape(1))
         self.model = model
         self.model_cfg, self.preprocess, self.tokenizer = model_cfg, preprocess, tokenizer
         described = describe_view(preprocess)
-        self.view, self.replay, self.at_least = (
-            image_view(described),
-            replay_view(described),
-            described["at_least"],
-        )
+        self.picture = PictureView(image_view(described), replay_view(described), described["at_least"])
 
-        self.taps = EMBEDDINGS  # and the blocks that `show_blocks` names
-        self.mask_ratio: float | None = None  # set by `show_masked`
+        self.taps = EMBEDDINGS  # and the blocks that `add_block_outputs` names
+        self.mask_ratio: float | None = None  # set by `add_masked_output`
         self.block_widths: dict[str, int] = {}
-        self.num_chances = 0  # random numbers a picture that forward wants in batch["chance"]
+        self.mask_noise = 0
+
+    @property
+    def spec(self) -> StudentSpec:
+        """The model's configuration and preprocessing."""
+        return StudentSpec(FAMILY, {"model_cfg": self.model_cfg, "preprocess": self.preprocess})
+
+    @property
+    def row_inputs(self) -> RowInputs:
+        """A picture and a text."""
+        return RowInputs(self.picture, self.tokenizer, mask_noise=self.mask_noise)
 
     def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Float[Tensor, "..."]]:
-        """Pictures [n, 3, H, W] and token ids [n, length] to raw `image`, `text` [n, d] and `scale` [1].
+        """Encode pictures [n, 3, H, W] and token ids [n, length].
 
-        Where they were asked for: `image_masked` [n, d], `image_block_<k>` and `text_block_<k>` [n, width].
+        Returns:
+            Raw `image`, `text` [n, d] and the scalar `scale`. Where they were added: `masked_image` [n, d],
+            `image_block_<k>` and `text_block_<k>` [n, width].
         """
-        found = picture_fields(self.model, batch["image"], self.taps) | text_fields(
-            self.model, batch["text"], self.taps
-        )
+        fields = picture_fields(self.model, batch["image"], self.taps)
+        fields |= text_fields(self.model, batch["text"], self.taps)
         outputs = {
-            "image": found.pop("image_emb"),
-            "text": found.pop("text_emb"),
-            "scale": self.model.logit_scale.exp(),
+            "image": fields.pop("image_emb"),
+            "text": fields.pop("text_emb"),
+            "scale": self.model.logit_scale.exp().reshape(()),
         }
         if self.mask_ratio is not None:
-            outputs["image_masked"] = self._masked(batch["image"], batch["chance"])
-        return outputs | {name.replace("_hidden_", "_block_"): value for name, value in found.items()}
+            outputs["masked_image"] = self._masked(batch["image"], batch["mask_noise"])
+        return outputs | {name.replace("_hidden_", "_block_"): value for name, value in fields.items()}
 
     def _masked(
-        self, images: Float[Tensor, "n 3 height width"], chance: Float[Tensor, "n patches"]
+        self, images: Float[Tensor, "n 3 height width"], noise: Float[Tensor, "n patches"]
     ) -> Float[Tensor, "n d"]:
-        """The image embedding of the patches with the highest chance, in place of open_clip's own patch dropout."""
+        """Encode the patches with the highest noise, in place of open_clip's own patch dropout."""
         assert self.mask_ratio is not None
-        kept = chance.topk(max(1, round((1 - self.mask_ratio) * chance.shape[1])), dim=1).indices
+        kept = noise.topk(max(1, round((1 - self.mask_ratio) * noise.shape[1])), dim=1).indices
         hook = self.model.visual.patch_dropout.register_forward_hook(
             lambda module, inputs, output: keep_patches(inputs[0], kept)
         )
@@ -79,17 +87,74 @@ class TwoTower(nn.Module):
         """Widths of the image and the text embedding."""
         return self.model_cfg["embed_dim"], self.model_cfg["embed_dim"]
 
+    def capabilities(self) -> frozenset[Capability]:
+        """Everything but answering and writing, unless hooks look into the towers."""
+        offered = {
+            Capability.ENCODES,
+            Capability.EXPORTS_OPEN_CLIP,
+            Capability.EXPORTS_HF,
+            Capability.CHECKPOINTS_ACTIVATIONS,
+            Capability.COMPILES,
+            Capability.SHARDS_PARAMETERS,
+        }
+        return frozenset(offered - self.limits().keys())
+
+    def limits(self) -> dict[Capability, str]:
+        """Hooks on blocks rule out recomputation and compilation."""
+        limits = {}
+        if self.block_widths:
+            limits[Capability.CHECKPOINTS_ACTIVATIONS] = "hidden looks into the blocks by hooks"
+        if self.mask_ratio is not None or self.block_widths:
+            limits[Capability.COMPILES] = "mfd and hidden look into the towers by hooks"
+        return limits
+
+    def checkpoint_activations(self) -> None:
+        """Recompute the activations of every block in backward."""
+        self.model.set_grad_checkpointing(True)
+
+    def saved_state(self) -> dict[str, Tensor]:
+        """Return the state dict that open_clip itself would save: logit_scale a scalar, everything float32."""
+        return open_clip_state(self)
+
+    def load_saved_state(self, state: Mapping[str, Tensor]) -> None:
+        """Load what open_clip saved."""
+        self.model.load_state_dict({**state, "logit_scale": state["logit_scale"].reshape(1)})
+
+    def encoder(self, name: str, pretrained: str, device: str) -> Encoder:
+        """Return the two towers as an Encoder."""
+        model = self.to(device).eval().model
+        return Encoder(
+            name=name,
+            pretrained=pretrained,
+            size=tuple(describe_view(self.preprocess)["size"]),
+            view=self.picture.view,
+            tokenize=self.tokenizer,
+            encode_image=model.encode_image,
+            encode_text=model.encode_text,
+            device=device,
+            tower=model.visual,
+            mean=tuple(self.preprocess["mean"]),
+            std=tuple(self.preprocess["std"]),
+            scale=float(model.logit_scale.detach().exp()),
+        )
+
+    def export(self, request: ExportRequest) -> Exported:
+        """Write an open_clip or transformers folder and compare its embeddings with the student's."""
+        from student.models.two_tower.export import export
+
+        return export(self, request)
+
 
 def keep_patches(
     tokens: Float[Tensor, "n positions width"], kept: Int[Tensor, "n some"]
 ) -> Float[Tensor, "n fewer width"]:
-    """The class token, which is first, and some patches; their positions are in them already."""
+    """Return the class token, which is first, and some patches; position embeddings are in them already."""
     places = kept[:, :, None].expand(-1, -1, tokens.shape[2])
     return torch.cat([tokens[:, :1], tokens[:, 1:].gather(1, places)], 1)
 
 
-def show_masked(student: Any, ratio: float) -> None:
-    """Let a student's forward also see each picture with that share of its patches left out."""
+def add_masked_output(student: Any, ratio: float) -> None:
+    """Let a student's forward also encode each picture without that share of its patches."""
     if not 0 <= ratio < 1:
         raise UserError(f"--set mask_ratio={ratio:g}: a share of the patches is expected, from 0 to below 1")
     visual = student.model.visual if isinstance(student, TwoTower) else None
@@ -98,38 +163,38 @@ def show_masked(student: Any, ratio: float) -> None:
             f"masking needs patches, which {type(visual or student).__name__} does not have: choose a "
             "model with open_clip's ViT, or --set mfd=0"
         )
-    student.mask_ratio, student.num_chances = ratio, visual.grid_size[0] * visual.grid_size[1]
+    student.mask_ratio, student.mask_noise = ratio, visual.grid_size[0] * visual.grid_size[1]
 
 
-def show_blocks(student: Any, names: Sequence[str]) -> None:
-    """Let a student's forward also show blocks, `image_block_3`, each as one vector, as a teacher's `hidden` is."""
+def add_block_outputs(student: Any, names: Sequence[str]) -> None:
+    """Let a student's forward also return blocks, `image_block_3`, each as one vector like a teacher's `hidden`."""
     if not isinstance(student, TwoTower):
         raise UserError(
-            f"{type(student).__name__} has no blocks to show: choose another model, or --set hidden=0"
+            f"{type(student).__name__} has no blocks to compare: choose another model, or --set hidden=0"
         )
     towers = {"image": image_blocks(student.model.visual), "text": text_blocks(text_tower(student.model))}
-    asked: dict[str, list[int]] = {"image": [], "text": []}
+    layers: dict[str, list[int]] = {"image": [], "text": []}
     for name in names:
         tower, _, number = name.split("_")
-        asked[tower].append(int(number))
+        layers[tower].append(int(number))
         if int(number) >= len(towers[tower]):
             raise UserError(
                 f"--set hidden_{tower}: the student has no block {number}, only {len(towers[tower])} from 0"
             )
     student.taps = dataclasses.replace(
-        EMBEDDINGS, image_layers=tuple(asked["image"]), text_layers=tuple(asked["text"])
+        EMBEDDINGS, image_layers=tuple(layers["image"]), text_layers=tuple(layers["text"])
     )
     height, width = describe_view(student.preprocess)["size"]
     batch = {"image": torch.zeros(1, 3, height, width), "text": student.tokenizer(["a"])}
     training = student.training
     with torch.no_grad():
-        outputs = student.eval()({**batch, "chance": torch.zeros(1, student.num_chances)})
+        outputs = student.eval()({**batch, "mask_noise": torch.zeros(1, student.mask_noise)})
     student.train(training)
     student.block_widths = {name: outputs[name].shape[1] for name in names}
 
 
 def open_clip_state(student: TwoTower) -> dict[str, Tensor]:
-    """The state dict that open_clip itself would save: logit_scale a scalar."""
+    """Return the state dict that open_clip itself would save: logit_scale a scalar, everything float32."""
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in student.model.state_dict().items()}
     state["logit_scale"] = state["logit_scale"].reshape(())
     return {

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from student.recipe import Now, Run
+from student.recipe import Progress, Run
 
 # Dense tensor-core peaks of vendors' data sheets, FLOP/s: bfloat16 with float32 sums, and float32 without TF32.
 PEAKS = {
@@ -82,14 +82,19 @@ class Speed:
         now = time.monotonic()
         self.computed, self.began, self.steps = self.computed + now - self.began, now, self.steps + 1
 
-    def count_products(self, engine: Any, parts: Iterable[Any], now: Now) -> None:
+    def count_products(self, engine: Any, parts: Iterable[Any], progress: Progress) -> None:
         """Count the products of a step, where the device's peak is known, for MFU: three times its forwards.
 
         What micro-batches and activation checkpoints compute again is no part of it. A compiled student and a live
         teacher are not counted.
         """
         known = peak_flops(self.run.device, self.run.precision) is not None
-        if not known or self.run.compile or self.run.live or engine.module.teacher is not None:
+        if (
+            not known
+            or self.run.compile
+            or self.run.online_teacher
+            or engine.module.gradient_teacher is not None
+        ):
             return
         from torch.utils.flop_counter import FlopCounterMode
 
@@ -98,7 +103,7 @@ class Speed:
         torch.backends.mha.set_fastpath_enabled(False)  # one operation that nothing counts
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             for part in parts:
-                engine(part, now, {})
+                engine(part, progress, {})
         torch.backends.mha.set_fastpath_enabled(fast)
         engine.module.train()
         self.flops = 3 * counter.get_total_flops()

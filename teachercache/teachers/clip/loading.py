@@ -139,7 +139,8 @@ def folder_parts(folder: str) -> tuple[dict[str, Any], dict[str, Any], Path]:
                 json.loads(run_path.read_text())["student"],
                 Path(folder, "model.safetensors"),
             )
-            if not made or "model_cfg" not in made:
+            made = made.get("config", {})
+            if "model_cfg" not in made:
                 raise UserError(f"{folder} trained no model of two towers: pass another --teacher")
             if not weights_path.exists():
                 raise UserError(

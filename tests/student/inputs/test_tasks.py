@@ -13,7 +13,7 @@ from student.inputs.questions import (
     VQA_SCORES,
     Task,
     find_task,
-    labelled_rows,
+    labeled_rows,
     question_category,
     read_question,
 )
@@ -144,19 +144,19 @@ def test_regimes_choose_so_many_of_each_group_and_the_same_again(scenes):
     manifest = read_manifest(str(scenes / "vcr1"))
     rows = manifest.rows_of_split("train")
     groups = np.array([read_question(VCR, manifest.row(row)).group for row in rows.tolist()])
-    chosen = labelled_rows(VCR, manifest, rows, "low:3", 0)
+    chosen = labeled_rows(VCR, manifest, rows, "low:3", 0)
     assert Counter(groups[chosen]) == {group: min(3, n) for group, n in Counter(groups).items()}
-    assert (chosen == labelled_rows(VCR, manifest, rows, "semi:3", 0)).all()
-    assert (chosen != labelled_rows(VCR, manifest, rows, "low:3", 1)).any()
-    assert labelled_rows(VCR, manifest, rows, "full", 0).all()
-    assert not labelled_rows(VCR, manifest, rows, "zero", 0).any()
+    assert (chosen == labeled_rows(VCR, manifest, rows, "semi:3", 0)).all()
+    assert (chosen != labeled_rows(VCR, manifest, rows, "low:3", 1)).any()
+    assert labeled_rows(VCR, manifest, rows, "full", 0).all()
+    assert not labeled_rows(VCR, manifest, rows, "zero", 0).any()
     snli = read_manifest(str(scenes / "snli_ve"))
     rows = snli.rows_of_split("train")
-    chosen = labelled_rows(find_task(snli, rows, "q2a"), snli, rows, "low:4", 0)
+    chosen = labeled_rows(find_task(snli, rows, "q2a"), snli, rows, "low:4", 0)
     assert set(Counter(snli.row(row).label for row in rows[chosen].tolist()).values()) == {4}
     for regime in ("low", "low:", "low:x", "low:0", "some:3", "full:3"):
         with pytest.raises(UserError, match="--set regime"):
-            labelled_rows(VCR, manifest, rows[:1], regime, 0)
+            labeled_rows(VCR, manifest, rows[:1], regime, 0)
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ import torch
 from small import TINY_CFG, build_cache, read_lines, save_teacher, train_here
 
 from student.models.two_tower.loading import TINY, build_two_tower
-from student.models.two_tower.model import TwoTower, keep_patches, show_blocks, show_masked
-from student.recipe import Now, Run
+from student.models.two_tower.model import TwoTower, keep_patches, add_block_outputs, add_masked_output
+from student.recipe import Progress, Run
 from student.recipes.clip_kd import CLIP_KD, block_pairs
 from student.settings import override
 from student.training.step import TrainStep
@@ -19,7 +19,7 @@ from teachercache.core.errors import UserError
 from teachercache.teachers.clip.loading import build_module
 from tests.student.losses.test_losses import loop_clip, mean_square
 
-RUN, NOW = Run(data="", cache="", out=""), Now(0, 1)
+RUN, NOW = Run(data="", cache="", out=""), Progress(0, 1)
 OFF = ("task=0", "crd=0", "fd=0", "icl=0")
 NEW = {"mfd": 2000.0, "gd": 1000.0, "afd": 1.0, "cross": 1.0, "hidden": 2000.0}
 BLOCKS = ("hidden_image=0:0", "hidden_text=0:0")
@@ -129,7 +129,7 @@ def given(width: int = 5, teacher_width: int = 5) -> tuple[dict, dict]:
         return (3 * torch.randn(4, size, generator=random)).requires_grad_()
 
     student = {name: rows(width) for name in ("image", "text")}
-    student |= {f"{name}_t": rows(teacher_width) for name in ("image", "text", "image_masked")}
+    student |= {f"{name}_t": rows(teacher_width) for name in ("image", "text", "masked_image")}
     student |= {"image_block_1:image_hidden_3": rows(7), "image_block_2:image_hidden_3": rows(7)}
     student |= {"text_block_0:text_hidden_1": rows(6)}
     student |= {
@@ -155,7 +155,7 @@ def test_mfd_is_fd_of_the_masked_rows():
     student, batch = given()
     recipe = recipe_of(*OFF, "mfd=3")
     ours = recipe.loss(student, batch, recipe.constants, NOW)[0]["mfd"]
-    inputs = {name: student[name] for name in ("image_masked_t", "text_t")}
+    inputs = {name: student[name] for name in ("masked_image_in_teacher_space", "text_in_teacher_space")}
     V, S = (unit(rows) for rows in inputs.values())
     V_T, S_T = unit(batch["image_emb"]), unit(batch["text_emb"])
     check(ours, 3 * (mean_square(V, V_T) + mean_square(S, S_T)), inputs)
@@ -211,10 +211,19 @@ def test_gd_and_cross_compare_rows_in_the_width_of_the_teacher(name):
     function = {"gd": losses.gd_loss, "cross": losses.cross_kd_loss}[name]
     scale = {"gd": "scale", "cross": "icl_scale"}[name]
     V, S, V_T, S_T = (
-        unit(rows) for rows in (student["image_t"], student["text_t"], *list(batch.values())[:2])
+        unit(rows)
+        for rows in (
+            student["image_in_teacher_space"],
+            student["text_in_teacher_space"],
+            *list(batch.values())[:2],
+        )
     )
     expected = 2 * function(V, S, student[scale], V_T, S_T, batch["logit_scale"].exp())
-    check(ours, expected, {key: student[key] for key in ("image_t", "text_t", scale)})
+    check(
+        ours,
+        expected,
+        {key: student[key] for key in ("image_in_teacher_space", "text_in_teacher_space", scale)},
+    )
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -237,7 +246,7 @@ def masked_by_hand(model, images: torch.Tensor, kept: list[list[int]]) -> torch.
 def test_the_masked_forward_sees_the_class_token_and_the_patches_of_highest_chance(ratio, num):
     torch.manual_seed(0)
     student = build_two_tower("vit-micro")
-    show_masked(student, ratio)
+    add_masked_output(student, ratio)
     assert student.num_chances == PATCHES
     outputs = student(batch_of())
     kept = [
@@ -245,7 +254,7 @@ def test_the_masked_forward_sees_the_class_token_and_the_patches_of_highest_chan
     ]
     assert len({tuple(places) for places in kept}) > 1  # another mask for each picture
     expected = masked_by_hand(student.model, batch_of()["image"], kept)
-    torch.testing.assert_close(outputs["image_masked"], expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(outputs["masked_image"], expected, rtol=1e-4, atol=1e-5)
     plain = build_two_tower("vit-micro")
     plain.load_state_dict(student.state_dict())
     assert torch.equal(outputs["image"], plain(batch_of())["image"])  # the other terms see whole pictures
@@ -255,26 +264,26 @@ def test_the_masked_forward_sees_the_class_token_and_the_patches_of_highest_chan
 
 def test_a_patch_that_is_left_out_counts_for_nothing():
     student = build_two_tower("vit-micro")
-    show_masked(student, 0.75)
+    add_masked_output(student, 0.75)
     batch = batch_of()
     batch["chance"] = (
         torch.arange(PATCHES).float().expand(COUNT, -1)
     )  # the last four are kept: the lowest row
     changed = batch | {"image": batch["image"].clone()}
     changed["image"][:, :, :24] = 0
-    assert torch.equal(student(batch)["image_masked"], student(changed)["image_masked"])
+    assert torch.equal(student(batch)["masked_image"], student(changed)["masked_image"])
     changed["image"][:, :, 24:] = 0
-    assert not torch.equal(student(batch)["image_masked"], student(changed)["image_masked"])
+    assert not torch.equal(student(batch)["masked_image"], student(changed)["masked_image"])
 
 
 def test_open_clips_own_patch_dropout_does_not_come_on_top():
     cfg = {**TINY["vit-micro"], "vision_cfg": {**TINY["vit-micro"]["vision_cfg"], "patch_dropout": 0.5}}
     model, preprocess = build_module(cfg, {})
     student = TwoTower(model, cfg, preprocess, None).train()
-    show_masked(student, 0.5)
+    add_masked_output(student, 0.5)
     kept = batch_of()["chance"].topk(8, dim=1).indices.tolist()
     expected = masked_by_hand(model, batch_of()["image"], kept)
-    torch.testing.assert_close(student(batch_of())["image_masked"], expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(student(batch_of())["masked_image"], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_keep_patches_keeps_the_order_of_rows():
@@ -296,13 +305,13 @@ def test_a_tower_without_patches_cannot_be_masked(model):
     with pytest.raises(
         UserError, match=r"masking needs patches, which \w+ does not have: .* or --set mfd=0$"
     ):
-        show_masked(TwoTower(module, cfg, preprocess, None), 0.5)
+        add_masked_output(TwoTower(module, cfg, preprocess, None), 0.5)
 
 
 @pytest.mark.parametrize("ratio", [1.0, -0.1, 2.0])
 def test_a_mask_ratio_that_is_none(ratio):
     with pytest.raises(UserError, match=f"mask_ratio={ratio:g}: a share"):
-        show_masked(build_two_tower("vit-micro"), ratio)
+        add_masked_output(build_two_tower("vit-micro"), ratio)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -313,7 +322,7 @@ def test_blocks_are_what_a_teacher_of_the_same_weights_stores_as_hidden():
     from teachercache.teachers.clip.layers import Taps, picture_fields, text_fields
 
     student = build_two_tower("vit-tiny").eval()
-    show_blocks(student, ["image_block_1", "image_block_3", "text_block_0"])
+    add_block_outputs(student, ["image_block_1", "image_block_3", "text_block_0"])
     assert student.block_widths == {"image_block_1": 256, "image_block_3": 256, "text_block_0": 192}
     images, ids = torch.randn(2, 3, 64, 64), torch.randint(1, 1000, (2, 16))
     outputs = student({"image": images, "text": ids})
@@ -329,7 +338,7 @@ def test_blocks_of_a_resnet_are_its_stages():
     model, preprocess = build_module(cfg, {})
     student = TwoTower(model, cfg, preprocess, build_two_tower("vit-micro").tokenizer)
     state = {name: value.clone() for name, value in student.state_dict().items()}
-    show_blocks(student, ["image_block_1", "image_block_3"])
+    add_block_outputs(student, ["image_block_1", "image_block_3"])
     assert student.block_widths == {"image_block_1": 128, "image_block_3": 512}
     assert all(
         torch.equal(value, state[name]) for name, value in student.state_dict().items()
@@ -472,7 +481,7 @@ def test_all_terms_resume_to_the_last_bit(
 def test_masks_change_with_the_epoch_and_not_with_the_step_alone(squares, hidden_cache, tmp_path):
     """Chances are drawn by seed, epoch and row: a row has another mask in each epoch."""
     from student.inputs.caches import training_rows
-    from student.inputs.pairs import Batches
+    from student.inputs.pairs import PairBatches
     from teachercache.cache import store
     from teachercache.data.read import read_manifest
 

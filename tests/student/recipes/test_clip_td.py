@@ -7,17 +7,22 @@ import numpy as np
 import pytest
 import torch
 
-from student.recipe import Now
+from student.recipe import Progress
 from student.recipes.clip_td import Constants, loss, reads
 from teachercache.core.errors import UserError
 
 N, C, M, D = 3, 4, 2, 5
-NOW = Now(0, 10)
+NOW = Progress(0, 10)
 
 
 def outputs_of() -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
-    named = {"logits": (N, C), "img_t": (N, C, D), "cls_t": (N, C, D), "words_t": (N, C, M, D)}
+    named = {
+        "logits": (N, C),
+        "image_in_teacher_space": (N, C, D),
+        "cls_in_teacher_space": (N, C, D),
+        "words_in_teacher_space": (N, C, M, D),
+    }
     return {
         name: torch.randn(*shape, dtype=torch.float64, requires_grad=True) for name, shape in named.items()
     }
@@ -73,12 +78,12 @@ def loop(out, batch, constants):
             chosen = [int(batch["target"][i].argmax())]
         for c in chosen:
             share = w / len(chosen) / N
-            dv = dv + share * constants.dv * l1(out["img_t"][i, c], batch["image_emb"][i])
-            dt = dt + share * constants.dt * l1(out["cls_t"][i, c], batch["text_emb"][i, c])
+            dv = dv + share * constants.dv * l1(out["image_in_teacher_space"][i, c], batch["image_emb"][i])
+            dt = dt + share * constants.dt * l1(out["cls_in_teacher_space"][i, c], batch["text_emb"][i, c])
             for k in range(M):
                 there = float(batch["word_there"][i, c, k])
                 words = words + share / M * there * l1(
-                    out["words_t"][i, c, k], batch["word_feature"][i, c, k]
+                    out["words_in_teacher_space"][i, c, k], batch["word_feature"][i, c, k]
                 )
     return {"task": task, "dv": dv, "dt": dt, "words": words}
 
@@ -130,7 +135,9 @@ def test_switches_take_terms_and_reads_away():
 
     def terms(**setting):
         given = (
-            dict(out) if setting.get("select") != "none" else {k: v for k, v in out.items() if k != "words_t"}
+            dict(out)
+            if setting.get("select") != "none"
+            else {k: v for k, v in out.items() if k != "words_in_teacher_space"}
         )
         return set(loss(given, batch, Constants(**setting), NOW)[0])
 
@@ -168,8 +175,8 @@ def test_adaptive_finetuning_is_eq_11():
     out = {
         "word_logits": torch.randn(N, 2, 7),
         "match": torch.randn(N, 2),
-        "img_t": torch.randn(N, 1, D),
-        "cls_t": torch.randn(N, 1, D),
+        "image_in_teacher_space": torch.randn(N, 1, D),
+        "cls_in_teacher_space": torch.randn(N, 1, D),
     }
     batch = {
         "masked_word": torch.tensor([[1, 4], [3, -1], [2, 5]]),
@@ -188,7 +195,7 @@ def test_adaptive_finetuning_is_eq_11():
             float(l1(out[name][i, 0], batch[field][i] if field == "image_emb" else batch[field][i, 0]))
             for i in (0, 1)
         ]
-        for name, field in (("img_t", "image_emb"), ("cls_t", "text_emb"))
+        for name, field in (("image_in_teacher_space", "image_emb"), ("cls_in_teacher_space", "text_emb"))
     ]
     expected = {
         "mlm": ((first + second) / 2 + other) / (0.5 * N),

@@ -16,12 +16,12 @@ from small import TINY_CFG, build_cache, contained, read_lines, save_teacher
 
 from student.cli import main
 from student.inference.answerer import load_task_model
-from student.inputs.clip_judge import Judge, three_means, unit
+from student.inputs.clip_logits import ClipScorer, three_means, unit
 from student.inputs.questions import read_question
-from student.recipe import Now, Run
+from student.recipe import Progress, Run
 from student.recipes.clip_td import CLIP_TD
 from student.settings import override
-from student.training.prepare_pairs import prepare
+from student.training.prepare import prepare
 from teachercache.cache import store
 from teachercache.core.errors import UserError
 from teachercache.data.read import read_manifest
@@ -245,7 +245,7 @@ def test_gradients_of_two_ranks_are_those_of_one(home, setting):
     names, parameters = zip(*[(n, p) for n, p in step.named_parameters() if p.requires_grad], strict=True)
 
     def gradient(batch):
-        loss, _, _ = step(batch, Now(0, 4))
+        loss, _, _ = step(batch, Progress(0, 4))
         found = torch.autograd.grad(loss, parameters, allow_unused=True)
         return [torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters, strict=True)]
 
@@ -471,7 +471,7 @@ def test_training_reads_no_picture_and_loads_no_teacher(home, tmp_path, monkeypa
         (teachers, "find"),
     ):
         monkeypatch.setattr(module, name, refuse)
-    monkeypatch.setattr("student.training.prepare_pairs.readable_rows", refuse)
+    monkeypatch.setattr("student.training.prepare.readable_rows", refuse)
     assert train(home, tmp_path / "run") == 0
 
 

@@ -11,7 +11,7 @@ from torch.nn.functional import normalize
 
 from student import losses
 from student.losses import papers, tiled
-from student.recipe import Now
+from student.recipe import Progress
 from student.recipes.psd import PSD, alpha, draw_unaligned
 from tests.student.losses.test_losses import D, E, log_row_softmax, logits, rows, scale
 
@@ -108,12 +108,12 @@ def test_narrow_inputs_are_computed_in_float32(dtype):
 )
 def test_alpha_grows_from_start_to_end(schedule, expected):
     constants = dataclasses.replace(PSD.constants, schedule=schedule, alpha_start=0.1, alpha_end=0.7)
-    assert [alpha(constants, Now(step, 101)) for step in (0, 50, 100)] == pytest.approx(expected)
+    assert [alpha(constants, Progress(step, 101)) for step in (0, 50, 100)] == pytest.approx(expected)
     quarter = {"cosine": 0.1 + 0.6 * (1 - math.cos(math.pi / 4)) / 2, "linear": 0.25, "constant": 0.7}[
         schedule
     ]
-    assert alpha(constants, Now(25, 101)) == pytest.approx(quarter)
-    assert alpha(constants, Now(0, 1)) == pytest.approx(expected[0])  # a run of one step
+    assert alpha(constants, Progress(25, 101)) == pytest.approx(quarter)
+    assert alpha(constants, Progress(0, 1)) == pytest.approx(expected[0])  # a run of one step
 
 
 def test_the_draw_has_the_share_and_no_favourites():
@@ -169,7 +169,9 @@ def test_the_teacher_is_the_model_detached():
     """The gradient is that of fixed targets: none reaches them."""
     V, S = rows(D, 1, count=8).requires_grad_(), rows(D, 2, count=8).requires_grad_()
     constants = dataclasses.replace(PSD.constants, schedule="constant", alpha_end=1.0)
-    terms, notes = PSD.loss({"image": V, "text": S, "scale": scale(9.0).float()}, {}, constants, Now(3, 10))
+    terms, notes = PSD.loss(
+        {"image": V, "text": S, "scale": scale(9.0).float()}, {}, constants, Progress(3, 10)
+    )
     assert notes["unaligned"] == 1
     unit, every = (normalize(V.float()), normalize(S.float())), torch.ones(8, dtype=torch.bool)
     fixed = losses.psd_loss(*unit, 9.0, *(part.detach() for part in unit), 10.0, every)

@@ -17,10 +17,10 @@ from student.models import frozen_unet
 from student.models.frozen_unet import LiveBytes, Probe, diffusion_errors, unet_bytes
 from student.models.heads import LatentSpace
 from student.models.two_tower.loading import build_two_tower
-from student.recipe import Now, Run
+from student.recipe import Progress, Run
 from student.recipes.sds_clip import SDS_CLIP, keep_norms
 from student.settings import override
-from student.training.prepare_pairs import prepare
+from student.training.prepare import prepare
 from student.training.step import TrainStep
 
 ROWS = 5
@@ -104,7 +104,7 @@ def test_the_gradient_that_reaches_clip_through_the_unet_is_that_of_finite_diffe
     step, batch = make_step(make_diffusion(prediction), lam=1.0)
 
     def value() -> torch.Tensor:
-        return step(batch, Now(0, 1), {})[0]["error"].mean()
+        return step(batch, Progress(0, 1), {})[0]["error"].mean()
 
     error = value()
     error.backward()
@@ -179,9 +179,9 @@ def test_a_teacher_under_no_grad_is_refused(states, squares, tmp_path, monkeypat
     for mistake in (torch.no_grad, torch.inference_mode):
         monkeypatch.setattr(frozen_unet, "predict_noise", mistake()(predict))
         with pytest.raises(RuntimeError, match="without a gradient: is it under no_grad"):
-            step(batch, Now(0, 1))
+            step(batch, Progress(0, 1))
     with torch.no_grad():  # where nothing wants a gradient it is no mistake
-        assert step(batch, Now(0, 1), {})[0]["error"].isfinite().all()
+        assert step(batch, Progress(0, 1), {})[0]["error"].isfinite().all()
     monkeypatch.undo()
     with pytest.raises(RuntimeError, match="gave error without a gradient"):
         train_here(squares, states, tmp_path / "run", recipe="own_recipes:SDS_DEAF")
@@ -360,7 +360,7 @@ def test_the_regulariser_alone_lowers_the_error():
     step, batch = make_step(make_diffusion(unet=LinearUNet(random_matrix())), hw_init="unit")
     optimizer, errors = torch.optim.Adam(trained(step).values(), lr=0.1), []
     for _ in range(15):
-        error = step(batch, Now(0, 1), {})[0]["error"].mean()
+        error = step(batch, Progress(0, 1), {})[0]["error"].mean()
         optimizer.zero_grad()
         error.backward()
         optimizer.step()
@@ -391,7 +391,7 @@ def test_eq_6_against_numbers_from_the_cache(squares, states):
     assert made.step.teacher is None
     assert "noise" not in made.batches[0]
     batch = made.batches[0]
-    _, terms, _ = made.step(batch, Now(0, 1))
+    _, terms, _ = made.step(batch, Progress(0, 1))
     with torch.no_grad():
         rows = (
             torch.nn.functional.normalize(made.step.student(batch)["image"]) @ made.step.heads.linear.weight.T

@@ -15,13 +15,13 @@ from student.models.seq2seq.loading import make_reader
 from student.models.seq2seq.model import Seq2Seq
 from student.models.seq2seq.self_critical import reward_of, rewards, sampled_captions, write
 from student.models.seq2seq.texts import answer_prompt, caption_prompt, encode_prompt
-from student.recipe import Now
+from student.recipe import Progress
 from student.recipes.vlkd import VLKD
 from teachercache.core.errors import UserError
 from teachercache.data.sample import Sample
 from tests.student.losses.test_losses import rows
 
-NOW, WIDTH = Now(0, 1), 12
+NOW, WIDTH = Progress(0, 1), 12
 
 
 def make_student(stage: str = "distil", *, width: int = WIDTH, visual: str = "cls", **changes) -> Seq2Seq:
@@ -98,7 +98,7 @@ def test_the_recipes_terms_are_the_papers():
     batch = read(student, *CAPTIONS)
     outputs = {name: value.detach() for name, value in (student(batch) | heads({})).items()}
     terms, notes = VLKD.loss(outputs, batch, VLKD.constants, NOW)
-    e = outputs["text_t"] / outputs["text_t"].norm(dim=1, keepdim=True)
+    e = outputs["text_in_teacher_space"] / outputs["text_in_teacher_space"].norm(dim=1, keepdim=True)
     v, t = (batch[name] / batch[name].norm(dim=1, keepdim=True) for name in ("image_emb", "text_emb"))
     ttdm = sum(float((t[k] - e[k]).norm()) ** 2 for k in range(3)) / 3
     logits = [[float(v[i] @ e[j]) / 0.07 for j in range(3)] for i in range(3)]
@@ -177,7 +177,9 @@ def test_the_likelihood_is_that_of_one_token_after_the_other_and_rows_do_not_mee
         assert float(found["nll"][k]) == pytest.approx(total, rel=1e-4)
         assert float(found["tokens"][k]) == alone["text"].shape[1]
         mean = student.bart.model.encoder(input_ids=alone["text"]).last_hidden_state[0].mean(0)
-        torch.testing.assert_close(found["text_t"][k], mean @ student.text_out.weight.T, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            found["text_in_teacher_space"][k], mean @ student.text_out.weight.T, rtol=1e-4, atol=1e-5
+        )
 
 
 def test_the_language_model_alone_is_this_one_without_a_picture():
@@ -198,7 +200,7 @@ def test_the_language_model_alone_is_this_one_without_a_picture():
 def test_every_parameter_has_a_gradient_but_what_a_softmax_cannot_see():
     student = make_student()
     outputs = student(read(student, *CAPTIONS))
-    (outputs["nll"].sum() + outputs["text_t"].square().sum()).backward()
+    (outputs["nll"].sum() + outputs["text_in_teacher_space"].square().sum()).backward()
     silent = {
         name for name, value in student.named_parameters() if value.grad is None or value.grad.norm() < 1e-4
     }

@@ -18,7 +18,7 @@ from student.models.seq2seq.loading import load_seq2seq
 from student.recipe import Run
 from student.recipes.vlkd import VLKD
 from student.settings import override
-from student.training.prepare_pairs import prepare
+from student.training.prepare import prepare
 from teachercache.core.errors import UserError
 from tests.student.inputs.test_tasks import write_vqa
 
@@ -50,8 +50,8 @@ def prepared(squares, cache, bart, *settings, rank=0, world=1, monkeypatch=None)
         [f"model={bart}", "max_text=32", *settings],
     )
     if monkeypatch:
-        monkeypatch.setattr("student.training.prepare_pairs.rank", lambda: rank)
-        monkeypatch.setattr("student.training.prepare_pairs.world_size", lambda: world)
+        monkeypatch.setattr("student.training.prepare.rank", lambda: rank)
+        monkeypatch.setattr("student.training.prepare.world_size", lambda: world)
     with contained():
         return prepare(dataclasses.replace(found, batch=8), place)
 
@@ -211,7 +211,7 @@ def test_what_cannot_be_is_refused_in_one_line(run, squares, cache, bart, finish
         f"init={finished_run}": "no run of vlkd",
         "visual=patches": "--outputs",
         "stage=vqa": "asks nothing",
-        "optim.decay=step": "cosine or linear",
+        "optim.schedule=step": "cosine or linear",
     }
     for k, (setting, words) in enumerate(cases.items()):
         assert train(squares, cache, bart, tmp_path / f"refused-{k}", "--set", setting) == 2, setting

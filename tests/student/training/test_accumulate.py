@@ -10,7 +10,7 @@ from small import read_lines, train_here, zero_noise
 from torch import nn
 
 from student.models.two_tower.loading import build_two_tower
-from student.recipe import Now
+from student.recipe import Progress
 from student.recipes.clip import CLIP
 from student.recipes.clip_kd import CLIP_KD
 from student.training.accumulate import accumulate, joined, split
@@ -62,11 +62,11 @@ class Engine:
 @pytest.mark.parametrize("recipe", [CLIP, CLIP_KD], ids=lambda recipe: recipe.name)
 def test_the_gradient_is_that_of_the_whole_batch(recipe, size: int):
     whole, batch = make_step(recipe), make_batch()
-    loss, terms, notes = whole(batch, Now(0, 1))
+    loss, terms, notes = whole(batch, Progress(0, 1))
     loss.backward()
     parts = parts_of(batch, size)
     engine = Engine(make_step(recipe), len(parts))
-    found = accumulate(engine, parts, Now(0, 1), "cpu")
+    found = accumulate(engine, parts, Progress(0, 1), "cpu")
     assert engine.steps == len(parts)
     torch.testing.assert_close(
         found[0], loss.detach(), rtol=1e-6, atol=1e-7
@@ -85,10 +85,10 @@ def test_dropout_is_replayed_and_random_numbers_go_on_from_the_first_pass():
     parts, seen = parts_of(make_batch(), 4), []
     step = make_step(recipe, dropout=True)
     step.heads.register_forward_hook(
-        lambda module, inputs, outputs: seen.append(outputs["image_t"].detach().clone())
+        lambda module, inputs, outputs: seen.append(outputs["image_in_teacher_space"].detach().clone())
     )
     torch.manual_seed(5)
-    accumulate(Engine(step, 3), parts, Now(0, 1), "cpu")
+    accumulate(Engine(step, 3), parts, Progress(0, 1), "cpu")
     state = torch.get_rng_state()
     assert len(seen) == 6
     assert all(torch.equal(first, again) for first, again in zip(seen[:3], seen[3:], strict=True))
@@ -96,7 +96,7 @@ def test_dropout_is_replayed_and_random_numbers_go_on_from_the_first_pass():
     torch.manual_seed(5)
     with torch.no_grad():
         for part in parts:
-            step(part, Now(0, 1), {})
+            step(part, Progress(0, 1), {})
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -161,5 +161,5 @@ def test_a_step_without_micro_batches_is_one_forward():
             calls.append(len(batch["image"]))
             return torch.zeros(()), {}, {}
 
-    take_step(Counting(), [make_batch()], Now(0, 1), "cpu")
+    take_step(Counting(), [make_batch()], Progress(0, 1), "cpu")
     assert calls == [ROWS, "backward", "step"]

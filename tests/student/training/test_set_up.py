@@ -10,7 +10,7 @@ from small import read_lines, train_here, zero_noise
 from torch import nn
 
 from student.models.two_tower.loading import build_two_tower
-from student.models.two_tower.model import show_blocks, show_masked
+from student.models.two_tower.model import add_block_outputs, add_masked_output
 from student.recipe import Run
 from student.training import engine
 from student.training.engine import set_up_student
@@ -63,7 +63,7 @@ def test_why_checkpointing_is_off(capsys):
     set_up_student(nn.Linear(2, 2), run_of(grad_checkpointing=True))
     assert capsys.readouterr().err == "run.grad_checkpointing is off: Linear has no blocks for it\n"
     student = build_two_tower("vit-micro")
-    show_blocks(student, ["image_block_0"])
+    add_block_outputs(student, ["image_block_0"])
     set_up_student(student, run_of(grad_checkpointing=True))
     assert capsys.readouterr().err == "run.grad_checkpointing is off: hidden looks into the blocks by hooks\n"
     assert not student.model.visual.transformer.grad_checkpointing
@@ -78,7 +78,10 @@ def test_why_a_student_is_not_compiled(monkeypatch, capsys):
     compiled = []
     monkeypatch.setattr(type(student), "compile", lambda self: compiled.append(self))
     assert "run.compile is off: ZeRO 3" in said(student, zero=3)
-    for looks in (lambda one: show_masked(one, 0.5), lambda one: show_blocks(one, ["image_block_0"])):
+    for looks in (
+        lambda one: add_masked_output(one, 0.5),
+        lambda one: add_block_outputs(one, ["image_block_0"]),
+    ):
         looking = build_two_tower("vit-micro")
         looks(looking)
         assert "run.compile is off: mfd and hidden" in said(looking)

@@ -598,8 +598,8 @@ def test_the_schedule_is_what_the_optimizer_uses(undisturbed):
 def test_a_step_is_adamw_by_hand(squares, cache, tmp_path):
     """One step of the engine against torch's AdamW without DeepSpeed, and against none of Adam's settings lost."""
     from student.inputs.caches import training_rows
-    from student.inputs.pairs import Batches
-    from student.recipe import Now
+    from student.inputs.pairs import PairBatches
+    from student.recipe import Progress
     from student.recipe import Run as RunRecord
     from student.recipes.registry import find
     from student.settings import override
@@ -607,10 +607,19 @@ def test_a_step_is_adamw_by_hand(squares, cache, tmp_path):
     from teachercache.data.read import read_manifest
 
     run = tmp_path / "run"
-    words = ["--steps", 2, "--set", "optim.lr=0.003", "--set", "optim.beta1=0.5", "--set", "optim.clip=1.0"]
+    words = [
+        "--steps",
+        2,
+        "--set",
+        "optim.lr=0.003",
+        "--set",
+        "optim.beta1=0.5",
+        "--set",
+        "optim.max_grad_norm=1.0",
+    ]
     assert train_here(squares, cache, run, *words) == 0
     opened, manifest = store.open_complete(cache), read_manifest(str(squares))
-    settings = ["model=vit-micro", "optim.lr=0.003", "optim.beta1=0.5", "optim.clip=1.0"]
+    settings = ["model=vit-micro", "optim.lr=0.003", "optim.beta1=0.5", "optim.max_grad_norm=1.0"]
     recipe, _ = override(find("clip_kd"), RunRecord(data="", cache="", out=""), settings)
     torch.manual_seed(0)
     student = recipe.build(recipe.constants)
@@ -635,7 +644,7 @@ def test_a_step_is_adamw_by_hand(squares, cache, tmp_path):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(optim, i, 2)
         optimizer.zero_grad()
-        loss, _, _ = step(batches[i], Now(i, 2))
+        loss, _, _ = step(batches[i], Progress(i, 2))
         assert float(loss.detach()) == pytest.approx(read_lines(run)[i]["loss"], rel=1e-5)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(step.parameters(), 1.0)

@@ -5,18 +5,16 @@ language_model/                                              BartForConditionalG
 """
 
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from student.export.model_card import model_card, read_results
+from student.models.run_file import write_tensors
 from student.models.seq2seq.language_model import write_language_model
 from student.models.seq2seq.loading import load_seq2seq
 from student.models.seq2seq.model import Seq2Seq
-from student.training.checkpoint import write_tensors
+from student.models.student import Exported, ExportRequest
 from teachercache.core.errors import UserError
 from teachercache.core.paths import write_whole
 
@@ -24,46 +22,26 @@ TOLERANCE = 1e-4  # of the largest logit, and of 1
 PROBES = ["A picture of a red bird.", "It's 12 o'clock.", "word " * 20]
 
 
-def export_seq2seq(run: Path, out: Path, form: str) -> tuple[Path, list[str]]:
-    """Write the run's student to `out`: the folder, and what its users have to know."""
-    if form != "hf":
-        raise UserError(f"{run} writes texts, which open_clip has no place for: use --format hf")
-    if out.exists():
-        raise UserError(f"{out} exists: pass another --out, or remove it")
-    student, results, facts = load_seq2seq(run), read_results(run), json.loads((run / "run.json").read_text())
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        write_folder(student, facts, partial)
-        write_language_model(student, partial / "language_model")
-        _compare(student, partial)
-        notes = [
-            "language_model/ is its language model alone, a plain BART: "
-            'transformers.BartForConditionalGeneration.from_pretrained(".../language_model")'
-        ]
-        card = model_card(
-            facts,
-            results,
-            library="transformers",
-            usage=_usage(out.name),
-            notes=notes,
-            pipeline="image-to-text",
-        )
-        write_whole(partial / "README.md", card)
-        os.replace(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return out, notes
+def export(student: Seq2Seq, request: ExportRequest) -> Exported:
+    """Write the student's folder and its language model, and compare both with the student."""
+    write_folder(student, request.run, request.folder)
+    write_language_model(student, request.folder / "language_model")
+    _compare(student, request.folder)
+    notes = [
+        "language_model/ is its language model alone, a plain BART: "
+        'transformers.BartForConditionalGeneration.from_pretrained(".../language_model")'
+    ]
+    call = "`student generate` takes it"
+    return Exported("transformers", _usage(request.name), call, notes, pipeline="image-to-text")
 
 
 def write_folder(student: Seq2Seq, facts: dict[str, Any], folder: Path) -> None:
     """What `load_seq2seq` and `load_generator` read."""
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in student.plain_state().items()}
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in student.saved_state().items()}
     write_tensors(state, folder / "model.safetensors")
-    for name, text in student.files().items():
+    for name, text in student.spec.files.items():
         write_whole(folder / name, text)
-    kept = {name: facts[name] for name in ("student", "teachers")}
+    kept = {name: facts[name] for name in ("format", "student", "teachers")}
     write_whole(folder / "seq2seq.json", json.dumps(kept, indent=1) + "\n")
 
 

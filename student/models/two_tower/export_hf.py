@@ -18,7 +18,7 @@ from open_clip.timm_model import TimmModel
 from open_clip.transformer import QuickGELU, VisionTransformer
 from torch import Tensor, nn
 
-from student.export.clip_tokenizer import clip_tokenizer
+from student.models.two_tower.hf_tokenizer import clip_tokenizer
 from student.models.two_tower.model import TwoTower
 from teachercache.core.errors import UserError
 from teachercache.data.views import describe_view

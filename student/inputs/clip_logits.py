@@ -1,0 +1,96 @@
+"""CLIP's own logits over the answers of a task, from cached embeddings: confidence weighting compares them (Eq. 9)."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from evaluation.metrics.vqa_answers import normalise_answer
+from student.inputs.caches import Source
+from student.inputs.questions import QUESTION_TASKS, Question, Task
+from student.rows import TeacherLogits
+from student.streams import stream
+from teachercache.core.errors import UserError
+from teachercache.data.manifest import Manifest
+
+MOST = 20_000  # rows that the anchors are found in
+ScoreAnswers = Callable[
+    [np.ndarray, Sequence[Question]], Tensor
+]  # rows, their questions -> logits [n, classes]
+
+
+class ClipScorer:
+    """Scores answers with cached embeddings: CLIP's scale times cosines, or minus the distances to anchors."""
+
+    def __init__(
+        self, task: Task, source: Source, manifest: Manifest, rows: np.ndarray, fields: TeacherLogits
+    ):
+        self.task, self.source, self.fields = task, source, fields
+        self.scoring = QUESTION_TASKS[task.name].scoring
+        self.scale = float(np.exp(source.constants.get("logit_scale", np.log(100))))
+        self.anchors, self.answers = np.empty(0), np.empty(0)
+        if self.scoring == "anchors":
+            some = np.sort(stream("anchor_rows", 0).permutation(rows)[:MOST])
+            self.anchors = three_means(self.cosines(some, np.zeros((len(some), 1), int))[:, 0])
+        elif self.scoring == "answers":
+            labels = manifest.column("label")
+            first: dict[str, int] = {}  # answer -> the first row that has it
+            for row in rows.tolist():
+                first.setdefault(normalise_answer(labels[row]), row)
+            at = source.at[np.array([first[answer] for answer in task.answers])]
+            self.answers = unit(source.fields[fields.text][at, 1])  # a row's answer is its second text
+
+    def cosines(self, rows: np.ndarray, places: np.ndarray) -> Float[np.ndarray, "n c"]:
+        """Return cosines of each row's picture and its texts at `places` [n, c]."""
+        at = self.source.at[rows]
+        image = unit(self.source.fields[self.fields.image][at])
+        return np.einsum("id,icd->ic", image, unit(self.source.fields[self.fields.text][at[:, None], places]))
+
+    def logits(self, rows: np.ndarray, questions: Sequence[Question]) -> Float[Tensor, "n classes"]:
+        """Return CLIP's logits of each row's answers, float32."""
+        if self.scoring == "answers":
+            scores = unit(self.source.fields[self.fields.image][self.source.at[rows]]) @ self.answers.T
+        elif self.scoring == "anchors":
+            cosines = self.cosines(rows, np.array([question.places for question in questions]))
+            scores = -np.abs(cosines - self.anchors[None, ::-1])  # the highest anchor is entailment
+        else:
+            scores = self.cosines(rows, np.array([question.answers for question in questions]))
+        return torch.from_numpy((self.scale * scores).astype(np.float32))
+
+
+def unit(rows: Float[np.ndarray, "... d"]) -> Float[np.ndarray, "... d"]:
+    """Return rows of length 1, float32."""
+    rows = np.asarray(rows, np.float32)
+    return rows / np.maximum(np.linalg.norm(rows, axis=-1, keepdims=True), 1e-12)
+
+
+def three_means(values: Float[np.ndarray, " n"]) -> Float[np.ndarray, " 3"]:
+    """Return the centers of k-means with k = 3, lowest first: contradiction, neutral, entailment (section 4.2.1)."""
+    if len(np.unique(values)) < 3:
+        raise UserError(
+            f"{len(values)} rows of SNLI-VE are too few or too alike for three anchors: take more, or add "
+            "--set confidence=false"
+        )
+    try:
+        from sklearn.cluster import KMeans
+    except ImportError as error:
+        raise UserError(
+            "the anchors of SNLI-VE need scikit-learn: pip install 'teachercache[eval]'"
+        ) from error
+    return np.sort(KMeans(3, n_init=10, random_state=0).fit(values[:, None]).cluster_centers_[:, 0])
+
+
+def clip_scorer(
+    task: Task,
+    sources: Sequence[Source],
+    manifest: Manifest,
+    rows: np.ndarray,
+    fields: TeacherLogits | None,
+) -> ScoreAnswers | None:
+    """Return the function that scores answers with the first cache that holds both embeddings, if asked for."""
+    if fields is None:
+        return None
+    source = next((source for source in sources if {fields.image, fields.text} <= set(source.fields)), None)
+    return ClipScorer(task, source, manifest, rows, fields).logits if source is not None else None

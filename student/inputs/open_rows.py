@@ -1,0 +1,252 @@
+"""From a row plan and a run to training rows, caches and batches: one function per kind of rows."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from student.ensemble import check_ensemble
+from student.inputs.caches import (
+    Wanted,
+    field_shapes,
+    find_by_field,
+    find_ensemble,
+    open_source,
+    parts_of,
+    readable_rows,
+    same_data_cache,
+    training_rows,
+)
+from student.inputs.clip_logits import clip_scorer
+from student.inputs.loader import Batches
+from student.inputs.order import Order, StepPlan
+from student.inputs.pairs import PairBatches, TeacherFields
+from student.inputs.question_batches import QuestionBatches, QuestionOrder
+from student.inputs.question_rows import QuestionReader
+from student.inputs.questions import Task, find_task, labeled_rows, parse_regime
+from student.models.single_stream.tokenizer import vocabulary_tokenizer
+from student.models.student import RowInputs
+from student.recipe import Noise, Setting
+from student.rows import Pairs, Questions, RowPlan, Texts
+from teachercache.cache.store import Cache
+from teachercache.core.errors import UserError
+from teachercache.core.progress import say
+from teachercache.data.read import read_manifest
+from teachercache.teachers.teacher import Teacher
+
+
+@dataclasses.dataclass(frozen=True)
+class Feed:
+    """What batches are made of besides the data.
+
+    Args:
+        inputs: What the student reads.
+        plan: Steps and ranks.
+        noise: The recipe's random arrays per row.
+        live: A teacher that runs in the training process in place of the caches' fields.
+    """
+
+    inputs: RowInputs
+    plan: StepPlan
+    noise: Mapping[str, Noise]
+    live: Teacher | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenedRows:
+    """Training rows of one run.
+
+    Args:
+        setting: What the student is built for.
+        caches: The caches that are read.
+        ensemble: How several teachers are joined, "" for one.
+        allows_live: Whether --live can replace the caches.
+        batches: Makes the batches for a student.
+        facts: JSON kept in run.json: enough to read such rows again.
+        files: More text files of the run folder.
+    """
+
+    setting: Setting
+    caches: list[Cache]
+    batches: Callable[[Feed], Batches]
+    ensemble: str = ""
+    allows_live: bool = True
+    facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    files: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+def open_rows(plan: RowPlan, wanted: Wanted, *, name: str) -> OpenedRows:
+    """Open the training rows of a run.
+
+    Args:
+        plan: The kind of rows, filled in by the recipe.
+        wanted: Data, caches and fields of the run.
+        name: The recipe's name, for messages.
+
+    Raises:
+        UserError: No rows to train on, or a missing cache, with the `tc build` that makes it.
+    """
+    return OPENERS[type(plan)](plan, wanted, name)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Pairs and texts
+
+
+def _open_pairs(plan: Pairs, wanted: Wanted, name: str) -> OpenedRows:
+    return _open_pictures_and_texts(plan, wanted, name, pictures=True)
+
+
+def _open_texts(plan: Texts, wanted: Wanted, name: str) -> OpenedRows:
+    return _open_pictures_and_texts(Pairs(choose_rows=plan.choose_rows), wanted, name, pictures=False)
+
+
+def _open_pictures_and_texts(plan: Pairs, wanted: Wanted, name: str, *, pictures: bool) -> OpenedRows:
+    manifest = read_manifest(wanted.data)
+    if plan.ensemble:
+        check_ensemble(plan.ensemble)
+        caches = find_ensemble(wanted)
+    else:
+        caches = find_by_field(wanted)
+        if len(caches) < len(parts_of(wanted.cache)) > 1 and wanted.fields:
+            raise UserError(f"{name} reads one cache, not {len(parts_of(wanted.cache))}: pass one as --cache")
+    if len(caches) > 1 and plan.ensemble:
+        say(f"{len(caches)} teachers, {plan.ensemble}: {', '.join(cache.meta.spec.name for cache in caches)}")
+    # Whoever built a cache of the same data has read every picture
+    views = caches[0] if caches else same_data_cache(wanted.cache, manifest)
+    rows = functools.reduce(np.intersect1d, [training_rows(manifest, cache) for cache in caches or [views]])
+    rows = readable_rows(manifest, rows) if views is None and pictures else rows
+    rows = rows if plan.choose_rows is None else plan.choose_rows(manifest, rows)
+    shapes = field_shapes(caches, plan.ensemble)
+
+    def batches(feed: Feed) -> PairBatches:
+        fields = TeacherFields(tuple(caches), wanted.fields, plan.ensemble, views, feed.live)
+        pairs = PairBatches(manifest, rows, feed.inputs, feed.plan, teachers=fields, noise=feed.noise)
+        if views is not None and pairs.num_views:
+            say(f"pictures: one of {pairs.num_views} augmented views a step, as stored in {views.path}")
+        return pairs
+
+    return OpenedRows(Setting(shapes, manifest, rows), caches, batches, plan.ensemble)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Questions
+
+
+def _open_questions(plan: Questions, wanted: Wanted, name: str) -> OpenedRows:
+    manifest = read_manifest(wanted.data)
+    caches = find_by_field(wanted)
+    rows = training_rows(manifest, None)
+    views = same_data_cache(wanted.cache, manifest) if not caches else None
+    for cache in caches or [cache for cache in [views] if cache]:
+        rows = np.intersect1d(rows, training_rows(manifest, cache))
+    rows = rows[np.array([bool(task) for task in manifest.column("task")])[rows]]
+    rows = rows if plan.choose_rows is None else plan.choose_rows(manifest, rows)
+    if not len(rows):
+        raise UserError(
+            f"{manifest.data} has no training rows that ask something: is its file called train...?"
+        )
+    task = find_task(manifest, rows, plan.mode)
+    check_words(plan, caches)
+    labeled = labeled_rows(task, manifest, rows, regime=plan.regime, subset=plan.subset)
+    report_labels(task, plan.regime, labeled)
+    texts = [text for texts in manifest.table["texts"].take(rows).to_pylist() for text in texts]
+    tokenizer = (plan.make_tokenizer or vocabulary_tokenizer)(texts)
+    shapes = {name: field.shape for cache in caches for name, field in cache.fields.items()}
+    keys = "".join(f"{key}\n" for key in manifest.table["key"].take(rows[labeled]).to_pylist())
+    return OpenedRows(
+        Setting(shapes, manifest, rows, task, tokenizer),
+        caches,
+        functools.partial(
+            _question_batches, plan, wanted, Setting(shapes, manifest, rows, task, tokenizer), caches, labeled
+        ),
+        allows_live=False,
+        facts={"task": dataclasses.asdict(task), "max_text": plan.max_text},
+        files={"labelled.txt": keys, "tokenizer.json": tokenizer.to_str()},
+    )
+
+
+def _question_batches(
+    plan: Questions,
+    wanted: Wanted,
+    setting: Setting,
+    caches: list[Cache],
+    labeled: np.ndarray,
+    feed: Feed,
+) -> QuestionBatches:
+    """Return batches of the rows that the regime trains on; in semi half of each batch has labels."""
+    manifest, rows, task = setting.manifest, setting.rows, setting.task
+    sources = [
+        open_source(cache, manifest, rows, tuple(name for name in wanted.fields if name in cache.fields))
+        for cache in caches
+    ]
+    score = clip_scorer(task, sources, manifest, rows, plan.teacher_logits)
+    reader = QuestionReader(
+        manifest, task, sources, feed.inputs, setting.tokenizer, plan.max_text, plan.words
+    )
+    order = question_order(plan, setting, labeled, feed.plan, caches[0].meta.block_rows if caches else 0)
+    return QuestionBatches(reader, order, feed.plan, score=score, adapt=plan.adapt)
+
+
+def question_order(
+    plan: Questions, setting: Setting, labeled: np.ndarray, steps: StepPlan, block_rows: int
+) -> QuestionOrder:
+    """Return which rows each step trains on.
+
+    Args:
+        plan: Its regime says which rows: the labeled ones (full, low:N), all (zero), or halves of both (semi:N).
+        setting: Manifest and training rows.
+        labeled: Which of the training rows have a label that may be used, bool [rows].
+        steps: Batch size, seed and ranks.
+        block_rows: Rows of a cache's block; 0 without a cache.
+    """
+    rows, num_rows = setting.rows, len(setting.manifest)
+    block_rows = block_rows or num_rows
+    kind, _ = parse_regime(plan.regime)
+    halves = kind == "semi" and not plan.adapt
+    if halves and steps.batch % (2 * steps.world):
+        raise UserError(
+            f"--batch-size {steps.batch}: with semi half of each process's rows have labels; choose an even share"
+        )
+    usable = np.zeros(num_rows, bool)
+    usable[rows[labeled]] = True
+    size = steps.batch // 2 if halves else steps.batch
+    with_labels = kind in ("full", "low") or halves
+    first = Order(rows[labeled] if with_labels else rows, batch=size, seed=steps.seed, block_rows=block_rows)
+    second = None
+    if halves:
+        second = Order(rows[~labeled], batch=size, seed=steps.seed + 1, block_rows=block_rows)
+    return QuestionOrder(first, second, usable)
+
+
+def check_words(plan: Questions, caches: list[Cache]) -> None:
+    """Refuse more words than a cache holds of each text."""
+    if plan.words is None:
+        return
+    for cache in caches:
+        field = cache.fields.get(plan.words.index)
+        if field is not None and plan.words.number > field.shape[0]:
+            raise UserError(
+                f"{plan.words.number} selected words: {cache.path} has {field.shape[0]} of each text; build one "
+                f"with `{cache.command()}` and more words in --outputs, as tokens:{plan.words.number}"
+            )
+
+
+def report_labels(task: Task, regime: str, labeled: np.ndarray) -> None:
+    """Print how many labels are used; UserError if there are none."""
+    what = f"{task.name} {task.which}".strip()
+    say(
+        f"{what}: {labeled.sum():,} of {len(labeled):,} training rows with labels ({regime}), "
+        f"{task.classes} answers"
+    )
+    if not labeled.any() and not regime.startswith("zero"):
+        raise UserError(f"--set regime={regime}: no training row has a label")
+
+
+OPENERS: dict[type, Callable[[Any, Wanted, str], OpenedRows]] = {
+    Pairs: _open_pairs,
+    Texts: _open_texts,
+    Questions: _open_questions,
+}

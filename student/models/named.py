@@ -1,0 +1,21 @@
+"""Students of pairs by their model name: clip-lite's heads, or any open_clip configuration."""
+
+from student.models.student import Student
+
+LITE_HEADS = "clip-lite-heads"
+
+
+def build_student(name: str, init: str) -> Student:
+    """Return the student of that name, at random or from `init`, a run or an exported folder."""
+    if name == LITE_HEADS:
+        from student.models.clip_lite_heads import LiteHeads
+
+        return LiteHeads()
+    from student.models.two_tower.loading import build_two_tower
+
+    return build_two_tower(name, init)
+
+
+def fields_read_by(name: str) -> tuple[str, ...]:
+    """Return the cached fields that the student of that name reads in place of pictures and texts."""
+    return ("image_emb", "text_emb") if name == LITE_HEADS else ()

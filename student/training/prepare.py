@@ -1,0 +1,112 @@
+"""Everything a run holds before its first step: rows, caches, student, heads, batches, and every check until then."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from student.inputs.caches import Wanted
+from student.inputs.loader import Batches
+from student.inputs.open_rows import Feed, OpenedRows, open_rows
+from student.inputs.order import StepPlan
+from student.models.student import StudentSpec
+from student.recipe import Recipe, Run
+from student.training.step import TrainStep
+from teachercache.cache.store import Cache
+from teachercache.core.errors import UserError
+from teachercache.core.process import rank, world_size
+from teachercache.core.progress import say
+from teachercache.teachers.of_cache import load_teacher
+from teachercache.teachers.teacher import Teacher
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A run before its first step.
+
+    Args:
+        step: What DeepSpeed wraps.
+        batches: What it reads.
+        caches: The caches of the run, one for each teacher or group of fields.
+        student: How the student is built again.
+        rows: JSON from which such rows can be read again (a task, its settings).
+        files: More text files of the run folder.
+    """
+
+    step: TrainStep
+    batches: Batches
+    caches: list[Cache]
+    student: StudentSpec
+    rows: Mapping[str, Any]
+    files: Mapping[str, str]
+
+
+def prepare(recipe: Recipe[Any], run: Run) -> Prepared:
+    """Open rows and caches, build student and heads; run every check that can fail before the first step.
+
+    Raises:
+        UserError: What cannot be trained on, with the command or option that mends it.
+    """
+    constants, fields = recipe.constants, recipe.fields
+    wanted = Wanted(run.cache, run.data, fields, recipe.teacher)
+    opened = open_rows(recipe.rows(constants), wanted, name=recipe.name)
+    warn_of_random_teachers(opened.caches)
+    torch.manual_seed(run.seed)  # the same student and heads on every rank
+    student = recipe.student(constants, opened.setting)
+    shapes = opened.setting.shapes
+    missing = [name for name in student.row_inputs.fields if name not in fields]
+    if missing:
+        raise UserError(
+            f"{recipe.name}: its student reads the fields {', '.join(missing)}, which the recipe's teacher_fields do "
+            "not name"
+        )
+    heads = recipe.distill_heads(constants, student, shapes)
+    gradient_teacher = load_gradient_teacher(recipe, run, opened.caches)
+    online = load_online_teacher(recipe, run, opened) if run.online_teacher else None  # draws random numbers
+    plan = StepPlan(recipe.batch, recipe.steps, run.seed, rank(), world_size())
+    noise = recipe.sample_noise(constants, shapes)
+    batches = opened.batches(Feed(student.row_inputs, plan, noise, online))
+    step = TrainStep(
+        recipe,
+        student,
+        heads,
+        online_teacher=online,
+        gradient_teacher=gradient_teacher,
+        precision=run.precision,
+    )
+    files = {**student.spec.files, **opened.files}
+    return Prepared(step, batches, opened.caches, student.spec, opened.facts, files)
+
+
+def warn_of_random_teachers(caches: list[Cache]) -> None:
+    """Warn of caches whose teacher has random weights."""
+    for cache in caches:
+        if cache.meta.spec.weights.startswith("random:"):
+            say(f"WARNING: the teacher of {cache.path} has random weights; there is nothing in it to distill")
+
+
+def load_gradient_teacher(recipe: Recipe[Any], run: Run, caches: list[Cache]) -> Teacher | None:
+    """Load the teacher that needs backpropagation, or return None if the recipe has none."""
+    if recipe.gradient_teacher is None:
+        return None
+    if run.online_teacher:
+        raise UserError(
+            f"--live: {recipe.name} loads what it needs of its teacher by itself and reads the rest from "
+            "the cache; leave --live away"
+        )
+    return recipe.gradient_teacher.load(caches[0], recipe.constants, run.device) if caches else None
+
+
+def load_online_teacher(recipe: Recipe[Any], run: Run, opened: OpenedRows) -> Teacher:
+    """Load the cache's teacher into this process, to compute its fields in every step."""
+    caches = opened.caches
+    if not opened.allows_live:
+        raise UserError(f"--live: {recipe.name} reads its teachers from caches alone; leave --live away")
+    if not caches:
+        raise UserError("--live: this recipe reads nothing from a teacher; leave --live away")
+    if len(caches) > 1:
+        raise UserError("--live runs one teacher: pass one --cache, or leave --live away")
+    teacher = load_teacher(caches[0])
+    teacher.module.to(run.device)
+    return teacher
