@@ -137,7 +137,9 @@ class Batches(Dataset):
         for name, values in source.fields.items():
             per, at = source.per[name], source.at[rows]
             one = per == "row" or (per == "image" and not self.num_views)
-            found[name] = torch.from_numpy(values[at] if one else values[at, chosen[per]]).float()
+            found[name] = torch.from_numpy(
+                values[at] if one else values[at, chosen["text" if per == "pair" else per]]
+            ).float()
         return found
 
     def _chances(self, row: int, epoch: int) -> torch.Tensor:

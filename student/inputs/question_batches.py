@@ -95,7 +95,7 @@ class TaskBatches(Dataset):
         for source in self.sources:
             at = source.at[rows]
             for name, values in source.fields.items():
-                found = values[at[:, None], places] if source.per[name] == "text" else values[at]
+                found = values[at[:, None], places] if source.per[name] in ("text", "pair") else values[at]
                 batch[name] = (
                     torch.from_numpy(np.asarray(found)).float() if found.dtype.kind == "f" else found
                 )
