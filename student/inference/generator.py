@@ -15,7 +15,7 @@ from student.models.seq2seq.texts import NUM_MASKS, answer_prompt, caption_promp
 from teachercache.core.errors import UserError
 from teachercache.data.pictures import decode_image
 from teachercache.data.sample import BadSample
-from teachercache.teachers.registry import load
+from teachercache.teachers.registry import load_stored
 
 ROWS = 32  # at a time
 CAPTION_BEAMS, ANSWER_BEAMS = 6, 1  # VLKD, table 11
@@ -60,7 +60,7 @@ def picture_teacher(folder: Path, field: str) -> Any:
     assert path is not None  # a student was loaded from there
     facts = json.loads(path.read_text())["teachers"][0]
     outputs = ("patches",) if field == "patch_emb" else ("embeddings",)
-    teacher = load(facts["name"], weights=facts["weights"], outputs=outputs)
+    teacher = load_stored(facts["name"], weights=facts["weights"], outputs=outputs)
     if teacher.spec.digest != facts["digest"]:
         raise UserError(
             f"{folder} was distilled from other weights of {facts['name']} than there are now: put those "

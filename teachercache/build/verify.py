@@ -19,6 +19,7 @@ from teachercache.data.manifest import Manifest
 from teachercache.data.read import read_manifest
 from teachercache.data.views import Augment
 from teachercache.teachers.of_cache import load_teacher
+from teachercache.teachers.teacher import Teacher
 
 BAR = 0.999  # cosine of a float16 row to the live teacher
 # A relative error of 0.01 has the cosine BAR: the vectors (0, 1) and (STEEP * 0.01, 1) enclose that angle
@@ -26,7 +27,7 @@ STEEP = 100 * math.tan(math.acos(BAR))
 Values = dict[tuple[str, int], np.ndarray]  # field and copy (text or view) -> [rows, ...]
 
 
-def verify_cache(path: str | Path, *, samples: int) -> dict[str, Any]:
+def verify_cache(path: str | Path, *, samples: int, teacher: str | None = None) -> dict[str, Any]:
     """Damaged blocks (their done records are removed), other damaged files, cosines to the live teacher."""
     cache = store.open_cache(path)
     damaged = store.damaged_blocks(cache)
@@ -45,7 +46,7 @@ def verify_cache(path: str | Path, *, samples: int) -> dict[str, Any]:
     store.open_complete(path)
     if not samples:
         return report
-    cosines = _live_cosines(cache, samples)
+    cosines = _live_cosines(cache, load_teacher(cache, teacher), samples)
     report["cosine"] = {name: {"min": float(c.min()), "mean": float(c.mean())} for name, c in cosines.items()}
     report["ok"] = all(values["min"] >= BAR for values in report["cosine"].values())
     return report
@@ -63,10 +64,9 @@ def cached_data(cache: store.Cache) -> Manifest:
     return dataclasses.replace(manifest, table=manifest.table.take(change.order[: cache.meta.rows]))
 
 
-def _live_cosines(cache: store.Cache, samples: int) -> dict[str, np.ndarray]:
+def _live_cosines(cache: store.Cache, teacher: Teacher, samples: int) -> dict[str, np.ndarray]:
     """Cosine of stored to recomputed values, over evenly spread usable rows, all texts and the first views."""
     meta, manifest = cache.meta, cached_data(cache)
-    teacher = load_teacher(cache)
     usable = np.flatnonzero(store.read_field(cache, "valid"))
     if not len(usable):
         raise UserError(f"no usable row in {cache.path}: see {cache.path / 'quarantine.jsonl'}")

@@ -23,6 +23,7 @@ def search_cache(
     keys: tuple[str, ...] = (),
     field: str | None = None,
     top: int = 10,
+    teacher: str | None = None,
 ) -> list[dict[str, Any]]:
     """The rows whose pictures (texts, where there are no pictures or `field` says so) are nearest, best first.
 
@@ -38,7 +39,7 @@ def search_cache(
     rows = _rows(cache, keys)
     parts = [_row_vector(cache, _picture_field(cache, field), row, key) for key, row in rows.items()]
     if text is not None or images:
-        parts += _live_vectors(cache, field, text, images)
+        parts += _live_vectors(cache, field, text, images, teacher)
     alone = "a text" if cache.fields[field].per_text else "--image FILE or --key KEY"
     if any(len(part) != cache.fields[field].shape[0] for part in parts):
         raise UserError(
@@ -87,7 +88,7 @@ def _row_vector(cache: store.Cache, field: str, row: int, key: str) -> Float[np.
 
 
 def _live_vectors(
-    cache: store.Cache, field: str, text: str | None, images: tuple[Path, ...]
+    cache: store.Cache, field: str, text: str | None, images: tuple[Path, ...], named: str | None
 ) -> list[Float[np.ndarray, " dim"]]:
     """What the teacher says of a text and of pictures."""
     import torch  # here, so that a search by key alone starts in half the time
@@ -100,7 +101,7 @@ def _live_vectors(
             pictures.append(decode_image(image.read_bytes()))
         except BadSample as error:
             raise UserError(f"--image {image}: {error}") from error
-    teacher = load_teacher(cache)
+    teacher = load_teacher(cache, named)
     picture_field = "image_emb" if cache.fields[field].per_text else field
     asked: list[tuple[str, dict[str, Any]]] = []
     if text is not None:
