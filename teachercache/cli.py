@@ -11,6 +11,11 @@ from teachercache.core.paths import as_path
 from teachercache.core.progress import say
 
 DEMO_DATA = "data/demo"
+teacher_option = click.option(
+    "--teacher",
+    metavar="MODULE:ENTRY",
+    help="The teacher of the cache, if it was built with a teacher that is not installed: package.module:ENTRY.",
+)
 
 
 def default_cache(data: str, teacher: str, views: int = 0) -> Path:
@@ -36,13 +41,20 @@ def tc() -> None:
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def teachers(as_json: bool) -> None:
     """List the teachers that `--teacher` takes."""
-    from teachercache.teachers.registry import TEACHERS
+    from teachercache.teachers.registry import TEACHERS, installed_teachers
 
+    installed = {
+        name: f"{point.value} of the installed package {point.dist.name if point.dist else '?'}"
+        for name, point in installed_teachers().items()
+    }
     if as_json:
-        print(jsonlib.dumps({name: {"doc": e.doc, "outputs": e.outputs} for name, e in TEACHERS.items()}))
+        ours = {name: {"doc": entry.doc, "outputs": entry.outputs} for name, entry in TEACHERS.items()}
+        print(jsonlib.dumps({**{name: {"doc": doc} for name, doc in installed.items()}, **ours}))
         return
     for name, entry in TEACHERS.items():
         print(f"{name:18} {entry.doc}  [{', '.join(entry.outputs)}]")
+    for name, doc in installed.items():
+        print(f"{name:18} {doc}")
     print(
         "and open_clip:MODEL/TAG, hf:ORG/NAME, diffusers:ORG/NAME, a folder of open_clip or diffusers, a run of "
         "`student train`, package.module:entry"
@@ -278,15 +290,16 @@ def info(cache: str, as_json: bool) -> None:
     type=click.IntRange(0),
     help="Rows to compute again with the live teacher; 0 checks the files alone.",
 )
+@teacher_option
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
-def verify(cache: str, samples: int, as_json: bool) -> None:
+def verify(cache: str, samples: int, teacher: str | None, as_json: bool) -> None:
     """Check every file's checksum, and some rows against the live teacher (cosine at least 0.999).
 
     A damaged block is named and forgotten, so that the next `tc build` writes it again; so is what follows from others.
     """
     from teachercache.build.verify import verify_cache
 
-    report = verify_cache(cache, samples=samples)
+    report = verify_cache(cache, samples=samples, teacher=teacher)
     if as_json:
         print(jsonlib.dumps(report))
     else:
@@ -339,8 +352,9 @@ def index(cache: str, field: str, kind: str) -> None:
 )
 @click.option("--field", help="What is searched; default image_emb, text_emb where there are no pictures.")
 @click.option("--top", default=10, show_default=True, type=click.IntRange(1))
+@teacher_option
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
-def search(cache, text, images, keys, field, top, as_json) -> None:
+def search(cache, text, images, keys, field, top, teacher, as_json) -> None:
     """Find the pictures nearest to a text, a picture, a row, or all of them together.
 
     \u0008
@@ -350,7 +364,7 @@ def search(cache, text, images, keys, field, top, as_json) -> None:
     """
     from teachercache.search.query import search_cache
 
-    found = search_cache(cache, text=text, images=images, keys=keys, field=field, top=top)
+    found = search_cache(cache, text=text, images=images, keys=keys, field=field, top=top, teacher=teacher)
     if as_json:
         query = " + ".join([*filter(None, [text]), *map(str, images), *keys])
         print(jsonlib.dumps({"query": query, "results": found}))

@@ -14,7 +14,7 @@ from student.models.student import Capability, require
 from teachercache.core.errors import UserError
 from teachercache.data.pictures import decode_image
 from teachercache.data.sample import BadSample
-from teachercache.teachers.registry import load, outputs_for
+from teachercache.teachers.registry import find_stored, load_stored, outputs_for
 from teachercache.teachers.teacher import Teacher
 
 ROWS = 32  # at a time
@@ -60,7 +60,7 @@ def load_generator(folder: Path, *, device: str = "cpu") -> Generator:
 def picture_teacher(folder: Path, fields: tuple[str, ...]) -> Teacher:
     """Load the teacher that a student was distilled from; UserError if its weights have changed since."""
     spec = read_run(folder)["teachers"][0]
-    teacher = load(spec["name"], weights=spec["weights"], outputs=outputs_for(spec["name"], fields))
+    teacher = load_stored(spec["name"], weights=spec["weights"], outputs=outputs_for(find_stored(spec["name"]), fields))
     if teacher.spec.digest != spec["digest"]:
         raise UserError(
             f"{folder} was distilled from other weights of {spec['name']} than there are now: put those "

@@ -8,7 +8,7 @@ import numpy as np
 
 from student.distributed import from_all_ranks
 from student.ensemble import concat_shapes, named
-from student.inputs.hints import build_command, field_groups, teacher_for
+from student.inputs.hints import build_command, field_groups
 from teachercache.cache import store
 from teachercache.core.errors import UserError
 from teachercache.core.paths import as_path
@@ -40,7 +40,7 @@ class Wanted:
 
     def hint(self, fields: tuple[str, ...], cache: str) -> str:
         """Return a `tc build` command that writes `fields` at a part of --cache."""
-        return build_command(self.data, fields, teacher_for(fields, self.teacher), cache)
+        return build_command(self.data, fields, self.teacher, cache)
 
 
 def find_ensemble(wanted: Wanted) -> list[store.Cache]:

@@ -22,7 +22,7 @@ def collect(
     """All chunks of a block that are new, and all its unusable rows and texts."""
     cache, meta = target.cache, target.cache.meta
     rows = meta.block(job.block)
-    copies = {"image": job.views, "text": job.texts, "row": range(0)}
+    copies = {"image": job.views, "text": job.texts, "pair": job.texts, "row": range(0)}
     chunks = {
         (name, copy): np.zeros((len(rows), *field.shape), field.dtype)
         for name, field in cache.fields.items()

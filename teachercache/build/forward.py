@@ -77,7 +77,7 @@ def launch(
                     for name, values in paired.items()
                 }
         for name, values in said.items():
-            if cache.fields[name].per == "text":
+            if cache.fields[name].per_text:
                 values = values.unflatten(0, (len(piece.rows), len(piece.texts)))
                 outputs += [(name, k, values[:, j]) for j, k in enumerate(piece.texts)]
             else:
@@ -116,16 +116,14 @@ def _fetch(
         field = cache.fields[name]
         floating = np.dtype(field.dtype).kind == "f"
         values = (tensor.float() if floating else tensor).cpu().numpy()
-        known = usable if field.per != "text" else text_valid[:, copy - piece.texts.start]
-        if (
-            floating or field.per != "text"
-        ):  # of a text that cannot be used integers say that there is no word
+        known = usable if not field.per_text else text_valid[:, copy - piece.texts.start]
+        if floating or not field.per_text:  # of a text that cannot be used integers say that there is no word
             values[~known] = 0
         inner = tuple(range(1, values.ndim))
-        which = {"text": copy} if field.per == "text" else {"view": copy} if cache.meta.views else {}
+        which = {"text": copy} if field.per_text else {"view": copy} if cache.meta.views else {}
         for place in np.flatnonzero(~np.isfinite(values).all(axis=inner)).tolist():
             values[place] = 0
-            if field.per == "text":
+            if field.per_text:
                 known[place] = False
             batch["problems"].append(
                 {

@@ -26,7 +26,7 @@ from teachercache.build.timings import Stages
 from teachercache.cache import store
 from teachercache.cache.layout import block_rows_for
 from teachercache.cache.lease import lease
-from teachercache.cache.spec import PAIRED, CacheMeta
+from teachercache.cache.spec import CacheMeta
 from teachercache.core.device import Precision
 from teachercache.core.errors import UserError
 from teachercache.core.paths import is_url
@@ -141,18 +141,13 @@ def plan(
 ) -> CacheMeta:
     """The CacheMeta of this teacher over this data."""
     has = {"image": manifest.has_images, "text": manifest.texts > 0, "row": True}
-    fields = tuple(
-        field
-        for field in teacher.spec.fields
-        if has[field.per] and (has["image"] or field.name not in PAIRED)
-    )
+    has["pair"] = has["image"] and has["text"]
+    fields = tuple(field for field in teacher.spec.fields if has[field.per])
     if not fields:
-        paired = any(field.name in PAIRED for field in teacher.spec.fields)
-        wanted = (
-            "picture and text pair" if paired else " or ".join(sorted({f.per for f in teacher.spec.fields}))
-        )
+        per = sorted({field.per for field in teacher.spec.fields})
+        needed = " or ".join("images with texts" if kind == "pair" else f"{kind}s" for kind in per)
         raise UserError(
-            f"--outputs {','.join(teacher.spec.outputs)} of {teacher.spec.name} is about {wanted}s, and "
+            f"--outputs {','.join(teacher.spec.outputs)} of {teacher.spec.name} needs {needed}, and "
             f"{manifest.data} has none: pass other --outputs (`tc teachers`) or other --data"
         )
     if views and not has["image"]:

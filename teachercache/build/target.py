@@ -19,7 +19,7 @@ from teachercache.cache import store
 from teachercache.cache.disk_space import ask_space
 from teachercache.cache.layout import block_rows_for, metadata
 from teachercache.cache.repair import mend_files
-from teachercache.cache.spec import PAIRED, CacheMeta, differences
+from teachercache.cache.spec import CacheMeta, differences
 from teachercache.core.errors import UserError
 from teachercache.core.paths import is_url, write_whole
 from teachercache.core.progress import say
@@ -121,7 +121,7 @@ def _same_teacher(cache: store.Cache, meta: CacheMeta) -> None:
     if bool(cache.meta.views) != bool(meta.views):
         there, asked = cache.meta.views, meta.views
         raise UserError(
-            f"{cache.path} holds another build (views: {there} there, {asked} asked): pass another --out"
+            f"{cache.path} holds another build (views: {there} stored, {asked} requested): pass another --out"
         )
     changed = differences(cache.meta, meta, ignore=MAY_DIFFER)
     if changed:
@@ -235,9 +235,7 @@ def job_for(target: Target, block: int) -> Job:
     record, old = store.done_record(cache, block), target.old
     if record is not None and record["rows"][1] == rows[-1] + 1:  # texts or views were added
         texts = range(record["texts"], meta.texts)
-        if not any(
-            name in cache.fields for name in ("word_span", *PAIRED)
-        ):  # of these pictures are encoded again
+        if not meta.spec.reads_pairs:  # otherwise new texts need the images again
             views = range(record["views"], meta.views)
         return Job(block, rows, views, texts, none, None, none, _facts(record["invalid"], rows, rows))
     if record is not None and (record["views"], record["texts"]) == (

@@ -13,19 +13,21 @@ from teachercache.build.forward import launch, rows_for
 from teachercache.build.target import compare
 from teachercache.cache import store
 from teachercache.cache.repair import damaged_files
+from teachercache.cache.spec import Field
 from teachercache.core.errors import UserError
 from teachercache.data.manifest import Manifest
 from teachercache.data.read import read_manifest
 from teachercache.data.views import Augment
 from teachercache.teachers.of_cache import load_teacher
+from teachercache.teachers.teacher import Teacher
 
 BAR = 0.999  # cosine of a float16 row to the live teacher
-# A score off by a hundredth of the error of Eq. 1 is at the bar: the tangent of its angle, for a hundredth
+# A relative error of 0.01 has the cosine BAR: the vectors (0, 1) and (STEEP * 0.01, 1) enclose that angle
 STEEP = 100 * math.tan(math.acos(BAR))
 Values = dict[tuple[str, int], np.ndarray]  # field and copy (text or view) -> [rows, ...]
 
 
-def verify_cache(path: str | Path, *, samples: int) -> dict[str, Any]:
+def verify_cache(path: str | Path, *, samples: int, teacher: str | None = None) -> dict[str, Any]:
     """Damaged blocks (their done records are removed), other damaged files, cosines to the live teacher."""
     cache = store.open_cache(path)
     damaged = store.damaged_blocks(cache)
@@ -44,7 +46,7 @@ def verify_cache(path: str | Path, *, samples: int) -> dict[str, Any]:
     store.open_complete(path)
     if not samples:
         return report
-    cosines = _live_cosines(cache, samples)
+    cosines = _live_cosines(cache, load_teacher(cache, teacher), samples)
     report["cosine"] = {name: {"min": float(c.min()), "mean": float(c.mean())} for name, c in cosines.items()}
     report["ok"] = all(values["min"] >= BAR for values in report["cosine"].values())
     return report
@@ -62,10 +64,9 @@ def cached_data(cache: store.Cache) -> Manifest:
     return dataclasses.replace(manifest, table=manifest.table.take(change.order[: cache.meta.rows]))
 
 
-def _live_cosines(cache: store.Cache, samples: int) -> dict[str, np.ndarray]:
+def _live_cosines(cache: store.Cache, teacher: Teacher, samples: int) -> dict[str, np.ndarray]:
     """Cosine of stored to recomputed values, over evenly spread usable rows, all texts and the first views."""
     meta, manifest = cache.meta, cached_data(cache)
-    teacher = load_teacher(cache)
     usable = np.flatnonzero(store.read_field(cache, "valid"))
     if not len(usable):
         raise UserError(f"no usable row in {cache.path}: see {cache.path / 'quarantine.jsonl'}")
@@ -79,9 +80,10 @@ def _live_cosines(cache: store.Cache, samples: int) -> dict[str, np.ndarray]:
     stored = {at: store.read_rows(cache, *at, rows).astype(np.float32) for at in live}
     for name, copy in live:
         pair = [
-            _comparable(values, name, copy, live, stored).reshape(len(rows), -1) for values in (live, stored)
+            _comparable(values, cache.fields[name], copy, live, stored).reshape(len(rows), -1)
+            for values in (live, stored)
         ]
-        known = batch["text_valid"][:, copy] if cache.fields[name].per == "text" else batch["usable"]
+        known = batch["text_valid"][:, copy] if cache.fields[name].per_text else batch["usable"]
         norms = np.prod([np.linalg.norm(values, axis=1) for values in pair], axis=0)
         cosine = (pair[0] * pair[1]).sum(1) / np.maximum(norms, 1e-12)
         same = (pair[0] == pair[1]).all(1)  # also where both are zero, as maps behind a ReLU can be
@@ -89,19 +91,16 @@ def _live_cosines(cache: store.Cache, samples: int) -> dict[str, np.ndarray]:
     return {name: np.concatenate(parts) for name, parts in cosines.items()}
 
 
-def _comparable(values: Values, name: str, copy: int, live: Values, stored: Values) -> np.ndarray:
-    """A field as it can be compared: of two words that are worth the same either may be the better one.
-
-    Their places count by the scores that they have now, embeddings where both chose the same word. A number alone
-    becomes the angle by which it differs from what is stored.
-    """
-    if name in ("diffusion_score", "diffusion_score_normalised"):
-        scale = np.abs(stored["diffusion_score", copy])
-        return np.stack([STEEP * (values[name, copy] - stored[name, copy]), scale], 1)
-    if name not in ("word_index", "word_feature"):
-        return values[name, copy]
-    index, found = values["word_index", copy].astype(int), live["word_score", copy]
-    if name == "word_index":
-        return np.where(index >= 0, np.take_along_axis(found, np.maximum(index, 0), 1), -1)
-    same = live["word_index", copy] == stored["word_index", copy]
-    return values["word_feature", copy] * same[..., None]
+def _comparable(values: Values, field: Field, copy: int, live: Values, stored: Values) -> np.ndarray:
+    """Convert the live or the stored `values` of a field to vectors that a cosine compares: see `Field`."""
+    array = values[field.name, copy]
+    if field.compare == "relative_error":
+        scale = np.abs(stored[field.beside or field.name, copy])
+        return np.stack([STEEP * (array - stored[field.name, copy]), scale], -1)
+    if field.compare == "same_choice":
+        index, scores = array.astype(int), live[field.beside, copy]
+        return np.where(index >= 0, np.take_along_axis(scores, np.maximum(index, 0), -1), -1)
+    if field.beside:
+        same = live[field.beside, copy] == stored[field.beside, copy]
+        return array * same.reshape(*same.shape, *[1] * (array.ndim - same.ndim))
+    return array

@@ -6,7 +6,9 @@ be added without touching what is there.
 
 import dataclasses
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import zarr
@@ -42,26 +44,42 @@ class Cache:
         return 1 if name == "key" else self.fields[name].copies(self.meta.texts, self.meta.views) or 1
 
     def command(self, *, data: str | None = None) -> str:
-        """The command that builds this cache, or one like it for all of `data`."""
-        meta, spec = self.meta, self.meta.spec
-        precision = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[meta.precision]
-        options = {
-            "--teacher": spec.name,
-            "--outputs": ",".join(spec.outputs),
-            "--weights": spec.weights,
-            "--data": data or meta.data,
-            "--out": str(self.path),
-            "--precision": precision,
-            "--views": meta.views,
-            "--limit": 0 if data else meta.limit,
-        }
-        usual = {"--outputs": "embeddings", "--weights": "pretrained", "--views": 0, "--limit": 0}
-        words = [str(word) for item in options.items() if usual.get(item[0]) != item[1] for word in item]
-        default = dataclasses.asdict(Augment())
-        drawn = [f"{name}={value:g}" for name, value in meta.augment.items() if value != default[name]]
-        return shlex.join(
-            ["tc", "build", *words, *(word for setting in drawn for word in ("--augment", setting))]
-        )
+        """Return the command that builds this cache, or one like it for all rows of `data`."""
+        return build_command(to_dict(self.meta), self.path, data=data)
+
+
+def build_command(attributes: Mapping[str, Any], path: Path, *, data: str | None = None) -> str:
+    """Return the `tc build` command for the attributes of a cache, also of an older format.
+
+    Args:
+        attributes: The attributes of the Zarr group.
+        path: Where the command writes the cache.
+        data: Other data to build the cache of, without a limit of rows.
+    """
+    spec = attributes["spec"]
+    options = {
+        "--teacher": spec["name"],
+        "--outputs": ",".join(spec["outputs"]),
+        "--weights": spec["weights"],
+        "--data": data or attributes["data"],
+        "--out": str(path),
+        "--precision": {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[attributes["precision"]],
+        "--views": attributes.get("views", 0),
+        "--limit": 0 if data else attributes.get("limit", 0),
+    }
+    defaults = {"--outputs": "embeddings", "--weights": "pretrained", "--views": 0, "--limit": 0}
+    words = [
+        str(word) for option in options.items() if defaults.get(option[0]) != option[1] for word in option
+    ]
+    augment = dataclasses.asdict(Augment())
+    changed = [
+        f"{name}={value:g}"
+        for name, value in attributes.get("augment", {}).items()
+        if value != augment.get(name)
+    ]
+    return shlex.join(
+        ["tc", "build", *words, *(word for setting in changed for word in ("--augment", setting))]
+    )
 
 
 def block_rows_for(fields: tuple[Field, ...], rows: int) -> int:
@@ -106,7 +124,7 @@ def metadata(meta: CacheMeta) -> dict[str, bytes]:
             dtype=field.dtype,
             compressors=[Crc32cCodec()],
             fill_value=False if field.dtype == "bool" else 0,
-            dimension_names=field.dims(meta.views),
+            dimension_names=field.array_dims(meta.views),
             attributes={"doc": field.doc},
         )
     group.create_array(

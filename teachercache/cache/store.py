@@ -1,4 +1,4 @@
-"""A cache on disk: create, open, write a block, read fields, join by key. Format version 1; not for computing.
+"""A cache on disk: create, open, write a block, read fields, join by key. Format version 2; not for computing.
 
 <cache>/zarr.json                 attributes: CacheMeta; rewritten last when a cache grows, so it says what counts
 <cache>/<field>/c/<block>/...     one chunk file per block and copy (text or view): raw bytes, then their crc32c
@@ -24,10 +24,18 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
-from teachercache.cache.layout import Cache, chunk_bytes, chunk_path, chunk_shape, encode, metadata
+from teachercache.cache.layout import (
+    Cache,
+    build_command,
+    chunk_bytes,
+    chunk_path,
+    chunk_shape,
+    encode,
+    metadata,
+)
 from teachercache.cache.lease import is_lease
 from teachercache.cache.memory_map import can_map, map_chunks
-from teachercache.cache.spec import CacheMeta, meta_from_dict
+from teachercache.cache.spec import FORMAT, CacheMeta, meta_from_dict
 from teachercache.core.errors import UserError
 from teachercache.core.paths import as_path, is_url, write_whole
 from teachercache.core.process import is_alive
@@ -96,7 +104,13 @@ def open_cache(where: str | Path) -> Cache:
     """The cache at a path or URL; UserError where there is none or its format is not ours."""
     path = as_path(where)
     try:
-        meta = meta_from_dict(json.loads((path / "zarr.json").read_text())["attributes"])
+        attributes = json.loads((path / "zarr.json").read_text())["attributes"]
+        if attributes["format"] != FORMAT:
+            raise UserError(
+                f"cache format {attributes['format']}, this version reads format {FORMAT}: remove the cache and run "
+                f"`{build_command(attributes, path)}`"
+            )
+        meta = meta_from_dict(attributes)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     except FileNotFoundError as error:

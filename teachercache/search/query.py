@@ -23,6 +23,7 @@ def search_cache(
     keys: tuple[str, ...] = (),
     field: str | None = None,
     top: int = 10,
+    teacher: str | None = None,
 ) -> list[dict[str, Any]]:
     """The rows whose pictures (texts, where there are no pictures or `field` says so) are nearest, best first.
 
@@ -38,8 +39,8 @@ def search_cache(
     rows = _rows(cache, keys)
     parts = [_row_vector(cache, _picture_field(cache, field), row, key) for key, row in rows.items()]
     if text is not None or images:
-        parts += _live_vectors(cache, field, text, images)
-    alone = "a text" if cache.fields[field].per == "text" else "--image FILE or --key KEY"
+        parts += _live_vectors(cache, field, text, images, teacher)
+    alone = "a text" if cache.fields[field].per_text else "--image FILE or --key KEY"
     if any(len(part) != cache.fields[field].shape[0] for part in parts):
         raise UserError(
             f"{cache.meta.spec.name} has texts and pictures in different spaces: search '{field}' by {alone} alone"
@@ -51,12 +52,12 @@ def search_cache(
 
 
 def _per_row(cache: store.Cache, field: str) -> int:
-    return cache.meta.texts if cache.fields[field].per == "text" else 1
+    return cache.meta.texts if cache.fields[field].per_text else 1
 
 
 def _picture_field(cache: store.Cache, field: str) -> str:
     """What a row stands for when `field` is searched: its picture, or its texts where the cache has no pictures."""
-    return "image_emb" if cache.fields[field].per == "text" and "image_emb" in cache.fields else field
+    return "image_emb" if cache.fields[field].per_text and "image_emb" in cache.fields else field
 
 
 def _rows(cache: store.Cache, keys: tuple[str, ...]) -> dict[str, int]:
@@ -87,7 +88,7 @@ def _row_vector(cache: store.Cache, field: str, row: int, key: str) -> Float[np.
 
 
 def _live_vectors(
-    cache: store.Cache, field: str, text: str | None, images: tuple[Path, ...]
+    cache: store.Cache, field: str, text: str | None, images: tuple[Path, ...], named: str | None
 ) -> list[Float[np.ndarray, " dim"]]:
     """What the teacher says of a text and of pictures."""
     import torch  # here, so that a search by key alone starts in half the time
@@ -100,8 +101,8 @@ def _live_vectors(
             pictures.append(decode_image(image.read_bytes()))
         except BadSample as error:
             raise UserError(f"--image {image}: {error}") from error
-    teacher = load_teacher(cache)
-    picture_field = "image_emb" if cache.fields[field].per == "text" else field
+    teacher = load_teacher(cache, named)
+    picture_field = "image_emb" if cache.fields[field].per_text else field
     asked: list[tuple[str, dict[str, Any]]] = []
     if text is not None:
         if teacher.tokenize is None:
@@ -131,6 +132,6 @@ def _results(
             continue
         sample = manifest.row(row)
         where = str(manifest.root / sample.image) if sample.image else ""
-        texts = [sample.texts[text_number]] if cache.fields[field].per == "text" else list(sample.texts)
+        texts = [sample.texts[text_number]] if cache.fields[field].per_text else list(sample.texts)
         results.append({"key": sample.key, "score": round(score, 6), "image": where, "texts": texts})
     return results

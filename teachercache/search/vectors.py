@@ -54,7 +54,7 @@ def usable_vectors(cache: store.Cache, name: str) -> Vectors:
             )
         raise UserError(f"{what}: index one with `tc index {cache.path} --field {names[0]}`")
     stored, usable = store.read_field(cache, name), store.read_field(cache, "valid")
-    if cache.fields[name].per != "text":
+    if not cache.fields[name].per_text:
         return Vectors(stored, np.flatnonzero(usable), 1)
     usable = usable[:, None] & store.read_field(cache, "text_valid")
     return Vectors(stored, np.flatnonzero(usable), cache.meta.texts, texts=True)

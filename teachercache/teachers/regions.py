@@ -62,6 +62,7 @@ def load_regions(name: str, *, weights: str, outputs: tuple[str, ...]) -> Teache
         view=view,
         tokenizer={},
         constants={},
+        inputs=("image", "boxes"),
     )
     return Teacher(spec, module, encode, image_view(view), None)
 
@@ -81,16 +82,17 @@ def _field(name: str, shape: tuple[int, ...]) -> Field:
     docs = {
         "region_feature": (
             "float16",
-            "features of each region, the whole picture first; zeros where there is none",
+            "features of each region, the whole image first; zeros where there is none",
         ),
         "region_box": (
             "float32",
-            "x1, y1, x2, y2 as shares of the picture as a person sees it; zeros where none",
+            "x1, y1, x2, y2 as fractions of the upright image; zeros where there is none",
         ),
-        "region_score": ("float16", "probability of region_label, 0 for the whole picture"),
-        "region_label": ("int16", "COCO's category id, 0 for the whole picture"),
+        "region_score": ("float16", "probability of region_label, 0 for the whole image"),
+        "region_label": ("int16", "COCO's category id, 0 for the whole image"),
     }
-    return Field(name, shape, "image", *docs[name])
+    dims = ("region", *{"region_feature": ("dim",), "region_box": ("corner",)}.get(name, ()))
+    return Field(name, shape, "image", *docs[name], dims=dims)
 
 
 def _inputs(images: Tensor, num_boxes: int) -> dict[str, Tensor]:

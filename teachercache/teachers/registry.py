@@ -1,7 +1,26 @@
-"""Teachers by name: an ordinary dict. One file per kind; heavy imports wait until a teacher is loaded."""
+"""Map names to teachers: a dict of ours, and the entry points of installed packages.
 
-from teachercache.core.errors import UserError, resolve
-from teachercache.teachers.teacher import CLIP_OUTPUTS, DIFFUSION_OUTPUTS, Entry, Teacher
+The heavy imports of a teacher run when it is loaded.
+"""
+
+import re
+from collections.abc import Sequence
+from importlib.metadata import EntryPoint, entry_points
+
+from teachercache.core.errors import UserError, closest, resolve
+from teachercache.teachers.teacher import (
+    CLIP_NEEDS,
+    CLIP_OUTPUTS,
+    CLIP_WRITES,
+    DIFFUSION_OUTPUTS,
+    DIFFUSION_WRITES,
+    REGION_WRITES,
+    Entry,
+    Teacher,
+)
+
+GROUP = "teachercache.teachers"
+SMALL_TEACHERS = ("clip-lite", "regions-lite", "sd-tiny")  # `teacher_for` prefers them
 
 
 def _clip(doc: str, architecture: str, tag: str) -> Entry:
@@ -10,7 +29,7 @@ def _clip(doc: str, architecture: str, tag: str) -> Entry:
 
         return load_clip(name, architecture=architecture, tag=tag, weights=weights, outputs=outputs)
 
-    return Entry(doc, load, CLIP_OUTPUTS)
+    return Entry(doc, load, CLIP_OUTPUTS, writes=CLIP_WRITES, needs=CLIP_NEEDS)
 
 
 def _clip_lite(name: str, *, weights: str, outputs: tuple[str, ...]) -> Teacher:
@@ -25,7 +44,7 @@ def _diffusion(doc: str, source: str) -> Entry:
 
         return load_diffusion(name, source=source, weights=weights, outputs=outputs)
 
-    return Entry(doc, load, DIFFUSION_OUTPUTS, default=2)
+    return Entry(doc, load, DIFFUSION_OUTPUTS, default=2, writes=DIFFUSION_WRITES)
 
 
 def _regions(name: str, *, weights: str, outputs: tuple[str, ...]) -> Teacher:
@@ -45,19 +64,27 @@ TEACHERS: dict[str, Entry] = {
         "EfficientNet-Lite0 + MiniLM with heads aligned by `bash scripts/demo`, 512-d",
         _clip_lite,
         CLIP_OUTPUTS,
+        writes=CLIP_WRITES,
+        needs=CLIP_NEEDS,
     ),
     "clip-lite-towers": Entry(
-        "the two towers of clip-lite before any alignment, 1280-d and 384-d", _clip_lite, CLIP_OUTPUTS
+        "the two towers of clip-lite before any alignment, 1280-d and 384-d",
+        _clip_lite,
+        CLIP_OUTPUTS,
+        writes=CLIP_WRITES,
+        needs=CLIP_NEEDS,
     ),
     "regions": Entry(
-        "Faster R-CNN of torchvision at given boxes or at its own, 37 regions (regions:N for N), 1024-d",
+        "Faster R-CNN of torchvision at the data's boxes or its own, 37 regions (regions:N for N), 1024-d",
         _regions,
         ("regions",),
+        writes=REGION_WRITES,
     ),
     "regions-lite": Entry(
-        "EfficientNet-Lite0 at given boxes or at the quarters, 10 regions (regions:N for N), 472-d",
+        "EfficientNet-Lite0 at the data's boxes or at the quarters, 10 regions (regions:N for N), 472-d",
         _regions,
         ("regions",),
+        writes={"regions": "region_(?:feature|box)"},
     ),
     "sd-v1-4": _diffusion(
         "Stable Diffusion v1-4, 512 px, text states 77 x 768", "hub:CompVis/stable-diffusion-v1-4"
@@ -68,10 +95,56 @@ TEACHERS: dict[str, Entry] = {
 }
 
 
+def installed_teachers() -> dict[str, EntryPoint]:
+    """Return the teachers of other packages, the entry points of the group `teachercache.teachers`, by name."""
+    return {point.name: point for point in sorted(entry_points(group=GROUP))}
+
+
 def find(name: str) -> Entry:
-    """The entry of a teacher's name, of `open_clip:MODEL/TAG`, `hf:ORG/NAME`, `diffusers:ORG/NAME`, a folder or run."""
+    """Return the entry of a name that a user typed.
+
+    Args:
+        name: What `find_stored` accepts, or package.module:ENTRY, which is imported.
+    """
+    module_name, colon, attribute = name.partition(":")
+    if _find(name) is None and colon and attribute.isidentifier() and _is_dotted(module_name):
+        return _checked(name, resolve(name, TEACHERS, kind="teacher"))
+    return find_stored(name)
+
+
+def find_stored(name: str) -> Entry:
+    """Return the entry of a name that was read from a file, such as the metadata of a cache. Import nothing by path.
+
+    Args:
+        name: A name of the table, an installed entry point, `open_clip:MODEL/TAG`, `hf:ORG/NAME`,
+            `diffusers:ORG/NAME`, or the folder of a model or of a run.
+
+    Raises:
+        UserError: No such teacher. A name of the form package.module:ENTRY has to come from the command line.
+    """
+    entry = _find(name)
+    if entry is not None:
+        return entry
+    if _is_dotted(name.partition(":")[0]) and name.partition(":")[2].isidentifier():
+        raise UserError(
+            f"teacher '{name}' is not installed, and a stored name is not imported: pass --teacher {name}, or "
+            f"install the teacher as an entry point of the group {GROUP}"
+        )
+    choices = [*TEACHERS, *installed_teachers()]
+    raise UserError(f"unknown teacher '{name}': {closest(name, choices)}choose from {', '.join(choices)}")
+
+
+def _find(name: str) -> Entry | None:
     from pathlib import Path
 
+    if name in TEACHERS:
+        return TEACHERS[name]
+    installed = installed_teachers()
+    if name in installed:
+        try:
+            return _checked(name, installed[name].load())
+        except (ImportError, AttributeError) as error:
+            raise UserError(f"cannot import the installed teacher '{name}': {error}") from error
     if name.startswith("open_clip:"):
         architecture, slash, tag = name.removeprefix("open_clip:").partition("/")
         if not slash:
@@ -83,11 +156,18 @@ def find(name: str) -> Entry:
         return _clip(f"{name} on the Hugging Face hub", f"hf-hub:{name.removeprefix('hf:')}", "")
     if name.startswith("diffusers:"):
         return _diffusion(f"{name} on the Hugging Face hub", f"hub:{name.removeprefix('diffusers:')}")
-    if name not in TEACHERS and Path(name, "model_index.json").is_file():
+    if Path(name, "model_index.json").is_file():
         return _diffusion(f"the diffusers folder {name}", f"folder:{name}")
-    if name not in TEACHERS and Path(name).is_dir():
+    if Path(name).is_dir():
         return _clip(f"the open_clip folder or run {name}", f"local-dir:{name}", "")
-    entry = resolve(name, TEACHERS, kind="teacher")
+    return None
+
+
+def _is_dotted(name: str) -> bool:
+    return all(word.isidentifier() for word in name.split("."))
+
+
+def _checked(name: str, entry: object) -> Entry:
     if not isinstance(entry, Entry):
         raise UserError(
             f"--teacher {name} is a {type(entry).__name__} and not a teachercache.teachers.teacher.Entry"
@@ -96,8 +176,23 @@ def find(name: str) -> Entry:
 
 
 def load(name: str, *, weights: str = "pretrained", outputs: tuple[str, ...] | None = None) -> Teacher:
-    """A teacher in float32 on the CPU, in evaluation mode, parameters frozen; its first outputs unless told others."""
-    entry = find(name)
+    """Load a teacher that a user named: in float32 on the CPU, in evaluation mode, with frozen parameters.
+
+    Args:
+        name: See `find`.
+        weights: pretrained, random:SEED or a path.
+        outputs: The `--outputs`; by default the first ones of the entry.
+    """
+    return load_entry(find(name), name, weights=weights, outputs=outputs)
+
+
+def load_stored(name: str, *, weights: str = "pretrained", outputs: tuple[str, ...] | None = None) -> Teacher:
+    """Load a teacher by a name that was read from a file: see `find_stored` and `load`."""
+    return load_entry(find_stored(name), name, weights=weights, outputs=outputs)
+
+
+def load_entry(entry: Entry, name: str, *, weights: str, outputs: tuple[str, ...] | None) -> Teacher:
+    """Load the teacher of an entry under a name: see `load`."""
     outputs = entry.outputs[: entry.default] if outputs is None else outputs
     if not outputs:
         raise UserError(f"--outputs names nothing: choose from {', '.join(entry.outputs)}")
@@ -109,6 +204,55 @@ def load(name: str, *, weights: str = "pretrained", outputs: tuple[str, ...] | N
     return entry.load(name, weights=weights, outputs=outputs)
 
 
-def outputs_for(name: str, fields: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the outputs of a teacher that write the fields."""
-    return ("patches",) if "patch_emb" in fields else ("embeddings",)
+# ----------------------------------------------------------------------------------------------------
+# From fields to the command that caches them
+
+
+def outputs_for(entry: Entry, fields: Sequence[str]) -> tuple[str, ...]:
+    """Return the fewest `--outputs` of an entry that write some fields, in the order of the entry.
+
+    `outputs_for(TEACHERS["clip-lite"], ["image_emb", "text_hidden_3", "image_hidden_7"])` is
+    `("embeddings", "hidden:3+7")`.
+
+    Raises:
+        UserError: No output of the entry writes one of the fields.
+    """
+    writers = {field: _writers(entry, field) for field in fields}
+    missing = [field for field in fields if not writers[field]]
+    if missing:
+        raise UserError(
+            f"no output of the teacher writes the field '{missing[0]}': {', '.join(entry.outputs)}"
+        )
+    chosen: dict[str, set[int]] = {}
+    for field in sorted(fields, key=lambda field: len(writers[field])):  # those without a choice first
+        names = [name for name in writers[field] if name in chosen] or [*writers[field]][:1]
+        for name in names:
+            chosen.setdefault(name, set()).update(writers[field][name])
+    needed = {other for name in chosen for other in entry.needs.get(name, ())} | chosen.keys()
+    return tuple(
+        f"{name}:{'+'.join(map(str, sorted(chosen[name])))}" if chosen.get(name) else name
+        for name in entry.outputs
+        if name in needed
+    )
+
+
+def teacher_for(fields: Sequence[str], preferred: str = "") -> str:
+    """Return the name of a teacher that writes some fields: the preferred one, a small one, or any of the table.
+
+    Raises:
+        UserError: No teacher writes all of them.
+    """
+    names = [*([preferred] if preferred else []), *SMALL_TEACHERS, *TEACHERS, *installed_teachers()]
+    for name in names:
+        entry = _find(name)
+        if entry is not None and all(_writers(entry, field) for field in fields):
+            return name
+    raise UserError(f"no teacher writes the fields {', '.join(fields)}: see `tc teachers`")
+
+
+def _writers(entry: Entry, field: str) -> dict[str, list[int]]:
+    """The outputs that write a field, each with the layer numbers that it has to name."""
+    matches = {name: re.fullmatch(pattern, field) for name, pattern in entry.writes.items()}
+    return {
+        name: [int(number) for number in match.groups() if number] for name, match in matches.items() if match
+    }

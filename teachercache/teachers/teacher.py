@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from teachercache.cache.spec import TeacherSpec
 
@@ -34,24 +34,50 @@ class Teacher:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A name in the table: what `tc teachers` says of it, and how it is loaded."""
+    r"""A teacher in the registry, before it is loaded. Importing the module of an entry imports nothing heavy.
+
+    Attributes:
+        doc: One line for `tc teachers`.
+        load: Load the teacher: `load(name, weights=..., outputs=...)`.
+        outputs: The values that `--outputs` takes.
+        default: How many of them, from the first on, a build without `--outputs` keeps.
+        writes: Regular expressions of the fields that each output writes. A group is the number of a layer that the
+            output takes: `{"hidden": r"(?:image|text)_hidden_(\d+)"}` maps image_hidden_3 to hidden:3.
+        needs: Outputs that an output cannot go without.
+    """
 
     doc: str
-    load: Callable[..., Teacher]  # load(name, weights=..., outputs=...)
+    load: "Load"
     outputs: tuple[str, ...] = ("embeddings",)
-    default: int = 1  # how many of them, from the first, a build keeps that names none
+    default: int = 1
+    writes: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    needs: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
 
-WORD_OUTPUTS = ("tokens", "random_tokens")  # three words of a text, `tokens:2` two
+class Load(Protocol):
+    """The function of an `Entry` that loads its teacher."""
+
+    def __call__(self, name: str, *, weights: str, outputs: tuple[str, ...]) -> Teacher:
+        """Load a teacher in float32 on the CPU, in evaluation mode, with frozen parameters."""
 
 
-CLIP_OUTPUTS = (
-    "embeddings",
-    "patches",
-    "hidden",
-    *WORD_OUTPUTS,
-)  # `hidden` is the last block, `hidden:3+7` those two
-
-
-# `scores:16+seed=1+t=200-800` draws so often, from that seed and of those timesteps; `unet_features:100+up_blocks.1`
+WORD_OUTPUTS = ("tokens", "random_tokens")  # `tokens:2` keeps two words of a text
+# `hidden` is the last block, `hidden:3+7` are those two
+CLIP_OUTPUTS = ("embeddings", "patches", "hidden", *WORD_OUTPUTS)
+CLIP_WRITES = {
+    "embeddings": "(?:image|text)_emb",
+    "patches": "patch_(?:token|emb)",
+    "hidden": r"(?:image|text)_hidden_(\d+)",
+    "tokens": "word_(?:span|score|index|feature)",
+    "random_tokens": "word_span|random_(?:index|feature)",
+}
+CLIP_NEEDS = {name: ("embeddings",) for name in WORD_OUTPUTS}
+# `scores:16+seed=1+t=200-800` draws 16 samples with that seed of those timesteps; `unet_features:100+up_blocks.1`
 DIFFUSION_OUTPUTS = ("text_states", "latents", "unet_features", "scores")
+DIFFUSION_WRITES = {
+    "text_states": "text_states",
+    "latents": "latent",
+    "unet_features": "unet_feature",
+    "scores": "diffusion_score(?:_normalised)?",
+}
+REGION_WRITES = {"regions": "region_(?:feature|box|score|label)"}

@@ -1,4 +1,4 @@
-"""A tiny random diffusion model on pixels, for tests: `--teacher own_teachers:DIFFUSION` with `tests` on the path."""
+"""A tiny random diffusion model on pixels, for tests: `--teacher own-diffusion`, an entry point of the folder beside."""
 
 import zlib
 from types import SimpleNamespace

@@ -40,10 +40,10 @@ OPTIONS = {  # a contract: adding one is a decision, made here and in DESIGN.md
         "--prune",
     },
     "info": {"cache", "--json"},
-    "verify": {"cache", "--samples", "--json"},
+    "verify": {"cache", "--samples", "--teacher", "--json"},
     "index": {"cache", "--field", "--kind"},
     "analyze": {"cache", "--against", "--out", "--map", "--points", "--json"},
-    "search": {"cache", "text", "--image", "--key", "--field", "--top", "--json"},
+    "search": {"cache", "text", "--image", "--key", "--field", "--teacher", "--top", "--json"},
 }
 HERE = ("--device", "cpu", "--workers", "0")
 
@@ -385,7 +385,7 @@ def test_verify_with_another_teacher_in_its_place(photos, teacher_folder, tmp_pa
     folder = shutil.copytree(teacher_folder, tmp_path / "tiny")
     assert run("build", "--teacher", folder, "--data", photos, "--out", tmp_path / "c.zarr", *HERE) == 0
     save_teacher(folder, seed=1)
-    assert "was built by other weights" in error_of(capsys, "verify", tmp_path / "c.zarr")
+    assert "was built with other weights" in error_of(capsys, "verify", tmp_path / "c.zarr")
 
 
 # ----------------------------------------------------------------------------------------------------

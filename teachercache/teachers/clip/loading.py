@@ -95,6 +95,7 @@ def make_teacher(
             "vocab_size": len(getattr(tokenizer, "tokenizer", None) or tokenizer.encoder),
         },
         constants=constants,
+        inputs=("image", "text", "words") if tokens else ("image", "text"),
     )
     return Teacher(spec, module, partial(encode, taps=taps), image_view(view), tokenizer, tokens)
 

@@ -140,56 +140,51 @@ class Tokens:
         self.known: dict[tuple[str, torch.dtype], dict[str, Tensor]] = {}  # of each device and precision
 
     def fields(self, dim: int) -> tuple[Field, ...]:
-        """The fields of `weigh`, whose embeddings are `dim` wide."""
-        length, best, drawn = MAX_WORDS, self.num_best, self.num_drawn
-        fields = [
-            Field(
-                "word_span",
-                (length, 2),
-                "text",
-                "int16",
-                "start and end of each word in the text without spaces around it, 0 for none",
-            )
-        ]
-        if best:
+        """Return the fields of `weigh` for text embeddings of width `dim`."""
+        span = "start and end of each word in the text without spaces around it, 0 for none"
+        fields = [Field("word_span", (MAX_WORDS, 2), "text", "int16", span, dims=("word", "end"))]
+        if self.num_best:
             fields += [
                 Field(
-                    "word_score",
-                    (length,),
-                    "text",
-                    "float16",
-                    "S of CLIP-TD's Eq. 5, 0 where there is no word",
+                    name="word_score",
+                    shape=(MAX_WORDS,),
+                    per="text",
+                    dtype="float16",
+                    doc="S of CLIP-TD's Eq. 5, 0 where there is no word",
+                    dims=("word",),
                 ),
                 Field(
-                    "word_index",
-                    (best,),
-                    "text",
-                    "int16",
-                    "places in word_span of the best words, -1 for none",
+                    name="word_index",
+                    shape=(self.num_best,),
+                    per="text",
+                    dtype="int16",
+                    doc="positions in word_span of the best words, -1 for none",
+                    dims=("choice",),
+                    compare="same_choice",
+                    beside="word_score",
                 ),
                 Field(
-                    "word_feature",
-                    (best, dim),
-                    "text",
-                    "float16",
-                    "text embedding of each alone, not normalised",
+                    name="word_feature",
+                    shape=(self.num_best, dim),
+                    per="text",
+                    dtype="float16",
+                    doc="text embedding of each best word alone, not normalized",
+                    dims=("choice", "dim"),
+                    beside="word_index",
                 ),
             ]
-        if drawn:
+        if self.num_drawn:
+            index = "positions in word_span of randomly drawn words, -1 for none"
+            feature = "text embedding of each drawn word alone, not normalized"
             fields += [
+                Field("random_index", (self.num_drawn,), "text", "int16", index, dims=("choice",)),
                 Field(
-                    "random_index",
-                    (drawn,),
-                    "text",
-                    "int16",
-                    "places in word_span of words at random, -1 for none",
-                ),
-                Field(
-                    "random_feature",
-                    (drawn, dim),
-                    "text",
-                    "float16",
-                    "text embedding of each, not normalised",
+                    name="random_feature",
+                    shape=(self.num_drawn, dim),
+                    per="text",
+                    dtype="float16",
+                    doc=feature,
+                    dims=("choice", "dim"),
                 ),
             ]
         return tuple(fields)

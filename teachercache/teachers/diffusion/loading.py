@@ -93,6 +93,7 @@ def make_teacher(
     )
     with torch.inference_mode():
         fields = fields_of(plan, module, length=empty.shape[1], empty=empty)
+    encode, pair = functions_of(plan, empty)
     spec = TeacherSpec(
         name=name,
         weights=weights,
@@ -106,8 +107,8 @@ def make_teacher(
             "vocab_size": int(module.text_encoder.config.vocab_size),
         },
         constants=constants(plan, module),
+        inputs=("image", "text", "pairs") if pair else ("image", "text"),
     )
-    encode, pair = functions_of(plan, empty)
     return Teacher(spec, module, encode, image_view(view), tokenize, pair=pair)
 
 

@@ -180,18 +180,21 @@ def fields_of(plan: Plan, module: Diffusion, *, length: int, empty: Tensor) -> t
         said = unet_features(module, torch.zeros(1, *shape), encode_states(module, empty)[None], place=place)
         where = "what the UNet predicts" if place.block == OUT else f"{place.block} of the UNet"
         doc = f"{where} at t={place.t}, one noise for all rows (seed {place.seed})"
-        fields.append(Field("unet_feature", tuple(said.shape[2:]), "text", "float16", doc))
+        fields.append(Field("unet_feature", tuple(said.shape[2:]), "pair", "float16", doc))
     if (scores := plan.scores) is not None:
         drawn = (
             f"{scores.samples} draws of t from {scores.first} to {scores.last}, shared (seed {scores.seed})"
         )
         fields += [
-            Field("diffusion_score", (), "text", "float32", f"-d(x, c) of Eq. 1, {drawn}"),
-            Field(
-                "diffusion_score_normalised", (), "text", "float32", "d(x, no text) - d(x, c), the same draws"
-            ),
+            _score_field("diffusion_score", f"-d(x, c) of Eq. 1, {drawn}"),
+            _score_field("diffusion_score_normalised", "d(x, no text) - d(x, c), the same draws"),
         ]
     return tuple(fields)
+
+
+def _score_field(name: str, doc: str) -> Field:
+    """A score of Eq. 1; `tc verify` compares it relative to the error itself."""
+    return Field(name, (), "pair", "float32", doc, compare="relative_error", beside="diffusion_score")
 
 
 def check_block(name: str, module: Diffusion, plan: Plan) -> None:

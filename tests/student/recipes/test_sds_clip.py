@@ -24,7 +24,7 @@ from student.training.prepare import prepare
 from student.training.step import TrainStep
 
 ROWS = 5
-OWN = "own_teachers:DIFFUSION"
+OWN = "own-diffusion"  # an entry point of tests/helpers/own_teachers-1.dist-info
 
 
 @pytest.fixture(scope="module")

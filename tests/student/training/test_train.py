@@ -434,7 +434,7 @@ def test_live_refuses_a_teacher_that_changed(squares, tmp_path, capsys):
     cache = build_cache(squares, teacher, tmp_path / "teacher.zarr")
     save_teacher(teacher, seed=5)
     assert train_here(squares, cache, tmp_path / "run", "--live") == 2
-    assert "was built by other weights" in capsys.readouterr().err
+    assert "was built with other weights" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

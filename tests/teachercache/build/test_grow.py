@@ -115,10 +115,10 @@ def test_nan_in_a_view_that_is_added_marks_the_row(teacher, tmp_path):
 def test_views_and_no_views_are_two_caches(teacher, tmp_path):
     data = make_folder(tmp_path / "data", 4)
     run_build(teacher, data, tmp_path / "c.zarr")
-    with pytest.raises(UserError, match="views: 0 there, 2 asked"):
+    with pytest.raises(UserError, match="views: 0 stored, 2 requested"):
         run_build(teacher, data, tmp_path / "c.zarr", views=2)
     run_build(teacher, data, tmp_path / "v.zarr", views=2)
-    with pytest.raises(UserError, match=r"augment.flip: 0.5 there, 0 asked"):
+    with pytest.raises(UserError, match=r"augment.flip: 0.5 stored, 0 requested"):
         run_build(teacher, data, tmp_path / "v.zarr", views=2, augment=Augment(flip=0))
 
 

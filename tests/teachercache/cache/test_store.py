@@ -113,7 +113,7 @@ def test_fields_read_back_by_us_and_by_plain_zarr(whole, arrays):
         assert np.array_equal(theirs[:], arrays[name])
         assert np.array_equal(theirs[:8], ours[:8])
         assert ours.dtype == theirs.dtype == arrays[name].dtype
-        assert theirs.metadata.dimension_names == whole.fields[name].dims()
+        assert theirs.metadata.dimension_names == whole.fields[name].array_dims()
     assert np.array_equal(store.read_keys(whole), arrays["key"])
     assert group["key"][3] == "row/0003\u00e9"
 
@@ -245,11 +245,11 @@ def test_create_keeps_the_block_rows_that_are_there(copy):
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"precision": "bfloat16"}, 'precision: "float32" there, "bfloat16" asked'),
+        ({"precision": "bfloat16"}, 'precision: "float32" stored, "bfloat16" requested'),
         ({"spec": dataclasses.replace(make_meta().spec, digest="9" * 64)}, "digest"),
         ({"spec": dataclasses.replace(make_meta().spec, name="other")}, "other"),
         ({"spec": dataclasses.replace(make_meta().spec, fields=FIELDS[:2])}, "odd"),
-        ({"views": 2}, "views: 0 there, 2 asked"),
+        ({"views": 2}, "views: 0 stored, 2 requested"),
     ],
     ids=["precision", "weights", "teacher", "fields", "views"],
 )
@@ -278,10 +278,12 @@ def test_foreign_folders_and_formats_are_refused(copy, tmp_path):
     with pytest.raises(UserError, match=r"no cache at .*: make one with `tc build"):
         store.open_cache(tmp_path / "none")
     attributes = json.loads((copy.path / "zarr.json").read_text())
-    for form in (2, 0, None, "1"):
+    for form in (1, 0, None, "2"):
         changed = {**attributes, "attributes": {**attributes["attributes"], "format": form}}
         (copy.path / "zarr.json").write_text(json.dumps(changed))
-        with pytest.raises(UserError, match=r"cache format .* is not the format 1"):
+        with pytest.raises(
+            UserError, match=r"cache format .* reads format 2: remove the cache and run `tc build --teacher"
+        ):
             store.open_cache(copy.path)
     without = {key: value for key, value in attributes["attributes"].items() if key != "spec"}
     for content in ("", "{", "[]", "{}", json.dumps({**attributes, "attributes": without})):

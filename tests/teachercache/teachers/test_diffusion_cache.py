@@ -244,7 +244,7 @@ def test_pictures_or_texts_alone(teacher, diffusion_folder, tmp_path):
     (folder / "captions.json").unlink()
     run_build(teacher, folder, tmp_path / "p.zarr")
     assert [field.name for field in store.open_complete(tmp_path / "p.zarr").meta.spec.fields] == ["latent"]
-    with pytest.raises(UserError, match="is about picture and text pairs"):
+    with pytest.raises(UserError, match="needs images with texts"):
         run_build(load(str(diffusion_folder), outputs=("scores:2",)), texts, tmp_path / "s.zarr")
 
 

@@ -177,14 +177,20 @@ def test_of_two_equal_words_either_may_be_chosen(cache, tmp_path):
     now["word_score", copy][0, :2] = 0.5
     then = {at: values.copy() for at, values in now.items()}
     now["word_index", copy][0], then["word_index", copy][0] = [0, 1, 2], [1, 0, 2]
-    left, right = (live._comparable(values, "word_index", copy, now, then) for values in (now, then))
+    left, right = (
+        live._comparable(values, other.fields["word_index"], copy, now, then) for values in (now, then)
+    )
     assert np.array_equal(left, right)
-    left, right = (live._comparable(values, "word_feature", copy, now, then) for values in (now, then))
+    left, right = (
+        live._comparable(values, other.fields["word_feature"], copy, now, then) for values in (now, then)
+    )
     assert not left[0, :2].any()
     assert np.array_equal(left, right)
     assert left[0, 2].any()
     then["word_index", copy][0] = [5, 1, 2]
-    left, right = (live._comparable(values, "word_index", copy, now, then) for values in (now, then))
+    left, right = (
+        live._comparable(values, other.fields["word_index"], copy, now, then) for values in (now, then)
+    )
     assert not np.allclose(left, right, atol=1e-2)
 
 
