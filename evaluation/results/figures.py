@@ -15,7 +15,7 @@ from evaluation.data.imagenet_classes import class_places, class_words
 from evaluation.data.prompts import fill
 from evaluation.models.encoder import Encoder, embed_images, embed_texts
 from evaluation.results.suite import LABELLED
-from evaluation.tasks.zeroshot import TEMPLATES, Fill, class_names, classifier
+from evaluation.tasks.encoding.zeroshot import TEMPLATES, Fill, class_names, classifier
 from teachercache.core.errors import UserError
 from teachercache.data.manifest import Manifest
 from teachercache.data.pictures import read_image

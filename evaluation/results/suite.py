@@ -22,10 +22,10 @@ from evaluation.metrics.ranking import accuracies, average_precision
 from evaluation.metrics.robustness import effective_robustness, read_baselines
 from evaluation.models.encoder import Encoder
 from evaluation.models.matcher import of_encoder
+from evaluation.tasks.encoding.retrieval import evaluate as retrieve
+from evaluation.tasks.encoding.zeroshot import class_scores
 from evaluation.tasks.registry import MATCHED
 from evaluation.tasks.registry import find as find_task
-from evaluation.tasks.retrieval import evaluate as retrieve
-from evaluation.tasks.zeroshot import class_scores
 from teachercache.core.errors import UserError
 from teachercache.core.progress import say
 from teachercache.data.manifest import Manifest

@@ -10,98 +10,98 @@ from teachercache.core.errors import UserError, resolve
 
 
 def _retrieval(encoder: Any, manifest: Any, split: str = "test") -> dict[str, Any]:
-    from evaluation.tasks.retrieval import evaluate
+    from evaluation.tasks.encoding.retrieval import evaluate
 
     return evaluate(encoder, manifest, split)
 
 
 def _zeroshot(encoder: Any, manifest: Any, split: str = "test") -> dict[str, Any]:
-    from evaluation.tasks.zeroshot import evaluate
+    from evaluation.tasks.encoding.zeroshot import evaluate
 
     return evaluate(encoder, manifest, split)
 
 
 def _imagenet(encoder: Any, manifest: Any) -> dict[str, Any]:
-    from evaluation.tasks.imagenet import evaluate
+    from evaluation.tasks.encoding.imagenet import evaluate
 
     return evaluate(encoder, manifest)
 
 
 def _linear_probe(encoder: Any, manifest: Any) -> dict[str, Any]:
-    from evaluation.tasks.linear_probe import evaluate
+    from evaluation.tasks.encoding.linear_probe import evaluate
 
     return evaluate(encoder, manifest)
 
 
 def _coco_detection(encoder: Any, manifest: Any) -> dict[str, Any]:
-    from evaluation.tasks.coco_detection import evaluate
+    from evaluation.tasks.encoding.coco_detection import evaluate
 
     return evaluate(encoder, manifest)
 
 
 def _vcr(answerer: Any, manifest: Any) -> dict[str, Any]:
-    from evaluation.tasks.vcr import evaluate
+    from evaluation.tasks.answering.vcr import evaluate
 
     return evaluate(answerer, manifest)
 
 
 def _snli_ve(answerer: Any, manifest: Any) -> dict[str, Any]:
-    from evaluation.tasks.snli_ve import evaluate
+    from evaluation.tasks.answering.snli_ve import evaluate
 
     return evaluate(answerer, manifest)
 
 
 def _vqa(answerer: Any, manifest: Any) -> dict[str, Any]:
-    from evaluation.tasks.vqa import evaluate
+    from evaluation.tasks.answering.vqa import evaluate
 
     return evaluate(answerer, manifest)
 
 
 def _captions(generator: Any, manifest: Any, **settings: Any) -> dict[str, Any]:
-    from evaluation.tasks.captions import evaluate
+    from evaluation.tasks.writing.captions import evaluate
 
     return evaluate(generator, manifest, **settings)
 
 
 def _open_vqa(generator: Any, manifest: Any, **settings: Any) -> dict[str, Any]:
-    from evaluation.tasks.open_vqa import evaluate
+    from evaluation.tasks.writing.open_vqa import evaluate
 
     return evaluate(generator, manifest, **settings)
 
 
 def _glue(folder: str, data: str, **settings: Any) -> dict[str, Any]:
     from evaluation.probes.finetune_text import Options
-    from evaluation.tasks.glue import evaluate
+    from evaluation.tasks.language.glue import evaluate
 
     return evaluate(folder, data, Options(**settings))
 
 
 def _xsum(folder: str, data: str, **settings: Any) -> dict[str, Any]:
-    from evaluation.tasks.xsum import BART, evaluate
+    from evaluation.tasks.language.xsum import BART, evaluate
 
     return evaluate(folder, data, dataclasses.replace(BART, **settings))
 
 
 def _text_loss(folder: str, data: str) -> dict[str, Any]:
-    from evaluation.tasks.text_loss import evaluate
+    from evaluation.tasks.language.text_loss import evaluate
 
     return evaluate(folder, data)
 
 
 def _winoground(matcher: Any, data: Path) -> dict[str, Any]:
-    from evaluation.tasks.winoground import evaluate
+    from evaluation.tasks.matching.winoground import evaluate
 
     return evaluate(matcher, data)
 
 
 def _aro(matcher: Any, data: Path) -> dict[str, Any]:
-    from evaluation.tasks.aro import evaluate
+    from evaluation.tasks.matching.aro import evaluate
 
     return evaluate(matcher, data)
 
 
 def _sugar_crepe(matcher: Any, data: Path) -> dict[str, Any]:
-    from evaluation.tasks.sugar_crepe import evaluate
+    from evaluation.tasks.matching.sugar_crepe import evaluate
 
     return evaluate(matcher, data)
 

@@ -17,7 +17,7 @@ from evaluation.data import compositional
 from evaluation.metrics.ranking import bootstrap_interval
 from evaluation.models.matcher import Matcher, of_encoder
 from evaluation.results.run import run_matched
-from evaluation.tasks import aro, sugar_crepe, winoground
+from evaluation.tasks.matching import aro, sugar_crepe, winoground
 from teachercache.core.errors import UserError
 from teachercache.data.sample import BadSample
 

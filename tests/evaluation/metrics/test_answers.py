@@ -9,7 +9,7 @@ import pytest
 from evaluation.metrics.vqa_answers import normalise_answer
 from evaluation.models.answerer import Answerer, ensemble, pick, rows_to_measure
 from evaluation.results.run import run_answered, table
-from evaluation.tasks import snli_ve, vcr, vqa
+from evaluation.tasks.answering import snli_ve, vcr, vqa
 from evaluation.tasks.registry import ANSWERED, find
 from teachercache.core.errors import UserError
 from teachercache.data.manifest import make_manifest, write_manifest

@@ -13,7 +13,7 @@ from small import make_folder, save_teacher
 
 from evaluation.models import encoder
 from evaluation.results import figures
-from evaluation.tasks.zeroshot import TEMPLATES
+from evaluation.tasks.encoding.zeroshot import TEMPLATES
 from student.cli import main
 from teachercache.core.errors import UserError
 

@@ -361,7 +361,7 @@ def test_retrieval_of_karpathys_coco(report, root):
 
 def test_folds_are_means_of_parts(root, monkeypatch):
     """Of nine pictures two folds of four; recall by hand in each."""
-    from evaluation.tasks.retrieval import evaluate
+    from evaluation.tasks.encoding.retrieval import evaluate
     from teachercache.data.read import read_manifest
 
     monkeypatch.setattr(encoder, "default_workers", lambda: 0)

@@ -13,8 +13,8 @@ from small import make_folder
 
 from evaluation.models.encoder import embed_images, embed_texts
 from evaluation.results.run import run_task
+from evaluation.tasks.encoding.zeroshot import TEMPLATES
 from evaluation.tasks.registry import SHORT, find
-from evaluation.tasks.zeroshot import TEMPLATES
 from student.cli import main
 from teachercache.core.errors import UserError
 from teachercache.data.read import read_manifest
@@ -80,7 +80,7 @@ def test_retrieval_is_the_slow_loop(data):
 
 
 def test_retrieval_in_chunks_is_the_same(data, monkeypatch):
-    from evaluation.tasks import retrieval
+    from evaluation.tasks.encoding import retrieval
 
     manifest = read_manifest(str(data))
     whole = retrieval.evaluate(ENCODER, manifest)

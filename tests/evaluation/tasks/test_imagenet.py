@@ -12,7 +12,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from evaluation.data.imagenet_classes import class_places, class_words, wnids
 from evaluation.results.run import run_task
-from evaluation.tasks.imagenet import evaluate
+from evaluation.tasks.encoding.imagenet import evaluate
 from teachercache.core.errors import UserError
 from teachercache.data.read import read_manifest
 

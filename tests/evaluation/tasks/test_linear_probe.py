@@ -16,7 +16,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from evaluation.models.encoder import Encoder
 from evaluation.results.run import run_task
-from evaluation.tasks.linear_probe import (
+from evaluation.tasks.encoding.linear_probe import (
     best_strength,
     evaluate,
     fit,

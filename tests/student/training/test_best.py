@@ -127,7 +127,7 @@ def test_what_cannot_be_evaluated_is_refused_before_the_first_step(squares, cach
 
 
 def test_an_evaluation_that_fails_loses_no_step(squares, cache, tmp_path, monkeypatch, capsys):
-    import evaluation.tasks.retrieval as retrieval
+    import evaluation.tasks.encoding.retrieval as retrieval
 
     run, words = tmp_path / "run", ("--steps", 4, "--eval-every", 2)
     with monkeypatch.context() as patch:
@@ -162,7 +162,7 @@ def test_val_rows_come_before_test_rows(squares, tmp_path):
     for path in (data / "val").rglob("*.away"):
         path.rename(path.with_suffix(".txt"))
     seen = []
-    import evaluation.tasks.retrieval as retrieval
+    import evaluation.tasks.encoding.retrieval as retrieval
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(retrieval, "embed_images", lambda encoder, manifest, rows: seen.extend(rows) or 1 / 0)
