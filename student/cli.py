@@ -7,13 +7,17 @@ from pathlib import Path
 
 import click
 
-from evaluation.tasks.registry import ANSWERED, GENERATED, LANGUAGE, MATCHED, SHORT, TASKS
+from evaluation.tasks.registry import SHORT, TASKS
 from evaluation.tasks.registry import find as find_task
+from evaluation.tasks.task import Kind
 from student.recipe import DEMO_DATA
 from teachercache.core.command import run_command
 from teachercache.core.errors import UserError
 from teachercache.core.process import rank
 from teachercache.core.progress import say
+
+MATCHERS = ", ".join(task.name for task in TASKS.values() if task.kind is Kind.MATCHER)
+SAMPLES_ERROR = f"--samples counts draws of a diffusion model: only {MATCHERS} take one"
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -189,8 +193,7 @@ def train(
 @click.option(
     "--task",
     required=True,
-    help=f"One of {', '.join(TASKS | ANSWERED | MATCHED | GENERATED | LANGUAGE)}; short: {', '.join(SHORT)}; or all: "
-    "the data sets in --data's folders.",
+    help=f"One of {', '.join(TASKS)}; short: {', '.join(SHORT)}; or all: the data sets in --data's folders.",
 )
 @click.option(
     "--data", default=DEMO_DATA, show_default=True, help="Its test split; all of it where it has no splits."
@@ -231,54 +234,31 @@ def evaluate(
     student eval runs/NAME --task captions --data coco/dataset_coco.json
     student eval models/bart-base runs/NAME --task glue:lr=1e-4,epochs=3 --data GLUE/
     """
-    from evaluation.results.run import run_answered, run_matched, run_task, table
-    from student.inference.answerer import find_answerers
-    from student.inference.encoder import find_encoder, find_matcher
-    from student.inference.generator import measure_writer
-    from student.inference.measure import keep_result, measure_suite
+    from evaluation.results.run import table
+    from evaluation.results.suite_tables import suite_table
+    from student.inference.measure import measure_models, measure_suite
 
-    if samples and task not in MATCHED:
-        raise UserError(f"--samples counts draws of a diffusion model: only {', '.join(MATCHED)} take one")
     if task == "all":
-        return measure_suite(models, data, out or Path("evals", Path(data).name or "data"), figures, as_json)
+        if samples:
+            raise UserError(SAMPLES_ERROR)
+        report = measure_suite(models, data, out or Path("evals", Path(data).name or "data"), figures)
+        whole = {"results": report.results, "skipped": report.skipped}
+        print(jsonlib.dumps(whole) if as_json else suite_table(report))
+        return
     if out is not None:
         raise UserError("--out is where --task all writes its tables; a run's results are kept in RUN/eval")
-    find_task(task)
-    if figures and task not in SHORT and task not in TASKS:
+    chosen = find_task(task)
+    if samples and chosen.kind is not Kind.MATCHER:
+        raise UserError(SAMPLES_ERROR)
+    if figures and chosen.kind is not Kind.ENCODER:
         raise UserError(
-            f"--figures draws what encoders say of pictures, not answers: leave it away for {task}"
+            f"--figures draws what encoders predict, not answers: leave it away for {chosen.name}"
         )
-    if task.partition(":")[0] in GENERATED | LANGUAGE:
-        results = [measure_writer(model, task, data) for model in models]
-    elif task in MATCHED:
-        results = []
-        for matcher, folder in [find_matcher(model, samples) for model in models]:
-            results.append(run_matched(task, matcher, data))
-            keep_result(results[-1], folder)
-    elif task in ANSWERED:
-        answering = [find_answerers(model, task, data) for model in models]
-        results = run_answered(task, [ways for ways, _ in answering], data)
-        for ways, folder in answering:
-            keep_result(
-                next(result for result in results if result["pretrained"] == ways[0].pretrained), folder
-            )
-    else:
-        loaded = [find_encoder(model) for model in models]
-        results = [run_task(task, encoder, data) for encoder, _ in loaded]
-        for result, (_, folder) in zip(results, loaded, strict=True):
-            keep_result(result, folder)
-        if figures:
-            from evaluation.results.figures import draw_data
-
-            for path in draw_data([encoder for encoder, _ in loaded], task, data, figures):
-                say(f"wrote {path}")
+    results = measure_models(models, chosen, data, samples=samples, figures=figures)
     if as_json:
-        print(
-            *map(jsonlib.dumps, results), sep="\n"
-        )  # a line for each model, and each way in which a cache answers
+        print(*map(jsonlib.dumps, results), sep="\n")  # a line for each model and each way to answer
     else:
         print(table(results))
-    return None
 
 
 @student.command()

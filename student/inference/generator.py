@@ -8,8 +8,6 @@ from typing import Any
 import torch
 
 from evaluation.models.generator import Generator
-from evaluation.tasks.registry import LANGUAGE
-from student.inference.measure import keep_result
 from student.models.seq2seq.loading import facts_path, load_seq2seq
 from student.models.seq2seq.texts import NUM_MASKS, answer_prompt, caption_prompt
 from teachercache.core.errors import UserError
@@ -92,18 +90,3 @@ def describe_pictures(
     return load_generator(folder, device=device).generate(
         pictures, [prompt] * len(pictures), beams, MOST_TOKENS
     )
-
-
-def measure_writer(model: str, task: str, data: str) -> dict:
-    """The result of a model that writes, or of the language model that it is or has."""
-    from evaluation.results.run import run_generated, run_language
-    from student.models.seq2seq.language_model import language_model_of
-    from teachercache.core.device import pick_device
-
-    if task.partition(":")[0] in LANGUAGE:
-        with language_model_of(Path(model)) as place:
-            result = run_language(task, model, data, str(place))
-    else:
-        result = run_generated(task, load_generator(Path(model), device=pick_device()), data)
-    keep_result(result, Path(model) if (Path(model) / "run.json").exists() else None)
-    return result
