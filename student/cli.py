@@ -7,13 +7,17 @@ from typing import Any
 
 import click
 
-from evaluation.tasks.registry import ANSWERED, GENERATED, LANGUAGE, MATCHED, SHORT, TASKS
+from evaluation.tasks.registry import SHORT, TASKS
 from evaluation.tasks.registry import find as find_task
+from evaluation.tasks.task import Kind
 from student.recipe import DEMO_DATA
 from teachercache.core.command import run_command
 from teachercache.core.errors import UserError
 from teachercache.core.process import rank
 from teachercache.core.progress import say
+
+MATCHERS = ", ".join(task.name for task in TASKS.values() if task.kind is Kind.MATCHER)
+SAMPLES_ERROR = f"--samples counts draws of a diffusion model: only {MATCHERS} take one"
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -128,7 +132,7 @@ def train(
     from student.training.loop import train as run_training
 
     run = on_this_machine(run)
-    evaluate = score_while_training(run) if run.eval_every else None
+    evaluate = score_while_training(recipe, run) if run.eval_every else None
     trained = run_training(recipe, run, resume=resume, dry_run=dry_run, evaluate=evaluate)
     if rank() == 0 and not dry_run:
         say(next_command(trained, recipe, run))
@@ -139,8 +143,7 @@ def train(
 @click.option(
     "--task",
     required=True,
-    help=f"One of {', '.join(TASKS | ANSWERED | MATCHED | GENERATED | LANGUAGE)}; short: {', '.join(SHORT)}; or all: "
-    "the data sets in --data's folders.",
+    help=f"One of {', '.join(TASKS)}; short: {', '.join(SHORT)}; or all: the data sets in --data's folders.",
 )
 @click.option(
     "--data", default=DEMO_DATA, show_default=True, help="Its test split; all of it where it has no splits."
@@ -183,25 +186,27 @@ def evaluate(
     """
     from evaluation.results.run import table
     from evaluation.results.suite_tables import suite_table
-    from student.inference.measure import measure, measure_suite
+    from student.inference.measure import measure_models, measure_suite
 
-    if samples and task not in MATCHED:
-        raise UserError(f"--samples counts draws of a diffusion model: only {', '.join(MATCHED)} take one")
     if task == "all":
+        if samples:
+            raise UserError(SAMPLES_ERROR)
         report = measure_suite(models, data, out or Path("evals", Path(data).name or "data"), figures)
         printed = {"results": report.results, "skipped": report.skipped}
         print(json.dumps(printed) if as_json else suite_table(report))
         return
     if out is not None:
         raise UserError("--out is where --task all writes its tables; a run's results are kept in RUN/eval")
-    find_task(task)
-    if figures and task not in SHORT and task not in TASKS:
-        raise UserError(f"--figures draws what encoders retrieve, not answers: leave it away for {task}")
-    results = measure(models, task, data, samples=samples, figures=figures)
+    chosen = find_task(task)
+    if samples and chosen.kind is not Kind.MATCHER:
+        raise UserError(SAMPLES_ERROR)
+    if figures and chosen.kind is not Kind.ENCODER:
+        raise UserError(
+            f"--figures draws what encoders predict, not answers: leave it away for {chosen.name}"
+        )
+    results = measure_models(models, chosen, data, samples=samples, figures=figures)
     if as_json:
-        print(
-            *map(json.dumps, results), sep="\n"
-        )  # a line for each model, and each way in which a cache answers
+        print(*map(json.dumps, results), sep="\n")  # a line for each model and each way to answer
     else:
         print(table(results))
 

@@ -28,7 +28,7 @@ PICTURES = (".jpg", ".jpeg", ".png")
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
+class LabeledSet:
     """Rows with labels, `split` train or test; every label's words, the classes that compete."""
 
     manifest: Manifest
@@ -36,23 +36,23 @@ class Found:
     whole: bool = False  # zero-shot measures all rows, not the test rows alone
 
 
-def found(
+def labeled_set(
     data: Path,
     samples: Iterable[Sample],
     names: dict[str, str],
     *,
     root: Path | None = None,
     whole: bool = False,
-) -> Found:
+) -> LabeledSet:
     """Samples as a data set; the pictures' paths start at `root`."""
-    return Found(make_manifest(str(data), root or data, samples), names, whole)
+    return LabeledSet(make_manifest(str(data), root or data, samples), names, whole)
 
 
 # ----------------------------------------------------------------------------------------------------
 # CIFAR
 
 
-def read_cifar10(root: Path, scratch: Path) -> Found:
+def read_cifar10(root: Path, scratch: Path) -> LabeledSet:
     """`cifar-10-batches-py/`: data_batch_1 to 5, test_batch, batches.meta."""
     folder = root / "cifar-10-batches-py"
     parts = [("train", folder / f"data_batch_{i}") for i in range(1, 6)] + [("test", folder / "test_batch")]
@@ -60,7 +60,7 @@ def read_cifar10(root: Path, scratch: Path) -> Found:
     return _cifar(folder, parts, names, "labels", scratch / "cifar10.parquet")
 
 
-def read_cifar100(root: Path, scratch: Path) -> Found:
+def read_cifar100(root: Path, scratch: Path) -> LabeledSet:
     """`cifar-100-python/`: train, test, meta; the 100 fine classes."""
     folder = root / "cifar-100-python"
     (names,) = unpickle(folder / "meta", "fine_label_names")
@@ -68,7 +68,7 @@ def read_cifar100(root: Path, scratch: Path) -> Found:
     return _cifar(folder, parts, names, "fine_labels", scratch / "cifar100.parquet")
 
 
-def _cifar(folder: Path, parts: list[tuple[str, Path]], names: list[str], key: str, out: Path) -> Found:
+def _cifar(folder: Path, parts: list[tuple[str, Path]], names: list[str], key: str, out: Path) -> LabeledSet:
     import pyarrow as pa
     import pyarrow.parquet as pq
     from PIL import Image
@@ -88,7 +88,7 @@ def _cifar(folder: Path, parts: list[tuple[str, Path]], names: list[str], key: s
                     Sample(str(row), out.name, label=names[label], split=split, offset=row, size=1)
                 )
             writer.write_table(pa.table({"image": pa.array(cells, pa.binary())}), row_group_size=1000)
-    return found(folder, samples, {name: name.replace("_", " ") for name in names}, root=out.parent)
+    return labeled_set(folder, samples, {name: name.replace("_", " ") for name in names}, root=out.parent)
 
 
 class _Arrays(pickle.Unpickler):
@@ -126,7 +126,7 @@ def unpickle(path: Path, *keys: str) -> list[Any]:
 # Lists of files beside pictures
 
 
-def read_food101(root: Path, scratch: Path) -> Found:
+def read_food101(root: Path, scratch: Path) -> LabeledSet:
     """`food-101/`: meta/train.txt and test.txt (apple_pie/1005649), meta/labels.txt beside classes.txt."""
     folder = root / "food-101"
     classes = lines(folder / "meta/classes.txt")
@@ -137,10 +137,10 @@ def read_food101(root: Path, scratch: Path) -> Found:
         for split in ("train", "test")
         for name in lines(folder / f"meta/{split}.txt")
     )
-    return found(folder, samples, names)
+    return labeled_set(folder, samples, names)
 
 
-def read_pets(root: Path, scratch: Path) -> Found:
+def read_pets(root: Path, scratch: Path) -> LabeledSet:
     """Oxford-IIIT Pets: annotations/trainval.txt and test.txt (Abyssinian_100 1 1 1), images/."""
 
     def label(name: str) -> str:
@@ -152,12 +152,12 @@ def read_pets(root: Path, scratch: Path) -> Found:
         for line in lines(root / f"annotations/{file}.txt")
     ]
     samples = [Sample(name, f"images/{name}.jpg", label=label(name), split=split) for split, name in listed]
-    return found(
+    return labeled_set(
         root, samples, {each: each.replace("_", " ") for each in sorted({row.label for row in samples})}
     )
 
 
-def read_birdsnap(root: Path, scratch: Path) -> Found:
+def read_birdsnap(root: Path, scratch: Path) -> LabeledSet:
     """Birdsnap 1.1: species.txt, images.txt, test_images.txt with a header and tabs; pictures in images/."""
 
     def rows(name: str) -> Iterator[dict[str, str]]:
@@ -176,10 +176,10 @@ def read_birdsnap(root: Path, scratch: Path) -> Found:
         )
         for row in rows("images.txt")
     )
-    return found(root, samples, names)
+    return labeled_set(root, samples, names)
 
 
-def read_places365(root: Path, scratch: Path) -> Found:
+def read_places365(root: Path, scratch: Path) -> LabeledSet:
     """Places365's validation: places365_val.txt, categories_places365.txt (/a/airfield 0), val_256/ or val_large/."""
     folder = next((part for part in ("val_256", "val_large") if (root / part).is_dir()), "")
     if not folder:
@@ -189,7 +189,7 @@ def read_places365(root: Path, scratch: Path) -> Found:
     numbered = (line.split() for line in lines(root / "categories_places365.txt"))
     names = {number: re.sub("[_/]", " ", name[3:]) for name, number in numbered}  # behind /a/
     listed = (line.split() for line in lines(root / "places365_val.txt"))
-    return found(
+    return labeled_set(
         root, (Sample(name, f"{folder}/{name}", label=label, split="test") for name, label in listed), names
     )
 
@@ -209,7 +209,7 @@ def lines(path: Path) -> list[str]:
 # A folder per class
 
 
-def read_caltech101(root: Path, scratch: Path) -> Found:
+def read_caltech101(root: Path, scratch: Path) -> LabeledSet:
     """`101_ObjectCategories/<class>/`, without BACKGROUND_Google, which is no class: 8,677 pictures.
 
     Zero-shot measures all of them, as many as the supplement's table 2 has; the probe is trained on 30 a class, drawn
@@ -226,7 +226,7 @@ def read_caltech101(root: Path, scratch: Path) -> Found:
             Sample(f"{label}/{name}", f"{label}/{name}", label=label, split="train" if i in train else "test")
             for i, name in enumerate(own)
         ]
-    return found(
+    return labeled_set(
         folder,
         samples,
         {label: label.replace("_", " ") for label in {row.label for row in samples}},
@@ -234,7 +234,7 @@ def read_caltech101(root: Path, scratch: Path) -> Found:
     )
 
 
-def read_objectnet(root: Path, scratch: Path) -> Found:
+def read_objectnet(root: Path, scratch: Path) -> LabeledSet:
     """`objectnet-1.0/`: images/<folder>/, mappings/folder_to_objectnet_label.json."""
     folder = root / "objectnet-1.0"
     names = json_of(folder / "mappings/folder_to_objectnet_label.json")
@@ -245,7 +245,7 @@ def read_objectnet(root: Path, scratch: Path) -> Found:
         for name in pictures_in(folder / "images" / label)
     ]
     present = {row.label for row in samples}
-    return found(
+    return labeled_set(
         folder, samples, {label: words.lower() for label, words in names.items() if label in present}
     )
 
@@ -257,11 +257,11 @@ def in_imagenet(folder: Path) -> set[str]:
     return {label for label, words in names.items() if words in mapped}
 
 
-def read_wnids(folder: Path) -> Found:
+def read_wnids(folder: Path) -> LabeledSet:
     """ImageNet's validation or a variant: folders are wnids, or 0 to 999; only classes that have one compete."""
     manifest = read_manifest(str(folder))
     places, words = class_places(set(manifest.column("label")), str(folder)), class_words()
-    return Found(
+    return LabeledSet(
         manifest,
         {label: words[places[label]] for label in sorted(places, key=places.__getitem__)},
         whole=True,

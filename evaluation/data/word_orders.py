@@ -3,7 +3,7 @@
 Of each caption four wrong ones, in this order behind the true one: nouns among nouns and adjectives among adjectives;
 all other words; the words within each three; threes of words among each other. All five then lose their punctuation and
 what follows the 30th word. What was drawn is kept in a file beside the data, so that models are asked the same; a seed
-and the captions decide it where the tagger is the same. Not for scores: see `tasks/aro.py`.
+and the captions decide it where the tagger is the same. Not for scores: see `tasks/matching/aro.py`.
 """
 
 import dataclasses

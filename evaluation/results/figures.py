@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from evaluation.data.imagenet_classes import class_places, class_words
 from evaluation.data.prompts import fill
 from evaluation.models.encoder import Encoder, embed_images, embed_texts
-from evaluation.results.suite import LABELLED
-from evaluation.tasks.zeroshot import TEMPLATES, Fill, class_names, classifier
+from evaluation.results.suite import LABELED
+from evaluation.tasks.encoding.zeroshot import TEMPLATES, Fill, class_names, classifier
+from evaluation.tasks.task import Task
 from teachercache.core.errors import UserError
 from teachercache.data.manifest import Manifest
 from teachercache.data.pictures import read_image
@@ -32,7 +32,7 @@ PAIRS = 8  # figure 4
 RIGHT, WRONG = "tab:green", "0.7"
 
 
-def draw_data(encoders: Sequence[Encoder], task: str, data: str, out: Path) -> list[Path]:
+def draw_data(encoders: Sequence[Encoder], task: Task, data: str, out: Path) -> list[Path]:
     """What the test rows of any data allow: retrieval and similarities of captions, classes of labels."""
     manifest = read_manifest(data)
     name = manifest.data.rstrip("/").rsplit("/", 1)[-1]
@@ -41,12 +41,9 @@ def draw_data(encoders: Sequence[Encoder], task: str, data: str, out: Path) -> l
     if manifest.has_text()[rows].sum() > 1:
         paths += draw_captions(encoders, manifest, rows, out, name)
     labelled = [row for row in rows if labels[row]]
-    if labelled and task == "imagenet":
-        places, words = class_places({labels[row] for row in labelled}, data), class_words()
-        names = {label: words[place] for label, place in places.items()}
+    if labelled:
+        names = task.class_names(manifest, labelled) if task.class_names else class_names(manifest)
         paths += draw_classes(encoders, manifest, labelled, names, TEMPLATES, out, name)
-    elif labelled:
-        paths += draw_classes(encoders, manifest, labelled, class_names(manifest), TEMPLATES, out, name)
     if not paths:
         raise UserError(f"{data} has no test rows with captions or labels: there is nothing to draw")
     return paths
@@ -62,7 +59,7 @@ def draw_suite(
 ) -> None:
     """The pictures of one of the suite's data sets, by the prompts that it is measured with."""
     if names:
-        draw_classes(encoders, manifest, rows, names, LABELLED[name].templates, out, name, fill)
+        draw_classes(encoders, manifest, rows, names, LABELED[name].templates, out, name, fill)
     else:
         draw_captions(encoders, manifest, rows, out, name)
 

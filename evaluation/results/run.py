@@ -1,109 +1,161 @@
-"""Results as clip-benchmark writes them, and as a table to read."""
+"""Measure models on a task. Results have the JSON form that clip-benchmark writes."""
 
+import json
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NotRequired, TypedDict
 
 import numpy as np
 
 from evaluation.models.answerer import Answerer, ensemble
 from evaluation.models.encoder import Encoder
 from evaluation.models.generator import Generator
+from evaluation.models.language_model import LanguageModel
 from evaluation.models.matcher import Matcher
-from evaluation.tasks.registry import find
+from evaluation.tasks.registry import TASKS
+from evaluation.tasks.task import Kind, Metric, Metrics, Task
 from teachercache.core.errors import UserError
+from teachercache.core.paths import write_whole
 from teachercache.data.read import read_manifest
 
-# What a task's result is as one number, the mean of these
-SCORES = {
-    "zeroshot_classification": ("acc1",),
-    "zeroshot_retrieval": ("image_retrieval_recall@1", "text_retrieval_recall@1"),
+NamedModel = Encoder | Answerer | Matcher | Generator | LanguageModel
+Model = Encoder | Sequence[Answerer] | Matcher | Generator | LanguageModel
+SELECTION_SPLITS = ("val", "validation", "test")  # the first with usable rows chooses the best checkpoint
+
+
+class Result(TypedDict):
+    """The result of one model on one task, as clip-benchmark writes it."""
+
+    dataset: str
+    model: str
+    pretrained: str
+    task: str
+    language: str
+    metrics: Metrics
+    results: NotRequired[Metric]  # generated texts, one JSON object each
+
+
+# ----------------------------------------------------------------------------------------------------
+# One function for each kind of model
+
+
+def measure(task: Task, models: Sequence[Model], data: str) -> Iterator[Result]:
+    """Measure models on a task, one after the other; each result is yielded as soon as it is there.
+
+    Args:
+        task: The task, from `evaluation.tasks.registry.find`.
+        models: Models of the task's kind. For an ANSWERER task each model is a list of Answerers, the ways in which it
+            can answer: each way gets a result, and the first ways of several models also form an ensemble.
+        data: `--data`: a folder for a MATCHER task, whatever the task reads for a LANGUAGE_MODEL task, and anything
+            that `read_manifest` opens for the others.
+
+    Raises:
+        UserError: If the data cannot be read or do not fit the task.
+    """
+    return MEASURES[task.kind](task, models, data)
+
+
+def _measure_on_rows(
+    task: Task, models: Sequence[Encoder | Answerer | Generator], data: str
+) -> Iterator[Result]:
+    manifest = read_manifest(data)
+    for model in models:
+        metrics = dict(task.function(model, manifest))
+        texts = metrics.pop("results", None)
+        result = result_of(task.name, model, manifest.data, metrics)
+        yield result if texts is None else {**result, "results": texts}
+
+
+def _measure_answerers(task: Task, models: Sequence[Sequence[Answerer]], data: str) -> Iterator[Result]:
+    answerers = [answerer for ways in models for answerer in ways]
+    if len(models) > 1:
+        answerers.append(ensemble([ways[0] for ways in models]))
+    return _measure_on_rows(task, answerers, data)
+
+
+def _measure_matchers(task: Task, models: Sequence[Matcher], data: str) -> Iterator[Result]:
+    if not Path(data).is_dir():
+        raise UserError(f"no folder {data}: --task {task.name} needs the folder of the published data set")
+    for matcher in models:
+        yield result_of(task.name, matcher, data, task.function(matcher, Path(data)))
+
+
+def _measure_language_models(task: Task, models: Sequence[LanguageModel], data: str) -> Iterator[Result]:
+    for model in models:
+        yield result_of(task.name, model, data, task.function(model.folder, data))
+
+
+MEASURES: dict[Kind, Callable[..., Iterator[Result]]] = {
+    Kind.ENCODER: _measure_on_rows,
+    Kind.ANSWERER: _measure_answerers,
+    Kind.MATCHER: _measure_matchers,
+    Kind.GENERATOR: _measure_on_rows,
+    Kind.LANGUAGE_MODEL: _measure_language_models,
 }
 
 
-def scorer(task: str, data: str) -> tuple[Callable[[Encoder], tuple[float, dict[str, float]]], str]:
-    """A function of an encoder that gives one score and what it is the mean of; and the split that it looks at."""
-    name, evaluate = find(task)
-    if name not in SCORES:
-        raise UserError(f"--set run.eval_task={task}: choose from zeroshot, retrieval")
+# ----------------------------------------------------------------------------------------------------
+# Checkpoint selection
+
+
+def scorer(task: Task, data: str) -> tuple[Callable[[Encoder], tuple[float, dict[str, float]]], str]:
+    """Return a function that scores a checkpoint, and the split that it measures.
+
+    Args:
+        task: An ENCODER task with a `selection`.
+        data: Anything that `read_manifest` opens.
+
+    Returns:
+        A function from an encoder to (score, metrics), where the score is the mean of the metrics; and the split: val
+        if it has usable rows, otherwise test.
+
+    Raises:
+        UserError: If the task cannot choose checkpoints, or no split has usable rows.
+    """
+    selection = task.selection
+    if selection is None:
+        choices = ", ".join(other.short or other.name for other in TASKS.values() if other.selection)
+        raise UserError(f"--set run.eval_task={task.name}: choose from {choices}")
     manifest = read_manifest(data)
-    needed, labels = manifest.has_text(), manifest.column("label")
-    what = "text"
-    if name == "zeroshot_classification":
-        needed, what = np.array([bool(label) for label in labels]), "label"
-    splits = set(manifest.column("split"))
-    found = [
+    usable = np.array(selection.usable(manifest), bool)
+    present = set(manifest.column("split"))
+    splits = [
         split
-        for split in ("val", "validation", "test")
-        if split in splits and needed[manifest.rows_of_split(split)].any()
+        for split in SELECTION_SPLITS
+        if split in present and usable[manifest.rows_of_split(split)].any()
     ]
-    if not found:
-        raise UserError(f"{data} has no val or test rows with a {what}: leave --eval-every away")
+    if not splits:
+        raise UserError(f"{data} has no val or test rows with a {selection.needs}: leave --eval-every away")
 
     def score(encoder: Encoder) -> tuple[float, dict[str, float]]:
-        metrics = evaluate(encoder, manifest, split=found[0])
-        chosen = {key: metrics[key] for key in SCORES[name]}
-        return statistics.mean(chosen.values()), chosen
+        return headline(task, task.function(encoder, manifest, split=splits[0]))
 
-    return score, found[0]
+    return score, splits[0]
 
 
-def run_task(task: str, encoder: Encoder, data: str) -> dict[str, Any]:
-    """One result in clip-benchmark's JSON shape."""
-    name, evaluate = find(task)
-    manifest = read_manifest(data)
-    return result_of(name, encoder, manifest.data, evaluate(encoder, manifest))
+def headline(task: Task, metrics: Metrics) -> tuple[float, dict[str, float]]:
+    """Return the mean of the task's headline metrics that could be computed, and these metrics.
 
-
-def run_answered(task: str, models: Sequence[Sequence[Answerer]], data: str) -> list[dict[str, Any]]:
-    """One result for each way in which each model answers; of several models also that of their ensemble.
-
-    A model that answers in several ways has the first of them in the ensemble.
+    Raises:
+        UserError: If none of them could be computed.
     """
-    name, evaluate = find(task)
-    manifest = read_manifest(data)
-    found = [one for model in models for one in model]
-    found += [ensemble([model[0] for model in models])] if len(models) > 1 else []
-    return [result_of(name, one, manifest.data, evaluate(one, manifest)) for one in found]
+    chosen: dict[str, float] = {}
+    for key in task.headline:
+        value = metrics.get(key)
+        if isinstance(value, float):
+            chosen[key] = value
+    if not chosen:
+        raise UserError(f"{task.name} has no value for {', '.join(task.headline)}: give it more rows")
+    return statistics.mean(chosen.values()), chosen
 
 
-def run_generated(task: str, generator: Generator, data: str) -> dict[str, Any]:
-    """One result of a model that writes; what it wrote beside the metrics, under `results`."""
-    name, evaluate = find(task)
-    manifest = read_manifest(data)
-    metrics = evaluate(generator, manifest)
-    return {"results": metrics.pop("results"), **result_of(name, generator, manifest.data, metrics)}
+# ----------------------------------------------------------------------------------------------------
+# Results
 
 
-class LanguageModel(NamedTuple):
-    """What a result says of a model whose language is measured."""
-
-    name: str
-    pretrained: str
-
-
-def run_language(task: str, model: str, data: str, folder: str) -> dict[str, Any]:
-    """One result of a model's language model, which lies in a transformers folder."""
-    name, evaluate = find(task)
-    return result_of(name, LanguageModel(Path(model).name, model), data, evaluate(folder, data))
-
-
-def run_matched(task: str, matcher: Matcher, data: str) -> dict[str, Any]:
-    """The result of a task that asks which text fits a picture; its data lie in a local folder."""
-    name, evaluate = find(task)
-    if not Path(data).is_dir():
-        raise UserError(f"no folder {data}: --task {name} wants the folder that the published set lies in")
-    return result_of(name, matcher, data, evaluate(matcher, Path(data)))
-
-
-def result_of(
-    task: str,
-    model: Encoder | Answerer | Matcher | Generator | LanguageModel,
-    data: str,
-    metrics: dict[str, Any],
-) -> dict[str, Any]:
-    """clip-benchmark's JSON shape."""
+def result_of(task: str, model: NamedModel, data: str, metrics: Metrics) -> Result:
+    """Return a result in clip-benchmark's JSON form; the data set is named after the last part of `data`."""
     return {
         "dataset": data.rstrip("/").rsplit("/", 1)[-1],
         "model": model.name,
@@ -114,8 +166,26 @@ def result_of(
     }
 
 
-def table(results: list[dict[str, Any]]) -> str:
-    """Metrics as rows, one column per result; a metric that was not computed shows as -."""
+def keep_result(result: Result, folder: Path | None) -> None:
+    """Write a result into `eval/` of a run folder, and generated texts into `written/`.
+
+    Args:
+        result: The result; its `results` are removed, so that the caller prints the metrics alone.
+        folder: The run folder, or None to write nothing.
+    """
+    texts = result.pop("results", None)
+    if folder is None:
+        return
+    name = f"{result['dataset']}_{result['task']}.json".replace(":", "-")
+    for inner, content in (("eval", result), ("written", texts)):
+        if content is not None:
+            path = folder / inner / name
+            path.parent.mkdir(exist_ok=True)
+            write_whole(path, json.dumps(content) + "\n")
+
+
+def table(results: Sequence[Result]) -> str:
+    """Format results as text: a row for each metric, a column for each result; "-" for a missing metric."""
     names = list(dict.fromkeys(name for result in results for name in result["metrics"]))
     header = ["metric", *(result["model"] for result in results)]
     lines = [header, *([name, *(_cell(result["metrics"].get(name)) for result in results)] for name in names)]
@@ -126,7 +196,7 @@ def table(results: list[dict[str, Any]]) -> str:
     )
 
 
-def _cell(value: Any) -> str:
+def _cell(value: Metric) -> str:
     if value is None:
         return "-"
     return f"{value:.4f}" if isinstance(value, float) else str(value)

@@ -1,4 +1,4 @@
-"""A suite's results: everything as JSON and CSV, what papers report as one Markdown table. Not for measuring."""
+"""Write the results of a suite: everything as JSON and CSV, and the numbers that papers report as a Markdown table."""
 
 import csv
 import io
@@ -6,20 +6,32 @@ import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from evaluation.results.suite import Report
+from evaluation.results.run import Result
+from evaluation.results.suite import CAPTIONED, CLASSIFICATION, LABELED, Report
+from evaluation.tasks.registry import TASKS
+from evaluation.tasks.task import Metric
 from teachercache.core.paths import write_whole
 
-MEAN_PER_CLASS = ("caltech101", "pets")  # what CLIP reports of these; accuracy of the others
-WAYS = (("image", "T2I"), ("text", "I2T"))
-RETRIEVAL = tuple(
-    (f"{way}_retrieval_recall@{k}", f"{short} R@{k}") for way, short in WAYS for k in (1, 5, 10)
+# Metrics that the suite adds to classification, with their headings
+ADDED = (
+    ("acc1_imagenet_classes", "top-1 of ImageNet's classes"),
+    ("aupr", "AUPR"),
+    ("effective_robustness", "effective robustness"),
 )
+ACCURACIES = {heading for _, heading in TASKS[CLASSIFICATION].columns}
 
 
 def write_suite(report: Report, out: Path) -> list[Path]:
-    """suite.json, suite.csv with a line per result as `clip_benchmark build` has it, suite.md with the table."""
+    """Write the report as suite.json, suite.csv and suite.md.
+
+    Args:
+        report: The results of `run_suite`.
+        out: The folder to write to. suite.csv has a line for each result, as `clip_benchmark build` writes it.
+
+    Returns:
+        The paths of the three files.
+    """
     out.mkdir(parents=True, exist_ok=True)
     contents = {
         "json": json.dumps({"results": report.results, "skipped": report.skipped}, indent=1) + "\n",
@@ -31,7 +43,7 @@ def write_suite(report: Report, out: Path) -> list[Path]:
     return [out / f"suite.{ending}" for ending in contents]
 
 
-def _csv(results: Sequence[dict[str, Any]]) -> str:
+def _csv(results: Sequence[Result]) -> str:
     lines = [
         result["metrics"] | {key: value for key, value in result.items() if key != "metrics"}
         for result in results
@@ -46,58 +58,50 @@ def _csv(results: Sequence[dict[str, Any]]) -> str:
 
 
 def suite_table(report: Report) -> str:
-    """Markdown: a row per data set and metric, a column per model, per cent; then what was skipped and why."""
+    """Format a report as Markdown.
+
+    The table has a row for each data set and metric and a column for each model, in per cent. Below it stands what was
+    skipped, with the reasons.
+    """
     models = list(dict.fromkeys((result["model"], result["pretrained"]) for result in report.results))
-    rows: dict[tuple[str, str, str], dict[tuple[str, str], Any]] = {}
+    rows: dict[tuple[str, str, str], dict[tuple[str, str], Metric]] = {}
     for result in report.results:
-        for key, name in reported(result["dataset"], result["task"]):
+        for key, heading in reported(result["dataset"], result["task"]):
             if key in result["metrics"]:
-                cells = rows.setdefault((result["task"], result["dataset"], name), {})
+                cells = rows.setdefault((result["task"], result["dataset"], heading), {})
                 cells[result["model"], result["pretrained"]] = result["metrics"][key]
     lines = [["task", "data", "metric", *(name for name, _ in models)]]
     lines += [["---"] * 3 + ["---:"] * len(models)]
     lines += [[*row, *(_per_cent(cells.get(model)) for model in models)] for row, cells in rows.items()]
-    means = [
-        cells for (task, _, name), cells in rows.items() if task == "zeroshot_classification" and name in TOP1
+    accuracies = [
+        [value for model in models if isinstance(value := cells.get(model), float)]
+        for (task, _, heading), cells in rows.items()
+        if task == CLASSIFICATION and heading in ACCURACIES
     ]
-    whole = [cells for cells in means if all(cells.get(model) is not None for model in models)]
-    if len(whole) > 1:
-        average = [_per_cent(statistics.mean(cells[model] for cells in whole)) for model in models]
-        lines.append(
-            ["zeroshot_classification", f"mean of {len(whole)}", "top-1 or mean per class", *average]
-        )
+    complete = [values for values in accuracies if len(values) == len(models)]
+    if len(complete) > 1:
+        means = [_per_cent(statistics.mean(column)) for column in zip(*complete, strict=True)]
+        lines.append([CLASSIFICATION, f"mean of {len(complete)}", "top-1 or mean per class", *means])
     text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     skipped = [
-        " ".join(filter(None, [f"- {each['dataset']}", each["task"], each["model"]])) + f": {each['reason']}"
-        for each in report.skipped
+        " ".join(filter(None, [f"- {entry['dataset']}", entry["task"], entry["model"]]))
+        + f": {entry['reason']}"
+        for entry in report.skipped
     ]
     return text + ("\n\nSkipped:\n\n" + "\n".join(skipped) if skipped else "")
 
 
-COMPOSED = {
-    "winoground": ("text_score", "image_score", "group_score"),
-    "aro": ("relation_macro", "attribution_macro", "aro_overall", "coco_order", "flickr_order"),
-    "sugar_crepe": ("add", "replace", "swap", "acc"),
-}
-TOP1 = ("top-1", "mean per class")
-
-
 def reported(dataset: str, task: str) -> list[tuple[str, str]]:
-    """Keys and names of what a table of that task shows."""
-    if task == "zeroshot_retrieval":
-        folds = [(f"1000/{key}", f"{name}, 1k folds") for key, name in RETRIEVAL]
-        return [*RETRIEVAL, *(folds if dataset == "mscoco_captions" else [])]
-    if task in COMPOSED:
-        return [(key, key.replace("_", " ")) for key in COMPOSED[task]]
-    prefix = "lp_" if task == "linear_probe" else ""
-    key, name = ("mean_per_class_recall", TOP1[1]) if dataset in MEAN_PER_CLASS else ("acc1", TOP1[0])
-    more = [
-        ("acc1_imagenet_classes", "top-1 of ImageNet's classes"),
-        ("aupr", "AUPR"),
-        ("effective_robustness", "effective robustness"),
-    ]
-    return [(prefix + key, name), *([] if prefix else more)]
+    """Return the keys and headings of the metrics that a table shows for a data set and a task."""
+    columns = list(TASKS[task].columns)
+    if dataset in LABELED:
+        accuracy, mean_per_class = columns
+        columns = [mean_per_class if LABELED[dataset].per_class else accuracy, *ADDED]
+    elif dataset in CAPTIONED and CAPTIONED[dataset].fold:
+        fold = CAPTIONED[dataset].fold
+        columns += [(f"{fold}/{key}", f"{heading}, {fold // 1000}k folds") for key, heading in columns]
+    return columns
 
 
-def _per_cent(value: Any) -> str:
+def _per_cent(value: Metric) -> str:
     return f"{100 * value:.1f}" if isinstance(value, float) else "-"

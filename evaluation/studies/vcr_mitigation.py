@@ -4,7 +4,7 @@
     explicit   CLIP-TD, 8.4: frequent words that question (or picture) and right choice share give way to others
     implicit   CLIP-TD, 8.4: rows that a text-only model answers rightly and surely, apart from those it gets wrong
 
-Takes and gives lines of VCR's own files, which readers and tasks take unchanged; not for measuring: see `tasks/vcr.py`.
+Takes and gives lines of VCR's own files, which readers and tasks take unchanged; not for measuring: see `tasks/answering/vcr.py`.
 """
 
 import random

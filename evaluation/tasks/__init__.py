@@ -1,1 +1,1 @@
-"""Tasks: one file per benchmark, listed in `registry`."""
+"""Evaluation tasks: a folder for each kind of model, a file for each benchmark, and `registry` with their names."""

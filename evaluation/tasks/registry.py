@@ -1,172 +1,386 @@
-"""Evaluation tasks by name: ordinary dicts of functions (a model, data) -> metrics."""
+"""The evaluation tasks by name: one ordinary dict of `Task` values, and the tasks that other packages install.
+
+The functions below import their task when they are called, so that reading the registry imports no torch.
+"""
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from evaluation.tasks.task import Kind, Metrics, Option, Selection, Task
 from teachercache.core.errors import UserError, resolve
 
+if TYPE_CHECKING:
+    from evaluation.models.answerer import Answerer
+    from evaluation.models.encoder import Encoder
+    from evaluation.models.generator import Generator
+    from evaluation.models.matcher import Matcher
+    from teachercache.data.manifest import Manifest
 
-def _retrieval(encoder: Any, manifest: Any, split: str = "test") -> dict[str, Any]:
-    from evaluation.tasks.retrieval import evaluate
+GROUP = "evaluation.tasks"  # entry points of installed tasks
+
+
+# ----------------------------------------------------------------------------------------------------
+# Tasks of an Encoder
+
+
+def _classification(encoder: "Encoder", manifest: "Manifest", split: str = "test") -> Metrics:
+    from evaluation.tasks.encoding.zeroshot import evaluate
 
     return evaluate(encoder, manifest, split)
 
 
-def _zeroshot(encoder: Any, manifest: Any, split: str = "test") -> dict[str, Any]:
-    from evaluation.tasks.zeroshot import evaluate
+def _retrieval(encoder: "Encoder", manifest: "Manifest", split: str = "test") -> Metrics:
+    from evaluation.tasks.encoding.retrieval import evaluate
 
     return evaluate(encoder, manifest, split)
 
 
-def _imagenet(encoder: Any, manifest: Any) -> dict[str, Any]:
-    from evaluation.tasks.imagenet import evaluate
+def _imagenet(encoder: "Encoder", manifest: "Manifest") -> Metrics:
+    from evaluation.tasks.encoding.imagenet import evaluate
 
     return evaluate(encoder, manifest)
 
 
-def _linear_probe(encoder: Any, manifest: Any) -> dict[str, Any]:
-    from evaluation.tasks.linear_probe import evaluate
+def _linear_probe(encoder: "Encoder", manifest: "Manifest") -> Metrics:
+    from evaluation.tasks.encoding.linear_probe import evaluate
 
     return evaluate(encoder, manifest)
 
 
-def _coco_detection(encoder: Any, manifest: Any) -> dict[str, Any]:
-    from evaluation.tasks.coco_detection import evaluate
+def _coco_detection(encoder: "Encoder", manifest: "Manifest") -> Metrics:
+    from evaluation.tasks.encoding.coco_detection import evaluate
 
     return evaluate(encoder, manifest)
 
 
-def _vcr(answerer: Any, manifest: Any) -> dict[str, Any]:
-    from evaluation.tasks.vcr import evaluate
+def _has_label(manifest: "Manifest") -> Sequence[bool]:
+    return [bool(label) for label in manifest.column("label")]
+
+
+def _has_text(manifest: "Manifest") -> Sequence[bool]:
+    return manifest.has_text().tolist()
+
+
+def _imagenet_words(manifest: "Manifest", rows: Sequence[int]) -> Mapping[str, str]:
+    from evaluation.data.imagenet_classes import class_places, class_words
+
+    labels, words = manifest.column("label"), class_words()
+    places = class_places({labels[row] for row in rows}, manifest.data)
+    return {label: words[place] for label, place in places.items()}
+
+
+# ----------------------------------------------------------------------------------------------------
+# Tasks of an Answerer
+
+
+def _vcr(answerer: "Answerer", manifest: "Manifest") -> Metrics:
+    from evaluation.tasks.answering.vcr import evaluate
 
     return evaluate(answerer, manifest)
 
 
-def _snli_ve(answerer: Any, manifest: Any) -> dict[str, Any]:
-    from evaluation.tasks.snli_ve import evaluate
+def _snli_ve(answerer: "Answerer", manifest: "Manifest") -> Metrics:
+    from evaluation.tasks.answering.snli_ve import evaluate
 
     return evaluate(answerer, manifest)
 
 
-def _vqa(answerer: Any, manifest: Any) -> dict[str, Any]:
-    from evaluation.tasks.vqa import evaluate
+def _vqa(answerer: "Answerer", manifest: "Manifest") -> Metrics:
+    from evaluation.tasks.answering.vqa import evaluate
 
     return evaluate(answerer, manifest)
 
 
-def _captions(generator: Any, manifest: Any, **settings: Any) -> dict[str, Any]:
-    from evaluation.tasks.captions import evaluate
-
-    return evaluate(generator, manifest, **settings)
+# ----------------------------------------------------------------------------------------------------
+# Tasks of a Matcher
 
 
-def _open_vqa(generator: Any, manifest: Any, **settings: Any) -> dict[str, Any]:
-    from evaluation.tasks.open_vqa import evaluate
+def _winoground(matcher: "Matcher", data: Path) -> Metrics:
+    from evaluation.tasks.matching.winoground import evaluate
 
-    return evaluate(generator, manifest, **settings)
+    return evaluate(matcher, data)
 
 
-def _glue(folder: str, data: str, **settings: Any) -> dict[str, Any]:
+def _aro(matcher: "Matcher", data: Path) -> Metrics:
+    from evaluation.tasks.matching.aro import evaluate
+
+    return evaluate(matcher, data)
+
+
+def _sugar_crepe(matcher: "Matcher", data: Path) -> Metrics:
+    from evaluation.tasks.matching.sugar_crepe import evaluate
+
+    return evaluate(matcher, data)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Tasks of a Generator
+
+
+def _captions(generator: "Generator", manifest: "Manifest", **options: Any) -> Metrics:
+    from evaluation.tasks.writing.captions import evaluate
+
+    return evaluate(generator, manifest, **options)
+
+
+def _open_vqa(generator: "Generator", manifest: "Manifest", **options: Any) -> Metrics:
+    from evaluation.tasks.writing.open_vqa import evaluate
+
+    return evaluate(generator, manifest, **options)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Tasks of a language model
+
+
+def _glue(folder: str, data: str, **options: Any) -> Metrics:
     from evaluation.probes.finetune_text import Options
-    from evaluation.tasks.glue import evaluate
+    from evaluation.tasks.language.glue import evaluate
 
-    return evaluate(folder, data, Options(**settings))
-
-
-def _xsum(folder: str, data: str, **settings: Any) -> dict[str, Any]:
-    from evaluation.tasks.xsum import BART, evaluate
-
-    return evaluate(folder, data, dataclasses.replace(BART, **settings))
+    return evaluate(folder, data, dataclasses.replace(Options(), **options))
 
 
-def _text_loss(folder: str, data: str) -> dict[str, Any]:
-    from evaluation.tasks.text_loss import evaluate
+def _xsum(folder: str, data: str, **options: Any) -> Metrics:
+    from evaluation.tasks.language.xsum import BART, evaluate
+
+    return evaluate(folder, data, dataclasses.replace(BART, **options))
+
+
+def _text_loss(folder: str, data: str) -> Metrics:
+    from evaluation.tasks.language.text_loss import evaluate
 
     return evaluate(folder, data)
 
 
-def _winoground(matcher: Any, data: Path) -> dict[str, Any]:
-    from evaluation.tasks.winoground import evaluate
+# ----------------------------------------------------------------------------------------------------
+# The table
 
-    return evaluate(matcher, data)
-
-
-def _aro(matcher: Any, data: Path) -> dict[str, Any]:
-    from evaluation.tasks.aro import evaluate
-
-    return evaluate(matcher, data)
-
-
-def _sugar_crepe(matcher: Any, data: Path) -> dict[str, Any]:
-    from evaluation.tasks.sugar_crepe import evaluate
-
-    return evaluate(matcher, data)
-
-
-TASKS: dict[str, Callable[..., dict[str, Any]]] = {
-    "zeroshot_classification": _zeroshot,
-    "zeroshot_retrieval": _retrieval,
-    "imagenet": _imagenet,
-    "linear_probe": _linear_probe,
-    "coco_detection": _coco_detection,
+RECALLS = tuple(
+    (f"{way}_retrieval_recall@{k}", f"{heading} R@{k}")
+    for way, heading in (("image", "T2I"), ("text", "I2T"))
+    for k in (1, 5, 10)
+)
+FINE_TUNING = {
+    "epochs": Option(int),
+    "batch": Option(int),
+    "lr": Option(float),
+    "weight_decay": Option(float, zero=True),
+    "longest": Option(int),
+    "seed": Option(int, zero=True),
 }
-# Tasks of a model that chooses answers: these take an Answerer, those above an Encoder
-ANSWERED: dict[str, Callable[..., dict[str, Any]]] = {"vcr": _vcr, "snli_ve": _snli_ve, "vqa": _vqa}
-# Tasks of a model that writes: these take a Generator
-GENERATED: dict[str, Callable[..., dict[str, Any]]] = {"captions": _captions, "open_vqa": _open_vqa}
-# Tasks of a language model: these take a transformers folder and where the data lie
-LANGUAGE: dict[str, Callable[..., dict[str, Any]]] = {"glue": _glue, "xsum": _xsum, "text_loss": _text_loss}
-Settings = dict[str, Callable[[str], Any]]
-FITTING: Settings = {
-    "epochs": int,
-    "batch": int,
-    "lr": float,
-    "weight_decay": float,
-    "longest": int,
-    "seed": int,
-}
-# What may stand behind a task's name: `captions:masks=8`, `glue:lr=1e-4,epochs=3`
-SETTINGS: dict[str, Settings] = {
-    "captions": {"masks": int, "beams": int, "java": int},
-    "open_vqa": {"masks": int, "beams": int},
-    "glue": FITTING,
-    "xsum": FITTING,
-}
-# Tasks that ask which text fits a picture, so that a diffusion model answers too: these take a Matcher and a folder
-MATCHED: dict[str, Callable[..., dict[str, Any]]] = {
-    "winoground": _winoground,
-    "aro": _aro,
-    "sugar_crepe": _sugar_crepe,
-}
-SHORT = {"zeroshot": "zeroshot_classification", "retrieval": "zeroshot_retrieval"}
+WRITING = {"masks": Option(int), "beams": Option(int)}
 
 
-def find(name: str) -> tuple[str, Callable[..., dict[str, Any]]]:
-    """Full name and function of a task; settings behind a colon are the function's."""
-    short, colon, given = name.partition(":")
+def _plain(*keys: str) -> tuple[tuple[str, str], ...]:
+    """Columns whose headings are the keys with spaces."""
+    return tuple((key, key.replace("_", " ")) for key in keys)
+
+
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        Task(
+            name="zeroshot_classification",
+            kind=Kind.ENCODER,
+            function=_classification,
+            doc="Zero-shot classification with the folders or labels as classes.",
+            short="zeroshot",
+            headline=("acc1",),
+            columns=(("acc1", "top-1"), ("mean_per_class_recall", "mean per class")),
+            selection=Selection(_has_label, "label"),
+        ),
+        Task(
+            name="zeroshot_retrieval",
+            kind=Kind.ENCODER,
+            function=_retrieval,
+            doc="Image-text retrieval in both directions, R@1, R@5 and R@10.",
+            short="retrieval",
+            headline=("image_retrieval_recall@1", "text_retrieval_recall@1"),
+            columns=RECALLS,
+            selection=Selection(_has_text, "text"),
+        ),
+        Task(
+            name="imagenet",
+            kind=Kind.ENCODER,
+            function=_imagenet,
+            doc="Zero-shot ImageNet and its variants with CLIP's class names and 80 prompts.",
+            headline=("acc1",),
+            columns=(("acc1", "top-1"),),
+            class_names=_imagenet_words,
+        ),
+        Task(
+            name="linear_probe",
+            kind=Kind.ENCODER,
+            function=_linear_probe,
+            doc="Logistic regression on frozen image features, as in CLIP.",
+            headline=("lp_acc1",),
+            columns=(("lp_acc1", "top-1"), ("lp_mean_per_class_recall", "mean per class")),
+        ),
+        Task(
+            name="coco_detection",
+            kind=Kind.ENCODER,
+            function=_coco_detection,
+            doc="COCO detection and segmentation by Mask R-CNN on a frozen ResNet.",
+            headline=("bbox_AP",),
+            columns=_plain("bbox_AP", "segm_AP"),
+        ),
+        Task(
+            name="vcr",
+            kind=Kind.ANSWERER,
+            function=_vcr,
+            doc="Visual Commonsense Reasoning: Q2A, QA2R and Q2AR.",
+            headline=("q2a", "qa2r"),
+            columns=_plain("q2a", "qa2r", "q2ar"),
+        ),
+        Task(
+            name="snli_ve",
+            kind=Kind.ANSWERER,
+            function=_snli_ve,
+            doc="Visual entailment on SNLI-VE.",
+            headline=("accuracy",),
+            columns=_plain("accuracy"),
+        ),
+        Task(
+            name="vqa",
+            kind=Kind.ANSWERER,
+            function=_vqa,
+            doc="VQA v2 and OK-VQA with a fixed answer vocabulary, official soft accuracy.",
+            headline=("accuracy",),
+            columns=_plain("accuracy"),
+        ),
+        Task(
+            name="winoground",
+            kind=Kind.MATCHER,
+            function=_winoground,
+            doc="Winoground: two images, two captions of the same words.",
+            columns=_plain("text_score", "image_score", "group_score"),
+        ),
+        Task(
+            name="aro",
+            kind=Kind.MATCHER,
+            function=_aro,
+            doc="ARO: relations, attributes and word order.",
+            columns=_plain(
+                "relation_macro", "attribution_macro", "aro_overall", "coco_order", "flickr_order"
+            ),
+        ),
+        Task(
+            name="sugar_crepe",
+            kind=Kind.MATCHER,
+            function=_sugar_crepe,
+            doc="SugarCrepe: captions against fluent hard negatives.",
+            columns=_plain("add", "replace", "swap", "acc"),
+        ),
+        Task(
+            name="captions",
+            kind=Kind.GENERATOR,
+            function=_captions,
+            doc="Captioning: BLEU, METEOR, ROUGE-L, CIDEr and SPICE.",
+            options={**WRITING, "java": Option(int, zero=True)},
+            headline=("CIDEr",),
+            columns=_plain("CIDEr"),
+        ),
+        Task(
+            name="open_vqa",
+            kind=Kind.GENERATOR,
+            function=_open_vqa,
+            doc="VQA v2 and OK-VQA with generated answers.",
+            options=WRITING,
+            headline=("accuracy",),
+            columns=_plain("accuracy"),
+        ),
+        Task(
+            name="glue",
+            kind=Kind.LANGUAGE_MODEL,
+            function=_glue,
+            doc="GLUE by fine-tuning.",
+            options=FINE_TUNING,
+            headline=("average",),
+            columns=_plain("average"),
+        ),
+        Task(
+            name="xsum",
+            kind=Kind.LANGUAGE_MODEL,
+            function=_xsum,
+            doc="XSUM summaries by fine-tuning, ROUGE.",
+            options=FINE_TUNING,
+            columns=_plain("ROUGE_1", "ROUGE_2", "ROUGE_L"),
+        ),
+        Task(
+            name="text_loss",
+            kind=Kind.LANGUAGE_MODEL,
+            function=_text_loss,
+            doc="Loss of infilling held-out texts.",
+            columns=_plain("nll_per_token", "nll_per_masked_token"),
+        ),
+    )
+}
+SHORT = {task.short: name for name, task in TASKS.items() if task.short}
+
+
+# ----------------------------------------------------------------------------------------------------
+# Names to tasks
+
+
+def installed() -> dict[str, EntryPoint]:
+    """Return the entry points of tasks that other packages install, without loading them."""
+    return {point.name: point for point in entry_points(group=GROUP) if point.name not in TASKS}
+
+
+def find(name: str) -> Task:
+    """Return the task of a name on the command line, with the options behind the name bound to its function.
+
+    Args:
+        name: `NAME`, a short name, `NAME:option=number,...`, or `package.module:TASK`. Ours come first, then installed
+            tasks, then the import.
+
+    Returns:
+        The task; its `name` is the full name with the options, as results have it.
+
+    Raises:
+        UserError: If there is no such task, or it has no such option.
+    """
+    short, colon, text = name.partition(":")
     base = SHORT.get(short, short)
-    full = base + colon + given
-    table = TASKS | ANSWERED | GENERATED | LANGUAGE | MATCHED
-    if colon and base in table:
-        return full, functools.partial(table[base], **_settings(base, given))
-    return full, resolve(full, table, kind="task")
+    points = {} if base in TASKS else installed()
+    if base in TASKS:
+        task = TASKS[base]
+    elif base in points:
+        task = _checked(points[base].load(), points[base].value)
+    else:
+        return _checked(resolve(name, dict.fromkeys((*TASKS, *points)), kind="task"), name)
+    if not colon:
+        return task
+    bound = functools.partial(task.function, **parse_options(task, text))
+    return dataclasses.replace(task, name=f"{base}:{text}", function=bound)
 
 
-def _settings(task: str, given: str) -> dict[str, Any]:
-    """`a=1,b=2` as what the task takes; UserError says what that is."""
-    known, found = SETTINGS.get(task, {}), {}
-    for part in given.split(","):
-        key, _, value = part.partition("=")
+def _checked(value: Task, place: str) -> Task:
+    if type(value) is not Task:
+        raise UserError(f"{place} is not a task: make it a `Task` of evaluation.tasks.task")
+    return value
+
+
+def parse_options(task: Task, text: str) -> dict[str, float]:
+    """Parse `a=1,b=2` with the task's options.
+
+    Raises:
+        UserError: If the task has no such option, or the value is not a number that it allows.
+    """
+    values: dict[str, float] = {}
+    for pair in text.split(","):
+        key, _, value = pair.partition("=")
         try:
-            found[key] = known[key](value)
+            values[key] = task.options[key].convert(value)
         except (KeyError, ValueError) as error:
-            choices = ", ".join(f"{name}=NUMBER" for name in known)
-            raise UserError(
-                f"--task {task}:{part}: " + (f"choose from {choices}" if known else f"{task} has no settings")
-            ) from error
-        if found[key] <= 0 and key not in ("seed", "weight_decay", "java"):
-            raise UserError(f"--task {task}:{part}: give a number above 0")
-    return found
+            choices = ", ".join(f"{name}=NUMBER" for name in task.options)
+            reason = f"choose from {choices}" if choices else f"{task.name} has no options"
+            raise UserError(f"--task {task.name}:{pair}: {reason}") from error
+        if values[key] < 0 or (values[key] == 0 and not task.options[key].zero):
+            least = "of 0 or more" if task.options[key].zero else "above 0"
+            raise UserError(f"--task {task.name}:{pair}: give a number {least}")
+    return values

@@ -60,7 +60,9 @@ def load_generator(folder: Path, *, device: str = "cpu") -> Generator:
 def picture_teacher(folder: Path, fields: tuple[str, ...]) -> Teacher:
     """Load the teacher that a student was distilled from; UserError if its weights have changed since."""
     spec = read_run(folder)["teachers"][0]
-    teacher = load_stored(spec["name"], weights=spec["weights"], outputs=outputs_for(find_stored(spec["name"]), fields))
+    teacher = load_stored(
+        spec["name"], weights=spec["weights"], outputs=outputs_for(find_stored(spec["name"]), fields)
+    )
     if teacher.spec.digest != spec["digest"]:
         raise UserError(
             f"{folder} was distilled from other weights of {spec['name']} than there are now: put those "

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from evaluation.tasks import glue
+from evaluation.tasks.language import glue
 from evaluation.tasks.registry import find
 from scripts.datasets import scene_glue as prepare_scene_glue
 from scripts.papers import run as reproduce

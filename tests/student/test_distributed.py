@@ -26,7 +26,7 @@ from student.distributed import first_row, gather, mean_over_ranks, num_ranks
 from student.models.seq2seq.model import Seq2Seq
 from student.models.seq2seq.texts import Marks, Reader
 from student.models.two_tower.loading import build_two_tower
-from student.recipe import Progress, Optim, Run
+from student.recipe import Optim, Progress, Run
 from student.recipes.clip import CLIP
 from student.recipes.clip_kd import CLIP_KD
 from student.recipes.psd import PSD

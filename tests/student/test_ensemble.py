@@ -12,7 +12,6 @@ from student import losses
 from student.cli import main
 from student.ensemble import concat_shapes, concat_teachers, named, num_teachers, of_teacher
 from student.inputs.caches import field_shapes, find_caches, training_rows
-from student.inputs.pairs import PairBatches
 from student.models.heads import PerTeacher
 from student.models.two_tower.loading import build_two_tower
 from student.recipe import Progress, Run

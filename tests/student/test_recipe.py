@@ -15,7 +15,7 @@ from student import losses
 from student.cli import main
 from student.models.heads import TeacherSpace
 from student.models.two_tower.loading import build_two_tower
-from student.recipe import Progress, Optim, Recipe, Run
+from student.recipe import Optim, Progress, Recipe, Run
 from student.recipes.clip import CLIP
 from student.recipes.clip_kd import CLIP_KD
 from student.recipes.registry import RECIPES, find

@@ -16,8 +16,9 @@ from published_pairs import as_png, noise, winoground_rows, write_aro, write_sug
 from evaluation.data import compositional
 from evaluation.metrics.ranking import bootstrap_interval
 from evaluation.models.matcher import Matcher, of_encoder
-from evaluation.results.run import run_matched
-from evaluation.tasks import aro, sugar_crepe, winoground
+from evaluation.results.run import measure
+from evaluation.tasks.matching import aro, sugar_crepe, winoground
+from evaluation.tasks.registry import find
 from teachercache.core.errors import UserError
 from teachercache.data.sample import BadSample
 
@@ -358,9 +359,9 @@ def test_sugar_crepe_without_pictures_or_files(crepe, tmp_path):
 
 
 def test_a_result_has_the_shape_of_clip_benchmark(wino):
-    result = run_matched("winoground", MATCHER, f"{wino}/")
+    result = next(measure(find("winoground"), [MATCHER], f"{wino}/"))
     assert set(result) == {"dataset", "model", "pretrained", "task", "language", "metrics"}
     assert (result["dataset"], result["model"], result["task"]) == (wino.name, "linear", "winoground")
     json.dumps(result)
     with pytest.raises(UserError, match="no folder nowhere"):
-        run_matched("aro", MATCHER, "nowhere")
+        next(measure(find("aro"), [MATCHER], "nowhere"))

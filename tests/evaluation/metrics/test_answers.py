@@ -8,9 +8,10 @@ import pytest
 
 from evaluation.metrics.vqa_answers import normalise_answer
 from evaluation.models.answerer import Answerer, ensemble, pick, rows_to_measure
-from evaluation.results.run import run_answered, table
-from evaluation.tasks import snli_ve, vcr, vqa
-from evaluation.tasks.registry import ANSWERED, find
+from evaluation.results.run import measure, table
+from evaluation.tasks.answering import snli_ve, vcr, vqa
+from evaluation.tasks.registry import TASKS, find
+from evaluation.tasks.task import Kind
 from teachercache.core.errors import UserError
 from teachercache.data.manifest import make_manifest, write_manifest
 from teachercache.data.readers.questions import LABELS
@@ -300,21 +301,21 @@ LABELLED = {
 }
 
 
-@pytest.mark.parametrize("task", list(ANSWERED))
+@pytest.mark.parametrize("task", [task.name for task in TASKS.values() if task.kind is Kind.ANSWERER])
 def test_a_collapsed_model_scores_nothing(task, tmp_path):
     columns, choices, names, ties = LABELLED[task]
     same = np.zeros((8, choices), np.float32)
     model = fixed(
         {"": same, "q2a": same, "qa2r": same}, task, answers=tuple("abcde") if task == "vqa" else ()
     )
-    found = find(task)[1](model, manifest_of([columns] * 8, tmp_path))
+    found = find(task).function(model, manifest_of([columns] * 8, tmp_path))
     assert {found[name] for name in names} == {0.0}
     assert found[ties] == 1.0
 
 
 @pytest.mark.parametrize("task", ["snli_ve", "vqa"])
 def test_no_labels_are_no_zero(task, tmp_path):
-    found = find(task)[1](
+    found = find(task).function(
         fixed({"": np.zeros((3, 3), np.float32)}, task), manifest_of([{"task": task}] * 3, tmp_path)
     )
     assert found["accuracy"].startswith("skipped: ")
@@ -356,10 +357,10 @@ def test_results_of_two_models_and_of_both(vcr_tasks, vcr_scores, tmp_path):
         [fixed({"q2a": vcr_scores["q2a"], "qa2r": None}, "vcr", name="answers")],
         [fixed({"q2a": None, "qa2r": vcr_scores["qa2r"]}, "vcr", name="reasons")],
     ]
-    results = run_answered("vcr", models, str(tmp_path / "data/val.parquet"))
+    results = list(measure(find("vcr"), models, str(tmp_path / "data/val.parquet")))
     assert [result["model"] for result in results] == ["answers", "reasons", "ensemble of answers + reasons"]
     assert [isinstance(result["metrics"]["q2ar"], float) for result in results] == [False, False, True]
     assert results[2]["metrics"]["q2a"] == results[0]["metrics"]["q2a"]
     assert json.loads(json.dumps(results, allow_nan=False)) == results
     assert "skipped: answers was not made for qa2r" in table(results)
-    assert len(run_answered("vcr", models[:1], str(tmp_path / "data/val.parquet"))) == 1
+    assert len(list(measure(find("vcr"), models[:1], str(tmp_path / "data/val.parquet")))) == 1

@@ -13,7 +13,8 @@ from small import make_folder, save_teacher
 
 from evaluation.models import encoder
 from evaluation.results import figures
-from evaluation.tasks.zeroshot import TEMPLATES
+from evaluation.tasks.encoding.zeroshot import TEMPLATES
+from evaluation.tasks.registry import find
 from student.cli import main
 from teachercache.core.errors import UserError
 
@@ -43,7 +44,7 @@ def drawn(data, tmp_path, monkeypatch) -> dict:
 
     monkeypatch.setattr(figures, "_save", save)
     monkeypatch.setattr(encoder, "default_workers", lambda: 0)
-    paths = figures.draw_data(MODELS, "zeroshot_retrieval", str(data), tmp_path)
+    paths = figures.draw_data(MODELS, find("retrieval"), str(data), tmp_path)
     assert [path.name for path in paths] == [
         "squares-retrieval.png",
         "squares-similarity.png",
@@ -130,7 +131,7 @@ def test_rows_without_captions_or_labels(tmp_path):
     published_sets.picture(tmp_path / "bare" / "1.png")
     published_sets.picture(tmp_path / "bare" / "2.png")
     with pytest.raises(UserError, match="nothing to draw"):
-        figures.draw_data(MODELS, "zeroshot_retrieval", str(tmp_path / "bare"), tmp_path / "out")
+        figures.draw_data(MODELS, find("retrieval"), str(tmp_path / "bare"), tmp_path / "out")
 
 
 # ----------------------------------------------------------------------------------------------------

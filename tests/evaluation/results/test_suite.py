@@ -24,7 +24,7 @@ from evaluation.metrics.ranking import average_precision
 from evaluation.metrics.robustness import effective_robustness, read_baselines
 from evaluation.models import encoder
 from evaluation.results import suite
-from evaluation.results.suite import CAPTIONED, LABELLED, bordered, locate, measured_rows, run_suite
+from evaluation.results.suite import CAPTIONED, LABELED, locate, measured_rows, run_suite, without_border
 from evaluation.results.suite_tables import suite_table, write_suite
 from teachercache.core.errors import UserError
 from teachercache.data.pictures import read_image
@@ -54,7 +54,7 @@ def metrics_of(report, dataset: str, task: str = "zeroshot_classification", mode
 
 
 def read(name: str, root, scratch):
-    labelled = LABELLED[name]
+    labelled = LABELED[name]
     return labelled.read(locate(root, labelled.marker), scratch)
 
 
@@ -261,12 +261,12 @@ def test_zero_shot_is_torchmetrics_on_slow_scores(name, report, root, tmp_path):
 
 def test_borders_are_cut():
     """Of ObjectNet alone."""
-    assert LABELLED["objectnet"].border == 2
-    assert {name for name, each in LABELLED.items() if each.border} == {"objectnet"}
+    assert LABELED["objectnet"].border == 2
+    assert {name for name, each in LABELED.items() if each.border} == {"objectnet"}
     seen = []
-    bordered(dataclasses.replace(ENCODER, view=seen.append), 2).view(Image.new("RGB", (9, 8)))
+    without_border(dataclasses.replace(ENCODER, view=seen.append), 2).view(Image.new("RGB", (9, 8)))
     assert seen[0].size == (5, 4)
-    assert bordered(ENCODER, 0) is ENCODER
+    assert without_border(ENCODER, 0) is ENCODER
 
 
 def test_objectnets_classes_that_imagenet_has(report, root, tmp_path):
@@ -361,7 +361,7 @@ def test_retrieval_of_karpathys_coco(report, root):
 
 def test_folds_are_means_of_parts(root, monkeypatch):
     """Of nine pictures two folds of four; recall by hand in each."""
-    from evaluation.tasks.retrieval import evaluate
+    from evaluation.tasks.encoding.retrieval import evaluate
     from teachercache.data.read import read_manifest
 
     monkeypatch.setattr(encoder, "default_workers", lambda: 0)
@@ -429,10 +429,10 @@ def test_baselines_beside_the_data_give_effective_robustness(root, tmp_path, mon
 def test_what_is_not_there_is_skipped_with_a_reason(report):
     reasons = {(each["dataset"], each["task"]): each["reason"] for each in report.skipped}
     assert "there is no sketch in" in reasons["imagenet_sketch", "zeroshot_classification"]
-    assert "training pictures" in reasons["places365", "linear_probe"]
+    assert "training images" in reasons["places365", "linear_probe"]
     assert "baselines.csv" in reasons["imagenet shifts", "effective_robustness"]
     measured = {each["dataset"] for each in report.results}
-    assert measured == {*LABELLED, *CAPTIONED} - {
+    assert measured == {*LABELED, *CAPTIONED} - {
         "imagenet_sketch",
         "imagenetv2-threshold0.7",
         "imagenetv2-top-images",

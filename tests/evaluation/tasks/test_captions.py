@@ -12,7 +12,7 @@ from PIL import Image
 from evaluation.metrics import captions as caption_scores
 from evaluation.metrics.captions import bleu, cider, plain_words, score_captions
 from evaluation.models.generator import MASK, Generator, answer_prompt, caption_prompt
-from evaluation.results.run import run_generated, table
+from evaluation.results.run import measure, table
 from evaluation.tasks.registry import find
 from student.models.seq2seq import texts as text_inputs
 from teachercache.core.errors import UserError
@@ -186,7 +186,7 @@ def test_karpathys_test_split_is_captioned(tmp_path):
     pictures(tmp_path, [f"val2014/{name}" for _, name in rows if name != "gone.png"])
     asked: list = []
     texts = {1: "A cat number 1.", 2: "the  dog"}
-    found = run_generated("captions", writer(texts, asked), str(tmp_path / "dataset_coco.json"))
+    found = next(measure(find("captions"), [writer(texts, asked)], str(tmp_path / "dataset_coco.json")))
     assert found["results"] == [
         {"image_id": 8, "caption": "A cat number 1."},
         {"image_id": 9, "caption": "the dog"},
@@ -195,7 +195,7 @@ def test_karpathys_test_split_is_captioned(tmp_path):
     assert (metrics["num_images"], metrics["num_skipped"], metrics["num_different"]) == (2, 1, 2)
     assert asked == [([f"A picture of {MASK * 6}."] * 2, 6, 24)]
     assert "CIDEr" in table([found])
-    run_generated("captions:masks=8", writer(texts, asked), str(tmp_path / "dataset_coco.json"))
+    next(measure(find("captions:masks=8"), [writer(texts, asked)], str(tmp_path / "dataset_coco.json")))
     assert asked[-1][0] == [f"A picture of {MASK * 8}."] * 2
 
 
@@ -224,7 +224,7 @@ def test_nocaps_is_scored_by_domain_with_its_own_frequencies(tmp_path):
     path = tmp_path / "nocaps_val_4500_captions.json"
     path.write_text(json.dumps({"info": {}, "licenses": [], "images": images, "annotations": notes}))
     pictures(tmp_path, [f"images/{image['file_name']}" for image in images])
-    metrics = find("captions")[1](writer(texts, []), read_manifest(str(path)))
+    metrics = find("captions").function(writer(texts, []), read_manifest(str(path)))
     near = [[texts[i], "a thing on a mat"] for i in (1, 3)]
     assert metrics["CIDEr:domain=near-domain"] == pytest.approx(cider([texts[1], texts[3]], near)["CIDEr"])
     assert metrics["CIDEr"] == pytest.approx(
@@ -272,7 +272,7 @@ def vqa_files(folder: Path, answers: list[list[str]], raw: list[list[str]] | Non
 def test_open_answers_have_the_official_accuracy(tmp_path):
     path = vqa_files(tmp_path, [["cat"] * 2 + ["dog"] * 8, ["red"] * 10, ["two"] * 4 + ["2"] * 6])
     asked: list = []
-    found = run_generated("open_vqa", writer({0: "Cat", 1: "", 2: "two"}, asked), str(path))
+    found = next(measure(find("open_vqa"), [writer({0: "Cat", 1: "", 2: "two"}, asked)], str(path)))
     metrics = found["metrics"]
     assert metrics["accuracy"] == pytest.approx(((2 * 1 / 3 + 8 * 2 / 3) / 10 + 0 + 1) / 3)
     assert asked[0][0][0] == f"What is 0? Answer: {MASK * 2}."
@@ -283,14 +283,14 @@ def test_open_answers_have_the_official_accuracy(tmp_path):
 
 def test_ok_vqa_is_also_compared_with_what_people_wrote(tmp_path):
     path = vqa_files(tmp_path, [["race"] * 10], [["racing"] * 10])
-    metrics = run_generated("open_vqa", writer({0: "racing"}, []), str(path))["metrics"]
+    metrics = next(measure(find("open_vqa"), [writer({0: "racing"}, [])], str(path)))["metrics"]
     assert (metrics["accuracy"], metrics["accuracy:raw_answer"]) == (0.0, 1.0)
 
 
 def test_questions_without_answers_are_written_but_not_scored(tmp_path):
     path = vqa_files(tmp_path, [["cat"] * 10])
     (tmp_path / "v2_mscoco_val2014_annotations.json").unlink()
-    found = run_generated("open_vqa", writer({0: "cat"}, []), str(path))
+    found = next(measure(find("open_vqa"), [writer({0: "cat"}, [])], str(path)))
     assert found["metrics"]["accuracy"].startswith("skipped: ")
     assert found["results"] == [{"question_id": 100, "answer": "cat"}]
 
@@ -305,7 +305,7 @@ def test_prompts_are_those_that_the_student_learns_from():
 def test_data_without_texts_are_one_line(tmp_path, task, reason):
     pictures(tmp_path, ["a.png"])
     with pytest.raises(UserError, match=reason):
-        run_generated(task, writer({0: "x"}, []), str(tmp_path))
+        next(measure(find(task), [writer({0: "x"}, [])], str(tmp_path)))
 
 
 def test_what_cannot_write_is_one_line(capsys, tmp_path):
@@ -317,8 +317,8 @@ def test_what_cannot_write_is_one_line(capsys, tmp_path):
         ("captions:masks=0", "a number above 0"),
         ("open_vqa:mask=2", "choose from masks=NUMBER"),
         ("glue:lr=high", "choose from epochs=NUMBER"),
-        ("retrieval:k=3", "has no settings"),
-        ("linear_probe:c=3", "no settings"),
+        ("retrieval:k=3", "has no options"),
+        ("linear_probe:c=3", "no options"),
         ("glue:lr=1e-4", "no GLUE at"),
     ):
         assert main(["eval", str(tmp_path), "--task", task, "--data", str(tmp_path)]) == 2

@@ -26,7 +26,7 @@ from evaluation.data.coco_instances import (
 )
 from evaluation.models.encoder import of_teacher
 from evaluation.probes.mask_rcnn import ONE_X, Options, build_detector, mirrored, train
-from evaluation.tasks import coco_detection
+from evaluation.tasks.encoding import coco_detection
 from student.cli import main
 from teachercache.core.errors import UserError
 from teachercache.data.read import read_manifest

@@ -12,9 +12,9 @@ from PIL import Image
 from small import make_folder
 
 from evaluation.models.encoder import embed_images, embed_texts
-from evaluation.results.run import run_task
+from evaluation.results.run import measure
+from evaluation.tasks.encoding.zeroshot import TEMPLATES
 from evaluation.tasks.registry import SHORT, find
-from evaluation.tasks.zeroshot import TEMPLATES
 from student.cli import main
 from teachercache.core.errors import UserError
 from teachercache.data.read import read_manifest
@@ -59,7 +59,7 @@ def captioned(folder) -> list[tuple]:
 
 
 def test_retrieval_is_the_slow_loop(data):
-    found = find("retrieval")[1](ENCODER, read_manifest(str(data)))
+    found = find("retrieval").function(ENCODER, read_manifest(str(data)))
     pairs = captioned(data)
     images = [slow_image(path) for path, _ in pairs]
     texts = [(i, slow_text(text)) for i, (_, group) in enumerate(pairs) for text in group]
@@ -80,7 +80,7 @@ def test_retrieval_is_the_slow_loop(data):
 
 
 def test_retrieval_in_chunks_is_the_same(data, monkeypatch):
-    from evaluation.tasks import retrieval
+    from evaluation.tasks.encoding import retrieval
 
     manifest = read_manifest(str(data))
     whole = retrieval.evaluate(ENCODER, manifest)
@@ -90,7 +90,7 @@ def test_retrieval_in_chunks_is_the_same(data, monkeypatch):
 
 @pytest.mark.parametrize("task", list(SHORT))
 def test_a_model_that_says_one_thing_scores_nothing(task, data):
-    metrics = find(task)[1](CONSTANT, read_manifest(str(data)))
+    metrics = find(task).function(CONSTANT, read_manifest(str(data)))
     scores = [
         value for name, value in metrics.items() if name.startswith(("acc", "mean_per")) or "recall@" in name
     ]
@@ -103,7 +103,7 @@ def test_retrieval_without_captions(data, tmp_path):
     for path in bare.rglob("*.txt"):
         path.unlink()
     with pytest.raises(UserError, match="no test rows with texts: retrieval needs captions"):
-        find("retrieval")[1](ENCODER, read_manifest(str(bare)))
+        find("retrieval").function(ENCODER, read_manifest(str(bare)))
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -141,7 +141,7 @@ def classes(data, tmp_path):
 
 
 def test_zeroshot_is_the_slow_loop(classes):
-    found = find("zeroshot")[1](ENCODER, read_manifest(str(classes)))
+    found = find("zeroshot").function(ENCODER, read_manifest(str(classes)))
     names = {
         "class0": "class0",
         "class1": "class1",
@@ -165,12 +165,12 @@ def test_zeroshot_is_the_slow_loop(classes):
 
 
 def test_acc5_says_nothing_of_few_classes(data):
-    assert find("zeroshot")[1](ENCODER, read_manifest(str(data)))["acc5"] is None
+    assert find("zeroshot").function(ENCODER, read_manifest(str(data)))["acc5"] is None
 
 
 def test_names_of_classnames_txt_count(classes):
     (classes / "classnames.txt").write_text("class1\tred bird\nbig_cats/lion\tking of beasts\n")
-    found = find("zeroshot")[1](ENCODER, read_manifest(str(classes)))
+    found = find("zeroshot").function(ENCODER, read_manifest(str(classes)))
     names = {
         "class0": "class0",
         "class1": "red bird",
@@ -191,7 +191,7 @@ def test_names_of_classnames_txt_count(classes):
 def test_a_wrong_line_of_classnames_txt(line, classes):
     (classes / "classnames.txt").write_text(f"class2\ttwo\n{line}\n")
     with pytest.raises(UserError, match=f"'{line}' is not `label<TAB>name` of a class that occurs"):
-        find("zeroshot")[1](ENCODER, read_manifest(str(classes)))
+        find("zeroshot").function(ENCODER, read_manifest(str(classes)))
 
 
 def test_zeroshot_without_classes(tmp_path):
@@ -199,7 +199,7 @@ def test_zeroshot_without_classes(tmp_path):
     for path in list(folder.rglob("*.*")):
         path.rename(folder / path.name)
     with pytest.raises(UserError, match="no labels: zero-shot classification needs a folder per class"):
-        find("zeroshot")[1](ENCODER, read_manifest(str(folder)))
+        find("zeroshot").function(ENCODER, read_manifest(str(folder)))
 
 
 def test_data_that_has_splits_but_no_test(data, tmp_path):
@@ -208,12 +208,12 @@ def test_data_that_has_splits_but_no_test(data, tmp_path):
     shutil.rmtree(folder / "test")
     for task in ANY_FOLDER:
         with pytest.raises(UserError, match="no test"):
-            find(task)[1](ENCODER, read_manifest(str(folder)))
+            find(task).function(ENCODER, read_manifest(str(folder)))
 
 
 def test_data_without_splits_is_measured_whole(tmp_path):
     folder = make_folder(tmp_path / "flat", 9)
-    assert find("zeroshot")[1](ENCODER, read_manifest(str(folder)))["num_images"] == 9
+    assert find("zeroshot").function(ENCODER, read_manifest(str(folder)))["num_images"] == 9
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -240,11 +240,11 @@ def test_pictures_that_cannot_be_read_are_counted_and_left_out(task, data, tmp_p
     pictures = [path for path, _ in captioned(folder)]
     pictures[3].write_bytes(b"no picture")
     pictures[9].write_bytes(pictures[9].read_bytes()[:-700])
-    found = find(task)[1](ENCODER, read_manifest(str(folder)))
+    found = find(task).function(ENCODER, read_manifest(str(folder)))
     gone = shutil.copytree(folder, tmp_path / "gone")
     for i in (3, 9):
         (gone / pictures[i].relative_to(folder)).unlink()
-    without = find(task)[1](ENCODER, read_manifest(str(gone)))
+    without = find(task).function(ENCODER, read_manifest(str(gone)))
     assert (found.pop("num_skipped"), without.pop("num_skipped")) == (2, 0)
     assert found == without
 
@@ -255,7 +255,7 @@ def test_no_readable_picture_is_an_error(task, data, tmp_path):
     for path in (folder / "test").rglob("*.png"):
         path.write_bytes(b"no picture")
     with pytest.raises(UserError):
-        find(task)[1](ENCODER, read_manifest(str(folder)))
+        find(task).function(ENCODER, read_manifest(str(folder)))
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -271,7 +271,7 @@ METRICS = {
 
 @pytest.mark.parametrize("short", list(SHORT))
 def test_a_result_has_the_shape_of_clip_benchmark(short, data):
-    result = run_task(short, ENCODER, str(data) + "/")
+    result = next(measure(find(short), [ENCODER], str(data) + "/"))
     assert list(result) == KEYS
     assert (result["dataset"], result["model"], result["pretrained"]) == ("squares", "linear", "by hand")
     assert (result["task"], result["language"]) == (SHORT[short], "en")

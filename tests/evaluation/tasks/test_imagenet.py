@@ -11,8 +11,9 @@ from PIL import Image
 from torchmetrics.classification import MulticlassAccuracy
 
 from evaluation.data.imagenet_classes import class_places, class_words, wnids
-from evaluation.results.run import run_task
-from evaluation.tasks.imagenet import evaluate
+from evaluation.results.run import measure
+from evaluation.tasks.encoding.imagenet import evaluate
+from evaluation.tasks.registry import find
 from teachercache.core.errors import UserError
 from teachercache.data.read import read_manifest
 
@@ -40,7 +41,7 @@ def folder(tmp_path_factory, wordnet):
     return root
 
 
-def measure(root, encoder=ENCODER) -> dict:
+def evaluated(root, encoder=ENCODER) -> dict:
     return evaluate(encoder, read_manifest(str(root)))
 
 
@@ -69,7 +70,7 @@ def names() -> dict[int, str]:
 
 
 def test_imagenet_is_torchmetrics_on_the_slow_scores(folder, wordnet, names):
-    found = measure(folder)
+    found = evaluated(folder)
     scores, labels = (torch.from_numpy(array) for array in slow_scores(folder, wordnet, names))
 
     def accuracy(**words) -> float:
@@ -92,13 +93,13 @@ def test_numbers_for_folders_are_places_among_the_wnids(folder, wordnet, tmp_pat
     """ImageNetV2: `10` comes before `2` in a listing, and is class 10 all the same."""
     for place in PLACES:
         shutil.copytree(folder / "val" / wordnet[place], tmp_path / "v2" / str(place))
-    assert measure(tmp_path / "v2") == measure(folder) == measure(folder / "val")
+    assert evaluated(tmp_path / "v2") == evaluated(folder) == evaluated(folder / "val")
 
 
 def test_only_classes_with_a_folder_compete(folder, wordnet, tmp_path, capfd):
     shutil.copytree(folder / "val" / wordnet[999], tmp_path / "one" / wordnet[999])
     shutil.copytree(folder / "val" / wordnet[2], tmp_path / "one" / wordnet[2])
-    found = measure(tmp_path / "one")
+    found = evaluated(tmp_path / "one")
     assert (found["num_classes"], found["num_images"], found["acc5"]) == (2, 8, None)
     assert "2 of ImageNet's 1,000 classes have a folder" in capfd.readouterr().err
 
@@ -130,14 +131,14 @@ def test_names_of_a_file_count(folder, wordnet, names, tmp_path):
     root = shutil.copytree(folder, tmp_path / "named")
     (root / "classnames.txt").write_text(f"{wordnet[10]}\tking of beasts\n")
     scores, labels = slow_scores(root, wordnet, {**names, 10: "king of beasts"})
-    assert measure(root)["acc1"] == pytest.approx((scores.argmax(1) == labels).mean())
+    assert evaluated(root)["acc1"] == pytest.approx((scores.argmax(1) == labels).mean())
     (root / "classnames.txt").write_text(f"{wordnet[5]}\tking of beasts\n")
     with pytest.raises(UserError, match="is not `label<TAB>name` of a class that occurs"):
-        measure(root)
+        evaluated(root)
 
 
 def test_a_model_that_says_one_thing_hits_nothing(folder):
-    found = measure(folder, CONSTANT)
+    found = evaluated(folder, CONSTANT)
     assert (found["acc1"], found["acc5"], found["mean_per_class_recall"], found["tie_rate"]) == (0, 0, 0, 1)
 
 
@@ -146,18 +147,18 @@ def test_a_folder_that_is_no_class(wrong, folder, tmp_path):
     root = shutil.copytree(folder / "val", tmp_path / "wrong")
     shutil.copytree(next(root.iterdir()), root / wrong)
     with pytest.raises(UserError, match=f"folder '{wrong}' is not one of .* `--task zeroshot`"):
-        measure(root)
+        evaluated(root)
 
 
 def test_pictures_without_labels(folder, tmp_path):
     shutil.copytree(folder / "train", tmp_path / "bare" / "train")
     with pytest.raises(UserError, match="no validation or test rows with labels"):
-        measure(tmp_path / "bare")
+        evaluated(tmp_path / "bare")
 
 
 def test_a_damaged_picture_is_left_out(folder, wordnet, tmp_path):
     root = shutil.copytree(folder, tmp_path / "damaged")
     next((root / "val" / wordnet[999]).iterdir()).write_bytes(b"no picture")
-    result = run_task("imagenet", ENCODER, str(root))
+    result = next(measure(find("imagenet"), [ENCODER], str(root)))
     assert (result["dataset"], result["task"]) == ("damaged", "imagenet")
     assert (result["metrics"]["num_images"], result["metrics"]["num_skipped"]) == (27, 1)

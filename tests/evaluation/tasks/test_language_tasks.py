@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from evaluation.probes.finetune_text import Options
-from evaluation.tasks import glue, text_loss, xsum
+from evaluation.tasks.language import glue, text_loss, xsum
 from teachercache.core.errors import UserError
 
 LINES = {  # a train line and a dev line of each task, as GLUE's own files have them

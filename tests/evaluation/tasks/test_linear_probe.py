@@ -15,8 +15,8 @@ from small import make_folder
 from torchmetrics.classification import MulticlassAccuracy
 
 from evaluation.models.encoder import Encoder
-from evaluation.results.run import run_task
-from evaluation.tasks.linear_probe import (
+from evaluation.results.run import measure
+from evaluation.tasks.encoding.linear_probe import (
     best_strength,
     evaluate,
     fit,
@@ -24,6 +24,7 @@ from evaluation.tasks.linear_probe import (
     labelled_splits,
     probe_features,
 )
+from evaluation.tasks.registry import find
 from student.cli import main
 from teachercache.core.errors import UserError
 from teachercache.data.read import read_manifest
@@ -97,7 +98,7 @@ def test_the_strength_is_as_good_on_validation_as_any_of_the_grids_start(data):
 
 
 def test_a_result_is_json(data):
-    result = run_task("linear_probe", ENCODER, str(data))
+    result = next(measure(find("linear_probe"), [ENCODER], str(data)))
     assert (result["dataset"], result["task"]) == ("colours", "linear_probe")
     assert json.loads(json.dumps(result, allow_nan=False)) == result
 

@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 from small import train_here
 
 from student.cli import main
-from student.models.two_tower import export_hf
-from student.models.two_tower.hf_tokenizer import clip_tokenizer
-from student.models.two_tower.export_hf import image_processor
 from student.export.model_card import model_card
+from student.models.two_tower import export_hf
+from student.models.two_tower.export_hf import image_processor
+from student.models.two_tower.hf_tokenizer import clip_tokenizer
 from student.models.two_tower.loading import load_student
 from student.models.two_tower.model import TwoTower, open_clip_state
 from teachercache.data.views import image_view

@@ -18,7 +18,7 @@ from small import build_cache, chunks_of, make_folder, save_teacher
 
 from student.inputs.caches import find_cache, readable_rows, same_data_cache, training_rows
 from student.inputs.order import epoch_order
-from student.inputs.pairs import PairBatches, loader
+from student.inputs.pairs import loader
 from teachercache.cache import store
 from teachercache.cache.spec import CacheMeta, Field, TeacherSpec
 from teachercache.core.errors import UserError

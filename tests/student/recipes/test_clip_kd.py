@@ -10,7 +10,7 @@ import torch
 from small import TINY_CFG, build_cache, read_lines, save_teacher, train_here
 
 from student.models.two_tower.loading import TINY, build_two_tower
-from student.models.two_tower.model import TwoTower, keep_patches, add_block_outputs, add_masked_output
+from student.models.two_tower.model import TwoTower, add_block_outputs, add_masked_output, keep_patches
 from student.recipe import Progress, Run
 from student.recipes.clip_kd import CLIP_KD, block_pairs
 from student.settings import override
@@ -481,7 +481,6 @@ def test_all_terms_resume_to_the_last_bit(
 def test_masks_change_with_the_epoch_and_not_with_the_step_alone(squares, hidden_cache, tmp_path):
     """Chances are drawn by seed, epoch and row: a row has another mask in each epoch."""
     from student.inputs.caches import training_rows
-    from student.inputs.pairs import PairBatches
     from teachercache.cache import store
     from teachercache.data.read import read_manifest
 

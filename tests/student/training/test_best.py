@@ -127,7 +127,7 @@ def test_what_cannot_be_evaluated_is_refused_before_the_first_step(squares, cach
 
 
 def test_an_evaluation_that_fails_loses_no_step(squares, cache, tmp_path, monkeypatch, capsys):
-    import evaluation.tasks.retrieval as retrieval
+    import evaluation.tasks.encoding.retrieval as retrieval
 
     run, words = tmp_path / "run", ("--steps", 4, "--eval-every", 2)
     with monkeypatch.context() as patch:
@@ -147,22 +147,23 @@ def fail(message: str) -> None:
 
 def test_val_rows_come_before_test_rows(squares, tmp_path):
     from evaluation.results.run import scorer
+    from evaluation.tasks.registry import find
 
     data = tmp_path / "data"
     shutil.copytree(squares, data)
-    assert scorer("retrieval", str(data))[1] == "test"
+    assert scorer(find("retrieval"), str(data))[1] == "test"
     (data / "val").mkdir()
     shutil.copytree(squares / "test" / "class0", data / "val" / "class0")
-    score, split = scorer("retrieval", str(data))
+    score, split = scorer(find("retrieval"), str(data))
     assert split == "val"
     for path in (data / "val").rglob("*.txt"):
         path.rename(path.with_suffix(".away"))
-    assert scorer("retrieval", str(data))[1] == "test"  # a split without captions is of no use
-    assert scorer("zeroshot", str(data))[1] == "val"
+    assert scorer(find("retrieval"), str(data))[1] == "test"  # a split without captions is of no use
+    assert scorer(find("zeroshot"), str(data))[1] == "val"
     for path in (data / "val").rglob("*.away"):
         path.rename(path.with_suffix(".txt"))
     seen = []
-    import evaluation.tasks.retrieval as retrieval
+    import evaluation.tasks.encoding.retrieval as retrieval
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(retrieval, "embed_images", lambda encoder, manifest, rows: seen.extend(rows) or 1 / 0)

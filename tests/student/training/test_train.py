@@ -598,7 +598,6 @@ def test_the_schedule_is_what_the_optimizer_uses(undisturbed):
 def test_a_step_is_adamw_by_hand(squares, cache, tmp_path):
     """One step of the engine against torch's AdamW without DeepSpeed, and against none of Adam's settings lost."""
     from student.inputs.caches import training_rows
-    from student.inputs.pairs import PairBatches
     from student.recipe import Progress
     from student.recipe import Run as RunRecord
     from student.recipes.registry import find

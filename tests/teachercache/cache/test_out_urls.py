@@ -21,7 +21,6 @@ from small import make_folder, tree
 from zarr.core.sync import sync
 
 from student.inputs.caches import training_rows
-from student.inputs.pairs import PairBatches
 from teachercache.cache import store
 from teachercache.cache.lease import is_lease, lease
 from teachercache.cli import main

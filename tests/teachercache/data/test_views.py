@@ -15,7 +15,6 @@ from PIL import Image
 from small import make_folder, read_lines, save_teacher, train_here
 
 from student.inputs.caches import training_rows
-from student.inputs.pairs import PairBatches
 from student.models.two_tower.model import TwoTower
 from student.training.step import live_fields
 from teachercache.build.loop import build

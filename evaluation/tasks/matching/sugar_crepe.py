@@ -8,7 +8,7 @@ from typing import Any
 
 from evaluation.data.compositional import read_sugar_crepe
 from evaluation.models.matcher import Heard, Matcher, together
-from evaluation.tasks.aro import cases_metrics
+from evaluation.tasks.matching.aro import cases_metrics
 from teachercache.core.errors import UserError
 
 FILES = ("add_att", "add_obj", "replace_att", "replace_obj", "replace_rel", "swap_att", "swap_obj")

@@ -15,7 +15,7 @@ from typing import Any
 
 from evaluation.data.imagenet_classes import class_places, class_words
 from evaluation.models.encoder import Encoder
-from evaluation.tasks.zeroshot import classify, given_names
+from evaluation.tasks.encoding.zeroshot import classify, given_names
 from teachercache.core.errors import UserError
 from teachercache.core.progress import say
 from teachercache.data.manifest import Manifest

@@ -1,0 +1,1 @@
+"""Tasks of a language model: fine-tuning and infilling on text alone."""

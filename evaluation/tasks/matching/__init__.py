@@ -1,0 +1,1 @@
+"""Tasks of a Matcher: which of several texts fits an image."""

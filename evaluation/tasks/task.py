@@ -1,0 +1,80 @@
+"""The contract of a task: its name, the kind of model that it measures, and the function that measures.
+
+A new task is a value of `Task`. Ours are listed in `registry.py`; another package adds its own by an entry point:
+
+    [options.entry_points]
+    evaluation.tasks =
+        my_task = my_package.my_module:TASK
+"""
+
+import dataclasses
+import enum
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from teachercache.data.manifest import Manifest
+
+Metric = float | int | str | None | list[dict[str, Any]]
+Metrics = dict[str, Metric]
+
+
+class Kind(enum.Enum):
+    """The kind of model that a task measures, which also decides the arguments of the task's function."""
+
+    ENCODER = "encoder"  # function(Encoder, Manifest)
+    ANSWERER = "answerer"  # function(Answerer, Manifest)
+    MATCHER = "matcher"  # function(Matcher, Path): the local folder of the published data set
+    GENERATOR = "generator"  # function(Generator, Manifest)
+    LANGUAGE_MODEL = "language model"  # function(str, str): a transformers folder, and --data as typed
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """A numeric option that a user may write behind a task's name, as in `glue:lr=1e-4,epochs=3`."""
+
+    convert: Callable[[str], float]  # int or float; raises ValueError if the text is not a number
+    zero: bool = False  # whether 0 is allowed
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """How a task chooses the best checkpoint during training (`--eval-every`)."""
+
+    usable: Callable[["Manifest"], Sequence[bool]]  # for each row, whether the task can measure it
+    needs: str  # what a usable row has, for error messages: "text", "label"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Task:
+    """A benchmark that `student eval --task NAME` runs.
+
+    `function(model, data, **options)` returns the metrics as a flat dict. Values are numbers, except that a metric
+    that cannot be computed is None or a text that starts with "skipped: " and gives the reason; it is never 0.
+    Scores are shares between 0 and 1, ties count as misses, and unreadable rows are left out and counted. An ENCODER
+    task with a `selection` also accepts `split=`, the name of the split to measure. A GENERATOR task adds the key
+    `results` with one JSON object for each generated text.
+
+    Attributes:
+        name: The name on the command line and in results.
+        kind: The kind of model that is measured; see `Kind` for the arguments of `function`.
+        function: Measures one model. Import heavy dependencies inside it: the registry is read by `--help`.
+        doc: One line for lists of tasks.
+        short: A second, shorter name.
+        options: Options that a user may set behind the name; each is a keyword of `function`.
+        headline: The metrics whose mean summarizes the task in one number.
+        columns: Metrics that a table of results shows, with their headings.
+        selection: How the task chooses checkpoints; None if it cannot.
+        class_names: Class names of labeled rows, for figures; None to use the names of the folders.
+    """
+
+    name: str
+    kind: Kind
+    function: Callable[..., Metrics]
+    doc: str
+    short: str = ""
+    options: Mapping[str, Option] = dataclasses.field(default_factory=dict)
+    headline: tuple[str, ...] = ()
+    columns: tuple[tuple[str, str], ...] = ()
+    selection: Selection | None = None
+    class_names: Callable[["Manifest", Sequence[int]], Mapping[str, str]] | None = None

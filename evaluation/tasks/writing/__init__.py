@@ -1,0 +1,1 @@
+"""Tasks of a Generator: write captions and free-form answers."""
