@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor, nn
 
-    from student.models.student import Student
+    from student.contract import Student
     from teachercache.cache.store import Cache
     from teachercache.teachers.teacher import Teacher
 

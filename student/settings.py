@@ -62,8 +62,16 @@ def on_this_machine(run: Run) -> Run:
 
 def as_json(recipe: Recipe[Any], run: Run) -> dict[str, Any]:
     """Return the settings of a recipe and a run as plain JSON types."""
-    names = ("name", "paper", "doc", "data", "teacher", "steps", "batch", "loss_fields")
-    values = {name: getattr(recipe, name) for name in names}
+    values: dict[str, Any] = {
+        "name": recipe.name,
+        "paper": recipe.paper,
+        "doc": recipe.doc,
+        "data": recipe.data,
+        "teacher": recipe.teacher,
+        "steps": recipe.steps,
+        "batch": recipe.batch,
+        "loss_fields": recipe.loss_fields,
+    }
     values |= {"constants": dataclasses.asdict(recipe.constants), "optim": dataclasses.asdict(recipe.optim)}
     values |= {"teacher_fields": recipe.fields, "per_row": sorted(recipe.per_row)}
     return {"recipe": values, "run": dataclasses.asdict(run)}

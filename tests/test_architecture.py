@@ -10,7 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from evaluation.tasks.registry import TASKS
 from scripts.tree import map_of_files, replaced
+from student.inputs.questions import QUESTION_TASKS
+from student.recipes.registry import RECIPES
+from teachercache.teachers.registry import TEACHERS
 
 ROOT = Path(__file__).parent.parent
 TOWER = ("teachercache", "evaluation", "student", "scripts")  # a package imports only those left of it
@@ -18,7 +22,7 @@ FLOORS = {  # within a package, a folder or module imports only those before it 
     "teachercache": ("core", "data", "cache", "teachers", "search", "build", "analysis", "cli"),
     "evaluation": ("metrics", "data", "models", "probes", "tasks", "studies", "results"),
     "student": (
-        ("losses", "recipe", "settings", "distributed", "ensemble"),
+        ("losses", "streams", "rows", "contract", "recipe", "settings", "distributed", "ensemble"),
         "models",
         "inputs",
         "recipes",
@@ -158,6 +162,86 @@ def test_no_module_is_reached_from_itself():
     for name in sorted(graph):
         walk(name, ())
     assert done == set(MODULES)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Laws 3 and 4: core names no recipe, teacher, student or task
+
+
+def field_names() -> set[str]:
+    """Names of fields in the sources of our teachers: strings that an output of a teacher writes."""
+    patterns = {pattern for entry in TEACHERS.values() for pattern in entry.writes.values()}
+    strings = {
+        node.value
+        for path in (ROOT / "teachercache" / "teachers").rglob("*.py")
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }
+    return {text for text in strings if any(re.fullmatch(pattern, text) for pattern in patterns)}
+
+
+NAMES = field_names() | {*RECIPES, *TEACHERS, *TASKS, *QUESTION_TASKS}
+PARTIES = ("student", "teacher", "task", "recipe", "constants")
+# These folders are where the parties live: a teacher may look at its own module, a recipe at its own constants
+HOMES = ("teachercache/teachers/", "student/recipes/", "student/models/", "evaluation/tasks/")
+CORE = [path for path in SOURCES if not path.relative_to(ROOT).as_posix().startswith(HOMES)]
+
+
+def last_name(node: ast.expr) -> str:
+    """The last name of an expression such as `engine.module.student`."""
+    return getattr(node, "attr", getattr(node, "id", ""))
+
+
+def literals(node: ast.expr) -> set[str]:
+    """Strings in a literal, or in a tuple, list or set of literals."""
+    parts = node.elts if isinstance(node, ast.Tuple | ast.List | ast.Set) else [node]
+    return {part.value for part in parts if isinstance(part, ast.Constant) and isinstance(part.value, str)}
+
+
+def known_parties(module: ast.Module, names: set[str]) -> list[str]:
+    """Places where code asks which recipe, teacher, student or task it has."""
+    found = []
+    for node in ast.walk(module):
+        if isinstance(node, ast.Call) and last_name(node.func) in ("hasattr", "getattr", "isinstance"):
+            if node.args and last_name(node.args[0]) in PARTIES:
+                found.append(ast.unparse(node))
+        elif isinstance(node, ast.Call) and last_name(node.func) == "startswith":
+            prefixes = set().union(*map(literals, node.args))
+            found += [ast.unparse(node)] * any(
+                name.startswith(prefix) for prefix in prefixes for name in names if prefix and "_" in prefix
+            )
+        elif isinstance(node, ast.Compare):
+            compared = set().union(*map(literals, [node.left, *node.comparators]))
+            found += [ast.unparse(node)] if compared & names else []
+        elif isinstance(node, ast.Attribute) and last_name(node.value) == "constants":
+            found += [] if node.attr in ("items", "get") else [ast.unparse(node)]
+    return found
+
+
+@pytest.mark.parametrize("path", CORE, ids=lambda path: str(path.relative_to(ROOT)))
+def test_core_names_no_recipe_teacher_student_or_task(path):
+    assert known_parties(tree(path), NAMES) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "hasattr(student, 'choose_rows')",
+        "isinstance(step.student, TwoTower)",
+        "getattr(teacher, 'tokens', None)",
+        "recipe.constants.regime",
+        "name == 'word_index'",
+        "name in ('diffusion_score', 'x')",
+        "name.startswith('region_')",
+        "task.name == 'vcr'",
+    ],
+)
+def test_the_check_of_names_can_say_no(line):
+    assert known_parties(ast.parse(line), NAMES) != []
+
+
+def test_the_check_of_names_knows_names():
+    assert {"image_emb", "word_index", "clip_td", "regions-lite", "vcr", "zeroshot_classification"} <= NAMES
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from student.models.student import Exported
+from student.contract import Exported
 from student.recipes.registry import RECIPES
 from teachercache.core.errors import UserError
 

@@ -5,9 +5,10 @@ import os
 import shutil
 from pathlib import Path
 
+from student.contract import Capability, Exported, ExportRequest, require
 from student.export.model_card import model_card, read_results
 from student.inference.load import load_run
-from student.models.student import Capability, Exported, ExportRequest, require
+from student.models.registry import find_family
 from teachercache.core.errors import UserError
 from teachercache.core.paths import write_whole
 
@@ -32,7 +33,9 @@ def export(run: Path, out: Path, form: str) -> tuple[Path, Exported]:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        exported = student.export(ExportRequest(form, partial, out.name, facts))
+        write = find_family(student.spec.family).export
+        assert write is not None, f"{student.spec.family} offers an export and has none"
+        exported = write(student, ExportRequest(form, partial, out.name, facts))
         write_whole(partial / "README.md", model_card(facts, results, exported))
         os.replace(partial, out)
     finally:

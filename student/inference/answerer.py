@@ -10,13 +10,13 @@ from torch import Tensor
 
 from evaluation.models.answerer import Answerer
 from evaluation.models.cache_answerer import answerers
+from student.contract import Capability, Student, require
 from student.inference.load import load_run
 from student.inputs.caches import Wanted, find_by_field, open_source
 from student.inputs.question_rows import QuestionReader
 from student.inputs.questions import Task, read_question
 from student.models.run_file import is_run, read_run
 from student.models.single_stream.tokenizer import load_tokenizer
-from student.models.student import Capability, Student, require
 from teachercache.core.device import pick_device
 from teachercache.core.errors import UserError
 from teachercache.data.manifest import Manifest

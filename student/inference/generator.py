@@ -7,10 +7,10 @@ import torch
 from PIL import Image
 
 from evaluation.models.generator import Generator
+from student.contract import Capability, require
 from student.inference.load import load_run
 from student.models.run_file import read_run
 from student.models.seq2seq.texts import NUM_MASKS, answer_prompt, caption_prompt
-from student.models.student import Capability, require
 from teachercache.core.errors import UserError
 from teachercache.data.pictures import decode_image
 from teachercache.data.sample import BadSample

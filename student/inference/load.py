@@ -4,9 +4,9 @@ from pathlib import Path
 
 from evaluation.models.encoder import Encoder, of_teacher
 from evaluation.models.matcher import SAMPLES, Matcher, of_diffusion, of_encoder
+from student.contract import Capability, Student, require
 from student.models.registry import load_student
 from student.models.run_file import is_run
-from student.models.student import Capability, Student, require
 from teachercache.core.device import pick_device
 from teachercache.core.errors import UserError
 from teachercache.teachers.registry import load

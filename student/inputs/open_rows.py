@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from student.contract import RowInputs
 from student.ensemble import check_ensemble
 from student.inputs.caches import (
     Wanted,
@@ -27,7 +28,6 @@ from student.inputs.question_batches import QuestionBatches, QuestionOrder
 from student.inputs.question_rows import QuestionReader
 from student.inputs.questions import Task, find_task, labeled_rows, parse_regime
 from student.models.single_stream.tokenizer import vocabulary_tokenizer
-from student.models.student import RowInputs
 from student.recipe import Noise, Setting
 from student.rows import Pairs, Questions, RowPlan, Texts
 from teachercache.cache.store import Cache

@@ -13,10 +13,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from student.contract import PictureView, RowInputs
 from student.ensemble import concat_teachers, named
 from student.inputs.caches import Source, open_source, places, same_views
 from student.inputs.order import MicroBatch, Order, StepPlan
-from student.models.student import PictureView, RowInputs
 from student.recipe import Noise
 from student.streams import stream
 from teachercache.cache import store

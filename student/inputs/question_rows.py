@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from student.contract import RowInputs
 from student.inputs.caches import Source
 from student.inputs.questions import Mentions, Question, Task
 from student.models.single_stream.tokenizer import encode_pairs, tokens_of
-from student.models.student import RowInputs
 from student.rows import Words
 from teachercache.core.errors import UserError
 from teachercache.data.manifest import Manifest

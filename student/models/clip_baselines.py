@@ -11,8 +11,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
+from student.contract import Capability, PictureView, RowInputs, StudentSpec
 from student.models.logit_scale import LOG_SCALE_INIT
-from student.models.student import Capability, PictureView, RowInputs, StudentSpec
 from student.models.two_tower.loading import build_two_tower, rebuild
 from student.models.two_tower.model import TwoTower
 from teachercache.core.errors import UserError

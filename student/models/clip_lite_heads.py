@@ -7,8 +7,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import dropout
 
+from student.contract import Capability, RowInputs, StudentSpec
 from student.models.logit_scale import LOG_SCALE_INIT
-from student.models.student import Capability, RowInputs, StudentSpec
 from teachercache.teachers.clip.lite import EMBED_DIM, head_modules
 
 IMAGE_DROPOUT, TEXT_DROPOUT = 0.5, 0.25

@@ -1,6 +1,6 @@
 """Students of pairs by their model name: clip-lite's heads, or any open_clip configuration."""
 
-from student.models.student import Student
+from student.contract import Student
 
 LITE_HEADS = "clip-lite-heads"
 

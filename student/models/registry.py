@@ -1,18 +1,17 @@
-"""Families of students by name: an ordinary dict of functions that build one from a run; plus installed packages."""
+"""Families of students by name: an ordinary dict, plus those of installed packages."""
 
 import importlib.metadata
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
 
+from student.contract import Exported, ExportRequest, Family, Student
 from student.models.run_file import student_record, weights_of
-from student.models.student import Student
 from teachercache.core.errors import UserError
 
-GROUP = "student.models"  # entry points: family -> Build
-Build = Callable[[Mapping[str, Any], Path], Student]  # a StudentSpec's config, the run folder -> the student
+GROUP = "student.models"  # entry points: name -> a Family
 
 
 def _two_tower(config: Mapping[str, Any], folder: Path) -> Student:
@@ -51,20 +50,33 @@ def _clip_lite_heads(config: Mapping[str, Any], folder: Path) -> Student:
     return LiteHeads()
 
 
-FAMILIES: dict[str, Build] = {
-    "two_tower": _two_tower,
-    "single_stream": _single_stream,
-    "seq2seq": _seq2seq,
-    "clip_adapter": _clip_adapter,
-    "clip_tuned": _clip_tuned,
-    "clip_lite_heads": _clip_lite_heads,
+def _export_two_tower(student: Any, request: ExportRequest) -> Exported:
+    from student.models.two_tower.export import export
+
+    return export(student, request)
+
+
+def _export_seq2seq(student: Any, request: ExportRequest) -> Exported:
+    from student.models.seq2seq.export import export
+
+    return export(student, request)
+
+
+FAMILIES: dict[str, Family] = {
+    "two_tower": Family(_two_tower, _export_two_tower),
+    "single_stream": Family(_single_stream),
+    "seq2seq": Family(_seq2seq, _export_seq2seq),
+    "clip_adapter": Family(_clip_adapter),
+    "clip_tuned": Family(_clip_tuned),
+    "clip_lite_heads": Family(_clip_lite_heads),
 }
 
 
-def find_family(name: str) -> Build:
-    """Return the function that builds students of a family.
+def find_family(name: str) -> Family:
+    """Return a family by the name in a run folder: it is looked up in the table and among installed packages alone.
 
-    The name comes from a run folder, so it is looked up in the table and among installed entry points alone.
+    Raises:
+        UserError: The family is not installed.
     """
     if name in FAMILIES:
         return FAMILIES[name]
@@ -80,6 +92,6 @@ def find_family(name: str) -> Build:
 def load_student(folder: Path) -> Student:
     """Load the trained student of a run or exported folder, from that folder alone, on the CPU."""
     record = student_record(folder)
-    student = find_family(record["family"])(record["config"], folder)
+    student = find_family(record["family"]).build(record["config"], folder)
     student.load_saved_state(load_file(weights_of(folder)))
     return student

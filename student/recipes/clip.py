@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from student.recipe import Batch, Notes, Outputs, Progress, Recipe, Setting, Terms
 
 if TYPE_CHECKING:
-    from student.models.student import Student
+    from student.contract import Student
 
 
 @dataclasses.dataclass(frozen=True)

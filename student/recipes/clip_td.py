@@ -46,7 +46,7 @@ from teachercache.core.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from student.models.student import Student
+    from student.contract import Student
 
 
 @dataclasses.dataclass(frozen=True)

@@ -35,7 +35,7 @@ from teachercache.core.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from student.models.student import Student
+    from student.contract import Student
 
 
 @dataclasses.dataclass(frozen=True)

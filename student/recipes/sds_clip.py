@@ -56,7 +56,7 @@ from teachercache.core.errors import UserError
 if TYPE_CHECKING:
     from torch import nn
 
-    from student.models.student import Student
+    from student.contract import Student
     from teachercache.cache.store import Cache
     from teachercache.teachers.teacher import Teacher
 

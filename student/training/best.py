@@ -8,9 +8,9 @@ from pathlib import Path
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from student.contract import Student
 from student.distributed import any_rank
 from student.models.run_file import write_tensors
-from student.models.student import Student
 from student.training.accumulate import random_state, set_random_state
 from student.training.checkpoint import save_student
 from student.training.telemetry.metrics import Metrics

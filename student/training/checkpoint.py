@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 
+from student.contract import Student
 from student.distributed import from_all_ranks
 from student.models.run_file import write_tensors
-from student.models.student import Student
 from student.training.zero_state import engine_state, load_engine_state
 from teachercache.core.errors import UserError
 from teachercache.core.process import rank, world_size

@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from student.models.student import (
+from student.contract import (
     Capability,
     CheckpointsActivations,
     Student,

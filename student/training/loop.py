@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from student.contract import Capability, reason_against, require
 from student.distributed import any_rank, mean_over_ranks
 from student.inputs.loader import loader
-from student.models.student import Capability, reason_against, require
 from student.recipe import Progress, Recipe, Run
 from student.training import checkpoint
 from student.training.accumulate import accumulate, on_device

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
+from student.contract import StudentSpec
 from student.inputs.caches import Wanted
 from student.inputs.loader import Batches
 from student.inputs.open_rows import Feed, OpenedRows, open_rows
 from student.inputs.order import StepPlan
-from student.models.student import StudentSpec
 from student.recipe import Recipe, Run
 from student.training.step import TrainStep
 from teachercache.cache.store import Cache

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from student.contract import Student
 from student.distributed import gather
 from student.ensemble import plain_name
-from student.models.student import Student
 from student.recipe import Batch, Notes, Outputs, Progress, Recipe, Terms
 from teachercache.core.errors import UserError
 from teachercache.teachers.teacher import Teacher

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
+from student.contract import Exported, ExportRequest
 from student.models.run_file import write_tensors
 from student.models.seq2seq.language_model import write_language_model
 from student.models.seq2seq.loading import load_seq2seq
 from student.models.seq2seq.model import Seq2Seq
-from student.models.student import Exported, ExportRequest
 from teachercache.core.errors import UserError
 from teachercache.core.paths import write_whole
 

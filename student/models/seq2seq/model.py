@@ -18,10 +18,10 @@ from torch.nn.functional import normalize
 from transformers import BartForConditionalGeneration, GenerationConfig
 from transformers.modeling_outputs import BaseModelOutput
 
+from student.contract import Capability, RowInputs, StudentSpec
 from student.losses import text_nll
 from student.models.seq2seq.self_critical import CaptionSampler, Reward
 from student.models.seq2seq.texts import MASK, Reader, encode_prompt, padded
-from student.models.student import Capability, Exported, ExportRequest, RowInputs, StudentSpec
 from teachercache.core.errors import UserError
 
 VISUAL = {"cls": "image_emb", "patches": "patch_emb"}  # what V is, and the cache's field of it
@@ -215,12 +215,6 @@ class Seq2Seq(nn.Module):
             for part in (layer.encoder_attn.k_proj, layer.encoder_attn.v_proj):
                 part.weight.copy_(part.weight @ there_and_back)
         return alone
-
-    def export(self, request: ExportRequest) -> Exported:
-        """Write a folder that `student generate` loads, with the language model as a plain BART inside."""
-        from student.models.seq2seq.export import export
-
-        return export(self, request)
 
     def saved_state(self) -> dict[str, Tensor]:
         """Return every tensor once: BART's embeddings, which it uses in four places, under their first name."""

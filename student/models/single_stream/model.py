@@ -14,9 +14,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
+from student.contract import Capability, RowInputs, StudentSpec
 from student.models.single_stream.regions import UniterRegions, VlBertRegions, trim_regions, valid_regions
 from student.models.single_stream.villa import Perturbation, perturbed_logits
-from student.models.student import Capability, RowInputs, StudentSpec
 from teachercache.core.errors import UserError, closest
 
 FACES = ("uniter", "vl-bert", "villa", "bert")

@@ -14,7 +14,7 @@ from open_clip.tokenizer import HFTokenizer
 from safetensors.torch import save_file
 from torch import Tensor
 
-from student.models.student import Exported, ExportRequest
+from student.contract import Exported, ExportRequest
 from student.models.two_tower import export_hf
 from student.models.two_tower.model import TwoTower, open_clip_state
 from teachercache.core.errors import UserError

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from evaluation.models.encoder import Encoder
-from student.models.student import Capability, Exported, ExportRequest, PictureView, RowInputs, StudentSpec
+from student.contract import Capability, PictureView, RowInputs, StudentSpec
 from teachercache.core.errors import UserError
 from teachercache.data.views import describe_view, image_view, replay_view
 from teachercache.teachers.clip.layers import EMBEDDINGS, picture_fields, text_fields
@@ -137,12 +137,6 @@ class TwoTower(nn.Module):
             std=tuple(self.preprocess["std"]),
             scale=float(model.logit_scale.detach().exp()),
         )
-
-    def export(self, request: ExportRequest) -> Exported:
-        """Write an open_clip or transformers folder and compare its embeddings with the student's."""
-        from student.models.two_tower.export import export
-
-        return export(self, request)
 
 
 def keep_patches(

@@ -26,8 +26,8 @@ class Capability(enum.StrEnum):
     ENCODES = "encode pictures and texts"  # Encodes
     ANSWERS = "answer a task's questions"  # forward returns `logits` [n, classes] of the rows of a task
     GENERATES = "write texts"  # Generates
-    EXPORTS_OPEN_CLIP = "be exported for open_clip"  # Exports
-    EXPORTS_HF = "be exported for transformers"  # Exports
+    EXPORTS_OPEN_CLIP = "be exported for open_clip"  # its Family.export takes the form "open_clip"
+    EXPORTS_HF = "be exported for transformers"  # its Family.export takes the form "hf"
     CHECKPOINTS_ACTIVATIONS = "recompute activations in backward"  # CheckpointsActivations
     COMPILES = "be compiled"  # forward has no hooks and no data-dependent control flow
     SHARDS_PARAMETERS = "be trained with ZeRO 3"  # parameters are used inside of forward alone
@@ -38,7 +38,7 @@ class StudentSpec:
     """How a student is built again: run.json keeps it, with its weights in the same folder.
 
     Args:
-        family: A key of `student.models.registry.FAMILIES` or of the entry points `student.models`.
+        family: A key of `student.models.registry.FAMILIES` or of the entry points `student.models`, each a Family.
         config: JSON types; with the run folder enough for the family to build the module.
         files: More text files of the run folder, by name (a tokenizer.json).
     """
@@ -177,15 +177,18 @@ class Exported(NamedTuple):
     pipeline: str = "zero-shot-image-classification"  # the hub's tag
 
 
-class Exports(Protocol):
-    """Promised by EXPORTS_OPEN_CLIP and EXPORTS_HF."""
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A family of students: how one is built from a run, and how it is exported.
 
-    def export(self, request: ExportRequest) -> Exported:
-        """Write the student and check what was written.
+    Args:
+        build: A StudentSpec's config, the run folder -> a student with random weights.
+        export: Student, request -> what was written; raises UserError if the written folder computes something else
+            than the student. None if no member of the family can be exported.
+    """
 
-        Raises:
-            UserError: The written folder computes something else than the student.
-        """
+    build: Callable[[Mapping[str, Any], Path], Student]
+    export: Callable[[Any, ExportRequest], Exported] | None = None
 
 
 def require(student: Student, capability: Capability, what: str) -> None:
