@@ -34,6 +34,7 @@ from teachercache.cache.store import Cache
 from teachercache.core.errors import UserError
 from teachercache.core.progress import say
 from teachercache.data.read import read_manifest
+from teachercache.teachers.registry import find_stored, outputs_for
 from teachercache.teachers.teacher import Teacher
 
 
@@ -228,9 +229,10 @@ def check_words(plan: Questions, caches: list[Cache]) -> None:
     for cache in caches:
         field = cache.fields.get(plan.words.index)
         if field is not None and plan.words.number > field.shape[0]:
+            output = outputs_for(find_stored(cache.meta.spec.name), (plan.words.index,))[-1]
             raise UserError(
-                f"{plan.words.number} selected words: {cache.path} has {field.shape[0]} of each text; build one "
-                f"with `{cache.command()}` and more words in --outputs, as tokens:{plan.words.number}"
+                f"{plan.words.number} selected words: {cache.path} has {field.shape[0]} of each text; build one with "
+                f"more words in --outputs, as {output}:{plan.words.number}"
             )
 
 

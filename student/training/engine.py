@@ -18,7 +18,6 @@ from student.contract import (
     CheckpointsActivations,
     Student,
     reason_against,
-    require,
 )
 from student.recipe import Optim, Run
 from student.training.zero_state import is_sharded, set_sharded
@@ -88,8 +87,6 @@ def start_distributed(device: str) -> None:
 
 def set_up_student(student: Student, run: Run) -> None:
     """Turn on recomputation of activations and torch.compile if asked for and possible; else print the reason."""
-    if run.zero == 3:
-        require(student, Capability.SHARDS_PARAMETERS, "--set run.zero=3")
     if run.grad_checkpointing:
         if Capability.CHECKPOINTS_ACTIVATIONS in student.capabilities():
             cast(CheckpointsActivations, student).checkpoint_activations()

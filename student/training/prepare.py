@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from student.contract import StudentSpec
+from student.contract import Capability, StudentSpec, require
 from student.inputs.caches import Wanted
 from student.inputs.loader import Batches
 from student.inputs.open_rows import Feed, OpenedRows, open_rows
@@ -54,6 +54,8 @@ def prepare(recipe: Recipe[Any], run: Run) -> Prepared:
     warn_of_random_teachers(opened.caches)
     torch.manual_seed(run.seed)  # the same student and heads on every rank
     student = recipe.student(constants, opened.setting)
+    if run.zero == 3:
+        require(student, Capability.SHARDS_PARAMETERS, "--set run.zero=3")
     shapes = opened.setting.shapes
     missing = [name for name in student.row_inputs.fields if name not in fields]
     if missing:

@@ -201,7 +201,9 @@ class SingleStream(nn.Module):
                 "it is a stage=adapt run without answers: train on with `--set init=RUN`, then evaluate"
             )
         if self.perturbation is not None:
-            limits[Capability.SHARDS_PARAMETERS] = "VILLA's perturbations need whole parameters"
+            limits[Capability.SHARDS_PARAMETERS] = (
+                "VILLA's perturbations need whole parameters: choose 0, 1 or 2"
+            )
         return limits
 
     def saved_state(self) -> dict[str, Tensor]:
