@@ -11,6 +11,7 @@ from student.distributed import gather
 from student.ensemble import plain_name
 from student.recipe import Now, Recipe
 from teachercache.core.errors import UserError
+from teachercache.teachers.teacher import Inputs
 
 
 class TrainStep(nn.Module):
@@ -107,7 +108,15 @@ def batch_device(batch: Mapping[str, Tensor]) -> str:
 
 def live_fields(teacher: Any, batch: Mapping[str, Tensor], names: tuple[str, ...]) -> dict[str, Tensor]:
     """The fields that a cache would have handed over, computed now, without gradient."""
-    inputs = {"image": batch["teacher_image"], "text": batch["teacher_text"]}
+    inputs: Inputs = {}
+    if "image" in teacher.spec.inputs:
+        inputs["image"] = batch["teacher_image"]
+    if "text" in teacher.spec.inputs:
+        inputs["text"] = batch["teacher_text"]
+    if "pairs" in teacher.spec.inputs:  # one text for each image
+        index = torch.arange(len(batch["teacher_image"]), device=batch["teacher_image"].device)[:, None]
+        inputs["pair_image"] = inputs["pair_text"] = index
+        inputs["pair_valid"] = torch.ones_like(index, dtype=torch.bool)
     with torch.no_grad():
         outputs = teacher.encode(teacher.module, inputs)
     return {name: outputs[name].float() for name in names}
