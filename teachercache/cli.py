@@ -214,7 +214,7 @@ def build(
             f"WARNING: --weights {weights}: the true architecture of {name} with random weights; it knows nothing"
         )
 
-    from teachercache.build.loop import announce
+    from teachercache.build.loop import BuildOptions, announce
     from teachercache.build.loop import build as run
     from teachercache.teachers.registry import load
 
@@ -227,14 +227,16 @@ def build(
             teacher,
             manifest,
             out,
-            batch_size=batch_size,
-            workers=workers,
-            device=device,
-            precision=dtype,
-            views=views,
-            augment=drawn,
-            prune=prune,
-            limit=limit or 0,
+            BuildOptions(
+                batch_size=batch_size,
+                workers=workers,
+                device=device,
+                precision=dtype,
+                views=views,
+                augment=drawn,
+                prune=prune,
+                limit=limit or 0,
+            ),
         )
     )
 
@@ -322,14 +324,14 @@ def verify(cache: str, samples: int, teacher: str | None, as_json: bool) -> None
 
 @tc.command()
 @click.argument("cache")
-@click.option("--field", default="image_emb", show_default=True)
+@click.option("--field", help="The vector field; default: the one per image, else the one per text.")
 @click.option(
     "--kind",
     default="auto",
     show_default=True,
     help="flat (exact), ivf, hnsw, or auto: flat up to 50,000 vectors, ivf above.",
 )
-def index(cache: str, field: str, kind: str) -> None:
+def index(cache: str, field: str | None, kind: str) -> None:
     """Build a FAISS index over a field, beside the cache; of a cache that gained rows, add those rows to it.
 
     Prints the measured recall@10 against exact search; nprobe or efSearch is raised until it is 0.95.
@@ -350,7 +352,7 @@ def index(cache: str, field: str, kind: str) -> None:
 @click.option(
     "--key", "keys", multiple=True, help="Search by a row of the cache; may be given several times."
 )
-@click.option("--field", help="What is searched; default image_emb, text_emb where there are no pictures.")
+@click.option("--field", help="The vector field; default: the one per image, else the one per text.")
 @click.option("--top", default=10, show_default=True, type=click.IntRange(1))
 @teacher_option
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")

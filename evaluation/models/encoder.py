@@ -9,11 +9,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from teachercache.build.decode import Piece, Rows, decoded
+from teachercache.build.decode import ImageInput, Rows, WorkItem, decoded
 from teachercache.core.errors import UserError
 from teachercache.core.process import default_workers
 from teachercache.core.progress import ticker
 from teachercache.data.manifest import Manifest
+from teachercache.teachers.clip.towers import image_tower
 from teachercache.teachers.teacher import Teacher
 
 
@@ -41,7 +42,8 @@ class Encoder:
 
 def of_teacher(teacher: Teacher, *, device: str = "cpu") -> Encoder:
     """A teacher as an Encoder; UserError where it has no embeddings."""
-    if teacher.tokenize is None or "image_emb" not in {field.name for field in teacher.spec.fields}:
+    image_field, text_field = teacher.spec.image_vector, teacher.spec.text_vector
+    if teacher.view is None or teacher.tokenize is None or not (image_field and text_field):
         raise UserError(
             f"{teacher.spec.name} has no embeddings to evaluate: name a CLIP teacher (`tc teachers`)"
         )
@@ -52,10 +54,10 @@ def of_teacher(teacher: Teacher, *, device: str = "cpu") -> Encoder:
         size=tuple(teacher.spec.view["size"]),
         view=teacher.view,
         tokenize=teacher.tokenize,
-        encode_image=lambda images: teacher.encode(teacher.module, {"image": images})["image_emb"],
-        encode_text=lambda ids: teacher.encode(teacher.module, {"text": ids})["text_emb"],
+        encode_image=lambda images: teacher.encode(teacher.module, {"image": images})[image_field],
+        encode_text=lambda ids: teacher.encode(teacher.module, {"text": ids})[text_field],
         device=device,
-        tower=getattr(teacher.module, "visual", None),
+        tower=image_tower(teacher.module),
         mean=tuple(teacher.spec.view["mean"]),
         std=tuple(teacher.spec.view["std"]),
         scale=math.exp(teacher.spec.constants.get("logit_scale", math.log(100))),
@@ -79,12 +81,13 @@ def features_of(
     batch: int = 64,
 ) -> tuple[Float[Tensor, "n dim"], list[int], list[dict]]:
     """What `encode` says of each row whose picture can be read, those rows, and the others with their reason."""
-    pieces = [Piece(tuple(rows[i : i + batch])) for i in range(0, len(rows), batch)]
-    loader = decoded(Rows(manifest, view=encoder.view, size=encoder.size), pieces, workers=default_workers())
+    items = [WorkItem(tuple(rows[i : i + batch])) for i in range(0, len(rows), batch)]
+    images = ImageInput(encoder.view, encoder.size)
+    loader = decoded(Rows(manifest, images=images), items, workers=default_workers())
     features, kept, skipped = [], [], []
     with torch.inference_mode(), ticker(len(rows), "pictures", encoder.name) as tick:
         for part in loader:
-            usable, numbers = torch.from_numpy(part["usable"]), part["piece"].rows
+            usable, numbers = torch.from_numpy(part["usable"]), part["item"].rows
             features.append(
                 encode(part["image"][0].to(encoder.device)).float().cpu()[part["image_at"]][usable]
             )

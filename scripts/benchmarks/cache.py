@@ -12,9 +12,9 @@ import torch
 
 from scripts.benchmarks.memory import DIM, empty_cache, put_block, vectors
 from scripts.benchmarks.report import HEAD, Figures, Line, alternate, compare, cores, middle, number
-from teachercache.build.decode import Piece, decoded
+from teachercache.build.decode import WorkItem, decoded
 from teachercache.build.forward import rows_for
-from teachercache.build.loop import build, plan
+from teachercache.build.loop import BuildOptions, build, plan
 from teachercache.cache import store
 from teachercache.core.device import Precision, pick_device
 from teachercache.core.errors import UserError
@@ -188,6 +188,7 @@ def rates(
     precision = Precision(case.dtype, "benchmark")
     keep_memory()
     module = teacher.module.to(device, dtype).to(memory_format=torch.channels_last)
+    options = BuildOptions(batch_size=case.batch, workers=workers, device=device, precision=precision)
     rows_in = rows_for(teacher, manifest)
     ready = [
         on_device(part, device, dtype)
@@ -218,10 +219,7 @@ def rates(
                 dataclasses.replace(teacher, encode=encode),
                 manifest,
                 Path(folder, "c.zarr"),
-                batch_size=case.batch,
-                workers=workers,
-                device=device,
-                precision=precision,
+                options,
             )
             end = time.perf_counter()
         starts.append(
@@ -237,7 +235,7 @@ def rates(
 
     def write() -> float:
         with tempfile.TemporaryDirectory(dir=".") as folder:
-            cache = store.create(Path(folder, "c.zarr"), plan(teacher, manifest, precision), manifest)
+            cache = store.create(Path(folder, "c.zarr"), plan(teacher, manifest, options), manifest)
             begin = time.perf_counter()
             for block in range(cache.meta.num_blocks):
                 put_block(cache, block, {})
@@ -248,11 +246,11 @@ def rates(
     return figures | alternate(rounds, uncounted=0, decode=decode, write=write) | {"start": starts}
 
 
-def pieces(manifest: Manifest, batch_size: int) -> Iterator[Piece]:
+def pieces(manifest: Manifest, batch_size: int) -> Iterator[WorkItem]:
     """Batches of all rows."""
     for start in range(0, len(manifest), batch_size):
         rows = range(start, min(start + batch_size, len(manifest)))
-        yield Piece(tuple(rows), texts=range(manifest.texts))
+        yield WorkItem(tuple(rows), texts=range(manifest.texts))
 
 
 def on_device(batch: dict, device: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:

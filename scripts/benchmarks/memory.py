@@ -132,7 +132,7 @@ def job_write(folder: Path, rows: int, start) -> None:
 
 def job_build(folder: Path, rows: int, start) -> None:
     """The real build loop with a teacher that costs nothing, one decoding process."""
-    from teachercache.build.loop import build
+    from teachercache.build.loop import BuildOptions, build
 
     manifest = load_manifest(folder / "manifest.parquet")
     start()
@@ -140,11 +140,13 @@ def job_build(folder: Path, rows: int, start) -> None:
         cheap_teacher(),
         manifest,
         folder / "built.zarr",
-        batch_size=1024,
-        workers=1,
-        device="cpu",
-        precision=Precision("float32", "benchmark"),
-        block_rows=BLOCK,
+        BuildOptions(
+            batch_size=1024,
+            workers=1,
+            device="cpu",
+            precision=Precision("float32", "benchmark"),
+            block_rows=BLOCK,
+        ),
     )
 
 

@@ -9,6 +9,7 @@ from student.models.registry import load_student
 from student.models.run_file import is_run
 from teachercache.core.device import pick_device
 from teachercache.core.errors import UserError
+from teachercache.teachers.diffusion.model import diffusion_of
 from teachercache.teachers.registry import load
 from teachercache.teachers.teacher import Teacher
 
@@ -48,7 +49,7 @@ def find_matcher(model: str, samples: int | None) -> tuple[Matcher, Path | None]
     """Return a Matcher for whatever `find_encoder` takes, or for a diffusion model; and the run folder."""
     if not is_run(Path(model)):
         teacher = named_teacher(model)
-        if teacher.denoises:
+        if diffusion_of(teacher) is not None:
             return of_diffusion(teacher, samples=samples or SAMPLES, device=pick_device()), None
         return of_encoder(of_teacher(teacher, device=pick_device())), None
     encoder, folder = find_encoder(model)

@@ -19,7 +19,7 @@ from teachercache.cache.store import Cache
 from teachercache.core.device import pick_precision
 from teachercache.core.errors import UserError
 from teachercache.core.progress import say
-from teachercache.teachers.diffusion.model import Diffusion, add_noise, predict_noise
+from teachercache.teachers.diffusion.model import Diffusion, add_noise, diffusion_of, predict_noise
 from teachercache.teachers.of_cache import load_teacher
 from teachercache.teachers.teacher import Teacher
 
@@ -31,8 +31,8 @@ def load_unet(cache: Cache, device: str, *, precision: str = "auto", checkpoint:
     if precision not in PRECISIONS:
         raise UserError(f"--set unet_precision={precision}: choose from {', '.join(PRECISIONS)}")
     teacher = load_teacher(cache)
-    module = teacher.module
-    if not isinstance(module, Diffusion):
+    module = diffusion_of(teacher)
+    if module is None:
         raise UserError(
             f"{cache.path} is of {teacher.spec.name}, which has no UNet: pass a diffusion model's --cache"
         )

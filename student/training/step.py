@@ -12,7 +12,7 @@ from student.distributed import gather
 from student.ensemble import plain_name
 from student.recipe import Batch, Notes, Outputs, Progress, Recipe, Terms
 from teachercache.core.errors import UserError
-from teachercache.teachers.teacher import Teacher
+from teachercache.teachers.teacher import Inputs, Teacher
 
 
 class Loss(NamedTuple):
@@ -124,9 +124,15 @@ def device_type(batch: Batch) -> str:
 
 def online_fields(teacher: Teacher, batch: Batch, names: tuple[str, ...]) -> dict[str, Tensor]:
     """Compute the fields that a cache would hold, without gradient."""
-    inputs = {"image": "teacher_image", "text": "teacher_text"}
+    inputs: Inputs = {}
+    if "image" in teacher.spec.inputs:
+        inputs["image"] = batch["teacher_image"]
+    if "text" in teacher.spec.inputs:
+        inputs["text"] = batch["teacher_text"]
+    if "pairs" in teacher.spec.inputs:  # one text for each image
+        index = torch.arange(len(batch["teacher_image"]), device=batch["teacher_image"].device)[:, None]
+        inputs["pair_image"] = inputs["pair_text"] = index
+        inputs["pair_valid"] = torch.ones_like(index, dtype=torch.bool)
     with torch.no_grad():
-        outputs = teacher.encode(
-            teacher.module, {name: batch[key] for name, key in inputs.items() if key in batch}
-        )
+        outputs = teacher.encode(teacher.module, inputs)
     return {name: outputs[name].float() for name in names}

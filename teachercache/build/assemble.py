@@ -1,89 +1,89 @@
-"""Pieces of a block into its chunks, with the rows that are taken over; which rows and texts can be used, and why not.
-
-Writes nothing: see `store.write_block`.
-"""
+"""Assemble the chunks of a block from its work items and from rows that are copied; decide which rows are usable."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import numpy as np
 
-from teachercache.build.forward import NOT_FINITE
-from teachercache.build.target import Job, Target
+from teachercache.build.forward import NOT_FINITE, Computed
+from teachercache.build.target import BlockPlan, Target
 from teachercache.cache import store
+from teachercache.cache.store import Problem
 from teachercache.data.manifest import Manifest
 
 NO_TEXT, EMPTY = "the row has no text that is not empty", "empty text"
 
 
-def collect(
-    target: Target, job: Job, parts: Iterable[dict[str, Any]], tick: Callable[[int], None]
-) -> tuple[dict[tuple[str, int], np.ndarray], list[dict[str, Any]]]:
-    """All chunks of a block that are new, and all its unusable rows and texts."""
+def assemble_block(
+    target: Target, plan: BlockPlan, computed: Iterable[Computed], tick: Callable[[int], None]
+) -> tuple[dict[tuple[str, int], np.ndarray], list[Problem]]:
+    """Return the new chunks of a block, and all entries of its quarantine.
+
+    Args:
+        target: The cache and its data.
+        plan: What the block needs.
+        computed: The work items of the block.
+        tick: Called with the number of rows of each work item that completes them.
+    """
     cache, meta = target.cache, target.cache.meta
-    rows = meta.block(job.block)
-    copies = {"image": job.views, "text": job.texts, "pair": job.texts, "row": range(0)}
+    rows = meta.block(plan.block)
+    copies = {"image": plan.views, "text": plan.texts, "pair": plan.texts, "row": range(0)}
     chunks = {
         (name, copy): np.zeros((len(rows), *field.shape), field.dtype)
         for name, field in cache.fields.items()
         for copy in copies[field.per]
     }
-    if job.source is not None:
+    if plan.source is not None:
         for (name, copy), values in chunks.items():
-            values[job.kept - rows.start] = store.read_rows(job.source, name, copy, job.source_rows)
-    problems = [entry for entry in job.problems if _is_fact(entry, target.manifest.has_images)]
-    for part in parts:
-        piece = part["piece"]
-        places = np.array(piece.rows, int) - rows.start
-        for at, values in part["chunks"].items():
-            chunks[at][places] = values
-        problems += part["problems"]
-        tick(len(piece.rows) if piece.views[-1:] == job.views[-1:] else 0)
+            values[plan.kept - rows.start] = store.read_rows(plan.source, name, copy, plan.source_rows)
+    problems = [problem for problem in plan.problems if _stays(problem, target.manifest.has_images)]
+    for piece in computed:
+        places = np.array(piece.item.rows, int) - rows.start
+        for name_and_copy, values in piece.chunks.items():
+            chunks[name_and_copy][places] = values
+        problems += piece.problems
+        tick(len(piece.item.rows) if piece.item.views[-1:] == plan.views[-1:] else 0)
     keys = target.manifest.table["key"].slice(rows.start, len(rows)).to_pylist()
     chunks["key", 0] = np.array(keys, np.dtypes.StringDType())
-    before = [k for k in range(meta.texts) if k not in job.texts]
-    here = np.arange(rows.start, rows.stop)
-    masks = {k: store.read_rows(cache, "text_valid", k, here) for k in before}
-    masks |= {k: chunks["text_valid", k] for k in job.texts}
+    old_texts = [k for k in range(meta.texts) if k not in plan.texts]
+    all_rows = np.arange(rows.start, rows.stop)
+    masks = {k: store.read_rows(cache, "text_valid", k, all_rows) for k in old_texts}
+    masks |= {k: chunks["text_valid", k] for k in plan.texts}
     text_valid = (
         np.stack([masks[k] for k in range(meta.texts)], 1) if masks else np.ones((len(rows), 1), bool)
     )
-    chunks["valid", 0], invalid = _judge(target.manifest, rows, problems, text_valid)
+    chunks["valid", 0], invalid = _usable_rows(target.manifest, rows, problems, text_valid)
     return chunks, invalid
 
 
-def _is_fact(entry: dict[str, Any], has_images: bool) -> bool:
-    """Whether an entry is about a picture or a NaN: those about empty texts follow from the manifest."""
-    if entry["reason"].endswith(NOT_FINITE):
+def _stays(problem: Problem, has_images: bool) -> bool:
+    """Whether an earlier entry is kept: an unreadable image or a NaN. Entries about empty texts are made again."""
+    if problem["reason"].endswith(NOT_FINITE):
         return True
-    return has_images and "text" not in entry and entry["reason"] != NO_TEXT
+    return has_images and "text" not in problem and problem["reason"] != NO_TEXT
 
 
-def _judge(
-    manifest: Manifest, rows: range, problems: list[dict[str, Any]], text_valid: np.ndarray
-) -> tuple[np.ndarray, list[dict[str, Any]]]:
-    """Which rows of a block can be used, and every entry of its quarantine in order."""
+def _usable_rows(
+    manifest: Manifest, rows: range, problems: list[Problem], text_valid: np.ndarray
+) -> tuple[np.ndarray, list[Problem]]:
+    """Return which rows of a block are usable, and all entries of its quarantine in order."""
     valid: np.ndarray = np.any(text_valid, axis=1)
-    for entry in problems:
-        if "text" not in entry:
-            valid[entry["row"] - rows.start] = False
-    entries = {tuple(sorted(entry.items())): entry for entry in problems}
-    spoiled = {entry["row"] for entry in problems if "text" in entry}
+    for problem in problems:
+        if "text" not in problem:
+            valid[problem["row"] - rows.start] = False
+    entries = {tuple(sorted(problem.items())): problem for problem in problems}
+    with_bad_texts = {problem["row"] for problem in problems if "text" in problem}
     for i in np.flatnonzero(~text_valid.all(1)).tolist():
         sample = manifest.row(rows.start + i)
         about = {"row": rows.start + i, "key": sample.key}
-        if not text_valid[i].any() and about["row"] not in spoiled:
+        if not text_valid[i].any() and about["row"] not in with_bad_texts:
             broken = sample.problem if not manifest.has_images else ""
-            found = [{**about, "reason": broken or NO_TEXT}]
+            added = [{**about, "reason": broken or NO_TEXT}]
         else:
-            found = [
-                {**about, "text": k, "reason": EMPTY}
-                for k, text in enumerate(sample.texts)
-                if not text.strip()
-            ]
-        entries |= {tuple(sorted(entry.items())): entry for entry in found}
+            empty = [k for k, text in enumerate(sample.texts) if not text.strip()]
+            added = [{**about, "text": k, "reason": EMPTY} for k in empty]
+        entries |= {tuple(sorted(problem.items())): problem for problem in added}
     return valid, sorted(entries.values(), key=_order)
 
 
-def _order(entry: dict[str, Any]) -> tuple[int, int, int, str]:
-    return entry["row"], entry.get("text", -1), entry.get("view", -1), entry["reason"]
+def _order(problem: Problem) -> tuple[int, int, int, str]:
+    return problem["row"], problem.get("text", -1), problem.get("view", -1), problem["reason"]

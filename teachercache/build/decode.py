@@ -1,7 +1,7 @@
-"""Rows of a manifest to tensors, in worker processes: pictures or their augmented views, token ids, what went wrong.
+"""Decode rows of a manifest in worker processes: images or augmented views, token ids, and what could not be read.
 
-A picture or text that several rows of a piece share comes once, with each row's place in what came. A row whose picture
-cannot be used comes as zeros with its reason. Not for deciding which rows: see `build.py`.
+An image or text that several rows of a batch share is decoded once; every row has its index. A row whose image cannot
+be decoded has zeros and a reason.
 """
 
 import contextlib
@@ -12,11 +12,13 @@ import multiprocessing
 import signal
 import sys
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Sequence
+from types import TracebackType
+from typing import Any, TypedDict, TypeVar
 
 import numpy as np
 import torch
+from PIL.Image import Image
 from torch.utils.data import DataLoader, Dataset
 
 from teachercache.core.errors import UserError
@@ -25,10 +27,13 @@ from teachercache.data.pictures import decode_image, read_bytes, seen_size
 from teachercache.data.sample import BadSample, Sample, clean_texts
 from teachercache.data.views import PARAMS, Augment, draw_params
 
+VIEWS_AT_ONCE = 4  # views of one work item: bounds the memory of a decoded batch for any --views
+Value = TypeVar("Value", bound=Hashable)
+
 
 @dataclasses.dataclass(frozen=True)
-class Piece:
-    """One batch of work: rows, which of their views (0 alone where none are stored) and which of their texts."""
+class WorkItem:
+    """One batch to decode: rows, their views (0 alone for unaugmented images) and their texts, all of one block."""
 
     rows: tuple[int, ...]
     views: range = range(1)
@@ -36,107 +41,150 @@ class Piece:
     block: int = 0
 
 
+@dataclasses.dataclass(frozen=True)
+class ImageInput:
+    """How images are decoded.
+
+    Attributes:
+        view: Map an RGB image to a tensor.
+        size: Height and width of that tensor.
+        at_least: The shortest side that a JPEG may be decoded at; 0 for full size.
+        num_boxes: The number of boxes per image to read from the data; 0 for none.
+        augment: How augmented views are drawn; None for the plain view.
+        replay: Map an image and the parameters of an augmented view to a tensor.
+    """
+
+    view: Callable[[Image], torch.Tensor]
+    size: tuple[int, int]
+    at_least: int = 0
+    num_boxes: int = 0
+    augment: Augment | None = None
+    replay: Callable[[Image, np.ndarray], torch.Tensor] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class TextInput:
+    """How texts are prepared: `tokenize` maps texts to ids, `find_words` to anything that `Teacher.encode` reads."""
+
+    tokenize: Callable[[list[str]], torch.Tensor] | None = None
+    find_words: Callable[[list[str]], object] | None = None
+
+
+class Batch(TypedDict, total=False):
+    """A decoded work item of n rows with t texts each; images and texts are distinct.
+
+    Attributes:
+        item: The work item.
+        key: The key of each row.
+        problems: Entries of the quarantine.
+        usable: Whether the image of each row was decoded, [n].
+        seconds: How long decoding took.
+        image: [views, images, 3, height, width].
+        image_at: The index of each row's image, [n].
+        boxes: x1, y1, x2, y2 as fractions of the image, [images, boxes, 4].
+        num_boxes: [images].
+        view_params: [n, views, parameters].
+        text_valid: Whether each text can be used, [n, t].
+        text: Token ids [texts, length].
+        text_at: The index of each text, [n * t].
+        words: What `TextInput.find_words` returned for all n * t texts.
+    """
+
+    item: WorkItem
+    key: list[str]
+    problems: list[dict[str, Any]]
+    usable: np.ndarray
+    seconds: float
+    image: torch.Tensor
+    image_at: torch.Tensor
+    boxes: torch.Tensor
+    num_boxes: torch.Tensor
+    view_params: np.ndarray
+    text_valid: np.ndarray
+    text: torch.Tensor
+    text_at: torch.Tensor
+    words: object
+
+
 class Rows(Dataset):
-    """What a DataLoader decodes: a Piece is its index. Evaluation and `tc verify` decode with it too."""
+    """A dataset whose index is a WorkItem. `tc build`, `tc verify` and evaluation decode with it."""
 
     def __init__(
-        self,
-        manifest: Manifest,
-        *,
-        view: Callable[[Any], torch.Tensor],
-        size: tuple[int, int],
-        at_least: int = 0,
-        num_boxes: int = 0,
-        tokenize: Any = None,
-        find: Any = None,
-        replay: Any = None,
-        augment: Augment | None = None,
-    ):
-        self.manifest, self.view, self.size, self.at_least = manifest, view, size, at_least
-        self.num_boxes, self.tokenize, self.find = num_boxes, tokenize, find
-        self.replay, self.augment = replay, augment
-        self.has_images = manifest.has_images
+        self, manifest: Manifest, *, images: ImageInput | None = None, texts: TextInput | None = None
+    ) -> None:
+        self.manifest, self.images, self.texts = manifest, images, texts or TextInput()
 
     def __len__(self) -> int:
         return len(self.manifest)
 
-    def __getitems__(self, piece: Piece) -> dict[str, Any]:
-        """What is there of these; masks and problems are per row and text.
-
-        `image` [views, pictures, 3, H, W], each row's place in it `image_at` [n]; `boxes` [pictures, boxes, 4] as
-        shares of it and how many there are, `num_boxes` [pictures]; `view_params` [n, views, P];
-        `text` [distinct, length], each text's place in it `text_at` [n * texts]; `words` of all n * texts.
-        """
-        start, samples = time.perf_counter(), [self.manifest.row(row) for row in piece.rows]
-        batch: dict[str, Any] = {"piece": piece, "key": [sample.key for sample in samples], "problems": []}
-        batch["usable"] = np.ones(len(samples), bool)
-        if self.has_images and len(piece.views):
-            batch |= self._pictures(piece, samples, batch)
-        if len(piece.texts):
-            batch |= self._texts(piece, samples)
+    def __getitems__(self, item: WorkItem) -> Batch:
+        """Decode the rows of a work item."""
+        start, samples = time.perf_counter(), [self.manifest.row(row) for row in item.rows]
+        batch: Batch = {
+            "item": item,
+            "key": [sample.key for sample in samples],
+            "problems": [],
+            "usable": np.ones(len(samples), bool),
+        }
+        if self.images is not None and self.manifest.has_images and len(item.views):
+            self._decode_images(self.images, samples, batch)
+        if len(item.texts):
+            self._prepare_texts(samples, batch)
         batch["seconds"] = time.perf_counter() - start
         return batch
 
-    def _texts(self, piece: Piece, samples: list[Sample]) -> dict[str, Any]:
-        """Which texts can be used, and their ids: a text that cannot is empty."""
+    def _prepare_texts(self, samples: list[Sample], batch: Batch) -> None:
+        """Add the texts; one that cannot be used is an empty text."""
+        numbers = batch["item"].texts
         clean = [[*clean_texts(sample)] for sample in samples]
-        picked = [[texts[k] if k < len(texts) else ("", False) for k in piece.texts] for texts in clean]
-        lost = [bool(sample.problem) and not self.has_images for sample in samples]
-        valid = np.array(
-            [[good and not bad for _, good in row] for row, bad in zip(picked, lost, strict=True)], bool
-        ).reshape(len(samples), len(piece.texts))
-        found: dict[str, Any] = {"text_valid": valid}
-        known = [text if good else "" for row in picked for text, good in row]
-        if self.find is not None:
-            found["words"] = self.find(known)
-        if self.tokenize is not None:
-            texts, found["text_at"] = _once(known)
-            found["text"] = self.tokenize(texts) if texts else torch.zeros(0, 1, dtype=torch.long)
-        return found
+        picked = [[texts[k] if k < len(texts) else ("", False) for k in numbers] for texts in clean]
+        broken = [bool(sample.problem) and not self.manifest.has_images for sample in samples]
+        batch["text_valid"] = np.array(
+            [[good and not bad for _, good in row] for row, bad in zip(picked, broken, strict=True)], bool
+        ).reshape(len(samples), len(numbers))
+        texts = [text if good else "" for row in picked for text, good in row]
+        if self.texts.find_words is not None:
+            batch["words"] = self.texts.find_words(texts)
+        if self.texts.tokenize is not None:
+            distinct, batch["text_at"] = _distinct(texts)
+            batch["text"] = self.texts.tokenize(distinct) if distinct else torch.zeros(0, 1, dtype=torch.long)
 
-    def _pictures(self, piece: Piece, samples: list[Sample], batch: dict[str, Any]) -> dict[str, Any]:
-        """The pictures of a piece; what cannot be read is noted in `usable` and `problems`."""
-        identities, at = _once([self._identity(sample) for sample in samples])
-        owners = [samples[place] for place in np.unique(at.numpy(), return_index=True)[1].tolist()]
-        pictures = torch.zeros(len(piece.views), len(identities), 3, *self.size)
-        params = np.zeros((len(identities), len(piece.views), len(PARAMS)), np.float32)
-        boxes, num_boxes = (
-            torch.zeros(len(identities), self.num_boxes, 4),
-            torch.zeros(len(identities), dtype=torch.int64),
-        )
+    def _decode_images(self, images: ImageInput, samples: list[Sample], batch: Batch) -> None:
+        """Add the distinct images, and to `usable` and `problems` what cannot be decoded."""
+        item = batch["item"]
+        identities, image_at = _distinct([_identity(images, sample) for sample in samples])
+        owners = [samples[place] for place in np.unique(image_at.numpy(), return_index=True)[1].tolist()]
+        pixels = torch.zeros(len(item.views), len(identities), 3, *images.size)
+        params = np.zeros((len(identities), len(item.views), len(PARAMS)), np.float32)
+        boxes = torch.zeros(len(identities), images.num_boxes, 4)
+        num_boxes = torch.zeros(len(identities), dtype=torch.int64)
         reasons = {}
         for i, sample in enumerate(owners):
             try:
                 content = self._content(sample)
-                picture = decode_image(content, self.at_least)
-                if self.num_boxes:
-                    given = _boxes(sample, seen_size(content))[: self.num_boxes]
-                    num_boxes[i], boxes[i, : len(given)] = len(given), given
-                if self.augment is None:
-                    pictures[0, i] = self.view(picture)
+                image = decode_image(content, images.at_least)
+                if images.num_boxes:
+                    stored = _boxes(sample, seen_size(content))[: images.num_boxes]
+                    num_boxes[i], boxes[i, : len(stored)] = len(stored), stored
+                if images.augment is None or images.replay is None:
+                    pixels[0, i] = images.view(image)
                     continue
-                for v, number in enumerate(piece.views):
+                for v, number in enumerate(item.views):
                     params[i, v] = draw_params(
-                        self.augment, sample.key, number, width=picture.width, height=picture.height
+                        images.augment, sample.key, number, width=image.width, height=image.height
                     )
-                    pictures[v, i] = self.replay(picture, params[i, v])
+                    pixels[v, i] = images.replay(image, params[i, v])
             except BadSample as error:
                 reasons[i] = str(error)
-        for row, key, place, i in zip(
-            piece.rows, batch["key"], at.tolist(), range(len(samples)), strict=True
-        ):
+        for i, (row, key, place) in enumerate(zip(item.rows, batch["key"], image_at.tolist(), strict=True)):
             if place in reasons:
                 batch["usable"][i] = False
                 batch["problems"].append({"row": row, "key": key, "reason": reasons[place]})
-        found = {"image": pictures, "image_at": at}
-        found |= {"boxes": boxes, "num_boxes": num_boxes} if self.num_boxes else {}
-        return found | ({} if self.augment is None else {"view_params": params[at.numpy()]})
-
-    def _identity(self, sample: Sample) -> tuple[Any, ...]:
-        """Rows that are equal in this share what is said of their picture; augmented views are each row's own."""
-        boxes = repr(_given_boxes(sample)) if self.num_boxes else ""
-        key = "" if self.augment is None else sample.key
-        return sample.image, sample.offset, sample.size, sample.problem, boxes, key
+        batch["image"], batch["image_at"] = pixels, image_at
+        if images.num_boxes:
+            batch["boxes"], batch["num_boxes"] = boxes, num_boxes
+        if images.augment is not None:
+            batch["view_params"] = params[image_at.numpy()]
 
     def _content(self, sample: Sample) -> bytes:
         if sample.problem or not sample.image:
@@ -144,94 +192,104 @@ class Rows(Dataset):
         return read_bytes(self.manifest, sample)
 
 
-def _once(values: list[Any]) -> tuple[list[Any], torch.Tensor]:
-    """The distinct values in the order in which they come, and the place of each value among them."""
+def _identity(images: ImageInput, sample: Sample) -> tuple[Hashable, ...]:
+    """The key of an image: rows with the same key share one forward pass. Augmented views belong to one row."""
+    boxes = repr(_stored_boxes(sample)) if images.num_boxes else ""
+    key = "" if images.augment is None else sample.key
+    return sample.image, sample.offset, sample.size, sample.problem, boxes, key
+
+
+def _distinct(values: Sequence[Value]) -> tuple[list[Value], torch.Tensor]:
+    """Return the distinct values in their order, and the index of each value among them."""
     places = {value: i for i, value in enumerate(dict.fromkeys(values))}
     return [*places], torch.tensor([places[value] for value in values], dtype=torch.long)
 
 
-def _given_boxes(sample: Sample) -> list[Any]:
+def _stored_boxes(sample: Sample) -> list[Any]:
     return (json.loads(sample.task).get("boxes") if sample.task else None) or []
 
 
 def _boxes(sample: Sample, size: tuple[int, int]) -> torch.Tensor:
-    """The task column `boxes` (x1, y1, x2, y2 in pixels of the picture as a person sees it) as shares [boxes, 4]."""
-    given = _given_boxes(sample)
-    for number, box in enumerate(given, start=1):
-        known = (
+    """Convert the task column `boxes`, pixels of the upright image, to fractions [boxes, 4]."""
+    stored = _stored_boxes(sample)
+    for number, box in enumerate(stored, start=1):
+        numeric = (
             isinstance(box, list) and len(box) == 4 and all(isinstance(value, int | float) for value in box)
         )
-        if not (known and all(map(math.isfinite, box)) and box[0] <= box[2] and box[1] <= box[3]):
+        if not (numeric and all(map(math.isfinite, box)) and box[0] <= box[2] and box[1] <= box[3]):
             raise BadSample(f"box {number} of the row is not x1, y1, x2, y2")
-    return (
-        (torch.tensor(given, dtype=torch.float64).reshape(-1, 4) / torch.tensor([*size, *size]))
-        .clamp(0, 1)
-        .float()
-    )
+    fractions = torch.tensor(stored, dtype=torch.float64).reshape(-1, 4) / torch.tensor([*size, *size])
+    return fractions.clamp(0, 1).float()
 
 
-def decoded(
-    rows: Rows, pieces: Iterable[Piece], *, workers: int, pin: bool = False
-) -> Generator[dict[str, Any]]:
-    """Batches of pieces in their order, decoded ahead by worker processes; tensors come through shared memory.
+def decoded(rows: Rows, items: Iterable[WorkItem], *, workers: int, pin: bool = False) -> Generator[Batch]:
+    """Decode work items in their order, ahead of the caller, in worker processes.
 
-    Close it where an error may leave it half read: the workers end at once, where torch would wait ten seconds.
-    UserError where one of them died.
+    Close the generator if an error may leave it unfinished: it ends the workers at once, while torch would wait for ten
+    seconds.
+
+    Args:
+        rows: The dataset.
+        items: The work items.
+        workers: The number of processes; 0 decodes in this one.
+        pin: Copy tensors to pinned memory.
+
+    Raises:
+        UserError: A worker process died.
     """
     batches = iter(
         DataLoader(
             rows,
-            batch_sampler=pieces,  # type: ignore[arg-type]
+            batch_sampler=items,  # type: ignore[arg-type]
             num_workers=workers,
-            collate_fn=_as_it_is,
+            collate_fn=_unchanged,
             prefetch_factor=2 if workers else None,
             worker_init_fn=ignore_interrupt,
             pin_memory=pin,
         )
     )
     try:
-        with deaths_told(RuntimeError, ConnectionError, EOFError):
+        with report_deaths(RuntimeError, ConnectionError, EOFError):
             yield from batches
     finally:
         for process in getattr(batches, "_workers", []):
-            process.terminate()  # which torch's workers take from their parent as a good end
+            process.terminate()  # torch's workers exit cleanly on it
 
 
 @contextlib.contextmanager
-def deaths_told(*kinds: type[Exception]) -> Iterator[None]:
-    """A worker that died is told in one line; torch says so wherever its process happens to be."""
+def report_deaths(*kinds: type[Exception]) -> Iterator[None]:
+    """Turn the exceptions by which torch reports a dead worker process into a UserError."""
     try:
         yield
     except kinds as error:
         if not _is_death(error):
             raise
         raise UserError(
-            "a decoding process died (killed, or out of memory): run the same command again, a build goes on where it "
-            "left off; try fewer --workers"
+            "a decoding process died (killed, or out of memory): run the same command again, the build resumes; "
+            "try fewer --workers"
         ) from error
 
 
 def _is_death(error: Exception) -> bool:
-    """Whether a worker is gone, which torch says or a connection that ends while a tensor is handed over."""
+    """Whether the error means that a DataLoader worker died: torch's message, or a connection that broke off."""
     if isinstance(error, RuntimeError):
         return "DataLoader worker (pid" in str(error)
-    return "in DataLoader worker process" not in str(error)  # that is an error which a worker told of
+    return "in DataLoader worker process" not in str(error)  # an exception that a living worker raised
 
 
 def ignore_interrupt(worker: int) -> None:
-    """Ctrl-C reaches the whole process group: the builder ends its workers itself, without their tracebacks."""
+    """Ignore Ctrl-C, which reaches the whole process group: the builder ends its workers itself."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    sys.excepthook = _say_nothing_of_a_gone_builder  # the thread that hands over tensors calls it
+    sys.excepthook = _ignore_closed_connections  # called by the thread that hands over tensors
 
 
-def _say_nothing_of_a_gone_builder(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    """A connection that ends while it is made is no news: the builder was told to stop."""
+def _ignore_closed_connections(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """Print nothing about connections that the builder closed when it was stopped."""
     if not issubclass(kind, (OSError, EOFError, multiprocessing.AuthenticationError)):
         sys.__excepthook__(kind, error, trace)
 
 
-def _as_it_is(batch: Any) -> Any:
+def _unchanged(batch: Batch) -> Batch:
     return batch
-
-
-VIEWS_AT_ONCE = 4  # of a piece: what decoding hands over stays small, whatever --views is

@@ -1,25 +1,37 @@
-"""The teacher over decoded pieces: one forward for every view; values in the stored dtype, NaN and overflow found.
+"""Run the teacher over decoded batches: one forward pass per view, values in the stored dtype, NaN and overflow checked.
 
-Not for gradients: a live teacher in training is called by the student's step itself.
+Gradients are off: in online distillation the training step calls the teacher itself.
 """
 
+import dataclasses
 import time
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from teachercache.build.decode import Piece, Rows
+from teachercache.build.decode import Batch, ImageInput, Rows, TextInput, WorkItem
 from teachercache.build.timings import Stages
 from teachercache.cache.layout import Cache
+from teachercache.cache.spec import Field
+from teachercache.cache.store import Chunks, Problem
 from teachercache.core.errors import UserError
 from teachercache.data.manifest import Manifest
 from teachercache.data.views import Augment, replay_view
-from teachercache.teachers.teacher import Teacher
+from teachercache.teachers.teacher import Inputs, Teacher
 
 NOT_FINITE = "is not finite"  # how the reason of a NaN or inf ends
+Values = list[tuple[str, int, torch.Tensor]]  # field, copy (text or view), values [n, *shape]
+
+
+@dataclasses.dataclass(frozen=True)
+class Computed:
+    """The chunks of one work item, and its entries of the quarantine."""
+
+    item: WorkItem
+    chunks: Chunks
+    problems: list[Problem]
 
 
 def forward(
@@ -27,136 +39,132 @@ def forward(
     module: nn.Module,
     cache: Cache,
     stages: Stages,
-    batches: Iterable[dict[str, Any]],
+    batches: Iterable[Batch],
     device: str,
     dtype: torch.dtype,
-) -> Iterator[dict[str, Any]]:
-    """Batches with what the teacher said of them; a batch is fetched while a GPU works on the next."""
-    waiting: list[tuple[dict[str, Any], Any]] = []
+) -> Iterator[Computed]:
+    """Yield the fields of each batch. A GPU computes the next batch while one is copied to the host."""
+    waiting: list[tuple[Batch, Values]] = []
     for batch in stages.waited(batches):
         begin = time.perf_counter()
-        waiting.append((batch, launch(teacher, module, cache, batch, device, dtype)))
-        part = _fetch(cache, *waiting.pop(0)) if len(waiting) == 2 else None
+        waiting.append((batch, encode_batch(teacher, module, cache, batch, device, dtype)))
+        computed = _fetch(cache, *waiting.pop(0)) if len(waiting) == 2 else None
         stages.add("forward", time.perf_counter() - begin, len(batch["key"]))
-        if part is not None:
-            yield part
-    for batch, outputs in waiting:
-        yield _fetch(cache, batch, outputs)
+        if computed is not None:
+            yield computed
+    for batch, values in waiting:
+        yield _fetch(cache, batch, values)
 
 
-def launch(
-    teacher: Teacher, module: nn.Module, cache: Cache, batch: dict[str, Any], device: str, dtype: torch.dtype
-) -> list[tuple[str, int, torch.Tensor]]:
-    """Field, copy and values [n, *shape] on the device, one forward for every view; texts go with the first."""
-    piece: Piece = batch["piece"]
-    outputs: list[tuple[str, int, torch.Tensor]] = []
+def encode_batch(
+    teacher: Teacher, module: nn.Module, cache: Cache, batch: Batch, device: str, dtype: torch.dtype
+) -> Values:
+    """Encode a batch on the device with one forward pass per view; the texts go with the first view."""
+    item, outputs = batch["item"], Values()
     images, text = batch.pop("image", None), batch.pop("text", None)
-    places = {"image": batch.pop("image_at", None), "text": batch.pop("text_at", None)}
-    for i in range(max(0 if images is None else len(images), int(text is not None)) if piece.rows else 0):
-        inputs = {}
+    image_at, text_at = batch.pop("image_at", None), batch.pop("text_at", None)
+    passes = max(0 if images is None else len(images), int(text is not None))
+    for i in range(passes if item.rows else 0):
+        inputs: Inputs = {}
         if images is not None:
             moved = images[i].to(
                 device, non_blocking=True
-            )  # as float32 from pinned memory: the cast would block
+            )  # from pinned memory in float32: a cast would block
             inputs["image"] = moved.to(dtype).contiguous(memory_format=torch.channels_last)
-            inputs |= {name: batch[name].to(device) for name in ("boxes", "num_boxes") if name in batch}
+            if "boxes" in batch:
+                inputs["boxes"], inputs["num_boxes"] = (
+                    batch["boxes"].to(device),
+                    batch["num_boxes"].to(device),
+                )
         if text is not None and i == 0:
             inputs["text"] = text.to(device, non_blocking=True)
+            if "words" in batch:
+                inputs["words"] = batch["words"]
+        pair_valid = torch.from_numpy(batch["usable"]).to(device)[:, None].expand(-1, len(item.texts))
+        if teacher.spec.reads_pairs and image_at is not None and text_at is not None and i == 0:
+            inputs["pair_image"] = image_at.to(device)[:, None].expand(-1, len(item.texts))
+            inputs["pair_text"] = text_at.to(device).unflatten(0, (len(item.rows), len(item.texts)))
+            inputs["pair_valid"] = pair_valid
         with torch.inference_mode():
-            distinct = teacher.encode(module, inputs)
-            said = {
-                name: _each(values, places.get(cache.fields[name].per)) for name, values in distinct.items()
-            }
-            if "words" in batch and i == 0 and teacher.tokens is not None:
-                pictures = _pictures_of_texts(said.get("image_emb"), batch["usable"], len(piece.texts))
-                said |= teacher.tokens.weigh(module, batch["words"], pictures)
-            if teacher.pair is not None and {"image", "text"} <= inputs.keys():
-                paired = teacher.pair(module, {**inputs, **distinct}, places)
-                said |= {
-                    name: _of_usable(values, batch["usable"], len(piece.texts))
-                    for name, values in paired.items()
-                }
-        for name, values in said.items():
-            if cache.fields[name].per_text:
-                values = values.unflatten(0, (len(piece.rows), len(piece.texts)))
-                outputs += [(name, k, values[:, j]) for j, k in enumerate(piece.texts)]
-            else:
-                outputs.append((name, piece.views[i], values))
+            fields = teacher.encode(module, inputs)
+            for name, values in fields.items():
+                field = cache.fields[name]
+                if field.per == "image":
+                    outputs.append((name, item.views[i], _per_row(values, image_at)))
+                    continue
+                if field.per == "text":
+                    values = _per_row(values, text_at)
+                elif field.per == "pair":
+                    valid = pair_valid.flatten().view(-1, *[1] * (values.ndim - 1))
+                    values = torch.where(valid.to(values.device), values, 0)
+                values = values.unflatten(0, (len(item.rows), len(item.texts)))
+                outputs += [(name, k, values[:, j]) for j, k in enumerate(item.texts)]
     return outputs
 
 
-def _each(values: torch.Tensor, places: torch.Tensor | None) -> torch.Tensor:
-    """What was said of each distinct picture or text, for every row or text that has it."""
-    return values if places is None or len(places) == len(values) else values[places.to(values.device)]
+def _per_row(values: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
+    """Expand values of distinct images or texts to all rows or texts."""
+    if index is None or len(index) == len(values):  # equal numbers: nothing was de-duplicated
+        return values
+    return values[index.to(values.device)]
 
 
-def _pictures_of_texts(
-    embeddings: torch.Tensor | None, usable: np.ndarray, texts: int
-) -> torch.Tensor | None:
-    """The embedding of each text's picture [n * texts, dim], zeros where it cannot be used."""
-    if embeddings is None:
-        return None
-    return _of_usable(embeddings.repeat_interleave(texts, 0), usable, texts)
+def _fetch(cache: Cache, batch: Batch, outputs: Values) -> Computed:
+    """Copy values to the host in their stored dtype. NaN becomes an entry of the quarantine.
 
-
-def _of_usable(values: torch.Tensor, usable: np.ndarray, texts: int) -> torch.Tensor:
-    """Values [n * texts, ...] with zeros where the row's picture cannot be used."""
-    known = torch.from_numpy(usable).to(values.device).repeat_interleave(texts)
-    return torch.where(known.view(-1, *[1] * (values.ndim - 1)), values, 0)
-
-
-def _fetch(
-    cache: Cache, batch: dict[str, Any], outputs: list[tuple[str, int, torch.Tensor]]
-) -> dict[str, Any]:
-    """`chunks` of a piece in the stored dtypes; NaN is noted in `problems`, float16 overflow names the row."""
-    piece, usable = batch["piece"], batch["usable"]
-    text_valid: np.ndarray = batch.get("text_valid", usable[:, None])
+    Raises:
+        UserError: A value is too large for the stored dtype.
+    """
+    item, usable = batch["item"], batch["usable"]
+    text_valid = batch.get("text_valid", usable[:, None])
     chunks: dict[tuple[str, int], np.ndarray] = {}
     for name, copy, tensor in outputs:
         field = cache.fields[name]
         floating = np.dtype(field.dtype).kind == "f"
         values = (tensor.float() if floating else tensor).cpu().numpy()
-        known = usable if not field.per_text else text_valid[:, copy - piece.texts.start]
-        if floating or not field.per_text:  # of a text that cannot be used integers say that there is no word
-            values[~known] = 0
-        inner = tuple(range(1, values.ndim))
-        which = {"text": copy} if field.per_text else {"view": copy} if cache.meta.views else {}
-        for place in np.flatnonzero(~np.isfinite(values).all(axis=inner)).tolist():
-            values[place] = 0
-            if field.per_text:
-                known[place] = False
-            batch["problems"].append(
-                {
-                    "row": piece.rows[place],
-                    "key": batch["key"][place],
-                    "reason": f"{name} {NOT_FINITE}",
-                    **which,
-                }
-            )
+        valid = text_valid[:, copy - item.texts.start] if field.per_text else usable
+        if floating or not field.per_text:  # integers per text mark an empty text themselves (-1)
+            values[~valid] = 0
+        _quarantine(batch, field, copy, values, valid, views=cache.meta.views)
         limit = np.finfo(field.dtype).max if floating else np.inf
+        inner = tuple(range(1, values.ndim))
         for place in np.flatnonzero((np.abs(values) > limit).any(axis=inner)).tolist():
             raise UserError(
                 f"{name} of row '{batch['key'][place]}' is above {limit:g} and does not fit into {field.dtype}"
             )
         chunks[name, copy] = values.astype(field.dtype)
     if "text_valid" in batch:
-        chunks |= {("text_valid", k): text_valid[:, j] for j, k in enumerate(piece.texts)}
+        chunks |= {("text_valid", k): text_valid[:, j] for j, k in enumerate(item.texts)}
     if "view_params" in batch:
-        chunks |= {("view_params", v): batch["view_params"][:, i] for i, v in enumerate(piece.views)}
-    return {"piece": piece, "chunks": chunks, "problems": batch["problems"]}
+        chunks |= {("view_params", v): batch["view_params"][:, i] for i, v in enumerate(item.views)}
+    return Computed(item, chunks, batch["problems"])
+
+
+def _quarantine(
+    batch: Batch, field: Field, copy: int, values: np.ndarray, valid: np.ndarray, *, views: int
+) -> None:
+    """Replace values with NaN or inf by zeros, and add an entry to the problems of the batch for each."""
+    copies = {"text": copy} if field.per_text else {"view": copy} if views else {}
+    finite = np.isfinite(values).all(axis=tuple(range(1, values.ndim)))
+    for place in np.flatnonzero(~finite).tolist():
+        values[place] = 0
+        if field.per_text:
+            valid[place] = False
+        reason = f"{field.name} {NOT_FINITE}"
+        row, key = batch["item"].rows[place], batch["key"][place]
+        batch["problems"].append({"row": row, "key": key, "reason": reason, **copies})
 
 
 def rows_for(teacher: Teacher, manifest: Manifest, augment: Augment | None = None) -> Rows:
-    """Rows as the teacher sees them, in augmented views where `augment` is given."""
-    view = teacher.spec.view
-    return Rows(
-        manifest,
-        view=teacher.view,
-        size=tuple(view["size"]),
-        at_least=view.get("at_least", 0),
-        num_boxes=view.get("boxes", 0),
-        tokenize=teacher.tokenize,
-        augment=augment,
-        find=teacher.tokens.find if teacher.tokens else None,
-        replay=replay_view(view) if augment else None,
-    )
+    """Return the dataset that decodes rows for a teacher, with augmented views if `augment` is given."""
+    view, images = teacher.spec.view, None
+    if teacher.view is not None:
+        images = ImageInput(
+            view=teacher.view,
+            size=tuple(view["size"]),
+            at_least=view.get("at_least", 0),
+            num_boxes=view["boxes"] if "boxes" in teacher.spec.inputs else 0,
+            augment=augment,
+            replay=replay_view(view) if augment else None,
+        )
+    return Rows(manifest, images=images, texts=TextInput(teacher.tokenize, teacher.find_words))

@@ -1,14 +1,11 @@
-"""How fast each stage of a build is, for the progress line and `<cache>/build.log`. Times live there and nowhere else.
-
-Not for deciding anything: a build that is measured writes the same bytes as one that is not.
-"""
+"""Measure the speed of each stage of a build, for the progress line and `<cache>/build.log`."""
 
 import datetime
 import json
 import time
 from collections.abc import Iterable, Iterator
-from typing import Any
 
+from teachercache.build.decode import Batch
 from teachercache.cache.store import Cache
 from teachercache.core.paths import is_url
 from teachercache.core.process import rank
@@ -17,21 +14,21 @@ LOG = "build.log"
 
 
 class Stages:
-    """Seconds and rows of decode (over all workers), forward and write, and what the teacher waited for pictures."""
+    """Seconds and rows of decode (over all workers), forward and write, and how long the teacher waited for batches."""
 
-    def __init__(self, cache: Cache, workers: int):
+    def __init__(self, cache: Cache, workers: int) -> None:
         self.cache, self.workers = cache, max(workers, 1)
         self.rows = dict.fromkeys(("decode", "forward", "write"), 0)
         self.seconds = dict.fromkeys(("decode", "forward", "write", "waited"), 0.0)
         self.start = time.perf_counter()
 
     def add(self, stage: str, seconds: float, rows: int) -> None:
-        """Count what one batch or block took."""
+        """Add the time of one batch or block."""
         self.seconds[stage] += seconds
         self.rows[stage] += rows
 
-    def waited(self, batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """The batches as they come, with the time that the teacher waited for them."""
+    def waited(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Yield batches, and measure how long each one is waited for."""
         begin = time.perf_counter()
         for batch in batches:
             self.seconds["waited"] += time.perf_counter() - begin
@@ -40,17 +37,17 @@ class Stages:
             begin = time.perf_counter()
 
     def rates(self) -> dict[str, float]:
-        """Rows a second of each stage by itself."""
+        """Return the rows per second of each stage."""
         return {
             name: round(self.rows[name] / self.seconds[name], 1) for name in self.rows if self.seconds[name]
         }
 
     def line(self) -> str:
-        """The rates in words."""
+        """Return the rates as one line."""
         return ", ".join(f"{name} {rate:,.0f}/s" for name, rate in self.rates().items())
 
     def log(self, block: int, rows: int) -> None:
-        """A line in build.log: when, which block, rates until now; nothing where the cache is at a URL."""
+        """Append a line to build.log: time, block, rates so far. A cache at a URL has no log."""
         if is_url(self.cache.path):
             return
         passed = time.perf_counter() - self.start

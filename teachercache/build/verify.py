@@ -1,4 +1,4 @@
-"""A cache and its teacher together: load it, check rows against it. Not for building."""
+"""Check the files of a cache, and some of its values against a new computation by its teacher."""
 
 import dataclasses
 import math
@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from teachercache.build.decode import VIEWS_AT_ONCE, Piece
-from teachercache.build.forward import launch, rows_for
+from teachercache.build.decode import VIEWS_AT_ONCE, WorkItem
+from teachercache.build.forward import encode_batch, rows_for
 from teachercache.build.target import compare
 from teachercache.cache import store
 from teachercache.cache.repair import damaged_files
@@ -21,14 +21,24 @@ from teachercache.data.views import Augment
 from teachercache.teachers.of_cache import load_teacher
 from teachercache.teachers.teacher import Teacher
 
-BAR = 0.999  # cosine of a float16 row to the live teacher
+BAR = 0.999  # the least cosine of a stored float16 value to the recomputed one
 # A relative error of 0.01 has the cosine BAR: the vectors (0, 1) and (STEEP * 0.01, 1) enclose that angle
 STEEP = 100 * math.tan(math.acos(BAR))
 Values = dict[tuple[str, int], np.ndarray]  # field and copy (text or view) -> [rows, ...]
 
 
 def verify_cache(path: str | Path, *, samples: int, teacher: str | None = None) -> dict[str, Any]:
-    """Damaged blocks (their done records are removed), other damaged files, cosines to the live teacher."""
+    """Verify a cache, and remove the done records of damaged blocks so that the next build writes them again.
+
+    Args:
+        path: The cache.
+        samples: The number of rows to compute again; 0 checks the files only.
+        teacher: The teacher that the user names, see `load_teacher`.
+
+    Returns:
+        `damaged` blocks and other damaged `files` with the reason, the minimum and mean `cosine` of each field, the
+        `command` that repairs the cache, and whether all is `ok`.
+    """
     cache = store.open_cache(path)
     damaged = store.damaged_blocks(cache)
     files = damaged_files(cache)
@@ -53,42 +63,41 @@ def verify_cache(path: str | Path, *, samples: int, teacher: str | None = None) 
 
 
 def cached_data(cache: store.Cache) -> Manifest:
-    """The data of a cache as it is now, in the cache's order; UserError where it has lost or changed rows since."""
+    """Read the present data of a cache in its order; raise UserError if rows were removed or changed."""
     manifest = read_manifest(cache.meta.data, limit=cache.meta.limit or None)
     change = compare(cache, manifest)
     if change.lost or change.changed:
         raise UserError(
-            f"{manifest.data} is not the data of {cache.path} any more ({len(change.lost)} rows are gone, "
+            f"{manifest.data} has changed since {cache.path} was built ({len(change.lost)} rows are gone, "
             f"{len(change.changed)} changed): follow it with `{cache.command()} --prune`"
         )
     return dataclasses.replace(manifest, table=manifest.table.take(change.order[: cache.meta.rows]))
 
 
 def _live_cosines(cache: store.Cache, teacher: Teacher, samples: int) -> dict[str, np.ndarray]:
-    """Cosine of stored to recomputed values, over evenly spread usable rows, all texts and the first views."""
+    """Return the cosines of stored to recomputed values: evenly spread usable rows, all texts, the first views."""
     meta, manifest = cache.meta, cached_data(cache)
     usable = np.flatnonzero(store.read_field(cache, "valid"))
     if not len(usable):
         raise UserError(f"no usable row in {cache.path}: see {cache.path / 'quarantine.jsonl'}")
     rows = usable[np.linspace(0, len(usable) - 1, min(samples, len(usable))).round().astype(int)]
-    views = range(min(meta.views, VIEWS_AT_ONCE) or 1) if manifest.has_images else range(0)
-    piece = Piece(tuple(rows.tolist()), views, range(meta.texts))
-    batch = rows_for(teacher, manifest, Augment(**meta.augment) if meta.views else None).__getitems__(piece)
+    item = WorkItem(tuple(rows.tolist()), range(min(meta.views, VIEWS_AT_ONCE) or 1), range(meta.texts))
+    batch = rows_for(teacher, manifest, Augment(**meta.augment) if meta.views else None).__getitems__(item)
     cosines: dict[str, list[np.ndarray]] = {}
-    said = launch(teacher, teacher.module, cache, batch, "cpu", torch.float32)
-    live = {(name, copy): tensor.float().numpy() for name, copy, tensor in said}
-    stored = {at: store.read_rows(cache, *at, rows).astype(np.float32) for at in live}
+    outputs = encode_batch(teacher, teacher.module, cache, batch, "cpu", torch.float32)
+    live = {(name, copy): tensor.float().numpy() for name, copy, tensor in outputs}
+    stored = {key: store.read_rows(cache, *key, rows).astype(np.float32) for key in live}
     for name, copy in live:
         pair = [
             _comparable(values, cache.fields[name], copy, live, stored).reshape(len(rows), -1)
             for values in (live, stored)
         ]
-        known = batch["text_valid"][:, copy] if cache.fields[name].per_text else batch["usable"]
+        valid = batch["text_valid"][:, copy] if cache.fields[name].per_text else batch["usable"]
         norms = np.prod([np.linalg.norm(values, axis=1) for values in pair], axis=0)
         cosine = (pair[0] * pair[1]).sum(1) / np.maximum(norms, 1e-12)
-        same = (pair[0] == pair[1]).all(1)  # also where both are zero, as maps behind a ReLU can be
-        cosines.setdefault(name, []).append(np.where(same, 1.0, cosine)[known])
-    return {name: np.concatenate(parts) for name, parts in cosines.items()}
+        same = (pair[0] == pair[1]).all(1)  # also if both are zero, as feature maps after a ReLU can be
+        cosines.setdefault(name, []).append(np.where(same, 1.0, cosine)[valid])
+    return {name: np.concatenate(values) for name, values in cosines.items()}
 
 
 def _comparable(values: Values, field: Field, copy: int, live: Values, stored: Values) -> np.ndarray:

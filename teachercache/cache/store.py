@@ -43,9 +43,9 @@ from teachercache.data.manifest import Manifest, load_manifest, manifest_keys, w
 
 LOCK = ".lock"  # empty; a builder holds the byte of each block that it writes
 GROW_BYTE = 1 << 40  # of the lock file: held while a cache's own files are rewritten
-Chunks = Mapping[
-    tuple[str, int], np.ndarray
-]  # field and copy (text or view; 0 where there is one) -> [rows, ...]
+Chunks = Mapping[tuple[str, int], np.ndarray]  # field and copy (text or view, otherwise 0) -> [rows, ...]
+Problem = dict[str, Any]  # an entry of quarantine.jsonl: row, key, reason and, if it has one, text or view
+Record = dict[str, Any]  # a done record
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -289,7 +289,7 @@ def damaged_blocks(cache: Cache) -> dict[int, str]:
     return damaged
 
 
-def bytes_there(cache: Cache) -> int:
+def bytes_written(cache: Cache) -> int:
     """Bytes of the chunk files that done records name, keys left out as in `expected_bytes`."""
     records = filter(None, (done_record(cache, block) for block in listed_blocks(cache)))
     return sum(

@@ -297,7 +297,7 @@ def persistently(read: Callable[[], bytes], path: Any) -> bytes:
 
 
 @contextlib.contextmanager
-def asking(path: Any, *, what: str = "read") -> Iterator[None]:
+def explain_errors(path: Any, *, action: str = "read") -> Iterator[None]:
     """Tell a broken connection, missing rights and a missing place in one line that says what to check."""
     try:
         yield
@@ -312,7 +312,7 @@ def asking(path: Any, *, what: str = "read") -> Iterator[None]:
         )
         if not (_from_network(error) or no_ranges) or local:
             raise
-        raise UserError(f"cannot {what} {path}: {_reason(error)}; {_advice(path)}") from error
+        raise UserError(f"cannot {action} {path}: {_reason(error)}; {_advice(path)}") from error
 
 
 def _from_network(error: Exception) -> bool:

@@ -48,7 +48,7 @@ def join_sources(data: str, sources: list[Source], *, limit: int | None = None) 
     if len(sources) == 1:
         source = sources[0]
         if source.kind == "manifest":
-            with remote.asking(source.path):
+            with remote.explain_errors(source.path):
                 manifest = load_manifest(source.path)
             whole = limit is None or limit >= len(manifest)
             return manifest if whole else make_manifest(name, manifest.root, source.rows(), limit=limit)
@@ -58,7 +58,7 @@ def join_sources(data: str, sources: list[Source], *, limit: int | None = None) 
 
 
 def _rows(source: Source) -> Iterator[Sample]:
-    with remote.asking(source.path):
+    with remote.explain_errors(source.path):
         yield from source.rows()
 
 
@@ -84,7 +84,7 @@ def _parts(data: str) -> list[str]:
 
 def _at_url(url: str) -> str:
     """`file` or `directory`, or an empty string where there is nothing."""
-    with remote.asking(url):
+    with remote.explain_errors(url):
         return remote.kind(as_path(url))
 
 
@@ -96,7 +96,7 @@ def _found(part: str) -> list[tuple[Any, bool]]:
     if there := _at_url(part):
         folder = there == "directory" or (remote.is_http(part) and part.endswith("/"))
         return [(as_path(part), folder)]
-    with remote.asking(part):
+    with remote.explain_errors(part):
         return remote.glob_url(part) if glob.has_magic(part) else []
 
 
@@ -115,7 +115,7 @@ def find_sources(data: str) -> list[Source]:
                 f"no data at {part}: pass --data FOLDER, or make the demo data with `bash scripts/demo`"
             )
         for path, is_folder in (one for place, whole in found for one in _annotations(place, whole)):
-            with remote.asking(path):
+            with remote.explain_errors(path):
                 grouped = path.suffix.lower() in GROUPED and not is_folder
                 alone = not grouped or (path.suffix.lower() == ".parquet" and tables.is_manifest(path))
             groups.setdefault(path if alone else (path.parent, path.suffix.lower()), []).append(path)
@@ -131,7 +131,7 @@ def _annotations(path: Any, is_folder: bool) -> list[tuple[Any, bool]]:
     """
     if not is_folder:
         return [(path, is_folder)]
-    with remote.asking(path):
+    with remote.explain_errors(path):
         names = [entry for entry, inner in remote.children(path) if not inner]
         found = [entry for entry in names if entry.name.endswith((".jsonl", "_questions.json"))]
     stems = [entry.name.removesuffix(".jsonl") for entry in found]
@@ -163,7 +163,7 @@ def cache_folder(data: str) -> Path:
 
 def _source(paths: list[Any], *, is_folder: bool) -> Source:
     """The source of one path, or of the shards of one folder."""
-    with remote.asking(paths[0]):
+    with remote.explain_errors(paths[0]):
         return _folder(paths[0]) if is_folder else _file(paths)
 
 

@@ -15,20 +15,28 @@ from teachercache.cache import store
 from teachercache.core.errors import UserError
 from teachercache.core.progress import say
 from teachercache.search.index_files import (
-    Facts,
+    IndexRecord,
     check_index,
-    facts_path,
     faiss_module,
     identity,
     index_path,
-    read_facts,
     read_index,
+    read_record,
+    record_path,
     set_effort,
-    standing,
-    write_facts,
+    status,
     write_index,
+    write_record,
 )
-from teachercache.search.vectors import Vectors, chunks, exact_search, unit, usable_vectors, vector_fields
+from teachercache.search.vectors import (
+    Vectors,
+    chunks,
+    default_field,
+    exact_search,
+    unit,
+    usable_vectors,
+    vector_fields,
+)
 
 KINDS = ("auto", "flat", "ivf", "hnsw")
 FLAT_UP_TO = 50_000  # FEASIBILITY: above it exact search drops under some hundred queries a second
@@ -39,7 +47,7 @@ POINTS_PER_LIST = 64  # to train on; faiss warns below 39
 MAX_GROWTH = 4  # an IVF index of more times the vectors that its lists were made for is built again
 
 
-def describe(facts: Facts) -> str:
+def describe(facts: IndexRecord) -> str:
     """One line: how many vectors, and how well their neighbours are found."""
     start = f"{facts.vectors:,} vectors, {facts.kind}"
     if not facts.effort:
@@ -58,16 +66,26 @@ def describe(facts: Facts) -> str:
 
 
 def update_index(
-    cache: store.Cache, *, field: str = "image_emb", kind: str = "auto"
-) -> tuple[Path, Facts, str]:
-    """Make the index of a vector field be of all rows; its path, facts and "current", "extended" or "built"."""
-    path, facts = index_path(cache, field), read_facts(cache, field)
-    state = standing(cache, facts) if facts is not None and facts.asked == kind else "other"
+    cache: store.Cache, *, field: str | None = None, kind: str = "auto"
+) -> tuple[Path, IndexRecord, str]:
+    """Bring the index of a vector field up to date with its cache.
+
+    Args:
+        cache: The cache.
+        field: The vector field; None for `default_field`.
+        kind: auto, flat, ivf or hnsw.
+
+    Returns:
+        The path of the index, its record, and "current", "extended" or "built".
+    """
+    field = field or default_field(cache)
+    path, facts = index_path(cache, field), read_record(cache, field)
+    state = status(cache, facts) if facts is not None and facts.asked == kind else "other"
     if facts is not None and state != "other":
         with contextlib.suppress(UserError):  # damaged: build it again
             index = read_index(cache, facts, write=state == "grown")
             if state == "current":
-                return path, write_facts(cache, facts), state
+                return path, write_record(cache, facts), state
             extended = _extend(cache, index, facts)
             if extended is not None:
                 return path, extended, "extended"
@@ -84,7 +102,7 @@ def extend_indexes(cache: store.Cache) -> list[Path]:
         path = index_path(cache, field)
         if not path.exists():
             continue
-        old = read_facts(cache, field)
+        old = read_record(cache, field)
         try:
             _, facts, done = update_index(cache, field=field, kind=old.asked if old else "auto")
         except UserError as error:
@@ -97,8 +115,11 @@ def extend_indexes(cache: store.Cache) -> list[Path]:
     return changed
 
 
-def build_index(cache: store.Cache, *, field: str = "image_emb", kind: str = "auto") -> tuple[Path, Facts]:
-    """Build the index of a vector field anew, by inner product of unit vectors; its path and facts."""
+def build_index(
+    cache: store.Cache, *, field: str | None = None, kind: str = "auto"
+) -> tuple[Path, IndexRecord]:
+    """Build the index of a vector field, over inner products of unit vectors; see `update_index`."""
+    field = field or default_field(cache)
     faiss = faiss_module()
     if kind not in KINDS:
         raise UserError(f"--kind {kind}: choose from {', '.join(KINDS)}")
@@ -148,7 +169,7 @@ def _add(faiss: Any, index: Any, vectors: Vectors, *, start: int = 0) -> None:
         index.quantizer = coarse
 
 
-def _extend(cache: store.Cache, index: Any, old: Facts) -> Facts | None:
+def _extend(cache: store.Cache, index: Any, old: IndexRecord) -> IndexRecord | None:
     """Add the rows that a cache gained; None where the index should be built again instead."""
     vectors = usable_vectors(cache, old.field)
     start = int(np.searchsorted(vectors.ids, old.rows * vectors.per_row))
@@ -166,15 +187,15 @@ def _extend(cache: store.Cache, index: Any, old: Facts) -> Facts | None:
 
 def _finish(
     cache: store.Cache, index: Any, vectors: Vectors, *, field: str, kind: str, asked: str, trained: int
-) -> Facts:
+) -> IndexRecord:
     """Measure a filled index, write it and its facts."""
     effort, recall = _tune(cache, index, vectors, field=field, kind=kind)
     path = index_path(cache, field)
-    facts_path(path).unlink(
+    record_path(path).unlink(
         missing_ok=True
     )  # killed between the two files, the new index must not have old facts
     size = write_index(index, path)
-    facts = Facts(
+    facts = IndexRecord(
         field=field,
         kind=kind,
         asked=asked,
@@ -189,7 +210,7 @@ def _finish(
         identity=identity(cache),
         manifest=cache.meta.manifest,
     )
-    return write_facts(cache, facts)
+    return write_record(cache, facts)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -226,7 +247,8 @@ def _sample(cache: store.Cache, vectors: Vectors, field: str) -> dict[str, tuple
     People search pictures by texts, and texts lie away from pictures (CLIP's modality gap), where lists are cut
     otherwise: so queries come from the other side too, where the cache has it.
     """
-    other = {"image_emb": "text_emb", "text_emb": "image_emb"}.get(field, "")
+    image_vector, text_vector = cache.meta.spec.image_vector, cache.meta.spec.text_vector
+    other = {image_vector: text_vector, text_vector: image_vector}.get(field, "")
     sources = {field: vectors}
     if other in cache.fields and cache.fields[other].shape == (vectors.dim,):
         sources[other] = usable_vectors(cache, other)
@@ -260,7 +282,7 @@ def _hits(
 # Search
 
 
-def open_index(cache: store.Cache, field: str = "image_emb") -> Any:
+def open_index(cache: store.Cache, field: str) -> Any:
     """The index beside a cache; its Vectors themselves, to be searched exactly, where they are few and it is of no use.
 
     UserError where they are many.

@@ -16,7 +16,7 @@ from teachercache.data.manifest import digest_rows, load_manifest
 
 
 @dataclasses.dataclass(frozen=True)
-class Facts:
+class IndexRecord:
     """What is written beside an index: how good it is, and of which rows of which cache."""
 
     field: str
@@ -39,7 +39,7 @@ def index_path(cache: store.Cache, field: str) -> Path:
     return cache.path.with_name(f"{cache.path.name.removesuffix('.zarr')}.{field}.faiss")
 
 
-def facts_path(path: Path) -> Path:
+def record_path(path: Path) -> Path:
     """Where the facts of an index lie."""
     return path.with_name(path.name + ".json")
 
@@ -57,23 +57,23 @@ def identity(cache: store.Cache) -> str:
     return fingerprint(dataclasses.replace(cache.meta, **rest))
 
 
-def read_facts(cache: store.Cache, field: str) -> Facts | None:
+def read_record(cache: store.Cache, field: str) -> IndexRecord | None:
     """The facts beside an index; None where there are none that this version understands."""
     try:
-        return Facts(**json.loads(facts_path(index_path(cache, field)).read_text()))
+        return IndexRecord(**json.loads(record_path(index_path(cache, field)).read_text()))
     except (FileNotFoundError, ValueError, TypeError):
         return None
 
 
-def write_facts(cache: store.Cache, facts: Facts) -> Facts:
-    """Facts with the fingerprint of the cache as it is now, written where they are not there already."""
+def write_record(cache: store.Cache, facts: IndexRecord) -> IndexRecord:
+    """IndexRecord with the fingerprint of the cache as it is now, written where they are not there already."""
     now = dataclasses.replace(facts, meta=fingerprint(cache.meta))
     if now != facts:
-        write_whole(facts_path(index_path(cache, facts.field)), json.dumps(dataclasses.asdict(now)) + "\n")
+        write_whole(record_path(index_path(cache, facts.field)), json.dumps(dataclasses.asdict(now)) + "\n")
     return now
 
 
-def standing(cache: store.Cache, facts: Facts) -> str:
+def status(cache: store.Cache, facts: IndexRecord) -> str:
     """Whether an index is of this cache: "current", "grown" where the cache has more rows, else "other"."""
     if facts.meta == fingerprint(cache.meta):
         return "current"
@@ -85,22 +85,22 @@ def standing(cache: store.Cache, facts: Facts) -> str:
     return "grown" if facts.rows < cache.meta.rows else "current"
 
 
-def index_command(cache: store.Cache, field: str, facts: Facts | None = None) -> str:
+def index_command(cache: store.Cache, field: str, facts: IndexRecord | None = None) -> str:
     """What to type to make an index of a field, of the kind that was asked for before."""
     kind = f" --kind {facts.asked}" if facts is not None and facts.asked != "auto" else ""
     return f"run `tc index {cache.path} --field {field}{kind}`"
 
 
-def check_index(cache: store.Cache, field: str) -> Facts:
+def check_index(cache: store.Cache, field: str) -> IndexRecord:
     """The facts of the index beside a cache; UserError where it is missing or not of all of this cache."""
     path = index_path(cache, field)
-    facts = read_facts(cache, field)
+    facts = read_record(cache, field)
     command = index_command(cache, field, facts)
     if not path.exists():
         raise UserError(f"no index of '{field}' yet: {command}")
     if facts is None:
         raise UserError(f"{path}.json is missing, damaged or of another version: {command}")
-    state = standing(cache, facts)
+    state = status(cache, facts)
     if state == "grown":
         raise UserError(
             f"{path} lacks the last {cache.meta.rows - facts.rows:,} rows of this cache: {command}"
@@ -133,7 +133,7 @@ def _replacing(path: Path) -> Iterator[Any]:
     os.replace(partial, path)
 
 
-def read_index(cache: store.Cache, facts: Facts, *, write: bool = False) -> Any:
+def read_index(cache: store.Cache, facts: IndexRecord, *, write: bool = False) -> Any:
     """The index of these facts, ready to search: a local IVF index is mapped, unless it is to be added to."""
     faiss, path = faiss_module(), index_path(cache, facts.field)
     try:

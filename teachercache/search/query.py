@@ -12,7 +12,7 @@ from teachercache.core.errors import UserError, closest
 from teachercache.data.pictures import decode_image
 from teachercache.data.sample import BadSample
 from teachercache.search.index import open_index, search
-from teachercache.search.vectors import unit, usable_vectors
+from teachercache.search.vectors import default_field, unit, usable_vectors
 
 
 def search_cache(
@@ -34,7 +34,7 @@ def search_cache(
     if text is None and not images and not keys:
         raise UserError('give a text, --image FILE or --key KEY: tc search CACHE "a red bird"')
     cache = store.open_complete(path)
-    field = field or ("image_emb" if "image_emb" in cache.fields else "text_emb")
+    field = field or default_field(cache)
     opened = open_index(cache, field)
     rows = _rows(cache, keys)
     parts = [_row_vector(cache, _picture_field(cache, field), row, key) for key, row in rows.items()]
@@ -57,7 +57,7 @@ def _per_row(cache: store.Cache, field: str) -> int:
 
 def _picture_field(cache: store.Cache, field: str) -> str:
     """What a row stands for when `field` is searched: its picture, or its texts where the cache has no pictures."""
-    return "image_emb" if cache.fields[field].per_text and "image_emb" in cache.fields else field
+    return (cache.meta.spec.image_vector if cache.fields[field].per_text else "") or field
 
 
 def _rows(cache: store.Cache, keys: tuple[str, ...]) -> dict[str, int]:
@@ -90,10 +90,11 @@ def _row_vector(cache: store.Cache, field: str, row: int, key: str) -> Float[np.
 def _live_vectors(
     cache: store.Cache, field: str, text: str | None, images: tuple[Path, ...], named: str | None
 ) -> list[Float[np.ndarray, " dim"]]:
-    """What the teacher says of a text and of pictures."""
-    import torch  # here, so that a search by key alone starts in half the time
+    """Encode the text and the images of a query with the teacher of the cache."""
+    import torch  # imported here: a search by key alone starts twice as fast
 
     from teachercache.teachers.of_cache import load_teacher
+    from teachercache.teachers.teacher import Inputs
 
     pictures = []
     for image in images:
@@ -101,22 +102,25 @@ def _live_vectors(
             pictures.append(decode_image(image.read_bytes()))
         except BadSample as error:
             raise UserError(f"--image {image}: {error}") from error
-    teacher = load_teacher(cache, named)
-    picture_field = "image_emb" if cache.fields[field].per_text else field
-    asked: list[tuple[str, dict[str, Any]]] = []
+    teacher, spec = load_teacher(cache, named), cache.meta.spec
+    queries: list[tuple[str, Inputs]] = []
     if text is not None:
         if teacher.tokenize is None:
-            raise UserError(f"{cache.meta.spec.name} knows no texts: search with --key KEY")
-        asked.append(("text_emb", {"text": teacher.tokenize([text])}))
-    asked += [(picture_field, {"image": teacher.view(picture)[None]}) for picture in pictures]
-    parts = []
-    for name, inputs in asked:
+            raise UserError(f"{spec.name} reads no texts: search with --key KEY")
+        queries.append((spec.text_vector, {"text": teacher.tokenize([text])}))
+    if pictures:
+        if teacher.view is None:
+            raise UserError(f"{spec.name} reads no images: search with --key KEY")
+        image_field = spec.image_vector if cache.fields[field].per_text else field
+        queries += [(image_field, {"image": teacher.view(picture)[None]}) for picture in pictures]
+    vectors = []
+    for name, inputs in queries:
         with torch.inference_mode():
             outputs = teacher.encode(teacher.module, inputs)
-        if name not in outputs or field not in ("image_emb", "text_emb", name):
-            raise UserError(f"{cache.meta.spec.name} cannot search '{field}' by that: search with --key KEY")
-        parts.append(outputs[name][0].float().numpy())
-    return parts
+        if name not in outputs or field not in (spec.image_vector, spec.text_vector, name):
+            raise UserError(f"{spec.name} cannot search '{field}' by that: search with --key KEY")
+        vectors.append(outputs[name][0].float().numpy())
+    return vectors
 
 
 def _results(

@@ -36,7 +36,17 @@ class Vectors:
 
 def vector_fields(cache: store.Cache) -> list[str]:
     """Fields of a cache that hold one vector a row, view or text."""
-    return [field.name for field in cache.meta.spec.fields if len(field.shape) == 1]
+    return [field.name for field in cache.meta.spec.fields if field.is_vector]
+
+
+def default_field(cache: store.Cache) -> str:
+    """Return the vector field per image, or the one per text in a cache without images."""
+    spec = cache.meta.spec
+    if spec.image_vector or spec.text_vector:
+        return spec.image_vector or spec.text_vector
+    raise UserError(
+        f"no field of {cache.path} holds vectors: build another with `tc build --outputs embeddings`"
+    )
 
 
 def usable_vectors(cache: store.Cache, name: str) -> Vectors:

@@ -5,7 +5,7 @@ R-CNN detects its own, `regions-lite` takes the quarters of the picture. Region 
 a detector, nor for its masks.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from teachercache.cache.spec import Field, TeacherSpec
 from teachercache.core.errors import UserError
 from teachercache.data.views import describe_view, image_view
 from teachercache.teachers.clip.lite import vision_trunk
-from teachercache.teachers.teacher import Teacher
+from teachercache.teachers.teacher import Inputs, Teacher
 from teachercache.teachers.weights import digest_weights
 
 NUM_REGIONS = {"regions": 37, "regions-lite": 10}  # the whole picture and so many boxes more, less one
@@ -64,7 +64,7 @@ def load_regions(name: str, *, weights: str, outputs: tuple[str, ...]) -> Teache
         constants={},
         inputs=("image", "boxes"),
     )
-    return Teacher(spec, module, encode, image_view(view), None)
+    return Teacher(spec, module, encode, image_view(view))
 
 
 def _num_regions(name: str, outputs: tuple[str, ...]) -> int:
@@ -95,7 +95,7 @@ def _field(name: str, shape: tuple[int, ...]) -> Field:
     return Field(name, shape, "image", *docs[name], dims=dims)
 
 
-def _inputs(images: Tensor, num_boxes: int) -> dict[str, Tensor]:
+def _inputs(images: Tensor, num_boxes: int) -> Inputs:
     """Pictures without boxes of their own."""
     return {
         "image": images,
@@ -131,7 +131,7 @@ def pool(
 # regions-lite
 
 
-def lite_fields(module: Any, inputs: Mapping[str, Tensor], *, num_regions: int) -> Fields:
+def lite_fields(module: Any, inputs: Inputs, *, num_regions: int) -> Fields:
     """EfficientNet-Lite0's maps at strides 8, 16 and 32, pooled over each region and joined: 40 + 112 + 320 values."""
     boxes, num_boxes = inputs["boxes"].clone(), inputs["num_boxes"].clone()
     quarters = boxes.new_tensor(QUARTERS)[: num_regions - 1]
@@ -202,7 +202,7 @@ def _state(weights: str) -> dict[str, Tensor]:
         ) from error
 
 
-def detector_fields(module: Any, inputs: Mapping[str, Tensor], *, num_regions: int) -> Fields:
+def detector_fields(module: Any, inputs: Inputs, *, num_regions: int) -> Fields:
     """What the box head says at given or at detected boxes (best first): 1024 values, a category and its probability.
 
     Boxes are computed in float32 whatever the module's dtype is: bfloat16 knows pixels above 256 by twos.

@@ -1,35 +1,85 @@
-"""The contract of a teacher: what `tc build`, `tc verify` and live distillation ask of it."""
+"""The contract of a teacher: what `tc build`, `tc verify`, `tc search` and online distillation need of one."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol, TypedDict
 
 from teachercache.cache.spec import TeacherSpec
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from torch import Tensor, nn
 
-    from teachercache.teachers.clip.word_selection import Tokens
+
+class Inputs(TypedDict, total=False):
+    """One batch for `Teacher.encode`, of n rows with t texts each.
+
+    Images and texts are de-duplicated: every image and text of the batch comes once. An entry is present if the teacher
+    lists it in `TeacherSpec.inputs` and the data has it.
+
+    Attributes:
+        image: "image": the distinct images, [images, 3, height, width], in the dtype of the module.
+        text: "text": the token ids of the distinct texts, [texts, length].
+        boxes: "boxes": regions of each image, x1, y1, x2, y2 as fractions of it, [images, boxes, 4].
+        num_boxes: "boxes": how many of them the data has, [images].
+        words: "words": what `Teacher.find_words` returned for all n * t texts.
+        pair_image: "words" or "pairs": the index into `image` for each pair of a text and its row's image, [n, t].
+        pair_text: "words" or "pairs": the index into `text` for each pair, [n, t].
+        pair_valid: "words" or "pairs": False if the image of the pair could not be decoded (it is black), [n, t].
+    """
+
+    image: "Tensor"
+    text: "Tensor"
+    boxes: "Tensor"
+    num_boxes: "Tensor"
+    words: object
+    pair_image: "Tensor"
+    pair_text: "Tensor"
+    pair_valid: "Tensor"
 
 
 @dataclasses.dataclass(frozen=True)
 class Teacher:
-    """A loaded teacher. `encode` never decides about gradients: the caller does."""
+    """A loaded teacher: a frozen module with the functions that prepare its inputs and compute its fields.
+
+    A teacher that averages the colors of an image:
+
+        field = Field("color", (3,), "image", "float16", "mean of each channel")
+        view = describe_view({"size": 32})
+        spec = TeacherSpec(
+            "colors", "none", "1", ("embeddings",), (field,), view=view, tokenizer={}, constants={}, inputs=("image",)
+        )
+        encode = lambda module, inputs: {"color": inputs["image"].mean((2, 3))}
+        teacher = Teacher(spec, torch.nn.Identity(), encode, image_view(view))
+
+    Attributes:
+        spec: The identity of the teacher, its fields and its inputs.
+        module: The frozen module; `tc build` moves it to the device and to the precision of the build.
+        encode: Compute the fields of a batch: `encode(module, inputs)` returns a tensor for each field that the inputs
+            allow. A field per image is [images, *shape], a field per text [texts, *shape], both of the distinct
+            inputs; a field per pair is [n * t, *shape]. A field per text whose value depends on the image, too, is
+            [n * t, *shape] as well. The caller decides about gradients, expands the values to the rows, and replaces
+            what belongs to undecodable images and empty texts by zeros.
+        view: Map an RGB image to [3, height, width]; None without "image" in `spec.inputs`.
+        tokenize: Map texts to ids [texts, length]; None without "text" in `spec.inputs`.
+        find_words: Map texts to the value of `Inputs.words`, in the decoding processes; None without "words".
+    """
 
     spec: TeacherSpec
     module: "nn.Module"
-    encode: "Callable[[nn.Module, Mapping[str, Tensor]], dict[str, Tensor]]"
-    view: "Callable[[Any], Tensor]"  # RGB picture -> [3, height, width]
-    tokenize: "Callable[[list[str]], Tensor] | None"  # texts -> ids [texts, length]; None: of pictures alone
-    tokens: "Tokens | None" = None  # the words of texts beside their pictures, where that was asked for
-    # What is said of each text beside its row's picture [n * texts, ...]: of distinct pictures and texts, as they came
-    # and as `encode` made them, and of the places of the n rows' pictures and texts among them (`image`, `text`)
-    pair: "Callable[[nn.Module, Mapping[str, Tensor], Mapping[str, Tensor]], dict[str, Tensor]] | None" = None
+    encode: "Callable[[nn.Module, Inputs], dict[str, Tensor]]"
+    view: "Callable[[Image], Tensor] | None" = None
+    tokenize: "Callable[[list[str]], Tensor] | None" = None
+    find_words: Callable[[list[str]], object] | None = None
 
-    @property
-    def denoises(self) -> bool:
-        """Whether the module is a diffusion model, whose UNet predicts noise."""
-        return hasattr(self.module, "unet")
+    def __post_init__(self) -> None:
+        functions = {"image": self.view, "text": self.tokenize, "words": self.find_words}
+        for name, function in functions.items():
+            if (name in self.spec.inputs) != (function is not None):
+                problem = "lacks the function for it" if function is None else "does not list it"
+                raise ValueError(f"teacher {self.spec.name}: the input '{name}': the teacher {problem}")
+        if any(field.per == "row" for field in self.spec.fields):
+            raise ValueError(f"teacher {self.spec.name}: a teacher has fields per image, text or pair")
 
 
 @dataclasses.dataclass(frozen=True)

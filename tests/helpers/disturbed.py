@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from small import tree
 
-from teachercache.build.loop import Summary, build
+from teachercache.build.loop import BuildOptions, Summary, build
 from teachercache.core.device import Precision
 from teachercache.data.read import read_manifest
 from teachercache.teachers.registry import load
@@ -48,12 +48,14 @@ def run_build(
         teacher,
         read_manifest(str(data)),
         out,
-        batch_size=batch_size,
-        workers=workers,
-        device="cpu",
-        precision=Precision(dtype, "a test"),
-        block_rows=block_rows,
-        **options,
+        BuildOptions(
+            batch_size=batch_size,
+            workers=workers,
+            device="cpu",
+            precision=Precision(dtype, "a test"),
+            block_rows=block_rows,
+            **options,
+        ),
     )
 
 

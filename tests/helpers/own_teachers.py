@@ -20,9 +20,9 @@ from teachercache.teachers.weights import digest_weights
 
 LATENT, LENGTH, WIDTH = (3, 8, 8), 6, 16
 FIELDS = {
-    "text_states": Field("text_states", (LENGTH, WIDTH), "text", "float16", "what the UNet reads of a text"),
-    "latents": Field("latent", LATENT, "image", "float16", "what the UNet reads of a picture"),
-    "unet_features": Field("unet_feature", LATENT, "text", "float16", "what the UNet says of both"),
+    "text_states": Field("text_states", (LENGTH, WIDTH), "text", "float16", "the states of a text"),
+    "latents": Field("latent", LATENT, "image", "float16", "the pixels of an image"),
+    "unet_features": Field("unet_feature", LATENT, "pair", "float16", "the prediction of the UNet"),
 }
 
 
@@ -75,7 +75,7 @@ def tokenize(texts: list[str]) -> torch.Tensor:
 
 
 def load(name: str, *, weights: str, outputs: tuple[str, ...]) -> Teacher:
-    """The teacher; `unet_features` are what the UNet says at t = 500 of the picture with one noise for all."""
+    """The teacher; `unet_features` are the UNet's output at t = 500 with one noise for all pairs."""
     module = make_diffusion()
     view = describe_view({"size": 8, "mean": [0.5] * 3, "std": [0.5] * 3, "resize_mode": "longest"})
     spec = TeacherSpec(
@@ -87,28 +87,64 @@ def load(name: str, *, weights: str, outputs: tuple[str, ...]) -> Teacher:
         view,
         {"name": "crc32"},
         {},
+        inputs=("image", "text", "pairs"),
     )
 
     def encode(module, inputs):
-        said = {}
+        fields = {}
         if "image" in inputs:
-            said["latent"] = encode_latent(module, inputs["image"])
+            fields["latent"] = encode_latent(module, inputs["image"])
         if "text" in inputs:
-            said["text_states"] = encode_states(module, inputs["text"])
-        if "unet_features" in outputs:
-            texts = len(said["text_states"]) // len(said["latent"])
-            latents = said["latent"].repeat_interleave(texts, 0)
+            fields["text_states"] = encode_states(module, inputs["text"])
+        if "unet_features" in outputs and "pair_image" in inputs:
+            latents = fields["latent"][inputs["pair_image"].flatten()]
+            states = fields["text_states"][inputs["pair_text"].flatten()]
             t = torch.full((len(latents),), 500)
             noise = torch.randn(LATENT, generator=torch.Generator().manual_seed(0)).expand_as(latents)
-            said["unet_feature"] = predict_noise(
-                module, add_noise(module, latents, noise, t), t, said["text_states"]
-            )
-        return {field.name: said[field.name] for field in spec.fields if field.name in said}
+            fields["unet_feature"] = predict_noise(module, add_noise(module, latents, noise, t), t, states)
+        return {field.name: fields[field.name] for field in spec.fields if field.name in fields}
 
     return Teacher(spec, module, encode, image_view(view), tokenize)
 
 
 DIFFUSION = Entry("random noise about noise", load, tuple(FIELDS))
+
+
+# ----------------------------------------------------------------------------------------------------
+# Teachers of one modality
+
+
+def load_colors(name: str, *, weights: str, outputs: tuple[str, ...]) -> Teacher:
+    """An image-only teacher: the mean of each channel, and a dense field, the image in 4 x 4 cells."""
+    view = describe_view({"size": 8, "mean": [0.0] * 3, "std": [1.0] * 3, "resize_mode": "squash"})
+    fields = (
+        Field("color", (3,), "image", "float16", "mean of each channel"),
+        Field("cells", (3, 4, 4), "image", "float16", "mean of each cell", dims=("channel", "y", "x")),
+    )
+    spec = TeacherSpec(name, weights, "1" * 64, outputs, fields, view, {}, {}, inputs=("image",))
+
+    def encode(module, inputs):
+        cells = nn.functional.avg_pool2d(inputs["image"], 2)
+        return {"color": inputs["image"].mean((2, 3)), "cells": cells}
+
+    return Teacher(spec, nn.Identity(), encode, view=image_view(view))
+
+
+def load_letters(name: str, *, weights: str, outputs: tuple[str, ...]) -> Teacher:
+    """A text-only teacher: how often each word id is in a text, plus one."""
+    field = Field("counts", (64,), "text", "float16", "1 + the number of each id")
+    spec = TeacherSpec(
+        name, weights, "2" * 64, outputs, (field,), {}, {"name": "crc32"}, {}, inputs=("text",)
+    )
+
+    def encode(module, inputs):
+        return {"counts": 1 + nn.functional.one_hot(inputs["text"], 64).sum(1).float()}
+
+    return Teacher(spec, nn.Identity(), encode, tokenize=tokenize)
+
+
+COLORS = Entry("mean colors of images", load_colors, writes={"embeddings": "color|cells"})
+LETTERS = Entry("counts of words", load_letters, writes={"embeddings": "counts"})
 
 
 def random_matrix() -> torch.Tensor:

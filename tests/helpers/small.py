@@ -146,7 +146,7 @@ def build_cache(
     outputs: tuple[str, ...] = ("embeddings",),
 ) -> Path:
     """`tc build` in this process."""
-    from teachercache.build.loop import build
+    from teachercache.build.loop import BuildOptions, build
     from teachercache.core.device import Precision
     from teachercache.data.read import read_manifest
     from teachercache.teachers.registry import load
@@ -156,11 +156,13 @@ def build_cache(
         loaded,
         read_manifest(str(data)),
         out,
-        batch_size=16,
-        workers=workers,
-        device="cpu",
-        precision=Precision("float32", "a test"),
-        block_rows=block_rows,
+        BuildOptions(
+            batch_size=16,
+            workers=workers,
+            device="cpu",
+            precision=Precision("float32", "a test"),
+            block_rows=block_rows,
+        ),
     )
     return out
 

@@ -301,7 +301,7 @@ def test_build_over_other_data_is_refused(teacher_folder, copy, tmp_path, capsys
     data = make_folder(tmp_path / "other" / "deeper", 3).parent
     line = error_of(capsys, "build", "--teacher", teacher_folder, "--data", data, "--out", copy, *HERE)
     assert "holds another build" in line
-    assert f"no row of it is in {data}: pass another --out" in line
+    assert f"{data} has none of its rows: pass another --out" in line
     assert tree(copy) == before
 
 
@@ -366,7 +366,7 @@ def test_verify_on_changed_data(photos, teacher_folder, tmp_path, capsys):
     assert run("build", "--teacher", teacher_folder, "--data", data, "--out", tmp_path / "c.zarr", *HERE) == 0
     assert run("verify", tmp_path / "c.zarr") == 0
     next(data.rglob("*.txt")).write_text("another caption\n")
-    assert "is not the data of" in error_of(capsys, "verify", tmp_path / "c.zarr")
+    assert "has changed since" in error_of(capsys, "verify", tmp_path / "c.zarr")
     shutil.rmtree(data)
     assert "no data at" in error_of(capsys, "verify", tmp_path / "c.zarr")
 

@@ -293,7 +293,7 @@ def _indexed_pairs(subject: Subject, threshold: float) -> tuple[np.ndarray, np.n
     if len(asked(len(main), len(main))) == len(main) or main.texts:
         return None
     try:
-        opened = index.open_index(subject.cache, "image_emb")
+        opened = index.open_index(subject.cache, subject.cache.meta.spec.image_vector)
     except UserError:
         return None
     if isinstance(opened, Vectors):

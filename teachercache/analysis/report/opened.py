@@ -53,18 +53,14 @@ def rows_of(vectors: Vectors) -> Int[np.ndarray, " n"]:
 def open_subject(path: Any) -> Subject:
     """The cache at a path, whole; UserError where it holds nothing that can be looked at."""
     cache = store.open_complete(path)
-    if not any(_is_vector(cache, name) for name in ("image_emb", "text_emb")):
+    names = (cache.meta.spec.image_vector, cache.meta.spec.text_vector)
+    if not any(names):
         raise UserError(
             f"{path} holds no embeddings: build one with `tc build --outputs embeddings`, to another --out"
         )
     manifest = store.cached_manifest(cache)
-    found = {
-        name: usable_vectors(cache, name) if _is_vector(cache, name) else None
-        for name in ("image_emb", "text_emb")
-    }
-    pictures, texts = (
-        vectors if vectors is not None and len(vectors) > 1 else None for vectors in found.values()
-    )
+    opened = [usable_vectors(cache, name) if name else None for name in names]
+    pictures, texts = (vectors if vectors is not None and len(vectors) > 1 else None for vectors in opened)
     if pictures is None and texts is None:
         raise UserError(f"{path} has fewer than two usable vectors: see `tc info {path}`")
     left_out: dict[str, str] = {}
@@ -77,10 +73,6 @@ def open_subject(path: Any) -> Subject:
         texts, ids=texts.ids[np.unique(rows_of(texts), return_index=True)[1]]
     )
     return Subject(cache, manifest, pictures, texts, firsts, left_out)
-
-
-def _is_vector(cache: store.Cache, name: str) -> bool:
-    return name in cache.fields and len(cache.fields[name].shape) == 1
 
 
 def draw(count: int, most: int, *, seed: int = 0) -> Int[np.ndarray, " n"]:

@@ -5,7 +5,7 @@ long as one call. Not for deciding how a field is stored or whether gradients fl
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,7 @@ from teachercache.teachers.clip.towers import (
     text_vector,
     tower_kind,
 )
-from teachercache.teachers.clip.word_selection import DEFAULT, MAX_WORDS, Tokens
+from teachercache.teachers.clip.word_selection import DEFAULT, MAX_WORDS, WordSelection
 from teachercache.teachers.hooks import Place, output_tensor, watch
 from teachercache.teachers.teacher import CLIP_OUTPUTS, WORD_OUTPUTS
 
@@ -83,10 +83,12 @@ def join_outputs(asked: Mapping[str, tuple[int, ...]]) -> tuple[str, ...]:
     return tuple(f"{kind}:{'+'.join(map(str, layers))}" if layers else kind for kind, layers in asked.items())
 
 
-def plan_tokens(asked: Mapping[str, tuple[int, ...]], tokenize: Any) -> Tokens | None:
-    """What `tokens` and `random_tokens` ask for."""
+def plan_words(
+    asked: Mapping[str, tuple[int, ...]], tokenize: Callable[[list[str]], Tensor]
+) -> WordSelection | None:
+    """Return the word selection of `tokens` and `random_tokens`, or None without them."""
     best, drawn = ((asked[kind] or (DEFAULT,))[0] if kind in asked else 0 for kind in WORD_OUTPUTS)
-    return Tokens(tokenize, num_best=best, num_drawn=drawn) if best or drawn else None
+    return WordSelection(tokenize, num_best=best, num_drawn=drawn) if best or drawn else None
 
 
 def plan_taps(name: str, module: Any, asked: Mapping[str, tuple[int, ...]]) -> Taps:

@@ -29,11 +29,12 @@ from teachercache.teachers.clip.layers import (
     parse_outputs,
     picture_fields,
     plan_taps,
-    plan_tokens,
+    plan_words,
     text_fields,
 )
 from teachercache.teachers.clip.towers import describe
-from teachercache.teachers.teacher import Teacher
+from teachercache.teachers.clip.word_selection import Words, WordSelection
+from teachercache.teachers.teacher import Inputs, Teacher
 from teachercache.teachers.weights import digest_weights, hub_answers
 
 
@@ -73,15 +74,15 @@ def make_teacher(
     }
     asked = parse_outputs(outputs)
     taps = plan_taps(name, module, asked)
-    fields, tokens = _fields(module, image_view(view), tokenizer, taps), plan_tokens(asked, tokenizer)
-    if tokens is not None:
+    fields, selection = _fields(module, image_view(view), tokenizer, taps), plan_words(asked, tokenizer)
+    if selection is not None:
         wide = {field.name: field.shape[0] for field in fields if field.name in ("image_emb", "text_emb")}
         if len({*wide.values()}) > 1:
             raise UserError(
                 f"{name}'s pictures are {wide['image_emb']} wide and its texts {wide['text_emb']}: tokens "
                 "need one space, take a CLIP teacher whose towers share it"
             )
-        fields += tokens.fields(wide["text_emb"])
+        fields += selection.fields(wide["text_emb"])
     spec = TeacherSpec(
         name=name,
         weights=weights,
@@ -95,20 +96,34 @@ def make_teacher(
             "vocab_size": len(getattr(tokenizer, "tokenizer", None) or tokenizer.encoder),
         },
         constants=constants,
-        inputs=("image", "text", "words") if tokens else ("image", "text"),
+        inputs=("image", "text", "words") if selection else ("image", "text"),
     )
-    return Teacher(spec, module, partial(encode, taps=taps), image_view(view), tokenizer, tokens)
+    return Teacher(
+        spec=spec,
+        module=module,
+        encode=partial(encode, taps=taps, selection=selection),
+        view=image_view(view),
+        tokenize=tokenizer,
+        find_words=selection.find if selection else None,
+    )
 
 
 def encode(
-    module: Any, inputs: Mapping[str, Tensor], *, taps: Taps = EMBEDDINGS
+    module: Any, inputs: Inputs, *, taps: Taps = EMBEDDINGS, selection: WordSelection | None = None
 ) -> dict[str, Float[Tensor, "rows ..."]]:
-    """Pictures [n, 3, H, W] and token ids [m, length] to the fields that `taps` names, of whichever is given."""
+    """Compute the fields that `taps` and `selection` name, of the images and texts in `inputs`."""
     fields: dict[str, Tensor] = {}
     if "image" in inputs:
         fields |= picture_fields(module, inputs["image"], taps)
     if "text" in inputs:
         fields |= text_fields(module, inputs["text"], taps)
+    words = inputs.get("words")
+    if selection is not None and isinstance(words, Words):
+        images = None
+        if "pair_image" in inputs:
+            index, valid = inputs["pair_image"].flatten(), inputs["pair_valid"].flatten()
+            images = torch.where(valid[:, None], fields["image_emb"][index], 0)
+        fields |= selection.weigh(module, words, images)
     return fields
 
 

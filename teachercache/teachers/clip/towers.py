@@ -15,6 +15,12 @@ from torch.nn import functional as F
 
 from teachercache.teachers.hooks import output_tensor
 
+
+def image_tower(module: nn.Module) -> nn.Module | None:
+    """Return the image tower of an open_clip model, or None for another module."""
+    return getattr(module, "visual", None)
+
+
 # ----------------------------------------------------------------------------------------------------
 # Patches
 

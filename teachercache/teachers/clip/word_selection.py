@@ -5,7 +5,7 @@
     S_si   1 / (1 + the lowest YAKE score of the n-grams, n <= 3, that contain the word), 0 where none does
 
 The paper says neither how YAKE's scores, small for what is important, become weights, nor what a word is: both are free
-choices. Words are found in the decoding processes (`find_words`), weighed beside the teacher (`Tokens`). Not for a
+choices. Words are found in the decoding processes (`find_words`), weighed beside the teacher (`WordSelection`). Not for a
 student's sub-words: it has the words' places in the text.
 """
 
@@ -31,7 +31,7 @@ WORD = re.compile(r"\w+(?:['-]\w+)*")
 MAX_WORDS, MAX_PLACE = 64, np.iinfo(np.int16).max  # CLIP's own context ends there or before
 DEFAULT = 3  # words kept of a text
 KEPT_TEXTS = 4096  # whose words a decoding process remembers: questions and answers come again
-WORDS_AT_ONCE = {"cpu": 1, "": 64}  # of one forward; see `Tokens.features_of`
+WORDS_AT_ONCE = {"cpu": 1, "": 64}  # of one forward; see `WordSelection.features_of`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +129,7 @@ def _extractor() -> Any:
 # Beside the teacher
 
 
-class Tokens:
+class WordSelection:
     """What `tokens:M` and `random_tokens:M` add to a CLIP teacher; remembers the embedding of every word it met."""
 
     def __init__(self, tokenize: Callable[[list[str]], Tensor], *, num_best: int, num_drawn: int):
@@ -137,7 +137,7 @@ class Tokens:
             raise UserError("--outputs tokens needs the package yake: pip install 'teachercache[tokens]'")
         self.tokenize, self.num_best, self.num_drawn = tokenize, num_best, num_drawn
         self.find = functools.partial(find_words, weighed=num_best > 0, num_drawn=num_drawn)
-        self.known: dict[tuple[str, torch.dtype], dict[str, Tensor]] = {}  # of each device and precision
+        self.embeddings: dict[tuple[str, torch.dtype], dict[str, Tensor]] = {}  # of each device and precision
 
     def fields(self, dim: int) -> tuple[Field, ...]:
         """Return the fields of `weigh` for text embeddings of width `dim`."""
@@ -215,7 +215,7 @@ class Tokens:
         them all in the same way.
         """
         parameter = next(module.parameters())
-        known = self.known.setdefault((str(parameter.device), parameter.dtype), {})
+        known = self.embeddings.setdefault((str(parameter.device), parameter.dtype), {})
         new = [word for word in words if word not in known]
         size = WORDS_AT_ONCE.get(parameter.device.type, WORDS_AT_ONCE[""])
         for start in range(0, len(new), size):

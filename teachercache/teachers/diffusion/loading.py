@@ -22,8 +22,8 @@ from teachercache.teachers.diffusion.model import PREDICTIONS, Diffusion, latent
 from teachercache.teachers.diffusion.outputs import (
     check_block,
     constants,
+    encode,
     fields_of,
-    functions_of,
     join_outputs,
     parse_outputs,
 )
@@ -93,7 +93,6 @@ def make_teacher(
     )
     with torch.inference_mode():
         fields = fields_of(plan, module, length=empty.shape[1], empty=empty)
-    encode, pair = functions_of(plan, empty)
     spec = TeacherSpec(
         name=name,
         weights=weights,
@@ -107,9 +106,9 @@ def make_teacher(
             "vocab_size": int(module.text_encoder.config.vocab_size),
         },
         constants=constants(plan, module),
-        inputs=("image", "text", "pairs") if pair else ("image", "text"),
+        inputs=("image", "text", "pairs") if plan.has_pairs else ("image", "text"),
     )
-    return Teacher(spec, module, encode, image_view(view), tokenize, pair=pair)
+    return Teacher(spec, module, partial(encode, plan=plan, empty=empty), image_view(view), tokenize)
 
 
 def _pixels(module: Diffusion) -> tuple[int, int]:

@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from teachercache.teachers.teacher import Teacher
+
 PREDICTIONS = ("epsilon", "v_prediction")
 PAIRS_AT_ONCE = (
     64  # of one pass through the UNet: what it needs of memory does not depend on the number of texts
@@ -47,6 +49,11 @@ class Diffusion(nn.Module):
         super()._apply(fn, recurse)
         self.alphas_cumprod = exact.to(self.alphas_cumprod.device)
         return self
+
+
+def diffusion_of(teacher: Teacher) -> Diffusion | None:
+    """Return the module of a diffusion teacher, or None for another teacher."""
+    return teacher.module if isinstance(teacher.module, Diffusion) else None
 
 
 def latent_shape(module: Diffusion) -> tuple[int, int, int]:

@@ -6,8 +6,7 @@ Scores and UNet features are of a text beside its row's picture (`pair`), the ot
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,7 +27,7 @@ from teachercache.teachers.diffusion.model import (
     predict_noise,
 )
 from teachercache.teachers.hooks import output_tensor, watch
-from teachercache.teachers.teacher import DIFFUSION_OUTPUTS
+from teachercache.teachers.teacher import DIFFUSION_OUTPUTS, Inputs
 
 SAMPLES = re.compile(r"(?P<samples>\d+)|seed=(?P<seed>\d+)|t=(?P<first>\d+)-(?P<last>\d+)")
 PLACE = re.compile(r"(?P<t>\d+)|seed=(?P<seed>\d+)|(?P<block>mid_block|(down|up)_blocks\.\d+|out)")
@@ -62,6 +61,11 @@ class Plan:
     latents: bool = False
     unet_features: Features | None = None
     scores: Scores | None = None
+
+    @property
+    def has_pairs(self) -> bool:
+        """Whether a field belongs to a text with its image."""
+        return self.unet_features is not None or self.scores is not None
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -216,39 +220,49 @@ def check_block(name: str, module: Diffusion, plan: Plan) -> None:
 
 
 def encode(
-    module: Diffusion, inputs: Mapping[str, Tensor], *, plan: Plan
+    module: Diffusion, inputs: Inputs, *, plan: Plan, empty: Tensor
 ) -> dict[str, Float[Tensor, "rows ..."]]:
-    """Pictures [n, 3, H, W] to `latent`, token ids [m, length] to `text_states`, those that are kept."""
-    fields = {}
-    if plan.latents and "image" in inputs:
-        fields["latent"] = encode_latent(module, inputs["image"])
-    if plan.text_states and "text" in inputs:
-        fields["text_states"] = encode_states(module, inputs["text"])
-    return fields
+    """Compute the fields of a plan.
 
-
-def pair(
-    module: Diffusion, found: Mapping[str, Tensor], places: Mapping[str, Tensor], *, plan: Plan, empty: Tensor
-) -> dict[str, Float[Tensor, "pairs ..."]]:
-    """`unet_feature` and scores of every text of every row, of distinct pictures and texts and where rows have them.
-
-    `found` holds what `encode` made, or the pictures and ids themselves; `empty` the ids [1, length] of no text.
+    Args:
+        module: The diffusion model.
+        inputs: Distinct images and token ids, and the pairs among them.
+        plan: What to compute.
+        empty: The token ids [1, length] of the empty text.
     """
-    at = {name: index.to(module.alphas_cumprod.device) for name, index in places.items()}
-    latents = found["latent"] if "latent" in found else encode_latent(module, found["image"])
-    states = found["text_states"] if "text_states" in found else encode_states(module, found["text"])
-    rows, latents = len(at["image"]), latents[at["image"]]
-    states = states[at["text"]].unflatten(0, (rows, -1))
+    paired = plan.has_pairs and "pair_image" in inputs
+    fields = {}
+    if "image" in inputs and (plan.latents or paired):
+        fields["latent"] = encode_latent(module, inputs["image"])
+    if "text" in inputs and (plan.text_states or paired):
+        fields["text_states"] = encode_states(module, inputs["text"])
+    pairs: dict[str, Tensor] = {}
+    if paired:
+        latents = fields["latent"][inputs["pair_image"][:, 0]]
+        states = fields["text_states"][inputs["pair_text"]]
+        pairs = pair_fields(module, latents, states, plan=plan, empty=empty)
+    kept = {"latent": plan.latents, "text_states": plan.text_states}
+    return {name: values for name, values in fields.items() if kept[name]} | pairs
+
+
+def pair_fields(
+    module: Diffusion,
+    latents: Float[Tensor, "rows channels down across"],
+    states: Float[Tensor, "rows texts length dim"],
+    *,
+    plan: Plan,
+    empty: Tensor,
+) -> dict[str, Float[Tensor, "pairs ..."]]:
+    """Compute `unet_feature` and the scores of every text of every row; see `encode`."""
     fields = {}
     if plan.unet_features is not None:
-        fields["unet_feature"] = unet_features(module, latents, states, place=plan.unet_features).flatten(
-            0, 1
-        )
+        features = unet_features(module, latents, states, place=plan.unet_features)
+        fields["unet_feature"] = features.flatten(0, 1)
     if (scores := plan.scores) is not None:
         t, noise = draw_noise(
             module, scores.samples, seed=scores.seed, t_range=(scores.first, scores.last + 1)
         )
-        nothing = encode_states(module, empty.to(states.device))[None].expand(rows, -1, -1, -1)
+        nothing = encode_states(module, empty.to(states.device))[None].expand(len(states), -1, -1, -1)
         errors = pair_errors(module, latents, torch.cat([states, nothing], 1), t, noise)
         fields["diffusion_score"] = -errors[:, :-1].flatten()
         fields["diffusion_score_normalised"] = (errors[:, -1:] - errors[:, :-1]).flatten()
@@ -279,9 +293,3 @@ def unet_features(
             predict_noise(module, noised, at, said)
         kept.append(seen["block"])
     return torch.cat(kept).unflatten(0, (rows, texts))
-
-
-def functions_of(plan: Plan, empty: Tensor) -> tuple[Any, Any]:
-    """`encode` and, where something is kept of pairs, `pair` of a plan."""
-    pairs = plan.unet_features is not None or plan.scores is not None
-    return partial(encode, plan=plan), partial(pair, plan=plan, empty=empty) if pairs else None

@@ -254,10 +254,10 @@ def test_decoding_process_that_dies_over_a_row(row: int, teacher, tmp_path, monk
     data = make_folder(tmp_path / "data", 30)
     read, key = Rows.__getitems__, sorted(data.rglob("*.png"))[row].stem
 
-    def hostile(self, piece):
-        if any(self.manifest.row(number).key.endswith(key) for number in piece.rows):
+    def hostile(self, item):
+        if any(self.manifest.row(number).key.endswith(key) for number in item.rows):
             die_once(tmp_path / "died")
-        return read(self, piece)
+        return read(self, item)
 
     monkeypatch.setattr(Rows, "__getitems__", hostile)
     with pytest.raises(UserError, match="a decoding process died"):
@@ -326,7 +326,7 @@ def room(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
 
 def test_no_space_is_said_before_anything_is_written(teacher, data, tmp_path, monkeypatch):
     room(monkeypatch, 1000)
-    line = r"c\.zarr needs 2\.64 kB more and its disk has 1 kB: pass --out on another disk, or fewer --outputs, .*--limit"
+    line = r"c\.zarr needs 2\.64 kB more and its disk has 1 kB left: pass --out on another disk, or fewer --outputs, .*--limit"
     with pytest.raises(UserError, match=line):
         run_build(teacher, data, tmp_path / "c.zarr")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["squares"]

@@ -14,8 +14,8 @@ import zarr
 from PIL import Image
 from small import counting, make_folder, tree
 
-from teachercache.build.loop import Summary, build
-from teachercache.build.target import replace_pruned, settle
+from teachercache.build.loop import BuildOptions, Summary, build
+from teachercache.build.target import open_target, replace_pruned
 from teachercache.cache import store
 from teachercache.core.device import Precision
 from teachercache.core.errors import UserError
@@ -37,7 +37,9 @@ def teacher(teacher_folder: Path) -> Teacher:
 def run_build(teacher: Teacher, data: Path | Manifest, out: Path, **options) -> Summary:
     manifest = data if isinstance(data, Manifest) else read_manifest(str(data))
     sizes = {"batch_size": BATCH, "workers": 0, "device": "cpu", "block_rows": BLOCK}
-    return build(teacher, manifest, out, precision=Precision("float32", "a test"), **(sizes | options))
+    return build(
+        teacher, manifest, out, BuildOptions(precision=Precision("float32", "a test"), **(sizes | options))
+    )
 
 
 def fields_of(path: Path) -> dict[str, np.ndarray]:
@@ -366,7 +368,7 @@ def test_the_last_to_finish_swaps_once(teacher, tmp_path):
     damage(data)
     manifest = read_manifest(str(data))
     meta = dataclasses.replace(cache.meta, rows=len(manifest), manifest=manifest.digest)
-    targets = [settle(tmp_path / "c.zarr", meta, manifest, prune=True) for _ in range(2)]
+    targets = [open_target(tmp_path / "c.zarr", meta, manifest, prune=True) for _ in range(2)]
     assert targets[0].cache == targets[1].cache
     for _ in range(2):  # two ranks
         assert replace_pruned(targets[0]).path == tmp_path / "c.zarr"

@@ -11,7 +11,7 @@ from PIL import Image
 from small import counting
 
 from evaluation.models.encoder import embed_images, of_teacher
-from teachercache.build.decode import Piece
+from teachercache.build.decode import WorkItem
 from teachercache.build.forward import rows_for
 from teachercache.cache import store
 from teachercache.data.read import read_manifest
@@ -93,7 +93,7 @@ def test_every_row_of_a_broken_picture_is_quarantined(teacher, data, tmp_path):
 
 def test_augmented_views_are_each_rows_own(teacher, data):
     rows = rows_for(teacher, read_manifest(str(data)), Augment())
-    batch = rows.__getitems__(Piece((0, 1, 4), range(2)))
+    batch = rows.__getitems__(WorkItem((0, 1, 4), range(2)))
     assert batch["image"].shape[:2] == (2, 3)
     assert not torch.equal(batch["image"][:, 0], batch["image"][:, 1])
     assert not np.array_equal(batch["view_params"][0], batch["view_params"][1])

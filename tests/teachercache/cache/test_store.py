@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small import chunks_of, tree
 
-from teachercache.build.target import settle
+from teachercache.build.target import open_target
 from teachercache.cache import store
 from teachercache.cache.layout import block_rows_for
 from teachercache.cache.memory_map import can_map
@@ -71,7 +71,7 @@ def make_arrays(seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def make_empty(path: Path, **changes) -> store.Cache:
-    return settle(path, make_meta(**changes), make_rows()).cache
+    return open_target(path, make_meta(**changes), make_rows()).cache
 
 
 def write(cache: store.Cache, block: int, arrays: dict[str, np.ndarray]) -> None:

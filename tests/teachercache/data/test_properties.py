@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from small import chunks_of, make_folder
 
-from teachercache.build.target import jobs_for, settle
+from teachercache.build.target import open_target, plan_blocks
 from teachercache.cache import store
 from teachercache.cache.repair import damaged_files
 from teachercache.cache.spec import CacheMeta, Field, TeacherSpec
@@ -189,16 +189,16 @@ def test_a_store_holds_what_was_written_and_keeps_it_when_it_grows(specs, first,
     rows, texts, views = first
     with tempfile.TemporaryDirectory() as folder:
         meta, manifest = meta_of(specs, rows, texts, views, block_rows)
-        cache = settle(Path(folder, "c.zarr"), meta, manifest).cache
+        cache = open_target(Path(folder, "c.zarr"), meta, manifest).cache
         fill(cache)
         assert_holds(cache)
         larger, manifest = meta_of(
             specs, rows + more[0] - 1, texts, views + (more[2] if views else 0), block_rows
         )
-        target = settle(cache.path, larger, manifest)
+        target = open_target(cache.path, larger, manifest)
         before = {name: np.array(store.read_field(cache, name)) for name in cache.fields}
-        for job in jobs_for(target).values():
-            assert not set(job.kept) & set(job.rows)
+        for plan in plan_blocks(target).values():
+            assert not set(plan.kept) & set(plan.rows)
         assert all(store.read_field(cache, name).tobytes() == old.tobytes() for name, old in before.items())
         fill(target.cache)
         assert_holds(store.open_complete(cache.path))
@@ -214,7 +214,7 @@ def test_a_store_holds_what_was_written_and_keeps_it_when_it_grows(specs, first,
 def test_a_changed_byte_of_a_block_is_found_and_is_of_that_block(specs, size, block_rows, changes):
     with tempfile.TemporaryDirectory() as folder:
         meta, manifest = meta_of(specs, *size, block_rows)
-        cache = settle(Path(folder, "c.zarr"), meta, manifest).cache
+        cache = open_target(Path(folder, "c.zarr"), meta, manifest).cache
         fill(cache)
         files = sorted(cache.path.rglob("c/**/*"))
         files = [path for path in files if path.is_file()]

@@ -17,7 +17,7 @@ from small import make_folder, read_lines, save_teacher, train_here
 from student.inputs.caches import training_rows
 from student.models.two_tower.model import TwoTower
 from student.training.step import live_fields
-from teachercache.build.loop import build
+from teachercache.build.loop import BuildOptions, build
 from teachercache.cache import store
 from teachercache.core.device import Precision
 from teachercache.core.errors import UserError
@@ -80,11 +80,13 @@ def seen(teacher, photos, tmp_path_factory) -> tuple[store.Cache, torch.Tensor]:
         watched,
         read_manifest(str(photos)),
         out,
-        batch_size=24,
-        workers=0,
-        device="cpu",
-        precision=Precision("float32", "a test"),
-        views=4,
+        BuildOptions(
+            batch_size=24,
+            workers=0,
+            device="cpu",
+            precision=Precision("float32", "a test"),
+            views=4,
+        ),
     )
     return store.open_complete(out), torch.stack(shown)
 

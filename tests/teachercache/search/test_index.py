@@ -97,7 +97,7 @@ def search(cache: store.Cache, query: np.ndarray, *, field: str = "image_emb", t
 
 def recall(cache: store.Cache, stored: np.ndarray, queries: np.ndarray) -> float:
     """Share of the true ten nearest that are found."""
-    opened = index.open_index(cache)
+    opened = index.open_index(cache, "image_emb")
     shares = [
         len({i for i, _ in index.search(opened, query)} & set(brute_force(stored, query, 10)[0])) / 10
         for query in queries.astype(np.float32)
@@ -220,7 +220,7 @@ def test_effort_is_the_least_that_reaches_the_recall_and_search_uses_it(
     effort = facts.effort[name]
     assert effort > 16
     assert facts.recall_at_10["image_emb"] >= 0.99
-    opened = index.open_index(cache)
+    opened = index.open_index(cache, "image_emb")
     inner = opened if kind == "ivf" else faiss.downcast_index(opened.index).hnsw
     assert getattr(inner, name) == effort
     found = recall(cache, images, images[::30])
@@ -377,7 +377,7 @@ def test_what_no_longer_fits_is_built_again(tmp_path, monkeypatch):
     assert after(texts=vectors(400).reshape(400, 1, 16)) == "built"
     monkeypatch.setattr(index, "FLAT_UP_TO", 350)
     assert after() == "built"
-    assert index.read_facts(store.open_cache(tmp_path / "c.zarr"), "image_emb").kind == "ivf"
+    assert index.read_record(store.open_cache(tmp_path / "c.zarr"), "image_emb").kind == "ivf"
 
 
 def test_lists_made_for_far_fewer_vectors_are_made_again(tmp_path):
@@ -397,7 +397,7 @@ def test_a_cache_that_was_only_written_down_anew_is_current(tmp_path):
     assert index.check_index(moved, "image_emb") == facts
     _, now, done = index.update_index(moved)
     assert done == "current"
-    assert now == index.read_facts(moved, "image_emb") == dataclasses.replace(facts, meta=now.meta)
+    assert now == index.read_record(moved, "image_emb") == dataclasses.replace(facts, meta=now.meta)
     assert now.meta != facts.meta
     assert path.read_bytes() == content
 
@@ -434,7 +434,7 @@ def test_killed_between_the_two_files(tmp_path, monkeypatch):
     index.build_index(make_cache(tmp_path / "c.zarr", images[:200]))
     grown = make_cache(tmp_path / "c.zarr", images)
     with monkeypatch.context() as patch:
-        patch.setattr(index, "write_facts", lambda *arguments: 1 / 0)
+        patch.setattr(index, "write_record", lambda *arguments: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             index.update_index(grown)
     with pytest.raises(UserError, match=f"missing, damaged or of another version: {COMMAND}"):
@@ -536,7 +536,7 @@ def test_an_index_lies_behind_a_url_as_well(tmp_path, kind: str):
     )
     assert written == facts.bytes
     assert index.index_path(remote, "image_emb").read_bytes() == path.read_bytes()
-    index_files.write_facts(remote, dataclasses.replace(facts, meta=""))
+    index_files.write_record(remote, dataclasses.replace(facts, meta=""))
     query = vectors(1, seed=4)[0].astype(np.float32)
     assert search(remote, query) == search(local, query)
     index.index_path(remote, "image_emb").write_bytes(b"")

@@ -166,11 +166,13 @@ def test_the_live_teacher_agrees_and_other_scores_do_not(cache, data, teacher, t
     assert report["ok"], report
     assert set(report["cosine"]) == set(FIELDS)
 
-    def wrong(module, found, places):
-        said = teacher.pair(module, found, places)
-        return {name: values * 1.02 if name == "diffusion_score" else values for name, values in said.items()}
+    def wrong(module, inputs):
+        fields = teacher.encode(module, inputs)
+        return {
+            name: values * 1.02 if name == "diffusion_score" else values for name, values in fields.items()
+        }
 
-    run_build(dataclasses.replace(teacher, pair=wrong), data, tmp_path / "c.zarr")
+    run_build(dataclasses.replace(teacher, encode=wrong), data, tmp_path / "c.zarr")
     report = verify_cache(tmp_path / "c.zarr", samples=5)
     assert not report["ok"]
     assert [name for name, cosine in report["cosine"].items() if cosine["min"] < 0.999] == ["diffusion_score"]
@@ -196,14 +198,14 @@ def test_a_build_that_was_stopped_goes_on_to_the_same_bytes(diffusion_folder, tm
     run_build(teacher, data, tmp_path / "whole/c.zarr", batch_size=3)
     calls = []
 
-    def stops(module, found, places):
-        calls.append(len(places["image"]))
+    def stops(module, inputs):
+        calls.append(len(inputs["pair_image"]))
         if len(calls) == 6:
             raise KeyboardInterrupt
-        return teacher.pair(module, found, places)
+        return teacher.encode(module, inputs)
 
     with pytest.raises(KeyboardInterrupt):
-        run_build(dataclasses.replace(teacher, pair=stops), data, tmp_path / "c.zarr", batch_size=3)
+        run_build(dataclasses.replace(teacher, encode=stops), data, tmp_path / "c.zarr", batch_size=3)
     summary = run_build(teacher, data, tmp_path / "c.zarr", batch_size=3)
     assert summary.rows_written == 16 - 8  # the first block of eight was whole
     assert tree(tmp_path / "c.zarr") == tree(tmp_path / "whole/c.zarr")
@@ -218,11 +220,11 @@ def test_texts_that_were_added(diffusion_folder, tmp_path):
     pictures(tmp_path / "data", grown)
     pairs = []
 
-    def counts(module, found, places):
-        pairs.append(len(places["text"]))
-        return teacher.pair(module, found, places)
+    def counts(module, inputs):
+        pairs.append(inputs["pair_text"].numel())
+        return teacher.encode(module, inputs)
 
-    run_build(dataclasses.replace(teacher, pair=counts), data, tmp_path / "c.zarr")
+    run_build(dataclasses.replace(teacher, encode=counts), data, tmp_path / "c.zarr")
     assert sum(pairs) == len(CAPTIONS)
     run_build(teacher, data, tmp_path / "fresh.zarr")
     caches = [store.open_complete(tmp_path / name) for name in ("c.zarr", "fresh.zarr")]
@@ -257,7 +259,7 @@ def test_scores_without_latents_and_states(diffusion_folder, cache, data, tmp_pa
 
 
 def test_views_are_of_latents_alone(diffusion_folder, teacher, data, tmp_path):
-    with pytest.raises(UserError, match="scores and UNet features are of the plain picture"):
+    with pytest.raises(UserError, match="fields per pair use the unaugmented image"):
         run_build(teacher, data, tmp_path / "c.zarr", views=2)
     run_build(load(str(diffusion_folder)), data, tmp_path / "c.zarr", views=2)
     latents = store.read_field(store.open_complete(tmp_path / "c.zarr"), "latent")
@@ -333,9 +335,7 @@ def test_at_the_command_line(diffusion_folder, data, tmp_path, capsys, monkeypat
     assert run("info", path) == 0
     assert "mean of the VAE's posterior" in capsys.readouterr().out
     for command in (["index", path], ["search", path, "a cube"]):
-        assert "none of its fields holds any: build another with `tc build --outputs" in error_of(
-            capsys, *command
-        )
+        assert "holds vectors: build another with `tc build --outputs" in error_of(capsys, *command)
     line = error_of(capsys, "build", "--teacher", diffusion_folder, *where, "--outputs", "latents,scores:2")
     assert "holds another build" in line
     monkeypatch.setattr("teachercache.teachers.diffusion.loading.HOME", tmp_path / "none")

@@ -17,7 +17,7 @@ from torch import nn
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
-from teachercache.build.decode import Piece
+from teachercache.build.decode import WorkItem
 from teachercache.build.forward import rows_for
 from teachercache.build.verify import verify_cache
 from teachercache.cache import store
@@ -279,7 +279,7 @@ def test_boxes_are_shares_of_the_picture_as_a_person_sees_it(lite, tmp_path):
     many = [[i, 0, 40, 20, 0.9] for i in range(12)]
     data = vcr_folder(tmp_path, [[], [[4, 5, 20, 15, 0.9], [30, -3, 99, 20, 1]], [], many, [[5, 5, 4, 6, 1]]])
     rows = rows_for(lite, read_manifest(str(data)))
-    batch = rows.__getitems__(Piece((0, 1, 2, 3, 4)))
+    batch = rows.__getitems__(WorkItem((0, 1, 2, 3, 4)))
     assert batch["num_boxes"][batch["image_at"]].tolist() == [0, 2, 0, 9, 0]
     boxes = batch["boxes"][batch["image_at"]]
     np.testing.assert_allclose(boxes[1, :2], [[0.1, 0.25, 0.5, 0.75], [0.75, 0, 1, 1]], atol=1e-6)
@@ -288,10 +288,10 @@ def test_boxes_are_shares_of_the_picture_as_a_person_sees_it(lite, tmp_path):
     )  # what is above the limit is left out
     assert [entry["reason"] for entry in batch["problems"]][1] == "box 1 of the row is not x1, y1, x2, y2"
     rows.at_least = 5  # decoded at a quarter of its size
-    again = rows.__getitems__(Piece((1,)))
+    again = rows.__getitems__(WorkItem((1,)))
     assert torch.equal(again["boxes"][0], boxes[1])
     assert len(batch["image"][0]) == 5
-    assert len(rows.__getitems__(Piece((2, 3, 2)))["image"][0]) == 2  # the same boxes of the same picture
+    assert len(rows.__getitems__(WorkItem((2, 3, 2)))["image"][0]) == 2  # the same boxes of the same picture
 
 
 def test_a_cache_of_regions(lite, tmp_path):
@@ -331,7 +331,7 @@ def test_regions_at_the_command_line(tmp_path, capsys):
     cache = store.open_complete(tmp_path / "c.zarr")
     assert cache.fields["region_box"].shape == (3, 4)
     assert "--outputs regions:3" in cache.command()
-    says = "looks at regions of the plain picture; leave --views away"
+    says = "reads regions of the unaugmented image; leave --views away"
     assert says in error_of(
         capsys, "build", "--teacher", "regions-lite", *where, "--views", 2, "--out", tmp_path / "d.zarr"
     )

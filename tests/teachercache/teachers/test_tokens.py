@@ -198,6 +198,11 @@ def test_of_two_equal_words_either_may_be_chosen(cache, tmp_path):
 # One forward for each word, the same bytes however it was built
 
 
+def selection_of(teacher):
+    """The word selection behind `encode`."""
+    return teacher.encode.keywords["selection"]
+
+
 def test_one_text_forward_for_each_distinct_word(folder, data, tmp_path):
     teacher = load(str(folder), outputs=BOTH)
     shown: list[int] = []
@@ -215,7 +220,7 @@ def test_one_text_forward_for_each_distinct_word(folder, data, tmp_path):
     pieces = -(-len(manifest) // 5)
     assert sum(shown) - len(words) <= pieces * manifest.texts * 5  # what is left are the texts themselves
     assert sum(size == 1 for size in shown) >= len(words)
-    assert len(next(iter(teacher.tokens.known.values()))) == len(words)
+    assert len(next(iter(selection_of(teacher).embeddings.values()))) == len(words)
     before = len(shown)
     run_build(
         teacher, data, tmp_path / "again.zarr"
@@ -236,7 +241,7 @@ def test_batches_of_words_have_one_size(folder, monkeypatch):
             sizes.append(len(ids)) or true(ids, **how)
         )
         with torch.inference_mode():
-            values = teacher.tokens.features_of(teacher.module, order)
+            values = selection_of(teacher).features_of(teacher.module, order)
         found.append(dict(zip(order, values, strict=True)))
         for word in words:
             torch.testing.assert_close(found[-1][word], embed(load(str(folder)), word))
@@ -364,7 +369,7 @@ def test_a_missing_package_is_named(folder, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'teachercache\[tokens\]'"):
         load(str(folder), outputs=("embeddings", "tokens"))
-    assert load(str(folder), outputs=("embeddings", "random_tokens")).tokens is not None
+    assert load(str(folder), outputs=("embeddings", "random_tokens")).find_words is not None
 
 
 def test_tokens_at_the_command_line(folder, tmp_path, capsys):
