@@ -22,10 +22,10 @@ STOP_VARIABLE = "OWN_RECIPES_STOP_AT"  # the step in whose loss the process send
 def stopping(inner):
     """A recipe's loss; a stop signal comes while it is computed."""
 
-    def stopping_loss(student, batch, constants, now):
-        if os.environ.get(STOP_VARIABLE) == str(now.step):
+    def stopping_loss(outputs, fields, constants, progress):
+        if os.environ.get(STOP_VARIABLE) == str(progress.step):
             os.kill(os.getpid(), signal.SIGTERM)
-        return inner(student, batch, constants, now)
+        return inner(outputs, fields, constants, progress)
 
     return stopping_loss
 
@@ -41,16 +41,18 @@ class NoisyHeads(nn.Module):
         super().__init__()
         self.inner, self.dropout = inner, nn.Dropout(0.1)
 
-    def forward(self, student):
-        return self.inner({name: self.dropout(student[name]) for name in ("image", "text")})
+    def forward(self, values):
+        return self.inner({name: self.dropout(values[name]) for name in ("image", "text")})
 
 
-DROPOUT = dataclasses.replace(STOPPING, name="dropout", heads=lambda *words: NoisyHeads(heads(*words)))
+DROPOUT = dataclasses.replace(
+    STOPPING, name="dropout", distill_heads=lambda *words: NoisyHeads(heads(*words))
+)
 
 
-def high_build(constants):
+def high_build(constants, setting):
     """A student whose logit scale begins just below its limit."""
-    student = build(constants)
+    student = build(constants, setting)
     student.model.logit_scale.data.fill_(4.59)
     return student
 
@@ -62,33 +64,35 @@ def high_heads(*words):
     return module
 
 
-def upward_loss(student, batch, constants, now):
+def upward_loss(outputs, fields, constants, progress):
     """clip_kd, and a pull on both scales that is stronger than everything else."""
-    terms, notes = loss(student, batch, constants, now)
-    pull = -100 * (student["scale"].log() + student["icl_scale"].log()).sum()
+    terms, notes = loss(outputs, fields, constants, progress)
+    pull = -100 * (outputs["scale"].log() + outputs["icl_scale"].log())
     return terms | {"pull": pull}, notes
 
 
-UPWARD = dataclasses.replace(MICRO, name="upward", build=high_build, heads=high_heads, loss=upward_loss)
+UPWARD = dataclasses.replace(
+    MICRO, name="upward", student=high_build, distill_heads=high_heads, loss=upward_loss
+)
 
 BAD_STEP = 3
 
 
-def bad_gradient_loss(student, batch, constants, now):
+def bad_gradient_loss(outputs, fields, constants, progress):
     """A finite loss whose gradient is NaN in one step: the square root of zero."""
-    terms, notes = loss(student, batch, constants, now)
-    if now.step == BAD_STEP:
-        terms["zero"] = torch.sqrt((0 * student["image"]).square().sum())
+    terms, notes = loss(outputs, fields, constants, progress)
+    if progress.step == BAD_STEP:
+        terms["zero"] = torch.sqrt((0 * outputs["image"]).square().sum())
     return terms, notes
 
 
 BAD_GRADIENT = dataclasses.replace(MICRO, name="bad_gradient", loss=bad_gradient_loss)
 
 
-def bad_loss(student, batch, constants, now):
+def bad_loss(outputs, fields, constants, progress):
     """A loss that is no number in one step."""
-    terms, notes = loss(student, batch, constants, now)
-    return {**terms, "task": terms["task"] / (0.0 if now.step == BAD_STEP else 1.0)}, notes
+    terms, notes = loss(outputs, fields, constants, progress)
+    return {**terms, "task": terms["task"] / (0.0 if progress.step == BAD_STEP else 1.0)}, notes
 
 
 BAD_LOSS = dataclasses.replace(MICRO, name="bad_loss", loss=bad_loss)
@@ -103,10 +107,10 @@ PSD_STOPPING = dataclasses.replace(
 )
 
 
-def alternating_loss(student, batch, constants, now):
+def alternating_loss(outputs, fields, constants, progress):
     """clip_kd whose ICL, and with it a parameter of its own, has a part in every second step alone."""
-    terms, notes = loss(student, batch, constants, now)
-    return {name: term for name, term in terms.items() if name != "icl" or now.step % 2}, notes
+    terms, notes = loss(outputs, fields, constants, progress)
+    return {name: term for name, term in terms.items() if name != "icl" or progress.step % 2}, notes
 
 
 ALTERNATING = dataclasses.replace(MICRO, name="alternating", loss=alternating_loss)
@@ -127,10 +131,10 @@ def still_build(*words):
     return student
 
 
-TD_STILL = dataclasses.replace(CLIP_TD, name="td_still", build=still_build, constants=TD_MICRO)
+TD_STILL = dataclasses.replace(CLIP_TD, name="td_still", student=still_build, constants=TD_MICRO)
 
 
-SDS_MICRO = dataclasses.replace(SDS_CLIP.constants, model="vit-micro", lam=0.1)
+SDS_MICRO = dataclasses.replace(SDS_CLIP.constants, model="vit-micro", sds_weight=0.1)
 SDS_STOPPING = dataclasses.replace(
     SDS_CLIP,
     name="sds_stopping",
@@ -143,9 +147,12 @@ SDS_STOPPING = dataclasses.replace(
 def deaf_call(*words):
     """A teacher under no_grad by mistake."""
     with torch.no_grad():
-        return SDS_CLIP.live.call(*words)
+        return SDS_CLIP.gradient_teacher.call(*words)
 
 
 SDS_DEAF = dataclasses.replace(
-    SDS_CLIP, name="sds_deaf", constants=SDS_MICRO, live=dataclasses.replace(SDS_CLIP.live, call=deaf_call)
+    SDS_CLIP,
+    name="sds_deaf",
+    constants=SDS_MICRO,
+    gradient_teacher=dataclasses.replace(SDS_CLIP.gradient_teacher, call=deaf_call),
 )

@@ -26,7 +26,7 @@ from student.distributed import first_row, gather, mean_over_ranks, num_ranks
 from student.models.seq2seq.model import Seq2Seq
 from student.models.seq2seq.texts import Marks, Reader
 from student.models.two_tower.loading import build_two_tower
-from student.recipe import Optim, Progress, Run
+from student.recipe import Optim, Progress, Run, Setting
 from student.recipes.clip import CLIP
 from student.recipes.clip_kd import CLIP_KD
 from student.recipes.psd import PSD
@@ -35,6 +35,8 @@ from student.recipes.vlkd import VLKD
 from student.training import checkpoint
 from student.training.engine import clamp_scales, learning_rate, start_engine
 from student.training.step import TrainStep
+from teachercache.data.manifest import make_manifest
+from teachercache.data.sample import Sample
 
 WORLD, ROWS = 2, 8
 WIDTHS = {
@@ -91,19 +93,29 @@ def make_step(name: str) -> TrainStep:
     changes = ALL if name == "clip_kd-all" else {"fd": 10.0}  # 2000 would hide the other terms' errors
     constants = dataclasses.replace(CLIP_KD.constants, model="vit-micro", **changes)
     recipe = dataclasses.replace(CLIP_KD, constants=constants)
-    student = CLIP_KD.build(constants)
-    heads = CLIP_KD.heads(constants, student, {field: (width,) for field, width in fields_of(name).items()})
+    shapes = {field: (width,) for field, width in fields_of(name).items()}
+    student = CLIP_KD.student(constants, setting_of(shapes))
+    heads = CLIP_KD.distill_heads(constants, student, shapes)
     return TrainStep(recipe, student, heads)
+
+
+def setting_of(shapes: dict[str, tuple[int, ...]]) -> Setting:
+    """Of one row, which these students do not look at."""
+    manifest = make_manifest("one", Path(), [Sample(key="0", image="", texts=("a",))])
+    return Setting(shapes, manifest, np.zeros(1, int))
 
 
 def make_sds_step() -> TrainStep:
     """LayerNorms and h_w behind a UNet that is a matrix; the regulariser weighs as much as the task."""
-    constants = dataclasses.replace(SDS_CLIP.constants, model="vit-micro", lam=1.0, micro=3, init="")
+    constants = dataclasses.replace(
+        SDS_CLIP.constants, model="vit-micro", sds_weight=1.0, unet_rows=3, init=""
+    )
     recipe = dataclasses.replace(SDS_CLIP, constants=constants)
-    student = recipe.build(constants)
-    heads = recipe.heads(constants, student, {"latent": own_teachers.LATENT})
+    shapes = {"latent": own_teachers.LATENT}
+    student = recipe.student(constants, setting_of(shapes))
+    heads = recipe.distill_heads(constants, student, shapes)
     module = own_teachers.make_diffusion(unet=own_teachers.LinearUNet(own_teachers.random_matrix().float()))
-    return TrainStep(recipe, student, heads, teacher=SimpleNamespace(module=module))
+    return TrainStep(recipe, student, heads, gradient_teacher=SimpleNamespace(module=module))
 
 
 def make_vlkd() -> TrainStep:
@@ -111,8 +123,9 @@ def make_vlkd() -> TrainStep:
     bart = micro_bart(dropout=0.0)[0]
     reader = Reader(None, Marks(0, 1, 2, 4), np.empty(0), stage="distil", masks=6, share=0.15, max_text=16)
     student = Seq2Seq(bart, reader, visual="cls")
+    student.connect(16)
     constants = dataclasses.replace(VLKD.constants, ttdm=10.0)
-    heads = VLKD.heads(constants, student, {"image_emb": (16,), "text_emb": (16,)})
+    heads = VLKD.distill_heads(constants, student, {"image_emb": (16,), "text_emb": (16,)})
     return TrainStep(dataclasses.replace(VLKD, constants=constants), student, heads)
 
 
@@ -130,7 +143,7 @@ def make_batch(name: str, number: int, rank: int, world: int) -> dict:
     batch["text"] = torch.randint(1, 5000, (ROWS, 16), generator=random)
     for field, width in fields_of(name).items():
         batch[field] = torch.randn(ROWS, width, generator=random)
-    batch["chance"] = torch.rand(ROWS, 16, generator=random)
+    batch["mask_noise"] = torch.rand(ROWS, 16, generator=random)
     if name == "sds_clip":
         batch |= {
             "t": torch.randint(0, 1000, (ROWS,), generator=random),
@@ -141,7 +154,7 @@ def make_batch(name: str, number: int, rank: int, world: int) -> dict:
         for key in ("text", "source"):  # of other lengths
             batch[key] = torch.randint(5, 280, (ROWS, 9), generator=random)
             batch[key][torch.arange(9) > torch.arange(ROWS)[:, None] + 2] = 1
-        batch["given"] = torch.zeros(ROWS, dtype=torch.long)
+        batch["prompt_length"] = torch.zeros(ROWS, dtype=torch.long)
     share = ROWS // world
     batch = {key: value[rank * share : (rank + 1) * share] for key, value in batch.items()}
     scales = {

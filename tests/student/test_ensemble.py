@@ -11,10 +11,12 @@ from small import TINY_CFG, build_cache, make_folder, read_lines, save_teacher, 
 from student import losses
 from student.cli import main
 from student.ensemble import concat_shapes, concat_teachers, named, num_teachers, of_teacher
-from student.inputs.caches import field_shapes, find_caches, training_rows
+from student.inputs.caches import Wanted, field_shapes, find_ensemble, training_rows
+from student.inputs.order import StepPlan
+from student.inputs.pairs import PairBatches, TeacherFields
 from student.models.heads import PerTeacher
 from student.models.two_tower.loading import build_two_tower
-from student.recipe import Progress, Run
+from student.recipe import Progress, Run, pairs_of_one_cache
 from student.recipes.clip_kd import CLIP_KD
 from student.settings import override
 from teachercache.cache import store
@@ -38,12 +40,12 @@ def other_teacher(manifest, path, **changes) -> store.Cache:
     return spelled_cache(manifest, path, digest="1" * 64, scale=2.0, **changes)
 
 
-def batches_of(manifest, caches, **options) -> Batches:
+def batches_of(manifest, caches, *, ensemble: str = "average", batch: int = 4) -> PairBatches:
     rows = training_rows(manifest, caches[0])
     for cache in caches[1:]:
         rows = np.intersect1d(rows, training_rows(manifest, cache))
-    settings = {"student": STUDENT, "reads": READS, "batch": 4, "steps": 50, "seed": 0} | options
-    return Batches(manifest, rows, cache=caches[0], more=caches[1:], **settings)
+    teachers = TeacherFields(tuple(caches), READS, ensemble)
+    return PairBatches(manifest, rows, STUDENT, StepPlan(batch, steps=50, seed=0), teachers=teachers)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -145,13 +147,13 @@ def two_teachers() -> tuple[dict, dict]:
     def rows(size: int) -> torch.Tensor:
         return torch.nn.functional.normalize(torch.randn(5, size, generator=random))
 
-    student = {name: rows(6).requires_grad_() for name in ("image", "text")} | {"scale": torch.tensor([6.0])}
+    student = {name: rows(6).requires_grad_() for name in ("image", "text")} | {"scale": torch.tensor(6.0)}
     student |= {
-        f"{name}_t{end}": rows(size).requires_grad_()
+        f"{name}_in_teacher_space{end}": rows(size).requires_grad_()
         for name in ("image", "text")
         for end, size in (("", 4), ("@1", 3))
     }
-    student |= {"icl_scale": torch.tensor([7.0]), "icl_scale@1": torch.tensor([9.0])}
+    student |= {"icl_scale": torch.tensor(7.0), "icl_scale@1": torch.tensor(9.0)}
     batch = {
         f"{name}_emb{end}": rows(size) for name in ("image", "text") for end, size in (("", 4), ("@1", 3))
     }
@@ -182,7 +184,7 @@ def test_average_has_the_gradient_of_the_averaged_softmaxes():
         ]
         mean = [[(p + q) / 2 for p, q in zip(*rows, strict=True)] for rows in zip(*each, strict=True)]
         log_mean = [[torch.log(p) for p in row] for row in mean]
-        slow = slow + kl(log_mean, logits(V_S[left], V_S[right], student["scale"][0])) / 2
+        slow = slow + kl(log_mean, logits(V_S[left], V_S[right], student["scale"])) / 2
         for one in each:
             disagreement = disagreement + kl([[torch.log(p) for p in row] for row in one], log_mean) / 4
     torch.testing.assert_close(ours, slow + disagreement, rtol=1e-4, atol=1e-6)
@@ -204,7 +206,7 @@ def test_average_is_the_mean_of_the_terms_of_each_teacher():
     assert apart[0]["fd"] != apart[1]["fd"]
     torch.testing.assert_close(terms["task"], losses.clip_loss(student["image"], student["text"], 6.0))
     of_icl = sum(
-        ce(logits(list(student[f"{a}_t{end}"]), list(batch[f"{b}_emb{end}"]), g)) / 4
+        ce(logits(list(student[f"{a}_in_teacher_space{end}"]), list(batch[f"{b}_emb{end}"]), g)) / 4
         for end, g in (("", 7.0), ("@1", 9.0))
         for a, b in (("image", "text"), ("text", "image"))
     )
@@ -215,20 +217,19 @@ def test_average_is_the_mean_of_the_terms_of_each_teacher():
 def test_every_teacher_has_heads_of_its_own():
     student = build_two_tower("vit-micro")
     shapes = {"image_emb": (16,), "text_emb": (16,), "image_emb@1": (64,), "text_emb@1": (24,)}
-    heads = CLIP_KD.heads(CLIP_KD.constants, student, shapes)
+    heads = CLIP_KD.distill_heads(CLIP_KD.constants, student, shapes)
     assert isinstance(heads, PerTeacher)
     found = heads({"image": torch.randn(3, 64), "text": torch.randn(3, 64)})
-    widths = {name: value.shape[-1] for name, value in found.items()}
-    assert widths == {
-        "image_in_teacher_space": 16,
-        "text_in_teacher_space": 16,
-        "icl_scale": 1,
-        "image_t@1": 64,
-        "text_t@1": 24,
-        "icl_scale@1": 1,
+    assert {name: tuple(value.shape) for name, value in found.items()} == {
+        "image_in_teacher_space": (3, 16),
+        "text_in_teacher_space": (3, 16),
+        "icl_scale": (),
+        "image_in_teacher_space@1": (3, 64),
+        "text_in_teacher_space@1": (3, 24),
+        "icl_scale@1": (),
     }
     crd = dataclasses.replace(CLIP_KD.constants, fd=0.0, icl=0.0)
-    assert CLIP_KD.heads(crd, student, shapes) is None
+    assert CLIP_KD.distill_heads(crd, student, shapes) is None
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -296,23 +297,33 @@ def test_a_recipe_without_an_ensemble_takes_one_cache(squares, cache, second, tm
     from student.recipes.registry import RECIPES
 
     one = dataclasses.replace(
-        CLIP_KD, name="one", constants=RECIPES["clip"].constants, build=RECIPES["clip"].build, reads=READS
+        CLIP_KD,
+        name="one",
+        constants=RECIPES["clip"].constants,
+        rows=pairs_of_one_cache,
+        student=RECIPES["clip"].student,
+        teacher_fields=lambda constants: READS,
     )
     monkeypatch.setitem(RECIPES, "one", one)
     assert train_here(squares, f"{cache},{second}", tmp_path / "run", "--dry-run", recipe="one") == 2
     assert "one reads one cache, not 2: pass one as --cache" in capsys.readouterr().err
 
 
+def wanted(caches: str) -> Wanted:
+    return Wanted(caches, "data/squares", READS, "clip-lite")
+
+
 def test_one_teacher_twice_is_refused(cache):
     with pytest.raises(UserError, match="names one teacher twice"):
-        find_caches(f"{cache},{cache}", READS, str)
+        find_ensemble(wanted(f"{cache},{cache}"))
 
 
 def test_a_path_with_a_comma_is_one_path(manifest, tmp_path):
     spelled_cache(manifest, tmp_path / "a,b.zarr")
-    assert [cache.path.name for cache in find_caches(str(tmp_path / "a,b.zarr"), READS, str)] == ["a,b.zarr"]
-    with pytest.raises(UserError, match=r"no cache with .* in nowhere: run `build nowhere`"):
-        find_caches("nowhere,elsewhere", READS, lambda part: f"build {part}")
+    found = find_ensemble(wanted(str(tmp_path / "a,b.zarr")))
+    assert [cache.path.name for cache in found] == ["a,b.zarr"]
+    with pytest.raises(UserError, match=r"no cache with .* in nowhere: run `tc build .* --out nowhere/\S+`"):
+        find_ensemble(wanted("nowhere,elsewhere"))
 
 
 @pytest.mark.parametrize("views", [(4, 0), (0, 4), (4, 2), "seed"])

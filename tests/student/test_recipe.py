@@ -39,13 +39,13 @@ def test_override_sets_constants_optim_and_run():
         "optim.lr=1e-4",
         "optim.warmup=0",
         "run.zero=2",
-        "run.live=true",
+        "run.online_teacher=true",
     ]
     recipe, run = override(CLIP_KD, RUN, settings)
     assert recipe.constants == dataclasses.replace(CLIP_KD.constants, fd=10.0, crd=0.5, model="vit-micro")
     assert type(recipe.constants.fd) is float  # an int where a float is expected is one
     assert recipe.optim == dataclasses.replace(CLIP_KD.optim, lr=1e-4, warmup=0.0)
-    assert run == dataclasses.replace(RUN, zero=2, live=True)
+    assert run == dataclasses.replace(RUN, zero=2, online_teacher=True)
     assert CLIP_KD.constants.fd == 2000.0  # the recipe itself is as it was
 
 
@@ -63,8 +63,8 @@ def test_the_last_of_two_settings_wins_and_text_is_taken_as_it_is():
         ("fd=", "type float"),
         ("run.zero=1.5", "type int"),
         ("run.zero=__import__('os')", "type int"),
-        ("run.live=1", "type bool"),
-        ("run.live=maybe", "type bool"),
+        ("run.online_teacher=1", "type bool"),
+        ("run.online_teacher=maybe", "type bool"),
         ("optim.lr=[1]", "type float"),
         ("optim.lrr=1", "did you mean 'optim.lr'"),
         ("ice=1", "did you mean 'icl'"),
@@ -97,7 +97,7 @@ def test_the_choices_name_every_setting_that_can_be_set():
         "cache",
         "out",
         "seed",
-        "live",
+        "online_teacher",
         "micro_batch",
         "eval_every",
         "report_to",
@@ -194,8 +194,10 @@ def outputs(width: int = 6, teacher_width: int = 4, count: int = 5) -> tuple[dic
     """What student and heads give, and what a cache gives: raw rows, not normalised."""
     torch.manual_seed(0)
     student = {name: 3 * torch.randn(count, width) for name in ("image", "text")}
-    student |= {f"{name}_t": 3 * torch.randn(count, teacher_width) for name in ("image", "text")}
-    student |= {"scale": torch.tensor([8.0]), "icl_scale": torch.tensor([11.0])}
+    student |= {
+        f"{name}_in_teacher_space": 3 * torch.randn(count, teacher_width) for name in ("image", "text")
+    }
+    student |= {"scale": torch.tensor(8.0), "icl_scale": torch.tensor(11.0)}
     batch = {f"{name}_emb": 5 * torch.randn(count, teacher_width) for name in ("image", "text")}
     return student, batch | {"logit_scale": torch.tensor(2.5)}
 
@@ -259,7 +261,9 @@ def test_all_weights_zero_is_refused_in_one_line(squares, cache, tmp_path, capsy
 
 def heads_for(image_width: int, text_width: int) -> TeacherSpace:
     student = build_two_tower("vit-micro")
-    return CLIP_KD.heads(CLIP_KD.constants, student, {"image_emb": (image_width,), "text_emb": (text_width,)})
+    return CLIP_KD.distill_heads(
+        CLIP_KD.constants, student, {"image_emb": (image_width,), "text_emb": (text_width,)}
+    )
 
 
 @pytest.mark.parametrize(
@@ -276,8 +280,8 @@ def test_projections_exist_where_widths_differ(widths, projected):
         (3, widths[1]),
     )
     for name in {"image", "text"} - projected:
-        assert torch.equal(found[f"{name}_t"], raw[name])
-    torch.testing.assert_close(found["icl_scale"], torch.tensor([1 / 0.07]))  # g has CLIP's start
+        assert torch.equal(found[f"{name}_in_teacher_space"], raw[name])
+    torch.testing.assert_close(found["icl_scale"], torch.tensor(1 / 0.07))  # g has CLIP's start
 
 
 def batch_of(count: int = 4, teacher_width: int = 16) -> dict:

@@ -1,5 +1,6 @@
 """Modality importance against the definition's loops; what is drawn, read back from the pictures; a student's own."""
 
+import dataclasses
 import importlib
 import json
 import re
@@ -150,7 +151,7 @@ def student(tmp_path, monkeypatch):
     """A random student as a run, its regions made up; the data that it is asked."""
     from transformers import BertConfig
 
-    from student.inference.answerer import TaskModel
+    from student.inference.answerer import RowsOfRun, TaskModel
     from student.inputs.questions import Task, read_question
     from student.models.single_stream.model import SIZES, Shape, SingleStream
     from student.models.single_stream.tokenizer import encode_pairs, vocabulary_tokenizer
@@ -167,24 +168,27 @@ def student(tmp_path, monkeypatch):
     model = SingleStream(config, Shape("uniter", 6, 4, 4)).eval()
     seen = []
 
-    def batches_of(task, student, tokenizer, manifest, rows, most, cache):
-        questions = [read_question(task, manifest.row(row)) for row in rows.tolist()]
-        found = encode_pairs(tokenizer, [pair for question in questions for pair in question.parts], most)
+    def read(rows_of, manifest, rows):
+        questions = [read_question(rows_of.task, manifest.row(row)) for row in rows.tolist()]
+        pairs = [pair for question in questions for pair in question.parts]
+        found = encode_pairs(rows_of.tokenizer, pairs, rows_of.max_text)
         box = torch.zeros(len(rows), 3, 4)
         box[:, :2, 2:] = 0.5  # the third region is not there
-        batch = {"text": found.ids, "second": found.second, "there": found.there}
+        batch = {name: getattr(found, name) for name in ("token_type_ids", "attention_mask")}
+        batch["text"] = found.ids
         batch = {name: value.unflatten(0, (len(rows), 4)) for name, value in batch.items()}
         batch |= {"region_box": box, "region_feature": torch.rand(len(rows), 3, 6)}
         seen.append(batch)
         yield batch
 
     monkeypatch.setattr(show, "load_task_model", lambda run, device: TaskModel(task, model, lambda *_: None))
-    monkeypatch.setattr(show, "batches_of", batches_of)
+    monkeypatch.setattr(RowsOfRun, "read", read)
     monkeypatch.setattr(show, "load_tokenizer", lambda run: tokenizer)
     monkeypatch.setattr(show, "pick_device", lambda: "cpu")
     for name in ("before", "after"):
         (tmp_path / name).mkdir()
-        made = {"run": {"data": data, "cache": ""}, "student": {"task": {}, "max_text": 40}}
+        questions = {"task": dataclasses.asdict(task), "max_text": 40}
+        made = {"format": 2, "run": {"data": data, "cache": ""}, "questions": questions}
         (tmp_path / name / "run.json").write_text(json.dumps(made))
     return tmp_path, data, model, tokenizer, seen
 

@@ -313,7 +313,7 @@ def test_what_cannot_write_is_one_line(capsys, tmp_path):
 
     pictures(tmp_path, ["a.png"])
     for task, reason in (
-        ("captions", "no run of vlkd"),
+        ("captions", "is not a run: pass a folder that `student train` wrote"),
         ("captions:masks=0", "a number above 0"),
         ("open_vqa:mask=2", "choose from masks=NUMBER"),
         ("glue:lr=high", "choose from epochs=NUMBER"),

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from small import read_lines, train_here
 
 from student.cli import main
-from student.models.two_tower.loading import load_student
+from student.inference.load import load_run
 
 TEXTS = ["square 3 said 1", "a red bird", "", "\u00fcber 12 of them!", "word " * 50]
 
@@ -44,8 +44,11 @@ def embed(model, view, tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
 def test_open_clip_loads_it_and_says_the_same(exported, finished_run):
     model, _, view = open_clip.create_model_and_transforms(f"local-dir:{exported}")
     tokenizer = open_clip.get_tokenizer(f"local-dir:{exported}")
-    student = load_student(finished_run)
-    ours, theirs = embed(student.model, student.view, student.tokenizer), embed(model.eval(), view, tokenizer)
+    student = load_run(finished_run)
+    ours, theirs = (
+        embed(student.model, student.picture.view, student.tokenizer),
+        embed(model.eval(), view, tokenizer),
+    )
     for name, a, b in zip(("image", "text"), ours, theirs, strict=True):
         assert a.shape == (5, 64)
         assert (a - b).abs().max() < 1e-5, name
@@ -53,7 +56,7 @@ def test_open_clip_loads_it_and_says_the_same(exported, finished_run):
     assert float(model.logit_scale.exp().detach()) == pytest.approx(
         float(student.model.logit_scale.exp().detach()), rel=1e-6
     )
-    torch.testing.assert_close(view(pictures()[0]), student.view(pictures()[0]), rtol=0, atol=0)
+    torch.testing.assert_close(view(pictures()[0]), student.picture.view(pictures()[0]), rtol=0, atol=0)
     assert torch.equal(tokenizer(TEXTS), student.tokenizer(TEXTS))
 
 
@@ -156,7 +159,7 @@ def test_init_goes_on_where_the_run_was(exported, finished_run, squares, cache, 
     words = ("--steps", 4, "--set", f"init={exported}")
     assert train_here(squares, cache, tmp_path / "run", *words) == 0
     assert read_lines(tmp_path / "run")[0]["task"] < read_lines(finished_run)[0]["task"]
-    student = load_student(tmp_path / "run")
+    student = load_run(tmp_path / "run")
     assert student.model_cfg["embed_dim"] == 64
     assert student.tokenizer(["a"]).shape == (1, 16)
 

@@ -12,11 +12,12 @@ from small import train_here
 
 from student.cli import main
 from student.export.model_card import model_card
+from student.inference.load import load_run
+from student.models.student import Exported
 from student.models.two_tower import export_hf
 from student.models.two_tower.export_hf import image_processor
 from student.models.two_tower.hf_tokenizer import clip_tokenizer
-from student.models.two_tower.loading import load_student
-from student.models.two_tower.model import TwoTower, open_clip_state
+from student.models.two_tower.model import TwoTower
 from teachercache.data.views import image_view
 from teachercache.teachers.clip.loading import build_module, tokenizer_of
 from tests.student.export.test_export import pictures
@@ -119,9 +120,9 @@ def fake_run(folder, base, model_cfg: dict, preprocess: dict | None = None) -> T
         parameter.data += 0.02 * torch.randn_like(parameter)
     facts = json.loads((base / "run.json").read_text())
     folder.mkdir()
-    facts["student"] = json.loads(json.dumps({"model_cfg": model_cfg, "preprocess": view}))
+    facts["student"] = json.loads(json.dumps({"family": student.spec.family, "config": student.spec.config}))
     (folder / "run.json").write_text(json.dumps(facts))
-    save_file(open_clip_state(student), folder / "model.safetensors")
+    save_file(student.saved_state(), folder / "model.safetensors")
     return student
 
 
@@ -174,7 +175,7 @@ def test_transformers_loads_it_and_says_the_same(exported, run):
     from transformers import AutoModel, CLIPModel
 
     module = CLIPModel.from_pretrained(exported)
-    assert_same(module, load_student(run))
+    assert_same(module, load_run(run))
     assert type(AutoModel.from_pretrained(exported)) is CLIPModel
     assert module.config.projection_dim == module.config.text_config.projection_dim == 64
 
@@ -271,7 +272,7 @@ def test_texts_become_the_same_tokens(exported, run):
 
     tokenizer = CLIPProcessor.from_pretrained(exported).tokenizer
     assert tokenizer.model_max_length == 16
-    ours = load_student(run).tokenizer(SENTENCES).tolist()
+    ours = load_run(run).tokenizer(SENTENCES).tolist()
     for theirs in (tokenizer, AutoTokenizer.from_pretrained(exported)):
         found = theirs(SENTENCES, padding=True, truncation=True).input_ids
         for sentence, a, b in zip(SENTENCES, ours, found, strict=True):
@@ -304,11 +305,11 @@ def test_square_pictures_become_the_same_pixels(exported, run):
     """To the bit with PIL; transformers' default resizes tensors and differs by two levels of 255 at most."""
     from transformers import AutoProcessor
 
-    student = load_student(run)
+    student = load_run(run)
     squares = [
         picture.resize((side, side)) for picture, side in zip(pictures(), (20, 32, 33, 1, 90), strict=True)
     ]
-    ours = torch.stack([student.view(picture) for picture in squares])
+    ours = torch.stack([student.picture.view(picture) for picture in squares])
     for backend, limit in (("pil", 1e-6), ("torchvision", 2 / 255 / 0.5 + 1e-6)):
         processor = AutoProcessor.from_pretrained(exported, backend=backend)
         theirs = processor(images=squares, return_tensors="pt").pixel_values
@@ -322,10 +323,10 @@ def test_other_pictures_are_said_to_be_stretched_and_how_not_to(exported, run, t
     assert said in (exported / "README.md").read_text()
     assert main(["export", str(run), "--format", "hf", "--out", str(tmp_path / "out")]) == 0
     assert said in capsys.readouterr().err
-    student, processor = load_student(run), AutoProcessor.from_pretrained(exported, backend="pil")
+    student, processor = load_run(run), AutoProcessor.from_pretrained(exported, backend="pil")
     line = next(line for line in (exported / "README.md").read_text().splitlines() if "ImageOps.pad" in line)
     for picture in pictures():
-        ours = student.view(picture)
+        ours = student.picture.view(picture)
         stretched = processor(images=picture, return_tensors="pt").pixel_values[0]
         padded = eval(
             line.partition("=")[2].strip(), {"ImageOps": ImageOps, "Image": Image, "picture": picture}
@@ -442,9 +443,9 @@ def run_code(folder, monkeypatch) -> dict:
 def test_the_code_of_the_card_runs(exported, run, tmp_path, monkeypatch):
     shutil.copytree(exported, tmp_path / "student")
     found = run_code(tmp_path / "student", monkeypatch)
-    student = load_student(run)
+    student = load_run(run)
     with torch.inference_mode():
-        image = student.model.encode_image(student.view(found["picture"])[None], normalize=True)
+        image = student.model.encode_image(student.picture.view(found["picture"])[None], normalize=True)
         text = student.model.encode_text(student.tokenizer(["a red bird"]), normalize=True)
     assert found["cosines"].item() == pytest.approx((image @ text.T).item(), abs=1e-4)
 
@@ -485,7 +486,7 @@ def test_what_users_wrote_cannot_break_the_card(finished_run):
     facts["recipe"] |= {"name": 'x"\n- y', "paper": "A <b>paper</b> [x](y) `z`"}
     facts["teachers"] = []
     result = {"task": "t", "dataset": "a|b", "metrics": {"acc|1": 0.5, "none": None}}
-    card = model_card(facts, [result], library="x", usage="print('```')")
+    card = model_card(facts, [result], Exported("x", "print('```')", "x.load('{}')", []))
     for line in (
         "- Data: s3://a_b/\\*.tar, my\\|photos # heading; 48 rows",
         "- Teacher: none",

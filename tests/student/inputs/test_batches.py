@@ -8,7 +8,6 @@ import dataclasses
 import shutil
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,8 +16,10 @@ from PIL import Image
 from small import build_cache, chunks_of, make_folder, save_teacher
 
 from student.inputs.caches import find_cache, readable_rows, same_data_cache, training_rows
-from student.inputs.order import epoch_order
-from student.inputs.pairs import loader
+from student.inputs.loader import loader
+from student.inputs.order import StepPlan, epoch_order
+from student.inputs.pairs import PairBatches, TeacherFields
+from student.models.student import PictureView, RowInputs
 from teachercache.cache import store
 from teachercache.cache.spec import CacheMeta, Field, TeacherSpec
 from teachercache.core.errors import UserError
@@ -39,10 +40,11 @@ def numbers_of(text: str) -> list[int]:
     return [int(words[1]), int(words[3])]
 
 
-STUDENT = SimpleNamespace(
-    inputs=("image", "text"),
-    view=lambda picture: torch.from_numpy(np.asarray(picture).astype(np.float32).mean((0, 1))),
-    tokenizer=lambda texts: torch.tensor([numbers_of(text) for text in texts]),
+STUDENT = RowInputs(
+    picture=PictureView(
+        lambda picture: torch.from_numpy(np.asarray(picture).astype(np.float32).mean((0, 1)))
+    ),
+    tokenize=lambda texts: torch.tensor([numbers_of(text) for text in texts]),
 )
 
 
@@ -98,16 +100,10 @@ def spelled(manifest, tmp_path_factory):
     return spelled_cache(manifest, tmp_path_factory.mktemp("caches") / "speller.zarr")
 
 
-def batches_of(manifest, cache, **options) -> Batches:
-    settings = {
-        "student": STUDENT,
-        "cache": cache,
-        "reads": READS,
-        "batch": 4,
-        "steps": 100,
-        "seed": 0,
-    } | options
-    return Batches(manifest, training_rows(manifest, cache), **settings)
+def batches_of(manifest, cache, **options) -> PairBatches:
+    plan = StepPlan(**{"batch": 4, "steps": 100, "seed": 0} | options)
+    teachers = TeacherFields((cache,), READS)
+    return PairBatches(manifest, training_rows(manifest, cache), STUDENT, plan, teachers=teachers)
 
 
 def same(a: dict, b: dict) -> bool:
@@ -170,7 +166,7 @@ def test_too_few_rows_for_a_batch(manifest, spelled):
 # What belongs together
 
 
-def check_rows(manifest: Manifest, batches: Batches, steps: int) -> set[int]:
+def check_rows(manifest: Manifest, batches: PairBatches, steps: int) -> set[int]:
     """Picture, caption and both embeddings of every row shown are the same row's; the numbers that were shown."""
     images = {
         number(key): image
@@ -302,7 +298,7 @@ def test_without_a_cache_unreadable_pictures_are_left_out(tmp_path, capsys):
     rows = readable_rows(manifest, training_rows(manifest, None))
     assert rows.tolist() == [0, 1, 3, 4, 5, 6, 7]
     assert f"left out {manifest.column('key')[2]}: not a picture" in capsys.readouterr().err
-    batches = Batches(manifest, rows, student=STUDENT, cache=None, reads=(), batch=7, steps=2, seed=0)
+    batches = PairBatches(manifest, rows, STUDENT, StepPlan(batch=7, steps=2, seed=0))
     assert set(batches[0]) == {"image", "text"}
     assert "logit_scale" not in batches[0]
 

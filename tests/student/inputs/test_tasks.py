@@ -63,7 +63,7 @@ def test_a_vcr_row_asks_four_pairs_and_its_rationales_know_the_right_answer(scen
         sample, line = manifest.row(number), json.loads(manifest.row(number).task)
         found = read_question(VCR, sample)
         assert found.target == {line["label"]: 1.0}
-        assert found.labelled
+        assert found.labeled
         assert found.group == line["category"]
         for k, (first, second) in enumerate(found.parts):
             assert (first, second) == (line["question"], line["choices"][k])
@@ -144,19 +144,19 @@ def test_regimes_choose_so_many_of_each_group_and_the_same_again(scenes):
     manifest = read_manifest(str(scenes / "vcr1"))
     rows = manifest.rows_of_split("train")
     groups = np.array([read_question(VCR, manifest.row(row)).group for row in rows.tolist()])
-    chosen = labeled_rows(VCR, manifest, rows, "low:3", 0)
+    chosen = labeled_rows(VCR, manifest, rows, regime="low:3", subset=0)
     assert Counter(groups[chosen]) == {group: min(3, n) for group, n in Counter(groups).items()}
-    assert (chosen == labeled_rows(VCR, manifest, rows, "semi:3", 0)).all()
-    assert (chosen != labeled_rows(VCR, manifest, rows, "low:3", 1)).any()
-    assert labeled_rows(VCR, manifest, rows, "full", 0).all()
-    assert not labeled_rows(VCR, manifest, rows, "zero", 0).any()
+    assert (chosen == labeled_rows(VCR, manifest, rows, regime="semi:3", subset=0)).all()
+    assert (chosen != labeled_rows(VCR, manifest, rows, regime="low:3", subset=1)).any()
+    assert labeled_rows(VCR, manifest, rows, regime="full", subset=0).all()
+    assert not labeled_rows(VCR, manifest, rows, regime="zero", subset=0).any()
     snli = read_manifest(str(scenes / "snli_ve"))
     rows = snli.rows_of_split("train")
-    chosen = labeled_rows(find_task(snli, rows, "q2a"), snli, rows, "low:4", 0)
+    chosen = labeled_rows(find_task(snli, rows, "q2a"), snli, rows, regime="low:4", subset=0)
     assert set(Counter(snli.row(row).label for row in rows[chosen].tolist()).values()) == {4}
     for regime in ("low", "low:", "low:x", "low:0", "some:3", "full:3"):
         with pytest.raises(UserError, match="--set regime"):
-            labeled_rows(VCR, manifest, rows[:1], regime, 0)
+            labeled_rows(VCR, manifest, rows[:1], regime=regime, subset=0)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Single-stream students: words and their sub-words, embeddings and losses against slow loops, starts, VILLA."""
 
+import json
 import math
 
 import pytest
@@ -10,13 +11,13 @@ from transformers import BertConfig, BertModel
 from student import losses
 from student.models.single_stream.loading import load_into, open_student, read_state, renamed
 from student.models.single_stream.model import FIRST, IMAGE, SECOND, SIZES, Shape, SingleStream, rebuild
-from student.models.single_stream.regions import geometry, known, waves
+from student.models.single_stream.regions import geometry, valid_regions, waves
 from student.models.single_stream.tokenizer import encode_pairs, tokens_of, vocabulary_tokenizer
 from student.models.single_stream.villa import Perturbation, ascend
 from teachercache.core.errors import UserError
 
 MICRO = SIZES["micro"]
-TEXT = ("text", "second", "there", "text_region")
+TEXT = ("text", "token_type_ids", "attention_mask", "text_region")
 TEXTS = ["Is the red circle above?", "It is a striped star.", "yes", "no"]
 
 
@@ -33,10 +34,14 @@ def batch_of(n=2, C=2, regions=3, width=5, **more) -> dict:
     torch.manual_seed(5)
     box = torch.tensor([[0, 0, 1, 1], [0.1, 0.2, 0.5, 0.9], [0.3, 0.3, 0.4, 0.4]]).expand(n, -1, -1).clone()
     box[1, 2] = 0
-    batch = {"text": encoded.ids, "second": encoded.second, "there": encoded.there}
+    batch = {
+        "text": encoded.ids,
+        "token_type_ids": encoded.token_type_ids,
+        "attention_mask": encoded.attention_mask,
+    }
     batch["text_region"] = torch.zeros_like(encoded.ids)
     batch = {name: value.unflatten(0, (n, C)) for name, value in batch.items()}
-    feature = torch.randn(n, regions, width) * known(box)[..., None]
+    feature = torch.randn(n, regions, width) * valid_regions(box)[..., None]
     target = torch.eye(C)[torch.arange(n) % C] if C > 1 else torch.eye(3)[:n]
     return batch | {"region_feature": feature, "region_box": box, "target": target} | more
 
@@ -62,9 +67,9 @@ def test_pairs_are_written_as_bert_writes_them_and_spans_point_into_the_joined_t
     assert pieces[-1] == "[SEP]"
     assert pieces.count("[SEP]") == 2
     assert pieces[pieces.index("red")] == joined[slice(*found.spans[0, pieces.index("red")])].lower()
-    assert found.second[0].tolist() == [i > pieces.index("[SEP]") for i in range(len(pieces))]
-    assert found.there[1].sum() == 3
-    assert not found.second[1].any()
+    assert found.token_type_ids[0].tolist() == [i > pieces.index("[SEP]") for i in range(len(pieces))]
+    assert found.attention_mask[1].sum() == 3
+    assert not found.token_type_ids[1].any()
     assert (found.spans[1, 3:] == 0).all()
     start = joined.index("starship")
     chosen = tokens_of(found.spans[0], torch.tensor([[start, start + 8], [0, 0]]).numpy())
@@ -132,8 +137,8 @@ def test_uniter_without_regions_is_bert():
     length = words.shape[1]
     mask[:, length:] = False
     mine = student.encode(words, regions, mask)[:, :length]
-    kinds = torch.where(batch["second"][:, 0], 2, 0)
-    theirs = student.bert(batch["text"][:, 0], batch["there"][:, 0], kinds).last_hidden_state
+    kinds = torch.where(batch["token_type_ids"][:, 0], 2, 0)
+    theirs = student.bert(batch["text"][:, 0], batch["attention_mask"][:, 0], kinds).last_hidden_state
     torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
@@ -157,7 +162,7 @@ def test_a_word_of_vl_bert_sees_the_object_that_it_names_or_the_whole_picture():
     embed, part = student.bert.embeddings, student.regions
     visual = part.word_norm(part.features(batch["region_feature"], batch["region_box"]))
     for n, c, place, region in ((0, 0, 3, 1), (0, 0, 2, 0), (0, 1, 4, 2), (1, 1, 4, 0), (0, 1, 5, 0)):
-        kind = embed.token_type_embeddings.weight[SECOND if batch["second"][n, c, place] else FIRST]
+        kind = embed.token_type_embeddings.weight[SECOND if batch["token_type_ids"][n, c, place] else FIRST]
         word = embed.word_embeddings.weight[batch["text"][n, c, place]]
         expected = embed.LayerNorm(word + kind + embed.position_embeddings.weight[place] + visual[n, region])
         torch.testing.assert_close(words[2 * n + c, place], expected)
@@ -165,8 +170,9 @@ def test_a_word_of_vl_bert_sees_the_object_that_it_names_or_the_whole_picture():
 
 def test_a_student_is_built_again_from_what_run_json_holds():
     student, batch = student_of("vl-bert").eval(), batch_of()
-    again = rebuild(student.describe()).eval()
-    again.load_state_dict(student.state_dict())
+    assert student.spec.family == "single_stream"
+    again = rebuild(json.loads(json.dumps(student.spec.config))).eval()
+    again.load_saved_state(student.saved_state())
     assert torch.equal(again(batch)["logits"], student(batch)["logits"])
 
 

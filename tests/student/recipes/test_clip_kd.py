@@ -32,18 +32,23 @@ def recipe_of(*settings: str):
     return override(CLIP_KD, RUN, ["model=vit-micro", *settings])[0]
 
 
+def build(recipe) -> TwoTower:
+    """The student of the recipe's settings; clip_kd reads nothing of the data for it."""
+    return recipe.student(recipe.constants, None)
+
+
 def step_of(*settings: str, shapes: dict = SHAPES) -> TrainStep:
     recipe = recipe_of(*settings)
     torch.manual_seed(0)
-    student = recipe.build(recipe.constants)
-    return TrainStep(recipe, student, recipe.heads(recipe.constants, student, shapes))
+    student = build(recipe)
+    return TrainStep(recipe, student, recipe.distill_heads(recipe.constants, student, shapes))
 
 
 def batch_of(seed: int = 1) -> dict[str, torch.Tensor]:
     random = torch.Generator().manual_seed(seed)
     batch = {"image": torch.randn(COUNT, 3, 32, 32, generator=random)}
     batch |= {"text": torch.randint(1, 1000, (COUNT, 16), generator=random)}
-    batch |= {"chance": torch.rand(COUNT, PATCHES, generator=random), "logit_scale": torch.tensor(3.0)}
+    batch |= {"mask_noise": torch.rand(COUNT, PATCHES, generator=random), "logit_scale": torch.tensor(3.0)}
     return batch | {name: torch.randn(COUNT, *shape, generator=random) for name, shape in SHAPES.items()}
 
 
@@ -93,7 +98,7 @@ def test_a_term_alone_reads_and_trains_what_it_needs_and_nothing_else(name):
     }
     assert short == set(heads)
     kept = {key: rows for key, rows in batch_of().items() if key in ("image", "text", "logit_scale", *fields)}
-    kept |= {"chance": batch_of()["chance"]} if name == "mfd" else {}
+    kept |= {"mask_noise": batch_of()["mask_noise"]} if name == "mfd" else {}
     total, terms, _ = step(kept, NOW)
     assert set(terms) == {name}
     total.backward()
@@ -129,11 +134,11 @@ def given(width: int = 5, teacher_width: int = 5) -> tuple[dict, dict]:
         return (3 * torch.randn(4, size, generator=random)).requires_grad_()
 
     student = {name: rows(width) for name in ("image", "text")}
-    student |= {f"{name}_t": rows(teacher_width) for name in ("image", "text", "masked_image")}
+    student |= {f"{name}_in_teacher_space": rows(teacher_width) for name in ("image", "text", "masked_image")}
     student |= {"image_block_1:image_hidden_3": rows(7), "image_block_2:image_hidden_3": rows(7)}
     student |= {"text_block_0:text_hidden_1": rows(6)}
     student |= {
-        name: torch.tensor([value], requires_grad=True)
+        name: torch.tensor(value, requires_grad=True)
         for name, value in (("scale", 8.0), ("icl_scale", 11.0), ("fused_scale", 5.0))
     }
     batch = {f"{name}_emb": rows(teacher_width) for name in ("image", "text")}
@@ -184,7 +189,9 @@ def test_afd_is_clip_loss_of_fused_rows(width):
     raw = {name: torch.randn(4, 64, generator=random).requires_grad_() for name in ("image", "text")}
     batch = {f"{name}_emb": torch.randn(4, width, generator=random) for name in ("image", "text")}
     outputs = raw | step.heads(raw | batch)
-    ours = step.recipe.loss(outputs | {"scale": torch.ones(1)}, batch, step.recipe.constants, NOW)[0]["afd"]
+    ours = step.recipe.loss(outputs | {"scale": torch.tensor(1.0)}, batch, step.recipe.constants, NOW)[0][
+        "afd"
+    ]
 
     def fused(name: str) -> torch.Tensor:
         mapped, fuse = getattr(space, name), getattr(fusion, name)
@@ -243,14 +250,15 @@ def masked_by_hand(model, images: torch.Tensor, kept: list[list[int]]) -> torch.
 
 
 @pytest.mark.parametrize(("ratio", "num"), [(0.75, 4), (0.5, 8), (0.25, 12), (0.99, 1), (0.0, 16)])
-def test_the_masked_forward_sees_the_class_token_and_the_patches_of_highest_chance(ratio, num):
+def test_the_masked_forward_sees_the_class_token_and_the_patches_of_highest_noise(ratio, num):
     torch.manual_seed(0)
     student = build_two_tower("vit-micro")
     add_masked_output(student, ratio)
-    assert student.num_chances == PATCHES
+    assert student.row_inputs.mask_noise == PATCHES
     outputs = student(batch_of())
     kept = [
-        sorted(range(PATCHES), key=lambda i, row=row: -float(row[i]))[:num] for row in batch_of()["chance"]
+        sorted(range(PATCHES), key=lambda i, row=row: -float(row[i]))[:num]
+        for row in batch_of()["mask_noise"]
     ]
     assert len({tuple(places) for places in kept}) > 1  # another mask for each picture
     expected = masked_by_hand(student.model, batch_of()["image"], kept)
@@ -266,7 +274,7 @@ def test_a_patch_that_is_left_out_counts_for_nothing():
     student = build_two_tower("vit-micro")
     add_masked_output(student, 0.75)
     batch = batch_of()
-    batch["chance"] = (
+    batch["mask_noise"] = (
         torch.arange(PATCHES).float().expand(COUNT, -1)
     )  # the last four are kept: the lowest row
     changed = batch | {"image": batch["image"].clone()}
@@ -281,7 +289,7 @@ def test_open_clips_own_patch_dropout_does_not_come_on_top():
     model, preprocess = build_module(cfg, {})
     student = TwoTower(model, cfg, preprocess, None).train()
     add_masked_output(student, 0.5)
-    kept = batch_of()["chance"].topk(8, dim=1).indices.tolist()
+    kept = batch_of()["mask_noise"].topk(8, dim=1).indices.tolist()
     expected = masked_by_hand(model, batch_of()["image"], kept)
     torch.testing.assert_close(student(batch_of())["masked_image"], expected, rtol=1e-4, atol=1e-5)
 
@@ -385,15 +393,15 @@ def test_pairs_of_blocks_are_read_in_one_way():
         (["ensemble=both"], "--set ensemble=both: choose from average, concat"),
     ],
 )
-def test_what_cannot_be_done_is_one_line(settings, words, squares, cache, tmp_path, capsys):
+def test_what_cannot_be_done_is_one_line(settings, words, squares, hidden_cache, tmp_path, capsys):
     options = [word for setting in settings for word in ("--set", setting)]
-    assert train_here(squares, cache, tmp_path / "run", "--dry-run", *options) == 2
+    assert train_here(squares, hidden_cache, tmp_path / "run", "--dry-run", *options) == 2
     assert words in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("setting", ["mask_ratio=0.5", "hidden_image=0:0", "hidden_text=0:0"])
 def test_a_setting_that_does_nothing_is_said(setting, capsys):
-    recipe_of(setting).build(recipe_of(setting).constants)
+    build(recipe_of(setting))
     name = setting.partition("=")[0]
     assert f"WARNING: --set {name} does nothing while" in capsys.readouterr().err
 
@@ -405,7 +413,9 @@ def test_a_setting_that_does_nothing_is_said(setting, capsys):
 def test_mfd_is_no_second_fd():
     terms = step_of("fd=2000", "mfd=2000")(batch_of(), NOW)[1]
     assert (terms["mfd"] - terms["fd"]).abs() > 1e-3 * terms["fd"]
-    again = step_of("fd=2000", "mfd=2000")(batch_of() | {"chance": batch_of()["chance"].flip(1)}, NOW)[1]
+    again = step_of("fd=2000", "mfd=2000")(
+        batch_of() | {"mask_noise": batch_of()["mask_noise"].flip(1)}, NOW
+    )[1]
     assert torch.equal(again["fd"], terms["fd"])
     assert not torch.equal(again["mfd"], terms["mfd"])  # the masked pictures are seen
     whole = step_of("fd=2000", "mfd=2000", "mask_ratio=0")(batch_of(), NOW)[1]
@@ -479,39 +489,39 @@ def test_all_terms_resume_to_the_last_bit(
 
 
 def test_masks_change_with_the_epoch_and_not_with_the_step_alone(squares, hidden_cache, tmp_path):
-    """Chances are drawn by seed, epoch and row: a row has another mask in each epoch."""
+    """Noise is drawn by seed, epoch and row: a row has another mask in each epoch."""
     from student.inputs.caches import training_rows
+    from student.inputs.order import StepPlan
+    from student.inputs.pairs import PairBatches, TeacherFields
     from teachercache.cache import store
     from teachercache.data.read import read_manifest
 
     recipe = recipe_of("mfd=1")
-    student = recipe.build(recipe.constants)
+    student = build(recipe)
     manifest, opened = read_manifest(str(squares)), store.open_complete(hidden_cache)
     rows = training_rows(manifest, opened)
     parts = [
-        Batches(
+        PairBatches(
             manifest,
             rows,
-            student=student,
-            cache=opened,
-            reads=recipe.fields,
-            batch=48 // world,
-            steps=4,
-            seed=0,
+            student.row_inputs,
+            StepPlan(48 // world, steps=4, seed=0),
+            teachers=TeacherFields((opened,), recipe.fields),
         )
         for world in (1, 2)
     ]
     whole = [
-        dict(zip(parts[0].order.rows_of(s).tolist(), parts[0][s]["chance"], strict=True)) for s in range(2)
+        dict(zip(parts[0].order.rows_of(s).tolist(), parts[0][s]["mask_noise"], strict=True))
+        for s in range(2)
     ]
     assert all(not torch.equal(whole[0][row], whole[1][row]) for row in rows.tolist())
     for a, b in itertools.combinations(rows.tolist(), 2):
         assert not torch.equal(whole[0][a], whole[0][b])
     half = parts[1]
     halves = {
-        row: chance
+        row: noise
         for s in range(2)
-        for row, chance in zip(half.order.rows_of(s).tolist(), half[s]["chance"], strict=True)
+        for row, noise in zip(half.order.rows_of(s).tolist(), half[s]["mask_noise"], strict=True)
     }
     assert all(torch.equal(halves[row], whole[0][row]) for row in halves)  # whatever batch a row is in
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from student.recipe import Progress
-from student.recipes.clip_td import Constants, loss, reads
+from student.recipes.clip_td import Constants, loss, teacher_fields
 from teachercache.core.errors import UserError
 
 N, C, M, D = 3, 4, 2, 5
@@ -30,17 +30,17 @@ def outputs_of() -> dict[str, torch.Tensor]:
 
 def batch_of() -> dict[str, torch.Tensor]:
     torch.manual_seed(1)
-    there = torch.ones(N, C, M, dtype=torch.float64)
-    there[0, 1, 1] = 0
+    valid = torch.ones(N, C, M, dtype=torch.float64)
+    valid[0, 1, 1] = 0
     known = torch.tensor([[1.0], [1], [0]], dtype=torch.float64)
     return {
         "target": torch.eye(C, dtype=torch.float64)[[1, 3, 0]] * known,
-        "labelled": torch.tensor([1.0, 1, 0], dtype=torch.float64),
-        "many": torch.zeros(N, dtype=torch.bool),
+        "labeled": torch.tensor([1.0, 1, 0], dtype=torch.float64),
+        "several_right": torch.zeros(N, dtype=torch.bool),
         "clip_logits": 2 * torch.randn(N, C, dtype=torch.float64),
         "image_emb": torch.randn(N, D, dtype=torch.float64),
         "text_emb": torch.randn(N, C, D, dtype=torch.float64),
-        "word_there": there,
+        "word_valid": valid,
         "word_feature": torch.randn(N, C, M, D, dtype=torch.float64),
     }
 
@@ -65,24 +65,28 @@ def loop(out, batch, constants):
     task = dv = dt = words = 0.0
     for i in range(N):
         p = softmax(out["logits"][i].tolist())
-        if batch["labelled"][i]:
+        if batch["labeled"][i]:
             logits = out["logits"][i]
             task = (
                 task
                 - torch.log(torch.exp(logits[int(batch["target"][i].argmax())]) / torch.exp(logits).sum()) / 2
             )
-        r = constants.T * max(softmax(batch["clip_logits"][i].tolist())) / max(p)
-        w = constants.w if not constants.confidence or r > 1 else 0
+        r = constants.temperature * max(softmax(batch["clip_logits"][i].tolist())) / max(p)
+        w = constants.distill_weight if not constants.confidence or r > 1 else 0
         chosen = range(C)
-        if constants.choices == "correct" and batch["labelled"][i]:
+        if constants.choices == "correct" and batch["labeled"][i]:
             chosen = [int(batch["target"][i].argmax())]
         for c in chosen:
             share = w / len(chosen) / N
-            dv = dv + share * constants.dv * l1(out["image_in_teacher_space"][i, c], batch["image_emb"][i])
-            dt = dt + share * constants.dt * l1(out["cls_in_teacher_space"][i, c], batch["text_emb"][i, c])
+            dv = dv + share * constants.image_term * l1(
+                out["image_in_teacher_space"][i, c], batch["image_emb"][i]
+            )
+            dt = dt + share * constants.text_term * l1(
+                out["cls_in_teacher_space"][i, c], batch["text_emb"][i, c]
+            )
             for k in range(M):
-                there = float(batch["word_there"][i, c, k])
-                words = words + share / M * there * l1(
+                valid = float(batch["word_valid"][i, c, k])
+                words = words + share / M * valid * l1(
                     out["words_in_teacher_space"][i, c, k], batch["word_feature"][i, c, k]
                 )
     return {"task": task, "dv": dv, "dt": dt, "words": words}
@@ -92,10 +96,10 @@ SETTINGS = [
     {},
     {"confidence": False},
     {"choices": "correct"},
-    {"T": 0.4},
-    {"T": 3.0},
-    {"w": 0.5, "dv": 2.0},
-    {"choices": "correct", "confidence": False, "w": 1.0},
+    {"temperature": 0.4},
+    {"temperature": 3.0},
+    {"distill_weight": 0.5, "image_term": 2.0},
+    {"choices": "correct", "confidence": False, "distill_weight": 1.0},
 ]
 
 
@@ -123,7 +127,8 @@ def test_terms_and_gradients_are_the_equations(setting):
 def test_confidence_leaves_rows_out_and_puts_them_in():
     """The settings above would show nothing if no row or every row were left out."""
     shares = [
-        float(loss(outputs_of(), batch_of(), Constants(T=T), NOW)[1]["distilled"]) for T in (0.1, 1.0, 10.0)
+        float(loss(outputs_of(), batch_of(), Constants(temperature=T), NOW)[1]["distilled"])
+        for T in (0.1, 1.0, 10.0)
     ]
     assert shares[0] == 0
     assert 0 < shares[1] < 1
@@ -141,13 +146,19 @@ def test_switches_take_terms_and_reads_away():
         )
         return set(loss(given, batch, Constants(**setting), NOW)[0])
 
-    assert terms(dt=0.0, select="none") == {"task", "dv"}
-    assert terms(dv=0.0, select="none") == {"task", "dt"}
+    assert terms(text_term=0.0, select="none") == {"task", "dv"}
+    assert terms(image_term=0.0, select="none") == {"task", "dt"}
     regions = ("region_feature", "region_box")
-    assert reads(Constants(w=0.0)) == regions
-    assert reads(Constants(dt=0.0, select="none", confidence=False)) == (*regions, "image_emb")
-    assert reads(Constants(dv=0.0, select="none", confidence=False)) == (*regions, "text_emb")
-    assert reads(Constants(select="random")) == (
+    assert teacher_fields(Constants(distill_weight=0.0)) == regions
+    assert teacher_fields(Constants(text_term=0.0, select="none", confidence=False)) == (
+        *regions,
+        "image_emb",
+    )
+    assert teacher_fields(Constants(image_term=0.0, select="none", confidence=False)) == (
+        *regions,
+        "text_emb",
+    )
+    assert teacher_fields(Constants(select="random")) == (
         *regions,
         "image_emb",
         "text_emb",
@@ -155,19 +166,19 @@ def test_switches_take_terms_and_reads_away():
         "random_index",
         "random_feature",
     )
-    assert "word_feature" in reads(Constants())
-    assert "word_span" not in reads(Constants(stage="adapt"))
-    assert reads(Constants(model="clip-1-linear")) == ("image_emb", "text_emb")
+    assert "word_feature" in teacher_fields(Constants())
+    assert "word_span" not in teacher_fields(Constants(stage="adapt"))
+    assert teacher_fields(Constants(model="clip-1-linear")) == ("image_emb", "text_emb")
     for wrong in (
         {"select": "some"},
         {"stage": "both"},
-        {"m": 0},
-        {"T": 0.0},
-        {"w": -1.0},
+        {"num_words": 0},
+        {"temperature": 0.0},
+        {"distill_weight": -1.0},
         {"choices": "one"},
     ):
         with pytest.raises(UserError, match="--set"):
-            reads(Constants(**wrong))
+            teacher_fields(Constants(**wrong))
 
 
 def test_adaptive_finetuning_is_eq_11():

@@ -125,7 +125,7 @@ def test_a_batch_holds_what_the_caches_say_of_its_rows(home, select):
     batches, cache = found.batches, store.open_cache(home / "caches" / "vcr" / "clip.zarr")
     fields = {name: store.read_field(cache, name) for name in cache.fields}
     at = places_of(cache)
-    batch, rows = batches[1], batches.rows_of(1)
+    batch, rows = batches[1], batches.order.rows_of(1)
     kind, checked = ("word", 0) if select == "best" else ("random", 0)
     for i, row in enumerate(rows.tolist()):
         sample = batches.manifest.row(row)
@@ -146,7 +146,7 @@ def test_a_batch_holds_what_the_caches_say_of_its_rows(home, select):
                 index = int(fields[f"{kind}_index"][here, place, k])
                 start, end = fields["word_span"][here, place, index]
                 pieces = [
-                    batches.tokenizer.id_to_token(int(one))
+                    batches.reader.tokenizer.id_to_token(int(one))
                     for one in batch["text"][i, c][batch["word_tokens"][i, c, k]]
                 ]
                 assert (
@@ -163,23 +163,25 @@ def test_a_batch_holds_what_the_caches_say_of_its_rows(home, select):
 def test_sub_words_know_the_region_of_the_object_that_they_name(home, settings):
     """Sub-words with a region are the objects' names in the order of VCR's own line, question before choice."""
     batches, checked = prepared(home, "vcr", *settings).batches, 0
-    batches.mask = lambda ids, there, random: (np.zeros(1, np.int64), np.zeros(1, np.int64))
+    batches.mask = lambda ids, attention_mask, random: (np.zeros(1, np.int64), np.zeros(1, np.int64))
     text = (data_of(home)["vcr"] / "train.jsonl").read_text()
     lines = {line["annot_id"]: line for line in map(json.loads, text.splitlines())}
     for step in range(4):
         batch = batches[step]
-        for i, row in enumerate(batches.rows_of(step).tolist()):
+        for i, row in enumerate(batches.order.rows_of(step).tolist()):
             line = lines[batches.manifest.row(row).key.split("/")[-1]]
             right = line["answer_choices"][line["answer_label"]]
             for c in range(batch["text"].shape[1]):
                 if settings[0] == "stage=adapt":
-                    tokens = line["question"] + (right if batches.labelled[row] else [])
+                    tokens = line["question"] + (right if batches.order.labeled[row] else [])
                 else:
                     tokens = line["question"] + right + line["rationale_choices"][c]
                 places = [place for token in tokens if isinstance(token, list) for place in token]
                 region = batch["text_region"][i, c]
                 assert (region[region > 0] - 1).tolist() == places
-                named = [batches.tokenizer.id_to_token(int(one)) for one in batch["text"][i, c][region > 0]]
+                named = [
+                    batches.reader.tokenizer.id_to_token(int(one)) for one in batch["text"][i, c][region > 0]
+                ]
                 assert named == [line["objects"][place] for place in places]
                 checked += len(named)
     assert checked > 20
@@ -187,31 +189,31 @@ def test_sub_words_know_the_region_of_the_object_that_they_name(home, settings):
 
 def test_labels_of_rows_outside_the_subset_are_hidden_and_half_of_a_batch_has_some(home, tmp_path):
     found = prepared(home, "vcr", "regime=semi:2").batches
-    chosen = np.flatnonzero(found.labelled)
+    chosen = np.flatnonzero(found.order.labeled)
     groups = Counter(read_question(found.task, found.manifest.row(row)).group for row in chosen.tolist())
     assert max(groups.values()) == 2
     for step in range(3):
-        batch, rows = found[step], found.rows_of(step)
+        batch, rows = found[step], found.order.rows_of(step)
         assert (
-            batch["labelled"].tolist()
+            batch["labeled"].tolist()
             == [float(row in set(chosen.tolist())) for row in rows]
             == [1.0, 0.0] * 4
         )
-        assert (batch["target"].sum(1) == batch["labelled"]).all()
+        assert (batch["target"].sum(1) == batch["labeled"]).all()
     low = prepared(home, "vcr", "regime=low:2").batches
     assert set(low.rows.tolist()) == set(chosen.tolist())
-    assert prepared(home, "vcr", "regime=zero").batches[0]["labelled"].sum() == 0
+    assert prepared(home, "vcr", "regime=zero").batches[0]["labeled"].sum() == 0
 
 
 def test_adaptive_batches_mask_words_and_swap_pictures(home):
     batches = prepared(home, "vcr", "stage=adapt").batches
-    mask = batches.tokenizer.token_to_id("[MASK]")
+    mask = batches.reader.tokenizer.token_to_id("[MASK]")
     matched = masked = kept = 0
     regions = store.open_cache(home / "caches" / "vcr" / "regions.zarr")
     feature = store.read_field(regions, "region_feature")
     at = places_of(regions)
     for step in range(4):
-        batch, again, rows = batches[step], batches[step], batches.rows_of(step)
+        batch, again, rows = batches[step], batches[step], batches.order.rows_of(step)
         assert all(torch.equal(batch[name], again[name]) for name in batch)
         for i, row in enumerate(rows.tolist()):
             sample = batches.manifest.row(row)
@@ -227,7 +229,9 @@ def test_adaptive_batches_mask_words_and_swap_pictures(home):
                 masked, kept = masked + int(ids[place] == mask), kept + int(ids[place] == word)
                 ids[place] = word
             assert slots
-            assert batches.tokenizer.decode(ids.tolist()).replace(" ", "") == right.lower().replace(" ", "")
+            assert batches.reader.tokenizer.decode(ids.tolist()).replace(" ", "") == right.lower().replace(
+                " ", ""
+            )
     assert 8 <= matched <= 24  # of 32
     assert masked > 5 * max(kept, 1) / 2
 
@@ -236,10 +240,11 @@ def test_adaptive_batches_mask_words_and_swap_pictures(home):
 def test_gradients_of_two_ranks_are_those_of_one(home, setting):
     """Each rank's loss over its rows, gradients averaged as DeepSpeed does, against one process with all rows."""
     found = prepared(home, "vcr", setting)
+    plan = found.batches.plan
     whole, step = found.batches[1], found.step.eval()  # without dropout, which differs between ranks
     halves = []
     for rank in (0, 1):
-        found.batches.rank, found.batches.world = rank, 2
+        found.batches.plan = dataclasses.replace(plan, rank=rank, world=2)
         halves.append(found.batches[1])
     assert torch.equal(torch.cat([half["image_emb"] for half in halves]), whole["image_emb"])
     names, parameters = zip(*[(n, p) for n, p in step.named_parameters() if p.requires_grad], strict=True)
@@ -256,18 +261,18 @@ def test_gradients_of_two_ranks_are_those_of_one(home, setting):
 
 
 @pytest.mark.parametrize("task", ["snli_ve", "vqa"])
-def test_clip_as_a_judge_of_snli_ve_and_vqa(home, task):
+def test_clip_itself_scores_the_answers_of_snli_ve_and_vqa(home, task):
     batches = prepared(home, task).batches
-    judge, rows = batches.judge, batches.rows_of(0)
+    scorer, rows = batches.score.__self__, batches.order.rows_of(0)
     batch = batches[0]
-    assert isinstance(judge, Judge)
-    source = judge.source
+    assert isinstance(scorer, ClipScorer)
+    source = scorer.source
     for i, row in enumerate(rows.tolist()):
         at = source.at[row]
-        image, scale = unit(source.fields["image_emb"][at]), judge.scale
+        image, scale = unit(source.fields["image_emb"][at]), scorer.scale
         if task == "snli_ve":
             near = float(image @ unit(source.fields["text_emb"][at, 0]))
-            low, middle, high = judge.anchors
+            low, middle, high = scorer.anchors
             expected = [-scale * abs(near - anchor) for anchor in (high, middle, low)]
         else:
             words = {batches.manifest.row(other).texts[1]: other for other in batches.rows.tolist()}
@@ -333,7 +338,7 @@ def test_micro_batches_and_two_halves_have_the_whole_batchs_losses(home, tmp_pat
     [
         {"model": "vl-bert-micro", "select": "random"},
         {"model": "villa-micro", "adv_steps": 2, "adv_lr": 1.0},
-        {"model": "clip-1-linear", "w": 0.0},
+        {"model": "clip-1-linear", "distill_weight": 0.0},
         {"model": "clip-3-linear", "fusion": "cosine"},
         {"model": "clip-transformer"},
         {"mode": "qa2r"},
@@ -350,7 +355,7 @@ def test_faces_baselines_and_switches_train(home, tmp_path, settings):
     state = load_file(tmp_path / "run" / "model.safetensors")
     made = json.loads((tmp_path / "run" / "run.json").read_text())
     assert state
-    assert made["student"]["task"]["which"] == settings.get("mode", "q2a")
+    assert made["questions"]["task"]["which"] == settings.get("mode", "q2a")
     assert not any("words" in name or "heads" in name for name in state)
 
 
@@ -372,7 +377,7 @@ def test_a_student_without_pictures_splits_vcr_by_what_words_tell(home, tmp_path
     from scripts.papers import attention as show_attention
     from teachercache.data.readers.questions import json_lines
 
-    assert train(home, tmp_path / "run", *sets(model="bert-micro", w=0.0)) == 0
+    assert train(home, tmp_path / "run", *sets(model="bert-micro", distill_weight=0.0)) == 0
     source = data_of(home)["vcr"] / "val.jsonl"
     scores = mitigate_vcr.scores_of(tmp_path / "run", source)
     lines = json_lines(source)
@@ -457,7 +462,7 @@ def test_adapted_students_begin_the_task_and_do_not_answer_themselves(home, tmp_
 
 
 def test_training_reads_no_picture_and_loads_no_teacher(home, tmp_path, monkeypatch):
-    from student.inputs import question_batches as task_batches
+    from student.inputs import pairs, question_rows
     from teachercache.data import pictures as samples
     from teachercache.teachers import registry as teachers
 
@@ -466,12 +471,14 @@ def test_training_reads_no_picture_and_loads_no_teacher(home, tmp_path, monkeypa
 
     for module, name in (
         (samples, "read_image"),
-        (task_batches, "read_image"),
+        (question_rows, "read_image"),
+        (pairs, "read_image"),
         (teachers, "load"),
         (teachers, "find"),
     ):
         monkeypatch.setattr(module, name, refuse)
-    monkeypatch.setattr("student.training.prepare.readable_rows", refuse)
+    monkeypatch.setattr("student.inputs.open_rows.readable_rows", refuse)
+    monkeypatch.setattr("student.training.prepare.load_teacher", refuse)
     assert train(home, tmp_path / "run") == 0
 
 
@@ -481,11 +488,11 @@ def test_training_reads_no_picture_and_loads_no_teacher(home, tmp_path, monkeypa
         (("--set", "regime=low"), "choose full, zero, low:N or semi:N"),
         (("--live",), "leave --live away"),
         (("--set", "model=lxmert-tiny"), "choose from uniter-base"),
-        (("--set", "model=bert-tiny"), "add --set w=0"),
+        (("--set", "model=bert-tiny"), "add --set distill_weight=0"),
         (("--set", "init=/nowhere"), "is not there"),
         (("--set", "max_text=900"), "positions at most"),
-        (("--set", "m=4"), "--outputs embeddings,tokens:4"),
-        (("--set", "m=4", "--set", "select=random"), "--outputs embeddings,random_tokens:4"),
+        (("--set", "num_words=4"), "more words in --outputs, as tokens:4"),
+        (("--set", "num_words=4", "--set", "select=random"), "more words in --outputs, as random_tokens:4"),
         (("--set", "model=clip-transformer", "--set", "fusion=cosine"), "reads both side by side"),
         (("--set", "tokenizer=/nowhere"), "neither tokenizer.json"),
         (("--set", "model=villa-micro", "--set", "run.zero=3"), "choose 0, 1 or 2"),

@@ -170,7 +170,7 @@ def test_the_teacher_is_the_model_detached():
     V, S = rows(D, 1, count=8).requires_grad_(), rows(D, 2, count=8).requires_grad_()
     constants = dataclasses.replace(PSD.constants, schedule="constant", alpha_end=1.0)
     terms, notes = PSD.loss(
-        {"image": V, "text": S, "scale": scale(9.0).float()}, {}, constants, Progress(3, 10)
+        {"image": V, "text": S, "scale": scale(9.0).float().reshape(())}, {}, constants, Progress(3, 10)
     )
     assert notes["unaligned"] == 1
     unit, every = (normalize(V.float()), normalize(S.float())), torch.ones(8, dtype=torch.bool)

@@ -13,12 +13,13 @@ from small import build_cache, read_lines, train_here, zero_noise
 from torch import nn
 
 from student import losses
+from student.inputs.order import MicroBatch
 from student.models import frozen_unet
 from student.models.frozen_unet import LiveBytes, Probe, diffusion_errors, unet_bytes
 from student.models.heads import LatentSpace
 from student.models.two_tower.loading import build_two_tower
 from student.recipe import Progress, Run
-from student.recipes.sds_clip import SDS_CLIP, keep_norms
+from student.recipes.sds_clip import SDS_CLIP, freeze_all_but_norms
 from student.settings import override
 from student.training.prepare import prepare
 from student.training.step import TrainStep
@@ -47,11 +48,11 @@ def make_inputs(dtype: torch.dtype = torch.float64) -> dict[str, torch.Tensor]:
 
 def make_step(module: nn.Module, **constants) -> tuple[TrainStep, dict[str, torch.Tensor]]:
     """A step in float64 and a batch for it."""
-    constants = dataclasses.replace(SDS_CLIP.constants, model="vit-micro", micro=2, **constants)
+    constants = dataclasses.replace(SDS_CLIP.constants, model="vit-micro", unet_rows=2, **constants)
     recipe = dataclasses.replace(SDS_CLIP, constants=constants)
     torch.manual_seed(3)
-    student = recipe.build(constants)
-    heads = recipe.heads(constants, student, {"latent": LATENT})
+    student = recipe.student(constants, None)
+    heads = recipe.distill_heads(constants, student, {"latent": LATENT})
     teacher = SimpleNamespace(module=module.double())
     random, given = torch.Generator().manual_seed(2), make_inputs()
     batch = {
@@ -60,7 +61,7 @@ def make_step(module: nn.Module, **constants) -> tuple[TrainStep, dict[str, torc
         "text_states": given["states"],
     }
     batch |= {name: given[name] for name in ("t", "noise")}
-    return TrainStep(recipe, student, heads, teacher=teacher).double(), batch
+    return TrainStep(recipe, student, heads, gradient_teacher=teacher).double(), batch
 
 
 def trained(step: TrainStep) -> dict[str, nn.Parameter]:
@@ -101,7 +102,7 @@ def test_the_loss_is_wide_and_a_row_is_a_row():
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_the_gradient_that_reaches_clip_through_the_unet_is_that_of_finite_differences(prediction):
     """In float64, of every parameter that trains, in a random direction, with half the loss from the regulariser."""
-    step, batch = make_step(make_diffusion(prediction), lam=1.0)
+    step, batch = make_step(make_diffusion(prediction), sds_weight=1.0)
 
     def value() -> torch.Tensor:
         return step(batch, Progress(0, 1), {})[0]["error"].mean()
@@ -130,7 +131,7 @@ def test_the_gradient_that_reaches_clip_through_the_unet_is_that_of_finite_diffe
         slope = float(values[0] - values[1]) / (2 * size)
         assert abs(slope) > 1e-8, name
         assert float((gradient * direction).sum()) == pytest.approx(slope, rel=1e-4, abs=1e-9), name
-    assert all(parameter.grad is None for parameter in step.teacher.module.parameters())
+    assert all(parameter.grad is None for parameter in step.gradient_teacher.module.parameters())
 
 
 def test_the_values_gradient_is_torchs_own_and_rows_at_a_time_change_nothing():
@@ -174,7 +175,7 @@ def test_without_the_jacobian_the_gradient_is_dreamfusions(matrix):
 
 
 def test_a_teacher_under_no_grad_is_refused(states, squares, tmp_path, monkeypatch):
-    step, batch = make_step(make_diffusion(), lam=1.0)
+    step, batch = make_step(make_diffusion(), sds_weight=1.0)
     predict = frozen_unet.predict_noise
     for mistake in (torch.no_grad, torch.inference_mode):
         monkeypatch.setattr(frozen_unet, "predict_noise", mistake()(predict))
@@ -183,7 +184,7 @@ def test_a_teacher_under_no_grad_is_refused(states, squares, tmp_path, monkeypat
     with torch.no_grad():  # where nothing wants a gradient it is no mistake
         assert step(batch, Progress(0, 1), {})[0]["error"].isfinite().all()
     monkeypatch.undo()
-    with pytest.raises(RuntimeError, match="gave error without a gradient"):
+    with pytest.raises(RuntimeError, match="returned error without a gradient"):
         train_here(squares, states, tmp_path / "run", recipe="own_recipes:SDS_DEAF")
 
 
@@ -208,7 +209,8 @@ def test_the_map_has_the_papers_size_and_starts():
 
 def test_layernorm_trains_nothing_else_and_all_trains_all():
     def names(**constants):
-        student = SDS_CLIP.build(dataclasses.replace(SDS_CLIP.constants, model="vit-micro", **constants))
+        constants = dataclasses.replace(SDS_CLIP.constants, model="vit-micro", **constants)
+        student = SDS_CLIP.student(constants, None)
         return {name for name, parameter in student.named_parameters() if parameter.requires_grad}, student
 
     found, student = names()
@@ -218,7 +220,7 @@ def test_layernorm_trains_nothing_else_and_all_trains_all():
     every, student = names(train="all")
     assert every == {name for name, _ in student.named_parameters()}
     resnet = nn.ModuleDict({"bn": nn.BatchNorm2d(3), "conv": nn.Conv2d(3, 3, 1)})
-    keep_norms(resnet)
+    freeze_all_but_norms(resnet)
     kept = [name for name, parameter in resnet.named_parameters() if parameter.requires_grad]
     assert kept == ["bn.weight", "bn.bias"]
 
@@ -227,7 +229,7 @@ def test_layernorm_trains_nothing_else_and_all_trains_all():
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_the_unet_is_the_same_after_training_and_in_no_file(stage, squares, states, tmp_path, monkeypatch):
     loaded = []
-    load = SDS_CLIP.live.load
+    load = SDS_CLIP.gradient_teacher.load
 
     def keep(*words):
         teacher = load(*words)
@@ -235,7 +237,8 @@ def test_the_unet_is_the_same_after_training_and_in_no_file(stage, squares, stat
         loaded.append((teacher, before))
         return teacher
 
-    recipe = dataclasses.replace(own_recipes.SDS_STOPPING, live=dataclasses.replace(SDS_CLIP.live, load=keep))
+    kept = dataclasses.replace(SDS_CLIP.gradient_teacher, load=keep)
+    recipe = dataclasses.replace(own_recipes.SDS_STOPPING, gradient_teacher=kept)
     monkeypatch.setattr(own_recipes, "SDS_STOPPING", recipe)
     groups = []
     from student.training import loop as train
@@ -305,7 +308,7 @@ def test_draws_depend_on_seed_epoch_and_row_alone(squares, states):
         batch, again = batches[step], batches[step]
         assert torch.equal(batch["t"], again["t"])
         assert torch.equal(batch["noise"], again["noise"])
-        rows = batches.order.share_of(step, 0, 1)[1].tolist()
+        rows = batches.order.rows_of(step).tolist()
         for row, t, noise in zip(rows, batch["t"], batch["noise"], strict=True):
             seen.setdefault(row, []).append((int(t), noise))
     assert {len(draws) for draws in seen.values()} == {2}
@@ -318,10 +321,10 @@ def test_draws_depend_on_seed_epoch_and_row_alone(squares, states):
     values = torch.stack([noise for draws in seen.values() for _, noise in draws])
     assert float(values.mean()) == pytest.approx(0, abs=0.03)
     assert float(values.std()) == pytest.approx(1, abs=0.03)
-    whole = batches[1]
+    whole, plan = batches[1], batches.plan
     for rank in (0, 1):
-        batches.rank, batches.world = rank, 2
-        half, part = batches[1], batches[1, 2, 4]
+        batches.plan = dataclasses.replace(plan, rank=rank, world=2)
+        half, part = batches[1], batches[MicroBatch(1, 2, 4)]
         assert torch.equal(half["noise"], whole["noise"][4 * rank : 4 * rank + 4])
         assert torch.equal(part["t"], whole["t"][4 * rank + 2 : 4 * rank + 4])
     other = prepared(squares, states, seed=1).batches[0]
@@ -348,16 +351,16 @@ def test_resumed_runs_micro_batches_and_a_regulariser_of_weight_zero(squares, st
     assert train_here(squares, states, tmp_path / "micro", *words, "--micro-batch", 4, recipe=name) == 0
     for a, b in zip(whole, read_lines(tmp_path / "micro"), strict=True):
         assert b == pytest.approx(a, rel=2e-4)
-    assert train_here(squares, states, tmp_path / "none", *words, "--set", "lam=0", recipe=name) == 0
+    assert train_here(squares, states, tmp_path / "none", *words, "--set", "sds_weight=0", recipe=name) == 0
     lines = read_lines(tmp_path / "none")  # the same rows and captions, no regulariser, no teacher
     assert "sds" not in lines[0]
     assert lines[0]["task"] == pytest.approx(whole[0]["task"], rel=1e-6)
     assert lines[-1]["task"] != pytest.approx(whole[-1]["task"], rel=1e-6)
-    assert SDS_CLIP.reads(dataclasses.replace(SDS_CLIP.constants, objective="none")) == ()
+    assert SDS_CLIP.teacher_fields(dataclasses.replace(SDS_CLIP.constants, objective="none")) == ()
 
 
 def test_the_regulariser_alone_lowers_the_error():
-    step, batch = make_step(make_diffusion(unet=LinearUNet(random_matrix())), hw_init="unit")
+    step, batch = make_step(make_diffusion(unet=LinearUNet(random_matrix())), latent_init="unit")
     optimizer, errors = torch.optim.Adam(trained(step).values(), lr=0.1), []
     for _ in range(15):
         error = step(batch, Progress(0, 1), {})[0]["error"].mean()
@@ -374,7 +377,7 @@ def test_the_regulariser_alone_lowers_the_error():
         ("grad=sds",),
         ("run.precision=bfloat16", "unet_precision=bfloat16"),
         ("train=all", "checkpoint=true"),
-        ("objective=features", "lam=1.0"),
+        ("objective=features", "sds_weight=1.0"),
     ],
 )
 def test_switches_train(settings, squares, states, tmp_path):
@@ -387,8 +390,8 @@ def test_switches_train(settings, squares, states, tmp_path):
 
 
 def test_eq_6_against_numbers_from_the_cache(squares, states):
-    made = prepared(squares, states, "objective=features", "lam=0.5")
-    assert made.step.teacher is None
+    made = prepared(squares, states, "objective=features", "sds_weight=0.5")
+    assert made.step.gradient_teacher is None
     assert "noise" not in made.batches[0]
     batch = made.batches[0]
     _, terms, _ = made.step(batch, Progress(0, 1))
@@ -424,7 +427,7 @@ def test_batch_32_of_stable_diffusion_fits_24_gb():
     with torch.device("meta"):
         unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768).eval().requires_grad_(False)
     assert sum(parameter.numel() for parameter in unet.parameters()) == 859_520_964
-    micro = SDS_CLIP.constants.micro
+    micro = SDS_CLIP.constants.unet_rows
     weights, kept = unet_bytes(unet, (4, 64, 64), (77, 768), rows=micro, dtype=torch.bfloat16)
     assert weights == 2 * 859_520_964
     assert SDS_CLIP.batch % micro == 0
@@ -435,7 +438,8 @@ def test_batch_32_of_stable_diffusion_fits_24_gb():
 
 def test_a_dry_run_says_what_the_unet_needs(squares, states, tmp_path, capsys):
     assert (
-        train_here(squares, states, tmp_path / "run", "--dry-run", "--set", "micro=4", recipe="sds_clip") == 0
+        train_here(squares, states, tmp_path / "run", "--dry-run", "--set", "unet_rows=4", recipe="sds_clip")
+        == 0
     )
     said = capsys.readouterr().err
     assert f"{OWN}'s UNet, by estimate: " in said
@@ -454,10 +458,10 @@ def test_a_dry_run_says_what_the_unet_needs(squares, states, tmp_path, capsys):
         (("--set", "objective=both"), "choose from score, features, none"),
         (("--set", "grad=half"), "choose from full, sds"),
         (("--set", "train=norms"), "choose from layernorm, all"),
-        (("--set", "hw_init=one"), "choose from default, zero, unit"),
+        (("--set", "latent_init=one"), "choose from default, zero, unit"),
         (("--set", "t_max=1001"), "has 1000 time steps"),
         (("--set", "t_min=7", "--set", "t_max=7"), "t_min < t_max"),
-        (("--set", "micro=-1"), "0 for all"),
+        (("--set", "unet_rows=-1"), "0 for all"),
         (("--set", "unet_precision=int8"), "choose from auto, float32, bfloat16"),
         (("--live",), "leave --live away"),
         (("--cache", "/nowhere"), "tc build --teacher sd-tiny --data"),

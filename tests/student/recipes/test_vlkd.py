@@ -11,9 +11,9 @@ from small_bart import micro_bart
 
 from student import losses
 from student.models.heads import Temperature
-from student.models.seq2seq.loading import make_reader
+from student.models.seq2seq.loading import Reading, make_reader
 from student.models.seq2seq.model import Seq2Seq
-from student.models.seq2seq.self_critical import reward_of, rewards, sampled_captions, write
+from student.models.seq2seq.self_critical import CaptionSampler, reward_of, rewards
 from student.models.seq2seq.texts import answer_prompt, caption_prompt, encode_prompt
 from student.recipe import Progress
 from student.recipes.vlkd import VLKD
@@ -26,9 +26,8 @@ NOW, WIDTH = Progress(0, 1), 12
 
 def make_student(stage: str = "distil", *, width: int = WIDTH, visual: str = "cls", **changes) -> Seq2Seq:
     bart, tokenizer = micro_bart(dropout=0.0, **changes)
-    reader = make_reader(
-        tokenizer.backend_tokenizer, bart.config, stage=stage, masks=0, share=0.15, max_text=32
-    )
+    reading = Reading(stage, masks=0, share=0.15, max_text=32)
+    reader = make_reader(tokenizer.backend_tokenizer, bart.config, reading)
     student = Seq2Seq(bart, reader, visual=visual)
     student.connect(width)
     return student
@@ -115,13 +114,13 @@ def test_the_recipes_terms_are_the_papers():
     for name in terms:
         off = dataclasses.replace(VLKD.constants, **{name: 0.0})
         assert terms.keys() - VLKD.loss(outputs, batch, off, NOW)[0].keys() == {name}
-    assert VLKD.reads(dataclasses.replace(VLKD.constants, ttdm=0.0)) == ("image_emb",)
-    assert VLKD.reads(dataclasses.replace(VLKD.constants, visual="patches")) == (
+    assert VLKD.teacher_fields(dataclasses.replace(VLKD.constants, ttdm=0.0)) == ("image_emb",)
+    assert VLKD.teacher_fields(dataclasses.replace(VLKD.constants, visual="patches")) == (
         "patch_emb",
         "image_emb",
         "text_emb",
     )
-    assert VLKD.reads(dataclasses.replace(VLKD.constants, stage="vqa")) == ("image_emb",)
+    assert VLKD.teacher_fields(dataclasses.replace(VLKD.constants, stage="vqa")) == ("image_emb",)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -219,7 +218,7 @@ def test_while_distilling_the_text_is_whole_and_its_source_has_holes():
     student = make_student()
     batch = read(student, *CAPTIONS)
     assert [spoken(student, ids) for ids in batch["text"]] == [f"<s>{one.texts[0]}</s>" for one in CAPTIONS]
-    assert batch["given"].tolist() == [0, 0, 0]
+    assert batch["prompt_length"].tolist() == [0, 0, 0]
     for source, text in zip(batch["source"], batch["text"], strict=True):
         assert (source == 4).sum() >= 1  # <mask>
         left = iter(text.tolist())
@@ -239,11 +238,12 @@ def test_captions_and_answers_stand_in_their_prompts():
     ]
     assert all(
         spoken(student, ids[:given]) == "<s>A picture of"
-        for ids, given in zip(batch["text"], batch["given"], strict=True)
+        for ids, given in zip(batch["text"], batch["prompt_length"], strict=True)
     )
     counted = student(batch)["tokens"].tolist()
     assert counted == [
-        float((ids != 1).sum() - given) for ids, given in zip(batch["text"], batch["given"], strict=True)
+        float((ids != 1).sum() - given)
+        for ids, given in zip(batch["text"], batch["prompt_length"], strict=True)
     ]
     student = make_student("vqa")
     asked = sample("What color?", task="vqa", question="What color?", answers=["Red"] * 7 + ["blue"] * 3)
@@ -283,11 +283,12 @@ def test_what_is_written_is_the_same_alone_and_among_others_and_greedy_is_a_beam
     assert together[0] != together[2]  # the same prompt, another picture
     batch = read(student, *CAPTIONS)
     C, there = student.context(batch["source"], student.pictures(batch))
-    reader = dataclasses.replace(student.read_texts, num_chances=7)
-    greedy = write(student.bart, C, there, batch["text"][:, : int(batch["given"][0])], None, reader)
+    reader = dataclasses.replace(student.read_texts, sampling_steps=7)
+    prompt = batch["text"][:, : int(batch["prompt_length"][0])]
+    greedy = CaptionSampler(student.bart, reader, reward_of([])).write(C, there, prompt, None)
     texts = student.generate_texts(batch, [caption_prompt(6)] * 3, max_new_tokens=7)
     for ids, text in zip(greedy, texts, strict=True):
-        said = reader.tokenizer.decode(ids[int(batch["given"][0]) :].tolist(), skip_special_tokens=True)
+        said = reader.tokenizer.decode(ids[prompt.shape[1] :].tolist(), skip_special_tokens=True)
         assert " ".join(said.strip().removesuffix(".").split()) == text
 
 
@@ -295,9 +296,9 @@ def test_sampled_words_follow_the_models_probabilities():
     student = make_student("caption").eval()
     batch = {name: value.expand(4000, *value.shape[1:]) for name, value in read(student, CAPTIONS[0]).items()}
     C, there = student.context(batch["source"], student.pictures(batch))
-    chance = torch.rand(4000, 1, generator=torch.Generator().manual_seed(0))
-    given, reader = batch["text"][:, :3], dataclasses.replace(student.read_texts, num_chances=1)
-    words = write(student.bart, C, there, given, chance, reader)[:, -1]
+    noise = torch.rand(4000, 1, generator=torch.Generator().manual_seed(0))
+    given, reader = batch["text"][:, :3], dataclasses.replace(student.read_texts, sampling_steps=1)
+    words = CaptionSampler(student.bart, reader, reward_of([])).write(C, there, given, noise)[:, -1]
     logits = student.decode(torch.cat([given, given[:, :1]], 1)[:1], C[:1], there[:1])[0, 3]
     expected = logits.softmax(0)
     found = words.bincount(minlength=len(expected)) / 4000
@@ -309,12 +310,14 @@ def test_rewards_are_those_of_the_texts_and_dropout_stays_as_it_was():
     student = make_student("scst")
     student.reward = reward_of([one.texts for one in CAPTIONS])
     batch = read(student, *CAPTIONS)
-    assert batch["chance"].shape == (3, 20)
+    assert batch["sampling_noise"].shape == (3, 20)
     C, there = student.context(batch["source"], student.pictures(batch))
-    text, found = sampled_captions(student.bart, C, there, batch, student.read_texts, student.reward)
+    sampler = CaptionSampler(student.bart, student.read_texts, student.reward)
+    text, found = sampler.sample(C, there, batch)
     assert student.bart.training
     assert found["reward"].shape == (3,)
-    assert (text[:, : int(batch["given"][0])] == batch["text"][:, : int(batch["given"][0])]).all()
+    given = int(batch["prompt_length"][0])
+    assert (text[:, :given] == batch["text"][:, :given]).all()
     outputs = student(batch)
     assert outputs["nll"].requires_grad
     torch.testing.assert_close(outputs["reward"], found["reward"])

@@ -69,7 +69,8 @@ def test_a_run_decodes_no_picture_and_says_its_terms(run):
     assert lines[-1]["ttdm"] < lines[0]["ttdm"]
     assert lines[-1]["lr"] < lines[1]["lr"]
     made = json.loads((run / "run.json").read_text())["student"]
-    assert (made["kind"], made["width"], made["visual"], made["masks"]) == ("seq2seq", 16, "cls", 6)
+    config = made["config"]
+    assert (made["family"], config["width"], config["visual"], config["masks"]) == ("seq2seq", 16, "cls", 6)
 
 
 def test_holes_are_the_same_on_any_number_of_ranks_and_others_in_every_epoch(
@@ -150,7 +151,7 @@ def test_answers_are_learned_of_a_vqa_file(bart, tmp_path):
     made = build_cache(tmp_path / "vqa", save_teacher(tmp_path / "clip"), tmp_path / "vqa.zarr")
     assert train(tmp_path / "vqa", made, bart, tmp_path / "run", "--set", "stage=vqa") == 0
     assert read_lines(tmp_path / "run")[0]["nll"] > 0
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["student"]["masks"] == 2
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["student"]["config"]["masks"] == 2
 
 
 def test_an_export_loads_again_and_its_language_model_writes(run, squares, tmp_path, capsys, monkeypatch):
@@ -220,7 +221,7 @@ def test_what_cannot_be_is_refused_in_one_line(run, squares, cache, bart, finish
     assert "no BART there" in error(capsys)
     picture = sorted(squares.rglob("*.png"))[0]
     for command, words in {
-        ("generate", finished_run, "--image", picture): "no run of vlkd",
+        ("generate", finished_run, "--image", picture): "this student cannot write texts",
         ("generate", run, "--image", run / "run.json"): "cannot be read as a picture",
         ("export", run, "--format", "open_clip", "--out", tmp_path / "x"): "--format hf",
         ("eval", run, "--task", "retrieval", "--data", squares): "student generate",

@@ -22,7 +22,7 @@ ROWS, WIDTH = 12, 16
 def make_step(recipe, *, dropout: bool = False) -> TrainStep:
     torch.manual_seed(3)
     student, shapes = build_two_tower("vit-micro"), {"image_emb": (WIDTH,), "text_emb": (WIDTH,)}
-    heads = recipe.heads(recipe.constants, student, shapes) if recipe.heads else None
+    heads = recipe.distill_heads(recipe.constants, student, shapes)
     heads = own_recipes.NoisyHeads(heads) if dropout else heads
     return TrainStep(recipe, student, heads)
 
@@ -102,11 +102,11 @@ def test_dropout_is_replayed_and_random_numbers_go_on_from_the_first_pass():
 
 def test_rows_and_scales_are_told_apart():
     parts = [
-        {"image": torch.ones(3, 2), "scale": torch.ones(1)},
-        {"image": torch.zeros(3, 2), "scale": torch.ones(1)},
+        {"image": torch.ones(3, 2), "scale": torch.tensor(1.0)},
+        {"image": torch.zeros(3, 2), "scale": torch.tensor(1.0)},
     ]
     whole = joined(parts, [3, 3])
-    assert {name: tuple(value.shape) for name, value in whole.items()} == {"image": (6, 2), "scale": (1,)}
+    assert {name: tuple(value.shape) for name, value in whole.items()} == {"image": (6, 2), "scale": ()}
     again = split(whole, [3, 3])
     assert torch.equal(again[1]["image"], parts[1]["image"])
     assert sum(part["scale"] for part in again) == whole["scale"]
@@ -157,7 +157,7 @@ def test_a_step_without_micro_batches_is_one_forward():
         backward, step = staticmethod(engine.backward), staticmethod(engine.step)
         enable_backward_allreduce = True
 
-        def __call__(self, batch, now):
+        def __call__(self, batch, progress):
             calls.append(len(batch["image"]))
             return torch.zeros(()), {}, {}
 

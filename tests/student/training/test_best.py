@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from small import make_folder, read_lines, train_here, zero_noise
 
 from student.cli import main
-from student.models.two_tower.loading import load_student
+from student.models.registry import load_student
 from student.training.best import best_score, keep_best
 from teachercache.core.errors import UserError
 

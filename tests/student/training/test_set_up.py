@@ -9,6 +9,7 @@ import torch
 from small import read_lines, train_here, zero_noise
 from torch import nn
 
+from student.models.single_stream.model import SIZES, Shape, SingleStream
 from student.models.two_tower.loading import build_two_tower
 from student.models.two_tower.model import add_block_outputs, add_masked_output
 from student.recipe import Run
@@ -60,8 +61,12 @@ def test_activation_checkpointing_keeps_less():
 
 
 def test_why_checkpointing_is_off(capsys):
-    set_up_student(nn.Linear(2, 2), run_of(grad_checkpointing=True))
-    assert capsys.readouterr().err == "run.grad_checkpointing is off: Linear has no blocks for it\n"
+    from transformers import BertConfig
+
+    config = BertConfig(vocab_size=50, **SIZES["micro"])
+    student = SingleStream(config, Shape("uniter", region_width=8, inputs=1, classes=3))
+    set_up_student(student, run_of(grad_checkpointing=True))
+    assert capsys.readouterr().err == "run.grad_checkpointing is off: SingleStream has no blocks for it\n"
     student = build_two_tower("vit-micro")
     add_block_outputs(student, ["image_block_0"])
     set_up_student(student, run_of(grad_checkpointing=True))
@@ -100,7 +105,7 @@ def test_why_a_student_is_not_compiled(monkeypatch, capsys):
     assert said(student) == ""
     assert compiled == [student]
     monkeypatch.setattr(engine.importlib.util, "find_spec", lambda name: None)
-    assert "the package triton is missing" in engine._no_compile(
+    assert "the package triton is missing" in engine.reason_against_compiling(
         student, dataclasses.replace(run_of(), device="cuda")
     )
 

@@ -33,8 +33,10 @@ from small import (
 
 from student.cli import main
 from student.models.heads import TeacherSpace
-from student.models.two_tower.loading import build_two_tower, load_student
+from student.models.registry import load_student
+from student.models.two_tower.loading import build_two_tower
 from student.recipe import Optim
+from student.recipes.clip import CLIP
 from student.training.engine import learning_rate, parameter_groups
 from student.training.step import TrainStep
 
@@ -222,7 +224,7 @@ def test_the_loop_gives_signals_back(squares, cache, tmp_path):
         (["--steps", "21"], f"steps: {STEPS} there, 21 asked"),
         (["--batch-size", "6"], "batch: 8 there, 6 asked"),
         (["--set", "run.precision=bfloat16"], "precision: float32 there, bfloat16 asked"),
-        (["--live"], "live: False there, True asked"),
+        (["--live"], "online_teacher: False there, True asked"),
     ],
 )
 def test_a_resume_with_changed_settings_is_refused_by_name(
@@ -532,7 +534,7 @@ def test_bfloat16_trains_close_to_float32(stage, squares, cache, tmp_path, stage
 
 def test_weight_decay_is_for_matrices_alone():
     student = build_two_tower("vit-micro")
-    step = TrainStep(None, student, TeacherSpace(student.widths, (16, 16)))
+    step = TrainStep(CLIP, student, TeacherSpace(student.widths, (16, 16)))
     frozen = student.model.visual.conv1.weight.requires_grad_(False)
     groups = parameter_groups(step, 0.3)
     decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
@@ -598,7 +600,9 @@ def test_the_schedule_is_what_the_optimizer_uses(undisturbed):
 def test_a_step_is_adamw_by_hand(squares, cache, tmp_path):
     """One step of the engine against torch's AdamW without DeepSpeed, and against none of Adam's settings lost."""
     from student.inputs.caches import training_rows
-    from student.recipe import Progress
+    from student.inputs.order import StepPlan
+    from student.inputs.pairs import PairBatches, TeacherFields
+    from student.recipe import Progress, Setting
     from student.recipe import Run as RunRecord
     from student.recipes.registry import find
     from student.settings import override
@@ -620,19 +624,16 @@ def test_a_step_is_adamw_by_hand(squares, cache, tmp_path):
     opened, manifest = store.open_complete(cache), read_manifest(str(squares))
     settings = ["model=vit-micro", "optim.lr=0.003", "optim.beta1=0.5", "optim.max_grad_norm=1.0"]
     recipe, _ = override(find("clip_kd"), RunRecord(data="", cache="", out=""), settings)
+    rows, shapes = training_rows(manifest, opened), {"image_emb": (16,), "text_emb": (16,)}
     torch.manual_seed(0)
-    student = recipe.build(recipe.constants)
-    heads = recipe.heads(recipe.constants, student, {"image_emb": (16,), "text_emb": (16,)})
-    step = TrainStep(recipe, student, heads)
-    batches = Batches(
+    student = recipe.student(recipe.constants, Setting(shapes, manifest, rows))
+    step = TrainStep(recipe, student, recipe.distill_heads(recipe.constants, student, shapes))
+    batches = PairBatches(
         manifest,
-        training_rows(manifest, opened),
-        student=student,
-        cache=opened,
-        reads=recipe.fields,
-        batch=8,
-        steps=2,
-        seed=0,
+        rows,
+        student.row_inputs,
+        StepPlan(batch=8, steps=2, seed=0),
+        teachers=TeacherFields((opened,), recipe.fields),
     )
     optim = recipe.optim
     groups = [

@@ -403,14 +403,14 @@ def test_texts_that_differ_are_not_compared(two, tmp_path):
 
 
 def test_a_run_is_a_teacher_and_its_cache_can_be_compared(finished_run, squares, cache, tmp_path, capsys):
-    from student.models.two_tower.loading import load_student
+    from student.inference.load import load_run
     from teachercache.data.pictures import decode_image
 
     out = tmp_path / "student.zarr"
     assert run("build", "--teacher", finished_run, "--data", squares, "--out", out, "--workers", 0) == 0
-    student, built = load_student(finished_run), store.open_cache(out)
+    student, built = load_run(finished_run), store.open_cache(out)
     row = store.cached_manifest(built).row(5)
-    picture = student.view(decode_image((squares / row.image).read_bytes()))[None]
+    picture = student.picture.view(decode_image((squares / row.image).read_bytes()))[None]
     theirs = student.model.encode_image(picture)[0].detach().numpy()
     np.testing.assert_allclose(store.read_field(built, "image_emb")[5], theirs, atol=2e-3)
     said = student.model.encode_text(student.tokenizer([row.texts[1]]))[0].detach().numpy()
@@ -425,7 +425,9 @@ def test_a_run_is_a_teacher_and_its_cache_can_be_compared(finished_run, squares,
     words = ("build", "--data", squares, "--out", tmp_path / "x.zarr", "--teacher")
     assert "is not a finished run: go on with `student train --resume" in error_of(capsys, *words, partial)
     facts = json.loads((partial / "run.json").read_text())
-    (partial / "run.json").write_text(json.dumps({**facts, "student": None}))
+    (partial / "run.json").write_text(
+        json.dumps({**facts, "student": {"family": "clip_lite_heads", "config": {}}})
+    )
     assert "trained no model of two towers" in error_of(capsys, *words, partial)
     (partial / "run.json").unlink()
     assert "neither an open_clip folder" in error_of(capsys, *words, partial)

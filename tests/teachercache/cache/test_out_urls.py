@@ -9,7 +9,6 @@ import sys
 import threading
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,9 @@ from small import make_folder, tree
 from zarr.core.sync import sync
 
 from student.inputs.caches import training_rows
+from student.inputs.order import StepPlan
+from student.inputs.pairs import PairBatches, TeacherFields
+from student.models.student import PictureView, RowInputs
 from teachercache.cache import store
 from teachercache.cache.lease import is_lease, lease
 from teachercache.cli import main
@@ -167,18 +169,17 @@ def test_plain_zarr_through_fsspec_reads_it(finished, squares, teacher, tmp_path
 
 def test_a_student_reads_it(finished, squares, teacher, tmp_path):
     manifest, local = read_manifest(str(squares)), run_build(teacher, squares, tmp_path / "local.zarr").cache
-    student = SimpleNamespace(inputs=("image", "text"), view=lambda picture: torch.zeros(3))
-    student.tokenizer = lambda texts: torch.tensor([[len(text)] for text in texts])
+    inputs = RowInputs(
+        picture=PictureView(lambda picture: torch.zeros(3)),
+        tokenize=lambda texts: torch.tensor([[len(text)] for text in texts]),
+    )
     there, here = (
-        Batches(
+        PairBatches(
             manifest,
             training_rows(manifest, cache),
-            student=student,
-            cache=cache,
-            reads=("image_emb", "text_emb"),
-            batch=4,
-            steps=3,
-            seed=0,
+            inputs,
+            StepPlan(batch=4, steps=3, seed=0),
+            teachers=TeacherFields((cache,), ("image_emb", "text_emb")),
         )
         for cache in (store.open_complete(finished), local)
     )

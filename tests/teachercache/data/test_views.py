@@ -15,9 +15,12 @@ from PIL import Image
 from small import make_folder, read_lines, save_teacher, train_here
 
 from student.inputs.caches import training_rows
+from student.inputs.order import StepPlan
+from student.inputs.pairs import PairBatches, TeacherFields
+from student.models.student import PictureView, RowInputs
 from student.models.two_tower.model import TwoTower
-from student.training.step import live_fields
-from teachercache.build.loop import BuildOptions, build
+from student.training.step import online_fields
+from teachercache.build.loop import build
 from teachercache.cache import store
 from teachercache.core.device import Precision
 from teachercache.core.errors import UserError
@@ -96,18 +99,18 @@ def manifest(photos) -> Manifest:
     return read_manifest(str(photos))
 
 
-def batches_of(manifest: Manifest, cache: store.Cache, student, **changes) -> Batches:
-    values = {"reads": ("image_emb", "text_emb"), "batch": 8, "steps": 12, "seed": 0}
-    return Batches(
-        manifest, training_rows(manifest, cache), student=student, cache=cache, **(values | changes)
-    )
+def batches_of(manifest: Manifest, cache: store.Cache, inputs: RowInputs, live=None, **ranks) -> PairBatches:
+    plan = StepPlan(batch=8, steps=12, seed=0, **ranks)
+    teachers = TeacherFields((cache,), ("image_emb", "text_emb"), live=live)
+    return PairBatches(manifest, training_rows(manifest, cache), inputs, plan, teachers=teachers)
 
 
-def student_like(folder: Path, size: int = 16) -> TwoTower:
-    """A student whose view is the teacher's, or one of another size."""
+def student_like(folder: Path, size: int = 16) -> RowInputs:
+    """What a student reads whose view is the teacher's, or one of another size."""
     module, preprocess = open_folder(str(folder))
     config = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]
-    return TwoTower(module, config, {**preprocess, "size": size}, open_clip.SimpleTokenizer(context_length=8))
+    tokenizer = open_clip.SimpleTokenizer(context_length=8)
+    return TwoTower(module, config, {**preprocess, "size": size}, tokenizer).row_inputs
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -138,7 +141,7 @@ def test_cached_and_live_say_the_same_of_the_same_view(seen, folder, teacher, ma
         assert "image_emb" not in now
         assert torch.equal(now["teacher_image"], now["image"])
         assert torch.equal(there["image"], now["image"])
-        said = live_fields(teacher, now, ("image_emb", "text_emb"))
+        said = online_fields(teacher, now, ("image_emb", "text_emb"))
         for name, values in said.items():
             assert torch.nn.functional.cosine_similarity(values, there[name]).min() > 0.9999
 
@@ -160,11 +163,9 @@ def test_workers_and_ranks_change_nothing(seen, folder, manifest):
 
 
 def test_a_student_that_cannot_replay_is_told(seen, manifest):
-    class Student:
-        inputs, view, tokenizer = ("image", "text"), staticmethod(lambda picture: torch.zeros(1)), None
-
+    inputs = RowInputs(picture=PictureView(lambda picture: torch.zeros(1)))
     with pytest.raises(UserError, match="cannot replay them: pass another --cache"):
-        batches_of(manifest, seen[0], Student())
+        batches_of(manifest, seen[0], inputs)
 
 
 @pytest.mark.parametrize("recipe", ["clip", "clip_kd"])
