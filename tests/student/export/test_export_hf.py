@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from small import train_here
 
 from student.cli import main
+from student.contract import Exported
 from student.export.model_card import model_card
 from student.inference.load import load_run
-from student.models.student import Exported
 from student.models.two_tower import export_hf
 from student.models.two_tower.export_hf import image_processor
 from student.models.two_tower.hf_tokenizer import clip_tokenizer

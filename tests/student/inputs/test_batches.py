@@ -15,11 +15,11 @@ import torch
 from PIL import Image
 from small import build_cache, chunks_of, make_folder, save_teacher
 
+from student.contract import PictureView, RowInputs
 from student.inputs.caches import find_cache, readable_rows, same_data_cache, training_rows
 from student.inputs.loader import loader
 from student.inputs.order import StepPlan, epoch_order
 from student.inputs.pairs import PairBatches, TeacherFields
-from student.models.student import PictureView, RowInputs
 from teachercache.cache import store
 from teachercache.cache.spec import CacheMeta, Field, TeacherSpec
 from teachercache.core.errors import UserError

@@ -19,10 +19,10 @@ from disturbed import run_build
 from small import make_folder, tree
 from zarr.core.sync import sync
 
+from student.contract import PictureView, RowInputs
 from student.inputs.caches import training_rows
 from student.inputs.order import StepPlan
 from student.inputs.pairs import PairBatches, TeacherFields
-from student.models.student import PictureView, RowInputs
 from teachercache.cache import store
 from teachercache.cache.lease import is_lease, lease
 from teachercache.cli import main

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from small import make_folder, read_lines, save_teacher, train_here
 
+from student.contract import PictureView, RowInputs
 from student.inputs.caches import training_rows
 from student.inputs.order import StepPlan
 from student.inputs.pairs import PairBatches, TeacherFields
-from student.models.student import PictureView, RowInputs
 from student.models.two_tower.model import TwoTower
 from student.training.step import online_fields
 from teachercache.build.loop import build

@@ -8,14 +8,13 @@ import numpy as np
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
-from student.losses import clip_loss
 from student.contract import Student
+from student.losses import clip_loss
 from student.recipe import Batch, Noise, Notes, Outputs, Progress, Recipe, Setting, Shapes, Terms
 from student.rows import Questions
 from visitor.losses import huber_loss
 from visitor.strict import StrictConstants
 from visitor.students import Chooser, Two
-
 
 KILL_VARIABLE = "VISITOR_KILL_AT"  # the step in whose loss the process kills itself
 
