@@ -40,7 +40,7 @@ CONTRACTIONS = {
 
 
 @functools.lru_cache(maxsize=1 << 18)  # annotators repeat themselves
-def normalise_answer(answer: str) -> str:
+def normalize_answer(answer: str) -> str:
     """Punctuation, number words, articles and contractions as the official evaluation has them."""
     out, digits = answer, re.search(r"\d,\d", answer)
     for mark in MARKS:
@@ -56,7 +56,7 @@ def vocabulary(answers: Iterable[str]) -> list[str]:
 
     Those of nine questions or more, 3,129 at most; of small data (fewer than 20 are that common) all of them.
     """
-    counts = Counter(normalise_answer(answer) for answer in answers if answer)
+    counts = Counter(normalize_answer(answer) for answer in answers if answer)
     ordered = sorted(counts, key=lambda answer: (-counts[answer], answer))
     common = [answer for answer in ordered if counts[answer] >= MIN_ANSWERS]
     return (common if len(common) >= 20 else ordered)[:NUM_ANSWERS]
@@ -68,7 +68,7 @@ def soft_accuracy(said: str | None, answers: list[str], protocol: str = "officia
         return 0.0
     given, said = [tidy(answer) for answer in answers], tidy(said)
     if protocol == "mmf" or len(set(given)) > 1:
-        given, said = [normalise_answer(answer) for answer in given], normalise_answer(said)
+        given, said = [normalize_answer(answer) for answer in given], normalize_answer(said)
     times = Counter(given)
     # an annotator's nine others: those who said `said`, without the annotator where that is one of them
     shares = [min((times[said] - (answer == said)) / 3, 1.0) for answer in given]

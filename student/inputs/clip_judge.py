@@ -10,11 +10,13 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from evaluation.metrics.vqa_answers import normalise_answer
+from evaluation.metrics.vqa_answers import normalize_answer
+from evaluation.models.anchors import three_means
 from student.inputs.caches import Source
 from student.inputs.questions import Question, Task
 from teachercache.core.errors import UserError
 from teachercache.data.manifest import Manifest
+from teachercache.search.vectors import unit
 
 MOST = 20_000  # rows that SNLI-VE's anchors are found in
 
@@ -28,7 +30,7 @@ class Judge:
         self.anchors, self.answers = np.empty(0), np.empty(0)
         if task.name == "snli_ve":
             some = np.random.default_rng(0).permutation(rows)[:MOST]
-            self.anchors = three_means(self.near(np.sort(some), np.zeros((len(some), 1), int))[:, 0])
+            self.anchors = find_anchors(self.near(np.sort(some), np.zeros((len(some), 1), int))[:, 0])
         elif task.name == "vqa":
             self.answers = answer_rows(task, source, manifest, rows)
 
@@ -36,7 +38,8 @@ class Judge:
         """Cosines of each row's picture and its texts at `places` [n, c]."""
         at = self.source.at[rows]
         image = unit(self.source.fields["image_emb"][at])
-        return np.einsum("id,icd->ic", image, unit(self.source.fields["text_emb"][at[:, None], places]))
+        texts = self.source.fields["text_emb"][at[:, None], places]
+        return np.einsum("id,icd->ic", image, unit(texts.reshape(-1, texts.shape[-1])).reshape(texts.shape))
 
     def logits(self, rows: np.ndarray, questions: Sequence[Question]) -> torch.Tensor:
         """CLIP's logits of each row's answers, float32."""
@@ -50,26 +53,19 @@ class Judge:
         return torch.from_numpy((self.scale * found).astype(np.float32))
 
 
-def unit(rows: np.ndarray) -> np.ndarray:
-    """Rows of length 1, float32."""
-    rows = np.asarray(rows, np.float32)
-    return rows / np.maximum(np.linalg.norm(rows, axis=-1, keepdims=True), 1e-12)
+def find_anchors(cosines: np.ndarray) -> Float[np.ndarray, " 3"]:
+    """Return SNLI-VE's anchors, lowest first: contradiction, neutral, entailment (CLIP-TD, section 4.2.1).
 
-
-def three_means(values: np.ndarray) -> np.ndarray:
-    """Centres of k-means with k = 3, lowest first: contradiction, neutral, entailment (CLIP-TD, section 4.2.1)."""
-    if len(np.unique(values)) < 3:
+    Raises:
+        UserError: If there are fewer than three distinct cosines.
+    """
+    anchors = three_means(cosines)
+    if anchors is None:
         raise UserError(
-            f"{len(values)} rows of SNLI-VE are too few or too alike for three anchors: take more, or add "
+            f"{len(cosines)} rows of SNLI-VE are too few or too alike for three anchors: take more, or add "
             "--set confidence=false"
         )
-    try:
-        from sklearn.cluster import KMeans
-    except ImportError as error:
-        raise UserError(
-            "the anchors of SNLI-VE need scikit-learn: pip install 'teachercache[eval]'"
-        ) from error
-    return np.sort(KMeans(3, n_init=10, random_state=0).fit(values[:, None]).cluster_centers_[:, 0])
+    return anchors
 
 
 def answer_rows(
@@ -79,7 +75,7 @@ def answer_rows(
     labels = manifest.column("label")
     first: dict[str, int] = {}
     for row in rows.tolist():
-        first.setdefault(normalise_answer(labels[row]), row)
+        first.setdefault(normalize_answer(labels[row]), row)
     at = source.at[np.array([first[answer] for answer in task.answers])]
     return unit(source.fields["text_emb"][at, 1])
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from evaluation.metrics.vqa_answers import normalise_answer, vocabulary
+from evaluation.metrics.vqa_answers import normalize_answer, vocabulary
 from teachercache.core.errors import UserError
 from teachercache.data.manifest import Manifest
 from teachercache.data.readers.questions import LABELS
@@ -122,7 +122,7 @@ def _snli_ve(task: Task, sample: Sample, columns: dict, kinds: Sequence[str]) ->
 
 def _vqa(task: Task, sample: Sample, columns: dict, kinds: Sequence[str]) -> Question:
     places = _places(kinds, "question")
-    counts = Counter(normalise_answer(answer) for answer in columns.get("answers") or ())
+    counts = Counter(normalize_answer(answer) for answer in columns.get("answers") or ())
     index = _index_of(task.answers)
     target = {
         index[answer]: VQA_SCORES[n] if n < len(VQA_SCORES) else 1.0

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from evaluation.metrics.ranking import accuracies
-from evaluation.models.encoder import Encoder, features_of
+from evaluation.models.encoder import Encoder, encode_rows
 from teachercache.core.errors import UserError
 from teachercache.data.manifest import Manifest
 from teachercache.teachers.clip.towers import tower_kind
@@ -40,7 +40,7 @@ def evaluate(encoder: Encoder, manifest: Manifest) -> dict[str, Any]:
     parts = labelled_splits(manifest)
     encode, which = probe_features(encoder)
     rows = [row for part in parts.values() for row in part]
-    features, kept, skipped = features_of(encoder, manifest, rows, encode)
+    features, kept, skipped = encode_rows(encoder, manifest, rows, encode)
     if not features.isfinite().all():
         raise UserError(
             f"{encoder.name} says NaN or infinity of some pictures of {manifest.data}: train it anew"

@@ -18,7 +18,7 @@ from jaxtyping import Bool
 from evaluation.data.compositional import Case, Read, read_attributions, read_captioned, read_relations
 from evaluation.data.word_orders import stored_options, wrong_options
 from evaluation.metrics.ranking import bootstrap_interval
-from evaluation.models.matcher import Heard, Matcher, Question, ask, together
+from evaluation.models.matcher import Matcher, MatchScores, Question, score_questions, total_cost
 from teachercache.core.errors import UserError
 
 SYMMETRIC = ("around", "beside", "by", "close to", "near", "next to", "touching", "with")
@@ -36,7 +36,7 @@ ORDERS = {
 def evaluate(matcher: Matcher, data: Path, *, min_count: int = MIN_COUNT, seed: int = 0) -> dict[str, Any]:
     """The sets whose files are in `data` (order sets also in its coco/ and flickr30k/); `seed` draws wrong orders."""
     metrics: dict[str, Any] = {}
-    heard: list[Heard] = []
+    heard: list[MatchScores] = []
     for name, (file, read) in CASES.items():
         if (data / file).is_file():
             symmetric = symmetric_relations(data) if name == "relation" else None
@@ -59,7 +59,7 @@ def evaluate(matcher: Matcher, data: Path, *, min_count: int = MIN_COUNT, seed: 
     known = [macro for macro in macros if isinstance(macro, float)]
     if len(known) == len(macros):
         metrics["aro_overall"] = sum(known) / len(known)
-    return metrics | together(heard).cost()
+    return metrics | total_cost(heard)
 
 
 def cases_metrics(
@@ -69,9 +69,9 @@ def cases_metrics(
     *,
     min_count: int = 1,
     symmetric: Collection[str] | None = None,
-) -> tuple[dict[str, Any], Heard]:
+) -> tuple[dict[str, Any], MatchScores]:
     """Macro and micro accuracy of true against false captions, options in ARO's order [false, true]."""
-    heard = ask(matcher, [Question(case.picture, (case.false, case.true)) for case in cases])
+    heard = score_questions(matcher, [Question(case.picture, (case.false, case.true)) for case in cases])
     asked = [
         (case, scores)
         for case, scores in zip(cases, heard.scores["score"], strict=True)
@@ -125,7 +125,9 @@ def symmetric_relations(data: Path) -> Collection[str]:
     return set(names)
 
 
-def order_metrics(matcher: Matcher, name: str, path: Path, *, seed: int = 0) -> tuple[dict[str, Any], Heard]:
+def order_metrics(
+    matcher: Matcher, name: str, path: Path, *, seed: int = 0
+) -> tuple[dict[str, Any], MatchScores]:
     """Precision at 1 of a caption among its wrong orders; an order that is no other is dropped and counted."""
     pictures = read_captioned(path)
     captions = [caption for _, group in pictures for caption in group]
@@ -138,7 +140,7 @@ def order_metrics(matcher: Matcher, name: str, path: Path, *, seed: int = 0) -> 
         per_picture += [(read, usable)] if usable else []
     if not per_picture:
         raise UserError(f"{path}: no caption has words that can change places")
-    heard = ask(
+    heard = score_questions(
         matcher, [Question(read, tuple(text for group in own for text in group)) for read, own in per_picture]
     )
     hits, ties = [], []

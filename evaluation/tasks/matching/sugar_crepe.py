@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.data.compositional import read_sugar_crepe
-from evaluation.models.matcher import Heard, Matcher, together
+from evaluation.models.matcher import Matcher, MatchScores, total_cost
 from evaluation.tasks.matching.aro import cases_metrics
 from teachercache.core.errors import UserError
 
@@ -31,7 +31,7 @@ def evaluate(matcher: Matcher, data: Path) -> dict[str, Any]:
     if pictures is None:
         raise UserError(f"no pictures for {folder}: put COCO's val2017/ into {data}")
     metrics: dict[str, Any] = {}
-    heard: list[Heard] = []
+    heard: list[MatchScores] = []
     for name in FILES:
         if (folder / f"{name}.json").is_file():
             found, cost = cases_metrics(matcher, name, read_sugar_crepe(folder / f"{name}.json", pictures))
@@ -44,7 +44,7 @@ def evaluate(matcher: Matcher, data: Path) -> dict[str, Any]:
         members = [metrics[name] for name in own if name.startswith(way)]
         if members:
             metrics[way] = sum(members) / len(members)
-    return metrics | together(heard).cost()
+    return metrics | total_cost(heard)
 
 
 ENDS = {"_low": "_micro_low", "_high": "_micro_high", "_ties": "_ties", "_n": "_n"}

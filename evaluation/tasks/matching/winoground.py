@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float
 
 from evaluation.data.compositional import Example, read_winoground
 from evaluation.metrics.ranking import bootstrap_interval
-from evaluation.models.matcher import NORMALISED, Matcher, Question, ask
+from evaluation.models.matcher import NORMALIZED, Matcher, Question, score_questions
 
 SCORES = ("text", "image", "group")
 
@@ -26,7 +26,7 @@ def evaluate(matcher: Matcher, data: Path) -> dict[str, Any]:
     """The three scores with bootstrap intervals, per tag and number of predicates; ties and cost beside them."""
     examples = read_winoground(data)
     questions = [Question(picture, example.captions) for example in examples for picture in example.pictures]
-    heard = ask(matcher, questions, normalise=True)
+    heard = score_questions(matcher, questions, normalize=True)
     metrics: dict[str, Any] = {}
     for name, values in heard.scores.items():
         both = zip(examples, values[::2], values[1::2], strict=True)
@@ -36,8 +36,8 @@ def evaluate(matcher: Matcher, data: Path) -> dict[str, Any]:
         if not asked:
             return {"text_score": "skipped: no example has two pictures that can be read"} | heard.cost()
         found = metrics_of(np.array([scores for _, scores in asked]), [example for example, _ in asked])
-        kept = [key for key in found if name != NORMALISED or key.startswith(("image", "group", "ties"))]
-        metrics |= {f"{name}/{key}" if name == NORMALISED else key: found[key] for key in kept}
+        kept = [key for key in found if name != NORMALIZED or key.startswith(("image", "group", "ties"))]
+        metrics |= {f"{name}/{key}" if name == NORMALIZED else key: found[key] for key in kept}
     return metrics | heard.cost()
 
 

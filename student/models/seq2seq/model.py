@@ -19,9 +19,10 @@ from torch.nn.functional import normalize
 from transformers import BartForConditionalGeneration, GenerationConfig
 from transformers.modeling_outputs import BaseModelOutput
 
+from evaluation.models.generator import MASK
 from student.losses import text_nll
 from student.models.seq2seq.self_critical import Reward, reward_of, sampled_captions
-from student.models.seq2seq.texts import MASK, Reader, choose_rows, encode_prompt, padded, references
+from student.models.seq2seq.texts import Reader, choose_rows, encode_prompt, padded, references
 from teachercache.core.errors import UserError
 from teachercache.data.manifest import Manifest
 

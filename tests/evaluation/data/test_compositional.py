@@ -258,7 +258,7 @@ def test_aro_is_the_slow_loop(aro_folder):
 def test_aro_gives_its_options_in_its_own_order(aro_folder):
     asked = []
 
-    def score(pictures, texts, *, normalise=False):
+    def score(pictures, texts, *, normalize=False):
         asked.extend(texts)
         return MATCHER.score(pictures, texts)
 

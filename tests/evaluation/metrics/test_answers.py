@@ -6,8 +6,9 @@ import json
 import numpy as np
 import pytest
 
-from evaluation.metrics.vqa_answers import normalise_answer
-from evaluation.models.answerer import Answerer, ensemble, pick, rows_to_measure
+from evaluation.data.splits import rows_to_measure
+from evaluation.metrics.vqa_answers import normalize_answer
+from evaluation.models.answerer import Answerer, ensemble, pick
 from evaluation.results.run import measure, table
 from evaluation.tasks.answering import snli_ve, vcr, vqa
 from evaluation.tasks.registry import TASKS, find
@@ -250,7 +251,7 @@ def test_soft_accuracy_is_the_loop():
     ],
 )
 def test_normalisation(raw, tidy):
-    assert normalise_answer(raw) == tidy
+    assert normalize_answer(raw) == tidy
 
 
 def test_equal_answers_are_compared_as_they_are():
