@@ -85,7 +85,7 @@ def of_teacher(teacher: Teacher, *, device: str = "cpu") -> Encoder:
 
 def embed_images(
     encoder: Encoder, manifest: Manifest, rows: list[int], *, batch: int = 64
-) -> tuple[Float[Tensor, "n dim"], list[int], list[dict[str, str]]]:
+) -> tuple[Float[Tensor, "n dim"], list[int], list[dict[str, str | int]]]:
     """Return unit embeddings of the images of rows; see `encode_rows`."""
     embeddings, kept, skipped = encode_rows(encoder, manifest, rows, encoder.encode_image, batch=batch)
     return normalize(embeddings, dim=1), kept, skipped
@@ -98,7 +98,7 @@ def encode_rows(
     encode: Callable[[Tensor], Tensor],
     *,
     batch: int = 64,
-) -> tuple[Float[Tensor, "n dim"], list[int], list[dict[str, str]]]:
+) -> tuple[Float[Tensor, "n dim"], list[int], list[dict[str, str | int]]]:
     """Encode the images of rows by any function of preprocessed images.
 
     Args:
@@ -109,7 +109,7 @@ def encode_rows(
         batch: Images encoded at a time.
 
     Returns:
-        Features of the rows with a readable image, float32 on the CPU; those rows; and key and reason of the others.
+        Features of the rows with a readable image, float32 on the CPU; those rows; and row, key and reason of the others.
 
     Raises:
         UserError: If no image can be read.

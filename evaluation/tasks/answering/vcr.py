@@ -57,7 +57,7 @@ def _measure(
     if not scored.any():
         return hits, {which: f"skipped: {answerer.name} has no score for any row"}
     chosen, ties = pick(scores)
-    gold = np.array([tasks[i][column] for i in np.flatnonzero(labeled)])
+    gold = np.array([tasks[i][column] for i in np.flatnonzero(labeled).tolist()])
     hits[labeled] = np.where(scored, chosen == gold, np.nan)
     return hits, {
         which: float((chosen == gold)[scored].mean()),

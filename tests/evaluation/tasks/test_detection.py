@@ -17,7 +17,7 @@ from torchvision.models.detection import maskrcnn_resnet50_fpn
 
 from evaluation.data.coco_instances import (
     AVERAGES,
-    Pictures,
+    ObjectImages,
     average_precisions,
     images_with_objects,
     objects_of,
@@ -192,7 +192,7 @@ def test_crowds_and_flat_objects_and_empty_pictures_are_not_learned(coco):
 
 def test_targets_are_what_the_picture_shows(coco):
     learn = read_instances(coco, "train")
-    pictures = Pictures(read_manifest(str(coco)), learn, images_with_objects(learn), targets=True)
+    pictures = ObjectImages(read_manifest(str(coco)), learn, images_with_objects(learn), targets=True)
     seen = set()
     for _, pixels, target in (pictures[i] for i in range(len(pictures))):
         for flip in (False, True):
@@ -231,7 +231,7 @@ def test_the_schedule_is_mmdetections():
 
 def test_the_tower_stays_to_the_last_bit_while_the_rest_learns(coco, encoder):
     learn = read_instances(coco, "train")
-    pictures = Pictures(read_manifest(str(coco)), learn, images_with_objects(learn), targets=True)
+    pictures = ObjectImages(read_manifest(str(coco)), learn, images_with_objects(learn), targets=True)
     torch.manual_seed(0)
     detector = build_detector(encoder, 2, SHORT_RUN)
     tower = {name: value.clone() for name, value in encoder.tower.state_dict().items()}
@@ -356,7 +356,7 @@ def test_features_that_are_nan_are_an_error(coco, encoder):
 def test_other_towers_are_refused(coco, teacher_folder):
     for other in (ENCODER, of_teacher(load(str(teacher_folder)))):
         with pytest.raises(
-            UserError, match=r"needs a ResNet picture tower .*, which .* has not: train one, `student train"
+            UserError, match=r"needs a ResNet picture tower .*, which .* does not have: train one, `student train"
         ):
             coco_detection.evaluate(other, read_manifest(str(coco)), SHORT_RUN)
 

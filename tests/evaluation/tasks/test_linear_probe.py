@@ -21,7 +21,7 @@ from evaluation.tasks.encoding.linear_probe import (
     evaluate,
     fit,
     hold_out,
-    labelled_splits,
+    labeled_splits,
     probe_features,
 )
 from evaluation.tasks.registry import find
@@ -134,7 +134,7 @@ def test_val_is_held_out_of_each_class_where_there_is_none(tmp_path):
     root = coloured(tmp_path / "noval", "train", {"c0": 20, "c1": 10, "c2": 1, "c3": 2}, noise=9, seed=0)
     coloured(root, "test", {"c0": 2, "c1": 2, "c2": 2, "c3": 2}, noise=9, seed=1)
     manifest = read_manifest(str(root))
-    parts, labels = labelled_splits(manifest), manifest.column("label")
+    parts, labels = labeled_splits(manifest), manifest.column("label")
     counts = {
         name: {label: [labels[row] for row in part].count(label) for label in sorted(set(labels))}
         for name, part in parts.items()
@@ -191,7 +191,7 @@ def test_a_model_that_says_nan(data):
     broken = Encoder(
         **{**vars(ENCODER), "encode_image": lambda images: torch.full((len(images), 4), torch.nan)}
     )
-    with pytest.raises(UserError, match="linear says NaN or infinity"):
+    with pytest.raises(UserError, match="linear outputs NaN or infinity"):
         evaluate(broken, read_manifest(str(data)))
 
 
