@@ -356,7 +356,8 @@ def test_features_that_are_nan_are_an_error(coco, encoder):
 def test_other_towers_are_refused(coco, teacher_folder):
     for other in (ENCODER, of_teacher(load(str(teacher_folder)))):
         with pytest.raises(
-            UserError, match=r"needs a ResNet picture tower .*, which .* does not have: train one, `student train"
+            UserError,
+            match=r"needs a ResNet picture tower .*, which .* does not have: train one, `student train",
         ):
             coco_detection.evaluate(other, read_manifest(str(coco)), SHORT_RUN)
 
