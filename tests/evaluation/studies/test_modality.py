@@ -68,7 +68,7 @@ def test_rows_of_one_modality_and_what_is_no_attention():
     assert (found.num_rows, found.num_skipped) == (3, 1)
     with pytest.raises(UserError, match="no row has both"):
         modality.importance([(attention, np.zeros_like(picture), text)])
-    with pytest.raises(ValueError, match="out of its softmax"):
+    with pytest.raises(ValueError, match="output of its softmax"):
         modality.importance([(attention * 3, picture, text)])
 
 
