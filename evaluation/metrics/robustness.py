@@ -50,7 +50,7 @@ def read_baselines(path: Path) -> dict[str, Points]:
         value for of_set in points.values() for pair in of_set for value in pair if not 0 <= value <= 1
     ]
     if outside:
-        raise UserError(f"{path} has an accuracy of {outside[0]:g}: write shares of 1, not per cent")
+        raise UserError(f"{path} has an accuracy of {outside[0]:g}: write shares of 1, not percentages")
     return points
 
 

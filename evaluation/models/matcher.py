@@ -40,7 +40,7 @@ class Matcher:
     `score(images, texts, normalize=False)` receives n RGB images and for each image its texts, any number of them. It
     returns {"score": [n tensors]}: for each image a float32 tensor with one value per text, higher for a better match.
     Equal inputs must give exactly equal scores, because ties count as misses. With `normalize=True` a model whose
-    scores are not comparable between images adds a key "normalised" with scores that are.
+    scores are not comparable between images adds the key NORMALIZED with scores that are.
 
     Attributes:
         name: The model's name in results and tables.

@@ -55,10 +55,10 @@ def draw_data(encoders: Sequence[Encoder], task: Task, data: str, out: Path) -> 
     paths = []
     if manifest.has_text()[rows].sum() > 1:
         paths += draw_captions(encoders, manifest, rows, out, name)
-    labelled = [row for row in rows if labels[row]]
-    if labelled:
-        names = task.class_names(manifest, labelled) if task.class_names else class_names(manifest)
-        paths += draw_classes(encoders, manifest, labelled, names, TEMPLATES, out, name)
+    labeled = [row for row in rows if labels[row]]
+    if labeled:
+        names = task.class_names(manifest, labeled) if task.class_names else class_names(manifest)
+        paths += draw_classes(encoders, manifest, labeled, names, TEMPLATES, out, name)
     if not paths:
         raise UserError(f"{data} has no test rows with captions or labels: there is nothing to draw")
     return paths

@@ -17,7 +17,8 @@ import numpy as np
 
 from evaluation.models.answerer import softmax
 
-Line = dict[str, Any]
+Line = dict[str, Any]  # one JSON object of VCR's files
+Token = str | list[int]  # a word, or the objects that a mention refers to
 PEOPLE = frozenset({"person"})
 PRONOUNS = {False: frozenset({"he", "she"}), True: frozenset({"they"})}  # for a person, for a group
 GENDER = {"he": "he", "him": "he", "his": "he", "she": "she", "her": "she", "hers": "she"}
@@ -52,7 +53,7 @@ def rule_mitigated(
     ]
 
 
-def asked_about(tokens: Sequence[Any], line: Line, people: frozenset[str], plural: bool) -> list[int]:
+def asked_about(tokens: Sequence[Token], line: Line, people: frozenset[str], plural: bool) -> list[int]:
     """Return the objects of the only person (with `plural` the only group) in the tokens, or []."""
     mentions = [token for token in tokens if isinstance(token, list)]
     persons = sorted({place for mention in mentions for place in mention if line["objects"][place] in people})
@@ -73,8 +74,8 @@ def _ruled(line: Line, whom: list[int], people: frozenset[str]) -> Line:
 
 
 def _choice(
-    tokens: list[Any], line: Line, whom: list[int], people: frozenset[str], *, right: bool
-) -> list[Any]:
+    tokens: list[Token], line: Line, whom: list[int], people: frozenset[str], *, right: bool
+) -> list[Token]:
     """A choice without the shortcut, unchanged if the rule does not apply."""
     plural = len(whom) > 1
     pronouns = {token.lower() for token in tokens if isinstance(token, str)} & PRONOUNS[plural]
@@ -89,7 +90,7 @@ def _choice(
     if not (mention or pronouns) or (not plural and len(named) + len(pronouns) != 1):
         return tokens
     pronoun = "they" if plural else _pronoun(tokens, line["question"])
-    out: list[Any] = []
+    out: list[Token] = []
     for i, token in enumerate(tokens):
         is_mention = isinstance(token, list) and sorted(token) == mention
         if right:
@@ -101,7 +102,7 @@ def _choice(
     return out
 
 
-def _pronoun(*texts: Sequence[Any]) -> str:
+def _pronoun(*texts: Sequence[Token]) -> str:
     """The pronoun of the first text that uses one of "he" and "she" more often; otherwise "he"."""
     for tokens in texts:
         counts = Counter(GENDER.get(token.lower()) for token in tokens if isinstance(token, str))
@@ -135,7 +136,7 @@ def lemma(word: str) -> str:
     return word.removesuffix("e") if len(word) > 3 else word
 
 
-def words_of(tokens: Sequence[Any], lemmatize: Callable[[str], str] = lemma) -> list[str]:
+def words_of(tokens: Sequence[Token], lemmatize: Callable[[str], str] = lemma) -> list[str]:
     """Return the lemmas of the words, and `[2]` for each mentioned object; punctuation is left out."""
     out: list[str] = []
     for token in tokens:
@@ -258,14 +259,14 @@ def _grams(words: Sequence[str], n: int) -> set[tuple[str, ...]]:
 
 
 def _replaced(
-    choice: Sequence[Any], gram: tuple[str, ...], key: str, value: str, lemmatize: Callable[[str], str]
-) -> list[Any]:
+    choice: Sequence[Token], gram: tuple[str, ...], key: str, value: str, lemmatize: Callable[[str], str]
+) -> list[Token]:
     """The tokens with `value` for each occurrence of the n-gram, inflected like the last word that it replaces."""
-    out: list[Any] = []
+    out: list[Token] = []
     i = 0
     while i < len(choice):
-        words = choice[i : i + len(gram)]
-        if all(isinstance(word, str) for word in words) and tuple(map(lemmatize, words)) == gram:
+        words = [token for token in choice[i : i + len(gram)] if isinstance(token, str)]
+        if tuple(map(lemmatize, words)) == gram:
             new = value.split()
             new[-1] = inflected(new[-1], words[-1].lower(), key.split()[-1])
             new[0] = new[0].capitalize() if words[0][0].isupper() else new[0]

@@ -216,18 +216,18 @@ def train_predictor(folder: str, rows: list[Row], outputs: int, options: Options
             "SequenceClassification", folder, num_labels=outputs, problem_type=kind
         )
 
-        def collate(part: Sequence[Row]) -> dict[str, torch.Tensor]:
-            targets: list[Label] = [label for _, label in part]
+        def collate(batch: Sequence[Row]) -> dict[str, torch.Tensor]:
+            targets: list[Label] = [label for _, label in batch]
             labels = torch.tensor(targets, dtype=torch.float32 if outputs == 1 else torch.int64)
-            return encode_texts(tokenizer, part, options.longest) | {"labels": labels}
+            return encode_texts(tokenizer, batch, options.longest) | {"labels": labels}
 
         fine_tune(model, rows, collate, options, title)
 
     def predict(rows_to_predict: Sequence[Row]) -> np.ndarray:
         device, logits = next(model.parameters()).device, []
         with torch.inference_mode():
-            for part in batches(rows_to_predict, 4 * options.batch):
-                inputs = encode_texts(tokenizer, part, options.longest)
+            for batch in batches(rows_to_predict, 4 * options.batch):
+                inputs = encode_texts(tokenizer, batch, options.longest)
                 logits.append(
                     model(**{key: value.to(device) for key, value in inputs.items()}).logits.float().cpu()
                 )

@@ -6,7 +6,8 @@
 
 Comparisons are strict, so a model with constant scores gets 0; chance is 1/4, 1/4 and 1/6. SDS-CLIP's table 1 reports the
 text score, also by collapsed tag and number of main predicates. The errors of a diffusion model differ more between
-images than between captions: `normalised/...` are its scores for d(x, "") - d(x, c). The text score is the same for both.
+images than between captions. Metrics with the prefix NORMALIZED are its scores for d(x, "") - d(x, c); the text score is
+the same for both.
 """
 
 from collections.abc import Callable, Sequence

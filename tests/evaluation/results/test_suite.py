@@ -54,8 +54,8 @@ def metrics_of(report, dataset: str, task: str = "zeroshot_classification", mode
 
 
 def read(name: str, root, scratch):
-    labelled = LABELED[name]
-    return labelled.read(locate(root, labelled.marker), scratch)
+    labeled = LABELED[name]
+    return labeled.read(locate(root, labeled.marker), scratch)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -418,7 +418,7 @@ def test_baselines_beside_the_data_give_effective_robustness(root, tmp_path, mon
     wanted = effective_robustness(metrics["imagenet1k_acc1"], metrics["acc1"], [(0.8, 0.3), (0.85, 0.4)])
     assert metrics["effective_robustness"] == pytest.approx(wanted)
     (tmp_path / "baselines.csv").write_text("model,imagenet1k,imagenet-r\na,60,30\n")
-    with pytest.raises(UserError, match="not per cent"):
+    with pytest.raises(UserError, match="not percent"):
         read_baselines(tmp_path / "baselines.csv")
 
 

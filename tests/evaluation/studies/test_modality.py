@@ -97,7 +97,7 @@ def pixels(path: Path) -> np.ndarray:
 
 
 def test_heatmaps_have_one_scale(tmp_path):
-    """The colour of each model's cells, read from the middle of its field."""
+    """The color of each model's cells, read from the middle of its field."""
 
     def flat(picture, text):
         return modality.Importance(

@@ -36,12 +36,12 @@ RESNET_CFG = {
     **TINY_CFG,
     "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 32},
 }
-COLOURS = {3: (220, 30, 30), 7: (30, 60, 220)}  # category: colour; the ids have gaps, as COCO's do
+COLORS = {3: (220, 30, 30), 7: (30, 60, 220)}  # category: color; the ids have gaps, as COCO's do
 SHORT_RUN = Options(epochs=2, batch=2, lr=0.01, short_side=64, long_side=96, width=16, boxes=32)
 
 
 def make_coco(root, pictures: int = 4, seed: int = 0):
-    """Rectangles in the colour of their category, polygons around them; a crowd and an object of no size in train."""
+    """Rectangles in the color of their category, polygons around them; a crowd and an object of no size in train."""
     random = np.random.default_rng(seed)
     for split, first in (("train", 100), ("val", 500)):
         (root / f"{split}2017").mkdir(parents=True)
@@ -49,12 +49,12 @@ def make_coco(root, pictures: int = 4, seed: int = 0):
         for number in range(first, first + pictures):
             name = f"{number:012d}.png"
             picture = Image.new("RGB", (72, 56), (120, 120, 120))
-            for place, category in enumerate(random.permutation(list(COLOURS))[: 1 + number % 2].tolist()):
+            for place, category in enumerate(random.permutation(list(COLORS))[: 1 + number % 2].tolist()):
                 width, height = random.integers(14, 30, 2).tolist()
                 x, y = place * 36 + random.integers(0, 6), random.integers(0, 56 - height)
                 x, y = int(x), int(y)
                 ImageDraw.Draw(picture).rectangle(
-                    [x, y, x + width - 1, y + height - 1], fill=COLOURS[category]
+                    [x, y, x + width - 1, y + height - 1], fill=COLORS[category]
                 )
                 corners = [x, y, x + width, y, x + width, y + height, x, y + height]
                 note = {"id": len(notes) + 1, "image_id": number, "category_id": category, "iscrowd": 0}
@@ -200,8 +200,8 @@ def test_targets_are_what_the_picture_shows(coco):
             for box, label, mask in zip(
                 objects["boxes"].int().tolist(), objects["labels"], objects["masks"], strict=True
             ):
-                colour = torch.tensor(COLOURS[[3, 7][int(label) - 1]]) / 255
-                shown = (image == colour[:, None, None]).all(0)
+                color = torch.tensor(COLORS[[3, 7][int(label) - 1]]) / 255
+                shown = (image == color[:, None, None]).all(0)
                 assert torch.equal(shown, mask.bool())
                 inside = torch.zeros_like(shown)
                 inside[box[1] : box[3], box[0] : box[2]] = True
