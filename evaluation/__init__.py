@@ -1,1 +1,1 @@
-"""Measures anything that encodes pictures and texts. It never imports `student`."""
+"""Evaluation: tasks that measure encoders, answerers, matchers, generators and language models."""

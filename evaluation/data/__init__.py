@@ -1,1 +1,1 @@
-"""Evaluation data: published sets, class names, prompts, word orders."""
+"""Data for evaluation: readers of published sets, class names, prompts, wrong word orders, splits."""

@@ -1,7 +1,7 @@
-"""Classification data sets as they are published, each with its own layout: labelled pictures and names of classes.
+"""Read classification data sets in their published layouts: labeled images and names of classes.
 
-Nothing is unpacked or copied, but CIFAR's arrays become PNGs in one Parquet file of a scratch folder. What cannot be
-read as it should be is a UserError. Not for prompts or metrics: see `suite.py`.
+Images are read in place, except that CIFAR's arrays become PNGs in a Parquet file in a scratch folder. A reader raises a
+UserError if a data set is incomplete or malformed. Prompts and metrics are in `results/suite.py`.
 """
 
 import csv
@@ -23,17 +23,23 @@ from teachercache.data.manifest import Manifest, make_manifest
 from teachercache.data.read import read_manifest
 from teachercache.data.sample import Sample
 
-CALTECH_TRAIN, CALTECH_SEED = 30, 0  # pictures a class that the probe is trained on, as CLIP has it
+CALTECH_TRAIN, CALTECH_SEED = 30, 0  # training images per class, as in CLIP
 PICTURES = (".jpg", ".jpeg", ".png")
 
 
 @dataclasses.dataclass(frozen=True)
 class LabeledSet:
-    """Rows with labels, `split` train or test; every label's words, the classes that compete."""
+    """A classification set.
+
+    Attributes:
+        manifest: Labeled rows of the splits train and test.
+        names: label -> name of the competing classes.
+        whole: Whether zero-shot classification measures all rows instead of the test rows.
+    """
 
     manifest: Manifest
     names: dict[str, str]
-    whole: bool = False  # zero-shot measures all rows, not the test rows alone
+    whole: bool = False
 
 
 def labeled_set(
@@ -44,7 +50,15 @@ def labeled_set(
     root: Path | None = None,
     whole: bool = False,
 ) -> LabeledSet:
-    """Samples as a data set; the pictures' paths start at `root`."""
+    """Make a data set of samples.
+
+    Args:
+        data: The data's name.
+        samples: Its rows.
+        names: label -> name.
+        root: The folder that paths of images are relative to; None for `data`.
+        whole: See `LabeledSet`.
+    """
     return LabeledSet(make_manifest(str(data), root or data, samples), names, whole)
 
 
@@ -53,29 +67,29 @@ def labeled_set(
 
 
 def read_cifar10(root: Path, scratch: Path) -> LabeledSet:
-    """`cifar-10-batches-py/`: data_batch_1 to 5, test_batch, batches.meta."""
+    """Read CIFAR-10, `cifar-10-batches-py/`: data_batch_1 to 5, test_batch, batches.meta."""
     folder = root / "cifar-10-batches-py"
-    parts = [("train", folder / f"data_batch_{i}") for i in range(1, 6)] + [("test", folder / "test_batch")]
+    files = [("train", folder / f"data_batch_{i}") for i in range(1, 6)] + [("test", folder / "test_batch")]
     (names,) = unpickle(folder / "batches.meta", "label_names")
-    return _cifar(folder, parts, names, "labels", scratch / "cifar10.parquet")
+    return _cifar(folder, files, names, "labels", scratch / "cifar10.parquet")
 
 
 def read_cifar100(root: Path, scratch: Path) -> LabeledSet:
-    """`cifar-100-python/`: train, test, meta; the 100 fine classes."""
+    """Read CIFAR-100 with its 100 fine classes, `cifar-100-python/`: train, test, meta."""
     folder = root / "cifar-100-python"
     (names,) = unpickle(folder / "meta", "fine_label_names")
-    parts = [(split, folder / split) for split in ("train", "test")]
-    return _cifar(folder, parts, names, "fine_labels", scratch / "cifar100.parquet")
+    files = [(split, folder / split) for split in ("train", "test")]
+    return _cifar(folder, files, names, "fine_labels", scratch / "cifar100.parquet")
 
 
-def _cifar(folder: Path, parts: list[tuple[str, Path]], names: list[str], key: str, out: Path) -> LabeledSet:
+def _cifar(folder: Path, files: list[tuple[str, Path]], names: list[str], key: str, out: Path) -> LabeledSet:
     import pyarrow as pa
     import pyarrow.parquet as pq
     from PIL import Image
 
     samples: list[Sample] = []
     with pq.ParquetWriter(out, pa.schema([("image", pa.binary())])) as writer:
-        for split, path in parts:
+        for split, path in files:
             data, labels = unpickle(path, "data", key)
             pictures = np.asarray(data, np.uint8).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
             cells = []
@@ -92,7 +106,7 @@ def _cifar(folder: Path, parts: list[tuple[str, Path]], names: list[str], key: s
 
 
 class _Arrays(pickle.Unpickler):
-    """Arrays, lists, strings, and nothing that runs: a pickle of a stranger may name any function."""
+    """An unpickler that loads arrays, lists and strings only, because an untrusted pickle may call any function."""
 
     allowed = frozenset(
         {
@@ -104,14 +118,18 @@ class _Arrays(pickle.Unpickler):
         }
     )
 
-    def find_class(self, module: str, name: str) -> Any:
+    def find_class(self, module: str, name: str) -> object:
         if f"{module}.{name}" not in self.allowed:
-            raise UserError(f"a CIFAR file asks for {module}.{name}, which is no array: download it anew")
+            raise UserError(f"a CIFAR file contains {module}.{name}, which is no array: download it anew")
         return super().find_class(module.replace("numpy.core", "numpy._core"), name)
 
 
 def unpickle(path: Path, *keys: str) -> list[Any]:
-    """Values of one of CIFAR's dictionaries, which Python 2 wrote."""
+    """Load the values of some keys of CIFAR's dictionaries, which Python 2 wrote.
+
+    Raises:
+        UserError: If the file is missing or is no such dictionary.
+    """
     try:
         with open(path, "rb") as file:
             values = _Arrays(file, encoding="latin1").load()
@@ -123,11 +141,11 @@ def unpickle(path: Path, *keys: str) -> list[Any]:
 
 
 # ----------------------------------------------------------------------------------------------------
-# Lists of files beside pictures
+# Lists of files beside images
 
 
 def read_food101(root: Path, scratch: Path) -> LabeledSet:
-    """`food-101/`: meta/train.txt and test.txt (apple_pie/1005649), meta/labels.txt beside classes.txt."""
+    """Read Food-101, `food-101/`: meta/train.txt and test.txt (apple_pie/1005649), labels.txt and classes.txt."""
     folder = root / "food-101"
     classes = lines(folder / "meta/classes.txt")
     words = lines(folder / "meta/labels.txt") if (folder / "meta/labels.txt").exists() else classes
@@ -141,7 +159,7 @@ def read_food101(root: Path, scratch: Path) -> LabeledSet:
 
 
 def read_pets(root: Path, scratch: Path) -> LabeledSet:
-    """Oxford-IIIT Pets: annotations/trainval.txt and test.txt (Abyssinian_100 1 1 1), images/."""
+    """Read Oxford-IIIT Pets: annotations/trainval.txt and test.txt (Abyssinian_100 1 1 1), images/."""
 
     def label(name: str) -> str:
         return re.sub(r"_\d+$", "", name)
@@ -153,12 +171,12 @@ def read_pets(root: Path, scratch: Path) -> LabeledSet:
     ]
     samples = [Sample(name, f"images/{name}.jpg", label=label(name), split=split) for split, name in listed]
     return labeled_set(
-        root, samples, {each: each.replace("_", " ") for each in sorted({row.label for row in samples})}
+        root, samples, {name: name.replace("_", " ") for name in sorted({row.label for row in samples})}
     )
 
 
 def read_birdsnap(root: Path, scratch: Path) -> LabeledSet:
-    """Birdsnap 1.1: species.txt, images.txt, test_images.txt with a header and tabs; pictures in images/."""
+    """Read Birdsnap 1.1: species.txt, images.txt and test_images.txt with a header and tabs; images in images/."""
 
     def rows(name: str) -> Iterator[dict[str, str]]:
         with open(root / name, encoding="utf-8", newline="") as file:
@@ -166,7 +184,7 @@ def read_birdsnap(root: Path, scratch: Path) -> LabeledSet:
 
     names = {row["id"]: row["common"] for row in rows("species.txt")}
     test = {row["path"] for row in rows("test_images.txt")}
-    folder = next((part for part in ("images", "download/images") if (root / part).is_dir()), "")
+    folder = next((name for name in ("images", "download/images") if (root / name).is_dir()), "")
     samples = (
         Sample(
             row["path"],
@@ -180,14 +198,14 @@ def read_birdsnap(root: Path, scratch: Path) -> LabeledSet:
 
 
 def read_places365(root: Path, scratch: Path) -> LabeledSet:
-    """Places365's validation: places365_val.txt, categories_places365.txt (/a/airfield 0), val_256/ or val_large/."""
-    folder = next((part for part in ("val_256", "val_large") if (root / part).is_dir()), "")
+    """Read Places365's validation: places365_val.txt, categories_places365.txt (/a/airfield 0), val_256/, val_large/."""
+    folder = next((name for name in ("val_256", "val_large") if (root / name).is_dir()), "")
     if not folder:
         raise UserError(
             f"{root} has places365_val.txt and no val_256 or val_large with its pictures: put one there"
         )
     numbered = (line.split() for line in lines(root / "categories_places365.txt"))
-    names = {number: re.sub("[_/]", " ", name[3:]) for name, number in numbered}  # behind /a/
+    names = {number: re.sub("[_/]", " ", name[3:]) for name, number in numbered}  # without /a/
     listed = (line.split() for line in lines(root / "places365_val.txt"))
     return labeled_set(
         root, (Sample(name, f"{folder}/{name}", label=label, split="test") for name, label in listed), names
@@ -195,7 +213,11 @@ def read_places365(root: Path, scratch: Path) -> LabeledSet:
 
 
 def lines(path: Path) -> list[str]:
-    """Lines that say something; a comment (#) does not."""
+    """Return the lines of a text file that are neither empty nor comments (#).
+
+    Raises:
+        UserError: If the file cannot be read.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -210,21 +232,21 @@ def lines(path: Path) -> list[str]:
 
 
 def read_caltech101(root: Path, scratch: Path) -> LabeledSet:
-    """`101_ObjectCategories/<class>/`, without BACKGROUND_Google, which is no class: 8,677 pictures.
+    """Read Caltech-101, `101_ObjectCategories/<class>/` without BACKGROUND_Google: 8,677 images.
 
-    Zero-shot measures all of them, as many as the supplement's table 2 has; the probe is trained on 30 a class, drawn
-    by a seed, and measured on the others, as in CLIP.
+    Zero-shot classification measures all of them, the number in PSD's supplement (table 2). The probe is trained on 30
+    per class, drawn with a seed, and measured on the others, as in CLIP.
     """
     folder = root / "101_ObjectCategories"
     draw, samples = np.random.default_rng(CALTECH_SEED), []
     for label in sorted(
         path.name for path in folder.iterdir() if path.is_dir() and path.name != "BACKGROUND_Google"
     ):
-        own = pictures_in(folder / label)
-        train = set(draw.permutation(len(own))[:CALTECH_TRAIN].tolist())
+        names = pictures_in(folder / label)
+        train = set(draw.permutation(len(names))[:CALTECH_TRAIN].tolist())
         samples += [
             Sample(f"{label}/{name}", f"{label}/{name}", label=label, split="train" if i in train else "test")
-            for i, name in enumerate(own)
+            for i, name in enumerate(names)
         ]
     return labeled_set(
         folder,
@@ -235,7 +257,7 @@ def read_caltech101(root: Path, scratch: Path) -> LabeledSet:
 
 
 def read_objectnet(root: Path, scratch: Path) -> LabeledSet:
-    """`objectnet-1.0/`: images/<folder>/, mappings/folder_to_objectnet_label.json."""
+    """Read ObjectNet, `objectnet-1.0/`: images/<folder>/, mappings/folder_to_objectnet_label.json."""
     folder = root / "objectnet-1.0"
     names = json_of(folder / "mappings/folder_to_objectnet_label.json")
     samples = [
@@ -251,14 +273,14 @@ def read_objectnet(root: Path, scratch: Path) -> LabeledSet:
 
 
 def in_imagenet(folder: Path) -> set[str]:
-    """Folders of ObjectNet's classes that ImageNet has too, by mappings/objectnet_to_imagenet_1k.json: 113 of them."""
+    """Return the folders of the 113 ObjectNet classes in mappings/objectnet_to_imagenet_1k.json."""
     mapped = json_of(folder / "mappings/objectnet_to_imagenet_1k.json")
     names = json_of(folder / "mappings/folder_to_objectnet_label.json")
     return {label for label, words in names.items() if words in mapped}
 
 
 def read_wnids(folder: Path) -> LabeledSet:
-    """ImageNet's validation or a variant: folders are wnids, or 0 to 999; only classes that have one compete."""
+    """Read ImageNet's validation or a variant: folders are wnids or 0 to 999; only classes with a folder compete."""
     manifest = read_manifest(str(folder))
     places, words = class_places(set(manifest.column("label")), str(folder)), class_words()
     return LabeledSet(
@@ -269,12 +291,16 @@ def read_wnids(folder: Path) -> LabeledSet:
 
 
 def pictures_in(folder: Path) -> list[str]:
-    """Names of the pictures in a folder, sorted."""
+    """Return the sorted names of the images in a folder."""
     return sorted(name for name in os.listdir(folder) if name.lower().endswith(PICTURES))
 
 
 def json_of(path: Path) -> dict[str, str]:
-    """A flat JSON object."""
+    """Read a flat JSON object.
+
+    Raises:
+        UserError: If the file cannot be read.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

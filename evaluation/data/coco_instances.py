@@ -1,6 +1,6 @@
-"""COCO's instances: pictures with boxes and masks to train on, and results scored by pycocotools. Trains nothing.
+"""COCO's instance annotations: images with boxes and masks to train on, and results scored by pycocotools.
 
-<data>/annotations/instances_train2017.json   or any other year: the newest one counts
+<data>/annotations/instances_train2017.json   or another year: the newest one counts
 <data>/annotations/instances_val2017.json
 <data>/train2017/*.jpg, <data>/val2017/*.jpg
 """
@@ -8,9 +8,9 @@
 import contextlib
 import dataclasses
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,15 +22,20 @@ from teachercache.data.manifest import Manifest
 from teachercache.data.pictures import read_image
 from teachercache.data.sample import BadSample
 
+if TYPE_CHECKING:
+    from pycocotools.coco import COCO
+
 AVERAGES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")  # the first six of COCOeval.stats
 MISSING = "COCO detection needs pycocotools: pip install 'teachercache[detection]'"
+Note = dict[str, Any]  # COCO's JSON object of an image, an annotation or a result
+Example = tuple[int, Tensor, dict[str, Tensor]]  # image id, pixels [3, height, width] in [0, 1], targets
 
 
 @dataclasses.dataclass(frozen=True)
 class Instances:
-    """One annotation file: pycocotools' COCO, and the folder of its pictures below the data's root."""
+    """One annotation file: pycocotools' COCO, and the folder of its images below the data's root."""
 
-    coco: Any
+    coco: "COCO"
     folder: str
 
     @property
@@ -40,46 +45,64 @@ class Instances:
 
     @property
     def images(self) -> list[int]:
-        """Ids of the pictures."""
+        """Ids of the images."""
         return sorted(self.coco.getImgIds())
 
 
-def read_instances(root: Any, split: str) -> Instances:
-    """The instances of `train` or `val`, by their file below annotations/."""
+def read_instances(root: Path, split: str) -> Instances:
+    """Read the instances of a split from annotations/.
+
+    Args:
+        root: COCO's folder.
+        split: "train" or "val".
+
+    Raises:
+        UserError: If pycocotools, the file or the folder of images is missing, or the file has another format.
+    """
     try:
         from pycocotools.coco import COCO
     except ImportError as error:
         raise UserError(MISSING) from error
-    found = sorted(Path(root).glob(f"annotations/instances_{split}*.json"))
-    if not found:
+    files = sorted(Path(root).glob(f"annotations/instances_{split}*.json"))
+    if not files:
         raise UserError(
             f"no {root}/annotations/instances_{split}2017.json: pass COCO's folder (train2017/, val2017/)"
         )
-    name = found[-1].stem.removeprefix("instances_")
+    path = files[-1]
+    name = path.stem.removeprefix("instances_")
     if not (Path(root) / name).is_dir():
-        raise UserError(f"no folder {Path(root) / name}: put the pictures of {found[-1].name} there")
+        raise UserError(f"no folder {Path(root) / name}: put the pictures of {path.name} there")
     try:
         with quiet():
-            coco = COCO(str(found[-1]))
+            coco = COCO(str(path))
             coco.getCatIds()
     except (ValueError, KeyError, TypeError, AssertionError) as error:
-        raise UserError(f"{found[-1]} is not in COCO's format of instances: {error!r}") from error
+        raise UserError(f"{path} is not in COCO's format of instances: {error!r}") from error
     return Instances(coco, name)
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """What pycocotools prints is swallowed: it says on stdout, which belongs to `--json`."""
+    """Discard what pycocotools prints to stdout, which is reserved for `--json`."""
     with contextlib.redirect_stdout(io.StringIO()):
         yield
 
 
 # ----------------------------------------------------------------------------------------------------
-# Pictures and what is in them
+# Images and their objects
 
 
-class Pictures(Dataset):
-    """Pictures by their ids; None in place of one that cannot be read or has another size than COCO says."""
+class ObjectImages(Dataset):
+    """A map-style data set of images and their objects.
+
+    An item is an `Example`, or None if the image cannot be read or its size differs from the annotation.
+
+    Args:
+        manifest: COCO's folder.
+        instances: The annotations.
+        images: Ids of the images, in order.
+        targets: Whether examples contain the objects; otherwise their targets are empty.
+    """
 
     def __init__(self, manifest: Manifest, instances: Instances, images: list[int], *, targets: bool):
         self.manifest, self.instances, self.ids, self.targets = manifest, instances, images, targets
@@ -88,74 +111,87 @@ class Pictures(Dataset):
     def __len__(self) -> int:
         return len(self.ids)
 
-    def __getitem__(self, index: int) -> tuple[int, Tensor, dict[str, Tensor]] | None:
-        """The picture's id, its colours [3, height, width] between 0 and 1, and boxes, labels, masks of its objects."""
-        facts = self.instances.coco.loadImgs([self.ids[index]])[0]
-        row = self.rows.get(f"{self.instances.folder}/{facts['file_name']}")
+    def __getitem__(self, index: int) -> Example | None:
+        """Return an image and its objects, or None."""
+        info = self.instances.coco.loadImgs([self.ids[index]])[0]
+        row = self.rows.get(f"{self.instances.folder}/{info['file_name']}")
         try:
-            picture = None if row is None else read_image(self.manifest, self.manifest.row(row))
+            image = None if row is None else read_image(self.manifest, self.manifest.row(row))
         except BadSample:
-            picture = None
-        if picture is None or picture.size != (facts["width"], facts["height"]):
+            image = None
+        if image is None or image.size != (info["width"], info["height"]):
             return None
-        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
-        return facts["id"], pixels, objects_of(self.instances, facts) if self.targets else {}
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+        return info["id"], pixels, objects_of(self.instances, info) if self.targets else {}
 
 
-def objects_of(instances: Instances, facts: dict[str, Any]) -> dict[str, Tensor]:
-    """The `boxes` [n, 4] (x1, y1, x2, y2 in pixels), `labels` [n] from 1, `masks` [n, height, width] of a picture."""
+def objects_of(instances: Instances, info: Note) -> dict[str, Tensor]:
+    """Return the objects of an image as torchvision's detection targets.
+
+    Args:
+        instances: The annotations.
+        info: COCO's object of the image.
+
+    Returns:
+        `boxes` [n, 4] (x1, y1, x2, y2 in pixels), `labels` [n] from 1, `masks` [n, height, width].
+    """
     boxes, labels, masks = [], [], []
     categories = instances.categories
-    for note in usable_notes(instances, facts):
+    for note in usable_notes(instances, info):
         x, y, width, height = note["bbox"]
-        right, bottom = min(x + width, facts["width"]), min(y + height, facts["height"])
+        right, bottom = min(x + width, info["width"]), min(y + height, info["height"])
         boxes.append([max(x, 0), max(y, 0), right, bottom])
         labels.append(categories.index(note["category_id"]) + 1)
         masks.append(torch.from_numpy(instances.coco.annToMask(note)))
+    empty = torch.zeros(0, info["height"], info["width"], dtype=torch.uint8)
     return {
         "boxes": torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
         "labels": torch.tensor(labels, dtype=torch.int64),
-        "masks": torch.stack(masks)
-        if masks
-        else torch.zeros(0, facts["height"], facts["width"], dtype=torch.uint8),
+        "masks": torch.stack(masks) if masks else empty,
     }
 
 
-def usable_notes(instances: Instances, facts: dict[str, Any]) -> list[dict[str, Any]]:
-    """Annotations to learn from: single objects of which at least one pixel each way is inside the picture."""
-    kept = []
-    for note in instances.coco.imgToAnns.get(facts["id"], []):
+def usable_notes(instances: Instances, info: Note) -> list[Note]:
+    """Return the annotations to learn from: single objects with at least one pixel in each direction in the image."""
+    usable = []
+    for note in instances.coco.imgToAnns.get(info["id"], []):
         x, y, width, height = note["bbox"]
-        inside = min(x + width, facts["width"]) - max(x, 0), min(y + height, facts["height"]) - max(y, 0)
+        inside = min(x + width, info["width"]) - max(x, 0), min(y + height, info["height"]) - max(y, 0)
         if not note.get("iscrowd") and min(inside) >= 1 and note.get("area", 1) > 0:
-            kept.append(note)
-    return kept
+            usable.append(note)
+    return usable
 
 
 def images_with_objects(instances: Instances) -> list[int]:
-    """Ids of the pictures that have something to learn from."""
-    return [
-        facts["id"] for facts in instances.coco.loadImgs(instances.images) if usable_notes(instances, facts)
-    ]
+    """Return the ids of the images with usable annotations."""
+    infos = instances.coco.loadImgs(instances.images)
+    return [info["id"] for info in infos if usable_notes(instances, info)]
 
 
 # ----------------------------------------------------------------------------------------------------
 # Results
 
 
-def results_of(image: int, found: dict[str, Tensor], categories: list[int]) -> list[dict[str, Any]]:
-    """A picture's detections as COCO's results: boxes [n, 4], labels [n], scores [n], masks [n, 1, height, width]."""
+def results_of(image: int, detections: dict[str, Tensor], categories: Sequence[int]) -> list[Note]:
+    """Convert an image's detections to COCO's results.
+
+    Args:
+        image: The image's id.
+        detections: `boxes` [n, 4], `labels` [n], `scores` [n], `masks` [n, 1, height, width], as torchvision's
+            detectors return them.
+        categories: Ids of the categories, for labels from 1.
+    """
     from pycocotools import mask
 
     results = []
-    for box, label, score, soft in zip(
-        found["boxes"].tolist(),
-        found["labels"].tolist(),
-        found["scores"].tolist(),
-        found["masks"][:, 0].cpu().numpy() > 0.5,
+    for box, label, score, pixels in zip(
+        detections["boxes"].tolist(),
+        detections["labels"].tolist(),
+        detections["scores"].tolist(),
+        detections["masks"][:, 0].cpu().numpy() > 0.5,
         strict=True,
     ):
-        runs = mask.encode(np.asfortranarray(soft, dtype=np.uint8))
+        runs = mask.encode(np.asfortranarray(pixels, dtype=np.uint8))
         results.append(
             {
                 "image_id": image,
@@ -169,21 +205,27 @@ def results_of(image: int, found: dict[str, Tensor], categories: list[int]) -> l
 
 
 def average_precisions(
-    instances: Instances, results: list[dict[str, Any]], images: list[int]
+    instances: Instances, results: Sequence[Note], images: Sequence[int]
 ) -> dict[str, float | None]:
-    """bbox_AP, segm_AP and their parts over these pictures; None where the truth has no object of that size.
+    """Compute bbox_AP, segm_AP and their variants with pycocotools.
 
-    Masks are scored without their boxes, or pycocotools would sort them into sizes by the boxes' areas.
+    Args:
+        instances: The ground truth.
+        results: Detections, from `results_of`.
+        images: Ids of the images that were measured.
+
+    Returns:
+        The metrics; None if the ground truth has no object of that size. Masks are scored without their boxes, because
+        pycocotools would otherwise sort them into sizes by the area of the boxes.
     """
     from pycocotools.cocoeval import COCOeval
 
     metrics: dict[str, float | None] = {}
-    for kind in ("bbox", "segm"):
-        other = {"bbox": "segmentation", "segm": "bbox"}[kind]
+    for kind, other in (("bbox", "segmentation"), ("segm", "bbox")):
         plain = [{key: value for key, value in result.items() if key != other} for result in results]
         with quiet():
             scorer = COCOeval(instances.coco, _loaded(instances.coco, plain), kind)
-            scorer.params.imgIds = images
+            scorer.params.imgIds = list(images)
             scorer.evaluate()
             scorer.accumulate()
             scorer.summarize()
@@ -193,8 +235,8 @@ def average_precisions(
     return metrics
 
 
-def _loaded(truth: Any, results: list[dict[str, Any]]) -> Any:
-    """`COCO.loadRes`, which cannot take that nothing was found."""
+def _loaded(truth: "COCO", results: list[Note]) -> "COCO":
+    """`COCO.loadRes`, which fails on an empty list of results."""
     if results:
         return truth.loadRes(results)
     empty = type(truth)()

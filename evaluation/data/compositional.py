@@ -1,6 +1,6 @@
-"""Winoground, ARO and SugarCrepe as they are published: pictures, right and wrong texts. Not for scores.
+"""Read Winoground, ARO and SugarCrepe as they are published: images with right and wrong texts.
 
-Pictures are read where they lie and nothing is unpacked: no name in a data set reaches out of its folder or archive.
+Images are read in place and nothing is unpacked. A name in a data set never leads out of its folder or archive.
 """
 
 import dataclasses
@@ -34,25 +34,33 @@ TEXTS = {
     "relation_name",
     "image",
 }
-ENDINGS = ("", ".png", ".jpg", ".jpeg")  # Winoground leaves the ending away
-LARGEST = 256 << 20  # bytes of a picture inside an archive, unpacked
+ENDINGS = ("", ".png", ".jpg", ".jpeg")  # Winoground's names have no ending
+LARGEST = 256 << 20  # bytes of an unpacked image inside an archive
 Read = Callable[[], "Image.Image"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """Winoground's: caption k belongs to picture k."""
+    """An example of Winoground: caption k belongs to image k.
+
+    Attributes:
+        captions: The captions.
+        pictures: Functions that read the images.
+        tag: The collapsed tag: Object, Relation or Both.
+        predicates: Number of main predicates, 1 or 2.
+        note: The secondary tag, or "".
+    """
 
     captions: tuple[str, str]
     pictures: tuple[Read, Read]
-    tag: str  # Object, Relation or Both
+    tag: str
     predicates: int
-    note: str = ""  # its secondary tag
+    note: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A picture with a right and a wrong caption, of a group whose mean counts: a relation, a pair of attributes."""
+    """An image with a right and a wrong caption, and its group for macro means: a relation, a pair of attributes."""
 
     picture: Read
     true: str
@@ -65,12 +73,19 @@ class Case:
 
 
 def read_winoground(data: Path) -> list[Example]:
-    """`data/examples.jsonl` with `images.zip` or `images/` beside it, or the hub's newer `data/test-*.parquet`."""
+    """Read `data/examples.jsonl` with `images.zip` or `images/` beside it, or the hub's newer `data/test-*.parquet`.
+
+    Args:
+        data: The folder that holds `data`, or that folder itself.
+
+    Raises:
+        UserError: If there is no Winoground, or it is malformed.
+    """
     for folder in (data, data / "data"):
         if (folder / "examples.jsonl").is_file():
             return _from_lines(folder / "examples.jsonl")
-        if found := sorted(folder.glob("test-*.parquet")):
-            return [example for path in found for example in _from_parquet(path)]
+        if paths := sorted(folder.glob("test-*.parquet")):
+            return [example for path in paths for example in _from_parquet(path)]
     wanted = "data/examples.jsonl with images.zip beside it, or data/test-*.parquet"
     raise UserError(f"no Winoground in {data}: it has {wanted}")
 
@@ -96,10 +111,10 @@ def _from_lines(path: Path) -> list[Example]:
 
 
 def _example(line: Any, find: Sequence[Callable[[Any], bytes]], place: str) -> Example:
-    """One row of either layout; `find` gives the bytes of what `image_0` and `image_1` hold."""
+    """One row of either layout; `find` returns the bytes of the values of `image_0` and `image_1`."""
     check_keys(line, WINOGROUND, place)
     if str(line["num_main_preds"]) not in ("1", "2"):
-        raise UserError(f"{place}: num_main_preds is {line['num_main_preds']!r}, and not 1 or 2")
+        raise UserError(f"{place}: num_main_preds is {line['num_main_preds']!r} instead of 1 or 2")
     readers = [functools.partial(_decoded, find[k % len(find)], line[f"image_{k}"]) for k in (0, 1)]
     return Example(
         (line["caption_0"], line["caption_1"]),
@@ -115,7 +130,7 @@ def _decoded(find: Callable[[Any], bytes], name: Any) -> "Image.Image":
 
 
 def _members(path: Path) -> Callable[[str], bytes]:
-    """Reads a picture of an archive by its name without folder and ending."""
+    """Return a function that reads an image of an archive by its name without folder and ending."""
     try:
         archive = zipfile.ZipFile(path)
     except (zipfile.BadZipFile, OSError) as error:
@@ -123,21 +138,23 @@ def _members(path: Path) -> Callable[[str], bytes]:
     members = {Path(member.filename).name: member for member in archive.infolist() if not member.is_dir()}
 
     def read(name: str) -> bytes:
-        found = next((members[f"{name}{ending}"] for ending in ENDINGS if f"{name}{ending}" in members), None)
-        if found is None:
+        member = next(
+            (members[f"{name}{ending}"] for ending in ENDINGS if f"{name}{ending}" in members), None
+        )
+        if member is None:
             raise BadSample(f"no {name}.png in {path}")
-        if found.file_size > LARGEST:
-            raise BadSample(f"{found.filename} in {path} unpacks to {found.file_size:,} bytes")
+        if member.file_size > LARGEST:
+            raise BadSample(f"{member.filename} in {path} unpacks to {member.file_size:,} bytes")
         try:
-            return archive.read(found)
+            return archive.read(member)
         except (zipfile.BadZipFile, RuntimeError, NotImplementedError, OSError, EOFError) as error:
-            raise BadSample(f"cannot read {found.filename} in {path}: {error}") from error
+            raise BadSample(f"cannot read {member.filename} in {path}: {error}") from error
 
     return read
 
 
 def _from_parquet(path: Path) -> Iterator[Example]:
-    """Rows with pictures as Hugging Face's structs of bytes and path; pictures are held as their compressed bytes."""
+    """Rows with images as Hugging Face's structs of bytes and path; the compressed bytes stay in memory."""
     import pyarrow as pa
 
     try:
@@ -160,14 +177,14 @@ def _cell(value: Any) -> bytes:
 
 
 def read_relations(path: Path) -> list[Case]:
-    """`visual_genome_relation.json`: crops of `images/`, grouped by relation."""
+    """Read `visual_genome_relation.json`: crops of `images/`, grouped by relation."""
     return [
         _case(path, i, line, line["relation_name"]) for i, line in _listed(path, (*CASE, "relation_name"))
     ]
 
 
 def read_attributions(path: Path) -> list[Case]:
-    """`visual_genome_attribution.json`: crops of `images/`, grouped by the ordered pair of attributes."""
+    """Read `visual_genome_attribution.json`: crops of `images/`, grouped by the ordered pair of attributes."""
     cases = []
     for i, line in _listed(path, (*CASE, "attributes")):
         if not isinstance(line["attributes"], list) or len(line["attributes"]) != 2:
@@ -185,29 +202,37 @@ def _case(path: Path, number: int, line: dict[str, Any], group: str) -> Case:
         not all(isinstance(value, int | float) and math.isfinite(value) for value in box)
         or min(width, height) <= 0
     ):
-        raise UserError(f"{path}, item {number}: bbox_x, _y, _w, _h are {box}, and no box in pixels")
+        raise UserError(f"{path}, item {number}: bbox_x, _y, _w, _h are {box} instead of a box in pixels")
     read = functools.partial(_crop, path.parent / "images", line["image_path"], (x, y, x + width, y + height))
     return Case(read, line["true_caption"], line["false_caption"], group)
 
 
 def _crop(folder: Path, name: str, box: tuple[float, float, float, float]) -> "Image.Image":
-    """The part of a picture that ARO asks about; black where the box leaves the picture, as PIL has it."""
+    """The crop of an image, black outside the image, as PIL makes it."""
     return decode_image(_beside(folder, name)).crop(box)
 
 
 def read_captioned(path: Path) -> list[tuple[Read, list[str]]]:
-    """`coco_karpathy_test.json` or `flickr30k_test.json`: pictures below its folder, their captions."""
-    found: list[tuple[Read, list[str]]] = []
+    """Read `coco_karpathy_test.json` or `flickr30k_test.json`: images below its folder, each with its captions."""
+    images: list[tuple[Read, list[str]]] = []
     for i, line in _listed(path, ("image", "caption")):
         captions = [line["caption"]] if isinstance(line["caption"], str) else line["caption"]
         if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
             raise UserError(f"{path}, item {i}: caption is a list of texts")
-        found.append((functools.partial(_picture, path.parent, line["image"]), captions))
-    return found
+        images.append((functools.partial(_picture, path.parent, line["image"]), captions))
+    return images
 
 
 def read_sugar_crepe(path: Path, pictures: Path) -> list[Case]:
-    """One of its seven files: an object of numbered items, or a list of them; pictures are COCO's val2017."""
+    """Read one of SugarCrepe's seven files.
+
+    Args:
+        path: An object of numbered items, or a list of them.
+        pictures: COCO's val2017.
+
+    Raises:
+        UserError: If the file is malformed.
+    """
     cases = []
     for i, line in _listed(path, ("filename", "caption", "negative_caption")):
         if not isinstance(line["caption"], str):
@@ -222,7 +247,7 @@ def _picture(folder: Path, name: str) -> "Image.Image":
 
 
 def _beside(folder: Path, name: str) -> bytes:
-    """The bytes of a picture below a folder; BadSample where there is none, or its name leads elsewhere."""
+    """The bytes of an image below a folder; BadSample if there is none, or its name leads out of the folder."""
     for ending in ENDINGS:
         path = (folder / f"{name}{ending}").resolve()
         if not path.is_relative_to(folder.resolve()):
@@ -233,7 +258,7 @@ def _beside(folder: Path, name: str) -> bytes:
 
 
 def _listed(path: Path, keys: Sequence[str]) -> list[tuple[Any, dict[str, Any]]]:
-    """The items of a JSON list, or of an object of items, each with its number; all have the keys."""
+    """The items of a JSON list, or of an object of items, each with its number, checked to have the keys."""
     try:
         content = json.load(io.BytesIO(path.read_bytes()))
     except ValueError as error:
@@ -248,12 +273,21 @@ def _listed(path: Path, keys: Sequence[str]) -> list[tuple[Any, dict[str, Any]]]
     return items
 
 
-def check_keys(item: Any, keys: Sequence[str], place: str) -> None:
-    """UserError names the first key that an item lacks, or that holds no text where there should be one."""
+def check_keys(item: object, keys: Sequence[str], place: str) -> None:
+    """Check that an item is an object with some keys.
+
+    Args:
+        item: The item.
+        keys: Keys that it must have; those in TEXTS must hold texts.
+        place: File and line, for errors.
+
+    Raises:
+        UserError: If it is not; the error names the first wrong key.
+    """
     if not isinstance(item, dict):
         raise UserError(f"{place}: not an object with {', '.join(keys)}")
     for key in keys:
         if key not in item:
             raise UserError(f"{place}: no '{key}'")
         if key in TEXTS and not isinstance(item[key], str):
-            raise UserError(f"{place}: '{key}' is {item[key]!r:.40}, and not a text")
+            raise UserError(f"{place}: '{key}' is {item[key]!r:.40} instead of a text")

@@ -1,15 +1,15 @@
-"""Which words of a caption are nouns and which adjectives, for ARO's shuffles. Not for grammar beyond that.
+"""Tag the nouns and adjectives of captions, for ARO's shuffles.
 
-The published sets come from spaCy's en_core_web_sm, which PyPI does not have. Where it is installed it is used; else
-HanTa (`pip install 'teachercache[aro]'`), whose model is inside the package; before both, a file `pos_tags.json` beside
-the data that says of each caption [[token, "noun" | "adjective" | "other"], ...].
+The published sets were tagged by spaCy's en_core_web_sm, which is not on PyPI. A file `pos_tags.json` beside the data is
+used first: it maps each caption to [[token, "noun" | "adjective" | "other"], ...]. Otherwise spaCy is used if it is
+installed, otherwise HanTa (`pip install 'teachercache[aro]'`), whose package contains its model.
 """
 
 import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 from teachercache.core.errors import UserError
 
@@ -37,41 +37,57 @@ MISSING = (
     "ARO's order sets need a tagger of nouns and adjectives: pip install 'teachercache[aro]', or put pos_tags.json "
     "beside the data"
 )
-Tagged = list[tuple[str, str]]  # tokens, each with one of KINDS
+Tagged = list[tuple[str, str]]  # each token with one of KINDS
 
 
 @dataclasses.dataclass(frozen=True)
 class Tagger:
-    """A tagger, and the name that is kept with what was made by it."""
+    """A tagger of captions.
+
+    Attributes:
+        name: Stored with the options that were made with it.
+        tag: Tags a list of captions.
+    """
 
     name: str
     tag: Callable[[Sequence[str]], list[Tagged]]
 
 
 def find_tagger(folder: Path) -> Tagger:
-    """The tags beside the data, else spaCy, else HanTa; UserError says what to install."""
+    """Return the tags beside the data, otherwise spaCy, otherwise HanTa.
+
+    Args:
+        folder: The data's folder.
+
+    Raises:
+        UserError: If there is none; the error names the package to install.
+    """
     if (folder / "pos_tags.json").exists():
         return of_file(folder / "pos_tags.json")
-    for made in (of_spacy, of_hanta):
-        tagger = made()
+    for load in (of_spacy, of_hanta):
+        tagger = load()
         if tagger is not None:
             return tagger
     raise UserError(MISSING)
 
 
 def of_file(path: Path) -> Tagger:
-    """Tags computed elsewhere."""
+    """Return a tagger that reads the tags of captions from a JSON file.
+
+    Raises:
+        UserError: If the file is malformed; its `tag` raises it for a caption that is missing.
+    """
     try:
-        known = json.loads(path.read_text(encoding="utf-8"))
+        tags_of = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}") from error
-    if not isinstance(known, dict):
+    if not isinstance(tags_of, dict):
         raise UserError(f"{path} is not an object of captions")
 
-    def one(text: str) -> Tagged:
-        if text not in known:
+    def tags(text: str) -> Tagged:
+        if text not in tags_of:
             raise UserError(f"{path} has no tags of the caption {text!r}")
-        pairs = known[text]
+        pairs = tags_of[text]
         if not isinstance(pairs, list) or not all(
             isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str) and pair[1] in KINDS
             for pair in pairs
@@ -79,11 +95,11 @@ def of_file(path: Path) -> Tagger:
             raise UserError(f"{path}: the tags of {text!r} are not pairs of a token and {', '.join(KINDS)}")
         return [(token, kind) for token, kind in pairs]
 
-    return Tagger(path.name, lambda texts: [one(text) for text in texts])
+    return Tagger(path.name, lambda texts: [tags(text) for text in texts])
 
 
 def of_spacy() -> Tagger | None:
-    """ARO's own; None where spaCy or its model is not installed."""
+    """Return ARO's own tagger, or None if spaCy or its model is not installed."""
     try:
         import spacy
 
@@ -98,29 +114,37 @@ def of_spacy() -> Tagger | None:
 
 
 def of_hanta() -> Tagger | None:
-    """HanTa on NLTK's tokens; its tags are those of the British National Corpus."""
+    """Return HanTa on NLTK's tokens, with the tags of the British National Corpus; None if it is not installed."""
     try:
         from importlib.metadata import version
 
         from HanTa import HanoverTagger
     except ImportError:
         return None
-    tagger: Any = HanoverTagger.HanoverTagger("morphmodel_en.pgz")
+    tagger: _HanTa = HanoverTagger.HanoverTagger("morphmodel_en.pgz")
     tokenize = word_tokenizer()
 
     def tag(texts: Sequence[str]) -> list[Tagged]:
-        found = []
+        tagged = []
         for text in texts:
             tokens = tokenize(text)
             kinds = [CLAWS.get(tag, "other") for _, _, tag in tagger.tag_sent(tokens)] if tokens else []
-            found.append(list(zip(tokens, kinds, strict=True)))
-        return found
+            tagged.append(list(zip(tokens, kinds, strict=True)))
+        return tagged
 
     return Tagger(f"HanTa {version('HanTa')}", tag)
 
 
+class _HanTa(Protocol):
+    def tag_sent(self, tokens: list[str]) -> list[tuple[str, str, str]]: ...
+
+
 def word_tokenizer() -> Callable[[str], list[str]]:
-    """NLTK's words (the Penn Treebank's), without its splitting into sentences, which would need a download."""
+    """Return NLTK's Penn Treebank tokenizer of words, without its splitting into sentences, which needs a download.
+
+    Raises:
+        UserError: If NLTK is not installed.
+    """
     try:
         from nltk.tokenize import NLTKWordTokenizer
     except ImportError as error:

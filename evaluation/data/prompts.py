@@ -1,12 +1,12 @@
-"""Prompt templates of PSD's zero-shot evaluation (supplement, table 4), and how a class name is put into one.
+"""Prompt templates of PSD's zero-shot evaluation (supplement, table 4), and how to put a class name into one.
 
-"ImageNet+" there stands for every data set without templates of its own. CLIP's 80 ImageNet prompts, which
-`--task imagenet` takes, come with open_clip. Not for class names: those come with the data.
+The table's "ImageNet+" stands for every data set without templates of its own. CLIP's 80 ImageNet prompts, which
+`--task imagenet` uses, come with open_clip.
 """
 
 import re
 
-# The first half says "a", the second "the"
+# The first half with "a", the second half with "the"
 CIFAR = tuple(
     f"{start} {article} {rest}"
     for article in ("a", "the")
@@ -23,9 +23,9 @@ CIFAR = tuple(
     )
 )
 CALTECH = tuple(
-    part.format(article)
+    template.format(article)
     for article in ("a", "the")
-    for part in (
+    for template in (
         "a photo of {} {{}}.",
         "a painting of {} {{}}.",
         "{} plastic {{}}.",
@@ -48,7 +48,7 @@ CALTECH = tuple(
 IMAGENET_PLUS = (
     "{}",
     "A photo of {}",
-    "A photo the {}",  # as the table has it
+    "A photo the {}",  # as printed in the table
     "itap of a {}.",
     "a bad photo of the {}.",
     "a origami {}.",
@@ -60,7 +60,7 @@ IMAGENET_PLUS = (
 
 
 def fill(template: str, name: str) -> str:
-    """The prompt; an "a" right before a name that starts with a vowel becomes "an", as the supplement says."""
+    """Put a name into a template; "a" before a name that starts with a vowel becomes "an", as in the supplement."""
     if name[:1].lower() in tuple("aeiou"):
         template = re.sub(r"\b([aA]) \{\}", r"\1n {}", template)
     return template.format(name)

@@ -1,9 +1,10 @@
-"""Captions with their words in a wrong order: ARO's COCO-order and Flickr-order (Yuksekgonul et al. 2023, section 2.3).
+"""Shuffle the words of captions: ARO's COCO-order and Flickr-order (Yuksekgonul et al. 2023, section 2.3).
 
-Of each caption four wrong ones, in this order behind the true one: nouns among nouns and adjectives among adjectives;
-all other words; the words within each three; threes of words among each other. All five then lose their punctuation and
-what follows the 30th word. What was drawn is kept in a file beside the data, so that models are asked the same; a seed
-and the captions decide it where the tagger is the same. Not for scores: see `tasks/matching/aro.py`.
+Each caption gets four wrong ones, in this order after the true one: nouns shuffled among nouns and adjectives among
+adjectives; all other words shuffled; the words within each trigram shuffled; the trigrams shuffled. All five then lose
+their punctuation and everything after the 30th word. The options are stored in a file beside the data, so that all
+models see the same ones; with the same tagger they depend only on the seed and the captions. `tasks/matching/aro.py`
+scores them.
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ import random
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from evaluation.data.pos_tags import Tagged, Tagger, find_tagger, word_tokenizer
 from teachercache.core.errors import UserError
@@ -25,21 +27,27 @@ SHUFFLES = ("nouns_and_adjectives", "all_but_nouns_and_adjectives", "within_trig
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Per caption the true one and the four wrong ones, and which tagger they come from."""
+    """The options of captions.
 
-    texts: list[list[str]]  # [captions][5]
+    Attributes:
+        texts: For each caption the true one and the four wrong ones.
+        tagger: The tagger's name.
+        seed: The seed.
+    """
+
+    texts: list[list[str]]
     tagger: str
     seed: int
 
 
 def pre_caption(caption: str, max_words: int = MAX_WORDS) -> str:
-    """BLIP's: lower case, punctuation as spaces, single spaces, at most so many words."""
+    """Normalize a caption as BLIP does: lower case, punctuation as spaces, single spaces, at most `max_words` words."""
     bare = re.sub(r"\s{2,}", " ", re.sub(r"[.!\"()*#:;~]", " ", caption.lower())).rstrip("\n").strip(" ")
     return " ".join(bare.split(" ")[:max_words])
 
 
 def shuffle_nouns_and_adjectives(tagged: Tagged, rng: random.Random) -> list[str]:
-    """Nouns change places with nouns, adjectives with adjectives, the rest stays."""
+    """Shuffle nouns among nouns and adjectives among adjectives; other tokens stay."""
     words = [token for token, _ in tagged]
     for wanted in ("noun", "adjective"):
         permute(words, [i for i, (_, kind) in enumerate(tagged) if kind == wanted], rng)
@@ -47,27 +55,27 @@ def shuffle_nouns_and_adjectives(tagged: Tagged, rng: random.Random) -> list[str
 
 
 def shuffle_all_but_nouns_and_adjectives(tagged: Tagged, rng: random.Random) -> list[str]:
-    """Nouns and adjectives stay, all other tokens change places, punctuation too."""
+    """Shuffle all tokens, punctuation included, except nouns and adjectives."""
     words = [token for token, _ in tagged]
     permute(words, [i for i, (_, kind) in enumerate(tagged) if kind == "other"], rng)
     return words
 
 
 def permute(words: list[str], places: Sequence[int], rng: random.Random) -> None:
-    """Draws an order for the words at some places; it may be the one that they have."""
-    taken = [words[i] for i in places]
-    rng.shuffle(taken)
-    for i, word in zip(places, taken, strict=True):
+    """Shuffle the words at some places in place; the order may stay the same."""
+    shuffled = [words[i] for i in places]
+    rng.shuffle(shuffled)
+    for i, word in zip(places, shuffled, strict=True):
         words[i] = word
 
 
 def trigrams(tokens: Sequence[str]) -> list[list[str]]:
-    """Threes in their order, the last perhaps shorter."""
+    """Split tokens into consecutive threes; the last may be shorter."""
     return [list(tokens[i : i + 3]) for i in range(0, len(tokens), 3)]
 
 
 def shuffle_within_trigrams(tokens: Sequence[str], rng: random.Random) -> list[str]:
-    """The words of each three change places."""
+    """Shuffle the tokens within each trigram."""
     threes = trigrams(tokens)
     for three in threes:
         rng.shuffle(three)
@@ -75,19 +83,19 @@ def shuffle_within_trigrams(tokens: Sequence[str], rng: random.Random) -> list[s
 
 
 def shuffle_trigrams(tokens: Sequence[str], rng: random.Random) -> list[str]:
-    """Threes change places as wholes."""
+    """Shuffle the trigrams, each as a whole."""
     threes = trigrams(tokens)
     rng.shuffle(threes)
     return [word for three in threes for word in three]
 
 
 def options_of(captions: Sequence[str], tagger: Tagger, *, seed: int = 0) -> Options:
-    """Five options per caption, the true one first; they depend on the seed, the caption and its place."""
+    """Make five options for each caption, the true one first; the seed, the caption and its index determine them."""
     tokenize = word_tokenizer()
     texts = []
     for i, (caption, tagged) in enumerate(zip(captions, tagger.tag(captions), strict=True)):
         tokens = tokenize(caption)
-        drawn: list[tuple[Callable[..., list[str]], Sequence]] = [
+        shuffles: list[tuple[Callable[..., list[str]], Sequence]] = [
             (shuffle_nouns_and_adjectives, tagged),
             (shuffle_all_but_nouns_and_adjectives, tagged),
             (shuffle_within_trigrams, tokens),
@@ -95,51 +103,58 @@ def options_of(captions: Sequence[str], tagger: Tagger, *, seed: int = 0) -> Opt
         ]
         wrong = [
             shuffle(words, random.Random(f"{seed} {i} {name} {caption}"))
-            for name, (shuffle, words) in zip(SHUFFLES, drawn, strict=True)
+            for name, (shuffle, words) in zip(SHUFFLES, shuffles, strict=True)
         ]
         texts.append([pre_caption(caption), *(pre_caption(" ".join(words)) for words in wrong)])
     return Options(texts, tagger.name, seed)
 
 
 def wrong_options(options: Sequence[str]) -> list[str]:
-    """The wrong ones that differ from the true one, and not in spaces alone, which NLTK puts before a comma."""
+    """Return the wrong options that differ from the true one in more than spaces, which NLTK puts before a comma."""
     true = options[0].replace(" ", "")
     return [option for option in options[1:] if option.replace(" ", "") != true]
 
 
 def stored_options(path: Path, captions: Sequence[str], *, seed: int = 0) -> Options:
-    """What the file says if it was made of these captions, else new options, which are then put there."""
+    """Return the options in a file, or make them and write the file.
+
+    Args:
+        path: The file.
+        captions: The captions.
+        seed: For new options; a file keeps the seed it was made with.
+
+    Raises:
+        UserError: If the file was made of other captions or is malformed.
+    """
     source = hashlib.sha256(json.dumps(list(captions)).encode()).hexdigest()
     if path.exists():
-        known = _read(path, len(captions))
-        if known["source"] != source:
+        content = _read(path, len(captions))
+        if content["source"] != source:
             raise UserError(f"{path} was made of other captions: remove it to have new ones drawn")
-        return Options(known["options"], known["tagger"], known["seed"])
-    made = options_of(captions, find_tagger(path.parent), seed=seed)
-    content = {
-        "tagger": made.tagger,
+        return Options(content["options"], content["tagger"], content["seed"])
+    options = options_of(captions, find_tagger(path.parent), seed=seed)
+    stored = {
+        "tagger": options.tagger,
         "seed": seed,
         "source": source,
         "shuffles": SHUFFLES,
-        "options": made.texts,
+        "options": options.texts,
     }
     try:
-        write_whole(path, json.dumps(content) + "\n")
+        write_whole(path, json.dumps(stored) + "\n")
     except OSError as error:
-        say(f"the options are not kept: cannot write {path}: {error.strerror or error}")
-    return made
+        say(f"the options are not stored: cannot write {path}: {error.strerror or error}")
+    return options
 
 
-def _read(path: Path, num: int) -> dict:
-    """The file, checked."""
+def _read(path: Path, num: int) -> dict[str, Any]:
+    """The content of a file with `num` captions, checked."""
     try:
-        known = json.loads(path.read_text(encoding="utf-8"))
-        groups = known["options"] if {"tagger", "seed", "source", "options"} <= set(known) else []
+        content = json.loads(path.read_text(encoding="utf-8"))
+        groups = content["options"] if {"tagger", "seed", "source", "options"} <= set(content) else []
         texts = [text for group in groups if len(group) == 5 for text in group]
         if len(groups) == num and len(texts) == 5 * num and all(isinstance(text, str) for text in texts):
-            return known
+            return content
     except (ValueError, TypeError):
         pass
-    raise UserError(
-        f"{path} is not the file of options that was written there: remove it to have it written anew"
-    )
+    raise UserError(f"{path} is not a complete file of options: remove it to have it written anew")

@@ -1,1 +1,1 @@
-"""Metrics: arrays or texts in, numbers out."""
+"""Metrics: functions of arrays or texts that return numbers."""

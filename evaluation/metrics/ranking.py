@@ -1,4 +1,4 @@
-"""Ranks, recalls and accuracies, strict: a tie is never a hit, and how often ties happen is reported."""
+"""Ranks, recalls and accuracies. They are strict: a tie is never a hit, and the rate of ties is reported."""
 
 import numpy as np
 import torch
@@ -6,19 +6,24 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-CHUNK = 4096  # queries ranked at once
+CHUNK = 4096  # queries ranked at a time
 
 
 def strict_ranks(
     scores: Float[Tensor, "queries items"], positive: Bool[Tensor, "queries items"]
 ) -> tuple[Int[Tensor, " queries"], Bool[Tensor, " queries"]]:
-    """Rank (from 0) of each query's best positive, and whether a negative ties with it.
+    """Rank the best positive item of each query.
 
-    Every negative that scores at least as high comes first: a model that says the same of everything is last, and so
-    is one that says NaN.
+    Args:
+        scores: Scores of the items; NaN ranks a positive last and a negative first.
+        positive: Which items are right.
+
+    Returns:
+        The rank from 0, where negatives with an equal score come first, so that constant scores rank last; and whether
+        a negative has the same score as the best positive.
     """
-    unknown = scores.isnan()
-    scores = scores.masked_fill(unknown & positive, -torch.inf).masked_fill(unknown & ~positive, torch.inf)
+    nan = scores.isnan()
+    scores = scores.masked_fill(nan & positive, -torch.inf).masked_fill(nan & ~positive, torch.inf)
     best = scores.masked_fill(~positive, -torch.inf).amax(1, keepdim=True)
     negatives = ~positive
     ranks = ((scores >= best) & negatives).sum(1)
@@ -27,22 +32,23 @@ def strict_ranks(
 
 
 def recall_at(ranks: Int[Tensor, " queries"], k: int) -> float:
-    """Share of queries with a positive among the first k."""
+    """Return the share of queries with a positive among the first k items."""
     return float((ranks < k).double().mean())
 
 
 def mean_per_class(hits: Bool[Tensor, " n"], labels: Int[Tensor, " n"]) -> float:
-    """Mean over the classes that occur of the share of hits."""
+    """Return the mean of the classes' shares of hits, over the classes that occur."""
     shares = [hits[labels == label].double().mean() for label in labels.unique()]
     return float(torch.stack(shares).mean())
 
 
 def accuracies(scores: Float[Tensor, "n classes"], target: Int[Tensor, " n"]) -> dict[str, float | None]:
-    """acc1, acc5, mean_per_class_recall and tie_rate of a classifier; acc5 is None where it would say nothing."""
+    """Compute acc1, acc5, mean_per_class_recall and tie_rate; acc5 is None if there are at most five classes."""
     ranks, ties = torch.empty(len(target), dtype=torch.int64), torch.empty(len(target), dtype=torch.bool)
     for start in range(0, len(target), CHUNK):
-        part = slice(start, start + CHUNK)
-        ranks[part], ties[part] = strict_ranks(scores[part], one_hot(target[part], scores.shape[1]).bool())
+        chunk = slice(start, start + CHUNK)
+        positive = one_hot(target[chunk], scores.shape[1]).bool()
+        ranks[chunk], ties[chunk] = strict_ranks(scores[chunk], positive)
     return {
         "acc1": recall_at(ranks, 1),
         "acc5": recall_at(ranks, 5) if scores.shape[1] > 5 else None,
@@ -52,30 +58,35 @@ def accuracies(scores: Float[Tensor, "n classes"], target: Int[Tensor, " n"]) ->
 
 
 def average_precision(scores: Float[Tensor, " n"], positive: Bool[Tensor, " n"]) -> float:
-    """Area under precision and recall as scikit-learn sums it; equal scores count together, so all equal is chance.
+    """Compute the average precision as scikit-learn defines it.
 
-    A score that is NaN counts against its row.
+    Rows with equal scores count together, so constant scores are at chance. NaN ranks a positive last and a negative
+    first.
     """
-    unknown = scores.isnan()
-    scores = (
-        scores.double()
-        .masked_fill(unknown & positive, -torch.inf)
-        .masked_fill(unknown & ~positive, torch.inf)
-    )
+    nan = scores.isnan()
+    scores = scores.double().masked_fill(nan & positive, -torch.inf).masked_fill(nan & ~positive, torch.inf)
     order = scores.argsort(descending=True)
     scores, hits = scores[order], positive[order].double().cumsum(0)
-    last = torch.cat([scores[1:] != scores[:-1], torch.ones(1, dtype=torch.bool)])  # of each group of equals
-    hits, found = hits[last], torch.arange(1, len(scores) + 1)[last]
+    last = torch.cat(
+        [scores[1:] != scores[:-1], torch.ones(1, dtype=torch.bool)]
+    )  # of each group of equal scores
+    hits, retrieved = hits[last], torch.arange(1, len(scores) + 1)[last]
     gained = torch.diff(hits, prepend=torch.zeros(1, dtype=hits.dtype)) / positive.sum()
-    return float((gained * hits / found).sum())
+    return float((gained * hits / retrieved).sum())
 
 
 def bootstrap_interval(
     hits: Bool[np.ndarray, " n"], *, draws: int = 2000, seed: int = 0
 ) -> tuple[float, float]:
-    """The middle 95 % of the share of hits over `draws` samples of n with replacement (percentile bootstrap).
+    """Return the 95 % percentile bootstrap interval of the share of hits.
 
-    A sample's number of hits is binomial, so nothing is resampled row by row.
+    Args:
+        hits: Whether each of n rows is a hit.
+        draws: Number of bootstrap samples of n rows. Their numbers of hits are binomial, and drawn as such.
+        seed: Seed of the draws.
+
+    Returns:
+        The lower and the upper end.
     """
     shares = np.random.default_rng(seed).binomial(len(hits), hits.mean(), draws) / len(hits)
     low, high = np.quantile(shares, (0.025, 0.975))

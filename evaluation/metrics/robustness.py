@@ -1,10 +1,10 @@
-"""Effective robustness (Taori et al. 2020): how much better a model is on a shifted test set than its accuracy says.
+"""Effective robustness (Taori et al. 2020): accuracy on a shifted test set beyond what a model's accuracy predicts.
 
     rho = acc_shift - beta(acc),  beta = expit(a logit(acc) + b), fitted by least squares to standard models
 
-Where a shifted set has some of ImageNet's classes (-A, -R), acc is that on ImageNet's pictures of those classes. The
-standard models are the user's: `baselines.csv` beside the data, for example from the authors' testbed. Not for
-measuring them.
+If a shifted set has only some of ImageNet's classes (-A, -R), acc is the accuracy on ImageNet's images of those classes.
+The user provides the accuracies of the standard models, `baselines.csv` beside the data, for example from the authors'
+testbed.
 """
 
 import csv
@@ -14,13 +14,21 @@ from pathlib import Path
 
 from teachercache.core.errors import UserError
 
-Points = list[tuple[float, float]]  # accuracy on ImageNet and on the shifted set, of one standard model each
+Points = list[tuple[float, float]]  # for each standard model its accuracy on ImageNet and on the shifted set
 
 
 def read_baselines(path: Path) -> dict[str, Points]:
-    """Points by shifted set, from a table with the columns `model`, `imagenet1k` and one a set, shares of 1.
+    """Read the accuracies of standard models.
 
-    A column `<set>:imagenet1k` holds accuracies on ImageNet's pictures of that set's classes, for -A and -R.
+    Args:
+        path: A CSV file with the columns `model`, `imagenet1k` and one for each shifted set; accuracies are shares of 1.
+            A column `<set>:imagenet1k` holds accuracies on ImageNet's images of that set's classes, for -A and -R.
+
+    Returns:
+        The points of each shifted set.
+
+    Raises:
+        UserError: If an accuracy is not a number between 0 and 1.
     """
     with open(path, encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -38,14 +46,25 @@ def read_baselines(path: Path) -> dict[str, Points]:
                 points[name].append((float(inside), float(row[name])))
     except ValueError as error:
         raise UserError(f"{path}: {error}; write accuracies as shares, 0.562") from error
-    outside = [value for found in points.values() for pair in found for value in pair if not 0 <= value <= 1]
+    outside = [
+        value for of_set in points.values() for pair in of_set for value in pair if not 0 <= value <= 1
+    ]
     if outside:
-        raise UserError(f"{path} has an accuracy of {outside[0]:g}: write shares of 1, not per cent")
+        raise UserError(f"{path} has an accuracy of {outside[0]:g}: write shares of 1, not percentages")
     return points
 
 
 def effective_robustness(inside: float, shifted: float, points: Sequence[tuple[float, float]]) -> float:
-    """The rho of a model with these accuracies; UserError where the line cannot be fitted or is not defined there."""
+    """Return the effective robustness rho of a model.
+
+    Args:
+        inside: Its accuracy on ImageNet.
+        shifted: Its accuracy on the shifted set.
+        points: The standard models.
+
+    Raises:
+        UserError: If there are too few standard models, or the accuracy has no logit.
+    """
     if not 0 < inside < 1:
         raise UserError(f"an accuracy of {inside:g} has no logit, so effective robustness is not defined")
     usable = [(logit(x), logit(y)) for x, y in points if 0 < x < 1 and 0 < y < 1]
@@ -58,5 +77,5 @@ def effective_robustness(inside: float, shifted: float, points: Sequence[tuple[f
 
 
 def logit(share: float) -> float:
-    """ln(p / (1 - p))."""
+    """Return ln(p / (1 - p))."""
     return math.log(share / (1 - share))

@@ -1,8 +1,8 @@
-"""VQA's answers made comparable by the rules of its official evaluation; its vocabulary. Not for scores.
+"""VQA's answers: normalization by the rules of the official evaluation, soft accuracy, and the answer vocabulary.
 
-Its quirks are kept: a mark beside a space, or any mark where digits stand about a comma, goes without a
-trace, others become a space; a period goes unless a digit follows it, whatever is before it, and only 32 times; some
-contractions are missing and one is taken apart.
+The quirks of the official code are kept. A punctuation mark next to a space, or any mark if the answer has a comma
+between digits, is removed; other marks become a space. A period is removed unless a digit follows it, whatever precedes
+it, and at most 32 times. Some contractions are missing, and one loses its apostrophe.
 """
 
 import functools
@@ -10,10 +10,8 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 
-NUM_ANSWERS, MIN_ANSWERS = (
-    3129,
-    9,
-)  # VQA's vocabulary: answers that are the most common one of 9 questions or more
+# VQA's vocabulary: answers that are the most common one of 9 questions or more
+NUM_ANSWERS, MIN_ANSWERS = 3129, 9
 MARKS = ';/[]"{}()=+\\_-><@`,?!'
 NUMBERS = dict(
     zip(
@@ -22,7 +20,7 @@ NUMBERS = dict(
         strict=True,
     )
 )
-# Each is meant where one of its apostrophes is missing; words are in lower case by then, so I'm and I've never come
+# They replace their forms without one of the apostrophes. Words are in lower case by then, so I'm and I've never occur
 CONTRACTED = (
     "ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd "
     "he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've "
@@ -33,15 +31,15 @@ CONTRACTED = (
     "why're why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've"
 )
 CONTRACTIONS = {
-    word[: at.start()] + word[at.end() :]: word
+    word[: apostrophe.start()] + word[apostrophe.end() :]: word
     for word in CONTRACTED.split()
-    for at in re.finditer("'", word)
+    for apostrophe in re.finditer("'", word)
 } | {"somebody'd": "somebodyd"}
 
 
 @functools.lru_cache(maxsize=1 << 18)  # annotators repeat themselves
-def normalise_answer(answer: str) -> str:
-    """Punctuation, number words, articles and contractions as the official evaluation has them."""
+def normalize_answer(answer: str) -> str:
+    """Normalize punctuation, number words, articles and contractions like the official evaluation."""
     out, digits = answer, re.search(r"\d,\d", answer)
     for mark in MARKS:
         alone = f"{mark} " in answer or f" {mark}" in answer
@@ -52,29 +50,42 @@ def normalise_answer(answer: str) -> str:
 
 
 def vocabulary(answers: Iterable[str]) -> list[str]:
-    """VQA's answers to choose from, of each question's most common one ("" for none), the most common first.
+    """Return the vocabulary of answers, the most common first.
 
-    Those of nine questions or more, 3,129 at most; of small data (fewer than 20 are that common) all of them.
+    Args:
+        answers: The most common answer of each question, "" for none.
+
+    Returns:
+        Normalized answers of at least nine questions, at most 3,129. On small data, where fewer than 20 answers are
+        that common, all answers.
     """
-    counts = Counter(normalise_answer(answer) for answer in answers if answer)
+    counts = Counter(normalize_answer(answer) for answer in answers if answer)
     ordered = sorted(counts, key=lambda answer: (-counts[answer], answer))
     common = [answer for answer in ordered if counts[answer] >= MIN_ANSWERS]
     return (common if len(common) >= 20 else ordered)[:NUM_ANSWERS]
 
 
-def soft_accuracy(said: str | None, answers: list[str], protocol: str = "official") -> float:
-    """How right an answer is by what the annotators said; 0 for no answer."""
-    if said is None:
+def soft_accuracy(answer: str | None, references: list[str], protocol: str = "official") -> float:
+    """Compute the soft accuracy of an answer.
+
+    Args:
+        answer: The model's answer; None for no answer, which is wrong.
+        references: The annotators' answers, usually ten.
+        protocol: "official": normalize unless all annotators gave the same answer. "mmf": always normalize.
+
+    Returns:
+        The mean over annotators of min(number of the others with the same answer / 3, 1).
+    """
+    if answer is None:
         return 0.0
-    given, said = [tidy(answer) for answer in answers], tidy(said)
-    if protocol == "mmf" or len(set(given)) > 1:
-        given, said = [normalise_answer(answer) for answer in given], normalise_answer(said)
-    times = Counter(given)
-    # an annotator's nine others: those who said `said`, without the annotator where that is one of them
-    shares = [min((times[said] - (answer == said)) / 3, 1.0) for answer in given]
+    truth, answer = [tidy(reference) for reference in references], tidy(answer)
+    if protocol == "mmf" or len(set(truth)) > 1:
+        truth, answer = [normalize_answer(reference) for reference in truth], normalize_answer(answer)
+    count = truth.count(answer)
+    shares = [min((count - (reference == answer)) / 3, 1.0) for reference in truth]
     return sum(shares) / len(shares)
 
 
 def tidy(answer: str) -> str:
-    """One line without spaces about it."""
+    """Return the text as one line without surrounding spaces."""
     return answer.replace("\n", " ").replace("\t", " ").strip()

@@ -1,1 +1,1 @@
-"""What can be measured: Encoder, Answerer, Matcher, Generator."""
+"""Contracts of the models that tasks measure, and adapters: Encoder, Answerer, Matcher, Generator, LanguageModel."""

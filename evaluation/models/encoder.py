@@ -1,13 +1,14 @@
-"""What an evaluation sees of a model: pictures and texts to embeddings. Not for loading models."""
+"""The contract of a model that encodes images and texts into one space, and embeddings of a data set by it."""
 
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn.functional import normalize
 
 from teachercache.build.decode import ImageInput, Rows, WorkItem, decoded
 from teachercache.core.errors import UserError
@@ -20,30 +21,49 @@ from teachercache.teachers.teacher import Teacher
 
 @dataclasses.dataclass(frozen=True)
 class Encoder:
-    """A model under evaluation; a task knows nothing else of it."""
+    """A dual encoder under evaluation: everything that tasks need from CLIP-like models.
+
+    To evaluate another model, fill in the fields with functions of it; nothing has to be subclassed. Embeddings need
+    not have unit length, because tasks normalize them. The functions run under `torch.inference_mode()`.
+
+    Attributes:
+        name: The model's name in results and tables.
+        pretrained: Where its weights come from; together with `name` it identifies the model.
+        size: Height and width of the image that `view` returns.
+        view: Preprocesses one RGB image to a float tensor [3, height, width]. It runs in worker processes, so it must
+            be picklable or survive a fork.
+        tokenize: Converts n texts to token ids [n, length].
+        encode_image: Encodes images [n, 3, height, width] on `device` to embeddings [n, dim].
+        encode_text: Encodes token ids [n, length] on `device` to embeddings [n, dim].
+        device: The device that both encoders expect their input on.
+        tower: The open_clip image tower behind `encode_image`, for tasks that need its inner features; None if there
+            is none.
+        mean: Per-channel mean that `view` subtracts from colors in [0, 1].
+        std: Per-channel standard deviation that `view` divides by.
+        scale: Factor of cosines in a softmax (the inverse temperature); CLIP's 100 for models without one.
+    """
 
     name: str
     pretrained: str
     size: tuple[int, int]
-    view: Callable[[Any], Tensor]  # RGB picture -> [3, *size]
+    view: Callable[[Image.Image], Tensor]
     tokenize: Callable[[list[str]], Tensor]
     encode_image: Callable[[Tensor], Tensor]
     encode_text: Callable[[Tensor], Tensor]
-    device: str = "cpu"  # where both expect their input
-    tower: Any = None  # open_clip's picture tower behind encode_image, for tasks that look inside
-    mean: tuple[float, ...] = (
-        0.0,
-        0.0,
-        0.0,
-    )  # what `view` subtracts of a colour between 0 and 1, and divides by
+    device: str = "cpu"
+    tower: nn.Module | None = None
+    mean: tuple[float, ...] = (0.0, 0.0, 0.0)
     std: tuple[float, ...] = (1.0, 1.0, 1.0)
-    scale: float = 100.0  # of cosines in a softmax; CLIP's, where the model has none of its own
+    scale: float = 100.0
 
 
 def of_teacher(teacher: Teacher, *, device: str = "cpu") -> Encoder:
-    """A teacher as an Encoder; UserError where it has no embeddings."""
-    image_field, text_field = teacher.spec.image_vector, teacher.spec.text_vector
-    if teacher.view is None or teacher.tokenize is None or not (image_field and text_field):
+    """Return a teacher as an Encoder, and move it to the device.
+
+    Raises:
+        UserError: If the teacher does not embed images and texts into one space.
+    """
+    if teacher.tokenize is None or "image_emb" not in {field.name for field in teacher.spec.fields}:
         raise UserError(
             f"{teacher.spec.name} has no embeddings to evaluate: name a CLIP teacher (`tc teachers`)"
         )
@@ -57,7 +77,7 @@ def of_teacher(teacher: Teacher, *, device: str = "cpu") -> Encoder:
         encode_image=lambda images: teacher.encode(teacher.module, {"image": images})[image_field],
         encode_text=lambda ids: teacher.encode(teacher.module, {"text": ids})[text_field],
         device=device,
-        tower=image_tower(teacher.module),
+        tower=dict(teacher.module.named_children()).get("visual"),
         mean=tuple(teacher.spec.view["mean"]),
         std=tuple(teacher.spec.view["std"]),
         scale=math.exp(teacher.spec.constants.get("logit_scale", math.log(100))),
@@ -66,24 +86,37 @@ def of_teacher(teacher: Teacher, *, device: str = "cpu") -> Encoder:
 
 def embed_images(
     encoder: Encoder, manifest: Manifest, rows: list[int], *, batch: int = 64
-) -> tuple[Float[Tensor, "n dim"], list[int], list[dict]]:
-    """Unit embeddings of the rows whose picture can be read, those rows, and the others with their reason."""
-    embeddings, kept, skipped = features_of(encoder, manifest, rows, encoder.encode_image, batch=batch)
-    return torch.nn.functional.normalize(embeddings, dim=1), kept, skipped
+) -> tuple[Float[Tensor, "n dim"], list[int], list[dict[str, str | int]]]:
+    """Return unit embeddings of the images of rows; see `encode_rows`."""
+    embeddings, kept, skipped = encode_rows(encoder, manifest, rows, encoder.encode_image, batch=batch)
+    return normalize(embeddings, dim=1), kept, skipped
 
 
-def features_of(
+def encode_rows(
     encoder: Encoder,
     manifest: Manifest,
     rows: list[int],
     encode: Callable[[Tensor], Tensor],
     *,
     batch: int = 64,
-) -> tuple[Float[Tensor, "n dim"], list[int], list[dict]]:
-    """What `encode` says of each row whose picture can be read, those rows, and the others with their reason."""
-    items = [WorkItem(tuple(rows[i : i + batch])) for i in range(0, len(rows), batch)]
-    images = ImageInput(encoder.view, encoder.size)
-    loader = decoded(Rows(manifest, images=images), items, workers=default_workers())
+) -> tuple[Float[Tensor, "n dim"], list[int], list[dict[str, str | int]]]:
+    """Encode the images of rows by any function of preprocessed images.
+
+    Args:
+        encoder: Preprocesses the images.
+        manifest: The data.
+        rows: Rows of the manifest.
+        encode: Encodes images [n, 3, height, width] to features [n, dim].
+        batch: Images encoded at a time.
+
+    Returns:
+        Features of the rows with a readable image, float32 on the CPU; those rows; and row, key and reason of the others.
+
+    Raises:
+        UserError: If no image can be read.
+    """
+    pieces = [Piece(tuple(rows[i : i + batch])) for i in range(0, len(rows), batch)]
+    loader = decoded(Rows(manifest, view=encoder.view, size=encoder.size), pieces, workers=default_workers())
     features, kept, skipped = [], [], []
     with torch.inference_mode(), ticker(len(rows), "pictures", encoder.name) as tick:
         for part in loader:
@@ -102,10 +135,8 @@ def features_of(
 
 
 def embed_texts(encoder: Encoder, texts: list[str], *, batch: int = 256) -> Float[Tensor, "n dim"]:
-    """Unit embeddings of texts."""
+    """Return unit embeddings of texts, float32 on the CPU."""
     with torch.inference_mode():
-        chunks = [
-            encoder.tokenize(texts[i : i + batch]).to(encoder.device) for i in range(0, len(texts), batch)
-        ]
-        parts = [encoder.encode_text(ids).float().cpu() for ids in chunks]
-    return torch.nn.functional.normalize(torch.cat(parts), dim=1)
+        ids = [encoder.tokenize(texts[i : i + batch]).to(encoder.device) for i in range(0, len(texts), batch)]
+        embeddings = [encoder.encode_text(chunk).float().cpu() for chunk in ids]
+    return normalize(torch.cat(embeddings), dim=1)

@@ -1,21 +1,32 @@
-"""An Encoder as a model of mteb: `mteb.evaluate(as_mteb(encoder), tasks=[...])`.
+"""Adapt an Encoder to mteb: `mteb.evaluate(as_mteb(encoder), tasks=[...])`.
 
-mteb hands over batches of pictures (PIL), of texts, or of both, which are added as its own CLIP models do, and asks
-for arrays. Its numbers are its own: one prompt per class, and ties count as hits. Not for mteb's tasks.
+mteb passes batches of images (PIL), of texts, or of both, whose embeddings are added as in its own CLIP models, and
+expects arrays. Its numbers differ from ours: it uses one prompt per class and counts ties as hits.
 """
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
 from torch.nn.functional import normalize
 
 from evaluation.models.encoder import Encoder, embed_texts
 from teachercache.core.errors import UserError
 
+if TYPE_CHECKING:
+    from mteb.models import ModelMeta
 
-def as_mteb(encoder: Encoder) -> Any:
-    """What `mteb.evaluate` takes; UserError where mteb is missing."""
+
+def as_mteb(encoder: Encoder) -> "MtebModel":
+    """Return a model for `mteb.evaluate`.
+
+    Raises:
+        UserError: If mteb is missing or has another version.
+    """
     try:
         from mteb.models import ModelMeta
         from mteb.similarity_functions import cos_sim, pairwise_cos_sim
@@ -34,23 +45,36 @@ def as_mteb(encoder: Encoder) -> Any:
 
 
 class MtebModel:
-    """mteb's protocol of an encoder, by names alone."""
+    """mteb's encoder protocol: its attributes and methods by name, without its base class.
 
-    def __init__(self, encoder: Encoder, meta: Any, similarity: Any, similarity_pairwise: Any):
+    Args:
+        encoder: The model.
+        meta: mteb's description of the model.
+        similarity: Similarities of all pairs of two sets of embeddings.
+        similarity_pairwise: Similarities of embeddings pair by pair.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        meta: "ModelMeta",
+        similarity: Callable[..., Tensor],
+        similarity_pairwise: Callable[..., Tensor],
+    ):
         self.encoder, self.mteb_model_meta = encoder, meta
         self.similarity, self.similarity_pairwise = similarity, similarity_pairwise
 
-    def encode(self, inputs: Iterable[Mapping[str, Any]], **words: Any) -> Any:
-        """Unit embeddings [n, dim], a numpy array."""
-        parts = []
+    def encode(self, inputs: Iterable[Mapping[str, Any]], **options: Any) -> Float[np.ndarray, "n dim"]:
+        """Return unit embeddings of batches of images, texts or both; mteb's other options are ignored."""
+        embeddings = []
         for batch in inputs:
-            found = [self._images(batch["image"])] if batch.get("image") is not None else []
-            found += [embed_texts(self.encoder, list(batch["text"]))] if batch.get("text") is not None else []
-            parts.append(normalize(torch.stack(found).sum(0), dim=1))
-        return torch.cat(parts).numpy()
+            parts = [self._images(batch["image"])] if batch.get("image") is not None else []
+            parts += [embed_texts(self.encoder, list(batch["text"]))] if batch.get("text") is not None else []
+            embeddings.append(normalize(torch.stack(parts).sum(0), dim=1))
+        return torch.cat(embeddings).numpy()
 
-    def _images(self, pictures: Iterable[Any]) -> torch.Tensor:
+    def _images(self, images: Iterable[Image.Image]) -> Float[Tensor, "n dim"]:
         encoder = self.encoder
-        batch = torch.stack([encoder.view(picture.convert("RGB")) for picture in pictures])
+        batch = torch.stack([encoder.view(image.convert("RGB")) for image in images])
         with torch.inference_mode():
             return normalize(encoder.encode_image(batch.to(encoder.device)).float().cpu(), dim=1)

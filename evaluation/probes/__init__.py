@@ -1,1 +1,1 @@
-"""Small models trained on top of a student to measure it."""
+"""Small models that are trained on top of a frozen model to measure it."""

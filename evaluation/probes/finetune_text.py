@@ -1,27 +1,43 @@
-"""Fine-tuning of a plain transformers folder on text, for GLUE and XSUM: one short loop. Not for distillation.
+"""Fine-tune a transformers model on text, for GLUE and XSUM.
 
-VLKD, appendix A: the rate rises over the first epoch and falls to 0. Free choices: AdamW where the paper has LAMB, one
-setting where it searches a grid, no early stopping: the dev split is measured once, at the end.
+VLKD, appendix A: the learning rate rises over the first epoch and decays linearly to 0. Free choices: AdamW instead of
+the paper's LAMB, one setting instead of a grid search, no early stopping; the dev split is measured once, at the end.
 """
 
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from teachercache.core.device import pick_device
 from teachercache.core.errors import UserError
 from teachercache.core.progress import ticker
 
-Row = tuple[tuple[str, ...], Any]  # texts (one or a pair), what is to be said of them
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Label = float | int | str | None
+Row = tuple[tuple[str, ...], Label]  # one text or a pair, and its label or target text
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How a model is fine-tuned."""
+    """The hyperparameters of fine-tuning.
+
+    Attributes:
+        epochs: Passes over the rows.
+        batch: Rows per step.
+        lr: Peak learning rate.
+        weight_decay: AdamW's weight decay.
+        clip: Maximum norm of the gradient.
+        label_smoothing: Of the cross-entropy; 0 for the model's own loss.
+        longest: Maximum number of tokens of the input.
+        seed: Seed of the order of rows, of new heads and of dropout.
+    """
 
     epochs: int = 10
     batch: int = 32
@@ -29,18 +45,29 @@ class Options:
     weight_decay: float = 1e-3
     clip: float = 1.0
     label_smoothing: float = 0.0
-    longest: int = 128  # tokens of what is read
+    longest: int = 128
     seed: int = 0
 
     def rate(self, step: int, steps_per_epoch: int) -> float:
-        """Learning rate of a step, counted from 0; where there is one epoch alone a tenth of it is the rise."""
+        """Return the learning rate of a step, counted from 0; with a single epoch a tenth of it is warm-up."""
         total = steps_per_epoch * self.epochs
-        rise = steps_per_epoch if self.epochs > 1 else math.ceil(total / 10)
-        return self.lr * min((step + 1) / rise, (total - step) / max(1, total - rise))
+        warmup = steps_per_epoch if self.epochs > 1 else math.ceil(total / 10)
+        return self.lr * min((step + 1) / warmup, (total - step) / max(1, total - warmup))
 
 
-def load_text_model(kind: str, folder: str, **options: Any) -> tuple[Any, Any]:
-    """`AutoModelFor<kind>` and tokenizer of a transformers folder; UserError where it is none."""
+def load_text_model(
+    kind: str, folder: str, **options: int | str
+) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
+    """Load `AutoModelFor<kind>` in float32 onto the device, and the tokenizer, of a transformers folder.
+
+    Args:
+        kind: "SequenceClassification", "Seq2SeqLM", ...
+        folder: A local folder.
+        **options: Passed to `from_pretrained`.
+
+    Raises:
+        UserError: If the folder holds no such model.
+    """
     import transformers
 
     if not (Path(folder) / "config.json").exists():
@@ -48,29 +75,43 @@ def load_text_model(kind: str, folder: str, **options: Any) -> tuple[Any, Any]:
             f"{folder} is no transformers folder (config.json): pass a BART, or the language_model/ of an "
             "exported student"
         )
-    said = transformers.utils.logging.get_verbosity()
-    transformers.utils.logging.set_verbosity_error()  # a head is new, and says so at length
+    verbosity = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()  # a new head causes long warnings
     transformers.utils.logging.disable_progress_bar()
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        kinds = getattr(transformers, f"AutoModelFor{kind}")
-        model = kinds.from_pretrained(folder, local_files_only=True, dtype=torch.float32, **options)
+        auto_class = getattr(transformers, f"AutoModelFor{kind}")
+        model = auto_class.from_pretrained(folder, local_files_only=True, dtype=torch.float32, **options)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{folder} cannot be loaded for {kind}: {str(error).splitlines()[0]}") from error
     finally:
-        transformers.utils.logging.set_verbosity(said)
+        transformers.utils.logging.set_verbosity(verbosity)
         transformers.utils.logging.enable_progress_bar()
-    return model, tokenizer
+    return model.to(pick_device()), tokenizer
 
 
 def fine_tune(
-    model: Any,
+    model: "PreTrainedModel",
     rows: Sequence[Row],
     collate: Callable[[Sequence[Row]], dict[str, Tensor]],
     options: Options,
     title: str,
 ) -> list[float]:
-    """Train in place, in an order drawn from the seed; the loss of each step."""
+    """Train a model in place.
+
+    Args:
+        model: The model.
+        rows: Training rows; their order in each epoch is drawn from the seed.
+        collate: Makes the model's inputs of a batch of rows.
+        options: The hyperparameters.
+        title: Shown with the progress and in errors.
+
+    Returns:
+        The loss of each step.
+
+    Raises:
+        UserError: If the last loss is not finite.
+    """
     per_epoch = math.ceil(len(rows) / options.batch)
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, weight_decay=options.weight_decay)
     order = torch.Generator().manual_seed(options.seed)
@@ -79,9 +120,9 @@ def fine_tune(
     with ticker(per_epoch * options.epochs, "steps", title) as tick:
         for step in range(per_epoch * options.epochs):
             if step % per_epoch == 0:
-                places = torch.randperm(len(rows), generator=order).tolist()
+                epoch_order = torch.randperm(len(rows), generator=order).tolist()
             start = step % per_epoch * options.batch
-            batch = collate([rows[i] for i in places[start : start + options.batch]])
+            batch = collate([rows[i] for i in epoch_order[start : start + options.batch]])
             for group in optimizer.param_groups:
                 group["lr"] = options.rate(step, per_epoch)
             loss = loss_of(
@@ -101,25 +142,27 @@ def fine_tune(
     return losses
 
 
-def loss_of(model: Any, batch: dict[str, Tensor], smoothing: float) -> Tensor:
-    """The model's own loss, or with smoothing the cross-entropy of its logits; a label of -100 does not count."""
-    found = model(**batch)
+def loss_of(model: "PreTrainedModel", batch: dict[str, Tensor], smoothing: float) -> Tensor:
+    """Return the model's own loss, or with smoothing the cross-entropy of its logits; labels of -100 are ignored."""
+    output = model(**batch)
     if not smoothing:
-        return found.loss
+        return output.loss
     return torch.nn.functional.cross_entropy(
-        found.logits.flatten(0, -2), batch["labels"].flatten(), label_smoothing=smoothing
+        output.logits.flatten(0, -2), batch["labels"].flatten(), label_smoothing=smoothing
     )
 
 
 def batches(rows: Sequence[Row], size: int) -> Iterator[Sequence[Row]]:
-    """Rows in order, some at a time."""
+    """Yield consecutive batches of rows."""
     for start in range(0, len(rows), size):
         yield rows[start : start + size]
 
 
-def encode_texts(tokenizer: Any, rows: Sequence[Row], longest: int) -> dict[str, Tensor]:
-    """Ids and mask of each row's text or pair; a text that is too long loses its end."""
+def encode_texts(
+    tokenizer: "PreTrainedTokenizerBase", rows: Sequence[Row], longest: int
+) -> dict[str, Tensor]:
+    """Return token ids and attention mask [n, length] of each row's text or pair; long texts are cut at the end."""
     first = [texts[0] for texts, _ in rows]
     second = [texts[1] for texts, _ in rows] if len(rows[0][0]) > 1 else None
-    found = tokenizer(first, second, truncation=True, max_length=longest, padding=True, return_tensors="pt")
-    return {name: found[name] for name in ("input_ids", "attention_mask")}
+    encoded = tokenizer(first, second, truncation=True, max_length=longest, padding=True, return_tensors="pt")
+    return {name: encoded[name] for name in ("input_ids", "attention_mask")}

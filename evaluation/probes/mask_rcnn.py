@@ -1,12 +1,13 @@
-"""Mask R-CNN on a frozen ResNet picture tower: only the feature pyramid, the RPN and the heads learn. Scores nothing.
+"""Mask R-CNN on a frozen ResNet image tower: only the feature pyramid, the RPN and the heads are trained.
 
-CLIP-KD, appendix, tables 6 and 7: "linear evaluation" as in F-VLM, a frozen CLIP ResNet-50 under Mask R-CNN, with the
-1x schedule of MMDetection (`Options`). torchvision's Mask R-CNN has the same heads (a pyramid of 256, two layers of
-1,024 for boxes, four convolutions for masks). All classes are learned: F-VLM's text classifier and its fusion of
-scores serve classes that were never seen, which these tables do not have.
+CLIP-KD (appendix, tables 6 and 7): "linear evaluation" as in F-VLM, a frozen CLIP ResNet-50 under Mask R-CNN with
+MMDetection's 1x schedule (`Options`). torchvision's Mask R-CNN has the same heads (a pyramid of width 256, two layers of
+1,024 for boxes, four convolutions for masks). All classes are learned: F-VLM's text classifier and its score fusion are
+for unseen classes, which these tables do not have.
 
-Free choices: warm-up takes at most a tenth of all steps, so that small data come to their learning rate; torchvision's
-box losses (smooth L1 of the RPN, sampling as in Mask R-CNN); the last, smaller batch of an epoch counts; seed 0.
+Free choices: warm-up takes at most a tenth of all steps, so that small data sets reach their learning rate;
+torchvision's box losses (smooth L1 in the RPN, sampling as in Mask R-CNN); the last, smaller batch of an epoch is used;
+seed 0.
 """
 
 import dataclasses
@@ -22,7 +23,7 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 from torchvision.models.detection.mask_rcnn import MaskRCNN, MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
 
-from evaluation.data.coco_instances import Pictures
+from evaluation.data.coco_instances import Example, ObjectImages
 from evaluation.models.encoder import Encoder
 from teachercache.build.decode import ignore_interrupt
 from teachercache.core.errors import UserError
@@ -33,16 +34,31 @@ from teachercache.teachers.clip.towers import image_blocks, tower_kind
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """MMDetection's 1x: 12 epochs of 16 pictures, SGD, a tenth of the learning rate after epochs 8 and 11.
+    """The schedule and the sizes of a detector; the defaults are MMDetection's 1x and those of Mask R-CNN.
 
-    Behind them what Mask R-CNN itself is: pictures of 800 pixels, a pyramid and masks 256 wide, 512 boxes a picture.
+    1x: 12 epochs of batches of 16 images, SGD, a tenth of the learning rate after epochs 8 and 11.
+
+    Attributes:
+        epochs: Passes over the training images.
+        batch: Images per step.
+        lr: Peak learning rate.
+        drops: Epochs after which the learning rate is divided by 10.
+        warmup: Steps of linear warm-up from a thousandth of the learning rate.
+        momentum: SGD's momentum.
+        weight_decay: SGD's weight decay.
+        flip: Probability of a horizontal flip.
+        short_side: Images are resized to this length of the short side, in pixels,
+        long_side: and at most this length of the long side.
+        width: Channels of the feature pyramid and of the mask head.
+        boxes: Boxes sampled per image.
+        seed: Seed of the initial weights, the order and the flips.
     """
 
     epochs: int = 12
     batch: int = 16
     lr: float = 0.02
     drops: tuple[int, ...] = (8, 11)
-    warmup: int = 500  # steps, linear from a thousandth
+    warmup: int = 500
     momentum: float = 0.9
     weight_decay: float = 1e-4
     flip: float = 0.5
@@ -53,7 +69,7 @@ class Options:
     seed: int = 0
 
     def rate(self, step: int, steps_per_epoch: int) -> float:
-        """Learning rate of a step, counted from 0."""
+        """Return the learning rate of a step, counted from 0."""
         warmup = min(self.warmup, steps_per_epoch * self.epochs // 10)
         rising = 0.001 + 0.999 * step / warmup if step < warmup else 1.0
         return self.lr * rising * 0.1 ** sum(step // steps_per_epoch >= drop for drop in self.drops)
@@ -67,37 +83,53 @@ ONE_X = Options()
 
 
 class FrozenPyramid(nn.Module):
-    """Feature maps of a tower that never learns, and a feature pyramid over them that does."""
+    """A trainable feature pyramid over the feature maps of a frozen tower.
+
+    Args:
+        stages: Computes the tower's feature maps. It is a function, so that the tower is not part of this module, its
+            state or its modes.
+        widths: Channels of the feature maps.
+        out_channels: Channels of the pyramid.
+    """
 
     def __init__(self, stages: Callable[[Tensor], list[Tensor]], widths: list[int], out_channels: int):
         super().__init__()
-        self.stages = stages  # a function: the tower is no part of this module, nor of its state or its modes
+        self.stages = stages
         self.pyramid = FeaturePyramidNetwork(widths, out_channels, extra_blocks=LastLevelMaxPool())
         self.out_channels = out_channels
 
     def forward(self, images: Float[Tensor, "n 3 height width"]) -> dict[str, Float[Tensor, "n c _ _"]]:
-        """Maps `0` (a quarter of the picture's size) to `3` (1/32) and `pool` (1/64)."""
+        """Return the maps `0` (1/4 of the image's size) to `3` (1/32) and `pool` (1/64)."""
         with torch.no_grad():
             maps = self.stages(images)
-        return self.pyramid(OrderedDict((str(i), found) for i, found in enumerate(maps)))
+        return self.pyramid(OrderedDict((str(i), features) for i, features in enumerate(maps)))
 
 
 def build_detector(encoder: Encoder, classes: int, options: Options) -> MaskRCNN:
-    """Mask R-CNN over the encoder's frozen tower; UserError where that is no ResNet."""
-    tower = encoder.tower
+    """Build a Mask R-CNN over the encoder's frozen tower.
+
+    Args:
+        encoder: The model; its tower must be a ResNet.
+        classes: Number of classes without the background.
+        options: The sizes.
+
+    Raises:
+        UserError: If the encoder has no ResNet.
+    """
+    tower: Any = encoder.tower
     if tower is None or tower_kind(tower) != "resnet":
         raise UserError(
             f"coco_detection needs a ResNet picture tower (RN50 to RN50x64), which {encoder.name} "
-            "has not: train one, `student train --recipe clip_kd --set model=RN50`"
+            "does not have: train one, `student train --recipe clip_kd --set model=RN50`"
         )
-    tower.eval()  # BatchNorm's statistics are frozen too
+    tower.eval()  # BatchNorm's statistics stay frozen too
     blocks: list[Any] = list(image_blocks(tower))
 
     def stages(images: Tensor) -> list[Tensor]:
-        found = [tower.stem(images)]
+        maps = [tower.stem(images)]
         for block in blocks:
-            found.append(block(found[-1]))
-        return found[1:]
+            maps.append(block(maps[-1]))
+        return maps[1:]
 
     backbone = FrozenPyramid(stages, [block[-1].conv3.out_channels for block in blocks], options.width)
     detector = MaskRCNN(
@@ -115,23 +147,27 @@ def build_detector(encoder: Encoder, classes: int, options: Options) -> MaskRCNN
 
 
 # ----------------------------------------------------------------------------------------------------
-# Training and using it
+# Training and inference
 
 
-def train(detector: MaskRCNN, pictures: Pictures, options: Options, device: str) -> int:
-    """Train by the schedule; how many steps that are."""
+def train(detector: MaskRCNN, examples: ObjectImages, options: Options, device: str) -> int:
+    """Train a detector in place and return the number of steps.
+
+    Raises:
+        UserError: If the loss is not finite.
+    """
     draw = torch.Generator().manual_seed(options.seed)
-    learning = [parameter for parameter in detector.parameters() if parameter.requires_grad]
+    trained = [parameter for parameter in detector.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(
-        learning, options.lr, momentum=options.momentum, weight_decay=options.weight_decay
+        trained, options.lr, momentum=options.momentum, weight_decay=options.weight_decay
     )
-    per_epoch = -(-len(pictures) // options.batch)
+    per_epoch = -(-len(examples) // options.batch)
     detector.train()
     with ticker(per_epoch * options.epochs, "steps", "detector") as tick:
         for epoch in range(options.epochs):
-            order = torch.randperm(len(pictures), generator=draw).tolist()
-            for step, batch in enumerate(batches(pictures, order, options.batch), start=epoch * per_epoch):
-                if not batch:  # not one of its pictures can be read
+            order = torch.randperm(len(examples), generator=draw).tolist()
+            for step, batch in enumerate(batches(examples, order, options.batch), start=epoch * per_epoch):
+                if not batch:  # none of its images can be read
                     continue
                 flips = (torch.rand(len(batch), generator=draw) < options.flip).tolist()
                 loss = torch.stack(list(detector(*on_device(batch, flips, device)).values())).sum()
@@ -149,38 +185,39 @@ def train(detector: MaskRCNN, pictures: Pictures, options: Options, device: str)
     return per_epoch * options.epochs
 
 
-def detect(detector: MaskRCNN, pictures: Pictures, device: str) -> Iterator[tuple[int, dict[str, Tensor]]]:
-    """Id and detections of every picture that can be read."""
+def detect(
+    detector: MaskRCNN, examples: ObjectImages, device: str
+) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """Yield the id and the detections of every readable image, as torchvision returns them."""
     detector.eval()
-    with torch.inference_mode(), ticker(len(pictures), "pictures", "detections") as tick:
-        for batch in batches(pictures, list(range(len(pictures))), 1):
+    with torch.inference_mode(), ticker(len(examples), "pictures", "detections") as tick:
+        for batch in batches(examples, list(range(len(examples))), 1):
             for image, pixels, _ in batch:
                 yield image, detector([pixels.to(device)])[0]
             tick.step(1)
 
 
-def batches(
-    pictures: Pictures, order: list[int], size: int
-) -> Iterator[list[tuple[int, Tensor, dict[str, Tensor]]]]:
-    """Pictures in an order, decoded ahead; those that cannot be read are missing in their batch."""
+def batches(examples: ObjectImages, order: list[int], size: int) -> Iterator[list[Example]]:
+    """Yield batches of examples, decoded by worker processes; unreadable images are missing in their batch."""
     yield from DataLoader(
-        pictures,
+        examples,
         batch_sampler=[order[i : i + size] for i in range(0, len(order), size)],
         num_workers=default_workers(),
         collate_fn=_readable,
         worker_init_fn=ignore_interrupt,
-        generator=torch.Generator(),  # or it would draw from the one that samples boxes
+        # Otherwise it draws from the generator that samples boxes
+        generator=torch.Generator(),
     )
 
 
-def _readable(batch: list[Any]) -> list[Any]:
-    return [entry for entry in batch if entry is not None]
+def _readable(batch: list[Example | None]) -> list[Example]:
+    return [example for example in batch if example is not None]
 
 
 def on_device(
-    batch: list[tuple[int, Tensor, dict[str, Tensor]]], flips: list[bool], device: str
+    batch: list[Example], flips: list[bool], device: str
 ) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
-    """Pictures and targets, turned left to right where `flips` says so."""
+    """Return images and targets on the device, mirrored where `flips` is True."""
     pairs = [
         mirrored(pixels, target) if flip else (pixels, target)
         for (_, pixels, target), flip in zip(batch, flips, strict=True)
@@ -192,7 +229,7 @@ def on_device(
 def mirrored(
     pixels: Float[Tensor, "3 height width"], target: dict[str, Tensor]
 ) -> tuple[Float[Tensor, "3 height width"], dict[str, Tensor]]:
-    """A picture and its objects as a mirror shows them."""
+    """Flip an image and its objects horizontally."""
     left, top, right, bottom = target["boxes"].unbind(1)
     boxes = torch.stack([pixels.shape[2] - right, top, pixels.shape[2] - left, bottom], 1)
     return pixels.flip(2), {**target, "boxes": boxes, "masks": target["masks"].flip(2)}

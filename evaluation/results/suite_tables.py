@@ -60,7 +60,7 @@ def _csv(results: Sequence[Result]) -> str:
 def suite_table(report: Report) -> str:
     """Format a report as Markdown.
 
-    The table has a row for each data set and metric and a column for each model, in per cent. Below it stands what was
+    The table has a row for each data set and metric and a column for each model, in percent. Below it stands what was
     skipped, with the reasons.
     """
     models = list(dict.fromkeys((result["model"], result["pretrained"]) for result in report.results))
@@ -72,7 +72,7 @@ def suite_table(report: Report) -> str:
                 cells[result["model"], result["pretrained"]] = result["metrics"][key]
     lines = [["task", "data", "metric", *(name for name, _ in models)]]
     lines += [["---"] * 3 + ["---:"] * len(models)]
-    lines += [[*row, *(_per_cent(cells.get(model)) for model in models)] for row, cells in rows.items()]
+    lines += [[*row, *(_percent(cells.get(model)) for model in models)] for row, cells in rows.items()]
     accuracies = [
         [value for model in models if isinstance(value := cells.get(model), float)]
         for (task, _, heading), cells in rows.items()
@@ -80,7 +80,7 @@ def suite_table(report: Report) -> str:
     ]
     complete = [values for values in accuracies if len(values) == len(models)]
     if len(complete) > 1:
-        means = [_per_cent(statistics.mean(column)) for column in zip(*complete, strict=True)]
+        means = [_percent(statistics.mean(column)) for column in zip(*complete, strict=True)]
         lines.append([CLASSIFICATION, f"mean of {len(complete)}", "top-1 or mean per class", *means])
     text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     skipped = [
@@ -103,5 +103,5 @@ def reported(dataset: str, task: str) -> list[tuple[str, str]]:
     return columns
 
 
-def _per_cent(value: Metric) -> str:
+def _percent(value: Metric) -> str:
     return f"{100 * value:.1f}" if isinstance(value, float) else "-"

@@ -1,10 +1,10 @@
-"""VCR with its shortcuts taken away: by rules on person tags, by other words, by what a text-only model can answer.
+"""Remove the shortcuts of VCR: by rules on person tags, by synonyms, or by the answers of a text-only model.
 
-    rules      Ye & Kovashka 2021: the right choice loses its person to a pronoun, the wrong ones get the question's
-    explicit   CLIP-TD, 8.4: frequent words that question (or picture) and right choice share give way to others
-    implicit   CLIP-TD, 8.4: rows that a text-only model answers rightly and surely, apart from those it gets wrong
+    rules      Ye & Kovashka 2021: the right choice's person becomes a pronoun, wrong choices get the question's person
+    explicit   CLIP-TD, 8.4: frequent words shared by question (or image) and right choice become synonyms
+    implicit   CLIP-TD, 8.4: rows that a text-only model answers correctly and confidently, and rows that it gets wrong
 
-Takes and gives lines of VCR's own files, which readers and tasks take unchanged; not for measuring: see `tasks/answering/vcr.py`.
+Functions read and return lines of VCR's own files, so that the same readers and `tasks/answering/vcr.py` apply.
 """
 
 import random
@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-Line = dict[str, Any]
+from evaluation.models.answerer import softmax
+
+Line = dict[str, Any]  # one JSON object of VCR's files
+Token = str | list[int]  # a word, or the objects that a mention refers to
 PEOPLE = frozenset({"person"})
-NAMED = {
-    False: frozenset({"he", "she"}),
-    True: frozenset({"they"}),
-}  # pronouns that stand for a person, for a group
-COUNTED = {"he": "he", "him": "he", "his": "he", "she": "she", "her": "she", "hers": "she"}
+PRONOUNS = {False: frozenset({"he", "she"}), True: frozenset({"they"})}  # for a person, for a group
+GENDER = {"he": "he", "him": "he", "his": "he", "she": "she", "her": "she", "hers": "she"}
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -31,12 +31,20 @@ COUNTED = {"he": "he", "him": "he", "his": "he", "she": "she", "her": "she", "he
 def rule_mitigated(
     lines: Iterable[Line], *, plural: bool = False, people: frozenset[str] = PEOPLE
 ) -> list[Line]:
-    """Lines whose question speaks of one person (`plural`: of one group and of nothing else), answers and rationales
-    changed as in the published Rule-Singular and Rule-Plural.
+    """Apply the published Rule-Singular (or with `plural` Rule-Plural) to answers and rationales.
 
-    Of one person: a choice with exactly one person or he or she in it changes, wherever those stand. In a right choice
-    its person becomes he or she, by the pronouns of the choice, else of the question, else he; in a wrong one both
-    become the question's person. Of a group: a choice whose only mention is a group, or that has they in it.
+    Singular: a choice changes if it contains exactly one person, or "he" or "she". In a right choice the person becomes
+    "he" or "she": whichever the choice, otherwise the question, uses more often, otherwise "he". In a wrong choice the
+    person or pronoun becomes the question's person. Plural: a choice changes if its only mention is a group, or if it
+    contains "they".
+
+    Args:
+        lines: Lines of VCR.
+        plural: Apply Rule-Plural.
+        people: Names of objects that are people.
+
+    Returns:
+        The lines whose question mentions one person (with `plural` one group and nothing else), changed.
     """
     return [
         _ruled(line, whom, people)
@@ -45,8 +53,8 @@ def rule_mitigated(
     ]
 
 
-def asked_about(tokens: Sequence[Any], line: Line, people: frozenset[str], plural: bool) -> list[int]:
-    """The one person (the one group) that the tokens name, [] where there is none or another besides."""
+def asked_about(tokens: Sequence[Token], line: Line, people: frozenset[str], plural: bool) -> list[int]:
+    """Return the objects of the only person (with `plural` the only group) in the tokens, or []."""
     mentions = [token for token in tokens if isinstance(token, list)]
     persons = sorted({place for mention in mentions for place in mention if line["objects"][place] in people})
     if not plural:
@@ -66,11 +74,11 @@ def _ruled(line: Line, whom: list[int], people: frozenset[str]) -> Line:
 
 
 def _choice(
-    tokens: list[Any], line: Line, whom: list[int], people: frozenset[str], *, right: bool
-) -> list[Any]:
-    """A choice without the shortcut, as it was where the rule does not reach it."""
+    tokens: list[Token], line: Line, whom: list[int], people: frozenset[str], *, right: bool
+) -> list[Token]:
+    """A choice without the shortcut, unchanged if the rule does not apply."""
     plural = len(whom) > 1
-    said = {token.lower() for token in tokens if isinstance(token, str)} & NAMED[plural]
+    pronouns = {token.lower() for token in tokens if isinstance(token, str)} & PRONOUNS[plural]
     named = {
         place
         for token in tokens
@@ -78,38 +86,40 @@ def _choice(
         for place in token
         if line["objects"][place] in people
     }
-    mine = asked_about(tokens, line, people, plural)
-    if not (mine or said) or (not plural and len(named) + len(said) != 1):
+    mention = asked_about(tokens, line, people, plural)
+    if not (mention or pronouns) or (not plural and len(named) + len(pronouns) != 1):
         return tokens
     pronoun = "they" if plural else _pronoun(tokens, line["question"])
-    out: list[Any] = []
+    out: list[Token] = []
     for i, token in enumerate(tokens):
-        is_mine = isinstance(token, list) and sorted(token) == mine
+        is_mention = isinstance(token, list) and sorted(token) == mention
         if right:
-            out.append((pronoun if i else pronoun.capitalize()) if is_mine else token)
+            out.append((pronoun if i else pronoun.capitalize()) if is_mention else token)
         else:
-            out.append(whom if is_mine or (isinstance(token, str) and token.lower() in said) else token)
+            out.append(
+                whom if is_mention or (isinstance(token, str) and token.lower() in pronouns) else token
+            )
     return out
 
 
-def _pronoun(*texts: Sequence[Any]) -> str:
-    """Whether it is he or she: whichever the first text with more of one than of the other uses; else he."""
+def _pronoun(*texts: Sequence[Token]) -> str:
+    """The pronoun of the first text that uses one of "he" and "she" more often; otherwise "he"."""
     for tokens in texts:
-        counts = Counter(COUNTED.get(token.lower()) for token in tokens if isinstance(token, str))
+        counts = Counter(GENDER.get(token.lower()) for token in tokens if isinstance(token, str))
         if counts["he"] != counts["she"]:
             return "he" if counts["he"] > counts["she"] else "she"
     return "he"
 
 
 # ----------------------------------------------------------------------------------------------------
-# Words that question or picture and a choice share
+# Words shared by question or image and a choice
 
 
 def lemma(word: str) -> str:
-    """A word without its ending: plural and third person s, ing, ed, a doubled consonant before those, a last e.
+    """Remove a word's ending: plural and third-person s, ing, ed, a doubled consonant before those, a final e.
 
-    What is left need be no word: it is compared, not shown. No dictionary, so went is not go; pass a lemmatiser that
-    knows better where this one is an argument.
+    The result is compared, not shown, and need not be a word. There is no dictionary, so "went" does not become "go";
+    pass a better lemmatizer where a function takes one.
     """
     word = word.lower()
     if len(word) > 4 and word.endswith("ies"):
@@ -126,51 +136,57 @@ def lemma(word: str) -> str:
     return word.removesuffix("e") if len(word) > 3 else word
 
 
-def words_of(tokens: Sequence[Any], lemmatise: Callable[[str], str] = lemma) -> list[str]:
-    """Lemmas of the words, and `[2]` for each object named; punctuation is left out."""
+def words_of(tokens: Sequence[Token], lemmatize: Callable[[str], str] = lemma) -> list[str]:
+    """Return the lemmas of the words, and `[2]` for each mentioned object; punctuation is left out."""
     out: list[str] = []
     for token in tokens:
         if isinstance(token, list):
             out += [f"[{place}]" for place in token]
         elif re.search(r"\w", token):
-            out.append(lemmatise(token))
+            out.append(lemmatize(token))
     return out
 
 
-def overlap_table(lines: Sequence[Line], lemmatise: Callable[[str], str] = lemma) -> dict[str, float]:
-    """CLIP-TD's table 9: how many of a choice's different words are in the question, or name an object of the picture.
+def overlap_table(lines: Sequence[Line], lemmatize: Callable[[str], str] = lemma) -> dict[str, float]:
+    """Compute CLIP-TD's table 9: how many distinct words of a choice occur in the question or name an object.
 
-    `incorrect` is the mean of the three; `more` the share of rows where that side has more than the other one.
+    Args:
+        lines: Lines of VCR.
+        lemmatize: Maps a word to its lemma.
+
+    Returns:
+        Under `question_...` and `image_...`: `correct` is the mean number of shared words of right choices, `incorrect`
+        that of the three wrong choices, `..._more` the share of rows in which that side shares more than the other.
     """
     shared: dict[str, list[tuple[float, float]]] = {"question": [], "image": []}
     for line in lines:
-        choices = [set(words_of(choice, lemmatise)) for choice in line["answer_choices"]]
+        choices = [set(words_of(choice, lemmatize)) for choice in line["answer_choices"]]
         places = {
-            "question": set(words_of(line["question"], lemmatise)),
-            "image": set(_labels(line, lemmatise)),
+            "question": set(words_of(line["question"], lemmatize)),
+            "image": set(_labels(line, lemmatize)),
         }
         for where, words in places.items():
             counts = [len(words & choice) for choice in choices]
             right = counts.pop(line["answer_label"])
             shared[where].append((right, sum(counts) / len(counts)))
-    found: dict[str, float] = {}
+    table: dict[str, float] = {}
     for where, pairs in shared.items():
         of_right, of_wrong = np.array(pairs, np.float64).reshape(-1, 2).T
-        found |= {
+        table |= {
             f"{where}_correct": float(of_right.mean()),
             f"{where}_incorrect": float(of_wrong.mean()),
             f"{where}_correct_more": float((of_right > of_wrong).mean()),
             f"{where}_incorrect_more": float((of_wrong > of_right).mean()),
         }
-    return found
+    return table
 
 
-def _labels(line: Line, lemmatise: Callable[[str], str]) -> list[str]:
-    return [lemmatise(word) for name in line["objects"] for word in re.findall(r"\w+", name)]
+def _labels(line: Line, lemmatize: Callable[[str], str]) -> list[str]:
+    return [lemmatize(word) for name in line["objects"] for word in re.findall(r"\w+", name)]
 
 
 class Explicit(NamedTuple):
-    """What explicit mitigation made: the lines, and how many times each n-gram was replaced."""
+    """The result of explicit mitigation: the lines, and how often each n-gram was replaced."""
 
     lines: list[Line]
     replaced: dict[str, int]
@@ -183,31 +199,39 @@ def explicit_mitigated(
     n: int = 3,
     min_count: int = 5,
     seed: int = 0,
-    lemmatise: Callable[[str], str] = lemma,
+    lemmatize: Callable[[str], str] = lemma,
 ) -> Explicit:
-    """Right choices without the frequent n-grams that they share with question or picture.
+    """Replace frequent n-grams that right choices share with the question or the image.
 
-    An n-gram of the word list that `min_count` right choices or more share gives way to one of its synonyms or
-    hypernyms, longest first, drawn by the row's annot_id; never to words that the question has too.
+    An n-gram of the word list that at least `min_count` right choices share is replaced by one of its synonyms or
+    hypernyms, longest n-grams first, but never by words of the question.
+
+    Args:
+        lines: Lines of VCR.
+        synonyms: n-gram -> its synonyms and hypernyms.
+        n: Largest length of an n-gram.
+        min_count: Number of right choices that share a frequent n-gram.
+        seed: With a row's annot_id it determines the draws.
+        lemmatize: Maps a word to its lemma.
     """
     table = {
-        tuple(lemmatise(word) for word in key.split()): (key, list(values))
+        tuple(lemmatize(word) for word in key.split()): (key, list(values))
         for key, values in synonyms.items()
     }
-    table = {key: found for key, found in table.items() if len(key) <= n}
-    shared = [_shared_grams(line, table, n, lemmatise) for line in lines]
+    table = {key: entry for key, entry in table.items() if len(key) <= n}
+    shared = [_shared_grams(line, table, n, lemmatize) for line in lines]
     counts = Counter(gram for grams in shared for gram in grams)
     out, replaced = [], Counter[str]()
     for line, grams in zip(lines, shared, strict=True):
         rng = random.Random(f"{seed} {line['annot_id']}")
         choice = line["answer_choices"][line["answer_label"]]
-        taken = {*words_of(line["question"], lemmatise), *_labels(line, lemmatise)}
+        excluded = {*words_of(line["question"], lemmatize), *_labels(line, lemmatize)}
         for gram in sorted(grams, key=lambda gram: (-len(gram), gram)):
             key, values = table[gram]
-            fits = [value for value in values if not taken & {lemmatise(word) for word in value.split()}]
+            fits = [value for value in values if not excluded & {lemmatize(word) for word in value.split()}]
             if counts[gram] < min_count or not fits:
                 continue
-            changed = _replaced(choice, gram, key, rng.choice(fits), lemmatise)
+            changed = _replaced(choice, gram, key, rng.choice(fits), lemmatize)
             replaced[key] += changed != choice
             choice = changed
         choices = list(line["answer_choices"])
@@ -217,17 +241,17 @@ def explicit_mitigated(
 
 
 def _shared_grams(
-    line: Line, table: Mapping[tuple[str, ...], Any], n: int, lemmatise: Callable[[str], str]
+    line: Line, table: Mapping[tuple[str, ...], Any], n: int, lemmatize: Callable[[str], str]
 ) -> set[tuple[str, ...]]:
-    """N-grams of the word list that the right choice has, and the question or the picture's labels too."""
+    """N-grams of the word list in both the right choice and the question or the image's object names."""
     right = line["answer_choices"][line["answer_label"]]
-    given = _grams(words_of(line["question"], lemmatise), n)
-    given |= {
+    context = _grams(words_of(line["question"], lemmatize), n)
+    context |= {
         gram
         for name in line["objects"]
-        for gram in _grams([lemmatise(w) for w in re.findall(r"\w+", name)], n)
+        for gram in _grams([lemmatize(w) for w in re.findall(r"\w+", name)], n)
     }
-    return _grams(words_of(right, lemmatise), n) & given & table.keys()
+    return _grams(words_of(right, lemmatize), n) & context & table.keys()
 
 
 def _grams(words: Sequence[str], n: int) -> set[tuple[str, ...]]:
@@ -235,14 +259,14 @@ def _grams(words: Sequence[str], n: int) -> set[tuple[str, ...]]:
 
 
 def _replaced(
-    choice: Sequence[Any], gram: tuple[str, ...], key: str, value: str, lemmatise: Callable[[str], str]
-) -> list[Any]:
-    """The tokens with `value` for each occurrence of the n-gram; its last word takes the ending of what was there."""
-    out: list[Any] = []
+    choice: Sequence[Token], gram: tuple[str, ...], key: str, value: str, lemmatize: Callable[[str], str]
+) -> list[Token]:
+    """The tokens with `value` for each occurrence of the n-gram, inflected like the last word that it replaces."""
+    out: list[Token] = []
     i = 0
     while i < len(choice):
-        words = choice[i : i + len(gram)]
-        if all(isinstance(word, str) for word in words) and tuple(map(lemmatise, words)) == gram:
+        words = [token for token in choice[i : i + len(gram)] if isinstance(token, str)]
+        if tuple(map(lemmatize, words)) == gram:
             new = value.split()
             new[-1] = inflected(new[-1], words[-1].lower(), key.split()[-1])
             new[0] = new[0].capitalize() if words[0][0].isupper() else new[0]
@@ -257,7 +281,7 @@ def _replaced(
 
 
 def inflected(word: str, like: str, base: str) -> str:
-    """The word with the ending that `like` has and `base` has not: walking is to walk as strolling to stroll."""
+    """Return the word with the ending that `like` has in addition to `base`: "strolling" for "walking" and "walk"."""
     for ending in ("ing", "ed"):
         if like.endswith(ending) and not base.endswith(ending):
             return word.removesuffix("e") + ending
@@ -267,28 +291,34 @@ def inflected(word: str, like: str, base: str) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------
-# What a text-only model can answer
+# Answers of a text-only model
 
 
 def implicit_parts(
     lines: Iterable[Line], scores: Mapping[str, Sequence[float]], *, sure: float = 0.9
 ) -> dict[str, list[Line]]:
-    """`language_biased`: right and surer than `sure`; `image_biased`: wrong, a tie too; `unsure`: right, but not sure.
+    """Split lines by the answers of a text-only model.
 
-    `scores` has four logits for each annot_id, or four chances that add up to one.
+    Args:
+        lines: Lines of VCR.
+        scores: annot_id -> four logits, or four probabilities that sum to 1.
+        sure: Probability above which a right answer is confident.
+
+    Returns:
+        `language_biased`: right and confident; `image_biased`: wrong or a tie; `unsure`: right but not confident.
     """
     parts: dict[str, list[Line]] = {"language_biased": [], "image_biased": [], "unsure": []}
     for line in lines:
-        chances = _chances(np.asarray(scores[line["annot_id"]], np.float64))
+        probabilities = _probabilities(np.asarray(scores[line["annot_id"]], np.float64))
         label = line["answer_label"]
-        right = bool((np.delete(chances, label) < chances[label]).all())
-        name = "image_biased" if not right else "language_biased" if chances[label] > sure else "unsure"
+        right = bool((np.delete(probabilities, label) < probabilities[label]).all())
+        name = "image_biased" if not right else "language_biased" if probabilities[label] > sure else "unsure"
         parts[name].append(line)
     return parts
 
 
-def _chances(scores: np.ndarray) -> np.ndarray:
+def _probabilities(scores: np.ndarray) -> np.ndarray:
+    """The softmax of logits; probabilities as they are."""
     if (scores >= 0).all() and abs(scores.sum() - 1) < 1e-3:
         return scores
-    powers = np.exp(scores - scores.max())
-    return powers / powers.sum()
+    return softmax(scores[None])[0]

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from evaluation.models.answerer import rows_to_measure
+from evaluation.data.splits import rows_to_measure
 from evaluation.studies.modality_importance import (
     as_numbers,
     change,

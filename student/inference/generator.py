@@ -6,11 +6,15 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from evaluation.models.generator import Generator
-from student.contract import Capability, require
-from student.inference.load import load_run
-from student.models.run_file import read_run
-from student.models.seq2seq.texts import NUM_MASKS, answer_prompt, caption_prompt
+from evaluation.models.generator import (
+    ANSWERING,
+    CAPTIONING,
+    MAX_NEW_TOKENS,
+    Generator,
+    answer_prompt,
+    caption_prompt,
+)
+from student.models.seq2seq.loading import facts_path, load_seq2seq
 from teachercache.core.errors import UserError
 from teachercache.data.pictures import decode_image
 from teachercache.data.sample import BadSample
@@ -18,8 +22,6 @@ from teachercache.teachers.registry import find_stored, load_stored, outputs_for
 from teachercache.teachers.teacher import Teacher
 
 ROWS = 32  # at a time
-CAPTION_BEAMS, ANSWER_BEAMS = 6, 1  # VLKD, table 11
-MOST_TOKENS = 24
 
 
 def load_generator(folder: Path, *, device: str = "cpu") -> Generator:
@@ -38,8 +40,8 @@ def load_generator(folder: Path, *, device: str = "cpu") -> Generator:
     def generate(
         pictures: Sequence[Image.Image],
         prompts: Sequence[str],
-        num_beams: int = CAPTION_BEAMS,
-        max_length: int = MOST_TOKENS,
+        num_beams: int = CAPTIONING.beams,
+        max_length: int = MAX_NEW_TOKENS,
     ) -> list[str]:
         if len(pictures) != len(prompts):
             raise ValueError(f"{len(pictures)} pictures and {len(prompts)} prompts")
@@ -87,8 +89,10 @@ def describe_pictures(
             pictures.append(decode_image(file.read_bytes()))
         except (OSError, BadSample) as error:
             raise UserError(f"--image {file} cannot be read as a picture: {error}") from error
-    masks = masks or NUM_MASKS["vqa" if question else "caption"]
+    decoding = ANSWERING if question else CAPTIONING
+    masks = masks or decoding.masks
     prompt = answer_prompt(question, masks) if question else caption_prompt(masks)
-    beams = beams or (ANSWER_BEAMS if question else CAPTION_BEAMS)
-    generator = load_generator(folder, device=device)
-    return generator.generate(pictures, [prompt] * len(pictures), beams, MOST_TOKENS)
+    beams = beams or decoding.beams
+    return load_generator(folder, device=device).generate(
+        pictures, [prompt] * len(pictures), beams, MAX_NEW_TOKENS
+    )

@@ -7,13 +7,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from evaluation.metrics.vqa_answers import normalise_answer
+from evaluation.metrics.vqa_answers import normalize_answer
+from evaluation.models.anchors import three_means
 from student.inputs.caches import Source
 from student.inputs.questions import QUESTION_TASKS, Question, Task
 from student.rows import TeacherLogits
 from student.streams import stream
 from teachercache.core.errors import UserError
 from teachercache.data.manifest import Manifest
+from teachercache.search.vectors import unit
 
 MOST = 20_000  # rows that the anchors are found in
 ScoreAnswers = Callable[
@@ -33,12 +35,12 @@ class ClipScorer:
         self.anchors, self.answers = np.empty(0), np.empty(0)
         if self.scoring == "anchors":
             some = np.sort(stream("anchor_rows", 0).permutation(rows)[:MOST])
-            self.anchors = three_means(self.cosines(some, np.zeros((len(some), 1), int))[:, 0])
+            self.anchors = find_anchors(self.cosines(some, np.zeros((len(some), 1), int))[:, 0])
         elif self.scoring == "answers":
             labels = manifest.column("label")
             first: dict[str, int] = {}  # answer -> the first row that has it
             for row in rows.tolist():
-                first.setdefault(normalise_answer(labels[row]), row)
+                first.setdefault(normalize_answer(labels[row]), row)
             at = source.at[np.array([first[answer] for answer in task.answers])]
             self.answers = unit(source.fields[fields.text][at, 1])  # a row's answer is its second text
 
@@ -46,7 +48,9 @@ class ClipScorer:
         """Return cosines of each row's picture and its texts at `places` [n, c]."""
         at = self.source.at[rows]
         image = unit(self.source.fields[self.fields.image][at])
-        return np.einsum("id,icd->ic", image, unit(self.source.fields[self.fields.text][at[:, None], places]))
+        texts = self.source.fields[self.fields.text][at[:, None], places]
+        texts = unit(texts.reshape(-1, texts.shape[-1])).reshape(texts.shape)
+        return np.einsum("id,icd->ic", image, texts)
 
     def logits(self, rows: np.ndarray, questions: Sequence[Question]) -> Float[Tensor, "n classes"]:
         """Return CLIP's logits of each row's answers, float32."""
@@ -60,26 +64,19 @@ class ClipScorer:
         return torch.from_numpy((self.scale * scores).astype(np.float32))
 
 
-def unit(rows: Float[np.ndarray, "... d"]) -> Float[np.ndarray, "... d"]:
-    """Return rows of length 1, float32."""
-    rows = np.asarray(rows, np.float32)
-    return rows / np.maximum(np.linalg.norm(rows, axis=-1, keepdims=True), 1e-12)
+def find_anchors(cosines: Float[np.ndarray, " n"]) -> Float[np.ndarray, " 3"]:
+    """Return SNLI-VE's anchors, lowest first: contradiction, neutral, entailment (CLIP-TD, section 4.2.1).
 
-
-def three_means(values: Float[np.ndarray, " n"]) -> Float[np.ndarray, " 3"]:
-    """Return the centers of k-means with k = 3, lowest first: contradiction, neutral, entailment (section 4.2.1)."""
-    if len(np.unique(values)) < 3:
+    Raises:
+        UserError: If there are fewer than three distinct cosines.
+    """
+    anchors = three_means(cosines)
+    if anchors is None:
         raise UserError(
-            f"{len(values)} rows of SNLI-VE are too few or too alike for three anchors: take more, or add "
+            f"{len(cosines)} rows of SNLI-VE are too few or too alike for three anchors: take more, or add "
             "--set confidence=false"
         )
-    try:
-        from sklearn.cluster import KMeans
-    except ImportError as error:
-        raise UserError(
-            "the anchors of SNLI-VE need scikit-learn: pip install 'teachercache[eval]'"
-        ) from error
-    return np.sort(KMeans(3, n_init=10, random_state=0).fit(values[:, None]).cluster_centers_[:, 0])
+    return anchors
 
 
 def clip_scorer(

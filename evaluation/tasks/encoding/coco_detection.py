@@ -1,14 +1,12 @@
-"""COCO detection and instance segmentation with a frozen ResNet tower (CLIP-KD, tables 6 and 7; F-VLM's protocol).
+"""COCO detection and instance segmentation with a frozen ResNet (CLIP-KD, tables 6 and 7; F-VLM's protocol).
 
-How the detector is made and trained is in `evaluation/detector.py`. The task keeps no detector: it measures a tower.
+The task measures the image tower; `probes/mask_rcnn.py` builds and trains the detector, which is not kept.
 """
-
-from typing import Any
 
 import torch
 
 from evaluation.data.coco_instances import (
-    Pictures,
+    ObjectImages,
     average_precisions,
     images_with_objects,
     read_instances,
@@ -16,13 +14,23 @@ from evaluation.data.coco_instances import (
 )
 from evaluation.models.encoder import Encoder
 from evaluation.probes.mask_rcnn import ONE_X, Options, build_detector, detect, train
+from evaluation.tasks.task import Metrics
 from teachercache.core.errors import UserError
 from teachercache.core.progress import say
 from teachercache.data.manifest import Manifest
 
 
-def evaluate(encoder: Encoder, manifest: Manifest, options: Options | None = None) -> dict[str, Any]:
-    """bbox_AP, segm_AP and their parts on val, after training on train; the data's size sets how many steps."""
+def evaluate(encoder: Encoder, manifest: Manifest, options: Options | None = None) -> Metrics:
+    """Train a detector on train, and compute bbox_AP, segm_AP and their variants on val.
+
+    Args:
+        encoder: A model with a ResNet image tower.
+        manifest: COCO's folder.
+        options: The training schedule; None for MMDetection's 1x.
+
+    Raises:
+        UserError: If the tower is no ResNet, or the data are incomplete.
+    """
     options = options or ONE_X
     learn, truth = read_instances(manifest.root, "train"), read_instances(manifest.root, "val")
     if learn.categories != truth.categories:
@@ -34,28 +42,28 @@ def evaluate(encoder: Encoder, manifest: Manifest, options: Options | None = Non
         raise UserError(
             f"{learn.folder} of {manifest.data} has no picture with objects: pass a folder that has some"
         )
-    pictures = Pictures(manifest, learn, images, targets=True)
+    training_set = ObjectImages(manifest, learn, images, targets=True)
     say(
-        f"training a Mask R-CNN on {len(images):,} pictures, {options.epochs} epochs; {encoder.name} stays as it is"
+        f"training a Mask R-CNN on {len(images):,} images, {options.epochs} epochs; {encoder.name} stays frozen"
     )
     with torch.random.fork_rng(devices=[encoder.device] if encoder.device.startswith("cuda") else []):
         torch.manual_seed(options.seed)
         detector = build_detector(encoder, len(learn.categories), options)
-        steps = train(detector, pictures, options, encoder.device)
-    results, seen = [], []
-    for image, found in detect(
-        detector, Pictures(manifest, truth, truth.images, targets=False), encoder.device
-    ):
-        seen.append(image)
-        results += results_of(image, found, truth.categories)
-    if not seen:
+        num_steps = train(detector, training_set, options, encoder.device)
+    results, measured = [], []
+    test_set = ObjectImages(manifest, truth, truth.images, targets=False)
+    for image, detections in detect(detector, test_set, encoder.device):
+        measured.append(image)
+        results += results_of(image, detections, truth.categories)
+    if not measured:
         raise UserError(
             f"no picture of {manifest.data}/{truth.folder} can be read: check that they are COCO's own"
         )
-    return average_precisions(truth, results, seen) | {
-        "num_images": len(seen),
+    return {
+        **average_precisions(truth, results, measured),
+        "num_images": len(measured),
         "num_train": len(images),
-        "num_steps": steps,
+        "num_steps": num_steps,
         "num_detections": len(results),
-        "num_skipped": len(truth.images) - len(seen),
+        "num_skipped": len(truth.images) - len(measured),
     }

@@ -1,27 +1,36 @@
-"""Image-text retrieval: R@1/5/10 both ways. Any of an image's texts counts (Karpathy's protocol)."""
+"""Image-text retrieval: R@1, R@5 and R@10 in both directions. Any text of an image counts (Karpathy's protocol)."""
 
 import statistics
-from typing import Any
+from collections.abc import Callable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from evaluation.metrics.ranking import recall_at, strict_ranks
 from evaluation.models.encoder import Encoder, embed_images, embed_texts
+from evaluation.tasks.task import Metrics
 from teachercache.core.errors import UserError
 from teachercache.data.manifest import Manifest
 
-CHUNK = 1024  # queries scored at once
+CHUNK = 1024  # queries scored at a time
 
 
 def evaluate(
     encoder: Encoder, manifest: Manifest, split: str = "test", *, captions: int | None = None, fold: int = 0
-) -> dict[str, Any]:
-    """Recalls over a split; keys as clip-benchmark writes them, ties and counts beside them.
+) -> Metrics:
+    """Compute recalls over a split, with clip-benchmark's keys, and rates of ties.
 
-    `captions`: of each picture the first so many alone. `fold`: also the mean over that many pictures at a time, in the
-    data's order, keys behind `<fold>/`; what is left over is in no fold.
+    Args:
+        encoder: The model.
+        manifest: Images with texts; empty texts and rows without texts are left out.
+        split: The split to measure.
+        captions: Use only the first so many captions of each image.
+        fold: Also average the recalls over folds of that many images in the data's order, with keys `<fold>/...`.
+            Images after the last full fold are in none.
+
+    Raises:
+        UserError: If the split has no rows with texts, or no image can be read.
     """
     rows = manifest.rows_of_split(split).tolist()
     texts = [[text for text in group if text.strip()][:captions] for group in manifest.column("texts")]
@@ -32,49 +41,66 @@ def evaluate(
     pairs = [(i, text) for i, row in enumerate(kept) for text in texts[row]]
     owner = torch.tensor([i for i, _ in pairs])
     sentences = embed_texts(encoder, [text for _, text in pairs])
-    metrics = recalls(images, sentences, owner)
-    folds = []
-    for start in range(0, len(images) - fold + 1 if fold else 0, max(1, fold)):
-        inside = (owner >= start) & (owner < start + fold)
-        folds.append(recalls(images[start : start + fold], sentences[inside], owner[inside] - start))
-    means = {f"{fold}/{key}": _mean([each[key] for each in folds]) for key in metrics} if folds else {}
-    counts = {"num_images": len(images), "num_texts": len(sentences), "num_skipped": len(skipped)}
-    return metrics | means | ({"num_folds": len(folds)} if fold else {}) | counts
+    whole = recalls(images, sentences, owner)
+    metrics: Metrics = {**whole}
+    if fold:
+        folds = []
+        for start in range(0, len(images) - fold + 1, fold):
+            inside = (owner >= start) & (owner < start + fold)
+            folds.append(recalls(images[start : start + fold], sentences[inside], owner[inside] - start))
+        if folds:
+            metrics |= {f"{fold}/{key}": _mean([values[key] for values in folds]) for key in whole}
+        metrics["num_folds"] = len(folds)
+    return metrics | {
+        "num_images": len(images),
+        "num_texts": len(sentences),
+        "num_skipped": len(skipped),
+    }
 
 
 def recalls(
     images: Float[Tensor, "images dim"], sentences: Float[Tensor, "texts dim"], owner: Int[Tensor, " texts"]
 ) -> dict[str, float | None]:
-    """R@1/5/10 both ways and tie rates; `owner` is each text's picture.
+    """Compute R@1, R@5, R@10 in both directions and the rates of ties.
 
-    R@K is None where there are fewer than K wrong answers: every model would score 1.
+    Args:
+        images: Unit embeddings.
+        sentences: Unit embeddings.
+        owner: The image of each text.
+
+    Returns:
+        The metrics. R@K is None if there are fewer than K wrong answers, because every model would score 1.
     """
-
-    def both(queries, items, positive_of):
-        ranks, ties = [], []
-        for start in range(0, len(queries), CHUNK):
-            part = slice(start, start + CHUNK)
-            found = strict_ranks(queries[part] @ items.T, positive_of(part))
-            ranks.append(found[0])
-            ties.append(found[1])
-        return torch.cat(ranks), torch.cat(ties)
-
     image_ids = torch.arange(len(images))
-    i2t, i2t_ties = both(images, sentences, lambda part: image_ids[part, None] == owner[None])
-    t2i, t2i_ties = both(sentences, images, lambda part: owner[part, None] == image_ids[None])
+    i2t, i2t_ties = _ranks(images, sentences, lambda chunk: image_ids[chunk, None] == owner[None])
+    t2i, t2i_ties = _ranks(sentences, images, lambda chunk: owner[chunk, None] == image_ids[None])
     wrong_images, wrong_texts = len(images) - 1, len(sentences) - int(owner.bincount().max())
-    metrics = {
-        f"image_retrieval_recall@{k}": recall_at(t2i, k) if k <= wrong_images else None for k in (1, 5, 10)
-    }
-    metrics |= {
-        f"text_retrieval_recall@{k}": recall_at(i2t, k) if k <= wrong_texts else None for k in (1, 5, 10)
-    }
+    metrics: dict[str, float | None] = {}
+    for k in (1, 5, 10):
+        metrics[f"image_retrieval_recall@{k}"] = recall_at(t2i, k) if k <= wrong_images else None
+    for k in (1, 5, 10):
+        metrics[f"text_retrieval_recall@{k}"] = recall_at(i2t, k) if k <= wrong_texts else None
     return metrics | {
         "image_retrieval_tie_rate": float(t2i_ties.double().mean()),
         "text_retrieval_tie_rate": float(i2t_ties.double().mean()),
     }
 
 
+def _ranks(
+    queries: Float[Tensor, "queries dim"],
+    items: Float[Tensor, "items dim"],
+    positive: Callable[[slice], Bool[Tensor, "chunk items"]],
+) -> tuple[Int[Tensor, " queries"], Bool[Tensor, " queries"]]:
+    """Strict ranks and ties of all queries; `positive` returns which items are right for a slice of queries."""
+    ranks, ties = [], []
+    for start in range(0, len(queries), CHUNK):
+        chunk = slice(start, start + CHUNK)
+        chunk_ranks, chunk_ties = strict_ranks(queries[chunk] @ items.T, positive(chunk))
+        ranks.append(chunk_ranks)
+        ties.append(chunk_ties)
+    return torch.cat(ranks), torch.cat(ties)
+
+
 def _mean(values: list[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return statistics.mean(known) if len(known) == len(values) else None
+    numbers = [value for value in values if value is not None]
+    return statistics.mean(numbers) if len(numbers) == len(values) else None

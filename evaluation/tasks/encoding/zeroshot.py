@@ -1,7 +1,6 @@
-"""Zero-shot classification: the folder (or label column) is the class, templates are ensembled (CLIP, section 3.1)."""
+"""Zero-shot classification: each folder (or label) is a class, with an ensemble of prompts (CLIP, section 3.1)."""
 
 from collections.abc import Callable, Container, Mapping, Sequence
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -10,22 +9,27 @@ from torch.nn.functional import normalize
 
 from evaluation.metrics.ranking import accuracies
 from evaluation.models.encoder import Encoder, embed_images, embed_texts
+from evaluation.tasks.task import Metrics
 from teachercache.core.errors import UserError
 from teachercache.data.manifest import Manifest
 
-Fill = Callable[[str, str], str]  # template and name to a prompt
+Fill = Callable[[str, str], str]  # (template, class name) -> prompt
 TEMPLATES = ("a picture of {}.", "a photo of {}.", "a drawing of {}.", "{}.")
 
 
-def evaluate(encoder: Encoder, manifest: Manifest, split: str = "test") -> dict[str, Any]:
-    """acc1, acc5 and mean_per_class_recall over a split; keys as clip-benchmark writes them."""
+def evaluate(encoder: Encoder, manifest: Manifest, split: str = "test") -> Metrics:
+    """Compute acc1, acc5 and mean_per_class_recall over a split, with clip-benchmark's keys.
+
+    Raises:
+        UserError: If the split has no rows or no labels.
+    """
     labels = manifest.column("label")
-    chosen = manifest.rows_of_split(split).tolist()
-    if not chosen:
+    split_rows = manifest.rows_of_split(split).tolist()
+    if not split_rows:
         raise UserError(
             f"{manifest.data} has no {split} rows: give it a folder `{split}`, or pass other --data"
         )
-    rows = [row for row in chosen if labels[row]]
+    rows = [row for row in split_rows if labels[row]]
     if not rows:
         raise UserError(f"{manifest.data} has no labels: zero-shot classification needs a folder per class")
     names = class_names(manifest)
@@ -38,15 +42,14 @@ def classify(
     rows: Sequence[int],
     names: Mapping[str, str],
     templates: Sequence[str],
-    fill: Fill = str.format,
-) -> dict[str, Any]:
-    """Metrics of labelled rows; the labels of `names` compete, in that order."""
-    scores, target, skipped = class_scores(encoder, manifest, rows, names, templates, fill)
+) -> Metrics:
+    """Compute the metrics of labeled rows; see `class_scores` for the arguments."""
+    scores, target, num_skipped = class_scores(encoder, manifest, rows, names, templates)
     return {
         **accuracies(scores, target),
         "num_images": len(scores),
         "num_classes": len(names),
-        "num_skipped": skipped,
+        "num_skipped": num_skipped,
     }
 
 
@@ -58,31 +61,47 @@ def class_scores(
     templates: Sequence[str],
     fill: Fill = str.format,
 ) -> tuple[Float[Tensor, "n classes"], Int[Tensor, " n"], int]:
-    """Cosines of the rows that can be read to each class, their classes, and how many rows cannot be read."""
-    labels, column = manifest.column("label"), {label: i for i, label in enumerate(names)}
+    """Compute the cosines of images and classes.
+
+    Args:
+        encoder: The model.
+        manifest: The data.
+        rows: Rows with a label in `names`.
+        names: The classes in the order of the columns: label -> name.
+        templates: Prompts with a place for the name.
+        fill: Puts a name into a template.
+
+    Returns:
+        Cosines of the readable rows and the classes, the columns of their labels, and the number of unreadable rows.
+    """
+    labels, column_of = manifest.column("label"), {label: i for i, label in enumerate(names)}
     images, kept, skipped = embed_images(encoder, manifest, list(rows))
     weights = classifier(encoder, list(names.values()), templates, fill)
-    return images @ weights.T, torch.tensor([column[labels[row]] for row in kept]), len(skipped)
+    return images @ weights.T, torch.tensor([column_of[labels[row]] for row in kept]), len(skipped)
 
 
 def classifier(
     encoder: Encoder, names: Sequence[str], templates: Sequence[str], fill: Fill = str.format
 ) -> Float[Tensor, "classes dim"]:
-    """One unit vector per class: the mean over templates of unit text embeddings, normalised again."""
+    """Return one unit vector per class: the normalized mean of the unit embeddings of its prompts."""
     texts = [fill(template, name) for name in names for template in templates]
     embeddings = embed_texts(encoder, texts).reshape(len(names), len(templates), -1)
     return normalize(embeddings.mean(1), dim=1)
 
 
 def class_names(manifest: Manifest) -> dict[str, str]:
-    """Label to words: lines `label<TAB>name` of classnames.txt beside the data, else the label itself."""
+    """Return a name for each label: from classnames.txt if the label is there, otherwise from the label itself."""
     labels = sorted(set(manifest.column("label")) - {""})
     names = {label: label.split("/")[-1].replace("_", " ") for label in labels}
-    return names | given_names(manifest, names)
+    return names | names_beside_data(manifest, names)
 
 
-def given_names(manifest: Manifest, labels: Container[str]) -> dict[str, str]:
-    """What lines `label<TAB>name` of classnames.txt beside the data say; nothing where there is no such file."""
+def names_beside_data(manifest: Manifest, labels: Container[str]) -> dict[str, str]:
+    """Read the lines `label<TAB>name` of classnames.txt beside the data; return {} if there is no such file.
+
+    Raises:
+        UserError: If a line is malformed or its label is not one of `labels`.
+    """
     names: dict[str, str] = {}
     path = manifest.root / "classnames.txt"
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():

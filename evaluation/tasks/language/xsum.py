@@ -1,8 +1,8 @@
-"""XSUM: a summary of one sentence, by fine-tuning (VLKD, table 6; settings of Lewis et al. 2020). Not for pictures.
+"""XSUM: one-sentence summaries by fine-tuning (VLKD, table 6; hyperparameters of Lewis et al. 2020), measured by ROUGE.
 
-`--data` is a folder of one of three forms: `train.source`, `train.target` and the same of test, a line a text, as BART
-has it; XSum's own `bbc-summary-data/<id>.summary` with XSum-TRAINING-DEV-TEST-SPLIT-90-5-5.json; or train.jsonl and
-test.jsonl with `document` and `summary`.
+`--data` is a folder in one of three forms: `train.source`, `train.target` and the same for test, with a text per line,
+as BART's code reads it; XSum's own `bbc-summary-data/<id>.summary` with XSum-TRAINING-DEV-TEST-SPLIT-90-5-5.json; or
+train.jsonl and test.jsonl with `document` and `summary`.
 """
 
 import dataclasses
@@ -10,36 +10,49 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from evaluation.probes.finetune_text import Options, Row, batches, encode_texts, fine_tune, load_text_model
-from teachercache.core.device import pick_device
+from evaluation.tasks.task import Metrics
 from teachercache.core.errors import UserError
 from teachercache.core.progress import say, ticker
 from teachercache.data.readers.questions import json_lines
 
+if TYPE_CHECKING:
+    from rouge_score.rouge_scorer import RougeScorer
+
 SPLIT_FILE = "XSum-TRAINING-DEV-TEST-SPLIT-90-5-5.json"
 BART = Options(epochs=5, batch=64, lr=3e-5, weight_decay=0.01, clip=0.1, label_smoothing=0.1, longest=1024)
 BEAMS, SHORTEST, LONGEST, NO_REPEAT = 6, 10, 60, 3
-ROUGE = ("rouge1", "rouge2", "rougeL")
+ROUGE = {"rouge1": "ROUGE_1", "rouge2": "ROUGE_2", "rougeL": "ROUGE_L"}  # rouge-score's key -> ours
 
 
-def evaluate(folder: str, data: str, options: Options = BART) -> dict[str, Any]:
-    """F-measures of ROUGE-1, -2 and -L with stems on the test split, after fine-tuning on the training split."""
+def evaluate(folder: str, data: str, options: Options = BART) -> Metrics:
+    """Fine-tune on the training split, and compute F-measures of ROUGE-1, -2 and -L with stems on the test split.
+
+    Args:
+        folder: A transformers folder.
+        data: The data's folder.
+        options: The hyperparameters.
+
+    Raises:
+        UserError: If the data, the model or rouge-score is missing.
+    """
     rouge = _rouge()
     train, test = read_split(data, "train"), read_split(data, "test")
     say(f"fine-tuning {folder} on {len(train):,} documents, {options.epochs} epochs")
-    said = summaries(folder, train, test, options)
-    scores = [rouge.score(truth, text) for (_, truth), text in zip(test, said, strict=True)]
-    names = {"rouge1": "ROUGE_1", "rouge2": "ROUGE_2", "rougeL": "ROUGE_L"}
-    found = {names[key]: sum(score[key].fmeasure for score in scores) / len(scores) for key in ROUGE}
-    counts = {"num_train": len(train), "num_test": len(test), "num_different": len(set(said))}
-    return found | counts | dataclasses.asdict(options) | {"beams": BEAMS}
+    texts = summaries(folder, train, test, options)
+    scores = [rouge.score(truth, text) for (_, truth), text in zip(test, texts, strict=True)]
+    metrics: Metrics = {
+        name: sum(score[key].fmeasure for score in scores) / len(scores) for key, name in ROUGE.items()
+    }
+    metrics |= {"num_train": len(train), "num_test": len(test), "num_different": len(set(texts))}
+    return metrics | dataclasses.asdict(options) | {"beams": BEAMS}
 
 
-def _rouge() -> Any:
+def _rouge() -> "RougeScorer":
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError as error:
@@ -52,24 +65,28 @@ def _rouge() -> Any:
 
 
 def read_split(data: str, split: str) -> list[Row]:
-    """Documents and summaries of train or test; a pair of which either is empty is left out."""
+    """Read the documents and summaries of train or test; pairs with an empty text are left out.
+
+    Raises:
+        UserError: If the folder has none of the three forms, or the split is empty.
+    """
     root = Path(data)
-    found: Iterator[tuple[str, str]] | None = None
+    pairs: Iterator[tuple[str, str]] | None = None
     if (root / f"{split}.source").exists():
-        found = _lines(root, split)
+        pairs = _lines(root, split)
     elif (root / SPLIT_FILE).exists():
-        found = _bbc(root, split)
+        pairs = _bbc(root, split)
     elif (root / f"{split}.jsonl").exists():
         lines = json_lines(root / f"{split}.jsonl")
-        found = ((str(line.get("document", "")), str(line.get("summary", ""))) for line in lines)
-    if found is None:
+        pairs = ((str(line.get("document", "")), str(line.get("summary", ""))) for line in lines)
+    if pairs is None:
         raise UserError(
             f"no XSUM at {data}: {split}.source and {split}.target, {split}.jsonl, or {SPLIT_FILE} with "
             "bbc-summary-data/ are expected"
         )
     rows: list[Row] = [
         ((document.strip(),), summary.strip())
-        for document, summary in found
+        for document, summary in pairs
         if document.strip() and summary.strip()
     ]
     if not rows:
@@ -91,7 +108,7 @@ def _lines(root: Path, split: str) -> Iterator[tuple[str, str]]:
 
 
 def _bbc(root: Path, split: str) -> Iterator[tuple[str, str]]:
-    """Files of marked sections; one that the split names and that is not there is left out."""
+    """Pairs from files of marked sections; files that the split names but do not exist are left out."""
     for number in json.loads((root / SPLIT_FILE).read_text(encoding="utf-8"))[split]:
         path = root / "bbc-summary-data" / f"{number}.summary"
         if path.exists():
@@ -100,7 +117,7 @@ def _bbc(root: Path, split: str) -> Iterator[tuple[str, str]]:
 
 
 def read_sections(text: str) -> dict[str, str]:
-    """`[SN]NAME[SN]` and the lines behind it, of each section of a .summary file; lines are joined by spaces."""
+    """Parse the sections `[SN]NAME[SN]` of a .summary file: name -> text, with lines joined by spaces."""
     parts = re.split(r"\[SN\]([A-Z-]+)\[SN\]", text)
     return {name: " ".join(body.split()) for name, body in zip(parts[1::2], parts[2::2], strict=True)}
 
@@ -110,26 +127,28 @@ def read_sections(text: str) -> dict[str, str]:
 
 
 def summaries(folder: str, train: Sequence[Row], test: Sequence[Row], options: Options) -> list[str]:
-    """What a fine-tuned model writes of each test document, by beam search as BART's own for XSUM."""
+    """Fine-tune a model, and summarize each test document by beam search with BART's settings for XSUM."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)  # dropout
         model, tokenizer = load_text_model("Seq2SeqLM", folder)
-        model.to(pick_device())
         longest = min(options.longest, model.config.max_position_embeddings)
 
         def collate(rows: Sequence[Row]) -> dict[str, torch.Tensor]:
-            labels = encode_texts(tokenizer, [((summary,), None) for _, summary in rows], min(longest, 128))
+            labels = encode_texts(
+                tokenizer, [((str(summary),), None) for _, summary in rows], min(longest, 128)
+            )
             ids = labels["input_ids"].masked_fill(labels["attention_mask"] == 0, -100)
             return encode_texts(tokenizer, rows, longest) | {"labels": ids}
 
         fine_tune(model, train, collate, options, "XSUM")
-    said, device = [], next(model.parameters()).device
+    writer: Any = model  # transformers declares `generate` on the concrete classes alone
+    texts, device = [], next(model.parameters()).device
     with torch.inference_mode(), ticker(len(test), "summaries", folder) as tick:
-        for part in batches(test, 16):
+        for batch in batches(test, 16):
             inputs = {
-                name: value.to(device) for name, value in encode_texts(tokenizer, part, longest).items()
+                name: value.to(device) for name, value in encode_texts(tokenizer, batch, longest).items()
             }
-            ids = model.generate(
+            ids = writer.generate(
                 **inputs,
                 num_beams=BEAMS,
                 min_new_tokens=SHORTEST,
@@ -139,6 +158,6 @@ def summaries(folder: str, train: Sequence[Row], test: Sequence[Row], options: O
                 length_penalty=1.0,
                 do_sample=False,
             )
-            said += [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
-            tick.step(len(part))
-    return said
+            texts += [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+            tick.step(len(batch))
+    return texts

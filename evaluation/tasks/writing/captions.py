@@ -1,68 +1,65 @@
-"""Captions by a model that writes: BLEU, METEOR, ROUGE-L, CIDEr, SPICE against what people wrote. Not for retrieval.
+"""Captioning: BLEU, METEOR, ROUGE-L, CIDEr and SPICE of generated captions against reference captions.
 
-COCO's Karpathy test split, NoCaps (also by domain), any pictures with texts. The prompt is VLKD's, 4.3.1.
+For COCO's Karpathy test split, NoCaps (also by domain), and any images with texts. The prompt is VLKD's (section 4.3.1).
 """
 
 import json
 from collections.abc import Sequence
-from typing import Any
 
+from evaluation.data.splits import TEST_FIRST, rows_to_measure
 from evaluation.metrics.captions import METRICS, score_captions
-from evaluation.models.generator import Generator, caption_prompt, written
+from evaluation.models.generator import CAPTIONING, Generator, caption_prompt, generate_for_rows
+from evaluation.tasks.task import Metrics
 from teachercache.core.errors import UserError
 from teachercache.data.manifest import Manifest
-
-SPLITS = ("test", "val", "validation")
-MASKS, BEAMS = 6, 6  # VLKD, 4.3.1 and table 11
-LONGEST = 24  # sub-words
 
 
 def evaluate(
     generator: Generator,
     manifest: Manifest,
-    masks: int = MASKS,
-    beams: int = BEAMS,
+    masks: int = CAPTIONING.masks,
+    beams: int = CAPTIONING.beams,
     *,
     java: int = 1,
     only: Sequence[str] = METRICS,
-) -> dict[str, Any]:
-    """Scores over the test split (else val, else all rows), of each domain too; `results` in COCO's own form.
+) -> Metrics:
+    """Caption the test split (otherwise val, otherwise all rows) and score the captions, also in each domain.
 
-    Pictures that cannot be read are left out and counted. With `java` 0 nothing is computed by it, METEOR least of all.
+    Args:
+        generator: The model.
+        manifest: Images with their reference captions.
+        masks: Number of [MASK]s in the prompt.
+        beams: Beam size.
+        java: 0 to compute nothing with Java, so neither METEOR nor SPICE.
+        only: Metrics to compute.
+
+    Returns:
+        The metrics, and `results` in COCO's format. Unreadable images are left out and counted.
+
+    Raises:
+        UserError: If the data have no captions or no readable image.
     """
     references = [[text for text in group if text.strip()] for group in manifest.column("texts")]
-    rows = [row for row in rows_of(manifest) if references[row]]
+    rows = [row for row in rows_to_measure(manifest, TEST_FIRST).tolist() if references[row]]
     if not rows:
         raise UserError(f"{manifest.data} has no captions to compare with: pass a file that has some")
-    prompts = [caption_prompt(masks)] * len(rows)
-    said, kept, skipped = written(generator, manifest, rows, prompts, beams=beams, longest=LONGEST)
-    samples = [manifest.row(row) for row in kept]
+    generated = generate_for_rows(generator, manifest, rows, [caption_prompt(masks)] * len(rows), beams=beams)
+    captions = generated.texts
+    samples = [manifest.row(row) for row in generated.rows]
     domains: dict[str, list[int]] = {}
     for i, sample in enumerate(samples):
         domains.setdefault(json.loads(sample.task or "{}").get("domain", ""), []).append(i)
     groups = {f"domain={name}": domains[name] for name in sorted(domains) if name}
-    return score_captions(said, [references[row] for row in kept], groups, only=only, java=bool(java)) | {
+    truth = [references[row] for row in generated.rows]
+    metrics: Metrics = {**score_captions(captions, truth, groups, only=only, java=bool(java))}
+    return metrics | {
         "masks": masks,
         "beams": beams,
-        "num_images": len(said),
-        "num_different": len(set(said)),
-        "num_skipped": len(skipped),
+        "num_images": len(captions),
+        "num_different": len(set(captions)),
+        "num_skipped": len(generated.skipped),
         "results": [
-            {"image_id": int(sample.key) if sample.key.isdigit() else sample.key, "caption": text}
-            for sample, text in zip(samples, said, strict=True)
+            {"image_id": int(sample.key) if sample.key.isdigit() else sample.key, "caption": caption}
+            for sample, caption in zip(samples, captions, strict=True)
         ],
     }
-
-
-def rows_of(manifest: Manifest) -> list[int]:
-    """Rows of the only split, else of test, else of val."""
-    there = set(manifest.column("split"))
-    if len(there) == 1:
-        return list(range(len(manifest)))
-    found = next((split for split in SPLITS if split in there), None)
-    if found is None:
-        raise UserError(
-            f"{manifest.data} has the splits {', '.join(sorted(there))} but neither test nor val: pass the "
-            "file of one split"
-        )
-    return manifest.rows_of_split(found).tolist()

@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
 from evaluation.metrics.cider import cider_d, document_frequency
-from student.models.seq2seq.texts import CAPTION, Reader
+from evaluation.models.generator import CAPTION
+from student.models.seq2seq.texts import Reader
 
 
 class Reward(NamedTuple):

@@ -14,17 +14,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evaluation.metrics.vqa_answers import normalise_answer
+from evaluation.metrics.vqa_answers import normalize_answer
+from evaluation.models.generator import ANSWERING, CAPTIONING, MASK, answer_prompt, caption_prompt
 from student.models.seq2seq.infilling import infill
 from student.streams import stream
 from teachercache.core.errors import UserError
 from teachercache.data.manifest import Manifest
 from teachercache.data.sample import Sample, clean_texts
 
-MASK = "[MASK]"  # in prompts; the tokenizer's own mask in its place
 STAGES = ("distil", "caption", "vqa", "scst")
-NUM_MASKS = {"distil": 6, "caption": 6, "vqa": 2, "scst": 6}  # VLKD, section 4.3 and table 11
-CAPTION, ANSWER = "A picture of", "Answer:"
+NUM_MASKS = {  # VLKD, section 4.3 and table 11
+    "distil": CAPTIONING.masks,
+    "caption": CAPTIONING.masks,
+    "vqa": ANSWERING.masks,
+    "scst": CAPTIONING.masks,
+}
 
 
 class Marks(NamedTuple):
@@ -34,16 +38,6 @@ class Marks(NamedTuple):
     pad: int
     end: int
     mask: int
-
-
-def caption_prompt(masks: int) -> str:
-    """VLKD, section 4.3.1."""
-    return f"{CAPTION} {MASK * masks}."
-
-
-def answer_prompt(question: str, masks: int) -> str:
-    """VLKD, section 4.3.2."""
-    return f"{question.strip()} {ANSWER} {MASK * masks}."
 
 
 def word_starts(tokenizer: Any) -> np.ndarray:
@@ -154,7 +148,7 @@ def question_of(sample: Sample) -> tuple[str, Counter]:
     facts = json.loads(sample.task or "{}")
     if facts.get("task") != "vqa":
         raise UserError(f"row '{sample.key}' asks nothing: stage=vqa takes VQA's questions .json as --data")
-    return facts["question"], Counter(normalise_answer(answer) for answer in facts.get("answers") or ())
+    return facts["question"], Counter(normalize_answer(answer) for answer in facts.get("answers") or ())
 
 
 def draw_answer(counts: Counter, random: np.random.Generator) -> str:

@@ -258,7 +258,7 @@ def test_aro_is_the_slow_loop(aro_folder):
 def test_aro_gives_its_options_in_its_own_order(aro_folder):
     asked = []
 
-    def score(pictures, texts, *, normalise=False):
+    def score(pictures, texts, *, normalize=False):
         asked.extend(texts)
         return MATCHER.score(pictures, texts)
 
@@ -296,7 +296,7 @@ def test_a_macro_without_groups_says_why(aro_folder, tmp_path):
         (
             "coco_karpathy_test.json",
             '[{"image": 3, "caption": ["a"]}]',
-            "item 0: 'image' is 3, and not a text",
+            "item 0: 'image' is 3 instead of a text",
         ),
         ("visual_genome_attribution.json", '["a"]', "item 0: not an object with"),
         ("coco_karpathy_test.json", '[{"image": "a", "caption": [1]}]', "item 0: caption is a list of texts"),
@@ -317,8 +317,8 @@ def test_a_damaged_aro_is_told_in_one_line(file, content, said, aro_folder, tmp_
 @pytest.mark.parametrize(
     ("key", "value", "said"),
     [
-        ("bbox_w", 0, "no box in pixels"),
-        ("bbox_x", "1", "no box in pixels"),
+        ("bbox_w", 0, "instead of a box in pixels"),
+        ("bbox_x", "1", "instead of a box in pixels"),
         ("attributes", ["red"], "a list of two"),
     ],
 )

@@ -122,7 +122,7 @@ def test_options_are_kept_beside_the_data(tmp_path, monkeypatch):
     for damaged in (b"{", b"[]", b"{}", written.replace(b'["a red', b'["", "a red')):
         assert damaged != written
         path.write_bytes(damaged)
-        with pytest.raises(UserError, match="is not the file of options"):
+        with pytest.raises(UserError, match="is not a complete file of options"):
             stored_options(path, captions)
 
 
@@ -133,7 +133,7 @@ def test_options_that_cannot_be_kept_are_used(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(orders, "write_whole", fail)
     monkeypatch.setattr(orders, "find_tagger", lambda folder: BY_LETTER)
     assert len(stored_options(tmp_path / "set_options.json", ["a b c d e f"]).texts) == 1
-    assert "not kept" in capsys.readouterr().err
+    assert "not stored" in capsys.readouterr().err
 
 
 # ----------------------------------------------------------------------------------------------------

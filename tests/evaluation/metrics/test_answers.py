@@ -6,8 +6,9 @@ import json
 import numpy as np
 import pytest
 
-from evaluation.metrics.vqa_answers import normalise_answer
-from evaluation.models.answerer import Answerer, ensemble, pick, rows_to_measure
+from evaluation.data.splits import rows_to_measure
+from evaluation.metrics.vqa_answers import normalize_answer
+from evaluation.models.answerer import Answerer, ensemble, pick
 from evaluation.results.run import measure, table
 from evaluation.tasks.answering import snli_ve, vcr, vqa
 from evaluation.tasks.registry import TASKS, find
@@ -249,8 +250,8 @@ def test_soft_accuracy_is_the_loop():
         ("", ""),
     ],
 )
-def test_normalisation(raw, tidy):
-    assert normalise_answer(raw) == tidy
+def test_normalization(raw, tidy):
+    assert normalize_answer(raw) == tidy
 
 
 def test_equal_answers_are_compared_as_they_are():
@@ -294,7 +295,7 @@ def test_vqa_is_the_loop(tmp_path, monkeypatch):
 # All three
 
 
-LABELLED = {
+LABELED = {
     "vcr": ({"label": 0, "rationale_label": 0}, 4, ("q2a", "qa2r", "q2ar"), "q2a_tie_rate"),
     "snli_ve": ({"label": 0}, 3, ("accuracy", "accuracy:label=entailment"), "tie_rate"),
     "vqa": ({"answers": ["a b"] * 9 + ["c"]}, 5, ("accuracy",), "tie_rate"),
@@ -303,7 +304,7 @@ LABELLED = {
 
 @pytest.mark.parametrize("task", [task.name for task in TASKS.values() if task.kind is Kind.ANSWERER])
 def test_a_collapsed_model_scores_nothing(task, tmp_path):
-    columns, choices, names, ties = LABELLED[task]
+    columns, choices, names, ties = LABELED[task]
     same = np.zeros((8, choices), np.float32)
     model = fixed(
         {"": same, "q2a": same, "qa2r": same}, task, answers=tuple("abcde") if task == "vqa" else ()

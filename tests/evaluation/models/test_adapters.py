@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from own_encoder import ENCODER, slow_image, slow_text
 from PIL import Image
 from small import make_folder
@@ -16,7 +17,7 @@ def test_batches_of_pictures_texts_and_both(tmp_path):
     """mteb's protocol without mteb: batches are dictionaries of columns."""
     paths = sorted(make_folder(tmp_path / "squares", 6).rglob("*.png"))
     pictures, texts = [Image.open(path) for path in paths], [f"text {i}" for i in range(6)]
-    model = MtebModel(ENCODER, None, None, None)
+    model = MtebModel(ENCODER, None, torch.matmul, torch.mul)
     images, words = (
         np.stack([slow_image(path) for path in paths]),
         np.stack([slow_text(text) for text in texts]),

@@ -10,6 +10,7 @@ import zarr
 from small import build_cache
 
 from evaluation.models import cache_answerer as from_cache
+from evaluation.models.anchors import three_means
 from student.cli import main
 from teachercache.core.errors import UserError
 from teachercache.data.read import read_manifest
@@ -138,8 +139,8 @@ def test_snli_ve_by_three_means_without_labels(caches, tasks, capfd, tmp_path):
 
 
 def test_three_means_put_the_nearest_first_and_tie_where_all_are_alike():
-    assert from_cache.anchors(np.array([0.1, 0.5, 0.9, 0.12, 0.52])) == pytest.approx((0.11, 0.51, 0.9))
-    assert from_cache.anchors(np.full(9, 0.3)) == (0.0, 0.0, 0.0)
+    assert three_means(np.array([0.1, 0.5, 0.9, 0.12, 0.52])) == pytest.approx([0.11, 0.51, 0.9])
+    assert three_means(np.full(9, 0.3)) is None
 
 
 def test_vqa_by_the_nearest_answer_of_training(caches, capfd):
@@ -201,5 +202,5 @@ def test_what_cannot_answer_is_said_in_one_line(caches, tmp_path, capsys):
 def test_views_or_texts_alone_are_no_zero_shot(tmp_path, teacher_folder):
     (tmp_path / "names.txt").write_text("a cat\na dog\n")
     path = build_cache(tmp_path / "names.txt", teacher_folder, tmp_path / "names.zarr")
-    with pytest.raises(UserError, match="no pictures and texts in one space"):
+    with pytest.raises(UserError, match="no plain image and text embeddings in one space"):
         from_cache.answerers(path, "vcr")

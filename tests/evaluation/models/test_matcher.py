@@ -10,7 +10,7 @@ from PIL import Image
 from published_pairs import noise, write_aro, write_winoground
 from small import save_diffusion, save_teacher
 
-from evaluation.models.matcher import Question, ask, of_diffusion, of_encoder
+from evaluation.models.matcher import Question, of_diffusion, of_encoder, score_questions
 from evaluation.results.suite import run_suite
 from evaluation.results.suite_tables import suite_table
 from student.cli import main
@@ -51,7 +51,7 @@ def slow_error(teacher, picture: Image.Image, text: str, draws: list[tuple[int, 
 
 
 def test_a_diffusion_matcher_is_the_slow_loop_with_shared_draws(teacher, pictures):
-    found = of_diffusion(teacher, samples=3, t_range=(50, 900), seed=5).score(pictures, TEXTS, normalise=True)
+    found = of_diffusion(teacher, samples=3, t_range=(50, 900), seed=5).score(pictures, TEXTS, normalize=True)
     t, eps = diffusion.draw_noise(teacher.module, 3, seed=5, t_range=(50, 900))
     draws = list(zip(t.tolist(), eps[:, None], strict=True))
     with torch.no_grad():
@@ -85,11 +85,11 @@ def test_asking_counts_what_was_compared_and_leaves_out_what_cannot_be_read(pict
         Question(missing, ("c",)),
         Question(lambda: pictures[1], ("d",)),
     ]
-    heard = ask(of_encoder(ENCODER), questions)
+    heard = score_questions(of_encoder(ENCODER), questions)
     assert [None if score is None else len(score) for score in heard.scores["score"]] == [2, None, 1]
     assert (heard.matches, heard.problems) == (3, ["gone"])
     with pytest.raises(UserError, match="no picture can be read, the first because: gone"):
-        ask(of_encoder(ENCODER), questions[1:2])
+        score_questions(of_encoder(ENCODER), questions[1:2])
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -54,8 +54,8 @@ def metrics_of(report, dataset: str, task: str = "zeroshot_classification", mode
 
 
 def read(name: str, root, scratch):
-    labelled = LABELED[name]
-    return labelled.read(locate(root, labelled.marker), scratch)
+    labeled = LABELED[name]
+    return labeled.read(locate(root, labeled.marker), scratch)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -144,7 +144,7 @@ def test_a_pickle_that_would_run_something_is_refused(root, tmp_path):
 
     path = tmp_path / "test_batch"
     path.write_bytes(pickle.dumps({"data": Evil()}, protocol=2))
-    with pytest.raises(UserError, match=r"asks for __builtin__.print, which is no array"):
+    with pytest.raises(UserError, match=r"contains __builtin__.print, which is no array"):
         datasets.unpickle(path, "data")
     for content in (
         b"\x80\x02}",
@@ -418,7 +418,7 @@ def test_baselines_beside_the_data_give_effective_robustness(root, tmp_path, mon
     wanted = effective_robustness(metrics["imagenet1k_acc1"], metrics["acc1"], [(0.8, 0.3), (0.85, 0.4)])
     assert metrics["effective_robustness"] == pytest.approx(wanted)
     (tmp_path / "baselines.csv").write_text("model,imagenet1k,imagenet-r\na,60,30\n")
-    with pytest.raises(UserError, match="not per cent"):
+    with pytest.raises(UserError, match="not percent"):
         read_baselines(tmp_path / "baselines.csv")
 
 

@@ -69,7 +69,7 @@ def test_rows_of_one_modality_and_what_is_no_attention():
     assert (found.num_rows, found.num_skipped) == (3, 1)
     with pytest.raises(UserError, match="no row has both"):
         modality.importance([(attention, np.zeros_like(picture), text)])
-    with pytest.raises(ValueError, match="out of its softmax"):
+    with pytest.raises(ValueError, match="output of its softmax"):
         modality.importance([(attention * 3, picture, text)])
 
 
@@ -98,7 +98,7 @@ def pixels(path: Path) -> np.ndarray:
 
 
 def test_heatmaps_have_one_scale(tmp_path):
-    """The colour of each model's cells, read from the middle of its field."""
+    """The color of each model's cells, read from the middle of its field."""
 
     def flat(picture, text):
         return modality.Importance(

@@ -228,7 +228,7 @@ def test_the_overlap_table_is_the_loop():
     assert found["image_correct"] == pytest.approx(2 / 2)
     assert found["image_incorrect"] == pytest.approx(1 / 3 / 2)
     assert (found["image_correct_more"], found["image_incorrect_more"]) == (0.5, 0.0)
-    assert vm.overlap_table(lines, lemmatise=str)["question_correct"] == pytest.approx((1 + 1) / 2)
+    assert vm.overlap_table(lines, lemmatize=str)["question_correct"] == pytest.approx((1 + 1) / 2)
 
 
 SYNONYMS = {"walk": ["stroll"], "coffee cup": ["mug"], "see": ["look"], "orange": ["fruit", "apple"]}

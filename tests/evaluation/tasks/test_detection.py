@@ -17,7 +17,7 @@ from torchvision.models.detection import maskrcnn_resnet50_fpn
 
 from evaluation.data.coco_instances import (
     AVERAGES,
-    Pictures,
+    ObjectImages,
     average_precisions,
     images_with_objects,
     objects_of,
@@ -36,12 +36,12 @@ RESNET_CFG = {
     **TINY_CFG,
     "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 32},
 }
-COLOURS = {3: (220, 30, 30), 7: (30, 60, 220)}  # category: colour; the ids have gaps, as COCO's do
+COLORS = {3: (220, 30, 30), 7: (30, 60, 220)}  # category: color; the ids have gaps, as COCO's do
 SHORT_RUN = Options(epochs=2, batch=2, lr=0.01, short_side=64, long_side=96, width=16, boxes=32)
 
 
 def make_coco(root, pictures: int = 4, seed: int = 0):
-    """Rectangles in the colour of their category, polygons around them; a crowd and an object of no size in train."""
+    """Rectangles in the color of their category, polygons around them; a crowd and an object of no size in train."""
     random = np.random.default_rng(seed)
     for split, first in (("train", 100), ("val", 500)):
         (root / f"{split}2017").mkdir(parents=True)
@@ -49,12 +49,12 @@ def make_coco(root, pictures: int = 4, seed: int = 0):
         for number in range(first, first + pictures):
             name = f"{number:012d}.png"
             picture = Image.new("RGB", (72, 56), (120, 120, 120))
-            for place, category in enumerate(random.permutation(list(COLOURS))[: 1 + number % 2].tolist()):
+            for place, category in enumerate(random.permutation(list(COLORS))[: 1 + number % 2].tolist()):
                 width, height = random.integers(14, 30, 2).tolist()
                 x, y = place * 36 + random.integers(0, 6), random.integers(0, 56 - height)
                 x, y = int(x), int(y)
                 ImageDraw.Draw(picture).rectangle(
-                    [x, y, x + width - 1, y + height - 1], fill=COLOURS[category]
+                    [x, y, x + width - 1, y + height - 1], fill=COLORS[category]
                 )
                 corners = [x, y, x + width, y, x + width, y + height, x, y + height]
                 note = {"id": len(notes) + 1, "image_id": number, "category_id": category, "iscrowd": 0}
@@ -192,7 +192,7 @@ def test_crowds_and_flat_objects_and_empty_pictures_are_not_learned(coco):
 
 def test_targets_are_what_the_picture_shows(coco):
     learn = read_instances(coco, "train")
-    pictures = Pictures(read_manifest(str(coco)), learn, images_with_objects(learn), targets=True)
+    pictures = ObjectImages(read_manifest(str(coco)), learn, images_with_objects(learn), targets=True)
     seen = set()
     for _, pixels, target in (pictures[i] for i in range(len(pictures))):
         for flip in (False, True):
@@ -200,8 +200,8 @@ def test_targets_are_what_the_picture_shows(coco):
             for box, label, mask in zip(
                 objects["boxes"].int().tolist(), objects["labels"], objects["masks"], strict=True
             ):
-                colour = torch.tensor(COLOURS[[3, 7][int(label) - 1]]) / 255
-                shown = (image == colour[:, None, None]).all(0)
+                color = torch.tensor(COLORS[[3, 7][int(label) - 1]]) / 255
+                shown = (image == color[:, None, None]).all(0)
                 assert torch.equal(shown, mask.bool())
                 inside = torch.zeros_like(shown)
                 inside[box[1] : box[3], box[0] : box[2]] = True
@@ -231,7 +231,7 @@ def test_the_schedule_is_mmdetections():
 
 def test_the_tower_stays_to_the_last_bit_while_the_rest_learns(coco, encoder):
     learn = read_instances(coco, "train")
-    pictures = Pictures(read_manifest(str(coco)), learn, images_with_objects(learn), targets=True)
+    pictures = ObjectImages(read_manifest(str(coco)), learn, images_with_objects(learn), targets=True)
     torch.manual_seed(0)
     detector = build_detector(encoder, 2, SHORT_RUN)
     tower = {name: value.clone() for name, value in encoder.tower.state_dict().items()}
@@ -356,7 +356,8 @@ def test_features_that_are_nan_are_an_error(coco, encoder):
 def test_other_towers_are_refused(coco, teacher_folder):
     for other in (ENCODER, of_teacher(load(str(teacher_folder)))):
         with pytest.raises(
-            UserError, match=r"needs a ResNet picture tower .*, which .* has not: train one, `student train"
+            UserError,
+            match=r"needs a ResNet picture tower .*, which .* does not have: train one, `student train",
         ):
             coco_detection.evaluate(other, read_manifest(str(coco)), SHORT_RUN)
 

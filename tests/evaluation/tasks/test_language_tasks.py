@@ -119,7 +119,7 @@ def test_every_task_is_read_by_its_own_header(tmp_path):
     assert list(glue.find_tasks(str(tmp_path / "GLUE" / "RTE"))) == ["RTE"]
 
 
-def test_broken_and_unlabelled_lines_are_counted(tmp_path):
+def test_broken_and_unlabeled_lines_are_counted(tmp_path):
     path = tmp_path / "train.tsv"
     path.write_text("index\tsentence1\tsentence2\tlabel\n0\ta\tb\tentailment\n1\ta\n2\ta\tb\t-\n\n")
     assert glue.read_tsv(path, glue.GLUE["RTE"]) == ([(("a", "b"), 0)], 2)
@@ -252,8 +252,8 @@ def test_xsum_is_read_in_its_three_forms(tmp_path):
         xsum.read_split(str(tmp_path / "bbc" / "bbc-summary-data"), "train")
 
 
-def test_a_small_bart_learns_to_summarise(bart, tmp_path, monkeypatch):
-    """Two documents learnt by heart: ROUGE by rouge-score, of what was written."""
+def test_a_small_bart_learns_to_summarize(bart, tmp_path, monkeypatch):
+    """Two documents learned by heart: ROUGE by rouge-score, of what was written."""
     rouge = pytest.importorskip("rouge_score.rouge_scorer")
     monkeypatch.setattr(xsum, "SHORTEST", 1)
     monkeypatch.setattr(xsum, "LONGEST", 8)

@@ -21,7 +21,7 @@ from evaluation.tasks.encoding.linear_probe import (
     evaluate,
     fit,
     hold_out,
-    labelled_splits,
+    labeled_splits,
     probe_features,
 )
 from evaluation.tasks.registry import find
@@ -32,14 +32,14 @@ from teachercache.data.read import read_manifest
 GRID = 10.0 ** (np.arange(-48, 49) / 8)
 
 
-def coloured(root, split: str, counts: dict[str, int], *, noise: int, seed: int):
-    """Pictures whose mean colour says their class, more or less."""
+def colored(root, split: str, counts: dict[str, int], *, noise: int, seed: int):
+    """Pictures whose mean color says their class, more or less."""
     random = np.random.default_rng(seed)
     for number, (label, count) in enumerate(sorted(counts.items())):
         (root / split / label).mkdir(parents=True, exist_ok=True)
         for i in range(count):
-            colour = np.array([60 + 40 * (number % 3), 60 + 40 * (number // 3), 128])
-            pixels = np.clip(colour + random.integers(-noise, noise + 1, (8, 8, 3)), 0, 255).astype(np.uint8)
+            color = np.array([60 + 40 * (number % 3), 60 + 40 * (number // 3), 128])
+            pixels = np.clip(color + random.integers(-noise, noise + 1, (8, 8, 3)), 0, 255).astype(np.uint8)
             Image.fromarray(pixels).save(root / split / label / f"{i:03d}.png")
     return root
 
@@ -47,14 +47,14 @@ def coloured(root, split: str, counts: dict[str, int], *, noise: int, seed: int)
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """Six classes of different size, hard enough that the probe errs; splits train, val and test."""
-    root = tmp_path_factory.mktemp("probe") / "colours"
+    root = tmp_path_factory.mktemp("probe") / "colors"
     for seed, (split, most) in enumerate({"train": 30, "val": 14, "test": 22}.items()):
-        coloured(root, split, {f"c{i}": most - 2 * i for i in range(6)}, noise=100, seed=seed)
+        colored(root, split, {f"c{i}": most - 2 * i for i in range(6)}, noise=100, seed=seed)
     return root
 
 
 def slow_features(root, *splits: str) -> tuple[np.ndarray, np.ndarray]:
-    """Features by the matrix, not normalised, and class numbers."""
+    """Features by the matrix, not normalized, and class numbers."""
     paths = [path for split in splits for path in sorted((root / split).rglob("*.png"))]
     x = np.stack(
         [view(Image.open(path)).numpy().reshape(-1).astype(np.float64) @ IMAGE_MATRIX for path in paths]
@@ -99,7 +99,7 @@ def test_the_strength_is_as_good_on_validation_as_any_of_the_grids_start(data):
 
 def test_a_result_is_json(data):
     result = next(measure(find("linear_probe"), [ENCODER], str(data)))
-    assert (result["dataset"], result["task"]) == ("colours", "linear_probe")
+    assert (result["dataset"], result["task"]) == ("colors", "linear_probe")
     assert json.loads(json.dumps(result, allow_nan=False)) == result
 
 
@@ -121,7 +121,7 @@ def test_the_search_finds_the_peak_of_the_grid(peak):
     assert 1e-6 <= min(asked) <= max(asked) <= 1e6
 
 
-def test_of_equally_good_strengths_the_strongest_regularisation():
+def test_of_equally_good_strengths_the_strongest_regularization():
     assert best_strength(lambda c: 0.5) == pytest.approx(1e-6)
     assert best_strength(lambda c: float(c > 0.5e-2)) == pytest.approx(GRID[np.searchsorted(GRID, 0.5e-2)])
 
@@ -131,10 +131,10 @@ def test_of_equally_good_strengths_the_strongest_regularisation():
 
 
 def test_val_is_held_out_of_each_class_where_there_is_none(tmp_path):
-    root = coloured(tmp_path / "noval", "train", {"c0": 20, "c1": 10, "c2": 1, "c3": 2}, noise=9, seed=0)
-    coloured(root, "test", {"c0": 2, "c1": 2, "c2": 2, "c3": 2}, noise=9, seed=1)
+    root = colored(tmp_path / "noval", "train", {"c0": 20, "c1": 10, "c2": 1, "c3": 2}, noise=9, seed=0)
+    colored(root, "test", {"c0": 2, "c1": 2, "c2": 2, "c3": 2}, noise=9, seed=1)
     manifest = read_manifest(str(root))
-    parts, labels = labelled_splits(manifest), manifest.column("label")
+    parts, labels = labeled_splits(manifest), manifest.column("label")
     counts = {
         name: {label: [labels[row] for row in part].count(label) for label in sorted(set(labels))}
         for name, part in parts.items()
@@ -171,8 +171,8 @@ def test_without_splits(tmp_path):
 
 
 def test_one_class_is_not_enough(tmp_path):
-    root = coloured(tmp_path / "one", "train", {"c0": 9}, noise=9, seed=0)
-    coloured(root, "test", {"c0": 2}, noise=9, seed=1)
+    root = colored(tmp_path / "one", "train", {"c0": 9}, noise=9, seed=0)
+    colored(root, "test", {"c0": 2}, noise=9, seed=1)
     with pytest.raises(UserError, match="needs two classes"):
         evaluate(ENCODER, read_manifest(str(root)))
 
@@ -191,7 +191,7 @@ def test_a_model_that_says_nan(data):
     broken = Encoder(
         **{**vars(ENCODER), "encode_image": lambda images: torch.full((len(images), 4), torch.nan)}
     )
-    with pytest.raises(UserError, match="linear says NaN or infinity"):
+    with pytest.raises(UserError, match="linear outputs NaN or infinity"):
         evaluate(broken, read_manifest(str(data)))
 
 

@@ -16,7 +16,7 @@ from small import TINY_CFG, build_cache, contained, read_lines, save_teacher
 
 from student.cli import main
 from student.inference.answerer import load_task_model
-from student.inputs.clip_logits import three_means, unit
+from student.inputs.clip_judge import Judge, find_anchors
 from student.inputs.questions import read_question
 from student.recipe import Progress, Run
 from student.recipes.clip_td import CLIP_TD
@@ -64,6 +64,12 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ]
         assert tc([str(word) for word in words]) == 0
     return home
+
+
+def unit(rows):
+    """Rows of length 1, float32."""
+    rows = np.asarray(rows, np.float32)
+    return rows / np.linalg.norm(rows, axis=-1, keepdims=True)
 
 
 def data_of(home: Path) -> dict[str, Path]:
@@ -281,9 +287,9 @@ def test_clip_itself_scores_the_answers_of_snli_ve_and_vqa(home, task):
                 for answer in batches.task.answers
             ]
         assert batch["clip_logits"][i].tolist() == pytest.approx(expected, rel=1e-3, abs=2e-2)
-    assert three_means(np.array([0.0, 0.1, 1.0, 1.1, 5.0])) == pytest.approx([0.05, 1.05, 5.0])
+    assert find_anchors(np.array([0.0, 0.1, 1.0, 1.1, 5.0])) == pytest.approx([0.05, 1.05, 5.0])
     with pytest.raises(UserError, match="too few or too alike"):
-        three_means(np.array([0.0, 1.0, 1.0]))
+        find_anchors(np.array([0.0, 1.0, 1.0]))
 
 
 # ----------------------------------------------------------------------------------------------------
