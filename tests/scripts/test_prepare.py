@@ -27,11 +27,11 @@ SVG = """<?xml version="1.0"?>
 </cc:Work></rdf:RDF></metadata>{body}</svg>"""
 
 
-def draw(path: Path, seed: int, *, colour: str = "red", transparent: bool = True) -> Path:
+def draw(path: Path, seed: int, *, color: str = "red", transparent: bool = True) -> Path:
     """A polygon that depends on the seed, in the middle of an empty page."""
     corners = np.random.default_rng(seed).integers(40, 160, (5, 2))
     picture = Image.new("RGBA", (200, 200), (0, 0, 0, 0) if transparent else "white")
-    ImageDraw.Draw(picture).polygon([tuple(map(int, corner)) for corner in corners], fill=colour)
+    ImageDraw.Draw(picture).polygon([tuple(map(int, corner)) for corner in corners], fill=color)
     path.parent.mkdir(parents=True, exist_ok=True)
     picture.save(path)
     return path
@@ -76,22 +76,22 @@ def test_captions_are_true_of_the_scene():
         objects = scene["objects"]
         assert label == (objects[0]["shape"] if len(objects) == 1 else "pair")
         for thing in objects:
-            assert all(f"{thing['colour']} {thing['shape']}" in caption.lower() for caption in captions)
+            assert all(f"{thing['color']} {thing['shape']}" in caption.lower() for caption in captions)
             assert (thing["size"] in captions[0].lower()) == (thing["size"] != "medium")
             assert (thing["texture"] in captions[0].lower()) == (thing["texture"] != "plain")
             if thing["texture"] == "plain" and thing["shape"] != "ring":
-                x, y = (int(value * 96) for value in thing["centre"])
-                assert picture.getpixel((x, y)) == scenes.COLOURS[thing["colour"]]
+                x, y = (int(value * 96) for value in thing["center"])
+                assert picture.getpixel((x, y)) == scenes.COLORS[thing["color"]]
         for caption in captions if len(objects) == 2 else ():
             assert relation_holds(caption, objects), caption
 
 
 def relation_holds(caption: str, objects: list[dict]) -> bool:
-    """Reads the relation back from the words and compares centres."""
+    """Reads the relation back from the words and compares centers."""
     words = caption.lower()
     relation = next(name for name in scenes.RELATIONS if name in words)
-    named = sorted(objects, key=lambda thing: words.index(f"{thing['colour']} {thing['shape']}"))
-    (x, y), (x_2, y_2) = (thing["centre"] for thing in named)
+    named = sorted(objects, key=lambda thing: words.index(f"{thing['color']} {thing['shape']}"))
+    (x, y), (x_2, y_2) = (thing["center"] for thing in named)
     return {"left of": x < x_2, "right of": x > x_2, "above": y < y_2, "below": y > y_2}[relation]
 
 
@@ -261,9 +261,9 @@ def test_no_caption_stays_twice():
     assert groups["a"] == groups["b"] != groups["d"] == groups["e"]
 
 
-def test_same_pictures_go_and_recoloured_ones_share_a_group(tmp_path):
+def test_same_pictures_go_and_recolored_ones_share_a_group(tmp_path):
     looks = [(0, "red", True), (0, "red", False), (0, "blue", True), (7, "red", True)]
-    files = [draw(tmp_path / f"{i}.png", s, colour=c, transparent=t) for i, (s, c, t) in enumerate(looks)]
+    files = [draw(tmp_path / f"{i}.png", s, color=c, transparent=t) for i, (s, c, t) in enumerate(looks)]
     thumbnails = np.stack([demo.render(file)[1] for file in files])
     kept, groups = demo.distinct_pictures(thumbnails, np.arange(4))
     assert kept == [0, 2, 3]
@@ -309,9 +309,9 @@ def test_pip_source(tmp_path):
     captions = [p.read_text() for p in (tmp_path / "a/test").rglob("*.txt")]
     assert len(captions) == len(set(captions)) == about["counts"]["test"]["all"] > 0
     for text in (tmp_path / "a/train").glob("*/vqa_*.txt"):
-        colour, shape = text.read_text().strip(".\n").split()[1:]
+        color, shape = text.read_text().strip(".\n").split()[1:]
         assert shape == text.parent.name
-        assert colour in ("red", "green", "blue", "black", "gray", "teal", "brown", "yellow")
+        assert color in ("red", "green", "blue", "black", "gray", "teal", "brown", "yellow")
 
 
 def test_auto_falls_back_and_debian_says_why(tmp_path, monkeypatch, capsys):
@@ -323,7 +323,7 @@ def test_auto_falls_back_and_debian_says_why(tmp_path, monkeypatch, capsys):
     assert "no Debian packages (apt-get is not installed" in capsys.readouterr().out
     assert (tmp_path / "demo/about.json").is_file()
     assert demo.main() == 0
-    assert "is there already; --force" in capsys.readouterr().out
+    assert "exists; pass --force" in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--force", "--source", "debian"])
     assert demo.main() == 2
     assert capsys.readouterr().err.startswith("error: apt-get is not installed")

@@ -15,7 +15,7 @@ scenes = importlib.import_module("scripts.datasets.scenes")
 swaps = importlib.import_module("scripts.datasets.scene_swaps")
 compositions = importlib.import_module("scripts.datasets.scene_winoground_aro")
 
-KNOWN = {"size": set(scenes.SIZES), "texture": set(scenes.TEXTURES), "colour": set(scenes.COLOURS)}
+KNOWN = {"size": set(scenes.SIZES), "texture": set(scenes.TEXTURES), "color": set(scenes.COLORS)}
 ADJECTIVES = "|".join(sorted(set().union(*KNOWN.values())))
 PHRASE = rf"(?:an?|the) ((?:(?:{ADJECTIVES}) )*(?:{'|'.join(scenes.SHAPES)}))"
 RELATION = "(left of|right of|above|below)"
@@ -29,9 +29,9 @@ def things_told(words: str, scene: dict) -> list[dict]:
 
 
 def related(first: dict, relation: str, second: dict) -> bool:
-    """From the centres alone; a relation that nearly holds fails the test that asks."""
+    """From the centers alone; a relation that nearly holds fails the test that asks."""
     step = scenes.RELATIONS[relation]
-    away = sum(s * (a - b) for s, a, b in zip(step, first["centre"], second["centre"], strict=True))
+    away = sum(s * (a - b) for s, a, b in zip(step, first["center"], second["center"], strict=True))
     assert away > 0.4 or away < 0.13, away
     return away > 0.4
 
@@ -62,8 +62,8 @@ def true_of(caption: str, scene: dict) -> bool:
 
 
 def test_the_reader_of_captions_can_say_no():
-    thing = {"shape": "circle", "colour": "red", "size": "small", "texture": "plain", "centre": [0.25, 0.5]}
-    other = {"shape": "star", "colour": "blue", "size": "medium", "texture": "dotted", "centre": [0.75, 0.5]}
+    thing = {"shape": "circle", "color": "red", "size": "small", "texture": "plain", "center": [0.25, 0.5]}
+    other = {"shape": "star", "color": "blue", "size": "medium", "texture": "dotted", "center": [0.75, 0.5]}
     scene = {"objects": [thing, other]}
     assert true_of("A red circle left of a blue star.", scene)
     assert true_of("Right of the circle is a dotted star.", scene)

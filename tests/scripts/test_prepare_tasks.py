@@ -33,13 +33,13 @@ def many(num: int) -> list[tuple[dict, dict]]:
 
 
 def holds(sentence: str, scene: dict, told: dict) -> bool:
-    """Whether every colour, texture, size, shape, place and count that the sentence says is so of the thing told of."""
+    """Whether every color, texture, size, shape, place and count that the sentence says is so of the thing told of."""
     things, words = scene["objects"], sentence.rstrip(".").split()
     if "shapes" in words or "shape" in words:
-        present = {thing["colour"] for thing in things}
+        present = {thing["color"] for thing in things}
         return (("two" in words) == (len(things) == 2)) and words[-1] in present
-    for fact in ("colour", "texture", "size"):
-        known = {"colour": scenes.COLOURS, "texture": scenes.TEXTURES, "size": scenes.SIZES}[fact]
+    for fact in ("color", "texture", "size"):
+        known = {"color": scenes.COLORS, "texture": scenes.TEXTURES, "size": scenes.SIZES}[fact]
         if any(word in known and word != told[fact] for word in words):
             return False
     if words[:2] in (["It", "is"],) and words[-1] != told["shape"]:
@@ -49,7 +49,7 @@ def holds(sentence: str, scene: dict, told: dict) -> bool:
         return True
     other = next(thing for thing in things if thing is not told)
     step = scenes.RELATIONS[relation]
-    away = [a - b for a, b in zip(told["centre"], other["centre"], strict=True)]
+    away = [a - b for a, b in zip(told["center"], other["center"], strict=True)]
     return sum(a * b for a, b in zip(step, away, strict=True)) > 0.3
 
 
@@ -58,8 +58,8 @@ def asked_of(item: dict, scene: dict) -> dict:
     if item["category"] == "count":
         return scene["objects"][item["rationale_choices"][0][5][0]]
     if item["category"] == "shape":
-        colour = item["question"][4]
-        return next(thing for thing in scene["objects"] if thing["colour"] == colour)
+        color = item["question"][4]
+        return next(thing for thing in scene["objects"] if thing["color"] == color)
     place = next(token for token in item["question"] if isinstance(token, list))
     return scene["objects"][place[0]]
 
@@ -104,7 +104,7 @@ def test_hypotheses_and_how_far_their_words_go():
         scene = scenes.draw_scene_values(rng)
         if not questions.usable(scene):
             continue
-        present = {f"{thing['colour']} {thing['shape']}" for thing in scene["objects"]}
+        present = {f"{thing['color']} {thing['shape']}" for thing in scene["objects"]}
         for sentence, label in hypotheses.hypotheses_of(scene, rng):
             is_open = any(words in sentence for words in hypotheses.OPEN)
             phrased[label][is_open] += 1

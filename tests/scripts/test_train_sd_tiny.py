@@ -11,6 +11,8 @@ from safetensors.torch import load_file
 
 scenes = importlib.import_module("scripts.datasets.scenes")
 sd_tiny = importlib.import_module("scripts.teachers.sd_tiny")
+binding = importlib.import_module("scripts.teachers.sd_tiny_binding")
+training_loop = importlib.import_module("scripts.teachers.training_loop")
 train_sd_tiny = importlib.import_module("scripts.teachers.train_sd_tiny")
 
 SETTINGS = train_sd_tiny.Settings(scenes=30, steps=4, vae_steps=3, batch=4, vae_batch=2, warmup=1)
@@ -25,7 +27,7 @@ SIZES = {
 def _small(monkeypatch):
     monkeypatch.setattr(sd_tiny, "HELD_OUT_SCENES", 20)
     monkeypatch.setattr(train_sd_tiny, "WHITENED", 10)
-    monkeypatch.setattr(train_sd_tiny, "SAVE_EVERY", 2)
+    monkeypatch.setattr(training_loop, "SAVE_EVERY", 2)
     monkeypatch.setattr(train_sd_tiny, "CHECK_EVERY", 100)
 
 
@@ -65,7 +67,7 @@ def test_folder_is_a_stable_diffusion_pipeline(tmp_path):
 
 def test_resumed_run_equals_uninterrupted_one(tmp_path, monkeypatch):
     train(tmp_path / "whole")
-    average, calls = train_sd_tiny.average, []
+    average, calls = training_loop.average, []
 
     def stop_now_and_then(*values):
         calls.append(1)
@@ -76,7 +78,7 @@ def test_resumed_run_equals_uninterrupted_one(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         average(*values)
 
-    monkeypatch.setattr(train_sd_tiny, "average", stop_now_and_then)
+    monkeypatch.setattr(training_loop, "average", stop_now_and_then)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             train(tmp_path / "stopped")
@@ -125,7 +127,7 @@ def test_draws_depend_on_seed_and_step_alone_and_lie_in_the_range_of_the_step():
 
 def test_ties_are_misses():
     errors = torch.tensor([[1.0, 2.0, 1.0], [1.0, 1.0, 3.0], [1.0, 2.0, 2.0], [2.0, 1.0, 3.0]])
-    assert sd_tiny.accuracies(errors, ["a", "b"]) == {"a": 0.5, "b": 0.75, "all": 0.25}
+    assert binding.accuracies(errors, ["a", "b"]) == {"a": 0.5, "b": 0.75, "all": 0.25}
 
 
 class Blind(torch.nn.Module):
@@ -140,7 +142,7 @@ class Blind(torch.nn.Module):
 
 def test_check_of_a_denoiser_that_ignores_the_text_is_zero():
     blind = Blind()
-    found = sd_tiny.check(blind, blind, blind, sd_tiny.make_tokenizer(), num=3, draws=2)
+    found = binding.check(blind, blind, blind, sd_tiny.make_tokenizer(), num=3, draws=2)
     assert found == {
         "colours_swapped": 0,
         "objects_swapped": 0,
@@ -154,7 +156,7 @@ def test_check_of_a_denoiser_that_ignores_the_text_is_zero():
 def test_check_of_a_denoiser_that_knows_the_true_caption_is_one():
     tokenizer = sd_tiny.make_tokenizer()
     right = {
-        tuple(sd_tiny.tokenize(tokenizer, [caption])[0].tolist()) for caption, _ in sd_tiny.check_scenes(3)
+        tuple(sd_tiny.tokenize(tokenizer, [caption])[0].tolist()) for caption, _ in binding.check_scenes(3)
     }
 
     class Knows(Blind):
@@ -167,14 +169,14 @@ def test_check_of_a_denoiser_that_knows_the_true_caption_is_one():
             return SimpleNamespace(sample=noise * states[:, 0].view(-1, 1, 1, 1))
 
     knows = Knows()
-    found = sd_tiny.check(knows, knows, knows, tokenizer, num=3, draws=2)
+    found = binding.check(knows, knows, knows, tokenizer, num=3, draws=2)
     assert found["all"] == found["one_colour"] == 1
 
 
 def test_wrong_captions():
-    first = {"shape": "star", "colour": "orange", "size": "small", "texture": "plain"}
-    second = {"shape": "ring", "colour": "blue", "size": "medium", "texture": "dotted"}
-    wrong = sd_tiny.wrong_captions({"objects": [first, second], "relation": "left of"})
+    first = {"shape": "star", "color": "orange", "size": "small", "texture": "plain"}
+    second = {"shape": "ring", "color": "blue", "size": "medium", "texture": "dotted"}
+    wrong = binding.wrong_captions({"objects": [first, second], "relation": "left of"})
     assert wrong["colours_swapped"] == "A small blue star left of a dotted orange ring."
     assert wrong["objects_swapped"] == "A dotted blue ring left of a small orange star."
     changed = wrong["one_colour"].split()
@@ -189,14 +191,14 @@ def test_wrong_captions():
         "blue",
         "ring.",
     ]
-    assert changed[2] in set(scenes.COLOURS) - {"orange", "blue"}
+    assert changed[2] in set(scenes.COLORS) - {"orange", "blue"}
 
 
 def test_check_scenes_are_those_of_the_validation_seed_and_their_captions_true():
     drawn = {captions[0]: scene for _, captions, _, scene in scenes.generate(60, 2, 32)}
-    for caption, scene in sd_tiny.check_scenes(5):
+    for caption, scene in binding.check_scenes(5):
         assert drawn[caption] == scene
-        assert sd_tiny.pair_caption(scene["objects"], scene["relation"]) == caption
+        assert binding.pair_caption(scene["objects"], scene["relation"]) == caption
 
 
 def test_held_out_pairs_are_not_chosen_and_pairs_are_most():
