@@ -59,7 +59,7 @@ def test_every_row_is_a_command_that_can_be_run(name):
     table = reproduce_clip_kd.TABLES[name]
     assert 0 <= table.reference < len(table.rows)
     for row in table.rows:
-        words = reproduce_clip_kd.words(row, 7)
+        words = reproduce_clip_kd.argv(row, 7)
         settings = [words[i + 1] for i, word in enumerate(words) if word == "--set"]
         recipe, _ = override(find("clip_kd"), Run(data="", cache="", out=""), settings)
         assert {key: getattr(recipe.constants, key) for key, _ in row.settings} == dict(row.settings)
@@ -146,7 +146,7 @@ def test_a_run_leaves_numbers_and_no_weights(squares, cache, tmp_path, monkeypat
 def test_rows_of_psd_are_commands_and_pairs(name):
     rows = reproduce_psd.TABLES[name].rows
     for row in rows:
-        words = reproduce_psd.words(row, 7)
+        words = reproduce_psd.argv(row, 7)
         settings = [words[i + 1] for i, word in enumerate(words) if word == "--set"]
         recipe, _ = override(
             find(words[words.index("--recipe") + 1]), Run(data="", cache="", out=""), settings
@@ -164,7 +164,7 @@ def test_rows_of_psd_are_commands_and_pairs(name):
             ("retrieval", "zeroshot"), f"runs/reproduce/psd/{name}"
         )  # clean rows, whatever it was trained on
     for clip, psd in zip(rows[::2], rows[1::2], strict=True):
-        first, second = reproduce_psd.words(clip, 3), reproduce_psd.words(psd, 3)
+        first, second = reproduce_psd.argv(clip, 3), reproduce_psd.argv(psd, 3)
         assert [(a, b) for a, b in zip(first, second, strict=True) if a != b] == [("clip", "psd")]
     assert len({reproduce.folder_of("psd", row, 0) for row in rows}) == len(rows)
 

@@ -20,7 +20,7 @@ def test_every_row_is_a_command_and_stages_belong_together(name):
     folders = {reproduce.folder_of("clip_td", row, 1) for row in table.rows}
     assert len(folders) == len(table.rows)
     for row in table.rows:
-        words = paper.words(row, 1)
+        words = paper.argv(row, 1)
         recipe, _ = override(find("clip_td"), Run("", "", ""), settings_of(words))
         given, constants = dict(row.settings), recipe.constants
         assert recipe.fields
@@ -36,7 +36,7 @@ def test_every_row_is_a_command_and_stages_belong_together(name):
             weight = "0" if constants.w == 0 else paper.W
             key = (given["task"], given["face"], given["size"], weight, 1)
             assert adapted == [f"init={paper.adapted(*key)}"]
-            first, _ = override(find("clip_td"), Run("", "", ""), settings_of(paper.adapt_words(*key)))
+            first, _ = override(find("clip_td"), Run("", "", ""), settings_of(paper.adapt_argv(*key)))
             assert first.constants.stage == "adapt"
             assert first.constants.w == float(weight)
             assert first.constants.regime.partition(":")[0] in ("semi", "full")  # all pictures, no label more

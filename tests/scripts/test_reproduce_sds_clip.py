@@ -13,7 +13,7 @@ from student.settings import override
 def test_every_row_is_a_command_in_one_world(name):
     rows = paper.TABLES[name].rows
     assert len({reproduce.folder_of("sds_clip", row, 1) for row in rows}) == len(rows)
-    commands = [paper.words(row, 1) for row in rows]
+    commands = [paper.argv(row, 1) for row in rows]
     assert len({tuple(words) for words in commands}) == len(rows)
     for row, words in zip(rows, commands, strict=True):
         world = dict(row.settings)["world"]

@@ -45,7 +45,7 @@ def result(scale: float) -> dict[str, float]:
 def test_every_row_is_a_command(name):
     table = paper.TABLES[name]
     for row in table.rows:
-        words = paper.words(row, 1)
+        words = paper.argv(row, 1)
         recipe, _ = override(find_recipe("vlkd"), Run("", "", ""), settings_of(words))
         constants = recipe.constants
         assert (constants.ttdm == 0) == ("TTDM" in row.label)
@@ -61,7 +61,7 @@ def test_every_row_is_a_command(name):
 def test_rows_that_are_one_setting_are_one_run():
     whole = {table.rows[0].settings for table in paper.TABLES.values()}
     assert whole == {()}
-    asked = paper.evaluations(paper.words(paper.TABLES["losses"].rows[0], 0))
+    asked = paper.evaluations(paper.argv(paper.TABLES["losses"].rows[0], 0))
     assert set(asked) == {
         "vqa",
         "text",
@@ -70,7 +70,7 @@ def test_rows_that_are_one_setting_are_one_run():
         "scenes",
         *(f"{n} {m}" for n in paper.HELD_OUT for m in (5, 7, 8)),
     }
-    assert set(paper.evaluations(paper.words(paper.TABLES["size"].rows[2], 0))) == {"vqa", "demo", "scenes"}
+    assert set(paper.evaluations(paper.argv(paper.TABLES["size"].rows[2], 0))) == {"vqa", "demo", "scenes"}
 
 
 def cells(text: str, label: str) -> list[str]:
