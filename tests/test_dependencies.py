@@ -112,6 +112,16 @@ def test_what_the_tests_import_is_declared_for_developers():
     assert declared()["dev"] - needed - INDIRECT.keys() == set()
 
 
+def test_every_dependency_has_a_reason():
+    """CONTRIBUTING.md lists each distribution and no other."""
+    table = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("| package | for |")[1]
+    cells = [line.split("|")[1] for line in table.splitlines() if line.startswith("| ")]
+    names = {
+        canonical(name) for cell in cells for name in re.findall(r"[\w-]+", re.sub(r"\(.*?\)", "", cell))
+    }
+    assert names - {"or"} == {name for names in declared().values() for name in names}
+
+
 def test_exceptions_are_needed():
     everything = {name for names in declared().values() for name in names}
     assert INDIRECT.keys() <= everything - distributions((*PACKAGES, "scripts", "tests")) | {

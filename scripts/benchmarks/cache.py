@@ -148,7 +148,7 @@ def building(case: Case, options: argparse.Namespace) -> tuple[Line, str]:
     finally:
         torch.set_num_threads(threads)
     spare = cores() - (used if device == "cpu" else 1)
-    bottleneck, judgement = judge_bottleneck(figures, spare=spare, workers=workers)
+    bottleneck, judgment = judge_bottleneck(figures, spare=spare, workers=workers)
     line = compare(
         what,
         figures,
@@ -157,7 +157,7 @@ def building(case: Case, options: argparse.Namespace) -> tuple[Line, str]:
         unit="rows/s",
         other="bare forward",
         bar=f">= {BAR}",
-        reason="" if bottleneck else judgement,
+        reason="" if bottleneck else judgment,
     )
     alone = ", ".join(
         f"{name} {middle(figures, key)}"
@@ -165,7 +165,7 @@ def building(case: Case, options: argparse.Namespace) -> tuple[Line, str]:
     )
     note = (
         f"{what}: {len(manifest)} rows, counted from the second batch on, {middle(figures, 'start')} s "
-        f"after the start; each alone, rows/s: {alone}; {workers} decoding processes; {judgement}"
+        f"after the start; each alone, rows/s: {alone}; {workers} decoding processes; {judgment}"
     )
     return line, note
 

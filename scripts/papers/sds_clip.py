@@ -171,7 +171,7 @@ def section(table: Table, results: Results, seeds: Sequence[int]) -> str:
             gains = [f"{a - b:g}" for a, b in zip(PAPER[row.label], PAPER[base.label], strict=True)]
             lines.append(["- to reference, paper", *gains, *[""] * (len(COLUMNS) + 1 - len(gains))])
     body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    count = f"{len(seeds)} seed{'s' if len(seeds) > 1 else ''}: mean (lowest to highest), per cent"
+    count = f"{len(seeds)} seed{'s' if len(seeds) > 1 else ''}: mean (lowest to highest), percent"
     chance = "Chance is 25 in Winoground's columns, 50 in ARO's, 20 in the orders'"
     return f"### {table.title}\n\n{body}\n\n{count}; the reference is {base.label}. {chance}. {table.note}".strip()
 
