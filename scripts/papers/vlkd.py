@@ -82,7 +82,11 @@ TABLES = {
 def bart() -> Path:
     """Return the folder of the small BART that students start from."""
     return next(
-        (path for path in map(Path, ("student/models/seq2seq/bart_tiny", "models/bart-tiny")) if path.exists()),
+        (
+            path
+            for path in map(Path, ("student/models/seq2seq/bart_tiny", "models/bart-tiny"))
+            if path.exists()
+        ),
         Path("models/bart-tiny"),
     )
 
