@@ -27,6 +27,7 @@ PAGES = (
     "docs/analysis.md",
     "docs/outputs.md",
     "docs/sd_tiny.md",
+    "docs/RESULTS.md",
 )
 
 BRITISH = re.compile(
