@@ -1,4 +1,4 @@
-"""The demo data's scripts on made-up packages: what is chosen, what is a duplicate, what is written."""
+"""The scripts of the demo data on synthetic packages: selection, duplicates, files."""
 
 import importlib
 import io
@@ -28,7 +28,7 @@ SVG = """<?xml version="1.0"?>
 
 
 def draw(path: Path, seed: int, *, color: str = "red", transparent: bool = True) -> Path:
-    """A polygon that depends on the seed, in the middle of an empty page."""
+    """Draw a random polygon in the middle of an empty page."""
     corners = np.random.default_rng(seed).integers(40, 160, (5, 2))
     picture = Image.new("RGBA", (200, 200), (0, 0, 0, 0) if transparent else "white")
     ImageDraw.Draw(picture).polygon([tuple(map(int, corner)) for corner in corners], fill=color)
@@ -64,11 +64,13 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_scenes_depend_on_the_seed_and_their_number_alone():
     first, again, other = (list(scenes.generate(12, seed, 48)) for seed in (3, 3, 4))
     more = list(scenes.generate(14, 3, 48))[:12]
-    for (picture, *said), (picture_2, *said_2), (picture_3, *said_3) in zip(first, again, more, strict=True):
+    for (picture, *content), (picture_2, *content_2), (picture_3, *content_3) in zip(
+        first, again, more, strict=True
+    ):
         assert picture.size == (48, 48)
-        assert said == said_2 == said_3
+        assert content == content_2 == content_3
         assert picture.tobytes() == picture_2.tobytes() == picture_3.tobytes()
-    assert [said for _, *said in first] != [said for _, *said in other]
+    assert [content for _, *content in first] != [content for _, *content in other]
 
 
 def test_captions_are_true_of_the_scene():
@@ -87,7 +89,7 @@ def test_captions_are_true_of_the_scene():
 
 
 def relation_holds(caption: str, objects: list[dict]) -> bool:
-    """Reads the relation back from the words and compares centers."""
+    """Parse the relation of a caption and compare it with the centers."""
     words = caption.lower()
     relation = next(name for name in scenes.RELATIONS if name in words)
     named = sorted(objects, key=lambda thing: words.index(f"{thing['color']} {thing['shape']}"))
@@ -101,11 +103,11 @@ def test_scenes_on_disk_share_no_description_between_splits(tmp_path):
     assert counts["train"] + counts["test"] == 120
     assert min(counts.values()) > 20
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
-    said = {
+    descriptions = {
         split: {p.read_text().splitlines()[0] for p in (tmp_path / "a" / split).rglob("*.txt")}
         for split in ("train", "test")
     }
-    assert not said["train"] & said["test"]
+    assert not descriptions["train"] & descriptions["test"]
     names = dict(line.split("\t") for line in (tmp_path / "a/classnames.txt").read_text().splitlines())
     assert set(names) == {folder.name for folder in (tmp_path / "a/train").iterdir()}
     assert names["pair"] == "two shapes"
@@ -131,7 +133,7 @@ def test_tidy_title(raw, tidy):
     assert rules.tidy_title(raw) == tidy
 
 
-def test_caption_key_ignores_what_does_not_matter():
+def test_caption_key_ignores_articles_case_and_plurals():
     assert rules.caption_key("A red Apple.") == rules.caption_key("the red apples")
     assert rules.caption_key("8 ball") != rules.caption_key("9 ball")
 
@@ -314,7 +316,7 @@ def test_pip_source(tmp_path):
         assert color in ("red", "green", "blue", "black", "gray", "teal", "brown", "yellow")
 
 
-def test_auto_falls_back_and_debian_says_why(tmp_path, monkeypatch, capsys):
+def test_auto_falls_back_and_debian_prints_the_reason(tmp_path, monkeypatch, capsys):
     about = {"counts": {"train": {"all": 1}, "test": {"all": 1}}}
     monkeypatch.setattr(demo, "write_pip", lambda partial, seed: about)
     monkeypatch.setenv("PATH", str(tmp_path))

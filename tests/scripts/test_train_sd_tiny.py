@@ -1,4 +1,4 @@
-"""The tiny diffusion teacher's script: the folder it writes, going on after a stop, and what its check counts."""
+"""The training of the tiny diffusion teacher: its folder, resuming, and its check of attribute binding."""
 
 import importlib
 import json
@@ -37,9 +37,9 @@ def train(out):
 
 def weights(folder):
     return {
-        (part, name): value
-        for part in ("unet", "vae", "text_encoder")
-        for path in (folder / part).glob("*.safetensors")
+        (model, name): value
+        for model in ("unet", "vae", "text_encoder")
+        for path in (folder / model).glob("*.safetensors")
         for name, value in load_file(path).items()
     }
 
@@ -101,9 +101,9 @@ def test_other_settings_are_refused_but_more_steps_are_not(tmp_path):
         train_sd_tiny.same_settings(path, {"steps": 8, "seed": 1001, "sizes": {"a": (1, 2)}})
 
 
-@pytest.mark.parametrize("given", [["--seed", "2"], ["--steps", "0"], ["--check"]])
-def test_user_errors_are_one_line(tmp_path, capsys, monkeypatch, given):
-    monkeypatch.setattr(sys, "argv", ["train_sd_tiny.py", "--out", str(tmp_path / "sd"), *given])
+@pytest.mark.parametrize("options", [["--seed", "2"], ["--steps", "0"], ["--check"]])
+def test_user_errors_are_one_line(tmp_path, capsys, monkeypatch, options):
+    monkeypatch.setattr(sys, "argv", ["train_sd_tiny.py", "--out", str(tmp_path / "sd"), *options])
     assert train_sd_tiny.main() == 2
     assert capsys.readouterr().err.count("\n") == 1
 
@@ -131,7 +131,7 @@ def test_ties_are_misses():
 
 
 class Blind(torch.nn.Module):
-    """A VAE, a UNet and a text encoder that say nothing."""
+    """A VAE, a UNet and a text encoder with constant outputs."""
 
     def encode(self, pictures):
         return SimpleNamespace(latent_dist=SimpleNamespace(mode=lambda: torch.ones(len(pictures), 4, 8, 8)))
@@ -142,8 +142,8 @@ class Blind(torch.nn.Module):
 
 def test_check_of_a_denoiser_that_ignores_the_text_is_zero():
     blind = Blind()
-    found = binding.check(blind, blind, blind, sd_tiny.make_tokenizer(), num=3, draws=2)
-    assert found == {
+    accuracies = binding.check(blind, blind, blind, sd_tiny.make_tokenizer(), num=3, draws=2)
+    assert accuracies == {
         "colours_swapped": 0,
         "objects_swapped": 0,
         "one_colour": 0,
@@ -153,13 +153,13 @@ def test_check_of_a_denoiser_that_ignores_the_text_is_zero():
     }
 
 
-def test_check_of_a_denoiser_that_knows_the_true_caption_is_one():
+def test_check_of_a_perfect_denoiser_is_one():
     tokenizer = sd_tiny.make_tokenizer()
     right = {
         tuple(sd_tiny.tokenize(tokenizer, [caption])[0].tolist()) for caption, _ in binding.check_scenes(3)
     }
 
-    class Knows(Blind):
+    class Perfect(Blind):
         def forward(self, x, *rest):
             if not rest:
                 return (torch.tensor([[[float(tuple(row.tolist()) in right)]] for row in x]),)
@@ -168,9 +168,9 @@ def test_check_of_a_denoiser_that_knows_the_true_caption_is_one():
             noise = (x - a.sqrt()) / (1 - a).sqrt()  # the latents are ones
             return SimpleNamespace(sample=noise * states[:, 0].view(-1, 1, 1, 1))
 
-    knows = Knows()
-    found = binding.check(knows, knows, knows, tokenizer, num=3, draws=2)
-    assert found["all"] == found["one_colour"] == 1
+    perfect = Perfect()
+    accuracies = binding.check(perfect, perfect, perfect, tokenizer, num=3, draws=2)
+    assert accuracies["all"] == accuracies["one_colour"] == 1
 
 
 def test_wrong_captions():
@@ -211,7 +211,7 @@ def test_held_out_pairs_are_not_chosen_and_pairs_are_most():
     assert not held_out & {scenes.description_key(scene) for scene in left}
 
 
-def test_every_caption_is_whole_and_known():
+def test_every_caption_fits_into_the_tokens_and_the_vocabulary():
     tokenizer = sd_tiny.make_tokenizer()
     captions = [text for _, pair, _ in sd_tiny.undrawn(300, 7) for text in pair]
     ids = sd_tiny.tokenize(tokenizer, captions)
