@@ -320,7 +320,7 @@ def test_auto_falls_back_and_debian_prints_the_reason(tmp_path, monkeypatch, cap
     about = {"counts": {"train": {"all": 1}, "test": {"all": 1}}}
     monkeypatch.setattr(demo, "write_pip", lambda partial, seed: about)
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(sys, "argv", ["prepare_demo.py", "--out", str(tmp_path / "demo")])
+    monkeypatch.setattr(sys, "argv", ["prepare", "--out", str(tmp_path / "demo")])
     assert demo.main() == 0
     assert "no Debian packages (apt-get is not installed" in capsys.readouterr().out
     assert (tmp_path / "demo/about.json").is_file()

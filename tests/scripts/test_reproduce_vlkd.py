@@ -73,6 +73,14 @@ def test_rows_that_are_one_setting_are_one_run():
     assert set(paper.evaluations(paper.argv(paper.TABLES["size"].rows[2], 0))) == {"vqa", "demo", "scenes"}
 
 
+def test_students_start_from_the_packaged_bart(monkeypatch):
+    from student.models.seq2seq.loading import PACKAGED
+
+    monkeypatch.chdir(Path(__file__).parents[2])
+    assert paper.bart().resolve() == PACKAGED.resolve()
+    assert (paper.bart() / "config.json").exists()
+
+
 def cells(text: str, label: str) -> list[str]:
     line = next(line for line in text.splitlines() if line.startswith(f"| {label} |"))
     return [cell.strip() for cell in line.split("|")[2:-1]]

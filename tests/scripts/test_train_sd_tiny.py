@@ -103,7 +103,7 @@ def test_other_settings_are_refused_but_more_steps_are_not(tmp_path):
 
 @pytest.mark.parametrize("options", [["--seed", "2"], ["--steps", "0"], ["--check"]])
 def test_user_errors_are_one_line(tmp_path, capsys, monkeypatch, options):
-    monkeypatch.setattr(sys, "argv", ["train_sd_tiny.py", "--out", str(tmp_path / "sd"), *options])
+    monkeypatch.setattr(sys, "argv", ["train_sd_tiny", "--out", str(tmp_path / "sd"), *options])
     assert train_sd_tiny.main() == 2
     assert capsys.readouterr().err.count("\n") == 1
 
