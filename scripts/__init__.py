@@ -1,1 +1,1 @@
-"""Commands of a checkout: the demo, benchmarks, data sets, small teachers and the tables of the papers."""
+"""Commands of a checkout: demo, benchmarks, data sets, small teachers and tables of the papers."""

@@ -1,9 +1,9 @@
-"""Train clip_kd and clip on the demo data, same student, steps and seed; evaluate both and the teacher; one table.
+"""Compare clip_kd with clip on the demo data in a table: the same student, steps and seeds, and the teacher.
 
-    python -m scripts.demo_table --seeds 0               what scripts/demo does
-    python -m scripts.demo_table --seeds 0 1 2 --write   means over seeds, into README.md and LOG.md
+    python -m scripts.demo_table --seeds 0               as in scripts/demo
+    python -m scripts.demo_table --seeds 0 1 2 --write   means over seeds, written to README.md and LOG.md
 
-Runs and evaluations that are there already are reused.
+Existing runs and evaluations are reused.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from pathlib import Path
 RECIPES = ("clip", "clip_kd")
 TASKS = ("zeroshot_classification", "zeroshot_retrieval")
 STEPS, BATCH = 450, 128
-CACHE = "caches/demo/clip-lite.zarr"  # that one, not another that may lie beside it
+CACHE = "caches/demo/clip-lite.zarr"  # explicit, because other caches of the data may exist
 SETTINGS = ("optim.lr=1e-3", "run.save_every=200")
 ROWS = {
     "zero-shot top-1": "acc1",
@@ -32,8 +32,8 @@ BEGIN, END = "<!-- demo table: scripts/demo_table.py -->", "<!-- end of demo tab
 
 
 def main() -> None:
-    """Run what is missing, print the table, perhaps write it."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    """Train and evaluate the missing runs, print the table, and write it if requested."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--write", action="store_true", help="replace the table in README.md and LOG.md")
     options = parser.parse_args()
@@ -50,19 +50,19 @@ def main() -> None:
 
 
 def trained(recipe: str, seed: int) -> dict[str, float]:
-    """Metrics of one run, trained and evaluated if it is not there yet."""
+    """Train and evaluate a run if it is missing, and return its metrics."""
     run = Path("runs/demo", f"{recipe}-seed{seed}")
     if not (run / "model.safetensors").exists():
-        words = ["--recipe", recipe, "--out", run, "--seed", seed, "--cache", CACHE]
-        words += ["--steps", STEPS, "--batch-size", BATCH]
-        chosen = [word for setting in SETTINGS for word in ("--set", setting)]
-        resume = ["--resume"] if (run / "run.json").exists() else []
-        command("student", "train", *words, *chosen, *resume)
+        options = ["--recipe", recipe, "--out", run, "--seed", seed, "--cache", CACHE]
+        options += ["--steps", STEPS, "--batch-size", BATCH]
+        options += [word for setting in SETTINGS for word in ("--set", setting)]
+        options += ["--resume"] if (run / "run.json").exists() else []
+        command("student", "train", *options)
     return evaluate(str(run), run)
 
 
 def evaluate(model: str, folder: Path) -> dict[str, float]:
-    """Metrics of both tasks, from files where they are there already."""
+    """Return the metrics of both tasks. Existing result files are reused."""
     metrics: dict[str, float] = {}
     for task in TASKS:
         path = folder / "eval" / f"demo_{task}.json"
@@ -75,21 +75,22 @@ def evaluate(model: str, folder: Path) -> dict[str, float]:
 
 
 def command(module: str, *words: object) -> str:
-    """Run one of our commands and return its stdout; its own error line is enough where it fails."""
+    """Run a command of the project and return its stdout. Exit with its status if it fails; it prints its own error."""
     print("$", module, *words, file=sys.stderr, flush=True)
-    done = subprocess.run([sys.executable, "-m", module, *map(str, words)], stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        sys.exit(done.returncode)
-    return done.stdout
+    argv = [sys.executable, "-m", module, *map(str, words)]
+    process = subprocess.run(argv, stdout=subprocess.PIPE, text=True)
+    if process.returncode:
+        sys.exit(process.returncode)
+    return process.stdout
 
 
 def table(teacher: dict[str, float], runs: dict[str, list[dict[str, float]]]) -> str:
-    """Markdown: one row per metric; mean (and the range where there are several seeds)."""
+    """Return Markdown with a row per metric: the mean and, for several seeds, the range."""
     seeds = len(next(iter(runs.values())))
     header = ["", *(f"student, `{recipe}`" for recipe in runs), "teacher clip-lite"]
     lines = [header, ["---"] * len(header)]
     for title, name in ROWS.items():
-        cells = [cell([run[name] for run in part]) for part in runs.values()]
+        cells = [cell([metrics[name] for metrics in seed_runs]) for seed_runs in runs.values()]
         lines.append([title, *cells, cell([teacher[name]]) if name in teacher else "-"])
     note = f"{STEPS} steps of {BATCH}, {seeds} seed{'s: mean (lowest to highest)' if seeds > 1 else ''}"
     note += f"; {teacher['num_images']} held-out pictures, {teacher['num_texts']} texts, {teacher['num_classes']} classes"
@@ -97,13 +98,13 @@ def table(teacher: dict[str, float], runs: dict[str, list[dict[str, float]]]) ->
 
 
 def cell(values: list[float]) -> str:
-    """Mean, with lowest and highest of several."""
+    """Format the mean of values and, if there are several, their range."""
     mean = f"{statistics.mean(values):.3f}"
     return mean if len(values) == 1 else f"{mean} ({min(values):.3f} to {max(values):.3f})"
 
 
 def replace_table(path: Path, text: str) -> None:
-    """Put the table between its two marks."""
+    """Replace the table between its two marks in a file."""
     content = path.read_text()
     pattern = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END), re.DOTALL)
     if not pattern.search(content):

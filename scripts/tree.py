@@ -18,7 +18,7 @@ COLUMN = 40  # where the descriptions start
 
 
 def first_sentence(path: Path) -> str:
-    """Return the first sentence of a module's docstring, or of a shell script's first comment."""
+    """Return the first sentence of a module's docstring or of a shell script's first comment."""
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".py":
         text = ast.get_docstring(ast.parse(text)) or ""
@@ -26,11 +26,12 @@ def first_sentence(path: Path) -> str:
         comments = [line.lstrip("# ") for line in text.splitlines() if line.startswith("# ")]
         text = " ".join(comments[:1])
     paragraph = " ".join(text.split("\n\n")[0].split())
-    return re.split(r"(?<=[.:])\s", f"{paragraph} ")[0].strip().rstrip(":.")
+    # A period ends the sentence unless it belongs to an abbreviation
+    return re.split(r"(?<=\.)(?<!et al\.)(?<!e\.g\.)(?<!i\.e\.)\s", f"{paragraph} ")[0].strip().rstrip(":.")
 
 
 def lines_of(folder: Path, depth: int) -> Iterator[str]:
-    """Yield the lines of a folder: its own, its modules, then its subfolders."""
+    """Yield the lines of a folder: the folder itself, its modules, then its subfolders."""
     indent = "  " * depth
     package = folder / "__init__.py"
     yield f"{indent + folder.name + '/':{COLUMN}}{first_sentence(package)}".rstrip()
@@ -49,13 +50,13 @@ def map_of_files() -> str:
 
 
 def replaced(text: str) -> str:
-    """Return CONTRIBUTING.md's text with a fresh map between the two marks."""
+    """Return the text of CONTRIBUTING.md with an updated map between the two marks."""
     head, rest = text.split(BEGIN)
     return f"{head}{BEGIN}\n```text\n{map_of_files()}\n```\n{END}{rest.split(END)[1]}"
 
 
 def main() -> int:
-    """Rewrite the map, or check it."""
+    """Rewrite the map or check it, and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--check", action="store_true", help="exit 1 if the map is out of date")
     check = parser.parse_args().check

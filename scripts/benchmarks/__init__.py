@@ -1,1 +1,1 @@
-"""Benchmarks: ratios within one run."""
+"""Benchmarks that report ratios within one run."""

@@ -1,11 +1,16 @@
-"""Reading a cache against np.memmap; `tc build` against the bare teacher. Not for other tools: see scripts/benchmarks/peer.py."""
+"""Benchmark reading a cache against np.memmap, and `tc build` against the bare teacher.
+
+scripts/benchmarks/peer.py compares with another tool.
+"""
 
 import argparse
 import dataclasses
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,12 +31,13 @@ from teachercache.teachers.registry import load
 from teachercache.teachers.teacher import Teacher
 
 SCATTERED = 1024
-BAR = 0.95  # of the bare forward, where the teacher is the bottleneck
+BAR = 0.95  # relative to the bare forward pass, if the teacher is the bottleneck
 
 
 def bench_cache(options: argparse.Namespace) -> list[str]:
-    """Every part that is asked for."""
-    lines, notes = [], []
+    """Run the parts in `options.only` and return their table."""
+    lines: list[Line] = []
+    notes: list[str] = []
     if "reading" in options.only:
         with tempfile.TemporaryDirectory(dir=".") as folder:
             lines += reading(*synthetic(Path(folder), options.rows), options)
@@ -43,14 +49,14 @@ def bench_cache(options: argparse.Namespace) -> list[str]:
     if "peer" in options.only:
         from scripts.benchmarks.peer import against_clip_retrieval
 
-        found, note = against_clip_retrieval(options)
-        lines += found
+        more, note = against_clip_retrieval(options)
+        lines += more
         notes.append(note)
     if "memory" in options.only:
         from scripts.benchmarks.memory import memory
 
-        found, note = memory(options)
-        lines += found
+        more, note = memory(options)
+        lines += more
         notes.append(note)
     return [*HEAD, *map(str, lines), "", *(f"- {note}" for note in notes if note)]
 
@@ -60,19 +66,19 @@ def bench_cache(options: argparse.Namespace) -> list[str]:
 
 
 def synthetic(folder: Path, rows: int) -> tuple[store.Cache, Path]:
-    """A cache of random float16 vectors, written through the store, and the same in one .npy."""
+    """Write random float16 vectors to a cache and to a .npy file, and return both."""
     cache = empty_cache(folder / "bench.zarr", rows)
     flat = np.lib.format.open_memmap(folder / "flat.npy", "w+", "float16", (rows, DIM))
     for block in range(cache.meta.num_blocks):
-        part = cache.meta.block(block)
-        flat[part.start : part.stop] = values = vectors(len(part), seed=block)
+        block_rows = cache.meta.block(block)
+        flat[block_rows.start : block_rows.stop] = values = vectors(len(block_rows), seed=block)
         put_block(cache, block, {("text_emb", 0): values})
     flat.flush()
     return cache, folder / "flat.npy"
 
 
 def reading(cache: store.Cache, flat: Path, options: argparse.Namespace) -> list[Line]:
-    """Scattered rows and whole blocks, against np.memmap."""
+    """Measure reading scattered rows and whole blocks against np.memmap."""
     ours, memmap = store.read_field(cache, "text_emb")[:, 0], np.load(flat, mmap_mode="r")
     random = np.random.default_rng(1)
     batches = [random.integers(0, options.rows, SCATTERED) for _ in range(100)]
@@ -92,7 +98,8 @@ def reading(cache: store.Cache, flat: Path, options: argparse.Namespace) -> list
 
     lines = []
     for title, action in ((f"{SCATTERED} scattered rows", scattered), ("whole blocks", blocks)):
-        figures = alternate(options.rounds, ours=lambda a=action: a(ours), memmap=lambda a=action: a(memmap))
+        actions = {"ours": partial(action, ours), "memmap": partial(action, memmap)}
+        figures = alternate(options.rounds, actions)
         title = f"reading {title} of {options.rows:,} x {DIM} float16"
         lines.append(
             compare(title, figures, "ours", "memmap", unit="rows/s", other="np.memmap", bar=">= 0.9")
@@ -106,14 +113,14 @@ def reading(cache: store.Cache, flat: Path, options: argparse.Namespace) -> list
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One build: a teacher, how it computes, and how much of `--pictures` it gets."""
+    """A build: a teacher, its precision and batch size, and the fraction of `--pictures`."""
 
     teacher: str
     weights: str
     dtype: str
-    part: float
+    fraction: float
     batch: int
-    spare: bool  # leave the decoders' cores to them, as on a machine with an accelerator
+    spare: bool  # reserve cores for the decoders, as on a machine with an accelerator
 
 
 CASES = (
@@ -124,7 +131,7 @@ CASES = (
 
 
 def building(case: Case, options: argparse.Namespace) -> tuple[Line, str]:
-    """A whole `tc build` against the teacher alone on tensors that are ready: same threads, dtype and batches."""
+    """Measure a whole `tc build` against the bare teacher on decoded tensors, with the same threads, dtype and batches."""
     device, workers, threads = pick_device(), default_workers(), torch.get_num_threads()
     used = max(1, cores() - workers) if case.spare else threads
     what = f"tc build, {case.teacher} {case.weights} {case.dtype}, batch {case.batch}"
@@ -134,14 +141,14 @@ def building(case: Case, options: argparse.Namespace) -> tuple[Line, str]:
     except UserError as error:
         return Line(what, f"skipped: {error}", "-"), ""
     say(what)
-    manifest = read_manifest(options.data, limit=max(2 * case.batch, int(options.pictures * case.part)))
+    manifest = read_manifest(options.data, limit=max(2 * case.batch, int(options.pictures * case.fraction)))
     torch.set_num_threads(used)
     try:
         figures = rates(teacher, manifest, case, device, workers, max(2, options.rounds // 2))
     finally:
         torch.set_num_threads(threads)
     spare = cores() - (used if device == "cpu" else 1)
-    bottleneck, judgement = judge_bottleneck(figures, spare=spare, workers=workers)
+    bottleneck, judgment = judge_bottleneck(figures, spare=spare, workers=workers)
     line = compare(
         what,
         figures,
@@ -150,7 +157,7 @@ def building(case: Case, options: argparse.Namespace) -> tuple[Line, str]:
         unit="rows/s",
         other="bare forward",
         bar=f">= {BAR}",
-        reason="" if bottleneck else judgement,
+        reason="" if bottleneck else judgment,
     )
     alone = ", ".join(
         f"{name} {middle(figures, key)}"
@@ -158,13 +165,13 @@ def building(case: Case, options: argparse.Namespace) -> tuple[Line, str]:
     )
     note = (
         f"{what}: {len(manifest)} rows, counted from the second batch on, {middle(figures, 'start')} s "
-        f"after the start; each alone, rows/s: {alone}; {workers} decoding processes; {judgement}"
+        f"after the start; each alone, rows/s: {alone}; {workers} decoding processes; {judgment}"
     )
     return line, note
 
 
 def judge_bottleneck(figures: Figures, *, spare: int, workers: int) -> tuple[bool, str]:
-    """Whether the teacher is what a build waits for, and the sentence that says so."""
+    """Return whether the teacher is the bottleneck of a build, and a sentence about the bottleneck."""
     decode, forward = (float(np.median(figures[name])) for name in ("decode", "bare"))
     if spare >= 1:
         decode *= min(1, spare / workers)
@@ -183,7 +190,7 @@ def judge_bottleneck(figures: Figures, *, spare: int, workers: int) -> tuple[boo
 def rates(
     teacher: Teacher, manifest: Manifest, case: Case, device: str, workers: int, rounds: int
 ) -> Figures:
-    """Rows per second: whole build, bare forward, decoding alone, writing alone; and seconds before the first batch."""
+    """Measure rows per second of the build, the bare forward pass, decoding and writing, and the start in seconds."""
     dtype, rows = getattr(torch, case.dtype), len(manifest)
     precision = Precision(case.dtype, "benchmark")
     keep_memory()
@@ -191,8 +198,8 @@ def rates(
     options = BuildOptions(batch_size=case.batch, workers=workers, device=device, precision=precision)
     rows_in = rows_for(teacher, manifest)
     ready = [
-        on_device(part, device, dtype)
-        for part in decoded(rows_in, pieces(manifest, case.batch), workers=workers)
+        on_device(batch, device, dtype)
+        for batch in decoded(rows_in, pieces(manifest, case.batch), workers=workers)
     ]
 
     def bare() -> float:
@@ -207,7 +214,7 @@ def rates(
     began: list[float] = []
     starts: list[float] = []
 
-    def encode(module: torch.nn.Module, inputs: dict) -> dict:
+    def encode(module: torch.nn.Module, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         began.append(time.perf_counter())
         return teacher.encode(module, inputs)
 
@@ -222,14 +229,13 @@ def rates(
                 options,
             )
             end = time.perf_counter()
-        starts.append(
-            began[1] - begin
-        )  # once in a build of any size: the first batch shares its cores with decoders
-        return (rows - case.batch) / (end - began[1])  # that fill their queue, and memory is new to it
+        # The first batch is excluded: the decoders fill their queue on the same cores, and memory is not yet allocated
+        starts.append(began[1] - begin)
+        return (rows - case.batch) / (end - began[1])
 
     def decode() -> float:
         batches = decoded(rows_in, pieces(manifest, case.batch), workers=workers)
-        next(batches)  # the processes are up
+        next(batches)  # wait until the processes have started
         begin = time.perf_counter()
         return sum(len(batch["key"]) for batch in batches) / (time.perf_counter() - begin)
 
@@ -241,9 +247,10 @@ def rates(
                 put_block(cache, block, {})
             return rows / (time.perf_counter() - begin)
 
-    bare()  # the only warming up: a whole build that does not count costs too much
-    figures = alternate(rounds, uncounted=0, whole=whole, bare=bare)
-    return figures | alternate(rounds, uncounted=0, decode=decode, write=write) | {"start": starts}
+    bare()  # the only warmup: a whole uncounted build takes too long
+    figures = alternate(rounds, {"whole": whole, "bare": bare}, uncounted=0)
+    figures |= alternate(rounds, {"decode": decode, "write": write}, uncounted=0)
+    return figures | {"start": starts}
 
 
 def pieces(manifest: Manifest, batch_size: int) -> Iterator[WorkItem]:
@@ -253,8 +260,8 @@ def pieces(manifest: Manifest, batch_size: int) -> Iterator[WorkItem]:
         yield WorkItem(tuple(rows), texts=range(manifest.texts))
 
 
-def on_device(batch: dict, device: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The tensors of a batch as the build moves them."""
+def on_device(batch: dict[str, Any], device: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Move the tensors of a decoded batch to the device, as the build does."""
     inputs = {}
     if "image" in batch:
         inputs["image"] = batch["image"][0].to(device, dtype, memory_format=torch.channels_last)

@@ -1,9 +1,9 @@
-"""clip_kd's losses (task, CRD, ICL, GD) in tiles against whole matrices, each in a process of its own. Not for steps.
+"""Benchmark the losses of clip_kd (task, CRD, ICL, GD) in tiles against whole matrices, each in a new process.
 
     python -m scripts.benchmarks.losses FORM PAIRS RUNS    one measurement; prints a JSON line
 
-FORM is `whole` or `tiled` (task and CRD from one set of tiles, as the recipe has them). Memory is what forward
-and backward take at the peak beyond the embeddings, gradients included.
+FORM is `whole` or `tiled` (task and CRD share their tiles, as in the recipe). Memory is the peak of forward and backward
+pass without the embeddings, including gradients.
 """
 
 import argparse
@@ -27,21 +27,31 @@ from teachercache.core.process import keep_memory
 from teachercache.core.progress import say
 
 DIM = 512
-JUDGED = 8192  # pairs at which DESIGN.md sets its bars
+JUDGED = 8192  # number of pairs at which the bars apply
 FORMS = ("whole", "tiled")
-SHARE = 0.4  # of the machine's memory that whole matrices may take
+SHARE = 0.4  # fraction of the machine's memory that whole matrices may use
 
 
 def total(form: str, V: Tensor, S: Tensor, a: Tensor, V_T: Tensor, S_T: Tensor, a_T: Tensor) -> Tensor:
-    """The sum of the terms; g of ICL is a."""
+    """Return the sum of the terms. The scale g of ICL is a.
+
+    Args:
+        form: "whole" or "tiled".
+        V: student image embeddings, unit vectors [pairs, DIM].
+        S: student text embeddings.
+        a: logit scale of the student.
+        V_T: teacher image embeddings.
+        S_T: teacher text embeddings.
+        a_T: logit scale of the teacher.
+    """
     student, teacher = (V, S, a), (V_T, S_T, a_T)
     tiled.TILED_FROM = dict.fromkeys(tiled.TILED_FROM, 1 if form != "whole" else sys.maxsize)
-    first = sum(losses.clip_crd_losses(*student, *teacher))
-    return first + losses.icl_loss(V, S, V_T, S_T, a) + 1e8 * losses.gd_loss(*student, *teacher)
+    task, crd = losses.clip_crd_losses(*student, *teacher)
+    return task + crd + losses.icl_loss(V, S, V_T, S_T, a) + 1e8 * losses.gd_loss(*student, *teacher)
 
 
 def once(form: str, pairs: int) -> Callable[[], dict[str, float]]:
-    """Forward and backward of the losses, which gives its seconds, its value and a sum of its gradients."""
+    """Return a function that runs forward and backward pass: seconds, value of the loss, and a sum of gradients."""
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     V, S, V_T, S_T = (normalize(torch.randn(pairs, DIM, device=device)) for _ in range(4))
@@ -53,6 +63,7 @@ def once(form: str, pairs: int) -> Callable[[], dict[str, float]]:
         begin = time.perf_counter()
         loss = total(form, V, S, a, V_T, S_T, a_T)
         loss.backward()
+        assert V.grad is not None
         value, slope = loss.item(), V.grad.abs().sum().item()  # waits for an accelerator
         return {"seconds": time.perf_counter() - begin, "value": value, "slope": slope}
 
@@ -60,40 +71,41 @@ def once(form: str, pairs: int) -> Callable[[], dict[str, float]]:
 
 
 def measure(form: str, pairs: int, runs: int) -> dict[str, float]:
-    """The last of several runs in one process, and bytes at the peak of the first beyond those before it."""
+    """Return the last of several runs in this process, and the peak memory of the first run in bytes."""
     keep_memory()
-    once(form, 64)()  # libraries are loaded
+    once(form, 64)()  # load libraries before the baseline
     step = once(form, pairs)
     if torch.cuda.is_available():
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
     else:
         before = resident("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    found = step()
+        Path("/proc/self/clear_refs").write_text("5")  # reset the peak
+    figures = step()
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resident("VmHWM")
     for _ in range(runs - 1):
-        found = step()
-    return found | {"bytes": peak - before}
+        figures = step()
+    return figures | {"bytes": peak - before}
 
 
 def in_process(form: str, pairs: int, runs: int) -> dict[str, float] | str:
-    """The figures from a fresh process, or the last line of its error."""
+    """Return `measure` of a new process, or the last line of its error output."""
     say(f"{form}, {pairs} pairs")
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-m", "scripts.benchmarks.losses", form, str(pairs), str(runs)],
         capture_output=True,
         text=True,
     )
-    if done.returncode:
-        return (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1]
-    return json.loads(done.stdout.splitlines()[-1])
+    if process.returncode:
+        return (process.stderr.strip().splitlines() or [f"exit {process.returncode}"])[-1]
+    return json.loads(process.stdout.splitlines()[-1])
 
 
 def bench_losses(options: argparse.Namespace) -> list[str]:
-    """Every size; whole matrices only where they fit."""
-    lines, peaks = [], {}
-    whole = 20 * 4  # bytes per pair of pairs, until measured
+    """Return the table of all sizes. Whole matrices are skipped if they do not fit into memory."""
+    lines: list[Line] = []
+    peaks: dict[int, float] = {}
+    whole: float = 20 * 4  # bytes per element of the matrix of pairs; an estimate until measured
     for pairs in sorted(options.loss_rows):
         need = whole * pairs**2
         fits = need < SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -119,43 +131,43 @@ def bench_losses(options: argparse.Namespace) -> list[str]:
                 lines.append(compare(title, figures, form, "whole", unit=unit, other="whole", bar=bar))
     lines += growth(peaks)
     note = (
-        f"task + CRD + ICL + GD, width {DIM}, float32, forward and backward; memory: the peak beyond the embeddings; "
-        "growth of memory: against the size before, 1 where it is linear"
+        f"task + CRD + ICL + GD, width {DIM}, float32, forward and backward pass; memory: the peak without the "
+        "embeddings; growth of memory: relative to the previous size, 1 if linear"
     )
     return [*HEAD, *map(str, lines), "", f"- {note}"]
 
 
 def alternate_processes(forms: tuple[str, ...], pairs: int, rounds: int) -> tuple[Figures, Figures, str]:
-    """Seconds and megabytes of each form in turn; above the judged size once and cold, which takes minutes."""
+    """Measure seconds and megabytes of each form in alternation. Above JUDGED one cold run takes minutes."""
     seconds: Figures = {form: [] for form in forms}
     memory: Figures = {form: [] for form in forms}
     small = pairs <= JUDGED
     for _ in range(max(1, rounds // 3) if small else 1):
         values = []
         for form in forms:
-            found = in_process(form, pairs, 2 if small else 1)
-            if isinstance(found, str):
-                return seconds, memory, f"{form}: {found}"
-            seconds[form].append(found["seconds"])
-            memory[form].append(found["bytes"] / 1e6)
-            values.append((found["value"], found["slope"]))
-        differ = max(
-            abs(part / first - 1) for value in values for part, first in zip(value, values[0], strict=True)
+            figures = in_process(form, pairs, 2 if small else 1)
+            if isinstance(figures, str):
+                return seconds, memory, f"{form}: {figures}"
+            seconds[form].append(figures["seconds"])
+            memory[form].append(figures["bytes"] / 1e6)
+            values.append((figures["value"], figures["slope"]))
+        difference = max(
+            abs(x / first - 1) for pair in values for x, first in zip(pair, values[0], strict=True)
         )
-        if differ > 1e-4:
-            return seconds, memory, f"the forms disagree by {differ:.1e}"
+        if difference > 1e-4:
+            return seconds, memory, f"the forms disagree by {difference:.1e}"
     return seconds, memory, ""
 
 
 def growth(peaks: dict[int, float]) -> list[Line]:
-    """Memory of tiles against the size before, per pair."""
+    """Return lines with the memory of tiles per pair, relative to the previous size."""
     lines, sizes = [], sorted(peaks)
     for few, many in itertools.pairwise(sizes):
         ratio = peaks[many] / peaks[few] * few / many
         title = f"memory of tiles, {many:,} pairs against {few:,}, per pair"
-        each = [f"{peaks[pairs] * 1e6 / pairs:,.0f} bytes" for pairs in (many, few)]
-        bar = "<= 1.1" if few >= JUDGED else "-"  # below, tiles of one size are most of it
-        lines.append(Line(title, *each, f"{ratio:.3f}", bar, judge(ratio, bar)))
+        ours, theirs = (f"{peaks[pairs] * 1e6 / pairs:,.0f} bytes" for pairs in (many, few))
+        bar = "<= 1.1" if few >= JUDGED else "-"  # at smaller sizes the constant tile memory dominates
+        lines.append(Line(title, ours, theirs, f"{ratio:.3f}", bar, judge(ratio, bar)))
     return lines
 
 

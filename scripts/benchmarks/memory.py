@@ -1,9 +1,9 @@
-"""Memory of building and reading at three sizes, each job in a process of its own. Not for speed.
+"""Measure the memory of building and reading a cache at three sizes, each job in a new process.
 
     python -m scripts.benchmarks.memory JOB ROWS FOLDER    one job; prints a JSON line
 
-Counted is anonymous memory (RssAnon): pages of mapped chunk files are the kernel's cache and leave when others need
-room. The manifest's Arrow table grows with the rows by design: it is loaded before a job begins to count.
+Only anonymous memory (RssAnon) counts: pages of mapped chunk files belong to the page cache and can be reclaimed. The
+Arrow table of the manifest grows with the rows by design, so it is loaded before the baseline of a job.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import ClassVar
 
@@ -35,25 +35,23 @@ from teachercache.data.manifest import Manifest, load_manifest, make_manifest, w
 from teachercache.data.sample import Sample
 from teachercache.teachers.teacher import Teacher
 
-DIM, BLOCK = (
-    512,
-    4096,
-)  # blocks of one size at both sizes: their buffers are bounded, and not what is asked here
+DIM, BLOCK = 512, 4096  # the same block size at every size, because block buffers are bounded
 BATCHES, BATCH = 3000, 1024
 WRITES = {"write": ("written.zarr",), "build": ("built.zarr",)}
-BAR = "<= 16"  # bytes a row that a job may grow by; the vectors themselves have 1,024
-# Other bars: the manifest is a table of rows; a training has an index of them (order, place in the cache, keys to join)
+BAR = "<= 16"  # growth of a job in bytes per row; a vector has 1,024 bytes
+# Other bars: the manifest is a table of rows; training has an index of rows (order, cache row, keys to join)
 BARS = {"manifest": "-", "join": "<= 128"}
+Start = Callable[[], None]  # a job calls it when counting starts
 FIELD = Field("text_emb", (DIM,), "text", "float16", "random")
 SPEC = TeacherSpec("bench", "random:0", "0" * 64, ("embeddings",), (FIELD,), {"size": [1, 1]}, {}, {})
 
 
 # ----------------------------------------------------------------------------------------------------
-# Synthetic rows, through the store
+# Synthetic rows, written by the store
 
 
 def short_texts(folder: Path, rows: int) -> Manifest:
-    """A manifest of short texts, without pictures."""
+    """Return a manifest of short texts without pictures."""
     return make_manifest(
         "bench", folder, (Sample(f"{i:08d}", "", (f"a picture of {i}",)) for i in range(rows))
     )
@@ -62,7 +60,7 @@ def short_texts(folder: Path, rows: int) -> Manifest:
 def empty_cache(
     path: Path, rows: int, manifest: Manifest | None = None, *, block_rows: int = 0
 ) -> store.Cache:
-    """A cache for vectors whose blocks are still to be written."""
+    """Create a cache of vectors without blocks."""
     manifest = manifest or short_texts(path.parent, rows)
     size = block_rows or block_rows_for((FIELD,), rows)
     meta = CacheMeta(SPEC, "bench", manifest.digest, rows, 1, size, "float32", {})
@@ -70,7 +68,7 @@ def empty_cache(
 
 
 def put_block(cache: store.Cache, block: int, chunks: Mapping[tuple[str, int], np.ndarray]) -> None:
-    """Write a block; chunks that are not given are all valid, or ones."""
+    """Write a block. Missing chunks are filled with ones."""
     rows = cache.meta.block(block)
     whole = {
         (name, copy): np.ones((len(rows), *field.shape), field.dtype)
@@ -82,24 +80,24 @@ def put_block(cache: store.Cache, block: int, chunks: Mapping[tuple[str, int], n
 
 
 def vectors(rows: int, *, seed: int) -> np.ndarray:
-    """Random float16 vectors."""
+    """Return random float16 vectors [rows, DIM]."""
     return np.random.default_rng(seed).standard_normal((rows, DIM), dtype=np.float32).astype(np.float16)
 
 
 class Table(torch.nn.Module):
-    """The cheapest teacher: a vector by the text's last digits."""
+    """A minimal teacher: it looks up a vector by the last digits of a text."""
 
     def __init__(self) -> None:
         super().__init__()
         self.vectors = torch.nn.Parameter(torch.from_numpy(vectors(256, seed=0)).float(), requires_grad=False)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """Ids [n, 1] to vectors [n, DIM]."""
+        """Map ids [n, 1] to vectors [n, DIM]."""
         return self.vectors[ids[:, 0]]
 
 
 def cheap_teacher() -> Teacher:
-    """A teacher that costs next to nothing."""
+    """Return a teacher with negligible compute."""
     return Teacher(
         SPEC,
         Table(),
@@ -110,17 +108,17 @@ def cheap_teacher() -> Teacher:
 
 
 # ----------------------------------------------------------------------------------------------------
-# Jobs: each gets its folder and a function that says when counting begins; the manifest is there before that
+# Jobs: each gets its folder, which contains the manifest, and a function to call when counting starts
 
 
-def job_manifest(folder: Path, rows: int, start) -> None:
-    """A reader's rows into a manifest, and to disk."""
+def job_manifest(folder: Path, rows: int, start: Start) -> None:
+    """Make a manifest and write it to disk."""
     start()
     write_manifest(short_texts(folder, rows), folder / "manifest.parquet")
 
 
-def job_write(folder: Path, rows: int, start) -> None:
-    """A store, block by block, from vectors that are ready."""
+def job_write(folder: Path, rows: int, start: Start) -> None:
+    """Write a store block by block from precomputed vectors."""
     manifest = load_manifest(folder / "manifest.parquet")
     values = vectors(BLOCK, seed=0)
     start()
@@ -150,8 +148,8 @@ def job_build(folder: Path, rows: int, start) -> None:
     )
 
 
-def job_read(folder: Path, rows: int, start) -> None:
-    """Scattered rows of a mapped field."""
+def job_read(folder: Path, rows: int, start: Start) -> None:
+    """Read scattered rows of a memory-mapped field."""
     start()
     values = store.read_field(store.open_complete(folder / "written.zarr"), "text_emb")
     random = np.random.default_rng(0)
@@ -159,8 +157,8 @@ def job_read(folder: Path, rows: int, start) -> None:
         values[random.integers(0, rows, BATCH)]
 
 
-def job_join(folder: Path, rows: int, start) -> None:
-    """What a training does: usable rows, the join by key, shuffled batches; the student takes no inputs."""
+def job_join(folder: Path, rows: int, start: Start) -> None:
+    """Select usable rows, join by key and make shuffled batches, as training does, for a student without inputs."""
     from student.inputs.caches import training_rows
     from student.inputs.pairs import Batches
 
@@ -196,7 +194,7 @@ JOBS = {
 
 
 def anonymous(process: str = "self") -> int:
-    """Anonymous resident bytes of a process, 0 where it is gone."""
+    """Return the anonymous resident bytes of a process, or 0 if it has exited."""
     try:
         lines = Path("/proc", process, "status").read_text().splitlines()
     except OSError:
@@ -205,24 +203,24 @@ def anonymous(process: str = "self") -> int:
 
 
 class Mallinfo(ctypes.Structure):
-    """What glibc's mallinfo2 returns."""
+    """The struct that glibc's mallinfo2 returns."""
 
     names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
     _fields_: ClassVar = [(name, ctypes.c_size_t) for name in names.split()]
 
 
 def free_in_malloc() -> int:
-    """Bytes that malloc holds free for later: freed activations stay (runtime.keep_memory), up to a plateau."""
+    """Return the free bytes that malloc retains: `keep_memory` keeps freed activations, up to a plateau."""
     try:
-        ask = ctypes.CDLL(None).mallinfo2
-    except AttributeError:  # not glibc, or before 2.33
+        mallinfo = ctypes.CDLL(None).mallinfo2
+    except AttributeError:  # not glibc, or older than 2.33
         return 0
-    ask.restype = Mallinfo
-    return ask().fordblks
+    mallinfo.restype = Mallinfo
+    return mallinfo().fordblks
 
 
 def written_by_children() -> int:
-    """Bytes of the largest child that it does not share: after a fork only what it wrote itself."""
+    """Return the private dirty bytes of the largest child: after a fork, only the pages that it has written."""
     children = [
         child for path in Path("/proc/self/task").glob("*/children") for child in path.read_text().split()
     ]
@@ -236,34 +234,34 @@ def written_by_children() -> int:
     return max(sizes)
 
 
-def look() -> dict[str, int]:
-    """Bytes now: resident here, of these in use, and of the largest child."""
+def current_memory() -> dict[str, int]:
+    """Return the bytes that are resident in this process, in use in it, and private in its largest child."""
     resident = anonymous()
     return {"resident": resident, "used": resident - free_in_malloc(), "children": written_by_children()}
 
 
 def measure(job: str, rows: int, folder: Path) -> dict[str, int]:
-    """Run a job here: bytes resident and in use at their peaks, beyond those when it began to count."""
-    peak = dict.fromkeys(look(), 0)
+    """Run a job in this process and return the peaks of `current_memory` above the baseline."""
+    peak = dict.fromkeys(current_memory(), 0)
     before = dict(peak)
     over = threading.Event()
 
     def start() -> None:
         pyarrow.default_memory_pool().release_unused()
-        before.update(look())
+        before.update(current_memory())
 
-    def note() -> None:
-        peak.update({name: max(peak[name], now) for name, now in look().items()})
+    def update_peak() -> None:
+        peak.update({name: max(peak[name], now) for name, now in current_memory().items()})
 
     def watch() -> None:
         while not over.wait(0.02):
-            note()
+            update_peak()
 
     watcher = threading.Thread(target=watch)
     watcher.start()
     try:
         JOBS[job][0](folder, rows, start)
-        note()
+        update_peak()
     finally:
         over.set()
         watcher.join()
@@ -272,8 +270,13 @@ def measure(job: str, rows: int, folder: Path) -> dict[str, int]:
 
 
 def memory(options: argparse.Namespace) -> tuple[list[Line], str]:
-    """Every job at three sizes; growth is asked between the last two, after what a first minute of work fills."""
-    sizes, lines = sorted(options.memory_rows), []
+    """Run every job at three sizes. Growth is measured between the last two, when buffers are filled.
+
+    Returns:
+        The lines of the report and a note.
+    """
+    sizes = sorted(options.memory_rows)
+    lines: list[Line] = []
     with tempfile.TemporaryDirectory(dir=".") as name:
         folders = [Path(name, str(rows)) for rows in sizes]
         for folder in folders:
@@ -281,50 +284,52 @@ def memory(options: argparse.Namespace) -> tuple[list[Line], str]:
         for job, (_, title) in JOBS.items():
             say(f"memory: {title}")
             try:
-                at = [
-                    middle_of(job, rows, folder, options.memory_times)
+                figures = [
+                    median_of(job, rows, folder, options.memory_times)
                     for rows, folder in zip(sizes, folders, strict=True)
                 ]
             except subprocess.CalledProcessError as error:
                 reason = (error.stderr.strip().splitlines() or [f"exit {error.returncode}"])[-1]
                 lines.append(Line(f"memory, {title}", f"skipped: {reason}", "-"))
                 continue
-            lines.append(growth(f"memory, {title}", at, sizes, "used", bar=BARS.get(job, BAR)))
-            if at[-1]["children"]:
-                lines.append(growth("memory, its decoding process", at, sizes, "children", bar=BAR))
+            lines.append(growth(f"memory, {title}", figures, sizes, "used", bar=BARS.get(job, BAR)))
+            if figures[-1]["children"]:
+                lines.append(growth("memory, its decoding process", figures, sizes, "children", bar=BAR))
         table = load_manifest(folders[-1] / "manifest.parquet").table.nbytes
     note = (
-        f"memory: anonymous bytes at the peak beyond those at the start, without what malloc holds free; vectors of "
-        f"{DIM} float16, blocks of {BLOCK}; the ratio is growth in bytes per row from {sizes[1]:,} rows on. The "
-        f"manifest's table has {table / 1e6:,.0f} MB at {sizes[2]:,} rows; every job but the first has it before "
-        "counting begins"
+        f"memory: peak of the anonymous bytes above the baseline, without free memory that malloc retains; vectors of "
+        f"{DIM} float16, blocks of {BLOCK}; the ratio is the growth in bytes per row from {sizes[1]:,} rows on. The table "
+        f"of the manifest has {table / 1e6:,.0f} MB at {sizes[2]:,} rows; all jobs except the first load it before the "
+        "baseline"
     )
     return lines, note
 
 
-def growth(what: str, at: list[dict[str, int]], sizes: list[int], name: str, *, bar: str) -> Line:
-    """The line of a job: megabytes at every size, and growth between the last two in bytes per row."""
-    each = (at[-1][name] - at[-2][name]) / (sizes[-1] - sizes[-2])
+def growth(what: str, figures: list[dict[str, int]], sizes: list[int], name: str, *, bar: str) -> Line:
+    """Return the line of a job: megabytes at every size, and growth between the last two sizes in bytes per row."""
+    per_row = (figures[-1][name] - figures[-2][name]) / (sizes[-1] - sizes[-2])
     cells = []
-    for rows, found in zip(sizes, at, strict=True):
-        rest = f" ({found['resident'] / 1e6:,.0f} resident, {found['rss'] / 1e6:,.0f} peak RSS)"
-        cells.append(f"{rows:,} rows: {found[name] / 1e6:,.0f} MB{rest if name == 'used' else ''}")
-    return Line(what, cells[-1], "; ".join(cells[:-1]), f"{each:.0f} bytes a row", bar, judge(each, bar))
+    for rows, values in zip(sizes, figures, strict=True):
+        rest = f" ({values['resident'] / 1e6:,.0f} resident, {values['rss'] / 1e6:,.0f} peak RSS)"
+        cells.append(f"{rows:,} rows: {values[name] / 1e6:,.0f} MB{rest if name == 'used' else ''}")
+    return Line(
+        what, cells[-1], "; ".join(cells[:-1]), f"{per_row:.0f} bytes a row", bar, judge(per_row, bar)
+    )
 
 
-def middle_of(job: str, rows: int, folder: Path, times: int) -> dict[str, int]:
-    """Each figure's median over some fresh processes: what lies in buffers at the peak is chance."""
-    found = [in_process(job, rows, folder) for _ in range(times)]
-    return {name: statistics.median_low([one[name] for one in found]) for name in found[0]}
+def median_of(job: str, rows: int, folder: Path, times: int) -> dict[str, int]:
+    """Return the medians over several new processes. The content of buffers at the peak is random."""
+    figures = [in_process(job, rows, folder) for _ in range(times)]
+    return {name: statistics.median_low([values[name] for values in figures]) for name in figures[0]}
 
 
 def in_process(job: str, rows: int, folder: Path) -> dict[str, int]:
-    """A job's figures from a fresh process."""
+    """Return `measure` of a new process."""
     for written in WRITES.get(job, ()):
         shutil.rmtree(folder / written, ignore_errors=True)
     command = [sys.executable, "-m", "scripts.benchmarks.memory", job, str(rows), str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    process = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(process.stdout.splitlines()[-1])
 
 
 if __name__ == "__main__":

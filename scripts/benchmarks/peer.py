@@ -1,7 +1,7 @@
-"""`tc build` beside clip-retrieval's inference: its own package, unmodified, in an environment of its own.
+"""Benchmark `tc build` against the inference of clip-retrieval, an unmodified package in a separate environment.
 
-Both tools get the same pictures, the same random weights from one file, dtype, batch size and number of decoding
-processes, each in a fresh process. Not for a comparison of results beyond the cosine that shows they are the same.
+Both tools use the same pictures, the same file of random weights, and the same dtype, batch size and number of decoding
+processes, each in a new process. The smallest cosine between their embeddings shows that they compute the same.
 """
 
 import argparse
@@ -14,7 +14,9 @@ import sys
 import tempfile
 import time
 import venv
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,15 +31,15 @@ from teachercache.data.read import read_manifest
 HOME = Path(".bench")
 PACKAGES = ("clip-retrieval==2.45.0", "setuptools>=77,<81")  # one of its dependencies imports pkg_resources
 ARCHITECTURE, BATCH = "ViT-B-32-quickgelu", 32
-SMALL = 2 * BATCH  # pictures of the run that tells starting up apart
+SMALL = 2 * BATCH  # number of pictures of the run that measures the startup
 
 
 class Skipped(Exception):
-    """The other tool cannot be had or does not run; the message is the last line of its error."""
+    """The other tool is unavailable or fails; the message is the last line of its error output."""
 
 
 def against_clip_retrieval(options: argparse.Namespace) -> tuple[list[Line], str]:
-    """Rows per second of both tools, with and without their start; `skipped` with the reason where one cannot run."""
+    """Return lines with the rows per second of both tools, with and without startup, or the reason for skipping."""
     what = f"tc build, pictures alone, {ARCHITECTURE}"
     try:
         return measured(what, options)
@@ -46,10 +48,10 @@ def against_clip_retrieval(options: argparse.Namespace) -> tuple[list[Line], str
 
 
 def measured(what: str, options: argparse.Namespace) -> tuple[list[Line], str]:
-    """Both lines and the note."""
+    """Return the two lines and the note."""
     tool, weights = environment(), checkpoint()
     device, workers = pick_device(), default_workers()
-    precision = "fp32" if device == "cpu" else "bf16"  # what clip-retrieval computes in there
+    precision = "fp32" if device == "cpu" else "bf16"  # the precision of clip-retrieval on this device
     with tempfile.TemporaryDirectory(dir=HOME) as name:
         folder = Path(name).absolute()
         sizes = {"small": SMALL, "large": copy_pictures(options, folder)}
@@ -57,34 +59,28 @@ def measured(what: str, options: argparse.Namespace) -> tuple[list[Line], str]:
         def once(who: str, size: str) -> float:
             out = folder / f"{who}-{size}"
             shutil.rmtree(out, ignore_errors=True)
-            words = (our_words if who == "ours" else their_words)(
-                folder / size, out, weights, workers, precision
-            )
             say(f"{who}: {sizes[size]} pictures")
-            return seconds([sys.executable, "-m", "teachercache"] if who == "ours" else [str(tool)], words)
+            if who == "ours":
+                argv = our_argv(folder / size, out, weights, workers, precision)
+                return seconds([sys.executable, "-m", "teachercache", *argv])
+            return seconds([str(tool), *their_argv(folder / size, out, weights, workers)])
 
-        (
-            once("ours", "small"),
-            once("theirs", "small"),
-        )  # programs and pictures are in the page cache from here on
-        actions = {
-            f"{who} {size}": lambda who=who, size=size: once(who, size)
-            for size in sizes
-            for who in ("ours", "theirs")
-        }
-        times = alternate(max(2, options.rounds // 3), uncounted=0, **actions)
+        once("ours", "small")  # load programs and pictures into the page cache
+        once("theirs", "small")
+        actions = {f"{who} {size}": partial(once, who, size) for size in sizes for who in ("ours", "theirs")}
+        times = alternate(max(2, options.rounds // 3), actions, uncounted=0)
         cosine = smallest_cosine(folder / "ours-large", folder / "theirs-large")
     figures = {
         f"{who} whole": [sizes["large"] / large for large in times[f"{who} large"]]
         for who in ("ours", "theirs")
     }
     for who in ("ours", "theirs"):
-        start = statistics.median(times[f"{who} small"])  # and a few pictures; round by round it is too noisy
+        start = statistics.median(times[f"{who} small"])  # the median, because single rounds are too noisy
         figures[f"{who} steady"] = [
             (sizes["large"] - SMALL) / (large - start) for large in times[f"{who} large"]
         ]
     other = f"clip-retrieval {version(tool)}"
-    unit = {"unit": "rows/s", "other": other, "bar": ">= 1.0"}
+    unit: dict[str, Any] = {"unit": "rows/s", "other": other, "bar": ">= 1.0"}
     lines = [
         compare(
             f"{what}, {sizes['large']} rows, start included", figures, "ours whole", "theirs whole", **unit
@@ -95,19 +91,19 @@ def measured(what: str, options: argparse.Namespace) -> tuple[list[Line], str]:
     else:
         lines.append(
             Line(
-                f"{what}, without the start", "skipped: the machine was too busy to tell the start apart", "-"
+                f"{what}, without the start", "skipped: the machine was too busy to measure the startup", "-"
             )
         )
     note = (
-        f"beside clip-retrieval: {precision} on {device}, batch {BATCH}, {workers} decoding processes, the same random "
-        f"weights, each run in a fresh process; without the start: by the difference to a run of {SMALL} pictures; "
-        f"smallest cosine between both tools' embeddings of a picture: {cosine:.5f}"
+        f"against clip-retrieval: {precision} on {device}, batch {BATCH}, {workers} decoding processes, the same random "
+        f"weights, each run in a new process; without the start: the difference to a run of {SMALL} pictures; "
+        f"smallest cosine between the embeddings of both tools: {cosine:.5f}"
     )
     return lines, note
 
 
-def our_words(pictures: Path, out: Path, weights: Path, workers: int, precision: str) -> list[str]:
-    """Behind `tc`."""
+def our_argv(pictures: Path, out: Path, weights: Path, workers: int, precision: str) -> list[str]:
+    """Return the arguments of `tc`."""
     return [
         "build",
         "--teacher",
@@ -127,8 +123,8 @@ def our_words(pictures: Path, out: Path, weights: Path, workers: int, precision:
     ]
 
 
-def their_words(pictures: Path, out: Path, weights: Path, workers: int, precision: str) -> list[str]:
-    """Behind `clip-retrieval`; its precision follows from the device."""
+def their_argv(pictures: Path, out: Path, weights: Path, workers: int) -> list[str]:
+    """Return the arguments of `clip-retrieval`, which chooses the precision by device."""
     return [
         "inference",
         "--input_dataset",
@@ -147,7 +143,7 @@ def their_words(pictures: Path, out: Path, weights: Path, workers: int, precisio
 
 
 def environment() -> Path:
-    """The command of clip-retrieval, installed once into an environment of its own."""
+    """Install clip-retrieval into a separate environment if needed and return its command."""
     home = HOME / "clip-retrieval"
     done = home / "installed"
     if not (done.exists() and done.read_text() == " ".join(PACKAGES)):
@@ -159,7 +155,7 @@ def environment() -> Path:
 
 
 def version(tool: Path) -> str:
-    """The installed version of clip-retrieval."""
+    """Return the installed version of clip-retrieval."""
     code = (
         "import importlib.metadata as m; print(m.version('clip-retrieval'), 'with torch', m.version('torch'))"
     )
@@ -167,7 +163,7 @@ def version(tool: Path) -> str:
 
 
 def checkpoint() -> Path:
-    """A file of random weights that both tools read: no hub is asked."""
+    """Write a file of random weights for both tools if needed, so that no download is required."""
     import open_clip
 
     path = HOME / f"{ARCHITECTURE}-random.pt"
@@ -180,12 +176,12 @@ def checkpoint() -> Path:
 
 
 def copy_pictures(options: argparse.Namespace, folder: Path) -> int:
-    """Two folders of pictures without captions, `small` and `large`; how many are in the large one."""
+    """Copy pictures without captions to the folders `small` and `large`; return the number of pictures in `large`."""
     manifest = read_manifest(options.data, limit=options.pictures)
     samples = [manifest.row(i) for i in range(len(manifest))]
     samples = [sample for sample in samples if sample.image and sample.offset < 0]
     if len(samples) <= SMALL:
-        raise Skipped(f"{options.data} has no {SMALL + 1} pictures in files of their own")
+        raise Skipped(f"{options.data} has fewer than {SMALL + 1} picture files")
     for size, chosen in (("small", samples[:SMALL]), ("large", samples)):
         (folder / size).mkdir()
         for i, sample in enumerate(chosen):
@@ -193,39 +189,43 @@ def copy_pictures(options: argparse.Namespace, folder: Path) -> int:
     return len(samples)
 
 
-def seconds(command: list[str], words: list[str]) -> float:
-    """How long a command takes, from its start to its end."""
+def seconds(command: list[str]) -> float:
+    """Run a command and return the seconds it takes."""
     begin = time.perf_counter()
-    run([*command, *words])
+    run(command)
     return time.perf_counter() - begin
 
 
 def run(command: list[str]) -> str:
-    """Its output; Skipped with the last line of its error."""
+    """Run a command and return its output.
+
+    Raises:
+        Skipped: if it fails, with the last line of its error output.
+    """
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        raise Skipped(((done.stderr or done.stdout).strip().splitlines() or [f"exit {done.returncode}"])[-1])
-    return done.stdout
+    process = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if process.returncode:
+        lines = (process.stderr or process.stdout).strip().splitlines()
+        raise Skipped((lines or [f"exit {process.returncode}"])[-1])
+    return process.stdout
 
 
 def smallest_cosine(ours: Path, theirs: Path) -> float:
-    """Between both tools' embeddings of one picture, joined by file name."""
+    """Return the smallest cosine between the embeddings of both tools, joined by file name."""
     import pyarrow.parquet as pq
 
     cache = store.open_complete(ours)
-    found = np.concatenate([np.load(path) for path in sorted(theirs.glob("img_emb/*.npy"))]).astype(
-        np.float32
-    )
+    embeddings = [np.load(path) for path in sorted(theirs.glob("img_emb/*.npy"))]
+    their_vectors = np.concatenate(embeddings).astype(np.float32)
     paths = [
         path
-        for part in sorted(theirs.glob("metadata/*.parquet"))
-        for path in pq.read_table(part)["image_path"].to_pylist()
+        for file in sorted(theirs.glob("metadata/*.parquet"))
+        for path in pq.read_table(file)["image_path"].to_pylist()
     ]
-    at = store.join(cache, [Path(path).stem for path in paths])
-    if (at < 0).any() or len(at) != cache.meta.rows:
-        raise Skipped(f"{len(paths)} of {cache.meta.rows} pictures came out, as {json.dumps(paths[:1])}")
-    mine = store.read_field(cache, "image_emb")[at].astype(np.float32)
-    mine /= np.linalg.norm(mine, axis=1, keepdims=True)
-    found /= np.linalg.norm(found, axis=1, keepdims=True)
-    return float((mine * found).sum(1).min())
+    rows = store.join(cache, [Path(path).stem for path in paths])
+    if (rows < 0).any() or len(rows) != cache.meta.rows:
+        raise Skipped(f"{len(paths)} of {cache.meta.rows} pictures were embedded, as {json.dumps(paths[:1])}")
+    our_vectors = store.read_field(cache, "image_emb")[rows].astype(np.float32)
+    our_vectors /= np.linalg.norm(our_vectors, axis=1, keepdims=True)
+    their_vectors /= np.linalg.norm(their_vectors, axis=1, keepdims=True)
+    return float((our_vectors * their_vectors).sum(1).min())

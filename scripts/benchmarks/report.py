@@ -1,4 +1,4 @@
-"""What every benchmark shares: figures taken in alternation, lines with a bar and a verdict, the machine, the file."""
+"""Helpers of the benchmarks: alternate measurements, format lines with a bar and a verdict, and write the report."""
 
 import dataclasses
 import datetime
@@ -7,7 +7,7 @@ import os
 import platform
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ HEAD = ["| what | ours | theirs | ratio | bar | verdict |", "|---|---|---|---|--
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """One row of a report."""
+    """A row of a report."""
 
     what: str
     ours: str
@@ -33,8 +33,17 @@ class Line:
         return f"| {self.what} | {self.ours} | {self.theirs} | {self.ratio} | {self.bar} | {self.verdict} |"
 
 
-def alternate(rounds: int, *, uncounted: int = 1, **actions: Callable[[], float]) -> Figures:
-    """Each action's figure, in turn, `rounds` times after `uncounted` rounds that warm up."""
+def alternate(rounds: int, actions: Mapping[str, Callable[[], float]], *, uncounted: int = 1) -> Figures:
+    """Measure actions in alternation.
+
+    Args:
+        rounds: number of measurements of each action.
+        actions: functions that return a measurement, by name.
+        uncounted: number of warmup rounds.
+
+    Returns:
+        The measurements of each action.
+    """
     figures: Figures = {name: [] for name in actions}
     for i in range(rounds + uncounted):
         for name, action in actions.items():
@@ -45,17 +54,17 @@ def alternate(rounds: int, *, uncounted: int = 1, **actions: Callable[[], float]
 
 
 def number(value: float) -> str:
-    """A figure to three digits or to the unit."""
+    """Format a measurement with three significant digits, or as an integer from 100 on."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def middle(figures: Figures, name: str) -> str:
-    """The median figure."""
+    """Format the median of a measurement."""
     return number(statistics.median(figures[name]))
 
 
 def judge(value: float, bar: str) -> str:
-    """Whether a value meets `>= 0.9` or `<= 1.05`; a bar that is neither is no bar."""
+    """Return "met" or "missed" for a bar such as `>= 0.9` or `<= 1.05`, and "-" if there is no bar."""
     relation, _, limit = bar.partition(" ")
     if relation not in (">=", "<="):
         return "-"
@@ -74,7 +83,18 @@ def compare(
     bar: str = "-",
     reason: str = "",
 ) -> Line:
-    """The line of two figures: median ratio with lowest and highest, round by round; `reason`: why no bar applies."""
+    """Return the line that compares two measurements by their ratio in each round: median and range.
+
+    Args:
+        what: title of the line.
+        figures: measurements by name.
+        ours: name of the first measurement.
+        theirs: name of the second measurement.
+        unit: unit of both.
+        other: title of the second measurement.
+        bar: bar of the median ratio, such as `>= 0.9`.
+        reason: why the bar does not apply; "" if it does.
+    """
     ratios = [x / y for x, y in zip(figures[ours], figures[theirs], strict=True)]
     ratio = f"{statistics.median(ratios):.3f} ({min(ratios):.2f} to {max(ratios):.2f})"
     verdict = f"does not apply: {reason}" if reason else judge(statistics.median(ratios), bar)
@@ -83,18 +103,18 @@ def compare(
 
 
 def resident(key: str) -> int:
-    """Bytes of this process: VmRSS now, VmHWM at the peak (ru_maxrss has the parent's in it)."""
+    """Return the memory of this process in bytes: VmRSS (current) or VmHWM (peak). ru_maxrss includes the parent's peak."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
 
 def cores() -> int:
-    """Cores that this process may use."""
+    """Return the number of cores available to this process."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def machine() -> str:
-    """Processor, cores, accelerator and versions."""
+    """Describe processor, cores, accelerator and versions."""
     model = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -110,13 +130,13 @@ def machine() -> str:
 
 
 def write(theme: str, text: list[str]) -> None:
-    """Print the report and keep it."""
+    """Print the report and write it to docs/benchmarks."""
     hardware = (
         torch.cuda.get_device_name().replace(" ", "-") if torch.cuda.is_available() else f"{cores()}cpu"
     )
     path = Path("docs/benchmarks", f"{theme}_{hardware}_{datetime.date.today().isoformat()}.md")
     path.parent.mkdir(parents=True, exist_ok=True)
-    head = [f"# {theme}", "", f"`{' '.join(['python', *sys.argv])}`; {machine()}.", ""]
+    head = [f"# {theme}", "", f"`{' '.join(['python', *sys.orig_argv[1:]])}`; {machine()}.", ""]
     path.write_text("\n".join(head + text) + "\n")
     print("\n".join(head[2:] + text))
     say(f"written to {path}")

@@ -1,11 +1,13 @@
-"""Benchmarks as ratios within one run; each writes docs/benchmarks/<theme>[-<parts>]_<hardware>_<date>.md.
+"""Run a benchmark and write docs/benchmarks/<theme>[-<parts>]_<hardware>_<date>.md.
 
-    python -m scripts.benchmarks.run cache    reading against np.memmap; building against the bare forward; another tool; memory
-    python -m scripts.benchmarks.run train    a distillation step against the same step without; the engine against bare torch
-    python -m scripts.benchmarks.run losses   clip_kd's losses in tiles against whole matrices: time, memory
-    python -m scripts.benchmarks.run sds      a step of sds_clip against the bare UNet and student; the memory of a large UNet
+    python -m scripts.benchmarks.run cache    read against np.memmap; build against the bare forward pass, another tool; memory
+    python -m scripts.benchmarks.run train    distillation step against plain step; DeepSpeed engine against a loop of torch
+    python -m scripts.benchmarks.run losses   losses of clip_kd in tiles against whole matrices: time and memory
+    python -m scripts.benchmarks.run sds      step of sds_clip against its bare UNet and student; memory of a large UNet
+    python -m scripts.benchmarks.run startup  time until a command prints its help
 
-Measured in alternation and reported as the median with lowest and highest of several rounds. Not a test: nothing fails.
+Alternatives are measured in alternation within one run and reported as the median ratio with the range over several
+rounds. A missed bar is reported and does not change the exit status.
 """
 
 import argparse
@@ -20,16 +22,16 @@ PARTS = ("reading", "building", "peer", "memory")
 
 
 def main() -> int:
-    """Pick a theme."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("theme", choices=["cache", "train", "losses", "sds"])
-    parser.add_argument("--rows", type=int, default=500_000, help="rows of the synthetic cache that is read")
+    """Run the chosen benchmark and return the exit status."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("theme", choices=["cache", "train", "losses", "sds", "startup"])
+    parser.add_argument("--rows", type=int, default=500_000, help="rows of the synthetic cache to read")
     parser.add_argument("--memory-rows", type=int, nargs=3, default=[10_000, 300_000, 1_000_000])
     parser.add_argument(
-        "--memory-times", type=int, default=3, help="processes of each job; the median counts"
+        "--memory-times", type=int, default=3, help="number of processes per job; the median is reported"
     )
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--pictures", type=int, default=512, help="pictures of one build")
+    parser.add_argument("--pictures", type=int, default=512, help="number of pictures of a build")
     parser.add_argument("--data", default="data/demo")
     parser.add_argument("--only", choices=PARTS, nargs="+", default=PARTS, help="parts of `cache`")
     parser.add_argument(
@@ -44,14 +46,16 @@ def main() -> int:
             from scripts.benchmarks.losses import bench_losses as bench
         elif options.theme == "sds":
             from scripts.benchmarks.sds import bench_sds as bench
+        elif options.theme == "startup":
+            from scripts.benchmarks.startup import bench_startup as bench
         else:
             from scripts.benchmarks.train import bench_train as bench
         text = bench(options)
     except UserError as error:
         say(f"error: {error}")
         return 2
-    some = options.theme == "cache" and set(options.only) != set(PARTS)  # parts have a file of their own
-    write("-".join([options.theme, *(options.only if some else ())]), text)
+    is_partial = options.theme == "cache" and set(options.only) != set(PARTS)  # written to a separate file
+    write("-".join([options.theme, *(options.only if is_partial else ())]), text)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""A step of sds_clip against the bare forward and backward of its UNet and student; what a UNet of v1's size needs."""
+"""Benchmark a step of sds_clip against its bare UNet and student, and estimate the memory of Stable Diffusion v1."""
 
 import argparse
 import copy
@@ -27,8 +27,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def make_diffusion() -> Diffusion:
-    """A random UNet of Stable Diffusion's kind, a hundred times smaller."""
-    from diffusers import UNet2DConditionModel
+    """Build a random UNet like that of Stable Diffusion, with a hundredth of its parameters."""
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
     torch.manual_seed(1)
     unet = UNet2DConditionModel(
@@ -45,11 +45,13 @@ def make_diffusion() -> Diffusion:
 
 
 def make_step(module: Diffusion, **constants: Any) -> tuple[TrainStep, dict[str, torch.Tensor]]:
-    """The step as `student train` makes it, and a batch."""
+    """Build the step of `student train` and a random batch."""
     TINY["bench"] = copy.deepcopy(TINY["vit-tiny"])
     constants = dataclasses.replace(SDS_CLIP.constants, model="bench", **constants)
     recipe = dataclasses.replace(SDS_CLIP, constants=constants)
     torch.manual_seed(2)
+    assert recipe.build is not None
+    assert recipe.heads is not None
     student = recipe.build(constants)
     teacher = SimpleNamespace(module=module) if recipe.fields else None
     step = TrainStep(recipe, student, recipe.heads(constants, student, {"latent": LATENT}), teacher=teacher)
@@ -64,14 +66,14 @@ def make_step(module: Diffusion, **constants: Any) -> tuple[TrainStep, dict[str,
 
 
 def engine_step(module: Diffusion, **constants: Any) -> Callable[[], float]:
-    """A step through DeepSpeed's engine: seconds."""
+    """Return a function that takes a step with DeepSpeed's engine and returns the seconds."""
     step, batch = make_step(module, **constants)
     engine = start_engine(step, SDS_CLIP.optim, Run(data="", cache="", out="", device=DEVICE), BATCH)
-    blocks = module.unet.enable_gradient_checkpointing if constants.get("checkpoint") else None
+    checkpoint = bool(constants.get("checkpoint"))
 
     def once() -> float:
-        if blocks:
-            blocks()
+        if checkpoint:
+            module.unet.enable_gradient_checkpointing()
         begin = time.perf_counter()
         with quiet_deepspeed():
             loss, _, _ = engine(batch, NOW)
@@ -87,20 +89,22 @@ def engine_step(module: Diffusion, **constants: Any) -> Callable[[], float]:
 
 
 def bare_step(module: Diffusion) -> Callable[[], float]:
-    """The same mathematics in plain torch: one forward and one backward through student, h_w and UNet."""
+    """Return a function that takes the same step in plain torch (student, h_w and UNet) and returns the seconds."""
     step, batch = make_step(module)
+    heads = step.heads
+    assert heads is not None
     optimizer = torch.optim.AdamW(parameter_groups(step, 0.0), lr=5e-5, fused=True)
     abar = module.alphas_cumprod[batch["t"]].view(-1, 1, 1, 1)
 
     def once() -> float:
         begin = time.perf_counter()
-        said = step.student(batch)
-        image, text = normalize(said["image"]), normalize(said["text"])
+        outputs = step.student(batch)
+        image, text = normalize(outputs["image"]), normalize(outputs["text"])
         noised = (
-            abar.sqrt() * step.heads.linear(image).view(BATCH, *LATENT) + (1 - abar).sqrt() * batch["noise"]
+            abar.sqrt() * heads({"image": outputs["image"]})["latent"] + (1 - abar).sqrt() * batch["noise"]
         )
         predicted = module.unet(noised, batch["t"], encoder_hidden_states=batch["text_states"]).sample
-        loss = clip_loss(image, text, said["scale"]) + 0.001 * mse_loss(predicted, batch["noise"])
+        loss = clip_loss(image, text, outputs["scale"]) + 0.001 * mse_loss(predicted, batch["noise"])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -111,8 +115,8 @@ def bare_step(module: Diffusion) -> Callable[[], float]:
 
 
 def memory_lines() -> list[Line]:
-    """What Stable Diffusion v1's UNet needs at 64 x 64 x 4, by estimate."""
-    from diffusers import UNet2DConditionModel
+    """Return lines with the estimated memory of Stable Diffusion v1's UNet on latents of 64 x 64 x 4."""
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
     with torch.device("meta"):
         unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768).eval().requires_grad_(False)
@@ -126,19 +130,21 @@ def memory_lines() -> list[Line]:
 
 
 def bench_sds(options: argparse.Namespace) -> list[str]:
-    """The tables of step times and of memory."""
+    """Return the tables of step times and memory."""
     module = make_diffusion()
     times = alternate(
         options.rounds,
-        bare=bare_step(module),
-        step=engine_step(module),
-        whole=engine_step(module, micro=0),
-        few=engine_step(module, micro=8),
-        checkpoint=engine_step(module, checkpoint=True),
-        sds=engine_step(module, grad="sds"),
-        none=engine_step(module, objective="none"),
+        {
+            "bare": bare_step(module),
+            "step": engine_step(module),
+            "whole": engine_step(module, micro=0),
+            "few": engine_step(module, micro=8),
+            "checkpoint": engine_step(module, checkpoint=True),
+            "sds": engine_step(module, grad="sds"),
+            "none": engine_step(module, objective="none"),
+        },
     )
-    bare = {"unit": "s", "other": "bare UNet forward and backward, and student"}
+    bare: dict[str, Any] = {"unit": "s", "other": "bare UNet forward and backward, and student"}
     lines = [
         compare("sds_clip as it is, 16 rows at a time", times, "step", "bare", bar="<= 1.05", **bare),
         compare("all rows at a time", times, "whole", "bare", bar="<= 1.05", **bare),
@@ -150,7 +156,7 @@ def bench_sds(options: argparse.Namespace) -> list[str]:
     sizes = num_weights(module.unet) / 1e6, num_weights(make_step(module)[0].student) / 1e6
     note = (
         f"A UNet of {sizes[0]:.1f}M parameters on latents of {LATENT}, a student of {sizes[1]:.1f}M, batch {BATCH}: "
-        "seconds per step. Memory is an estimate of the weights and of all tensors at the peak of the UNet's forward "
-        "and backward, beside the student."
+        "seconds per step. Memory is an estimate of the weights and of all tensors at the peak of the UNet's forward and "
+        "backward pass, without the student."
     )
     return [note, "", *HEAD, *map(str, lines), *map(str, memory_lines())]

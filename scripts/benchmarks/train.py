@@ -1,6 +1,6 @@
-"""A step of one student: alone, distilled from a cache, with a live teacher, and in bare torch. Time, and peak memory.
+"""Benchmark a training step: without a teacher, with a cache, with a live teacher, and in a plain loop of torch.
 
-Called with a recipe and data it prints the memory of that recipe's steps in this process, a JSON line.
+python -m scripts.benchmarks.train RECIPE DATA    peak memory of some steps of a recipe; prints a JSON line
 """
 
 import argparse
@@ -12,27 +12,37 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from scripts.benchmarks.report import HEAD, alternate, compare, resident
 from student.models.two_tower.loading import TINY
-from student.recipe import Now, Run
+from student.recipe import Now, Recipe, Run
 from student.recipes.registry import find
 from student.training.engine import clamp_scales, parameter_groups, quiet_deepspeed, start_engine
 from student.training.loop import prepare
+from student.training.step import TrainStep
 from teachercache.core.process import keep_memory
 from teachercache.core.progress import say
 
 BATCH, NOW = 64, Now(0, 100)
-CACHE = "caches/demo/clip-lite.zarr"  # that one, not another that may lie beside it
+CACHE = "caches/demo/clip-lite.zarr"  # explicit, because other caches of the data may exist
 
 
-def ready(name: str, data: str, *, live: bool = False) -> Any:
-    """Recipe, run, step and first batch of a student of 20M parameters and more."""
+class Setup(NamedTuple):
+    """Everything that a step needs."""
+
+    recipe: Recipe
+    run: Run
+    step: TrainStep
+    batch: dict[str, torch.Tensor]
+
+
+def set_up(name: str, data: str, *, live: bool = False) -> Setup:
+    """Prepare a step of a student with more than 20M parameters, and its first batch."""
     TINY["bench"] = copy.deepcopy(TINY["vit-tiny"])
     TINY["bench"]["vision_cfg"] |= {"width": 384, "layers": 6}
     recipe = find(name)
@@ -43,18 +53,18 @@ def ready(name: str, data: str, *, live: bool = False) -> Any:
     run = Run(data=data, cache=CACHE, out="unused", device=device, live=live)
     prepared = prepare(recipe, run)
     batch = {key: value.to(device) for key, value in prepared.batches[0].items()}
-    return SimpleNamespace(recipe=recipe, run=run, step=prepared.step.to(device), batch=batch)
+    return Setup(recipe, run, prepared.step.to(device), batch)
 
 
 def engine_step(name: str, data: str, *, live: bool = False) -> Callable[[], float]:
-    """A step through DeepSpeed's engine, as `student train` takes it: seconds."""
-    made = ready(name, data, live=live)
-    engine = start_engine(made.step, made.recipe.optim, made.run, BATCH)
+    """Return a function that takes a step with DeepSpeed's engine, as `student train` does, and returns the seconds."""
+    setup = set_up(name, data, live=live)
+    engine = start_engine(setup.step, setup.recipe.optim, setup.run, BATCH)
 
     def once() -> float:
         begin = time.perf_counter()
         with quiet_deepspeed():
-            loss, _, _ = engine(made.batch, NOW)
+            loss, _, _ = engine(setup.batch, NOW)
             engine.backward(loss)
             engine.step()
             clamp_scales(engine)
@@ -65,14 +75,14 @@ def engine_step(name: str, data: str, *, live: bool = False) -> Callable[[], flo
 
 
 def bare_step(name: str, data: str) -> Callable[[], float]:
-    """The same mathematics in a loop of torch alone."""
-    made = ready(name, data)
-    groups = parameter_groups(made.step, made.recipe.optim.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=made.recipe.optim.lr, fused=True)
+    """Return a function that takes the same step in plain torch and returns the seconds."""
+    setup = set_up(name, data)
+    groups = parameter_groups(setup.step, setup.recipe.optim.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=setup.recipe.optim.lr, fused=True)
 
     def once() -> float:
         begin = time.perf_counter()
-        loss, _, _ = made.step(made.batch, NOW)
+        loss, _, _ = setup.step(setup.batch, NOW)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -83,16 +93,16 @@ def bare_step(name: str, data: str) -> Callable[[], float]:
 
 
 def memory(name: str, data: str) -> int:
-    """Bytes at the peak of some steps, beyond what was there before student and engine."""
+    """Return the peak memory of some steps in bytes, without the memory in use before student and engine exist."""
     keep_memory()
     with quiet_deepspeed():
-        importlib.import_module("deepspeed")  # libraries are loaded
+        importlib.import_module("deepspeed")  # load libraries before the baseline
     if torch.cuda.is_available():
         engine_step("clip", data)
         before = torch.cuda.memory_allocated()
     else:
         before = resident("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     once = engine_step(name, data)
     for _ in range(4):
         once()
@@ -100,35 +110,36 @@ def memory(name: str, data: str) -> int:
 
 
 def memory_in_process(name: str, data: str) -> float:
-    """Megabytes, from a fresh process."""
+    """Return `memory` in megabytes, measured in a new process."""
     say(f"memory of {name}")
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-m", "scripts.benchmarks.train", name, data],
         capture_output=True,
         text=True,
         check=True,
     )
-    return json.loads(done.stdout.splitlines()[-1]) / 1e6
+    return json.loads(process.stdout.splitlines()[-1]) / 1e6
 
 
 def bench_train(options: argparse.Namespace) -> list[str]:
-    """The table of step times."""
+    """Return the table of step times and memory."""
     data = options.data
     peaks = alternate(
         max(1, options.rounds // 3),
+        {name: partial(memory_in_process, name, data) for name in ("clip", "clip_kd")},
         uncounted=0,
-        clip=lambda: memory_in_process("clip", data),
-        clip_kd=lambda: memory_in_process("clip_kd", data),
     )
     times = alternate(
         options.rounds,
-        clip=engine_step("clip", data),
-        clip_kd=engine_step("clip_kd", data),
-        psd=engine_step("psd", data),
-        bare=bare_step("clip", data),
-        live=engine_step("clip_kd", data, live=True),
+        {
+            "clip": engine_step("clip", data),
+            "clip_kd": engine_step("clip_kd", data),
+            "psd": engine_step("psd", data),
+            "bare": bare_step("clip", data),
+            "live": engine_step("clip_kd", data, live=True),
+        },
     )
-    alone = {"unit": "s", "other": "clip alone"}
+    alone: dict[str, Any] = {"unit": "s", "other": "clip alone"}
     lines = [
         compare("clip_kd on a cache", times, "clip_kd", "clip", bar="<= 1.05", **alone),
         compare(
@@ -140,10 +151,10 @@ def bench_train(options: argparse.Namespace) -> list[str]:
             "DeepSpeed engine, clip", times, "clip", "bare", unit="s", other="bare torch loop", bar="<= 1.05"
         ),
     ]
-    size = sum(parameter.numel() for parameter in ready("clip", data).step.parameters()) / 1e6
+    size = sum(parameter.numel() for parameter in set_up("clip", data).step.parameters()) / 1e6
     note = (
-        f"A student of {size:.1f}M parameters, batch {BATCH}: seconds per step; memory: parameters, moments, gradients "
-        "and activations of some steps at the peak, each in a fresh process."
+        f"A student of {size:.1f}M parameters, batch {BATCH}: seconds per step. Memory: the peak of parameters, moments, "
+        "gradients and activations over some steps, each measured in a new process."
     )
     return [note, "", *HEAD, *map(str, lines)]
 

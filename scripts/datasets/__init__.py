@@ -1,1 +1,1 @@
-"""Make or fetch small data sets."""
+"""Generate or download small data sets."""

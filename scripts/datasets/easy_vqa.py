@@ -1,10 +1,10 @@
-"""The pictures and questions of the PyPI package easy-vqa in VQA v2's own files. Not for its answers' captions.
+"""Convert the PyPI package easy-vqa to the file format of VQA v2.
 
     pip install easy-vqa
     python -m scripts.datasets.easy_vqa --out data/easy_vqa
 
-Its train becomes train2014 and its test val2014. All ten annotators give its one answer; questions follow the order
-of their pictures.
+The train split becomes train2014 and the test split becomes val2014. The package has one answer per question, which is
+written as the answer of all ten annotators. Questions are sorted by picture.
 """
 
 import argparse
@@ -14,13 +14,13 @@ import shutil
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image
 from rich.progress import track
 
-SPLITS = {"train2014": ("train", 1), "val2014": ("test", 100_001)}  # its folder, and where image ids start
-# VQA v2's question types that its questions have; the longest that begins a question is its type
+SPLITS = {"train2014": ("train", 1), "val2014": ("test", 100_001)}  # folder in the package, first image id
+# The question types of VQA v2 that occur in easy-vqa
 QUESTION_TYPES = (
     "what color is the",
     "what color",
@@ -38,15 +38,29 @@ QUESTION_TYPES = (
 )
 
 
-def write_vqa(out: Path, package: Path, *, limit: int | None = None) -> Counter:
-    """Writes VQA v2's layout below `out`, whole or not at all; returns the number of questions per split."""
-    counts: Counter = Counter()
+class Entry(NamedTuple):
+    """One line of easy-vqa's questions.json."""
+
+    question: str
+    answer: str
+    image: int
+
+
+def write_vqa(out: Path, package: Path, *, limit: int | None = None) -> Counter[str]:
+    """Write the layout of VQA v2 below `out` atomically and return the number of questions per split.
+
+    Args:
+        out: folder to create.
+        package: folder of the installed package easy_vqa.
+        limit: number of pictures per split; all if None.
+    """
+    counts: Counter[str] = Counter()
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     for subset, (folder, start) in SPLITS.items():
         source = package / "data" / folder
-        entries = json.loads((source / "questions.json").read_text(encoding="utf-8"))
-        images = sorted({image for _, _, image in entries})[:limit]
+        entries = [Entry(*row) for row in json.loads((source / "questions.json").read_text(encoding="utf-8"))]
+        images = sorted({entry.image for entry in entries})[:limit]
         (partial / subset).mkdir(parents=True)
         for image in track(images, f"writing {subset}"):
             with Image.open(source / "images" / f"{image}.png") as picture:
@@ -60,29 +74,35 @@ def write_vqa(out: Path, package: Path, *, limit: int | None = None) -> Counter:
             "data_subtype": subset,
             "license": {},
         }
-        write(
+        write_json(
             partial / f"v2_OpenEnded_mscoco_{subset}_questions.json",
             head | {"task_type": "Open-Ended", "questions": questions},
         )
-        write(partial / f"v2_mscoco_{subset}_annotations.json", head | {"annotations": annotations})
+        write_json(partial / f"v2_mscoco_{subset}_annotations.json", head | {"annotations": annotations})
         counts[subset] = len(questions)
     partial.rename(out)
     return counts
 
 
-def write(path: Path, values: dict[str, Any]) -> None:
-    """A JSON file."""
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write a JSON file."""
     path.write_text(json.dumps(values), encoding="utf-8")
 
 
-def questions_and_annotations(entries: list, images: set[int], start: int) -> tuple[list[dict], list[dict]]:
-    """VQA's two lists, in the order of the pictures; a question's number is a thousand times its picture's and on."""
-    questions, annotations, asked = [], [], Counter()
-    for question, answer, image in sorted(entries, key=lambda entry: entry[2]):
+def questions_and_annotations(
+    entries: list[Entry], images: set[int], start: int
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return the questions and the annotations of VQA, sorted by picture.
+
+    The id of a question is 1000 times the id of its picture plus a running number.
+    """
+    questions, annotations = [], []
+    num_questions: Counter[int] = Counter()
+    for question, answer, image in sorted(entries, key=lambda entry: entry.image):
         if image not in images:
             continue
-        number = (start + image) * 1000 + asked[image]
-        asked[image] += 1
+        number = (start + image) * 1000 + num_questions[image]
+        num_questions[image] += 1
         questions.append({"image_id": start + image, "question": question, "question_id": number})
         annotations.append(
             {
@@ -100,23 +120,23 @@ def questions_and_annotations(entries: list, images: set[int], start: int) -> tu
 
 
 def answer_type(answer: str) -> str:
-    """VQA's three kinds."""
+    """Return the answer type of VQA: yes/no, number or other."""
     return "yes/no" if answer in ("yes", "no") else "number" if answer.isdigit() else "other"
 
 
 def question_type(question: str) -> str:
-    """The longest of the types that the question begins with, as whole words."""
+    """Return the longest question type that is a prefix of the question, in whole words."""
     words = f"{question.lower()} "
-    found = [name for name in QUESTION_TYPES if words.startswith(f"{name} ")]
-    return max(found, key=len, default="none of the above")
+    prefixes = [name for name in QUESTION_TYPES if words.startswith(f"{name} ")]
+    return max(prefixes, key=len, default="none of the above")
 
 
 def main() -> int:
-    """The command line."""
+    """Run the command line and return the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder to make")
+    parser.add_argument("--out", type=Path, required=True, help="folder to create")
     parser.add_argument("--limit", type=int, help="pictures per split (default: all)")
     options = parser.parse_args()
     spec = importlib.util.find_spec("easy_vqa")

@@ -1,4 +1,4 @@
-"""Plain prose from Python's documentation."""
+"""Extract plain prose from Python docstrings, as training text for small language models."""
 
 import ast
 import re
@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 LONGEST, SHORTEST = 300, 15  # characters of a piece of text
+SKIPPED = ("test", "tests", "idlelib", "lib2to3", "turtledemo", "site-packages", "dist-packages", "ensurepip")
 
 
 def docstrings(folder: Path) -> Iterator[str]:
-    """Every docstring of the standard library, in the order of its files."""
+    """Yield every docstring of the Python files below a folder, in the order of the paths."""
     for path in sorted(folder.rglob("*.py")):
-        if any(part in SKIPPED for part in path.relative_to(folder).parts):
+        if any(name in SKIPPED for name in path.relative_to(folder).parts):
             continue
         try:
             tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -23,7 +24,7 @@ def docstrings(folder: Path) -> Iterator[str]:
 
 
 def sentences(text: str) -> Iterator[str]:
-    """Prose of a text: paragraphs without code, cut between sentences where they are long."""
+    """Yield the paragraphs of a text, split between sentences if they are longer than LONGEST."""
     for paragraph in re.split(r"\n\s*\n", text):
         words = " ".join(paragraph.replace("*", "").replace('"', "").replace("`", "").split())
         piece = ""
@@ -36,9 +37,6 @@ def sentences(text: str) -> Iterator[str]:
 
 
 def is_prose(piece: str) -> bool:
-    """Mostly letters, beginning as a sentence does and no longer than the model reads."""
+    """Return whether a piece is prose: mostly letters, a capital first, of suitable length."""
     letters = sum(character.isalpha() or character == " " for character in piece)
     return SHORTEST <= len(piece) <= LONGEST and piece[0].isupper() and letters >= 0.93 * len(piece)
-
-
-SKIPPED = ("test", "tests", "idlelib", "lib2to3", "turtledemo", "site-packages", "dist-packages", "ensurepip")

@@ -1,11 +1,11 @@
-"""One of GLUE's tasks in its own files, about drawn scenes; and prose that a small language model has not read.
+"""Write an MNLI-like task about drawn scenes in GLUE's file format, and held-out prose for a small language model.
 
     python -m scripts.datasets.scene_glue --out data/vlkd/language
 
-MNLI: a scene's caption as the premise, a hypothesis that the scene entails, contradicts or leaves open. Captions tell
-not all of a scene, so no model is always right; a second caption in other words makes the mismatched set. `texts.txt`
-is out of numpy's docstrings. (Which of two sentences has its words in order, as CoLA asks, was tried: the small BART
-does not learn it.) Nothing here is in GLUE.
+The premise is the caption of a scene; the hypothesis is entailed, contradicted or left open by the scene. A caption does
+not describe the whole scene, so perfect accuracy is impossible. The mismatched set uses the second caption of each scene.
+`texts.txt` is taken from the docstrings of numpy. A CoLA-like task (which of two sentences has the right word order) was
+tried, but the small BART does not learn it. No text here is in GLUE.
 """
 
 import argparse
@@ -28,7 +28,7 @@ MNLI = (
 
 
 def inference(num: int, seed: int) -> tuple[list[str], list[str]]:
-    """MNLI's lines of `num` scenes, three of each: with the first caption, and with the second."""
+    """Return MNLI lines of `num` scenes, three per scene: with the first caption and with the second one."""
     lines: tuple[list[str], list[str]] = ([], [])
     drawn = 0
     while len(lines[0]) < 3 * num:
@@ -60,15 +60,16 @@ def inference(num: int, seed: int) -> tuple[list[str], list[str]]:
 
 
 def prose() -> list[str]:
-    """Pieces of numpy's docstrings, each once, in an order that no file decides."""
+    """Return the distinct pieces of prose in numpy's docstrings, in an order that is independent of the files."""
     texts = docstrings(Path(numpy.__file__).parent)
     pieces = (piece for text in texts for piece in sentences(text) if is_prose(piece))
-    found = dict.fromkeys(piece for piece in pieces if " : " not in piece and "--" not in piece)  # parameters
-    return sorted(found, key=lambda piece: random.Random(piece).random())
+    # " : " and "--" mark lists of parameters
+    distinct = dict.fromkeys(piece for piece in pieces if " : " not in piece and "--" not in piece)
+    return sorted(distinct, key=lambda piece: random.Random(piece).random())
 
 
 def write_sets(out: Path, *, train: int, dev: int, texts: int, seed: int) -> dict[str, int]:
-    """Writes GLUE/MNLI and texts.txt below `out`, whole or not at all; how many lines each file has."""
+    """Write GLUE/MNLI and texts.txt below `out` atomically and return the number of lines of each file."""
     first, _ = inference(train // 3, seed)
     matched, mismatched = inference(dev // 3, seed + 1)
     files = {
@@ -87,13 +88,13 @@ def write_sets(out: Path, *, train: int, dev: int, texts: int, seed: int) -> dic
 
 
 def main() -> int:
-    """The command line."""
+    """Run the command line and return the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder to make")
-    parser.add_argument("--train", type=int, default=1500, help="rows of the train file, about")
-    parser.add_argument("--dev", type=int, default=600, help="rows of each dev file, about")
+    parser.add_argument("--out", type=Path, required=True, help="folder to create")
+    parser.add_argument("--train", type=int, default=1500, help="approximate number of training rows")
+    parser.add_argument("--dev", type=int, default=600, help="approximate number of rows of each dev file")
     parser.add_argument("--texts", type=int, default=400, help="lines of texts.txt")
     parser.add_argument("--seed", type=int, default=20)
     options = parser.parse_args()
@@ -101,10 +102,10 @@ def main() -> int:
         print(f"error: {options.out} exists; give another --out or remove it", file=sys.stderr)
         return 2
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    found = write_sets(
+    counts = write_sets(
         options.out, train=options.train, dev=options.dev, texts=options.texts, seed=options.seed
     )
-    for name, num in found.items():
+    for name, num in counts.items():
         print(f"{options.out / name}: {num} lines")
     return 0
 

@@ -1,16 +1,16 @@
-"""Hypotheses about a drawn scene that it entails, contradicts or leaves open, in SNLI-VE's lines. Not for files.
+"""Generate entailed, neutral and contradicted hypotheses about a drawn scene, as lines of SNLI-VE.
 
-The words alone cannot tell a contradiction: half of the contradictions are phrased as entailments are, half as
-neutral hypotheses are. Whoever sees no picture is right in two of three cases at most.
+The text alone does not reveal a contradiction: half of the contradictions are phrased like entailments and half like
+neutral hypotheses. A text-only model therefore has an accuracy of at most two thirds.
 """
 
 import random
 from typing import Any
 
 from scripts.datasets.scene_questions import absent, fact_of, values_of
-from scripts.datasets.scenes import article
+from scripts.datasets.scenes import Scene, article
 
-# What no picture of the scene can show
+# Statements that a picture cannot confirm
 OPEN = (
     "belongs to a child",
     "belongs to a teacher",
@@ -24,8 +24,8 @@ OPEN = (
 )
 
 
-def hypotheses_of(scene: dict, rng: random.Random) -> list[tuple[str, str]]:
-    """(sentence, label), one of each label."""
+def hypotheses_of(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
+    """Return one (sentence, label) pair for each label."""
     contradiction = _visible if rng.random() < 0.5 else _open
     return [
         (_visible(scene, rng, true=True), "entailment"),
@@ -34,60 +34,62 @@ def hypotheses_of(scene: dict, rng: random.Random) -> list[tuple[str, str]]:
     ]
 
 
-def _visible(scene: dict, rng: random.Random, *, true: bool) -> str:
-    """A sentence that the picture decides; a false one has one thing wrong in it."""
-    at = rng.randrange(len(scene["objects"]))
-    kinds = ("colour", "shape", "texture", "count") + (
+def _visible(scene: Scene, rng: random.Random, *, true: bool) -> str:
+    """Return a sentence that the picture confirms or, if not `true`, contradicts in one detail."""
+    index = rng.randrange(len(scene["objects"]))
+    kinds = ("color", "shape", "texture", "count") + (
         ("place", "place") if len(scene["objects"]) == 2 else ()
     )
     kind = rng.choice(kinds)
-    thing = scene["objects"][at]
+    thing = scene["objects"][index]
     if kind == "count":
-        one = (len(scene["objects"]) == 1) == true
-        return "There is only one shape." if one else "There are two shapes."
-    if kind == "colour":
-        return f"The {thing['shape']} is {_said(scene, at, 'colour', rng, true=true)}."
+        is_single = (len(scene["objects"]) == 1) == true
+        return "There is only one shape." if is_single else "There are two shapes."
+    if kind == "color":
+        return f"The {thing['shape']} is {_value(scene, index, 'color', rng, true=true)}."
     if kind == "shape":
-        return f"There is {_thing(scene, at, rng, true=true)}."
+        return f"There is {_thing(scene, index, rng, true=true)}."
     if kind == "texture":
-        return f"The {thing['colour']} {thing['shape']} is {_said(scene, at, 'texture', rng, true=true)}."
-    other = scene["objects"][1 - at]
-    relation = _said(scene, at, "place", rng, true=true)
-    return f"The {thing['colour']} {thing['shape']} is {relation} the {other['colour']} {other['shape']}."
+        return f"The {thing['color']} {thing['shape']} is {_value(scene, index, 'texture', rng, true=true)}."
+    other = scene["objects"][1 - index]
+    relation = _value(scene, index, "place", rng, true=true)
+    return f"The {thing['color']} {thing['shape']} is {relation} the {other['color']} {other['shape']}."
 
 
-def _open(scene: dict, rng: random.Random, *, true: bool) -> str:
-    """A sentence that says what cannot be seen, of a thing that is there or (a contradiction) is not."""
+def _open(scene: Scene, rng: random.Random, *, true: bool) -> str:
+    """Return an unverifiable statement about an object that is in the scene or, if not `true`, is absent."""
     thing = _thing(scene, rng.randrange(len(scene["objects"])), rng, true=true)
     return f"There is {thing} that {rng.choice(OPEN)}."
 
 
-def _said(scene: dict, at: int, fact: str, rng: random.Random, *, true: bool) -> str:
-    """The value of a fact, or a wrong one; the other object's more often than any."""
-    values = values_of(scene, at, fact, rng)
+def _value(scene: Scene, index: int, fact: str, rng: random.Random, *, true: bool) -> str:
+    """Return the value of a fact, or a wrong value: preferably that of the other object."""
+    values = values_of(scene, index, fact, rng)
     return values[0] if true else values[1] if rng.random() < 0.5 else rng.choice(values[1:])
 
 
-def _thing(scene: dict, at: int, rng: random.Random, *, true: bool) -> str:
-    """Colour and shape of an object; where it must not be there, with a colour or a shape that is not its own."""
-    facts = {name: fact_of(scene, at, name) for name in ("colour", "shape")}
+def _thing(scene: Scene, index: int, rng: random.Random, *, true: bool) -> str:
+    """Return color and shape of an object; if not `true`, change one of them so that no object matches."""
+    facts = {name: fact_of(scene, index, name) for name in ("color", "shape")}
     if not true:
-        name = rng.choice(("colour", "shape"))
-        present = {(thing["colour"], thing["shape"]) for thing in scene["objects"]}
+        name = rng.choice(("color", "shape"))
+        present = {(thing["color"], thing["shape"]) for thing in scene["objects"]}
         wrong = [
-            value for value in values_of(scene, at, name, rng)[1:] if _pair(facts, name, value) not in present
+            value
+            for value in values_of(scene, index, name, rng)[1:]
+            if _pair(facts, name, value) not in present
         ]
         facts[name] = (wrong or absent(scene, name))[0]
-    return article(f"{facts['colour']} {facts['shape']}")
+    return article(f"{facts['color']} {facts['shape']}")
 
 
 def _pair(facts: dict[str, str], name: str, value: str) -> tuple[str, str]:
     changed = facts | {name: value}
-    return changed["colour"], changed["shape"]
+    return changed["color"], changed["shape"]
 
 
 def snli_ve_lines(image: str, premise: str, hypotheses: list[tuple[str, str]]) -> list[dict[str, Any]]:
-    """SNLI-VE's lines of one picture; its parses branch to the right, they are not from a parser."""
+    """Return the SNLI-VE lines of one picture. The parses are right-branching placeholders."""
     return [
         {
             "annotator_labels": [label] * 5,

@@ -1,11 +1,10 @@
-"""Drawn scenes as a VCR set and an SNLI-VE set in those data sets' own files, from a seed, with no download.
-
-Not a benchmark: it has what a task's reader, training and evaluation need, and a right answer that takes the picture.
+"""Write drawn scenes as VCR and SNLI-VE data sets in the published file formats, from a seed, without a download.
 
     python -m scripts.datasets.scene_vcr_snli_ve --out data/scenes --num 3000 --seed 0
 
-`data/scenes/vcr1/{train,val}.jsonl` with `vcr1images/`, and `data/scenes/snli_ve/snli_ve_{train,dev}.jsonl` with
-`flickr30k-images/`. Each VCR line has a key `category` besides VCR's own.
+Writes `data/scenes/vcr1/{train,val}.jsonl` with `vcr1images/`, and `data/scenes/snli_ve/snli_ve_{train,dev}.jsonl` with
+`flickr30k-images/`. Each VCR line has an additional key `category`. The sets exercise readers, training and evaluation
+with questions that need the picture; they are not a benchmark.
 """
 
 import argparse
@@ -25,19 +24,20 @@ from rich.progress import track
 
 from scripts.datasets import scenes as prepare_scenes
 from scripts.datasets.scene_hypotheses import hypotheses_of, snli_ve_lines
-from scripts.datasets.scene_questions import questions_of, usable
+from scripts.datasets.scene_questions import Tokens, questions_of, usable
+from scripts.datasets.scenes import Scene, Thing
 
 PICTURES_PER_MOVIE = 1000
-DEV = {"train": "train", "val": "dev"}  # SNLI-VE's name of VCR's split
+DEV = {"train": "train", "val": "dev"}  # split of VCR -> split of SNLI-VE
 
 
-def write_tasks(out: Path, num: int, *, seed: int = 0, size: int = 96, test: float = 0.15) -> Counter:
-    """Writes both sets below `out`, whole or not at all; returns the number of lines per file."""
-    lines: dict[str, list[dict]] = {f"vcr1/{split}.jsonl": [] for split in DEV}
+def write_tasks(out: Path, num: int, *, seed: int = 0, size: int = 96, test: float = 0.15) -> Counter[str]:
+    """Write both sets below `out` atomically and return the number of lines per file."""
+    lines: dict[str, list[dict[str, Any]]] = {f"vcr1/{split}.jsonl": [] for split in DEV}
     lines |= {f"snli_ve/snli_ve_{split}.jsonl": [] for split in DEV.values()}
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    scenes = (found for found in prepare_scenes.generate(2 * num + 100, seed, size) if usable(found[-1]))
+    scenes = (row for row in prepare_scenes.generate(2 * num + 100, seed, size) if usable(row[-1]))
     for i, (picture, captions, _, scene) in enumerate(track(itertools.islice(scenes, num), "drawing", num)):
         split = "val" if prepare_scenes.held_out(scene, seed=seed, test=test) else "train"
         rng, jpeg = random.Random(f"tasks {seed}-{i}"), as_jpeg(picture)
@@ -46,16 +46,18 @@ def write_tasks(out: Path, num: int, *, seed: int = 0, size: int = 96, test: flo
         write(partial / f"vcr1/vcr1images/{name}.jpg", jpeg)
         write(partial / f"vcr1/vcr1images/{name}.json", json.dumps(metadata(scene, size)).encode())
         questions = questions_of(scene, rng)
-        found = lines[f"vcr1/{split}.jsonl"]
-        found += [
-            vcr_line(item, scene, name, split, i, k, len(found) + k) for k, item in enumerate(questions)
+        vcr_lines = lines[f"vcr1/{split}.jsonl"]
+        first = len(vcr_lines)
+        vcr_lines += [
+            vcr_line(item, scene, name, split, image=i, number=k, index=first + k)
+            for k, item in enumerate(questions)
         ]
         write(partial / f"snli_ve/flickr30k-images/{1_000_000 + i}.jpg", jpeg)
         hypotheses = snli_ve_lines(str(1_000_000 + i), captions[0], hypotheses_of(scene, rng))
         lines[f"snli_ve/snli_ve_{DEV[split]}.jsonl"] += hypotheses
-    for name, found in lines.items():
-        write(partial / name, "".join(json.dumps(line) + "\n" for line in found).encode())
-    counts = Counter({name: len(found) for name, found in lines.items()})
+    for name, rows in lines.items():
+        write(partial / name, "".join(json.dumps(line) + "\n" for line in rows).encode())
+    counts = Counter({name: len(rows) for name, rows in lines.items()})
     about = {"source": "scenes", "seed": seed, "num": num, "size": size, "lines": dict(counts)}
     write(partial / "about.json", (json.dumps(about, indent=2) + "\n").encode())
     partial.rename(out)
@@ -63,22 +65,32 @@ def write_tasks(out: Path, num: int, *, seed: int = 0, size: int = 96, test: flo
 
 
 def write(path: Path, content: bytes) -> None:
-    """A file and its folders."""
+    """Write a file and create its parent folders."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)
 
 
 def as_jpeg(picture: Image.Image) -> bytes:
-    """VCR's and Flickr30K's pictures are JPEGs; full colour resolution, for thin stripes."""
+    """Encode a picture as JPEG without chroma subsampling, which would blur thin stripes."""
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=95, subsampling=0)
     return buffer.getvalue()
 
 
 def vcr_line(
-    item: dict, scene: dict, name: str, split: str, image: int, number: int, place: int
+    item: dict[str, Any], scene: Scene, name: str, split: str, *, image: int, number: int, index: int
 ) -> dict[str, Any]:
-    """One line of VCR: every key that its files have, in tokens and as text, and `category`."""
+    """Return a line of VCR with all keys of the published files, and `category`.
+
+    Args:
+        item: question, choices and labels of `questions_of`.
+        scene: the scene of the picture.
+        name: picture without suffix.
+        split: split of VCR.
+        image: number of the picture.
+        number: number of the question within the picture.
+        index: number of the line within the split.
+    """
     objects = [thing["shape"] for thing in scene["objects"]]
     answer = item["answer_choices"][item["answer_label"]]
     rationale = item["rationale_choices"][item["rationale_label"]]
@@ -94,33 +106,33 @@ def vcr_line(
         "rationale_orig": as_written(rationale),
         "question": item["question"],
         "answer_match_iter": [0, 1, 2, 3],
-        "answer_sources": [place] * 4,
+        "answer_sources": [index] * 4,
         "answer_choices": item["answer_choices"],
         "answer_label": item["answer_label"],
         "rationale_choices": item["rationale_choices"],
-        "rationale_sources": [place] * 4,
+        "rationale_sources": [index] * 4,
         "rationale_match_iter": [0, 1, 2, 3],
         "rationale_label": item["rationale_label"],
         "img_id": f"{split}-{image}",
         "question_number": number,
-        "annot_id": f"{split}-{place}",
+        "annot_id": f"{split}-{index}",
         "match_fold": f"{split}-{image % 10}",
-        "match_index": place,
+        "match_index": index,
         "category": item["category"],
     }
 
 
-def as_written(tokens: list[Any]) -> str:
-    """As an annotator typed it: an object is its number, from 1."""
+def as_written(tokens: Tokens) -> str:
+    """Return tokens as the text of an annotator, who refers to objects by numbers from 1."""
     words = [
-        token if isinstance(token, str) else " and ".join(str(place + 1) for place in token)
+        token if isinstance(token, str) else " and ".join(str(index + 1) for index in token)
         for token in tokens
     ]
     return " ".join(words).replace(" .", ".").replace(" ?", "?")
 
 
-def metadata(scene: dict, size: int) -> dict[str, Any]:
-    """VCR's file beside a picture: boxes with a score, polygons, names, width and height, in pixels."""
+def metadata(scene: Scene, size: int) -> dict[str, Any]:
+    """Return the content of VCR's metadata file: boxes with a score, polygons, names and size, in pixels."""
     polygons = [polygon(thing, size) for thing in scene["objects"]]
     boxes = [
         [*map(min, zip(*points, strict=True)), *map(max, zip(*points, strict=True)), 1.0]
@@ -135,27 +147,27 @@ def metadata(scene: dict, size: int) -> dict[str, Any]:
     }
 
 
-def polygon(thing: dict, size: int) -> list[list[float]]:
-    """The outline of an object in pixels; of a ring the outer one."""
+def polygon(thing: Thing, size: int) -> list[list[float]]:
+    """Return the (outer) outline of an object in pixels."""
     radius = prepare_scenes.SIZES[thing["size"]] / 2
     if thing["shape"] in ("circle", "ring"):
         points = [(math.cos(math.pi * k / 16), math.sin(math.pi * k / 16)) for k in range(32)]
     else:
         points = prepare_scenes.outline(thing["shape"])
-    x, y = thing["centre"]
+    x, y = thing["center"]
     return [[round((x + px * radius) * size, 2), round((y + py * radius) * size, 2)] for px, py in points]
 
 
 def main() -> int:
-    """The command line."""
+    """Run the command line and return the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder to make")
+    parser.add_argument("--out", type=Path, required=True, help="folder to create")
     parser.add_argument("--num", type=int, default=3000, help="number of pictures")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--size", type=int, default=96, help="side of a picture in pixels")
-    parser.add_argument("--test", type=float, default=0.15, help="part of the descriptions held out")
+    parser.add_argument("--test", type=float, default=0.15, help="fraction of descriptions to hold out")
     options = parser.parse_args()
     if options.out.exists():
         print(f"error: {options.out} exists; give another --out or remove it", file=sys.stderr)

@@ -1,12 +1,11 @@
-"""Drawn scenes as a Winoground set and the four sets of ARO in those data sets' own files, from a seed, no download.
-
-Not a benchmark: it asks what those ask, in words and of shapes that a tiny model trained on `prepare_scenes` knows.
+"""Write drawn scenes as Winoground and ARO data sets in the published file formats, from a seed, without a download.
 
     python -m scripts.datasets.scene_winoground_aro --out data/compositions --num 400 --seed 1
 
-`winoground/data/examples.jsonl` with `images.zip`; `aro/visual_genome_relation.json` and `..._attribution.json` with
-`aro/images/`, where a crop has the two objects told of and the rest of the picture has them the wrong way round;
-`aro/coco_karpathy_test.json` and `aro/flickr30k_test.json`, five captions a picture.
+Writes `winoground/data/examples.jsonl` with `images.zip`; `aro/visual_genome_relation.json` and `..._attribution.json`
+with `aro/images/`, where the crop shows the two objects of the caption and the rest of the picture shows them swapped;
+`aro/coco_karpathy_test.json` and `aro/flickr30k_test.json` with five captions per picture. The sets pose the questions
+of Winoground and ARO with the words and shapes that a tiny model trained on `scenes` has seen; they are not a benchmark.
 """
 
 import argparse
@@ -23,10 +22,11 @@ from typing import Any
 from PIL import Image
 from rich.progress import track
 
-from scripts.datasets.scene_swaps import centres_of, draw_things, pair, scene_of, swapped
+from scripts.datasets.scene_swaps import centers_of, draw_things, pair, scene_of, swapped
 from scripts.datasets.scenes import (
     BACKGROUNDS,
     RELATIONS,
+    Scene,
     article,
     as_png,
     capital,
@@ -36,31 +36,31 @@ from scripts.datasets.scenes import (
     render,
 )
 
-# Few, so that 200 examples have 25 of each: ARO's mean over attribute pairs leaves rarer ones out.
+# Few pairs, so that 200 examples contain 25 of each: ARO's mean over attribute pairs excludes rarer pairs.
 ATTRIBUTES = (
-    ("colour", "red", "blue"),
-    ("colour", "green", "pink"),
-    ("colour", "yellow", "purple"),
-    ("colour", "orange", "cyan"),
-    ("colour", "brown", "gray"),
-    ("colour", "blue", "yellow"),
+    ("color", "red", "blue"),
+    ("color", "green", "pink"),
+    ("color", "yellow", "purple"),
+    ("color", "orange", "cyan"),
+    ("color", "brown", "gray"),
+    ("color", "blue", "yellow"),
     ("texture", "striped", "dotted"),
     ("size", "small", "large"),
 )
-EPOCH = (1980, 1, 1, 0, 0, 0)  # a zip's members have a time; a set of the same seed has the same bytes
+EPOCH = (1980, 1, 1, 0, 0, 0)  # constant time of the zip members, so that the bytes depend only on the seed
 
 
-# --- what is in the sets: scenes and captions -----------------------------------------------------
+# --- content of the sets: scenes and captions -----------------------------------------------------
 
 
-def relations(num: int, seed: int) -> Iterator[tuple[dict, dict, dict[str, Any]]]:
-    """The scene of the crop, the one beside it of which the false caption is true, and ARO's line."""
+def relations(num: int, seed: int) -> Iterator[tuple[Scene, Scene, dict[str, Any]]]:
+    """Yield the scene of the crop, a scene that the false caption describes, and the line of ARO's relation set."""
     for i in range(num):
         rng = random.Random(f"relation {seed}-{i}")
         first, second = draw_things(rng, 2, short=True)
         relation, background = sorted(RELATIONS)[i % len(RELATIONS)], rng.randrange(len(BACKGROUNDS))
-        told, other = (
-            scene_of(things, centres_of(relation, rng), relation, background)
+        right, wrong = (
+            scene_of(things, centers_of(relation, rng), relation, background)
             for things in ([first, second], [second, first])
         )
         template = f"the {{}} is {relation} the {{}}"
@@ -69,19 +69,19 @@ def relations(num: int, seed: int) -> Iterator[tuple[dict, dict, dict[str, Any]]
             "false_caption": template.format(describe(second), describe(first)),
             "relation_name": relation,
         }
-        yield told, other, line
+        yield right, wrong, line
 
 
-def attributions(num: int, seed: int) -> Iterator[tuple[dict, dict, dict[str, Any]]]:
-    """The same of attributes: both objects are there, with each other's."""
+def attributions(num: int, seed: int) -> Iterator[tuple[Scene, Scene, dict[str, Any]]]:
+    """Yield the same as `relations` for ARO's attribution set: the objects exchange an attribute."""
     for i in range(num):
         rng = random.Random(f"attribution {seed}-{i}")
         key, *values = ATTRIBUTES[i % len(ATTRIBUTES)]
         first, second = draw_things(rng, 2, short=True)
         first[key], second[key] = values
         relation, background = rng.choice(sorted(RELATIONS)), rng.randrange(len(BACKGROUNDS))
-        told, other = (
-            scene_of(list(things), centres_of(relation, rng), relation, background)
+        right, wrong = (
+            scene_of(list(things), centers_of(relation, rng), relation, background)
             for things in ((first, second), swapped(first, second, key))
         )
         names = first["shape"], second["shape"]
@@ -92,38 +92,38 @@ def attributions(num: int, seed: int) -> Iterator[tuple[dict, dict, dict[str, An
             "obj1_name": names[0],
             "obj2_name": names[1],
         }
-        yield told, other, line
+        yield right, wrong, line
 
 
-def captioned(name: str, num: int, seed: int) -> Iterator[tuple[dict, list[str]]]:
-    """Scenes of two objects, each with five captions that are true of it."""
+def captioned(name: str, num: int, seed: int) -> Iterator[tuple[Scene, list[str]]]:
+    """Yield scenes of two objects, each with five true captions."""
     for i in range(num):
         rng = random.Random(f"{name} {seed}-{i}")
         first, second = draw_things(rng, 2)
         relation, background = rng.choice(sorted(RELATIONS)), rng.randrange(len(BACKGROUNDS))
-        opposite, (one, two) = opposite_of(relation), (article(describe(thing)) for thing in (first, second))
-        short_one, short_two = (describe(thing, full=False) for thing in (first, second))
+        opposite, (a, b) = opposite_of(relation), (article(describe(thing)) for thing in (first, second))
+        short_a, short_b = (describe(thing, full=False) for thing in (first, second))
         captions = [
-            f"{one} {relation} {two}.",
-            f"{two} is {opposite} {one}.",
-            f"{one} is {relation} {two}.",
-            f"The {short_one} is {relation} the {short_two}.",
-            f"The {short_two} is {opposite} the {short_one}.",
+            f"{a} {relation} {b}.",
+            f"{b} is {opposite} {a}.",
+            f"{a} is {relation} {b}.",
+            f"The {short_a} is {relation} the {short_b}.",
+            f"The {short_b} is {opposite} the {short_a}.",
         ]
-        scene = scene_of([first, second], centres_of(relation, rng), relation, background)
+        scene = scene_of([first, second], centers_of(relation, rng), relation, background)
         yield scene, [capital(caption) for caption in captions]
 
 
 def descriptions(num: int, seed: int) -> set[str]:
-    """The `description_key` of every scene that a model is asked about, for training sets to leave out."""
+    """Return the `description_key` of every scene in the questions. Training sets exclude these scenes."""
     scenes = [scene for i in range(num) for scene in pair(i, seed)[0].scenes if scene["relation"]]
-    scenes += [told for kind in (relations, attributions) for told, _, _ in kind(num, seed)]
+    scenes += [right for kind in (relations, attributions) for right, _, _ in kind(num, seed)]
     scenes += [scene for name in ("coco", "flickr") for scene, _ in captioned(name, pictures(num), seed)]
     return {description_key(scene) for scene in scenes}
 
 
 def pictures(num: int) -> int:
-    """Pictures of an order set: five captions each make `num` questions."""
+    """Return the number of pictures of an order set: five captions per picture give `num` questions."""
     return max(1, num // 5)
 
 
@@ -131,23 +131,23 @@ def pictures(num: int) -> int:
 
 
 def write_winoground(folder: Path, num: int, *, seed: int, size: int) -> None:
-    """data/examples.jsonl and data/images.zip, which holds images/ex_<id>_img_<0 or 1>.png."""
+    """Write data/examples.jsonl and data/images.zip, which contains images/ex_<id>_img_<0 or 1>.png."""
     data = folder / "data"
     data.mkdir(parents=True)
     with zipfile.ZipFile(data / "images.zip", "w") as archive, open(data / "examples.jsonl", "w") as lines:
         for i in track(range(num), "winoground"):
-            found, kind = pair(i, seed)
+            example, kind = pair(i, seed)
             names = [f"ex_{i}_img_{k}" for k in (0, 1)]
-            for name, scene in zip(names, found.scenes, strict=True):
+            for name, scene in zip(names, example.scenes, strict=True):
                 archive.writestr(zipfile.ZipInfo(f"images/{name}.png", EPOCH), as_png(render(scene, size)))
             line = {
                 "id": i,
-                "caption_0": found.captions[0],
-                "caption_1": found.captions[1],
+                "caption_0": example.captions[0],
+                "caption_1": example.captions[1],
                 "image_0": names[0],
                 "image_1": names[1],
-                "tag": found.tag,
-                "secondary_tag": found.note,
+                "tag": example.tag,
+                "secondary_tag": example.note,
                 "num_main_preds": kind.predicates,
                 "collapsed_tag": kind.tag,
             }
@@ -155,13 +155,13 @@ def write_winoground(folder: Path, num: int, *, seed: int, size: int) -> None:
 
 
 def write_aro(folder: Path, num: int, *, seed: int, size: int) -> None:
-    """ARO's four files and their pictures; those with a crop are twice as wide and high as it."""
+    """Write the four files of ARO and their pictures. Pictures with a crop are twice as wide and high as the crop."""
     (folder / "images").mkdir(parents=True)
     for kind, name in ((relations, "relation"), (attributions, "attribution")):
         lines = []
-        for i, (told, other, line) in enumerate(track(kind(num, seed), f"aro {name}", num)):
+        for i, (right, wrong, line) in enumerate(track(kind(num, seed), f"aro {name}", num)):
             rng = random.Random(f"crop {name} {seed}-{i}")
-            picture, box = with_crop(told, other, size, rng)
+            picture, box = with_crop(right, wrong, size, rng)
             path = f"{name}_{i:06d}.png"
             (folder / "images" / path).write_bytes(as_png(picture))
             lines.append({"image_id": i, "image_path": path, **box, **line})
@@ -178,30 +178,32 @@ def write_aro(folder: Path, num: int, *, seed: int, size: int) -> None:
         write_json(folder / path, lines)
 
 
-def with_crop(told: dict, other: dict, size: int, rng: random.Random) -> tuple[Image.Image, dict[str, int]]:
-    """Four quarters: `told` in one, `other` in another, two empty; and the box of the first as ARO writes it."""
+def with_crop(
+    right: Scene, wrong: Scene, size: int, rng: random.Random
+) -> tuple[Image.Image, dict[str, int]]:
+    """Draw both scenes into random quarters of a picture; return it with the box of `right` in ARO's format."""
     quarters = [(x, y) for x in (0, size) for y in (0, size)]
-    (x, y), wrong = rng.sample(quarters, 2)
-    canvas = Image.new("RGB", (2 * size, 2 * size), BACKGROUNDS[told["background"]])
-    canvas.paste(render(other, size), wrong)
-    canvas.paste(render(told, size), (x, y))
+    (x, y), wrong_corner = rng.sample(quarters, 2)
+    canvas = Image.new("RGB", (2 * size, 2 * size), BACKGROUNDS[right["background"]])
+    canvas.paste(render(wrong, size), wrong_corner)
+    canvas.paste(render(right, size), (x, y))
     return canvas, {"bbox_x": x, "bbox_y": y, "bbox_w": size, "bbox_h": size}
 
 
 def as_jpeg(picture: Image.Image) -> bytes:
-    """COCO's and Flickr30K's pictures are JPEGs; full colour resolution, for thin stripes."""
+    """Encode a picture as JPEG without chroma subsampling, which would blur thin stripes."""
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=95, subsampling=0)
     return buffer.getvalue()
 
 
-def write_json(path: Path, content: Any) -> None:
-    """A JSON file that ends with a newline."""
+def write_json(path: Path, content: dict[str, Any] | list[dict[str, Any]]) -> None:
+    """Write a JSON file that ends with a newline."""
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def write_compositions(out: Path, num: int, *, seed: int = 1, size: int = 64) -> None:
-    """Writes both folders below `out`, whole or not at all."""
+    """Write both folders below `out` atomically."""
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     write_winoground(partial / "winoground", num, seed=seed, size=size)
@@ -218,14 +220,14 @@ def write_compositions(out: Path, num: int, *, seed: int = 1, size: int = 64) ->
 
 
 def main() -> int:
-    """The command line."""
+    """Run the command line and return the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder to make")
+    parser.add_argument("--out", type=Path, required=True, help="folder to create")
     parser.add_argument("--num", type=int, default=400, help="examples of each set; Winoground has 400")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--size", type=int, default=64, help="side of a picture, or of its crop, in pixels")
+    parser.add_argument("--size", type=int, default=64, help="side of a picture or of its crop in pixels")
     options = parser.parse_args()
     if options.out.exists():
         print(f"error: {options.out} exists; give another --out or remove it", file=sys.stderr)

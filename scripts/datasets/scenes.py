@@ -1,9 +1,9 @@
-"""Draws captioned scenes of simple shapes: any number of image-text pairs, from a seed, with no download.
-
-Not a stand-in for photographs: it is for compositional tests (which attribute belongs to which object, what
-is left of what), for training a tiny diffusion teacher, and as a fallback where there is no Debian mirror.
+"""Draw captioned scenes of simple shapes: any number of image-text pairs from a seed, without a download.
 
     python -m scripts.datasets.scenes --out data/scenes --num 2000 --seed 0
+
+Uses: compositional tests (which attribute belongs to which object, which object is left of which), training data for a
+tiny diffusion teacher, and a fallback for the demo data where there is no Debian mirror.
 """
 
 import argparse
@@ -22,8 +22,11 @@ from typing import Any
 from PIL import Image, ImageDraw
 from rich.progress import track
 
-# Far apart in RGB, so that no two are confused at 64 pixels; no white, which the backgrounds come close to.
-COLOURS = {
+Thing = dict[str, Any]  # one object: shape, color, size, texture, center
+Scene = dict[str, Any]  # objects (one or two things), relation, background
+
+# Far apart in RGB, so that they can be distinguished at 64 pixels. White is excluded: the backgrounds are near-white.
+COLORS = {
     "red": (214, 39, 40),
     "orange": (255, 140, 0),
     "yellow": (245, 215, 20),
@@ -36,24 +39,22 @@ COLOURS = {
     "cyan": (30, 200, 220),
 }
 SHAPES = ("circle", "square", "triangle", "star", "heart", "cross", "ring", "rectangle", "diamond", "hexagon")
-SIZES = {"small": 0.20, "medium": 0.30, "large": 0.42}  # longest side as a part of the canvas
+SIZES = {"small": 0.20, "medium": 0.30, "large": 0.42}  # longest side as a fraction of the canvas
 TEXTURES = ("plain", "striped", "dotted", "checked")
 BACKGROUNDS = ((255, 255, 255), (240, 236, 225), (226, 236, 245), (232, 242, 228))
 # Relation -> (unit step from the second object to the first, in image coordinates: y grows downwards).
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 PAIR = "pair"
-OVERSAMPLING = 4  # PIL draws without antialiasing, so draw four times as large and shrink
+OVERSAMPLING = 4  # PIL draws without antialiasing: draw four times as large and downsample
 
 
 def class_names() -> dict[str, str]:
-    """Folder -> words that fit "a picture of {}."."""
+    """Return {class folder: words that fit "a picture of {}."}."""
     return {shape: f"a {shape}" for shape in SHAPES} | {PAIR: "two shapes"}
 
 
-def generate(
-    num: int, seed: int, size: int = 128
-) -> Iterator[tuple[Image.Image, list[str], str, dict[str, Any]]]:
-    """Yields (picture, captions, class, scene); scene i depends on the seed and i alone."""
+def generate(num: int, seed: int, size: int = 128) -> Iterator[tuple[Image.Image, list[str], str, Scene]]:
+    """Yield (picture, captions, class, scene) tuples. Scene i depends only on the seed and i."""
     for i in range(num):
         rng = random.Random(f"{seed}-{i}")
         scene = draw_scene_values(rng)
@@ -62,59 +63,57 @@ def generate(
         yield render(scene, size), captions_of(scene, rng), label, scene
 
 
-def draw_scene_values(rng: random.Random) -> dict[str, Any]:
-    """Chooses what is in a scene: one object, or two that differ in shape or colour, with their relation."""
+def draw_scene_values(rng: random.Random) -> Scene:
+    """Sample the content of a scene: one object, or two objects with a relation and a different shape or color."""
     first = random_object(rng)
     background = rng.randrange(len(BACKGROUNDS))
     if rng.random() < 0.5:
-        first["centre"] = [rng.uniform(0.3, 0.7), rng.uniform(0.3, 0.7)]
+        first["center"] = [rng.uniform(0.3, 0.7), rng.uniform(0.3, 0.7)]
         return {"objects": [first], "relation": None, "background": background}
     second = random_object(rng)
-    while (second["shape"], second["colour"]) == (first["shape"], first["colour"]):
-        second = random_object(rng)  # otherwise the caption would not tell which is which
+    while (second["shape"], second["color"]) == (first["shape"], first["color"]):
+        second = random_object(rng)  # otherwise the caption would be ambiguous
     relation = rng.choice(sorted(RELATIONS))
     place_two(first, second, relation, rng)
     return {"objects": [first, second], "relation": relation, "background": background}
 
 
-def random_object(rng: random.Random) -> dict[str, Any]:
-    """One object without a place."""
+def random_object(rng: random.Random) -> Thing:
+    """Sample an object without a center."""
     return {
         "shape": rng.choice(SHAPES),
-        "colour": rng.choice(sorted(COLOURS)),
+        "color": rng.choice(sorted(COLORS)),
         "size": rng.choice(sorted(SIZES)),
         "texture": rng.choice(TEXTURES),
     }
 
 
-def place_two(first: dict, second: dict, relation: str, rng: random.Random) -> None:
-    """Sets both centres so that the relation holds on its axis and the objects never touch."""
+def place_two(first: Thing, second: Thing, relation: str, rng: random.Random) -> None:
+    """Set both centers so that the relation holds along its axis and the objects do not touch."""
     step_x, step_y = RELATIONS[relation]
-    apart = 0.25 + rng.uniform(
-        -0.01, 0.03
-    )  # half the distance: 0.5 > 0.42, two large ones stay clear of each other
-    jitter = rng.uniform(
-        -0.06, 0.06
-    )  # across the axis; small beside `apart`, so that no second relation comes true
+    # Half the distance between the centers: 0.5 > 0.42, so two large objects do not touch
+    apart = 0.25 + rng.uniform(-0.01, 0.03)
+    # Offset along the other axis, small compared to `apart`: no second relation holds
+    jitter = rng.uniform(-0.06, 0.06)
     across = (jitter if step_x == 0 else 0.0, jitter if step_y == 0 else 0.0)
-    first["centre"] = [0.5 + apart * step_x + across[0], 0.5 + apart * step_y + across[1]]
-    second["centre"] = [0.5 - apart * step_x - across[0], 0.5 - apart * step_y - across[1]]
+    first["center"] = [0.5 + apart * step_x + across[0], 0.5 + apart * step_y + across[1]]
+    second["center"] = [0.5 - apart * step_x - across[0], 0.5 - apart * step_y - across[1]]
 
 
-def describe(thing: dict, *, full: bool = True) -> str:
-    """The object in words; a plain texture and a medium size go unsaid, as a person would leave them out."""
+def describe(thing: Thing, *, full: bool = True) -> str:
+    """Describe an object in words. A plain texture and a medium size are omitted."""
     words = [thing["size"]] if full and thing["size"] != "medium" else []
     words += [thing["texture"]] if full and thing["texture"] != "plain" else []
-    return " ".join([*words, thing["colour"], thing["shape"]])
+    return " ".join([*words, thing["color"], thing["shape"]])
 
 
 def article(words: str) -> str:
-    """The words with "a" or "an" before them."""
+    """Prefix words with "a" or "an"."""
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
-def captions_of(scene: dict, rng: random.Random) -> list[str]:
-    """Two true captions in different phrasings; the first always names everything that can be named."""
+def captions_of(scene: Scene, rng: random.Random) -> list[str]:
+    """Return two true captions with different phrasings. The first one names every attribute."""
     objects = scene["objects"]
     if len(objects) == 1:
         thing = article(describe(objects[0]))
@@ -133,20 +132,20 @@ def captions_of(scene: dict, rng: random.Random) -> list[str]:
 
 
 def opposite_of(relation: str) -> str:
-    """The relation seen from the other object."""
+    """Return the inverse relation."""
     step = RELATIONS[relation]
     return next(name for name, other in RELATIONS.items() if other == (-step[0], -step[1]))
 
 
 def capital(sentence: str) -> str:
-    """The sentence with a capital first letter, the rest untouched."""
+    """Capitalize the first letter of a sentence."""
     return sentence[0].upper() + sentence[1:]
 
 
-def description_key(scene: dict) -> str:
-    """What the scene says, without exact places: scenes with the same first caption have the same key."""
+def description_key(scene: Scene) -> str:
+    """Return a key of the scene without exact positions: scenes with equivalent first captions share a key."""
     things = [
-        f"{thing['size']} {thing['texture']} {thing['colour']} {thing['shape']}" for thing in scene["objects"]
+        f"{thing['size']} {thing['texture']} {thing['color']} {thing['shape']}" for thing in scene["objects"]
     ]
     if len(things) == 2 and scene["relation"] in ("right of", "below"):
         return f"{things[1]} {opposite_of(scene['relation'])} {things[0]}"  # "B left of A" is "A right of B"
@@ -156,8 +155,8 @@ def description_key(scene: dict) -> str:
 # --- drawing ------------------------------------------------------------------------------------
 
 
-def render(scene: dict, size: int) -> Image.Image:
-    """The scene as an RGB picture of size x size pixels."""
+def render(scene: Scene, size: int) -> Image.Image:
+    """Draw a scene as an RGB picture of size x size pixels."""
     side = size * OVERSAMPLING
     canvas = Image.new("RGB", (side, side), BACKGROUNDS[scene["background"]])
     for thing in scene["objects"]:
@@ -167,10 +166,10 @@ def render(scene: dict, size: int) -> Image.Image:
     return canvas.resize((size, size), Image.Resampling.BOX)
 
 
-def draw_shape(draw: ImageDraw.ImageDraw, thing: dict, side: int) -> None:
-    """Fills the object's outline with 255."""
+def draw_shape(draw: ImageDraw.ImageDraw, thing: Thing, side: int) -> None:
+    """Fill the outline of an object with 255."""
     radius = SIZES[thing["size"]] / 2 * side
-    x, y = (value * side for value in thing["centre"])
+    x, y = (value * side for value in thing["center"])
     shape = thing["shape"]
     if shape in ("circle", "ring"):
         draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=255)
@@ -182,7 +181,7 @@ def draw_shape(draw: ImageDraw.ImageDraw, thing: dict, side: int) -> None:
 
 
 def outline(shape: str) -> list[tuple[float, float]]:
-    """The corners of a shape in [-1, 1] x [-1, 1], y downwards."""
+    """Return the corners of a shape in [-1, 1] x [-1, 1], y pointing down."""
     if shape == "square":
         return [(-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)]
     if shape == "rectangle":
@@ -210,24 +209,22 @@ def outline(shape: str) -> list[tuple[float, float]]:
 
 
 def rotate(point: tuple[float, float], turns: int) -> tuple[float, float]:
-    """The point after `turns` quarter turns about the origin."""
+    """Rotate a point about the origin by quarter turns."""
     x, y = point
     for _ in range(turns):
         x, y = -y, x
     return x, y
 
 
-def texture(thing: dict, side: int) -> Image.Image:
-    """A canvas of the object's colour; a texture is drawn over it in a lighter tone of the same colour."""
-    colour = COLOURS[thing["colour"]]
-    canvas = Image.new("RGB", (side, side), colour)
+def texture(thing: Thing, side: int) -> Image.Image:
+    """Return a canvas in the color of the object, with its texture drawn in a lighter tone."""
+    color = COLORS[thing["color"]]
+    canvas = Image.new("RGB", (side, side), color)
     if thing["texture"] == "plain":
         return canvas
-    light = tuple(value + (255 - value) * 2 // 3 for value in colour)
+    light = tuple(value + (255 - value) * 2 // 3 for value in color)
     draw = ImageDraw.Draw(canvas)
-    period = (
-        side // 16
-    )  # in pixels of the canvas, not of the object: a small striped star still shows three stripes
+    period = side // 16  # relative to the canvas: a small striped star still shows three stripes
     for i, left in enumerate(range(0, side, period)):
         if thing["texture"] == "striped":
             draw.rectangle((left, 0, left + period // 2, side), fill=light)
@@ -242,50 +239,46 @@ def texture(thing: dict, side: int) -> Image.Image:
     return canvas
 
 
-# --- the image folder: also used by prepare_demo ----------------------------------------------------
+# --- the image folder: also used by scripts/datasets/demo/prepare.py --------------------------------
 
 
 def write_pair(folder: Path, name: str, picture: bytes, captions: list[str], *, suffix: str) -> None:
-    """Writes folder/name.suffix and folder/name.txt, one caption per line."""
+    """Write folder/name.suffix and folder/name.txt with one caption per line."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.{suffix}").write_bytes(picture)
     (folder / f"{name}.txt").write_text("".join(f"{caption}\n" for caption in captions), encoding="utf-8")
 
 
 def as_png(picture: Image.Image) -> bytes:
-    """Lossless: scenes also train a diffusion model, which would learn the blocks of a JPEG."""
+    """Encode a picture as PNG. Scenes also train a diffusion model, which would learn JPEG artifacts."""
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")
     return buffer.getvalue()
 
 
 def write_class_names(out: Path, names: dict[str, str]) -> None:
-    """Writes classnames.txt for the classes that have a folder in train/."""
+    """Write classnames.txt for the classes that have a folder in train/."""
     lines = [
         f"{label}\t{words}\n" for label, words in sorted(names.items()) if (out / "train" / label).is_dir()
     ]
     (out / "classnames.txt").write_text("".join(lines), encoding="utf-8")
 
 
-def held_out(scene: dict, *, seed: int, test: float) -> bool:
-    """Whether a scene is a test scene: decided by what it says, so that no description is in both splits."""
+def held_out(scene: Scene, *, seed: int, test: float) -> bool:
+    """Return whether a scene is a test scene. The split depends on the description, so the splits share none."""
     digest = hashlib.sha256(f"{seed} {description_key(scene)}".encode()).digest()
     return int.from_bytes(digest[:8], "big") < test * 2**64
 
 
-def write_scenes(out: Path, num: int, *, seed: int = 0, size: int = 128, test: float = 0.15) -> Counter:
-    """Writes train/<class>/ and test/<class>/ under `out`; returns the number of pictures per split."""
-    counts: Counter = Counter()
+def write_scenes(out: Path, num: int, *, seed: int = 0, size: int = 128, test: float = 0.15) -> Counter[str]:
+    """Write train/<class>/ and test/<class>/ below `out` and return the number of pictures per split."""
+    counts: Counter[str] = Counter()
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     scenes = track(generate(num, seed, size), total=num, description="drawing")
     for i, (picture, captions, label, scene) in enumerate(scenes):
         split = "test" if held_out(scene, seed=seed, test=test) else "train"
-        buffer = io.BytesIO()
-        picture.save(
-            buffer, "PNG"
-        )  # lossless: these also train a diffusion model, which would learn JPEG's blocks
-        write_pair(partial / split / label, f"scene_{i:06d}", buffer.getvalue(), captions, suffix="png")
+        write_pair(partial / split / label, f"scene_{i:06d}", as_png(picture), captions, suffix="png")
         counts[split] += 1
     write_class_names(partial, class_names())
     about = {
@@ -301,15 +294,15 @@ def write_scenes(out: Path, num: int, *, seed: int = 0, size: int = 128, test: f
 
 
 def main() -> int:
-    """The command line."""
+    """Run the command line and return the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder to make")
+    parser.add_argument("--out", type=Path, required=True, help="folder to create")
     parser.add_argument("--num", type=int, default=2000, help="number of pictures")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--size", type=int, default=128, help="side of a picture in pixels")
-    parser.add_argument("--test", type=float, default=0.15, help="part of the descriptions held out")
+    parser.add_argument("--test", type=float, default=0.15, help="fraction of descriptions to hold out")
     options = parser.parse_args()
     if options.out.exists():
         print(f"error: {options.out} exists; give another --out or remove it", file=sys.stderr)

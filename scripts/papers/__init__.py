@@ -1,1 +1,1 @@
-"""Reproduce the papers' tables at laptop scale."""
+"""Reproduce tables of the papers at laptop scale."""

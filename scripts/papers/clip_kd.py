@@ -1,30 +1,36 @@
-"""CLIP-KD's tables: each term alone beside the task loss (main paper), and the appendix's sweeps of weights."""
+"""Tables of CLIP-KD: each term added to the task loss (main paper), and the weight sweeps of the appendix."""
 
-from scripts.papers.tables import Row, Table
+from scripts.papers.tables import Row, Table, set_flags
 
 STEPS, BATCH, LR = 150, 64, 1e-3
-MODEL, CACHE = "vit-tiny", "caches/demo/clip-lite.zarr"  # that cache, not another that may lie beside it
+MODEL, CACHE = (
+    "vit-tiny",
+    "caches/demo/clip-lite.zarr",
+)  # explicit, because other caches of the data may exist
 
 
 def row(
-    label: str, top1: float | None = None, i2t: float | None = None, t2i: float | None = None, **weights
+    label: str,
+    top1: float | None = None,
+    i2t: float | None = None,
+    t2i: float | None = None,
+    **weights: float,
 ) -> Row:
-    """The task loss and what is named, all other terms off."""
-    chosen = {"crd": 0.0, "fd": 0.0, "icl": 0.0} | weights
-    return Row(label, tuple(sorted(chosen.items())), (top1, i2t, t2i))
+    """Return a row with the task loss and the given weights; all other terms are off."""
+    settings = {"crd": 0.0, "fd": 0.0, "icl": 0.0} | weights
+    return Row(label, tuple(sorted(settings.items())), (top1, i2t, t2i))
 
 
-def words(one: Row, seed: int) -> list[str]:
-    """The command line of a run behind `student train --out RUN`."""
-    settings = [f"{name}={value:g}" for name, value in one.settings]
-    fixed = [f"model={MODEL}", f"optim.lr={LR:g}", "run.save_every=1000000", "run.workers=0"]
-    chosen = [word for setting in (*settings, *fixed) for word in ("--set", setting)]
+def argv(row: Row, seed: int) -> list[str]:
+    """Return the arguments of `student train` without --out."""
+    settings = [f"{name}={value:g}" for name, value in row.settings]
+    settings += [f"model={MODEL}", f"optim.lr={LR:g}", "run.save_every=1000000", "run.workers=0"]
     sizes = ["--steps", str(STEPS), "--batch-size", str(BATCH)]
-    return ["--recipe", "clip_kd", "--cache", CACHE, "--seed", str(seed), *sizes, *chosen]
+    return ["--recipe", "clip_kd", "--cache", CACHE, "--seed", str(seed), *sizes, *set_flags(settings)]
 
 
 TASK = row("task alone", 30.55)
-NONE = (None, None, None)  # no figures in the paper
+NONE = (None, None, None)  # no numbers in the paper
 TABLES = {
     "methods": Table(
         "Each term beside the task loss",

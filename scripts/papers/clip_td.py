@@ -1,8 +1,8 @@
-"""CLIP-TD's ablations (tables 2, 5, 6, 8): drawn scenes as VCR and SNLI-VE, easy-vqa as VQA, at three data sizes.
+"""Ablations of CLIP-TD (tables 2, 5, 6, 8): drawn scenes as VCR and SNLI-VE, easy-vqa as VQA, at three data sizes.
 
-The teacher is a CLIP trained on other drawn scenes by our own `clip` recipe: clip-lite knows photographs and drawings
-of things, not which of two shapes is striped. Students are tiny and begin, as the paper's do, pretrained: by
-stage=adapt without distillation on questions about other scenes, their right answers and rationales.
+The teacher is a CLIP trained with our `clip` recipe on other drawn scenes, because clip-lite does not distinguish the
+attributes of shapes. Students are tiny and pretrained, as in the paper: by stage=adapt without distillation on questions
+about other scenes with right answers and rationales.
 """
 
 import concurrent.futures
@@ -14,15 +14,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from scripts.papers.tables import Row, Table, spread
+from scripts.papers.tables import Results, Row, Table, set_flags, spread
 
 FOLDER = Path("runs/reproduce/clip_td")
 PICTURES, PAIRS, SIZE = 3000, 8000, 96
-STEPS = {"vcr": 200, "snli_ve": 400, "vqa": 300}  # a VCR row is four texts
+STEPS = {"vcr": 200, "snli_ve": 400, "vqa": 300}  # a VCR row has four texts
 BATCH, ADAPT = 32, 150
-LR = {"vcr": 3e-4, "snli_ve": 3e-4, "vqa": 1e-3}  # on VCR 1e-3 tears down what pretraining built
+LR = {"vcr": 3e-4, "snli_ve": 3e-4, "vqa": 1e-3}  # on VCR, 1e-3 destroys the pretraining
 PRETRAIN, PRETRAIN_BATCH, SCRATCH_LR = 1000, 64, 1e-3
-VQA_PICTURES = 600  # of each split
+VQA_PICTURES = 600  # per split
 HOME, CACHES = Path("data/clip_td"), Path("caches/clip_td")
 DATA = {
     "vcr": str(HOME / "scenes/vcr1"),
@@ -31,16 +31,16 @@ DATA = {
 }
 OTHER, CAPTIONED = str(HOME / "scenes-other/vcr1"), str(HOME / "pairs")
 SCORE = {"vcr": "q2a", "snli_ve": "accuracy", "vqa": "accuracy"}
-SIZES = {  # labels in all: 17 of each of 6 categories, 34 of each of 3 classes
+SIZES = {  # number of labels: per category (6) in VCR, per class (3) in SNLI-VE, in total in VQA
     "vcr": ("low:17", "low:170", "full"),
     "snli_ve": ("low:34", "low:334", "full"),
     "vqa": ("low:100", "low:1000", "full"),
 }
 TEACHER, WORDS = FOLDER / "teacher", FOLDER / "words"
-W = "0.15"  # of the distillation, where a row does not say; the table `weight` has others
+W = "0.15"  # default weight of the distillation; the table `weight` varies it
 NAIVE = {"select": "none", "confidence": "false"}
 WEIGHTS = ("1", "0.5", "0.1", "0.05", "0.01")
-METHODS: dict[str, dict[str, str]] = {  # first: what a student begins from
+METHODS: dict[str, dict[str, str]] = {  # settings; "adapted" selects the initialization
     "baseline": {"w": "0"},
     "naive V": NAIVE | {"dt": "0"},
     "naive L": NAIVE | {"dv": "0"},
@@ -108,29 +108,20 @@ THEIRS = {
 
 
 def row(task: str, face: str, method: str, size: int) -> Row:
-    """One cell: a method at a data size."""
-    known = PAPER["uniter" if face == "uniter" and task == "vcr" else task].get(method)
+    """Return the row of a cell: a method at a data size."""
+    published = PAPER["uniter" if face == "uniter" and task == "vcr" else task].get(method)
     settings = (("task", task), ("face", face), ("method", method), ("size", SIZES[task][size]))
-    return Row(method, settings, (known[size] if known and face == FACE[task, face] else None, None, None))
-
-
-FACE = {
-    ("vcr", "vl-bert"): "vl-bert",
-    ("vcr", "uniter"): "uniter",
-    ("snli_ve", "vl-bert"): "vl-bert",
-    ("vqa", "vl-bert"): "vl-bert",
-}
+    return Row(method, settings, (published[size] if published else None, None, None))
 
 
 def table(task: str, face: str, title: str, methods: Sequence[str] = tuple(METHODS)) -> Table:
-    """Methods by data sizes."""
+    """Return the table of methods by data sizes."""
     rows = tuple(row(task, face, method, size) for method in methods for size in range(3))
     return Table(title, rows, reference=0)
 
 
-ONE_STAGE = tuple(
-    name for name in METHODS if name != "2nd-stage pretraining"
-)  # which the paper has for VCR alone
+# The paper reports 2nd-stage pretraining only on VCR
+ONE_STAGE = tuple(name for name in METHODS if name != "2nd-stage pretraining")
 TABLES = {
     "vcr": table("vcr", "vl-bert", "VCR Q2A on drawn scenes, tiny VL-BERT (tables 2 and 8)"),
     "vcr_uniter": table(
@@ -151,54 +142,45 @@ TABLES = {
 
 
 def common(task: str, face: str, seed: int) -> list[str]:
-    """Words that every training on a task has."""
+    """Return the arguments of `student train` that all runs on a task share."""
     settings = [f"model={face}-tiny", f"subset={seed}", "run.save_every=1000000", "run.workers=0"]
-    words = ["--recipe", "clip_td", "--data", DATA[task], "--cache", str(CACHES / task), "--seed", str(seed)]
-    words += ["--batch-size", str(BATCH)]
-    return words + [word for setting in settings for word in ("--set", setting)]
+    options = ["--recipe", "clip_td", "--data", DATA[task], "--cache", str(CACHES / task)]
+    options += ["--seed", str(seed), "--batch-size", str(BATCH)]
+    return options + set_flags(settings)
 
 
-def words(one: Row, seed: int) -> list[str]:
-    """The command line of a run behind `student train --out RUN`."""
-    given = dict(one.settings)
-    task, face, size, chosen = (
-        given["task"],
-        given["face"],
-        given["size"],
-        {"w": W} | SETTINGS[given["method"]],
-    )
-    weight = chosen.pop("adapted", "")
+def argv(row: Row, seed: int) -> list[str]:
+    """Return the arguments of `student train` without --out."""
+    names = row.names()
+    task, face, size = names["task"], names["face"], names["size"]
+    values = {"w": W} | SETTINGS[names["method"]]
+    weight = values.pop("adapted", "")
     init = adapted(task, face, size, weight, seed) if weight else pretrained(face)
-    scratch = "model" in chosen
+    scratch = "model" in values
     settings = [f"regime={size}", f"optim.lr={SCRATCH_LR if scratch else LR[task]:g}"]
     settings += [] if scratch else [f"init={init}"]
-    settings += [f"{name}={value}" for name, value in chosen.items()]
-    return [
-        *common(task, face, seed),
-        "--steps",
-        str(STEPS[task]),
-        *(w for setting in settings for w in ("--set", setting)),
-    ]
+    settings += [f"{name}={value}" for name, value in values.items()]
+    return [*common(task, face, seed), "--steps", str(STEPS[task]), *set_flags(settings)]
 
 
-def evaluations(given: Sequence[str]) -> list[list[str]]:
-    """The words of each `student eval RUN`."""
-    data = given[given.index("--data") + 1]
-    return [["--task", next(task for task, where in DATA.items() if where == data), "--data", data]]
+def evaluations(argv: Sequence[str]) -> list[list[str]]:
+    """Return the arguments of `student eval` after the model: the task of the training data."""
+    data = argv[argv.index("--data") + 1]
+    return [["--task", next(task for task, folder in DATA.items() if folder == data), "--data", data]]
 
 
 def pretrained(face: str) -> Path:
-    """The student that all begin from."""
+    """Return the folder of the pretrained student that all runs start from."""
     return FOLDER / f"pretrained-{face}"
 
 
 def adapted(task: str, face: str, size: str, weight: str, seed: int) -> Path:
-    """A student after Adaptive Finetuning; with weight 0 after a second pretraining."""
+    """Return the folder of a student after Adaptive Finetuning (weight 0: after a second pretraining)."""
     return FOLDER / "adapted" / f"{task}-{face}-{size.replace(':', '')}-w{weight}-seed{seed}"
 
 
-def adapt_words(task: str, face: str, size: str, weight: str, seed: int) -> list[str]:
-    """Adaptive Finetuning on all training rows, of which as many as later show their right answer."""
+def adapt_argv(task: str, face: str, size: str, weight: str, seed: int) -> list[str]:
+    """Return the arguments of Adaptive Finetuning on all training rows. As many rows are labeled as in the run itself."""
     settings = [
         "stage=adapt",
         f"w={weight}",
@@ -206,19 +188,14 @@ def adapt_words(task: str, face: str, size: str, weight: str, seed: int) -> list
         f"regime={size.replace('low', 'semi')}",
         f"optim.lr={LR[task]:g}",
     ]
-    return [
-        *common(task, face, seed),
-        "--steps",
-        str(ADAPT),
-        *(w for setting in settings for w in ("--set", setting)),
-    ]
+    return [*common(task, face, seed), "--steps", str(ADAPT), *set_flags(settings)]
 
 
 def prepare(rows: Sequence[Row], seeds: Sequence[int], jobs: int) -> None:
-    """Data, teacher, caches, pretrained and adapted students that are not there."""
+    """Make the missing data, teacher, caches, pretrained and adapted students."""
     prepare_data()
-    given = [dict(one.settings) for one in rows]
-    faces = sorted({one["face"] for one in given})
+    cells = [row.names() for row in rows]
+    faces = sorted({cell["face"] for cell in cells})
     settings = [
         f"tokenizer={WORDS}",
         "stage=adapt",
@@ -228,21 +205,26 @@ def prepare(rows: Sequence[Row], seeds: Sequence[int], jobs: int) -> None:
         "run.workers=0",
     ]
     start = ["--recipe", "clip_td", "--data", OTHER, "--cache", str(CACHES / "other")]
-    start += ["--batch-size", str(PRETRAIN_BATCH), "--steps", str(PRETRAIN)]
-    start += [word for setting in settings for word in ("--set", setting)]
+    start += ["--batch-size", str(PRETRAIN_BATCH), "--steps", str(PRETRAIN), *set_flags(settings)]
     train_all({pretrained(face): [*start, "--set", f"model={face}-tiny"] for face in faces}, jobs)
     wanted = {
-        (one["task"], one["face"], one["size"], SETTINGS[one["method"]].get("adapted", "")) for one in given
+        (cell["task"], cell["face"], cell["size"], SETTINGS[cell["method"]].get("adapted", ""))
+        for cell in cells
     }
     keys = [(*key, seed) for key in sorted(wanted) if key[-1] for seed in seeds]
-    train_all({adapted(*key): adapt_words(*key) for key in keys}, jobs)
+    train_all({adapted(*key): adapt_argv(*key) for key in keys}, jobs)
 
 
 def train_all(runs: dict[Path, list[str]], jobs: int) -> None:
-    """`student train` of each run that is not there or was another command, `jobs` at a time."""
+    """Train each run that is missing or has other arguments, `jobs` at a time.
+
+    Args:
+        runs: arguments of `student train` by folder, without --out.
+        jobs: number of parallel processes.
+    """
     from teachercache.core.paths import write_whole
 
-    def made(out: Path) -> str:
+    def recorded(out: Path) -> str:
         return (out / "words.json").read_text() if (out / "words.json").exists() else ""
 
     def train(out: Path) -> None:
@@ -251,18 +233,18 @@ def train_all(runs: dict[Path, list[str]], jobs: int) -> None:
         write_whole(out / "words.json", json.dumps(runs[out]))
 
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(train, [out for out, given in runs.items() if made(out) != json.dumps(given)]))
+        list(pool.map(train, [out for out, argv in runs.items() if recorded(out) != json.dumps(argv)]))
 
 
-def command(module: str, *given: str) -> None:
-    """A command of ours in a process of its own; its error ends everything."""
-    done = subprocess.run([sys.executable, "-m", module, *given], capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"error: {' '.join(given)}: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
+def command(module: str, *options: str) -> None:
+    """Run a command of the project in a new process and exit if it fails."""
+    process = subprocess.run([sys.executable, "-m", module, *options], capture_output=True, text=True)
+    if process.returncode:
+        sys.exit(f"error: {' '.join(options)}: {(process.stderr.strip().splitlines() or ['?'])[-1]}")
 
 
 def prepare_data() -> None:
-    """Scenes of three seeds, easy-vqa, the teacher, regions and what the teacher says of them, the students' words."""
+    """Make the missing scenes, easy-vqa files, teacher, caches and tokenizer."""
     for out, seed in ((HOME / "scenes", 0), (HOME / "scenes-other", 7)):
         if not out.exists():
             out.parent.mkdir(parents=True, exist_ok=True)
@@ -318,11 +300,11 @@ def prepare_data() -> None:
                 str(CACHES / task / "clip.zarr"),
             )
     if not (WORDS / "tokenizer.json").exists():
-        write_words()
+        write_tokenizer()
 
 
-def write_words() -> None:
-    """The words of all three data sets, which every student here has from the start."""
+def write_tokenizer() -> None:
+    """Write a tokenizer with the words of all three data sets, which all students share."""
     from student.models.single_stream.tokenizer import vocabulary_tokenizer
     from teachercache.core.paths import write_whole
     from teachercache.data.read import read_manifest
@@ -336,33 +318,37 @@ def write_words() -> None:
 # Tables
 
 
-def section(one: Table, results: dict[Row, list[dict[str, float]]], seeds: Sequence[int]) -> str:
-    """Markdown: a line per method; at each size ours and both differences to the baseline, paired by seed."""
-    task = dict(one.rows[0].settings)["task"]
+def section(table: Table, results: Results, seeds: Sequence[int]) -> str:
+    """Return Markdown with a line per method: our numbers and both differences to the baseline at each data size.
+
+    Our differences are paired by seed.
+    """
+    task = table.rows[0].names()["task"]
     head = [""]
-    for ours, theirs in zip(SIZES[task], THEIRS[task], strict=True):
-        head += [f"{ours}, here", "to baseline, here", f"paper at {theirs}"]
+    for size, paper_size in zip(SIZES[task], THEIRS[task], strict=True):
+        head += [f"{size}, here", "to baseline, here", f"paper at {paper_size}"]
     lines = [[*head, "time of a step"], ["---"] * (len(head) + 1)]
-    base = one.rows[:3]
-    for at in range(0, len(one.rows), 3):
-        cells = one.rows[at : at + 3]
+    base = table.rows[:3]
+    for start in range(0, len(table.rows), 3):
+        cells = table.rows[start : start + 3]
         line = [cells[0].label]
         for cell, reference in zip(cells, base, strict=True):
-            ours, theirs = ([100 * found[SCORE[task]] for found in results[of]] for of in (cell, reference))
+            ours, theirs = (
+                [100 * metrics[SCORE[task]] for metrics in results[row]] for row in (cell, reference)
+            )
             gains = [a - b for a, b in zip(ours, theirs, strict=True)]
-            known = cell.paper[0] is not None and reference.paper[0] is not None
-            paper = f"{cell.paper[0] - reference.paper[0]:+.1f}" if known else "-"
+            published, baseline = cell.paper[0], reference.paper[0]
+            paper = "-" if published is None or baseline is None else f"{published - baseline:+.1f}"
             line += [
                 spread(ours),
                 "-" if cell == reference else spread(gains),
                 "-" if cell == reference else paper,
             ]
         times = [
-            [found["seconds_per_step"] for of in part for found in results[of]] for part in (cells, base)
+            [metrics["seconds_per_step"] for row in rows for metrics in results[row]]
+            for rows in (cells, base)
         ]
         lines.append([*line, f"{statistics.median(times[0]) / statistics.median(times[1]):.2f}"])
     body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     count = f"{len(seeds)} seed{'s' if len(seeds) > 1 else ''}, each with labels of its own: mean (lowest to highest)"
-    return (
-        f"### {one.title}\n\n{body}\n\n{count}; the paper's columns are its differences. {one.note}".strip()
-    )
+    return f"### {table.title}\n\n{body}\n\n{count}; the paper's columns are its differences. {table.note}".strip()

@@ -1,8 +1,8 @@
-"""SDS-CLIP's table 1 and its variants on drawn scenes: a small CLIP, fine-tuned with sd-tiny's help or without.
+"""Table 1 of SDS-CLIP and its variants on drawn scenes: a small CLIP, fine-tuned with and without sd-tiny.
 
-Vanilla is trained from scratch by our `clip` recipe, one for each seed, on scenes of which no other set here is drawn;
-all others are fine-tuned from it on further scenes. Two worlds differ in their seeds alone: what is chosen is chosen in
-`validation`, the tables are measured in `test`.
+The vanilla model of each seed is trained from scratch with our `clip` recipe on scenes that no other set contains. All
+other models are fine-tuned from it on further scenes. There are two sets of data with different seeds: hyperparameters
+are chosen on `validation`, the tables report `test`.
 """
 
 import concurrent.futures
@@ -10,16 +10,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from scripts.papers.clip_td import command, train_all
-from scripts.papers.tables import Row, Table, spread
+from scripts.papers.tables import Results, Row, Table, set_flags, spread
 
 FOLDER, HOME, CACHES = Path("runs/reproduce/sds_clip"), Path("data/sds_clip"), Path("caches/sds_clip")
-SIZE, PRETRAIN, PAIRS, QUESTIONS = 64, 8000, 4000, 400  # pixels; scenes of each kind; examples of a set
+SIZE, PRETRAIN, PAIRS, QUESTIONS = 64, 8000, 4000, 400  # pixels; numbers of scenes; examples per question set
 VANILLA_STEPS, VANILLA_BATCH, MODEL = 1000, 64, "vit-tiny-long"
 STEPS, BATCH = 300, 32
 WORLDS = {"test": (4, 1), "validation": (5, 2)}  # seeds of the pairs and of the questions
 TEACHER, FEATURE = "sd-tiny", "unet_features:100+out"
-USUAL = {"lr": "0.001", "lam": "1"}  # where a row of the sweep does not say; the paper's are 5e-5 and 0.001
-CHOSEN = USUAL | {"t_max": "500"}  # the sweep's best Winoground
+USUAL = {"lr": "0.001", "lam": "1"}  # defaults of the sweep; the paper uses 5e-5 and 0.001
+CHOSEN = USUAL | {"t_max": "500"}  # the best Winoground score of the sweep
 NONE = {"objective": "none"}
 METHODS: dict[str, dict[str, str]] = {
     "vanilla CLIP": {},
@@ -41,7 +41,7 @@ SWEEP: dict[str, dict[str, str]] = {
     "L_SDS, t in 300 to 1000": {"t_min": "300"},
     "L_SDS, h_w to unit variance": {"hw_init": "unit"},
 }
-PAPER = {  # table 1, ViT-B/16, per cent
+PAPER = {  # table 1, ViT-B/16, percent
     "vanilla CLIP": (24, 28, 18, 57, 29, 11, 57, 52, 62),
     "FT, L_CLIP": (23, 27, 19, 56, 30, 11, 56, 51, 62),
     "FT, L_CLIP + L_SDS": (31, 35, 25, 69, 36, 16, 58, 53.5, 63),
@@ -63,7 +63,7 @@ COLUMNS = (
 
 
 def rows(world: str, names: Sequence[str]) -> tuple[Row, ...]:
-    """A row of each name."""
+    """Return a row per method."""
     return tuple(Row(name, (("world", world), ("method", name)), (None, None, None)) for name in names)
 
 
@@ -79,49 +79,45 @@ TABLES = {
 # Runs
 
 
-def words(one: Row, seed: int) -> list[str]:
-    """The command line behind `student train --out RUN`; or `--model MODEL`, which is there already."""
-    given = dict(one.settings)
-    world, method = given["world"], given["method"]
+def argv(row: Row, seed: int) -> list[str]:
+    """Return the arguments of `student train` without --out, or `--model MODEL` for an existing model."""
+    names = row.names()
+    world, method = names["world"], names["method"]
     if method == "vanilla CLIP":
         return ["--model", str(vanilla(seed)), "--data", str(HOME / world)]
     if method == "diffusion score (Eq. 2)":
         return ["--model", TEACHER, "--data", str(HOME / world)]
-    chosen = CHOSEN | METHODS[method] if method in METHODS else USUAL | SWEEP[method]
-    lr = chosen.pop("lr")
+    values = CHOSEN | METHODS[method] if method in METHODS else USUAL | SWEEP[method]
+    lr = values.pop("lr")
     settings = [f"init={vanilla(seed)}", f"optim.lr={lr}", "run.save_every=1000000", "run.workers=0"]
-    settings += [f"{name}={value}" for name, value in chosen.items()]
+    settings += [f"{name}={value}" for name, value in values.items()]
     sizes = ["--steps", str(STEPS), "--batch-size", str(BATCH), "--seed", str(seed)]
-    where = ["--data", str(HOME / world / "pairs"), "--cache", str(CACHES / world)]
-    return [
-        "--recipe",
-        "sds_clip",
-        *where,
-        *sizes,
-        *(word for setting in settings for word in ("--set", setting)),
-    ]
+    paths = ["--data", str(HOME / world / "pairs"), "--cache", str(CACHES / world)]
+    return ["--recipe", "sds_clip", *paths, *sizes, *set_flags(settings)]
 
 
-def evaluations(given: Sequence[str]) -> list[list[str]]:
-    """The words of each `student eval MODEL`; a diffusion model sorts pictures no classes."""
-    world = next(HOME / world for world in WORLDS if str(HOME / world) in given[given.index("--data") + 1])
-    found = [["--task", task, "--data", str(world / task)] for task in ("winoground", "aro")]
-    return found if TEACHER in given else [*found, ["--task", "zeroshot", "--data", str(world / "pairs")]]
+def evaluations(argv: Sequence[str]) -> list[list[str]]:
+    """Return the arguments of each `student eval` after the model. A diffusion model has no zero-shot task."""
+    world = next(HOME / world for world in WORLDS if str(HOME / world) in argv[argv.index("--data") + 1])
+    matching = [["--task", task, "--data", str(world / task)] for task in ("winoground", "aro")]
+    return (
+        matching if TEACHER in argv else [*matching, ["--task", "zeroshot", "--data", str(world / "pairs")]]
+    )
 
 
-def seeds_of(one: Row, seeds: Sequence[int]) -> Sequence[int]:
-    """The seeds of a row: sd-tiny was trained once."""
-    return seeds[:1] if "diffusion" in one.label else seeds
+def seeds_of(row: Row, seeds: Sequence[int]) -> Sequence[int]:
+    """Return the seeds of a row: only one for sd-tiny, which was trained once."""
+    return seeds[:1] if "diffusion" in row.label else seeds
 
 
 def vanilla(seed: int) -> Path:
-    """The CLIP that a seed's students begin from."""
+    """Return the folder of the vanilla CLIP of a seed."""
     return FOLDER / f"vanilla-seed{seed}"
 
 
-def prepare(wanted: Sequence[Row], seeds: Sequence[int], jobs: int) -> None:
-    """Scenes, questions, vanilla CLIPs and caches that are not there."""
-    pretrain, worlds = HOME / "pretrain", {dict(one.settings)["world"] for one in wanted}
+def prepare(rows: Sequence[Row], seeds: Sequence[int], jobs: int) -> None:
+    """Make the missing scenes, questions, vanilla CLIPs and caches."""
+    pretrain, worlds = HOME / "pretrain", {row.names()["world"] for row in rows}
     drawn = {pretrain: ("scenes", PRETRAIN, 3)}
     for world in worlds:
         pairs, questions = WORLDS[world]
@@ -136,23 +132,16 @@ def prepare(wanted: Sequence[Row], seeds: Sequence[int], jobs: int) -> None:
                 link.symlink_to(Path("questions", task))
     settings = [f"model={MODEL}", "run.workers=0", "run.save_every=1000000"]
     sizes = ["--steps", str(VANILLA_STEPS), "--batch-size", str(VANILLA_BATCH)]
-    start = [
-        "--recipe",
-        "clip",
-        "--data",
-        str(pretrain),
-        *sizes,
-        *(w for one in settings for w in ("--set", one)),
-    ]
+    start = ["--recipe", "clip", "--data", str(pretrain), *sizes, *set_flags(settings)]
     train_all({vanilla(seed): [*start, "--seed", str(seed)] for seed in seeds}, jobs)
     for world in worlds:
         outputs = ["text_states", "latents"] + ([FEATURE] if world == "test" else [])
-        where = ["--data", str(HOME / world / "pairs"), "--out", str(CACHES / world / "sd-tiny.zarr")]
-        command("teachercache", "build", "--teacher", TEACHER, "--outputs", ",".join(outputs), *where)
+        paths = ["--data", str(HOME / world / "pairs"), "--out", str(CACHES / world / "sd-tiny.zarr")]
+        command("teachercache", "build", "--teacher", TEACHER, "--outputs", ",".join(outputs), *paths)
 
 
 def draw(out: Path, script: str, num: int, seed: int) -> None:
-    """A set of scenes or of questions about them."""
+    """Draw a set of scenes or of questions about scenes."""
     out.parent.mkdir(parents=True, exist_ok=True)
     sizes = ["--num", str(num), "--seed", str(seed), "--size", str(SIZE)]
     command(f"scripts.datasets.{script}", "--out", str(out), *sizes)
@@ -162,16 +151,19 @@ def draw(out: Path, script: str, num: int, seed: int) -> None:
 # Tables
 
 
-def section(one: Table, results: dict[Row, list[dict[str, float]]], seeds: Sequence[int]) -> str:
-    """Markdown: a line per method; below it its differences to the reference, paired by seed, and the paper's."""
+def section(table: Table, results: Results, seeds: Sequence[int]) -> str:
+    """Return Markdown with a line per method, followed by our differences to the reference and the paper's.
+
+    Our differences are paired by seed.
+    """
     lines = [["", *(name for name, _ in COLUMNS), "ms a match"], ["---"] * (len(COLUMNS) + 2)]
-    base = one.rows[one.reference]
-    for row in one.rows:
-        found = results[row]
-        cost = f"{min(1000 * result['seconds_per_match'] for result in found):.2g}"
-        lines.append([row.label, *(cell([result.get(key) for result in found]) for _, key in COLUMNS), cost])
-        if row != base and len(found) == len(results[base]):
-            pairs = list(zip(found, results[base], strict=True))
+    base = table.rows[table.reference]
+    for row in table.rows:
+        runs = results[row]
+        cost = f"{min(1000 * metrics['seconds_per_match'] for metrics in runs):.2g}"
+        lines.append([row.label, *(cell([metrics.get(key) for metrics in runs]) for _, key in COLUMNS), cost])
+        if row != base and len(runs) == len(results[base]):
+            pairs = list(zip(runs, results[base], strict=True))
             lines.append(
                 ["- to reference", *(cell([a[key] - b[key] for a, b in pairs]) for _, key in COLUMNS), ""]
             )
@@ -179,14 +171,12 @@ def section(one: Table, results: dict[Row, list[dict[str, float]]], seeds: Seque
             gains = [f"{a - b:g}" for a, b in zip(PAPER[row.label], PAPER[base.label], strict=True)]
             lines.append(["- to reference, paper", *gains, *[""] * (len(COLUMNS) + 1 - len(gains))])
     body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    count = f"{len(seeds)} seed{'s' if len(seeds) > 1 else ''}: mean (lowest to highest), per cent"
+    count = f"{len(seeds)} seed{'s' if len(seeds) > 1 else ''}: mean (lowest to highest), percent"
     chance = "Chance is 25 in Winoground's columns, 50 in ARO's, 20 in the orders'"
-    return (
-        f"### {one.title}\n\n{body}\n\n{count}; the reference is {base.label}. {chance}. {one.note}".strip()
-    )
+    return f"### {table.title}\n\n{body}\n\n{count}; the reference is {base.label}. {chance}. {table.note}".strip()
 
 
 def cell(values: Sequence[float | None]) -> str:
-    """Mean, lowest and highest in per cent; a metric that a model lacks is a dash."""
-    known = [100 * value for value in values if value is not None]
-    return spread(known) if len(known) == len(values) else "-"
+    """Format the mean and range in percent, or a dash if the model lacks the metric."""
+    present = [100 * value for value in values if value is not None]
+    return spread(present) if len(present) == len(values) else "-"

@@ -1,43 +1,49 @@
-"""VLKD's ablations (tables 7, 8, 9) and its language (tables 5, 6): the demo's pictures and drawn scenes, clip-lite.
+"""Ablations of VLKD (tables 7, 8, 9) and its language results (tables 5, 6) with clip-lite on demo data and scenes.
 
-One student a row learns from both; it captions held-out pictures of both and answers easy-vqa, which it has never seen.
-Table 8's rows are one student asked with other numbers of masks, and what becomes of the language is measured on that
-student beside the BART that it began from. Captions are scored without Java, so that the figures are the same anywhere.
+The student of each row is trained on both data sets. It captions held-out pictures of both and answers easy-vqa, which is
+not in the training data. The rows of table 8 evaluate one student with different numbers of masks. The language tables
+compare this student with its initial BART. Captions are scored without Java, so that the numbers are reproducible.
 """
 
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from scripts.papers.tables import Row, Table, spread
+from scripts.papers.tables import Results, Row, Table, set_flags, spread
 
 HOME, CACHE = Path("data/vlkd"), Path("caches/vlkd/clip-lite.zarr")
 DEMO, SCENES, VQA, LANGUAGE = Path("data/demo"), HOME / "scenes", HOME / "easy-vqa", HOME / "language"
 HELD_OUT = {"demo": HOME / "demo-test.parquet", "scenes": HOME / "scenes-test.parquet"}
 NUM_SCENES, SCENES_SEED, SIZE, VQA_PICTURES, NUM_HELD_OUT = 3000, 8, 96, 60, 200
-STEPS, BATCH, LR = 300, 32, 2e-3  # 0.25 s a step of one core
-GAMMA = 2.0  # 1000 TTDM where that is a mean over the 512 dimensions, as the paper's magnitudes have it; printed: a sum
+STEPS, BATCH, LR = 300, 32, 2e-3  # 0.25 s per step on one core
+# Weight of TTDM. It equals 1000 times a mean over the 512 dimensions, which matches the paper's magnitudes; the printed
+# equation is a sum.
+GAMMA = 2.0
 FITTING = "lr=5e-4,epochs=4,longest=48"
 MASKS = (5, 6, 7, 8)
 PARTS = {"ttdm": "TTDM", "itcl": "ITCL"}
 SIZES = {"all pairs": 1.0, "a third": 1 / 3, "a thirtieth": 1 / 30}
-# VQA v2 (val) and COCO's CIDEr of tables 7 and 9, both by ViT-B/16
-LOSSES = {(): (38.6, 58.3), ("ttdm",): (35.5, 55.7), ("itcl",): (36.3, 54.1), ("ttdm", "itcl"): (30.1, 48.6)}
+# VQA v2 (val) and COCO CIDEr of tables 7 and 9 with ViT-B/16
+LOSSES: dict[tuple[str, ...], tuple[float, float]] = {
+    (): (38.6, 58.3),
+    ("ttdm",): (35.5, 55.7),
+    ("itcl",): (36.3, 54.1),
+    ("ttdm", "itcl"): (30.1, 48.6),
+}
 AMOUNTS = {"all pairs": (38.6, 58.3), "a third": (38.3, 56.2), "a thirtieth": (33.8, 45.1)}  # 3M, 1M, 100K
-CIDER = dict(zip(MASKS, (59.7, 61.1, 60.6, 59.6), strict=True))  # table 8, by RN50x16
-SHOWN = {  # column: its key in result.json, its place in Row.paper and what the paper measures there
+CIDER = dict(zip(MASKS, (59.7, 61.1, 60.6, 59.6), strict=True))  # table 8, with RN50x16
+SHOWN = {  # column: (key in result.json, index in Row.paper, what the paper measures)
     "easy-vqa": ("vqa/accuracy", 0, "VQA v2"),
     "CIDEr, demo": ("demo/CIDEr", 1, "COCO CIDEr"),
     "CIDEr, scenes": ("scenes/CIDEr", None, ""),
 }
 
 
-def _losses(gone: tuple[str, ...]) -> Row:
-    names = " and ".join(PARTS[name] for name in gone)
-    return Row(
-        f"without {names}" if gone else "VLKD", tuple((name, 0.0) for name in gone), (*LOSSES[gone], None)
-    )
+def _losses(removed: tuple[str, ...]) -> Row:
+    names = " and ".join(PARTS[name] for name in removed)
+    label = f"without {names}" if removed else "VLKD"
+    return Row(label, tuple((name, 0.0) for name in removed), (*LOSSES[removed], None))
 
 
 PRINTED = Row("gamma = 1000 of the printed sum", (("ttdm", 1000.0),), (*LOSSES[()], None))
@@ -74,60 +80,67 @@ TABLES = {
 
 
 def bart() -> Path:
-    """The small BART that a student begins from."""
+    """Return the folder of the small BART that students start from."""
     return next(
-        (path for path in map(Path, ("student/models/bart_tiny", "models/bart-tiny")) if path.exists()),
+        (
+            path
+            for path in map(Path, ("student/models/seq2seq/bart_tiny", "models/bart-tiny"))
+            if path.exists()
+        ),
         Path("models/bart-tiny"),
     )
 
 
-def words(one: Row, seed: int) -> list[str]:
-    """The command line of a run behind `student train --out RUN`."""
+def argv(row: Row, seed: int) -> list[str]:
+    """Return the arguments of `student train` without --out."""
     settings = [f"model={bart()}", f"optim.lr={LR:g}", "run.save_every=1000000", "run.workers=0"]
-    settings += [f"{name}={value:g}" for name, value in ({"ttdm": GAMMA} | dict(one.settings)).items()]
+    settings += [f"{name}={value:g}" for name, value in ({"ttdm": GAMMA} | row.numbers()).items()]
     return [
         *("--recipe", "vlkd", "--data", f"{DEMO},{SCENES}", "--cache", str(CACHE)),
         *("--steps", str(STEPS), "--batch-size", str(BATCH), "--seed", str(seed)),
-        *(word for setting in settings for word in ("--set", setting)),
+        *set_flags(settings),
     ]
 
 
-def evaluations(given: Sequence[str]) -> dict[str, list[str]]:
-    """The words of each `student eval RUN`, by a name that stands before its metrics; a second model's is `other`."""
-    found = {"vqa": ["--task", "open_vqa", "--data", str(VQA / "v2_OpenEnded_mscoco_val2014_questions.json")]}
-    whole = f"ttdm={GAMMA:g}" in given and not any(
-        word.split("=")[0] in ("itcl", "data_share") for word in given
+def evaluations(argv: Sequence[str]) -> dict[str, list[str]]:
+    """Return the arguments of each `student eval` after the model, by the prefix of its metrics."""
+    commands = {
+        "vqa": ["--task", "open_vqa", "--data", str(VQA / "v2_OpenEnded_mscoco_val2014_questions.json")]
+    }
+    whole = f"ttdm={GAMMA:g}" in argv and not any(
+        word.split("=")[0] in ("itcl", "data_share") for word in argv
     )
     for name, data in HELD_OUT.items():
         for masks in MASKS if whole else (6,):
             label = name if masks == 6 else f"{name} {masks}"
-            found[label] = ["--task", f"captions:masks={masks},java=0", "--data", str(data)]
+            commands[label] = ["--task", f"captions:masks={masks},java=0", "--data", str(data)]
     if whole:
-        seed = given[given.index("--seed") + 1]
-        found["text"] = [str(bart()), "--task", "text_loss", "--data", str(LANGUAGE / "texts.txt")]
-        found["glue"] = [
+        seed = argv[argv.index("--seed") + 1]
+        commands["text"] = [str(bart()), "--task", "text_loss", "--data", str(LANGUAGE / "texts.txt")]
+        commands["glue"] = [
             str(bart()),
             "--task",
             f"glue:{FITTING},seed={seed}",
             "--data",
             str(LANGUAGE / "GLUE"),
         ]
-    return found
+    return commands
 
 
-def prepare(rows: Iterable[Row], seeds: Sequence[int], jobs: int) -> None:
-    """Scenes, questions, language tasks, held-out pictures and what the teacher says, where they are not there."""
+def prepare(rows: Sequence[Row], seeds: Sequence[int], jobs: int) -> None:
+    """Make the missing scenes, questions, language tasks, held-out manifests and the cache."""
     if not DEMO.exists() or not bart().exists():
         sys.exit(
-            f"error: no {DEMO} or no {bart()}: run `bash scripts/demo` and `python -m scripts.teachers.bart_tiny` first"
+            f"error: {DEMO} or {bart()} is missing: "
+            "run `bash scripts/demo` and `python -m scripts.teachers.bart_tiny` first"
         )
     HOME.mkdir(parents=True, exist_ok=True)
-    made: dict[Path, list[str | int]] = {
+    generated: dict[Path, list[str | int]] = {
         SCENES: ["scenes", "--num", NUM_SCENES, "--seed", SCENES_SEED, "--size", SIZE],
         VQA: ["easy_vqa", "--limit", VQA_PICTURES],
         LANGUAGE: ["scene_glue"],
     }
-    for out, (script, *options) in made.items():
+    for out, (script, *options) in generated.items():
         if not out.exists():
             command("-m", f"scripts.datasets.{script}", "--out", str(out), *map(str, options))
     for name, data in (("demo", DEMO), ("scenes", SCENES)):
@@ -147,7 +160,7 @@ def prepare(rows: Iterable[Row], seeds: Sequence[int], jobs: int) -> None:
 
 
 def hold_out(data: Path, out: Path) -> None:
-    """A manifest of test rows, drawn once: beam search of all of them would take longer than training."""
+    """Write a manifest of sampled test rows. Beam search over all of them would take longer than training."""
     import numpy as np
 
     from teachercache.data.manifest import make_manifest
@@ -159,64 +172,69 @@ def hold_out(data: Path, out: Path) -> None:
     save(make_manifest(out.stem, manifest.root, [manifest.row(row) for row in chosen.tolist()]), out)
 
 
-def command(*given: str) -> None:
-    """A command of ours in a process of its own; its error ends everything."""
-    done = subprocess.run([sys.executable, *given], capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"error: {' '.join(given)}: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
+def command(*options: str) -> None:
+    """Run a command of the project in a new process and exit if it fails."""
+    process = subprocess.run([sys.executable, *options], capture_output=True, text=True)
+    if process.returncode:
+        sys.exit(f"error: {' '.join(options)}: {(process.stderr.strip().splitlines() or ['?'])[-1]}")
 
 
 # ----------------------------------------------------------------------------------------------------
 # Tables
 
 
-def section(one: Table, results: dict[Row, list[dict[str, float]]], seeds: Sequence[int]) -> str:
-    """Markdown: ours and its difference to the reference row, paired by seed, beside the paper's."""
-    lines = language_lines(one, results) if one.rows == LANGUAGE_ROWS else ablation_lines(one, results)
+def section(table: Table, results: Results, seeds: Sequence[int]) -> str:
+    """Return Markdown with our numbers, their differences to the reference row (paired by seed), and the paper's."""
+    is_language = table.rows == LANGUAGE_ROWS
+    lines = language_lines(table, results) if is_language else ablation_lines(table, results)
     lines.insert(1, ["---"] * len(lines[0]))
     body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     count = f"{len(seeds)} seed{'s' if len(seeds) > 1 else ''}: mean (lowest to highest)"
-    always = {found["vqa/accuracy:always"] for row in one.rows for found in results[row]}
+    always = {metrics["vqa/accuracy:always"] for row in table.rows for metrics in results[row]}
     constant = f" Always saying the most frequent answer gets {100 * max(always):.1f} of easy-vqa."
-    known = "." if one.rows == LANGUAGE_ROWS else f"; differences to `{one.rows[one.reference].label}`."
-    known += constant if one.rows != LANGUAGE_ROWS and one.rows[0].paper[0] is not None else ""
-    return f"### {one.title}\n\n{body}\n\n{count}{known} {one.note}".strip()
+    text = "." if is_language else f"; differences to `{table.rows[table.reference].label}`."
+    text += constant if not is_language and table.rows[0].paper[0] is not None else ""
+    return f"### {table.title}\n\n{body}\n\n{count}{text} {table.note}".strip()
 
 
-def ablation_lines(one: Table, results: dict[Row, list[dict[str, float]]]) -> list[list[str]]:
-    """A line per row: percent, CIDEr times 100."""
-    reference, head = one.rows[one.reference], [""]
-    asked = one.rows[0].paper[0] is not None  # table 8 has captions alone
-    shown = {name: column for name, column in SHOWN.items() if asked or "CIDEr" in name}
-    for name, (_, place, theirs) in shown.items():
+def ablation_lines(table: Table, results: Results) -> list[list[str]]:
+    """Return a line per row in percent, with CIDEr times 100."""
+    reference, head = table.rows[table.reference], [""]
+    has_vqa = table.rows[0].paper[0] is not None  # table 8 reports only captions
+    shown = {name: column for name, column in SHOWN.items() if has_vqa or "CIDEr" in name}
+    for name, (_, index, metric) in shown.items():
         head += [
             f"{name}, here",
             "difference",
-            *([f"{theirs}, paper", "difference"] if place is not None else []),
+            *([f"{metric}, paper", "difference"] if index is not None else []),
         ]
     lines = [head]
-    for row in one.rows:
+    for row in table.rows:
         line = [row.label]
-        for key, place, _ in shown.values():
-            ours, base = ([100 * found[key_of(of, key)] for found in results[of]] for of in (row, reference))
+        for key, index, _ in shown.values():
+            ours, base = (
+                [100 * metrics[key_of(each, key)] for metrics in results[each]] for each in (row, reference)
+            )
             gains = [a - b for a, b in zip(ours, base, strict=True)]
             line += [spread(ours), "-" if row == reference else spread(gains)]
-            if place is not None:
-                theirs, first = row.paper[place], reference.paper[place]
-                line += [f"{theirs:g}", "-" if row == reference else f"{theirs - first:+.1f}"]
+            if index is not None:
+                theirs, baseline = row.paper[index], reference.paper[index]
+                assert theirs is not None
+                assert baseline is not None
+                line += [f"{theirs:g}", "-" if row == reference else f"{theirs - baseline:+.1f}"]
         lines.append(line)
     return lines
 
 
 def key_of(row: Row, key: str) -> str:
-    """Where a row's figure is: with other masks it has another name."""
+    """Return the key of a row's metric. Evaluations with a number of masks other than 6 have their own prefix."""
     number = row.label.split()[0]
     name, metric = key.split("/")
     return f"{name} {number}/{metric}" if number.isdecimal() and number != "6" else key
 
 
-def language_lines(one: Table, results: dict[Row, list[dict[str, float]]]) -> list[list[str]]:
-    """BART and what VLKD made of it."""
+def language_lines(table: Table, results: Results) -> list[list[str]]:
+    """Return a line for the initial BART and a line for the language model after VLKD."""
     keys = {
         "loss": "text/nll_per_token",
         "loss of what is masked": "text/nll_per_masked_token",
@@ -224,22 +242,22 @@ def language_lines(one: Table, results: dict[Row, list[dict[str, float]]]) -> li
         "MNLI-mm": "glue/MNLI-mm/acc",
     }
     lines = [["", *keys, "GLUE, paper", "XSUM ROUGE-1, paper"]]
-    for row, place in zip(one.rows, ("other/", ""), strict=True):
+    for row, model in zip(table.rows, ("other/", ""), strict=True):
         line = [row.label]
         for key in keys.values():
             label, metric = key.split("/", 1)
-            values = [found[f"{label}/{place}{metric}"] for found in results[row]]
+            values = [metrics[f"{label}/{model}{metric}"] for metrics in results[row]]
             line.append(spread3(values) if label == "text" else spread([100 * value for value in values]))
         lines.append([*line, *(f"{value:g}" for value in row.paper[:2])])
-    usual = [
-        [100 * found[f"glue/{name}/majority"] for found in results[one.rows[0]]]
+    majority = [
+        [100 * metrics[f"glue/{name}/majority"] for metrics in results[table.rows[0]]]
         for name in ("MNLI", "MNLI-mm")
     ]
-    lines.append(["the most frequent label", "-", "-", *map(spread, usual), "-", "-"])
+    lines.append(["the most frequent label", "-", "-", *map(spread, majority), "-", "-"])
     return lines
 
 
 def spread3(values: Sequence[float]) -> str:
-    """As `spread`, with three digits."""
+    """Format values like `spread`, with three digits."""
     mean = f"{sum(values) / len(values):.3f}"
     return mean if len(values) == 1 else f"{mean} ({min(values):.3f} to {max(values):.3f})"

@@ -1,1 +1,1 @@
-"""Train or assemble small teachers."""
+"""Train or assemble the small teachers of the demo and the tests."""

@@ -1,11 +1,11 @@
-"""Trains a small BART to mend text, so that a laptop has a language model whose ability can be kept (VLKD).
+"""Pretrain a small BART by text infilling, as a language model for VLKD on a laptop.
 
-Text of what is installed anyway: Python's language reference and the docstrings of its standard library, captions of
-drawn scenes, and the public-domain captions (openclipart) of data/demo's training split where that is there. A
-byte-level BPE of its own; BART's text infilling at BART's own share of 30 %; one core, under half an hour. Run again it
-goes on from its last checkpoint.
+    python -m scripts.teachers.bart_tiny                     # -> models/bart-tiny, a transformers folder
 
-    python -m scripts.teachers.bart_tiny                     # -> models/bart-tiny, a folder that transformers load
+The text comes from local sources: Python's language reference, the docstrings of the standard library, captions of drawn
+scenes, and the public-domain captions (openclipart) of the training split of data/demo if it exists. The tokenizer is a
+byte-level BPE trained on this text; 30 % of the words are masked, as in BART. Training takes less than half an hour on
+one core and resumes from the last checkpoint.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import re
 import sysconfig
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from scripts.datasets.prose import docstrings, is_prose, sentences
 
@@ -27,12 +28,16 @@ import numpy as np
 import torch
 
 from scripts.datasets import scenes as prepare_scenes
-from scripts.datasets.scene_questions import questions_of, usable
+from scripts.datasets.scene_questions import Tokens, questions_of, usable
+from scripts.datasets.scenes import Scene
 from student.models.seq2seq.infilling import infill
 from student.models.seq2seq.texts import Marks, marks_of, padded, word_starts
 
-SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]  # BART's order: their ids are 0 to 4
-SHAPE = {
+if TYPE_CHECKING:
+    from transformers import BartForConditionalGeneration, PreTrainedTokenizerFast
+
+SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]  # in BART's order: ids 0 to 4
+SHAPE: dict[str, Any] = {
     "d_model": 128,
     "encoder_layers": 3,
     "decoder_layers": 3,
@@ -42,12 +47,12 @@ SHAPE = {
     "decoder_ffn_dim": 512,
     "max_position_embeddings": 128,
 }
-SHARE = 0.3  # of the words, in BART's pretraining; VLKD's own is 0.15
+SHARE = 0.3  # fraction of masked words, as in BART's pretraining; VLKD uses 0.15
 SCENES_SEED, HELD_OUT = 4, 0.02
 
 
 def documentation() -> list[str]:
-    """Prose of the language reference and of the standard library, each piece once."""
+    """Return the distinct pieces of prose in the language reference and the standard library."""
     from pydoc_data.topics import topics
 
     texts = itertools.chain(topics.values(), docstrings(Path(sysconfig.get_path("stdlib"))))
@@ -55,47 +60,47 @@ def documentation() -> list[str]:
 
 
 def scene_texts(num: int) -> list[str]:
-    """Captions of drawn scenes, and questions with their answers, mostly behind a caption that tells them."""
-    found = []
+    """Return captions of drawn scenes and questions with answers, most of them after a caption that answers them."""
+    texts = []
     for i in range(num):
         rng = random.Random(f"{SCENES_SEED}-{i}")
         scene = prepare_scenes.draw_scene_values(rng)
         first, second = prepare_scenes.captions_of(scene, rng)
-        found += [first, second]
+        texts += [first, second]
         if usable(scene) and rng.random() < 0.5:
             item = rng.choice(questions_of(scene, rng))
             shapes = [thing["shape"] for thing in scene["objects"]]
             answer = item["answer_choices"][item["answer_label"]]
-            found.append(f"{first} {spoken(item['question'], shapes)} Answer: {spoken(answer, shapes)}")
+            texts.append(f"{first} {spoken(item['question'], shapes)} Answer: {spoken(answer, shapes)}")
         context = f"{first} " if rng.random() < 0.7 else ""
         question, answer = short_question(scene, rng)
-        found.append(f"{context}{question} Answer: {answer}.")
-    return found
+        texts.append(f"{context}{question} Answer: {answer}.")
+    return texts
 
 
-def short_question(scene: dict, rng: random.Random) -> tuple[str, str]:
-    """A question that one word answers."""
+def short_question(scene: Scene, rng: random.Random) -> tuple[str, str]:
+    """Return a question and its one-word answer."""
     thing = rng.choice(scene["objects"])
-    shapes = [one["shape"] for one in scene["objects"]]
+    shapes = [other["shape"] for other in scene["objects"]]
     absent = rng.choice([shape for shape in prepare_scenes.SHAPES if shape not in shapes])
     return rng.choice(
         [
-            (f"What color is the {thing['shape']}?", thing["colour"]),
-            (f"Which shape is {thing['colour']}?", thing["shape"]),
+            (f"What color is the {thing['shape']}?", thing["color"]),
+            (f"Which shape is {thing['color']}?", thing["shape"]),
             (f"Is there a {thing['shape']} in the picture?", "yes"),
             (f"Is there a {absent} in the picture?", "no"),
         ]
     )
 
 
-def spoken(words: list, shapes: list[str]) -> str:
-    """VCR's tokens as a person writes them; objects go by their shape."""
+def spoken(words: Tokens, shapes: list[str]) -> str:
+    """Convert tokens of VCR to text that refers to objects by their shape."""
     text = " ".join(shapes[word[0]] if isinstance(word, list) else str(word) for word in words)
     return re.sub(r" ([?.,])", r"\1", text)
 
 
 def demo_captions(folder: Path) -> list[str]:
-    """Public-domain captions of the training split; none where there is no such folder."""
+    """Return the public-domain captions of the training split, or none if the folder does not exist."""
     files = sorted(folder.glob("train/*/clipart_*.txt"))
     return list(
         dict.fromkeys(
@@ -104,8 +109,8 @@ def demo_captions(folder: Path) -> list[str]:
     )
 
 
-def train_tokenizer(texts: list[str], size: int):
-    """A byte-level BPE with BART's special tokens, as transformers save one."""
+def train_tokenizer(texts: list[str], size: int) -> "PreTrainedTokenizerFast":
+    """Train a byte-level BPE with the special tokens of BART, as a tokenizer of transformers."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -134,13 +139,23 @@ def train_tokenizer(texts: list[str], size: int):
     )
 
 
-def make_batch(rows: list[list[int]], marks: Marks, starts: np.ndarray, rng: np.random.Generator) -> dict:
-    """A batch as BartForConditionalGeneration takes it."""
-    holes = [
-        [marks.begin, *infill(row, starts[row], marks.mask, rng, share=SHARE), marks.end] for row in rows
+def make_batch(
+    rows: list[list[int]], marks: Marks, starts: np.ndarray, rng: np.random.Generator
+) -> dict[str, torch.Tensor]:
+    """Return a batch of masked texts for BartForConditionalGeneration.
+
+    Args:
+        rows: token ids of each text.
+        marks: ids of the special tokens.
+        starts: for each token of the vocabulary, whether it starts a word.
+        rng: source of the masks.
+    """
+    masked = [
+        [marks.begin, *infill(row, starts[row].tolist(), marks.mask, rng, share=SHARE), marks.end]
+        for row in rows
     ]
     whole = padded([[marks.begin, *row, marks.end] for row in rows], marks.pad)
-    source = padded(holes, marks.pad)
+    source = padded(masked, marks.pad)
     return {
         "input_ids": source,
         "attention_mask": (source != marks.pad).long(),
@@ -148,8 +163,10 @@ def make_batch(rows: list[list[int]], marks: Marks, starts: np.ndarray, rng: np.
     }
 
 
-def held_out_loss(model, rows: list[list[int]], marks: Marks, starts: np.ndarray) -> float:
-    """Mean negative log-likelihood of a token of texts that were not trained on; the same holes each time."""
+def held_out_loss(
+    model: "BartForConditionalGeneration", rows: list[list[int]], marks: Marks, starts: np.ndarray
+) -> float:
+    """Return the mean loss per token on held-out texts, with the same masks in every call."""
     rng, losses = np.random.default_rng(1), []
     model.eval()
     with torch.inference_mode():
@@ -160,33 +177,32 @@ def held_out_loss(model, rows: list[list[int]], marks: Marks, starts: np.ndarray
 
 
 def pretrain(out: Path, texts: list[str], *, steps: int, batch: int, lr: float, vocabulary: int) -> None:
-    """Train, with a checkpoint beside `out` every 250 steps, and write the folder in the end."""
+    """Train the model and write its folder. A checkpoint is written next to `out` every 250 steps."""
     from transformers import BartConfig, BartForConditionalGeneration
 
     rng = np.random.default_rng(0)
     texts = [texts[i] for i in rng.permutation(len(texts))]
     tokenizer = train_tokenizer(texts, vocabulary)
-    core, most = tokenizer.backend_tokenizer, SHAPE["max_position_embeddings"]
+    core, max_length = tokenizer.backend_tokenizer, SHAPE["max_position_embeddings"]
     marks, starts = marks_of(core), word_starts(core)
-    rows = [one.ids[: most - 2] for one in core.encode_batch(texts, add_special_tokens=False)]
+    rows = [text.ids[: max_length - 2] for text in core.encode_batch(texts, add_special_tokens=False)]
     held, rows = rows[: int(HELD_OUT * len(rows))][:512], rows[int(HELD_OUT * len(rows)) :]
     torch.manual_seed(0)
     model = BartForConditionalGeneration(BartConfig(vocab_size=len(tokenizer), dropout=0.0, **SHAPE))
     size = sum(parameter.numel() for parameter in model.parameters())
     print(f"{len(rows):,} texts, {sum(map(len, rows)):,} tokens; {size / 1e6:.2f}M parameters", flush=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
-    partial, done = out.with_name(out.name + ".checkpoint"), 0
+    partial, first_step = out.with_name(out.name + ".checkpoint"), 0
     if partial.exists():
         state = torch.load(partial, weights_only=True)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        done = state["step"]
+        first_step = state["step"]
     began = time.monotonic()
-    for step in range(done, steps):
+    for step in range(first_step, steps):
         rng = np.random.default_rng([2, step])
-        pool = sorted(
-            (rows[i] for i in rng.integers(len(rows), size=4 * batch)), key=len
-        )  # alike in length: no padding
+        # Texts of similar length need little padding
+        pool = sorted((rows[i] for i in rng.integers(len(rows), size=4 * batch)), key=len)
         start = int(rng.integers(4)) * batch
         warm = min(1.0, (step + 1) / 100)
         optimizer.param_groups[0]["lr"] = (
@@ -198,13 +214,13 @@ def pretrain(out: Path, texts: list[str], *, steps: int, batch: int, lr: float, 
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if (step + 1) % 250 == 0 or step + 1 == steps:
-            found = held_out_loss(model, held, marks, starts)
+            held_loss = held_out_loss(model, held, marks, starts)
             print(
                 json.dumps(
                     {
                         "step": step + 1,
                         "loss": round(loss.item(), 4),
-                        "held_out": round(found, 4),
+                        "held_out": round(held_loss, 4),
                         "seconds": round(time.monotonic() - began),
                     }
                 ),
@@ -219,8 +235,10 @@ def pretrain(out: Path, texts: list[str], *, steps: int, batch: int, lr: float, 
     partial.unlink(missing_ok=True)
 
 
-def write_folder(model, tokenizer, out: Path) -> None:
-    """A plain BART folder, weights in float16."""
+def write_folder(
+    model: "BartForConditionalGeneration", tokenizer: "PreTrainedTokenizerFast", out: Path
+) -> None:
+    """Write a BART folder of transformers with weights in float16."""
     folder = out.with_name(out.name + ".partial")
     model.half().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -228,13 +246,13 @@ def write_folder(model, tokenizer, out: Path) -> None:
 
 
 def main() -> None:
-    """Read options, gather text, train."""
+    """Collect the text and train."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=Path("models/bart-tiny"))
     parser.add_argument(
-        "--demo", type=Path, default=Path("data/demo"), help="its training captions, if it is there"
+        "--demo", type=Path, default=Path("data/demo"), help="folder of training captions, if it exists"
     )
     parser.add_argument("--scenes", type=int, default=12000)
     parser.add_argument("--steps", type=int, default=1500)
@@ -243,7 +261,7 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=4096)
     options = parser.parse_args()
     if options.out.exists():
-        parser.error(f"{options.out} is there: remove it first")
+        parser.error(f"{options.out} exists: remove it first")
     options.out.parent.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     texts = documentation() + scene_texts(options.scenes) + 4 * demo_captions(options.demo)

@@ -1,8 +1,8 @@
-"""Make the teacher clip-lite: cache its towers' features, train its two heads on them by our own `clip` recipe, join.
+"""Make the teacher clip-lite: cache the features of its towers, train its two projection heads, and assemble it.
 
     python -m scripts.teachers.clip_lite [--data data/demo] [--out models/clip-lite]
 
-Every step is one of the project's own commands; what is done already is reused.
+The heads are trained with our `clip` recipe. Each step is a command of the project; finished steps are reused.
 """
 
 import argparse
@@ -19,13 +19,13 @@ STEPS, BATCH, RATE, DECAY = 320, 512, 1e-3, 0.5  # LOG.md, "clip-lite"
 
 
 def main() -> None:
-    """Towers' cache, heads, folder."""
+    """Cache the towers, train the heads and write the folder of the teacher."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", default="data/demo")
     parser.add_argument("--out", type=Path, default=Path("models/clip-lite"))
     options = parser.parse_args()
     if options.out.is_dir():
-        print(f"{options.out} is there already", file=sys.stderr)
+        print(f"{options.out} exists", file=sys.stderr)
         return
     work = options.out.with_name(options.out.name + "-parts")
     cache, run = work / "towers.zarr", work / "heads"
@@ -38,7 +38,7 @@ def main() -> None:
             f"optim.weight_decay={DECAY}",
             "run.workers=0",
         ]
-        chosen = [word for setting in settings for word in ("--set", setting)]
+        flags = [word for setting in settings for word in ("--set", setting)]
         command(
             "student",
             "train",
@@ -54,17 +54,17 @@ def main() -> None:
             STEPS,
             "--batch-size",
             BATCH,
-            *chosen,
+            *flags,
         )
     assemble(load_file(run / "model.safetensors"), options.out)
     print(f"{options.out} is ready: tc build --teacher clip-lite", file=sys.stderr)
 
 
 def command(module: str, *words: object) -> None:
-    """Run one of our commands; its own error line is enough where it fails."""
-    done = subprocess.run([sys.executable, "-m", module, *map(str, words)])
-    if done.returncode:
-        sys.exit(done.returncode)
+    """Run a command of the project and exit with its status if it fails; it prints its own error."""
+    process = subprocess.run([sys.executable, "-m", module, *map(str, words)])
+    if process.returncode:
+        sys.exit(process.returncode)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""A diffusion teacher of drawn scenes, a few MB: its scenes, its parts, its diffusers folder, and whether it binds.
+"""Build, save, check and sample sd-tiny, a diffusion teacher of drawn scenes with a size of a few MB.
 
-Not the training: scripts/teachers/train_sd_tiny.py. The parts are diffusers' and transformers' own classes, only small.
+Its models are small instances of the classes of diffusers and transformers. scripts/teachers/train_sd_tiny.py trains it.
 """
 
 import copy
@@ -10,25 +10,42 @@ import shutil
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
 from scripts.datasets import scenes as prepare_scenes
+from scripts.datasets.scenes import Scene
+
+if TYPE_CHECKING:
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+    from transformers import CLIPTextModel, PreTrainedTokenizerFast
 
 SIDE = 64  # pixels; latents are 8 times smaller
-NUM_TOKENS = 16  # the longest caption has 13 words, and two marks
+NUM_TOKENS = 16  # the longest caption has 13 words and two special tokens
 WORDS_BESIDE = ("a", "an", "the", "is", "there", "in", "picture", "of", "left", "right", "above", "below")
-MARKS = ("<end>", "<start>", "<unknown>")  # ids 0, 1, 2; the end also pads, as in CLIP's tokenizer
-HELD_OUT_SEEDS = (1, 2)  # test and validation sets: no pair that they describe is trained on
-HELD_OUT_SCENES = 5000  # of each of those seeds
-SINGLES = 1 / 3  # the part of the one-object scenes that is kept: what binds is learnt from pairs
+MARKS = (
+    "<end>",
+    "<start>",
+    "<unknown>",
+)  # ids 0, 1, 2; the end token is also padding, as in CLIP's tokenizer
+HELD_OUT_SEEDS = (1, 2)  # test and validation sets, whose pairs are excluded from training
+HELD_OUT_SCENES = 5000  # scenes per held-out seed
+SINGLES = 1 / 3  # fraction of one-object scenes to keep: binding is learned from pairs
 
-UNET = {"block_out_channels": (64, 96), "norm_num_groups": 16, "attention_head_dim": 4}
-VAE = {"block_out_channels": (16, 16, 32, 64), "norm_num_groups": 4, "latent_channels": 8}
-TEXT = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4}
+UNET: dict[str, Any] = {"block_out_channels": (64, 96), "norm_num_groups": 16, "attention_head_dim": 4}
+VAE: dict[str, Any] = {"block_out_channels": (16, 16, 32, 64), "norm_num_groups": 4, "latent_channels": 8}
+TEXT: dict[str, Any] = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+}
 SIZES = {"unet": UNET, "vae": VAE, "text": TEXT}
 
 
@@ -36,7 +53,7 @@ SIZES = {"unet": UNET, "vae": VAE, "text": TEXT}
 
 
 def held_out_keys() -> set[str]:
-    """What the two-object scenes of the test and validation seeds say."""
+    """Return the description keys of the two-object scenes of the test and validation seeds."""
     keys = set()
     for seed in HELD_OUT_SEEDS:
         for _, _, scene in undrawn(HELD_OUT_SCENES, seed):
@@ -45,17 +62,17 @@ def held_out_keys() -> set[str]:
     return keys
 
 
-def undrawn(num: int, seed: int) -> Iterator[tuple[int, list[str], dict[str, Any]]]:
-    """As `prepare_scenes.generate` at SIDE pixels, (i, captions, scene), without the picture, which takes the time."""
+def undrawn(num: int, seed: int) -> Iterator[tuple[int, list[str], Scene]]:
+    """Yield (i, captions, scene) of `scenes.generate` without drawing the pictures, which is slow."""
     for i in range(num):
         rng = random.Random(f"{seed}-{i}")
         scene = prepare_scenes.draw_scene_values(rng)
         yield i, prepare_scenes.captions_of(scene, rng), scene
 
 
-def choose_scenes(num: int, *, seed: int, held_out: set[str]) -> list[tuple[list[str], dict]]:
-    """(captions, scene) of `num` scenes: pairs that are not held out, and a third of the single objects."""
-    chosen: list[tuple[list[str], dict]] = []
+def choose_scenes(num: int, *, seed: int, held_out: set[str]) -> list[tuple[list[str], Scene]]:
+    """Return (captions, scene) of `num` training scenes: pairs that are not held out, and a third of the singles."""
+    chosen: list[tuple[list[str], Scene]] = []
     singles = 0
     for _, captions, scene in undrawn(100 * num + 100, seed):
         if scene["relation"] is None:
@@ -69,27 +86,27 @@ def choose_scenes(num: int, *, seed: int, held_out: set[str]) -> list[tuple[list
     return chosen
 
 
-def draw(scenes: list[dict]) -> torch.Tensor:
-    """The scenes as uint8 pictures [n, 3, SIDE, SIDE]."""
+def draw(scenes: list[Scene]) -> torch.Tensor:
+    """Draw scenes as uint8 pictures [n, 3, SIDE, SIDE]."""
     drawn = [np.asarray(prepare_scenes.render(scene, SIDE)) for scene in scenes]
     return torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2).contiguous()
 
 
 def as_input(pictures: torch.Tensor) -> torch.Tensor:
-    """uint8 pictures as floats in [-1, 1]."""
+    """Convert uint8 pictures to floats in [-1, 1]."""
     return pictures.float() / 127.5 - 1
 
 
-# --- the parts ------------------------------------------------------------------------------------
+# --- the models -----------------------------------------------------------------------------------
 
 
-def make_tokenizer() -> Any:
-    """One token per scene word, in lower case, punctuation left out; a fast tokenizer as transformers saves it."""
+def make_tokenizer() -> "PreTrainedTokenizerFast":
+    """Build a tokenizer with one token per lower-case word of the captions. Punctuation is removed."""
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     scene_words = (
-        *prepare_scenes.COLOURS,
+        *prepare_scenes.COLORS,
         *prepare_scenes.SHAPES,
         *prepare_scenes.SIZES,
         *prepare_scenes.TEXTURES,
@@ -113,23 +130,23 @@ def make_tokenizer() -> Any:
     )
 
 
-def tokenize(tokenizer: Any, texts: list[str]) -> torch.Tensor:
-    """Token ids [n, NUM_TOKENS], padded as StableDiffusionPipeline does."""
+def tokenize(tokenizer: "PreTrainedTokenizerFast", texts: list[str]) -> torch.Tensor:
+    """Return token ids [n, NUM_TOKENS], padded as in StableDiffusionPipeline."""
     padding = {"padding": "max_length", "truncation": True, "max_length": NUM_TOKENS}
     return tokenizer(texts, return_tensors="pt", **padding).input_ids
 
 
-def make_vae(sizes: dict) -> Any:
-    """An AutoencoderKL with f = 8."""
-    from diffusers import AutoencoderKL
+def make_vae(sizes: dict[str, Any]) -> "AutoencoderKL":
+    """Build an autoencoder with f = 8."""
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     depth = len(sizes["block_out_channels"])
-    blocks = {
+    blocks: dict[str, Any] = {
         "down_block_types": ["DownEncoderBlock2D"] * depth,
         "up_block_types": ["UpDecoderBlock2D"] * depth,
     }
-    # The latents are whitened per channel inside (see `whiten`), so the scale of the pipeline is 1.
-    common = {
+    # `whiten` scales the latents inside the autoencoder, so the scaling factor of the pipeline is 1
+    common: dict[str, Any] = {
         "layers_per_block": 1,
         "sample_size": SIDE,
         "mid_block_add_attention": False,
@@ -141,8 +158,8 @@ def make_vae(sizes: dict) -> Any:
 
 
 @torch.no_grad()
-def start_near_identity(vae: Any) -> None:
-    """Lets colours pass from the first step: without this the reconstructions stay colourless for long."""
+def start_near_identity(vae: torch.nn.Module) -> None:
+    """Initialize the autoencoder near the identity. Otherwise reconstructions stay colorless for many steps."""
     passing = ("samplers.0.conv", "conv_shortcut", "coder.conv_in", "coder.conv_out", "quant_conv")
     for name, layer in vae.named_modules():
         if not isinstance(layer, torch.nn.Conv2d):
@@ -153,31 +170,38 @@ def start_near_identity(vae: Any) -> None:
             layer.weight.mul_(0.2)
 
 
-def make_unet(sizes: dict, channels: int, width: int) -> Any:
-    """A UNet2DConditionModel with cross-attention in every block."""
-    from diffusers import UNet2DConditionModel
+def make_unet(sizes: dict[str, Any], channels: int, width: int) -> "UNet2DConditionModel":
+    """Build a UNet with cross-attention in every block.
+
+    Args:
+        sizes: keyword arguments of UNet2DConditionModel.
+        channels: channels of the latents.
+        width: width of the text states.
+    """
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
     depth = len(sizes["block_out_channels"])
-    blocks = {
+    blocks: dict[str, Any] = {
         "down_block_types": ["CrossAttnDownBlock2D"] * depth,
         "up_block_types": ["CrossAttnUpBlock2D"] * depth,
     }
-    latents = {"sample_size": SIDE // 8, "in_channels": channels, "out_channels": channels}
+    latents: dict[str, Any] = {"sample_size": SIDE // 8, "in_channels": channels, "out_channels": channels}
     return UNet2DConditionModel(**blocks, **latents, layers_per_block=1, cross_attention_dim=width, **sizes)
 
 
-def make_text_encoder(sizes: dict, num_words: int) -> Any:
-    """A CLIPTextModel, only small; trained from nothing together with the UNet."""
+def make_text_encoder(sizes: dict[str, Any], num_words: int) -> "CLIPTextModel":
+    """Build a small text encoder, which is trained from scratch together with the UNet."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    ids = {"eos_token_id": 0, "pad_token_id": 0, "bos_token_id": 1}
-    shape = {"vocab_size": num_words, "max_position_embeddings": NUM_TOKENS}
-    return CLIPTextModel(CLIPTextConfig(**shape, **ids, **sizes, attn_implementation="eager"))
+    values: dict[str, Any] = {"eos_token_id": 0, "pad_token_id": 0, "bos_token_id": 1}
+    values |= {"vocab_size": num_words, "max_position_embeddings": NUM_TOKENS}
+    values |= {"attn_implementation": "eager"}
+    return CLIPTextModel(CLIPTextConfig(**values, **sizes))
 
 
-def make_scheduler() -> Any:
-    """Stable Diffusion's schedule, epsilon-prediction; DDIM, so that the pipeline samples in few steps."""
-    from diffusers import DDIMScheduler
+def make_scheduler() -> "DDIMScheduler":
+    """Build the noise schedule of Stable Diffusion with epsilon prediction. DDIM samples in few steps."""
+    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
     return DDIMScheduler(
         num_train_timesteps=1000,
@@ -192,11 +216,18 @@ def make_scheduler() -> Any:
 
 
 @torch.no_grad()
-def whiten(vae: Any, pictures: torch.Tensor) -> None:
-    """Folds (z - mean) / std per channel into the 1x1 convolutions around the latents, from the pictures' latents."""
+def whiten(vae: "AutoencoderKL", pictures: torch.Tensor) -> None:
+    """Fold (z - mean) / std per channel into the 1x1 convolutions around the latents.
+
+    Mean and standard deviation are those of the latents of `pictures`, uint8 [n, 3, SIDE, SIDE].
+    """
     latents = encode(vae, pictures)
     mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
     before, after = vae.quant_conv, vae.post_quant_conv
+    assert before is not None
+    assert before.bias is not None
+    assert after is not None
+    assert after.bias is not None
     num = len(mean)
     before.bias[:num] = (before.bias[:num] - mean) / std
     before.weight[:num] /= std[:, None, None, None]
@@ -206,119 +237,51 @@ def whiten(vae: Any, pictures: torch.Tensor) -> None:
 
 
 @torch.no_grad()
-def encode(vae: Any, pictures: torch.Tensor, *, batch: int = 100) -> torch.Tensor:
-    """The posterior's means [n, c, h, w] of uint8 pictures, float32."""
-    return torch.cat([vae.encode(as_input(part)).latent_dist.mode() for part in pictures.split(batch)])
+def encode(vae: "AutoencoderKL", pictures: torch.Tensor, *, batch: int = 100) -> torch.Tensor:
+    """Return the means of the posterior of uint8 pictures, float32 [n, c, h, w]."""
+    return torch.cat([vae.encode(as_input(chunk)).latent_dist.mode() for chunk in pictures.split(batch)])
 
 
 # --- the folder -----------------------------------------------------------------------------------
 
 
-def save_folder(out: Path, *, vae: Any, unet: Any, text_encoder: Any, tokenizer: Any, about: dict) -> None:
-    """Writes the folder that StableDiffusionPipeline opens, in float16, with `about` as its training.json."""
-    from diffusers import StableDiffusionPipeline
+def save_folder(
+    out: Path,
+    *,
+    vae: "AutoencoderKL",
+    unet: "UNet2DConditionModel",
+    text_encoder: "CLIPTextModel",
+    tokenizer: "PreTrainedTokenizerFast",
+    about: dict[str, Any],
+) -> None:
+    """Write a folder of StableDiffusionPipeline in float16, with `about` as its training.json."""
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 
-    parts = {"vae": vae, "unet": unet, "text_encoder": text_encoder}
-    parts = {name: copy.deepcopy(part).half() for name, part in parts.items()}
-    pipeline = StableDiffusionPipeline(
-        **parts,
-        tokenizer=tokenizer,
-        scheduler=make_scheduler(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    models: dict[str, Any] = {"vae": vae, "unet": unet, "text_encoder": text_encoder}
+    models = {name: copy.deepcopy(model).half() for name, model in models.items()}
+    components = models | {"tokenizer": tokenizer, "scheduler": make_scheduler()}
+    components |= {"safety_checker": None, "feature_extractor": None}
+    pipeline = StableDiffusionPipeline(**components, requires_safety_checker=False)
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     pipeline.save_pretrained(partial, safe_serialization=True)
     for name in ("model_index.json", "tokenizer/tokenizer_config.json"):
-        path = (
-            partial / name
-        )  # transformers 5 writes a name that transformers 4 does not know; both know the old one
+        # transformers 5 writes a class name that transformers 4 lacks; both load the old name
+        path = partial / name
         path.write_text(path.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
     (partial / "training.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     shutil.rmtree(out, ignore_errors=True)
     partial.rename(out)
 
 
-def load_folder(folder: Path) -> Any:
-    """The pipeline of a folder, in float32, without its own progress bar."""
-    from diffusers import StableDiffusionPipeline
+def load_folder(folder: Path) -> "StableDiffusionPipeline":
+    """Load the pipeline of a folder in float32, without its progress bar."""
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 
     pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
-    pipeline.text_encoder.float()  # transformers keeps the file's float16; diffusers has made the others float32
+    pipeline.text_encoder.float()  # transformers keeps float16; diffusers converts the other models to float32
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
-
-
-# --- does it bind? --------------------------------------------------------------------------------
-
-
-def wrong_captions(scene: dict) -> dict[str, str]:
-    """A pair's caption with colours swapped, objects swapped (so the relation is reversed), one colour changed."""
-    first, second = scene["objects"]
-    colours = [
-        name for name in sorted(prepare_scenes.COLOURS) if name not in (first["colour"], second["colour"])
-    ]
-    other = colours[(len(first["shape"]) + 3 * len(second["shape"])) % len(colours)]
-    swapped = [first | {"colour": second["colour"]}, second | {"colour": first["colour"]}]
-    return {
-        "colours_swapped": pair_caption(swapped, scene["relation"]),
-        "objects_swapped": pair_caption([second, first], scene["relation"]),
-        "one_colour": pair_caption([first | {"colour": other}, second], scene["relation"]),
-    }
-
-
-def pair_caption(objects: list[dict], relation: str) -> str:
-    """A pair's first caption in the words of prepare_scenes."""
-    first, second = (prepare_scenes.article(prepare_scenes.describe(thing)) for thing in objects)
-    return prepare_scenes.capital(f"{first} {relation} {second}.")
-
-
-def check_scenes(num: int, *, seed: int = 2) -> list[tuple[str, dict]]:
-    """(true caption, scene) of `num` scenes of two objects that differ in colour and in what else can be said."""
-    found: list[tuple[str, dict]] = []
-    for _, captions, scene in undrawn(100 * num, seed):
-        objects = scene["objects"]
-        if len(objects) == 2 and objects[0]["colour"] != objects[1]["colour"] and len(found) < num:
-            same = [{**thing, "colour": "", "centre": ""} for thing in objects]
-            found += [(captions[0], scene)] if same[0] != same[1] else []
-        if len(found) == num:
-            break
-    return found
-
-
-@torch.no_grad()
-def check(
-    vae: Any, unet: Any, text_encoder: Any, tokenizer: Any, *, num: int = 200, draws: int = 16
-) -> dict[str, Any]:
-    """Accuracies: the part of `num` held-out pairs whose true caption has the strictly lower error than each wrong one.
-
-    All captions of a picture share the same (t, eps), t evenly over [100, 900].
-    """
-    scenes = check_scenes(num)
-    latents = encode(vae, draw([scene for _, scene in scenes]))
-    texts = [[caption, *wrong_captions(scene).values()] for caption, scene in scenes]
-    names = list(wrong_captions(scenes[0][1]))
-    abar = make_scheduler().alphas_cumprod
-    t = torch.linspace(100, 900, draws).round().long()
-    noise = torch.randn(draws, *latents.shape[1:], generator=torch.Generator().manual_seed(0))
-    a = abar[t].view(-1, 1, 1, 1)
-    errors = []
-    for z, captions in zip(latents, texts, strict=True):
-        noised = a.sqrt() * z + (1 - a).sqrt() * noise  # [S,c,h,w]
-        states = text_encoder(tokenize(tokenizer, captions))[0]  # [K,L,D]
-        k = len(captions)
-        predicted = unet(noised.repeat(k, 1, 1, 1), t.repeat(k), states.repeat_interleave(draws, 0)).sample
-        errors.append((predicted - noise.repeat(k, 1, 1, 1)).square().reshape(k, -1).mean(1))
-    return accuracies(torch.stack(errors), names) | {"num": num, "draws": draws}
-
-
-def accuracies(errors: torch.Tensor, names: list[str]) -> dict[str, float]:
-    """Of errors [n, 1 + K], the true caption's first: how often it is strictly lower than each; ties are misses."""
-    hits = errors[:, :1] < errors[:, 1:]  # [n,K]
-    rows = {name: round(hits[:, i].float().mean().item(), 4) for i, name in enumerate(names)}
-    return rows | {"all": round(hits.all(1).float().mean().item(), 4)}
 
 
 # --- samples --------------------------------------------------------------------------------------
@@ -339,8 +302,10 @@ PROMPTS = (
 )
 
 
-def sample(pipeline: Any, prompts: Sequence[str], *, seed: int = 0, num_steps: int = 30) -> list[Image.Image]:
-    """One picture per prompt, DDIM with guidance 3."""
+def sample(
+    pipeline: "StableDiffusionPipeline", prompts: Sequence[str], *, seed: int = 0, num_steps: int = 30
+) -> list[Image.Image]:
+    """Sample one picture per prompt by DDIM with guidance 3."""
     generators = [torch.Generator().manual_seed(1000 * seed + i) for i in range(len(prompts))]
     out = pipeline(
         list(prompts),
@@ -353,8 +318,8 @@ def sample(pipeline: Any, prompts: Sequence[str], *, seed: int = 0, num_steps: i
     return out.images
 
 
-def sample_grid(pipeline: Any, *, rows: int = 3, scale: int = 2) -> Image.Image:
-    """`rows` samples of each of PROMPTS in a column, the caption under them."""
+def sample_grid(pipeline: "StableDiffusionPipeline", *, rows: int = 3, scale: int = 2) -> Image.Image:
+    """Draw `rows` samples of each prompt in a column with the prompt below."""
     side, gap, height = SIDE * scale, 12, 44
     columns, num = 6, len(PROMPTS)
     blocks = -(-num // columns)

@@ -1,4 +1,4 @@
-"""The demo data's scripts on made-up packages: what is chosen, what is a duplicate, what is written."""
+"""The scripts of the demo data on synthetic packages: selection, duplicates, files."""
 
 import importlib
 import io
@@ -27,11 +27,11 @@ SVG = """<?xml version="1.0"?>
 </cc:Work></rdf:RDF></metadata>{body}</svg>"""
 
 
-def draw(path: Path, seed: int, *, colour: str = "red", transparent: bool = True) -> Path:
-    """A polygon that depends on the seed, in the middle of an empty page."""
+def draw(path: Path, seed: int, *, color: str = "red", transparent: bool = True) -> Path:
+    """Draw a random polygon in the middle of an empty page."""
     corners = np.random.default_rng(seed).integers(40, 160, (5, 2))
     picture = Image.new("RGBA", (200, 200), (0, 0, 0, 0) if transparent else "white")
-    ImageDraw.Draw(picture).polygon([tuple(map(int, corner)) for corner in corners], fill=colour)
+    ImageDraw.Draw(picture).polygon([tuple(map(int, corner)) for corner in corners], fill=color)
     path.parent.mkdir(parents=True, exist_ok=True)
     picture.save(path)
     return path
@@ -64,11 +64,13 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_scenes_depend_on_the_seed_and_their_number_alone():
     first, again, other = (list(scenes.generate(12, seed, 48)) for seed in (3, 3, 4))
     more = list(scenes.generate(14, 3, 48))[:12]
-    for (picture, *said), (picture_2, *said_2), (picture_3, *said_3) in zip(first, again, more, strict=True):
+    for (picture, *content), (picture_2, *content_2), (picture_3, *content_3) in zip(
+        first, again, more, strict=True
+    ):
         assert picture.size == (48, 48)
-        assert said == said_2 == said_3
+        assert content == content_2 == content_3
         assert picture.tobytes() == picture_2.tobytes() == picture_3.tobytes()
-    assert [said for _, *said in first] != [said for _, *said in other]
+    assert [content for _, *content in first] != [content for _, *content in other]
 
 
 def test_captions_are_true_of_the_scene():
@@ -76,22 +78,22 @@ def test_captions_are_true_of_the_scene():
         objects = scene["objects"]
         assert label == (objects[0]["shape"] if len(objects) == 1 else "pair")
         for thing in objects:
-            assert all(f"{thing['colour']} {thing['shape']}" in caption.lower() for caption in captions)
+            assert all(f"{thing['color']} {thing['shape']}" in caption.lower() for caption in captions)
             assert (thing["size"] in captions[0].lower()) == (thing["size"] != "medium")
             assert (thing["texture"] in captions[0].lower()) == (thing["texture"] != "plain")
             if thing["texture"] == "plain" and thing["shape"] != "ring":
-                x, y = (int(value * 96) for value in thing["centre"])
-                assert picture.getpixel((x, y)) == scenes.COLOURS[thing["colour"]]
+                x, y = (int(value * 96) for value in thing["center"])
+                assert picture.getpixel((x, y)) == scenes.COLORS[thing["color"]]
         for caption in captions if len(objects) == 2 else ():
             assert relation_holds(caption, objects), caption
 
 
 def relation_holds(caption: str, objects: list[dict]) -> bool:
-    """Reads the relation back from the words and compares centres."""
+    """Parse the relation of a caption and compare it with the centers."""
     words = caption.lower()
     relation = next(name for name in scenes.RELATIONS if name in words)
-    named = sorted(objects, key=lambda thing: words.index(f"{thing['colour']} {thing['shape']}"))
-    (x, y), (x_2, y_2) = (thing["centre"] for thing in named)
+    named = sorted(objects, key=lambda thing: words.index(f"{thing['color']} {thing['shape']}"))
+    (x, y), (x_2, y_2) = (thing["center"] for thing in named)
     return {"left of": x < x_2, "right of": x > x_2, "above": y < y_2, "below": y > y_2}[relation]
 
 
@@ -101,11 +103,11 @@ def test_scenes_on_disk_share_no_description_between_splits(tmp_path):
     assert counts["train"] + counts["test"] == 120
     assert min(counts.values()) > 20
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
-    said = {
+    descriptions = {
         split: {p.read_text().splitlines()[0] for p in (tmp_path / "a" / split).rglob("*.txt")}
         for split in ("train", "test")
     }
-    assert not said["train"] & said["test"]
+    assert not descriptions["train"] & descriptions["test"]
     names = dict(line.split("\t") for line in (tmp_path / "a/classnames.txt").read_text().splitlines())
     assert set(names) == {folder.name for folder in (tmp_path / "a/train").iterdir()}
     assert names["pair"] == "two shapes"
@@ -131,7 +133,7 @@ def test_tidy_title(raw, tidy):
     assert rules.tidy_title(raw) == tidy
 
 
-def test_caption_key_ignores_what_does_not_matter():
+def test_caption_key_ignores_articles_case_and_plurals():
     assert rules.caption_key("A red Apple.") == rules.caption_key("the red apples")
     assert rules.caption_key("8 ball") != rules.caption_key("9 ball")
 
@@ -261,9 +263,9 @@ def test_no_caption_stays_twice():
     assert groups["a"] == groups["b"] != groups["d"] == groups["e"]
 
 
-def test_same_pictures_go_and_recoloured_ones_share_a_group(tmp_path):
+def test_same_pictures_go_and_recolored_ones_share_a_group(tmp_path):
     looks = [(0, "red", True), (0, "red", False), (0, "blue", True), (7, "red", True)]
-    files = [draw(tmp_path / f"{i}.png", s, colour=c, transparent=t) for i, (s, c, t) in enumerate(looks)]
+    files = [draw(tmp_path / f"{i}.png", s, color=c, transparent=t) for i, (s, c, t) in enumerate(looks)]
     thumbnails = np.stack([demo.render(file)[1] for file in files])
     kept, groups = demo.distinct_pictures(thumbnails, np.arange(4))
     assert kept == [0, 2, 3]
@@ -309,21 +311,21 @@ def test_pip_source(tmp_path):
     captions = [p.read_text() for p in (tmp_path / "a/test").rglob("*.txt")]
     assert len(captions) == len(set(captions)) == about["counts"]["test"]["all"] > 0
     for text in (tmp_path / "a/train").glob("*/vqa_*.txt"):
-        colour, shape = text.read_text().strip(".\n").split()[1:]
+        color, shape = text.read_text().strip(".\n").split()[1:]
         assert shape == text.parent.name
-        assert colour in ("red", "green", "blue", "black", "gray", "teal", "brown", "yellow")
+        assert color in ("red", "green", "blue", "black", "gray", "teal", "brown", "yellow")
 
 
-def test_auto_falls_back_and_debian_says_why(tmp_path, monkeypatch, capsys):
+def test_auto_falls_back_and_debian_prints_the_reason(tmp_path, monkeypatch, capsys):
     about = {"counts": {"train": {"all": 1}, "test": {"all": 1}}}
     monkeypatch.setattr(demo, "write_pip", lambda partial, seed: about)
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(sys, "argv", ["prepare_demo.py", "--out", str(tmp_path / "demo")])
+    monkeypatch.setattr(sys, "argv", ["prepare", "--out", str(tmp_path / "demo")])
     assert demo.main() == 0
     assert "no Debian packages (apt-get is not installed" in capsys.readouterr().out
     assert (tmp_path / "demo/about.json").is_file()
     assert demo.main() == 0
-    assert "is there already; --force" in capsys.readouterr().out
+    assert "exists; pass --force" in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--force", "--source", "debian"])
     assert demo.main() == 2
     assert capsys.readouterr().err.startswith("error: apt-get is not installed")

@@ -1,4 +1,4 @@
-"""Scenes as VCR and SNLI-VE, easy-vqa as VQA v2: true of the picture, not to be told from the words, read unchanged."""
+"""Scenes as VCR and SNLI-VE, easy-vqa as VQA v2: right answers, no shortcuts in the words, readable files."""
 
 import importlib
 import json
@@ -20,77 +20,77 @@ easy = importlib.import_module("scripts.datasets.easy_vqa")
 
 
 def many(num: int) -> list[tuple[dict, dict]]:
-    """(scene, item) of drawn scenes, without pictures."""
+    """Return (scene, question) pairs of drawn scenes, without pictures."""
     import random
 
-    found = []
+    items = []
     for i in range(num):
         rng = random.Random(i)
         scene = scenes.draw_scene_values(rng)
         if questions.usable(scene):
-            found += [(scene, item) for item in questions.questions_of(scene, rng)]
-    return found
+            items += [(scene, item) for item in questions.questions_of(scene, rng)]
+    return items
 
 
-def holds(sentence: str, scene: dict, told: dict) -> bool:
-    """Whether every colour, texture, size, shape, place and count that the sentence says is so of the thing told of."""
+def holds(sentence: str, scene: dict, target: dict) -> bool:
+    """Return whether every color, texture, size, shape, relation and count in a sentence fits the target object."""
     things, words = scene["objects"], sentence.rstrip(".").split()
     if "shapes" in words or "shape" in words:
-        present = {thing["colour"] for thing in things}
+        present = {thing["color"] for thing in things}
         return (("two" in words) == (len(things) == 2)) and words[-1] in present
-    for fact in ("colour", "texture", "size"):
-        known = {"colour": scenes.COLOURS, "texture": scenes.TEXTURES, "size": scenes.SIZES}[fact]
-        if any(word in known and word != told[fact] for word in words):
+    for fact in ("color", "texture", "size"):
+        domain = {"color": scenes.COLORS, "texture": scenes.TEXTURES, "size": scenes.SIZES}[fact]
+        if any(word in domain and word != target[fact] for word in words):
             return False
-    if words[:2] in (["It", "is"],) and words[-1] != told["shape"]:
+    if words[:2] in (["It", "is"],) and words[-1] != target["shape"]:
         return False
     relation = next((name for name in scenes.RELATIONS if name in sentence), None)
     if relation is None:
         return True
-    other = next(thing for thing in things if thing is not told)
+    other = next(thing for thing in things if thing is not target)
     step = scenes.RELATIONS[relation]
-    away = [a - b for a, b in zip(told["centre"], other["centre"], strict=True)]
+    away = [a - b for a, b in zip(target["center"], other["center"], strict=True)]
     return sum(a * b for a, b in zip(step, away, strict=True)) > 0.3
 
 
-def asked_of(item: dict, scene: dict) -> dict:
-    """The thing that a question is about."""
+def target_of(item: dict, scene: dict) -> dict:
+    """Return the object that a question refers to."""
     if item["category"] == "count":
         return scene["objects"][item["rationale_choices"][0][5][0]]
     if item["category"] == "shape":
-        colour = item["question"][4]
-        return next(thing for thing in scene["objects"] if thing["colour"] == colour)
+        color = item["question"][4]
+        return next(thing for thing in scene["objects"] if thing["color"] == color)
     place = next(token for token in item["question"] if isinstance(token, list))
     return scene["objects"][place[0]]
 
 
 def test_the_right_choice_alone_is_true_of_the_scene():
     for scene, item in many(400):
-        objects, told = [thing["shape"] for thing in scene["objects"]], asked_of(item, scene)
+        objects, target = [thing["shape"] for thing in scene["objects"]], target_of(item, scene)
         for what in ("answer", "rationale"):
             choices = [render_tokens(tokens, objects) for tokens in item[f"{what}_choices"]]
             assert len(set(choices)) == 4
-            true = [i for i, choice in enumerate(choices) if holds(choice, scene, told)]
+            true = [i for i, choice in enumerate(choices) if holds(choice, scene, target)]
             assert true == [item[f"{what}_label"]], (choices, scene)
 
 
-def test_words_do_not_give_the_right_choice_away():
-    """Neither the place, nor a word, nor having most words in common with the other choices."""
+def test_words_do_not_reveal_the_right_choice():
+    """Position, single words and overlap with the other choices do not reveal the right choice."""
     items = [item for _, item in many(6000)]
     for what in ("answer", "rationale"):
         places = Counter(item[f"{what}_label"] for item in items)
         assert max(places.values()) / len(items) < 0.265
-        said, right = Counter(), Counter()
+        occurrences, right = Counter(), Counter()
         common = 0.0
         for item in items:
             choices = [{str(token) for token in choice} for choice in item[f"{what}_choices"]]
             for words in choices:
-                said.update(words)
+                occurrences.update(words)
             right.update(choices[item[f"{what}_label"]])
             shared = [sum(len(words & other) for other in choices) for words in choices]
             best = [i for i in range(4) if shared[i] == max(shared)]
             common += (item[f"{what}_label"] in best) / len(best)
-        shares = {word: right[word] / count for word, count in said.items() if count > 1500}
+        shares = {word: right[word] / count for word, count in occurrences.items() if count > 1500}
         assert all(abs(share - 0.25) < 0.04 for share in shares.values()), shares
         assert abs(common / len(items) - 0.25) < 0.02
 
@@ -104,7 +104,7 @@ def test_hypotheses_and_how_far_their_words_go():
         scene = scenes.draw_scene_values(rng)
         if not questions.usable(scene):
             continue
-        present = {f"{thing['colour']} {thing['shape']}" for thing in scene["objects"]}
+        present = {f"{thing['color']} {thing['shape']}" for thing in scene["objects"]}
         for sentence, label in hypotheses.hypotheses_of(scene, rng):
             is_open = any(words in sentence for words in hypotheses.OPEN)
             phrased[label][is_open] += 1
@@ -158,8 +158,8 @@ def test_easy_vqa_in_the_layout_of_vqa(tmp_path):
     counts = easy.write_vqa(tmp_path / "vqa", package, limit=4)
     for subset, folder in (("train2014", "train"), ("val2014", "test")):
         manifest = read_manifest(str(tmp_path / f"vqa/v2_OpenEnded_mscoco_{subset}_questions.json"))
-        given = json.loads((package / f"data/{folder}/questions.json").read_text())
-        wanted = Counter((question, answer) for question, answer, image in given if image < 4)
+        entries = json.loads((package / f"data/{folder}/questions.json").read_text())
+        wanted = Counter((question, answer) for question, answer, image in entries if image < 4)
         tasks = [json.loads(task) for task in manifest.column("task")]
         assert Counter((task["question"], task["answer"]) for task in tasks) == wanted
         assert len(manifest) == counts[subset] == wanted.total()

@@ -1,4 +1,4 @@
-"""scripts/reproduce: what its tables say of given results, and every row is a command that `student train` takes."""
+"""scripts/reproduce: tables of given results; every row is a valid command of `student train`."""
 
 import concurrent.futures
 import json
@@ -59,7 +59,7 @@ def test_every_row_is_a_command_that_can_be_run(name):
     table = reproduce_clip_kd.TABLES[name]
     assert 0 <= table.reference < len(table.rows)
     for row in table.rows:
-        words = reproduce_clip_kd.words(row, 7)
+        words = reproduce_clip_kd.argv(row, 7)
         settings = [words[i + 1] for i, word in enumerate(words) if word == "--set"]
         recipe, _ = override(find("clip_kd"), Run(data="", cache="", out=""), settings)
         assert {key: getattr(recipe.constants, key) for key, _ in row.settings} == dict(row.settings)
@@ -68,8 +68,14 @@ def test_every_row_is_a_command_that_can_be_run(name):
 
 def test_a_setting_of_two_tables_is_one_run():
     rows = {row.label: row for table in reproduce_clip_kd.TABLES.values() for row in table.rows}
-    for one, other in (("+ fd=2000", "fd=2000"), ("+ mfd=2000", "mask_ratio=0.75"), ("+ gd=1e8", "gd=1e+08")):
-        assert reproduce.folder_of("clip_kd", rows[one], 0) == reproduce.folder_of("clip_kd", rows[other], 0)
+    for first, second in (
+        ("+ fd=2000", "fd=2000"),
+        ("+ mfd=2000", "mask_ratio=0.75"),
+        ("+ gd=1e8", "gd=1e+08"),
+    ):
+        assert reproduce.folder_of("clip_kd", rows[first], 0) == reproduce.folder_of(
+            "clip_kd", rows[second], 0
+        )
     folders = {reproduce.folder_of("clip_kd", row, 0) for row in rows.values()}
     assert len(folders) == len({row.settings for row in rows.values()})
 
@@ -86,20 +92,20 @@ def test_a_table_takes_its_place_between_its_marks(tmp_path, monkeypatch):
 
 
 def test_what_is_there_is_not_run_again(tmp_path, monkeypatch):
-    asked = []
-    monkeypatch.setattr(reproduce, "run_one", lambda folder, words, evaluations: asked.append(folder) or "")
+    folders = []
+    monkeypatch.setattr(reproduce, "run_one", lambda folder, words, evaluations: folders.append(folder) or "")
     threads = concurrent.futures.ThreadPoolExecutor  # in whose workers the line above holds
     monkeypatch.setattr(concurrent.futures, "ProcessPoolExecutor", lambda jobs, mp_context: threads(jobs))
     (tmp_path / "done").mkdir()
     result = {"words": ["--steps", "2"], "metrics": {"acc1": 0.5}}
     (tmp_path / "done" / "result.json").write_text(json.dumps(result))
     reproduce.run_missing("clip_kd", {tmp_path / "done": ["--steps", "2"], tmp_path / "new": []}, jobs=2)
-    assert asked == [tmp_path / "new"]
+    assert folders == [tmp_path / "new"]
     assert reproduce.result_of(tmp_path / "done", ["--steps", "2"]) == {"acc1": 0.5}
     reproduce.run_missing(
         "clip_kd", {tmp_path / "done": ["--steps", "3"]}, jobs=2
     )  # other settings: another run
-    assert asked == [tmp_path / "new", tmp_path / "done"]
+    assert folders == [tmp_path / "new", tmp_path / "done"]
 
 
 def test_a_run_leaves_numbers_and_no_weights(squares, cache, tmp_path, monkeypatch):
@@ -124,8 +130,8 @@ def test_a_run_leaves_numbers_and_no_weights(squares, cache, tmp_path, monkeypat
     with contained(), monkeypatch.context() as patch:
         from student import cli
 
-        def main(given: list[str]) -> int:  # `eval` of this data, not of the demo's
-            return real([*given, "--data", str(squares)] if given[0] == "eval" else given)
+        def main(argv: list[str]) -> int:  # `eval` of this data, not of the demo's
+            return real([*argv, "--data", str(squares)] if argv[0] == "eval" else argv)
 
         real = cli.main
         patch.setattr(cli, "main", main)
@@ -146,7 +152,7 @@ def test_a_run_leaves_numbers_and_no_weights(squares, cache, tmp_path, monkeypat
 def test_rows_of_psd_are_commands_and_pairs(name):
     rows = reproduce_psd.TABLES[name].rows
     for row in rows:
-        words = reproduce_psd.words(row, 7)
+        words = reproduce_psd.argv(row, 7)
         settings = [words[i + 1] for i, word in enumerate(words) if word == "--set"]
         recipe, _ = override(
             find(words[words.index("--recipe") + 1]), Run(data="", cache="", out=""), settings
@@ -164,7 +170,7 @@ def test_rows_of_psd_are_commands_and_pairs(name):
             ("retrieval", "zeroshot"), f"runs/reproduce/psd/{name}"
         )  # clean rows, whatever it was trained on
     for clip, psd in zip(rows[::2], rows[1::2], strict=True):
-        first, second = reproduce_psd.words(clip, 3), reproduce_psd.words(psd, 3)
+        first, second = reproduce_psd.argv(clip, 3), reproduce_psd.argv(psd, 3)
         assert [(a, b) for a, b in zip(first, second, strict=True) if a != b] == [("clip", "psd")]
     assert len({reproduce.folder_of("psd", row, 0) for row in rows}) == len(rows)
 
@@ -197,17 +203,17 @@ def test_psd_prepares_its_data_once(tmp_path, monkeypatch):
     from teachercache.data.read import read_manifest
 
     monkeypatch.chdir(tmp_path)
-    made = []
+    prepared = []
 
     def make(out: Path) -> None:
-        made.append(out.name)
+        prepared.append(out.name)
         make_folder(out, 20, splits=True)
 
     monkeypatch.setattr(reproduce_psd, "PREPARE", dict.fromkeys(("demo", "scenes"), make))
     rows = [row for table in reproduce_psd.TABLES.values() for row in table.rows]
     for _ in range(2):
         reproduce_psd.prepare(rows, [0], 1)
-    assert made == ["demo", "scenes"]
+    assert prepared == ["demo", "scenes"]
     noisy = read_manifest("runs/reproduce/psd/demo-0.4.parquet")
     changed = sum('"noise"' in task for task in noisy.column("task"))
     assert changed == 6  # of 15 training rows

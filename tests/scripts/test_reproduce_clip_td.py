@@ -1,4 +1,4 @@
-"""scripts/reproduce clip_td: every row and every stage is a command that `student train` takes; what its tables say."""
+"""scripts/reproduce clip_td: every row and stage is a valid command of `student train`; tables of given results."""
 
 import pytest
 
@@ -20,23 +20,23 @@ def test_every_row_is_a_command_and_stages_belong_together(name):
     folders = {reproduce.folder_of("clip_td", row, 1) for row in table.rows}
     assert len(folders) == len(table.rows)
     for row in table.rows:
-        words = paper.words(row, 1)
+        words = paper.argv(row, 1)
         recipe, _ = override(find("clip_td"), Run("", "", ""), settings_of(words))
-        given, constants = dict(row.settings), recipe.constants
+        names, constants = row.names(), recipe.constants
         assert recipe.fields
-        assert constants.regime == given["size"]
+        assert constants.regime == names["size"]
         assert constants.subset == 1
         assert (constants.w == 0) == (row.label in ("baseline", "2nd-stage pretraining"))
         assert any(value.startswith("init=") for value in settings_of(words)) == (
             row.label not in paper.LAYERS
         )
         adapted = [value for value in settings_of(words) if "adapted" in value]
-        assert bool(adapted) == any(part in row.label for part in ("AF", "2nd-stage"))
+        assert bool(adapted) == any(method in row.label for method in ("AF", "2nd-stage"))
         if adapted:
             weight = "0" if constants.w == 0 else paper.W
-            key = (given["task"], given["face"], given["size"], weight, 1)
+            key = (names["task"], names["face"], names["size"], weight, 1)
             assert adapted == [f"init={paper.adapted(*key)}"]
-            first, _ = override(find("clip_td"), Run("", "", ""), settings_of(paper.adapt_words(*key)))
+            first, _ = override(find("clip_td"), Run("", "", ""), settings_of(paper.adapt_argv(*key)))
             assert first.constants.stage == "adapt"
             assert first.constants.w == float(weight)
             assert first.constants.regime.partition(":")[0] in ("semi", "full")  # all pictures, no label more
@@ -44,7 +44,7 @@ def test_every_row_is_a_command_and_stages_belong_together(name):
         assert paper.DATA[task] == data
 
 
-def test_a_table_pairs_seeds_and_says_what_a_step_costs():
+def test_a_table_pairs_seeds_and_shows_the_time_of_a_step():
     table = paper.table("vcr", "vl-bert", "Some title", ("baseline", "naive V"))
     values = {"baseline": (0.3, 0.5), "naive V": (0.4, 0.45)}
     results = {
@@ -69,11 +69,11 @@ def test_a_table_pairs_seeds_and_says_what_a_step_costs():
 def test_modality_rows_are_the_tables_and_figures_stand_in_their_columns():
     for method in reproduce_modality.METHODS.values():
         assert paper.row("vcr", "vl-bert", method, reproduce_modality.FULL) in paper.TABLES["vcr"].rows
-    one = {
+    numbers = {
         "before": {"picture_mean": 0.1, "text_mean": 0.8},
         "after": {"picture_mean": 0.2, "text_mean": 0.7},
         "change": {"difference_reduction": 0.25, "picture_gain": 1.0},
     }
-    lines = reproduce_modality.section([4], [one]).splitlines()
+    lines = reproduce_modality.section([4], [numbers]).splitlines()
     assert lines[2] == "| seed 4 | 0.100 | 0.200 | 0.800 | 0.700 | 25.0 % | 100.0 % |"
     assert lines[3] == "| paper |  |  |  |  | 36.0 % | 10.6 % |"

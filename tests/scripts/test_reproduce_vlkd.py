@@ -1,4 +1,4 @@
-"""scripts/reproduce vlkd: every row is a command that `student train` takes; what its tables and its data say."""
+"""scripts/reproduce vlkd: every row is a valid command of `student train`; tables of given results; its data."""
 
 import json
 from pathlib import Path
@@ -21,11 +21,11 @@ def settings_of(words: list[str]) -> list[str]:
 
 
 def result(scale: float) -> dict[str, float]:
-    """A run's figures, each key's own."""
+    """Return metrics of a run with a different value for each key."""
     masks = {
-        f"{name}{part}/CIDEr": scale * (k + j / 10)
+        f"{name}{suffix}/CIDEr": scale * (k + j / 10)
         for k, name in enumerate(("demo", "scenes"), start=1)
-        for j, part in enumerate(("", " 5", " 7", " 8"))
+        for j, suffix in enumerate(("", " 5", " 7", " 8"))
     }
     text = {
         f"text/{other}{key}": scale + (other == "")
@@ -45,15 +45,15 @@ def result(scale: float) -> dict[str, float]:
 def test_every_row_is_a_command(name):
     table = paper.TABLES[name]
     for row in table.rows:
-        words = paper.words(row, 1)
+        words = paper.argv(row, 1)
         recipe, _ = override(find_recipe("vlkd"), Run("", "", ""), settings_of(words))
         constants = recipe.constants
         assert (constants.ttdm == 0) == ("TTDM" in row.label)
         assert (constants.itcl == 0) == ("ITCL" in row.label)
         assert constants.data_share == pytest.approx(paper.SIZES.get(row.label, 1.0), abs=1e-4)
         assert recipe.fields[0] == "image_emb"
-        for one in paper.evaluations(words).values():
-            find(one[one.index("--task") + 1])
+        for options in paper.evaluations(words).values():
+            find(options[options.index("--task") + 1])
     folders = {reproduce.folder_of("vlkd", row, 1) for row in table.rows}
     assert len(folders) == (1 if name in ("masks", "language") else len(table.rows))
 
@@ -61,7 +61,7 @@ def test_every_row_is_a_command(name):
 def test_rows_that_are_one_setting_are_one_run():
     whole = {table.rows[0].settings for table in paper.TABLES.values()}
     assert whole == {()}
-    asked = paper.evaluations(paper.words(paper.TABLES["losses"].rows[0], 0))
+    asked = paper.evaluations(paper.argv(paper.TABLES["losses"].rows[0], 0))
     assert set(asked) == {
         "vqa",
         "text",
@@ -70,7 +70,15 @@ def test_rows_that_are_one_setting_are_one_run():
         "scenes",
         *(f"{n} {m}" for n in paper.HELD_OUT for m in (5, 7, 8)),
     }
-    assert set(paper.evaluations(paper.words(paper.TABLES["size"].rows[2], 0))) == {"vqa", "demo", "scenes"}
+    assert set(paper.evaluations(paper.argv(paper.TABLES["size"].rows[2], 0))) == {"vqa", "demo", "scenes"}
+
+
+def test_students_start_from_the_packaged_bart(monkeypatch):
+    from student.models.seq2seq.loading import PACKAGED
+
+    monkeypatch.chdir(Path(__file__).parents[2])
+    assert paper.bart().resolve() == PACKAGED.resolve()
+    assert (paper.bart() / "config.json").exists()
 
 
 def cells(text: str, label: str) -> list[str]:
@@ -106,7 +114,7 @@ def test_language_is_that_of_both_models():
 
 
 def test_metrics_stand_behind_their_evaluations_name(tmp_path, monkeypatch):
-    """Two models of one command: the second's are `other`."""
+    """If a command evaluates two models, the metrics of the second one have the prefix `other`."""
 
     def student(words):
         if words[0] == "train":
@@ -122,8 +130,8 @@ def test_metrics_stand_behind_their_evaluations_name(tmp_path, monkeypatch):
     monkeypatch.setattr("student.cli.main", student)
     asked = {"glue": ["BART", "--task", "glue"], "demo 5": ["--task", "captions"]}
     assert reproduce.run_one(tmp_path / "runs" / "one", ["--steps", "1"], asked) == ""
-    found = reproduce.result_of(tmp_path / "runs" / "one", ["--steps", "1"])
-    assert found == {"glue/acc": 0.5, "glue/other/acc": 1.5, "demo 5/acc": 0.5}
+    metrics = reproduce.result_of(tmp_path / "runs" / "one", ["--steps", "1"])
+    assert metrics == {"glue/acc": 0.5, "glue/other/acc": 1.5, "demo 5/acc": 0.5}
 
 
 def test_language_tasks_are_glues_files(tmp_path, monkeypatch):
@@ -148,7 +156,7 @@ def test_held_out_pictures_are_test_rows(tmp_path, monkeypatch):
     monkeypatch.setattr(paper, "NUM_HELD_OUT", 5)
     data = make_folder(tmp_path / "data", 40, splits=True)
     paper.hold_out(data, tmp_path / "test.parquet")
-    found, whole = read_manifest(str(tmp_path / "test.parquet")), read_manifest(str(data))
+    held_out, whole = read_manifest(str(tmp_path / "test.parquet")), read_manifest(str(data))
     keys = whole.column("key")
-    assert len(found) == 5
-    assert set(found.column("key")) < {keys[row] for row in whole.rows_of_split("test")}
+    assert len(held_out) == 5
+    assert set(held_out.column("key")) < {keys[row] for row in whole.rows_of_split("test")}

@@ -1,4 +1,4 @@
-"""The tiny diffusion teacher's script: the folder it writes, going on after a stop, and what its check counts."""
+"""The training of the tiny diffusion teacher: its folder, resuming, and its check of attribute binding."""
 
 import importlib
 import json
@@ -11,6 +11,8 @@ from safetensors.torch import load_file
 
 scenes = importlib.import_module("scripts.datasets.scenes")
 sd_tiny = importlib.import_module("scripts.teachers.sd_tiny")
+binding = importlib.import_module("scripts.teachers.sd_tiny_binding")
+training_loop = importlib.import_module("scripts.teachers.training_loop")
 train_sd_tiny = importlib.import_module("scripts.teachers.train_sd_tiny")
 
 SETTINGS = train_sd_tiny.Settings(scenes=30, steps=4, vae_steps=3, batch=4, vae_batch=2, warmup=1)
@@ -25,7 +27,7 @@ SIZES = {
 def _small(monkeypatch):
     monkeypatch.setattr(sd_tiny, "HELD_OUT_SCENES", 20)
     monkeypatch.setattr(train_sd_tiny, "WHITENED", 10)
-    monkeypatch.setattr(train_sd_tiny, "SAVE_EVERY", 2)
+    monkeypatch.setattr(training_loop, "SAVE_EVERY", 2)
     monkeypatch.setattr(train_sd_tiny, "CHECK_EVERY", 100)
 
 
@@ -35,9 +37,9 @@ def train(out):
 
 def weights(folder):
     return {
-        (part, name): value
-        for part in ("unet", "vae", "text_encoder")
-        for path in (folder / part).glob("*.safetensors")
+        (model, name): value
+        for model in ("unet", "vae", "text_encoder")
+        for path in (folder / model).glob("*.safetensors")
         for name, value in load_file(path).items()
     }
 
@@ -65,7 +67,7 @@ def test_folder_is_a_stable_diffusion_pipeline(tmp_path):
 
 def test_resumed_run_equals_uninterrupted_one(tmp_path, monkeypatch):
     train(tmp_path / "whole")
-    average, calls = train_sd_tiny.average, []
+    average, calls = training_loop.average, []
 
     def stop_now_and_then(*values):
         calls.append(1)
@@ -76,7 +78,7 @@ def test_resumed_run_equals_uninterrupted_one(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         average(*values)
 
-    monkeypatch.setattr(train_sd_tiny, "average", stop_now_and_then)
+    monkeypatch.setattr(training_loop, "average", stop_now_and_then)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             train(tmp_path / "stopped")
@@ -99,9 +101,9 @@ def test_other_settings_are_refused_but_more_steps_are_not(tmp_path):
         train_sd_tiny.same_settings(path, {"steps": 8, "seed": 1001, "sizes": {"a": (1, 2)}})
 
 
-@pytest.mark.parametrize("given", [["--seed", "2"], ["--steps", "0"], ["--check"]])
-def test_user_errors_are_one_line(tmp_path, capsys, monkeypatch, given):
-    monkeypatch.setattr(sys, "argv", ["train_sd_tiny.py", "--out", str(tmp_path / "sd"), *given])
+@pytest.mark.parametrize("options", [["--seed", "2"], ["--steps", "0"], ["--check"]])
+def test_user_errors_are_one_line(tmp_path, capsys, monkeypatch, options):
+    monkeypatch.setattr(sys, "argv", ["train_sd_tiny", "--out", str(tmp_path / "sd"), *options])
     assert train_sd_tiny.main() == 2
     assert capsys.readouterr().err.count("\n") == 1
 
@@ -125,11 +127,11 @@ def test_draws_depend_on_seed_and_step_alone_and_lie_in_the_range_of_the_step():
 
 def test_ties_are_misses():
     errors = torch.tensor([[1.0, 2.0, 1.0], [1.0, 1.0, 3.0], [1.0, 2.0, 2.0], [2.0, 1.0, 3.0]])
-    assert sd_tiny.accuracies(errors, ["a", "b"]) == {"a": 0.5, "b": 0.75, "all": 0.25}
+    assert binding.accuracies(errors, ["a", "b"]) == {"a": 0.5, "b": 0.75, "all": 0.25}
 
 
 class Blind(torch.nn.Module):
-    """A VAE, a UNet and a text encoder that say nothing."""
+    """A VAE, a UNet and a text encoder with constant outputs."""
 
     def encode(self, pictures):
         return SimpleNamespace(latent_dist=SimpleNamespace(mode=lambda: torch.ones(len(pictures), 4, 8, 8)))
@@ -140,8 +142,8 @@ class Blind(torch.nn.Module):
 
 def test_check_of_a_denoiser_that_ignores_the_text_is_zero():
     blind = Blind()
-    found = sd_tiny.check(blind, blind, blind, sd_tiny.make_tokenizer(), num=3, draws=2)
-    assert found == {
+    accuracies = binding.check(blind, blind, blind, sd_tiny.make_tokenizer(), num=3, draws=2)
+    assert accuracies == {
         "colours_swapped": 0,
         "objects_swapped": 0,
         "one_colour": 0,
@@ -151,13 +153,13 @@ def test_check_of_a_denoiser_that_ignores_the_text_is_zero():
     }
 
 
-def test_check_of_a_denoiser_that_knows_the_true_caption_is_one():
+def test_check_of_a_perfect_denoiser_is_one():
     tokenizer = sd_tiny.make_tokenizer()
     right = {
-        tuple(sd_tiny.tokenize(tokenizer, [caption])[0].tolist()) for caption, _ in sd_tiny.check_scenes(3)
+        tuple(sd_tiny.tokenize(tokenizer, [caption])[0].tolist()) for caption, _ in binding.check_scenes(3)
     }
 
-    class Knows(Blind):
+    class Perfect(Blind):
         def forward(self, x, *rest):
             if not rest:
                 return (torch.tensor([[[float(tuple(row.tolist()) in right)]] for row in x]),)
@@ -166,15 +168,15 @@ def test_check_of_a_denoiser_that_knows_the_true_caption_is_one():
             noise = (x - a.sqrt()) / (1 - a).sqrt()  # the latents are ones
             return SimpleNamespace(sample=noise * states[:, 0].view(-1, 1, 1, 1))
 
-    knows = Knows()
-    found = sd_tiny.check(knows, knows, knows, tokenizer, num=3, draws=2)
-    assert found["all"] == found["one_colour"] == 1
+    perfect = Perfect()
+    accuracies = binding.check(perfect, perfect, perfect, tokenizer, num=3, draws=2)
+    assert accuracies["all"] == accuracies["one_colour"] == 1
 
 
 def test_wrong_captions():
-    first = {"shape": "star", "colour": "orange", "size": "small", "texture": "plain"}
-    second = {"shape": "ring", "colour": "blue", "size": "medium", "texture": "dotted"}
-    wrong = sd_tiny.wrong_captions({"objects": [first, second], "relation": "left of"})
+    first = {"shape": "star", "color": "orange", "size": "small", "texture": "plain"}
+    second = {"shape": "ring", "color": "blue", "size": "medium", "texture": "dotted"}
+    wrong = binding.wrong_captions({"objects": [first, second], "relation": "left of"})
     assert wrong["colours_swapped"] == "A small blue star left of a dotted orange ring."
     assert wrong["objects_swapped"] == "A dotted blue ring left of a small orange star."
     changed = wrong["one_colour"].split()
@@ -189,14 +191,14 @@ def test_wrong_captions():
         "blue",
         "ring.",
     ]
-    assert changed[2] in set(scenes.COLOURS) - {"orange", "blue"}
+    assert changed[2] in set(scenes.COLORS) - {"orange", "blue"}
 
 
 def test_check_scenes_are_those_of_the_validation_seed_and_their_captions_true():
     drawn = {captions[0]: scene for _, captions, _, scene in scenes.generate(60, 2, 32)}
-    for caption, scene in sd_tiny.check_scenes(5):
+    for caption, scene in binding.check_scenes(5):
         assert drawn[caption] == scene
-        assert sd_tiny.pair_caption(scene["objects"], scene["relation"]) == caption
+        assert binding.pair_caption(scene["objects"], scene["relation"]) == caption
 
 
 def test_held_out_pairs_are_not_chosen_and_pairs_are_most():
@@ -209,7 +211,7 @@ def test_held_out_pairs_are_not_chosen_and_pairs_are_most():
     assert not held_out & {scenes.description_key(scene) for scene in left}
 
 
-def test_every_caption_is_whole_and_known():
+def test_every_caption_fits_into_the_tokens_and_the_vocabulary():
     tokenizer = sd_tiny.make_tokenizer()
     captions = [text for _, pair, _ in sd_tiny.undrawn(300, 7) for text in pair]
     ids = sd_tiny.tokenize(tokenizer, captions)

@@ -4,12 +4,10 @@ The processes are started once for the module; each test reads what they wrote.
 """
 
 import dataclasses
-import multiprocessing
+import multiprocessing.connection
 import os
 import shutil
-import signal
 import socket
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -291,7 +289,6 @@ def work(rank: int, port: int, out: Path, words: list[str], stopping: list[str])
     torch.save(restored(out / "saved", rank), out / f"restored-{rank}.pt")
     for name, stage in ENGINES:
         torch.save(after_steps(name, stage, rank, WORLD), out / f"engine-{name}-{stage}-{rank}.pt")
-    (out / f"all-but-stop-{rank}").touch()
     if rank == 0:  # schedulers signal one process, or all at different steps
         os.environ[own_recipes.STOP_VARIABLE] = "1"
     torch.save(torch.tensor(main(stopping)), out / f"stopped-{rank}.pt")
@@ -309,6 +306,23 @@ def start_two(target, *arguments) -> list:
     return processes
 
 
+def join_all(processes: list) -> None:
+    """Wait until all processes end. When one fails, end the others, which would wait for it in a collective.
+
+    No deadline is needed: a rank that ends closes its connections, so that the others fail, and gloo has a timeout.
+    """
+    running = {process.sentinel: process for process in processes}
+    try:
+        while running:
+            for sentinel in multiprocessing.connection.wait(running):
+                if running.pop(sentinel).exitcode:
+                    return
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory, squares, cache):
     """What two processes found, by name and rank."""
@@ -321,16 +335,7 @@ def pair(tmp_path_factory, squares, cache):
             assert train_here(squares, cache, half, "--steps", 6, recipe="own_recipes:STOPPING") == 130
     stopping = train_words(squares, cache, out / "stopped", "--steps", 6, recipe="own_recipes:STOPPING")
     processes = start_two(work, out, words, stopping)
-    deadline = time.monotonic() + 200
-    try:
-        while time.monotonic() < deadline and any(process.is_alive() for process in processes):
-            time.sleep(0.1)
-            if len(list(out.glob("all-but-stop-*"))) == WORLD:
-                deadline = min(deadline, time.monotonic() + 15)
-    finally:
-        for process in processes:
-            if process.is_alive():
-                os.kill(process.pid, signal.SIGKILL)
+    join_all(processes)
     return out
 
 

@@ -1,6 +1,6 @@
-"""Gets the three Debian packages of the demo data and reads pictures with class and captions from them.
+"""Download the three Debian packages of the demo data and read pictures with classes and captions from them.
 
-Installs nothing, needs no rights, and removes no duplicates: scripts/datasets/demo/prepare.py does, which sees all of them.
+Nothing is installed and no root access is needed. scripts/datasets/demo/prepare.py removes duplicates across packages.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ from scripts.datasets.demo.rules import (
     stamp_class,
 )
 
-PACKAGES = {  # Debian package -> the part of it that is read
+PACKAGES = {  # Debian package -> folder of the pictures in it
     "tuxpaint-stamps-default": "usr/share/tuxpaint/stamps",
     "openclipart-png": "usr/share/openclipart/png",
     "openclipart-svg": "usr/share/openclipart/svg",
@@ -36,7 +36,7 @@ SUFFIXES = (".png", ".svg", ".txt")  # most of the stamps' 161 MB are sounds
 
 @dataclass(frozen=True)
 class Pair:
-    """One picture with its captions; pairs of one `group` must be in one split."""
+    """A picture with its captions. Pairs with the same `group` belong to the same split."""
 
     name: str
     source: str
@@ -47,50 +47,54 @@ class Pair:
 
 
 class SourceError(Exception):
-    """A source cannot be had on this machine; the text says why and what to do."""
+    """A data source is unavailable on this machine; the message contains the reason and a remedy."""
 
 
 def fetch_packages(downloads: Path) -> dict[str, Path]:
-    """Downloads the packages that are not there yet; package -> .deb file."""
+    """Download the missing packages and return {package: .deb file}."""
     for tool in ("apt-get", "dpkg-deb"):
         if shutil.which(tool) is None:
             raise SourceError(f"{tool} is not installed; this source needs a Debian or Ubuntu system")
     downloads.mkdir(parents=True, exist_ok=True)
-    found = {}
+    files = {}
     for package in PACKAGES:
         if not list(downloads.glob(f"{package}_*.deb")):
             print(f"downloading {package}", flush=True)
             download(package, downloads)
-        found[package] = max(downloads.glob(f"{package}_*.deb"))
-    return found
+        files[package] = max(downloads.glob(f"{package}_*.deb"))
+    return files
 
 
 def download(package: str, downloads: Path) -> None:
-    """Fetches one .deb beside its final place, so that a file under its own name is complete."""
-    with tempfile.TemporaryDirectory(dir=downloads, prefix="partial-") as aside:
-        done = subprocess.run(["apt-get", "download", package], cwd=aside, capture_output=True, text=True)
-        files = list(Path(aside).glob("*.deb"))
-        if done.returncode or not files:
-            reason = (re.findall(r"^E: (.*)$", done.stderr, re.MULTILINE) or ["no file came"])[0]
+    """Download a .deb file to a temporary folder and rename it, so that a file with the final name is complete."""
+    with tempfile.TemporaryDirectory(dir=downloads, prefix="partial-") as temporary:
+        process = subprocess.run(
+            ["apt-get", "download", package], cwd=temporary, capture_output=True, text=True
+        )
+        files = list(Path(temporary).glob("*.deb"))
+        if process.returncode or not files:
+            reason = (re.findall(r"^E: (.*)$", process.stderr, re.MULTILINE) or ["no file was downloaded"])[0]
             raise SourceError(f"apt-get download {package}: {reason}; try `apt-get update` first")
         files[0].rename(downloads / files[0].name)
 
 
 def unpack(deb: Path, inside: str, root: Path) -> None:
-    """Writes the plain pictures and texts below `inside` to root; links, and paths that lead out, are not."""
+    """Extract the regular picture and text files below `inside` to root. Links and paths with ".." are skipped."""
     damaged = SourceError(f"{deb} is damaged; remove it and run this again")
     command = ["dpkg-deb", "--fsys-tarfile", str(deb)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        assert process.stdout is not None
         try:
             with tarfile.open(fileobj=process.stdout, mode="r|") as archive:
                 for member in archive:
                     path = PurePosixPath(member.name)
                     wanted = path.suffix in SUFFIXES and path.is_relative_to(inside)
-                    if member.isfile() and wanted and ".." not in path.parts:
+                    content = archive.extractfile(member) if member.isfile() and wanted else None
+                    if content is not None and ".." not in path.parts:
                         target = root / path
                         target.parent.mkdir(parents=True, exist_ok=True)
-                        target.write_bytes(archive.extractfile(member).read())
-            process.stdout.read()  # the padding behind the last member, or dpkg-deb ends by a broken pipe
+                        target.write_bytes(content.read())
+            process.stdout.read()  # read the padding after the last member, or dpkg-deb fails with a broken pipe
         except tarfile.ReadError as error:
             process.kill()
             raise damaged from error
@@ -99,7 +103,7 @@ def unpack(deb: Path, inside: str, root: Path) -> None:
 
 
 def read_packages(debs: dict[str, Path], root: Path) -> list[Pair]:
-    """Unpacks the packages below root, which the caller removes, and reads every pair in a fixed order."""
+    """Unpack the packages below root, which the caller removes, and read every pair in a fixed order."""
     for package, deb in track(list(debs.items()), description="unpacking"):
         unpack(deb, PACKAGES[package], root)
     share = root / "usr/share"
@@ -107,12 +111,12 @@ def read_packages(debs: dict[str, Path], root: Path) -> list[Pair]:
 
 
 def package_version(deb: Path) -> str:
-    """The version in a .deb file's name, where apt writes a colon as %3a."""
+    """Return the version in the name of a .deb file, where apt writes a colon as %3a."""
     return deb.name.split("_")[1].replace("%3a", ":")
 
 
 def read_stamps(root: Path) -> Iterator[Pair]:
-    """The tuxpaint stamps below `root` whose folder is wanted and which have an English text."""
+    """Yield the tuxpaint stamps below `root` that have a class and an English text."""
     for picture in sorted(root.rglob("*.png")):
         folder = picture.parent.relative_to(root).as_posix()
         text = picture.with_suffix(".txt")
@@ -124,16 +128,16 @@ def read_stamps(root: Path) -> Iterator[Pair]:
 
 
 def read_clipart(root: Path) -> Iterator[Pair]:
-    """The pictures below root/png that have words of their own in the same drawing below root/svg."""
+    """Yield the pictures below root/png whose drawing below root/svg has a specific title."""
     titles = read_titles()
     records = {}
     for picture in sorted((root / "png").rglob("*.png")):
         inside = picture.relative_to(root / "png")
         drawing = root / "svg" / inside.with_suffix(".svg")
         if drawing.is_file() and not picture.is_symlink():
-            tree = ElementTree.parse(drawing)
-            if not links_elsewhere(tree):
-                records[picture] = read_metadata(tree)
+            svg = ElementTree.fromstring(drawing.read_bytes())
+            if not links_elsewhere(svg):
+                records[picture] = read_metadata(svg)
     counts = Counter(title.lower() for title, _, _ in records.values())
     for picture, (raw_title, description, keywords) in records.items():
         folder = picture.parent.relative_to(root / "png").as_posix()
@@ -146,17 +150,17 @@ def read_clipart(root: Path) -> Iterator[Pair]:
             yield Pair(pair_name("clipart", folder, picture), "clipart", label, picture, tuple(captions))
 
 
-def links_elsewhere(tree: ElementTree.ElementTree) -> bool:
-    """Whether a drawing shows a picture outside its file: its PNG then reads "Linked Image Not Found"."""
-    images = (node for node in tree.iter() if node.tag.endswith("}image"))
+def links_elsewhere(root: ElementTree.Element) -> bool:
+    """Return whether a drawing links to an external picture: its PNG then shows "Linked Image Not Found"."""
+    images = (node for node in root.iter() if node.tag.endswith("}image"))
     links = (value for node in images for name, value in node.items() if name.endswith("}href"))
     return any(not link.startswith(("data:", "#")) for link in links)
 
 
-def read_metadata(tree: ElementTree.ElementTree) -> tuple[str, str, list[str]]:
-    """(title, description, keywords) of a drawing's RDF block, each empty where it has none."""
-    works = (node for node in tree.iter() if node.tag.endswith("}Work"))
-    # Direct children only: the creator and the publisher have titles of their own, further down.
+def read_metadata(root: ElementTree.Element) -> tuple[str, str, list[str]]:
+    """Return (title, description, keywords) of the RDF block of a drawing; missing entries are empty."""
+    works = (node for node in root.iter() if node.tag.endswith("}Work"))
+    # Direct children only: creator and publisher also contain titles
     fields = {node.tag.rpartition("}")[2]: node for node in next(works, [])}
     title, description = (
         (fields[name].text or "").strip() if name in fields else "" for name in ("title", "description")
@@ -166,7 +170,7 @@ def read_metadata(tree: ElementTree.ElementTree) -> tuple[str, str, list[str]]:
 
 
 def pair_name(source: str, folder: str, picture: Path) -> str:
-    """A file name that is unique in the whole data set and plain in every shell."""
+    """Return a file name that is unique in the data set and needs no quotes in a shell."""
     slug = re.sub(r"[^a-z0-9]+", "_", f"{folder}_{picture.stem}".lower()).strip("_")
     digest = hashlib.sha256(f"{folder}/{picture.name}".encode()).hexdigest()[:4]
     return f"{source}_{slug[:60]}_{digest}"

@@ -1,9 +1,9 @@
-"""Makes data/demo: about 3,000 pictures with captions in class folders, from three Debian packages.
-
-Nothing is installed: the packages are downloaded and read in place. Without apt-get the pictures come from
-the PyPI package easy-vqa and from our own scene generator instead. Not a benchmark: small, mostly clip art.
+"""Make data/demo: about 3,000 pictures with captions in class folders, from three Debian packages.
 
     python -m scripts.datasets.demo.prepare [--out data/demo] [--source auto|debian|pip] [--seed 0] [--force]
+
+The packages are downloaded and read without being installed. Without apt-get the pictures come from the PyPI package
+easy-vqa and from our scene generator. The data is small and mostly clip art; it is not a benchmark.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageChops, ImageOps
@@ -33,13 +34,13 @@ from scripts.datasets.demo.debian import Pair, SourceError, fetch_packages, pack
 from scripts.datasets.demo.rules import CLASSES, caption_key
 
 NUM_TEST = 500
-MIN_TRAIN = 20  # pictures a class needs; smaller classes are dropped
+MIN_TRAIN = 20  # smaller classes are dropped
 LONGEST_SIDE = 256
-SHORTEST_CONTENT = 32  # pixels; below it a drawing is a smudge
-WORK_SIDE = 1536  # pixels; finer than what is written, coarse enough to be quick
+SHORTEST_CONTENT = 32  # pixels; smaller drawings are illegible
+WORK_SIDE = 1536  # pixels; resolution of the processing, larger than the output
 THUMBNAIL = 16
 SAME_PICTURE = 0.02  # root mean square difference of thumbnails in [0, 1]
-SAME_DRAWING = 0.985  # correlation of gray thumbnails: one drawing in two colours
+SAME_DRAWING = 0.985  # correlation of gray thumbnails: the same drawing in two colors
 NUM_VQA = 1500
 NUM_SCENES = 4500
 
@@ -47,7 +48,7 @@ NUM_SCENES = 4500
 
 
 def render(picture: Path) -> tuple[bytes, np.ndarray] | str:
-    """(JPEG of at most 256 pixels, thumbnail), or why the picture is of no use."""
+    """Return (JPEG of at most 256 pixels, thumbnail), or the reason why the picture is unusable."""
     try:
         with warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning):
             source = Image.open(picture).convert("RGBA")
@@ -59,7 +60,7 @@ def render(picture: Path) -> tuple[bytes, np.ndarray] | str:
     box = visible_box(canvas)
     if box is None:
         return "blank"
-    canvas = canvas.crop(box)  # many a drawing is a dot in the middle of an empty page
+    canvas = canvas.crop(box)  # many drawings are tiny and centered on an empty page
     if max(canvas.size) < SHORTEST_CONTENT or min(canvas.size) < SHORTEST_CONTENT // 4:
         return "too small"
     canvas = ImageOps.expand(canvas, border=max(canvas.size) // 20, fill="white")
@@ -71,13 +72,13 @@ def render(picture: Path) -> tuple[bytes, np.ndarray] | str:
 
 
 def visible_box(canvas: Image.Image) -> tuple[int, int, int, int] | None:
-    """The box around all that is not white, or None where nothing is."""
+    """Return the bounding box of the non-white pixels, or None if all are white."""
     difference = ImageChops.difference(canvas, Image.new("RGB", canvas.size, "white")).convert("L")
     return difference.point([255 if value > 12 else 0 for value in range(256)]).getbbox()
 
 
 def render_all(pairs: list[Pair]) -> list[tuple[bytes, np.ndarray] | str]:
-    """Renders every picture, in order, on all cores."""
+    """Render all pictures in order, on all cores."""
     with ProcessPoolExecutor(max_workers=os.cpu_count()) as pool:
         results = pool.map(render, [pair.picture for pair in pairs], chunksize=16)
         return list(track(results, total=len(pairs), description="rendering"))
@@ -87,7 +88,7 @@ def render_all(pairs: list[Pair]) -> list[tuple[bytes, np.ndarray] | str]:
 
 
 def distinct_captions(pairs: list[Pair]) -> list[Pair]:
-    """No caption twice: a pair whose first one is taken stays under its second, in the group of the other."""
+    """Remove repeated captions. A pair with a repeated title keeps its other caption and joins the title's group."""
     taken = {caption_key(pair.captions[0]) for pair in pairs}
     seen: set[str] = set()
     groups: dict[str, int] = {}
@@ -95,7 +96,7 @@ def distinct_captions(pairs: list[Pair]) -> list[Pair]:
     for pair in pairs:
         first, *others = pair.captions
         others = [caption for caption in others if caption_key(caption) not in taken]
-        # "Heart" again, but this one is also "Heart: valentines, love".
+        # A second "Heart" keeps its caption "Heart: valentines, love"
         captions = others if caption_key(first) in seen else [first, *others]
         if captions:
             group = groups.setdefault(caption_key(re.sub(r"\(black and white\)", "", first)), len(groups))
@@ -106,14 +107,22 @@ def distinct_captions(pairs: list[Pair]) -> list[Pair]:
 
 
 def distinct_pictures(thumbnails: np.ndarray, groups: np.ndarray) -> tuple[list[int], list[int]]:
-    """(rows to keep, their groups): near-identical pictures go, recoloured drawings join in one group."""
+    """Remove near-duplicates and group recolored drawings.
+
+    Args:
+        thumbnails: float32 [n, THUMBNAIL * THUMBNAIL * 3] in [0, 1].
+        groups: group of each row, [n].
+
+    Returns:
+        The rows to keep and their groups.
+    """
     squares = (thumbnails**2).sum(1)
     distance = squares[:, None] + squares[None] - 2 * thumbnails @ thumbnails.T
     gray = thumbnails.reshape(len(thumbnails), -1, 3).mean(2)
     gray = gray - gray.mean(1, keepdims=True)
     gray /= np.maximum(np.linalg.norm(gray, axis=1, keepdims=True), 1e-6)
     same_drawing = gray @ gray.T > SAME_DRAWING
-    # Both, since any two drawings in thin lines are close to each other: both are nearly white.
+    # Both conditions: line drawings are nearly white, so any two of them have a small distance
     same_picture = same_drawing & (distance < SAME_PICTURE**2 * thumbnails.shape[1])
     kept: list[int] = []
     for row in range(len(thumbnails)):
@@ -123,7 +132,7 @@ def distinct_pictures(thumbnails: np.ndarray, groups: np.ndarray) -> tuple[list[
 
 
 def components(joined: np.ndarray) -> list[int]:
-    """The connected component of every row of a symmetric yes/no matrix, named by its smallest row."""
+    """Return the connected component of every row of a symmetric boolean matrix, as its smallest row."""
     group = list(range(len(joined)))
     for row in range(len(joined)):
         for other in np.flatnonzero(joined[row, :row]):
@@ -134,7 +143,7 @@ def components(joined: np.ndarray) -> list[int]:
 
 
 def choose_test(pairs: list[Pair], num_test: int, seed: int) -> set[int]:
-    """Rows held out: the same part of every class, and only pairs that share their group with no other."""
+    """Sample the test rows: the same fraction of every class, and only rows that are alone in their group."""
     group_sizes = Counter(pair.group for pair in pairs)
     alone: dict[str, list[int]] = {}
     for row, pair in enumerate(pairs):
@@ -157,8 +166,8 @@ def choose_test(pairs: list[Pair], num_test: int, seed: int) -> set[int]:
 # --- the two sources ----------------------------------------------------------------------------------
 
 
-def write_debian(partial: Path, *, downloads: Path, seed: int) -> dict:
-    """Fills `partial` from the Debian packages; returns what about.json says of them."""
+def write_debian(partial: Path, *, downloads: Path, seed: int) -> dict[str, Any]:
+    """Fill `partial` from the Debian packages and return their entries of about.json."""
     debs = fetch_packages(downloads)
     with tempfile.TemporaryDirectory(dir=downloads, prefix="partial-") as scratch:
         pairs = read_packages(debs, Path(scratch))
@@ -168,8 +177,8 @@ def write_debian(partial: Path, *, downloads: Path, seed: int) -> dict:
 
 def write_pairs(
     partial: Path, pairs: list[Pair], *, num_test: int, seed: int, min_train: int = MIN_TRAIN
-) -> dict:
-    """Removes duplicates, splits and writes; returns the counts of each of these."""
+) -> dict[str, Any]:
+    """Remove duplicates, split the pairs, write them, and return the counts for about.json."""
     removed = Counter(candidates=len(pairs))
     pairs = distinct_captions(pairs)
     removed["same caption"] = removed["candidates"] - len(pairs)
@@ -185,7 +194,7 @@ def write_pairs(
     removed["in groups, train only"] = sum(n for n in Counter(groups).values() if n > 1)
     test = choose_test(pairs, num_test, seed)
     num_train = Counter(pair.label for row, pair in enumerate(pairs) if row not in test)
-    counts = {"train": Counter(), "test": Counter()}
+    counts: dict[str, Counter[str]] = {"train": Counter(), "test": Counter()}
     for row, pair in enumerate(pairs):
         if num_train[pair.label] < min_train:
             removed["class too small"] += 1
@@ -201,25 +210,25 @@ def write_pairs(
     }
 
 
-def write_pip(partial: Path, *, seed: int, num_vqa: int = NUM_VQA, num_scenes: int = NUM_SCENES) -> dict:
-    """Fills `partial` without apt-get: easy-vqa pictures (train only) and generated scenes."""
-    counts = {"train": Counter(), "test": Counter()}
-    for name, picture, caption, label in easy_vqa_pictures(num_vqa):
-        # Its 24 different captions leave nothing to hold out, so no picture of it is in the test split.
+def write_pip(
+    partial: Path, *, seed: int, num_vqa: int = NUM_VQA, num_scenes: int = NUM_SCENES
+) -> dict[str, Any]:
+    """Fill `partial` without apt-get: easy-vqa pictures (train only) and generated scenes."""
+    counts: dict[str, Counter[str]] = {"train": Counter(), "test": Counter()}
+    for name, path, caption, label in easy_vqa_pictures(num_vqa):
+        # easy-vqa has only 24 distinct captions, so all its pictures are in the training split
         folder = partial / "train" / label
-        prepare_scenes.write_pair(folder, name, picture.read_bytes(), [caption], suffix="png")
+        prepare_scenes.write_pair(folder, name, path.read_bytes(), [caption], suffix="png")
         counts["train"].update(["all", f"class {label}", "source easy-vqa"])
-    tested = set()
+    test_captions: set[str] = set()
     scenes = track(prepare_scenes.generate(num_scenes, seed), total=num_scenes, description="drawing")
     for i, (picture, captions, label, scene) in enumerate(scenes):
         split = "test" if prepare_scenes.held_out(scene, seed=seed, test=0.15) else "train"
         if split == "test":
-            captions = captions[
-                :1
-            ]  # the second one leaves things out, so that it is true of several pictures
-            if captions[0] in tested:
+            captions = captions[:1]  # the second caption is less specific and may match several pictures
+            if captions[0] in test_captions:
                 continue
-            tested.update(captions)
+            test_captions.update(captions)
         folder, name = partial / split / label, f"scene_{i:05d}"
         prepare_scenes.write_pair(folder, name, prepare_scenes.as_png(picture), captions, suffix="png")
         counts[split].update(["all", f"class {label}", "source scenes"])
@@ -231,45 +240,55 @@ def write_pip(partial: Path, *, seed: int, num_vqa: int = NUM_VQA, num_scenes: i
 
 
 def easy_vqa_pictures(num: int) -> list[tuple[str, Path, str, str]]:
-    """(name, picture, caption, shape) of the first `num` pictures, made from their questions and answers."""
+    """Return (name, path, caption, shape) of the first `num` pictures. Captions come from questions and answers."""
     spec = importlib.util.find_spec("easy_vqa")
-    if spec is None:
+    if spec is None or spec.origin is None:
         raise SourceError("the package easy-vqa is not installed; try `pip install easy-vqa`")
     folder = Path(spec.origin).parent / "data" / "train"
     facts: dict[int, dict[str, str]] = {}
     for question, answer, image in json.loads((folder / "questions.json").read_text(encoding="utf-8")):
-        if answer not in ("yes", "no"):  # the others ask for the colour or for the shape
-            facts.setdefault(image, {})["colour" if "color" in question else "shape"] = answer
-    found = []
+        if answer not in ("yes", "no"):  # the other answers are colors or shapes
+            facts.setdefault(image, {})["color" if "color" in question else "shape"] = answer
+    pictures: list[tuple[str, Path, str, str]] = []
     for image, fact in sorted(facts.items()):
-        if len(fact) == 2 and len(found) < num:
-            words = prepare_scenes.article(f"{fact['colour']} {fact['shape']}")
+        if len(fact) == 2 and len(pictures) < num:
+            words = prepare_scenes.article(f"{fact['color']} {fact['shape']}")
             caption = prepare_scenes.capital(f"{words}.")
-            found.append((f"vqa_{image:05d}", folder / "images" / f"{image}.png", caption, fact["shape"]))
-    return found
+            pictures.append((f"vqa_{image:05d}", folder / "images" / f"{image}.png", caption, fact["shape"]))
+    return pictures
 
 
 # --- the command line -----------------------------------------------------------------------------------
 
 
-def prepare(out: Path, *, source: str, seed: int, downloads: Path) -> dict:
-    """Makes `out` whole or not at all; returns what about.json says."""
+def prepare(out: Path, *, source: str, seed: int, downloads: Path) -> dict[str, Any]:
+    """Write `out` atomically and return the content of its about.json.
+
+    Args:
+        out: folder to create; an existing folder is replaced.
+        source: "debian", "pip", or "auto" to fall back from the first to the second.
+        seed: seed of the test split.
+        downloads: folder of the .deb files.
+
+    Raises:
+        SourceError: if the source is unavailable.
+    """
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         if source == "pip":
-            found = write_pip(partial, seed=seed)
+            content = write_pip(partial, seed=seed)
         else:
-            found = write_debian(partial, downloads=downloads, seed=seed)
+            content = write_debian(partial, downloads=downloads, seed=seed)
             source = "debian"
     except SourceError as reason:
         if source != "auto":
             raise
         print(f"no Debian packages ({reason}); using easy-vqa and generated scenes instead", flush=True)
-        found = write_pip(partial, seed=seed)
+        content = write_pip(partial, seed=seed)
         source = "pip"
-    about = {"source": source, "seed": seed, "pillow": version("pillow")} | found
+    about = {"source": source, "seed": seed, "pillow": version("pillow")} | content
     (partial / "about.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     shutil.rmtree(out, ignore_errors=True)
     partial.rename(out)
@@ -277,24 +296,24 @@ def prepare(out: Path, *, source: str, seed: int, downloads: Path) -> dict:
 
 
 def parse_options() -> argparse.Namespace:
-    """Reads the command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--out", type=Path, default=Path("data/demo"), help="folder to make (default: data/demo)"
+        "--out", type=Path, default=Path("data/demo"), help="folder to create (default: data/demo)"
     )
     parser.add_argument("--source", choices=("auto", "debian", "pip"), default="auto")
-    parser.add_argument("--seed", type=int, default=0, help="chooses the test pictures")
-    parser.add_argument("--force", action="store_true", help="make the folder again if it is there")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the test split")
+    parser.add_argument("--force", action="store_true", help="replace an existing folder")
     return parser.parse_args()
 
 
 def main() -> int:
-    """The command line."""
+    """Run the command line and return the exit status."""
     options = parse_options()
     if options.out.exists() and not options.force:
-        print(f"{options.out} is there already; --force makes it again")
+        print(f"{options.out} exists; pass --force to replace it")
         return 0
     start = time.perf_counter()
     downloads = options.out.parent / ".downloads"

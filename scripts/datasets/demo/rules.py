@@ -1,6 +1,6 @@
-"""What the demo data calls a clean caption and a class: the judgement behind scripts/datasets/demo/prepare.py.
+"""Rules of the demo data: which captions are clean and which class a picture has.
 
-Reads nothing but the table of titles beside it, and knows nothing of packages or of pixels.
+The rules work on folder names, titles and keywords. scripts/datasets/demo/prepare.py applies them.
 """
 
 import html
@@ -9,10 +9,10 @@ import re
 from collections import Counter
 from pathlib import Path
 
-# Captions written by hand, from the pictures, where a title is not English, says too little or misleads.
+# Captions written by hand for titles that are not English, too short or misleading
 TITLES_FILE = Path(__file__).with_name("titles.json")
 
-# Folder -> words that fit "a picture of {}.".
+# Class -> words that fit "a picture of {}."
 CLASSES = {
     "bird": "a bird",
     "building": "a building",
@@ -41,7 +41,7 @@ CLASSES = {
     "vehicle": "a car, a ship or another vehicle",
 }
 
-# Folder prefix -> class; the longest prefix that fits decides; "" drops the folder.
+# Folder prefix -> class. The longest matching prefix wins; "" drops the folder.
 STAMP_FOLDERS = {
     "animals/amphibians": "reptile",
     "animals/birds": "bird",
@@ -140,7 +140,8 @@ CLIPART_FOLDERS = {
     "transportation": "vehicle",
     "transportation/roadsigns": "sign",
 }
-# Keyword or title word -> class, asked first, in this order, where the folder is a mixed bag.
+# Folders with mixed content: keywords and title words determine the class (WORD_CLASSES, in this order) before the
+# folder does
 MIXED_FOLDERS = (
     "animals",
     "computer",
@@ -194,14 +195,14 @@ WORD_CLASSES = {
     "knot": "tool",
 }
 
-# Titles that name a series or its author, not the picture: there the file name says more.
+# Titles that name a series or an author instead of the picture; the file name is used instead
 GENERIC = re.compile(
     r"^clip ?art by|^various clip|icon ?theme|icon ?set|-theme$|flat icon|sibmission|^advertising$"
     r"|^card$|^people$|^stick man$|r15 general|map symbols|aiga|etiquette icons|architetto francesco",
     re.IGNORECASE,
 )
-SERIES = 4  # a title on this many pictures or more names the series
-# File names of icon themes, and the author's name that newer file names end in.
+SERIES = 4  # a title of at least this many pictures is the name of a series
+# File names of icon themes, and the author's name at the end of newer file names
 NOISE_FILE = re.compile(r"^(bb|gnome|70a|sm|cm|ppl|buddy|base|spain)[_\d-]|zazou$|_symbol_\d", re.IGNORECASE)
 NOISE_KEYWORDS = re.compile(
     r"hash|^0x|http|@|^\d+$|^.{1,2}$|.{18,}|unsorted|^signs|[_.]|^cv-|openclipart|clip ?art|architetto"
@@ -231,21 +232,21 @@ TYPOGRAPHIC = {
 
 
 def folder_class(folder: str, table: dict[str, str]) -> str | None:
-    """The class of the longest prefix of `folder` in the table; None where nothing fits."""
-    parts = folder.split("/")
-    for length in range(len(parts), 0, -1):
-        if (prefix := "/".join(parts[:length])) in table:
+    """Return the class of the longest prefix of `folder` in the table, or None."""
+    names = folder.split("/")
+    for length in range(len(names), 0, -1):
+        if (prefix := "/".join(names[:length])) in table:
             return table[prefix]
     return None
 
 
 def stamp_class(folder: str) -> str:
-    """The class of a tuxpaint folder; "" where its stamps are not wanted."""
+    """Return the class of a tuxpaint folder, or "" to drop its stamps."""
     return folder_class(folder, STAMP_FOLDERS) or ""
 
 
 def clipart_class(folder: str, words: list[str]) -> str:
-    """The class of an openclipart picture by its folder and, where folders mix things, by its keywords."""
+    """Return the class of an openclipart picture: by keywords in mixed folders, otherwise by folder."""
     by_folder = folder_class(folder, CLIPART_FOLDERS)
     if by_folder == "":
         return ""
@@ -261,13 +262,13 @@ def clipart_class(folder: str, words: list[str]) -> str:
 
 
 def plain_text(text: str) -> str:
-    """Entities resolved (twice: some are escaped twice), typographic quotes made plain, spaces single."""
+    """Unescape entities (twice: some are escaped twice), replace typographic quotes, and collapse spaces."""
     text = html.unescape(html.unescape(text)).translate(TYPOGRAPHIC)
     return re.sub(r"\s+", " ", text).strip()
 
 
 def tidy_title(title: str) -> str:
-    """A title or file name as words: "tigre03" -> "tigre", "corn_dog_bw" -> "corn dog (black and white)"."""
+    """Convert a title or file name to words: "tigre03" -> "tigre", "corn_dog_bw" -> "corn dog (black and white)"."""
     title = re.sub(r"\.(svg|png)$", "", plain_text(title))
     title = re.sub(r"^(clip ?art by [^-]*-|aiga_)\s*", "", title, flags=re.IGNORECASE)
     title, in_black = re.subn(r"\(?\bb *(?:and|&|_) *w\b\)?|[ _(]bw\b\)?", " ", title, flags=re.IGNORECASE)
@@ -281,12 +282,12 @@ def tidy_title(title: str) -> str:
 
 
 def is_words(title: str) -> bool:
-    """Whether a title can stand as a caption: it has a word of three letters and is not a code."""
+    """Return whether a title is suitable as a caption: it contains a word of three letters and is not a code."""
     return bool(re.search(r"[A-Za-z]{3}", title)) and len(title) <= 90 and not re.search(r"@|https?:", title)
 
 
 def caption_key(caption: str) -> str:
-    """What makes two captions the same: case, punctuation, articles and a plural s do not count."""
+    """Return a key for equal captions: case, punctuation, articles and a plural s are ignored."""
     words = re.findall(r"[a-z0-9]+", caption.lower())
     return " ".join(
         word[:-1] if len(word) > 3 and word.endswith("s") else word for word in words if word not in ARTICLES
@@ -294,7 +295,7 @@ def caption_key(caption: str) -> str:
 
 
 def stamp_captions(text: str) -> list[str]:
-    """The English line of a tuxpaint text file: its first sentence and, if there is more, the whole."""
+    """Return the first sentence of the English line of a tuxpaint text file and, if longer, the whole line."""
     lines = text.splitlines()
     whole = plain_text(lines[0]) if lines else ""
     first = re.match(r"[^.!?]+[.!?]+(?=\s|$)", whole)
@@ -302,41 +303,41 @@ def stamp_captions(text: str) -> list[str]:
     return [short] if short == whole else [short, whole]
 
 
-def clipart_title(title: str, file_stem: str, counts: Counter) -> str:
-    """The picture's own words: its title if that is distinctive, else its file name; "" if neither is."""
+def clipart_title(title: str, file_stem: str, counts: Counter[str]) -> str:
+    """Return the title if it is specific, otherwise the file name, or "" if neither is usable."""
     repeated = counts[title.lower()] >= SERIES
     if title and not repeated and not GENERIC.search(title):
         return tidy_title(title) if is_words(tidy_title(title)) else ""
     if repeated and not GENERIC.search(title) and file_stem.lower().startswith(file_name_start(title)):
-        return tidy_title(title)  # "hummer_03" of five titled "hummer": the title is a word after all
+        return tidy_title(title)  # "hummer_03", one of five titled "hummer": the title describes the picture
     words = tidy_title(file_stem)
     is_code = re.search(r"\d|\b[A-Za-z]\b", words) or NOISE_FILE.search(file_stem)
     return words if is_words(words) and not is_code else ""
 
 
 def file_name_start(title: str) -> str:
-    """How openclipart turns the beginning of a title into a file name."""
+    """Return the start of the file name that openclipart derives from a title."""
     return re.sub(r"[^a-z0-9]+", "_", title.lower())[:12].strip("_") or "?"
 
 
 def clipart_captions(title: str, description: str, keywords: list[str]) -> list[str]:
-    """The title and, where they add something, a second caption with the description or the keywords."""
+    """Return the title and, if informative, a second caption with the description or the keywords."""
     description = re.split(r"(?<=[.!?])\s", plain_text(description))[0]
     is_clean = description.isascii() and not NOISE_DESCRIPTION.search(description)
     is_new = caption_key(tidy_title(description)) not in caption_key(title)
     if 3 <= len(description.split()) <= 25 and is_clean and is_new:
         return [title, description]
-    known = caption_key(title)
+    title_key = caption_key(title)
     extra = [
         word
         for word in dict.fromkeys(plain_text(k).lower() for k in keywords)
         if not NOISE_KEYWORDS.search(word)
     ]
-    extra = [word for word in extra if word.isascii() and caption_key(word) not in known][:4]
+    extra = [word for word in extra if word.isascii() and caption_key(word) not in title_key][:4]
     return [title, f"{title}: {', '.join(extra)}"] if extra else [title]
 
 
 def read_titles() -> dict[str, tuple[str, str]]:
-    """Tidied title in lower case or file name -> (caption, "" to drop it; class, "" for the folder's)."""
+    """Read {lower-case title or file name: (caption or "" to drop, class or "" for the folder's class)}."""
     table = json.loads(TITLES_FILE.read_text(encoding="utf-8"))
     return {title: (caption, label) for title, (caption, label) in table.items()}

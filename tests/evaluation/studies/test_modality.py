@@ -197,8 +197,8 @@ def test_a_students_first_layer_by_hand(student):
     from teachercache.data.read import read_manifest
 
     folder, data, model, tokenizer, seen = student
-    looks = show.Looks(folder / "before", data, "cpu")
-    attention, picture, text = next(looks.parts(read_manifest(data), np.arange(3)))
+    reader = show.AttentionReader(folder / "before", data, "cpu")
+    attention, picture, text = next(reader.batches(read_manifest(data), np.arange(3)))
     (batch,) = seen
     words, regions, mask = (tensor.detach() for tensor in model.embed(batch))
     elements = torch.cat([words, regions], 1)

