@@ -63,7 +63,8 @@ def of_teacher(teacher: Teacher, *, device: str = "cpu") -> Encoder:
     Raises:
         UserError: If the teacher does not embed images and texts into one space.
     """
-    if teacher.tokenize is None or "image_emb" not in {field.name for field in teacher.spec.fields}:
+    image_field, text_field = teacher.spec.image_vector, teacher.spec.text_vector
+    if teacher.view is None or teacher.tokenize is None or not (image_field and text_field):
         raise UserError(
             f"{teacher.spec.name} has no embeddings to evaluate: name a CLIP teacher (`tc teachers`)"
         )
@@ -77,7 +78,7 @@ def of_teacher(teacher: Teacher, *, device: str = "cpu") -> Encoder:
         encode_image=lambda images: teacher.encode(teacher.module, {"image": images})[image_field],
         encode_text=lambda ids: teacher.encode(teacher.module, {"text": ids})[text_field],
         device=device,
-        tower=dict(teacher.module.named_children()).get("visual"),
+        tower=image_tower(teacher.module),
         mean=tuple(teacher.spec.view["mean"]),
         std=tuple(teacher.spec.view["std"]),
         scale=math.exp(teacher.spec.constants.get("logit_scale", math.log(100))),
@@ -115,8 +116,9 @@ def encode_rows(
     Raises:
         UserError: If no image can be read.
     """
-    pieces = [Piece(tuple(rows[i : i + batch])) for i in range(0, len(rows), batch)]
-    loader = decoded(Rows(manifest, view=encoder.view, size=encoder.size), pieces, workers=default_workers())
+    items = [WorkItem(tuple(rows[i : i + batch])) for i in range(0, len(rows), batch)]
+    images = ImageInput(encoder.view, encoder.size)
+    loader = decoded(Rows(manifest, images=images), items, workers=default_workers())
     features, kept, skipped = [], [], []
     with torch.inference_mode(), ticker(len(rows), "pictures", encoder.name) as tick:
         for part in loader:

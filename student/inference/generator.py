@@ -14,7 +14,9 @@ from evaluation.models.generator import (
     answer_prompt,
     caption_prompt,
 )
-from student.models.seq2seq.loading import facts_path, load_seq2seq
+from student.contract import Capability, require
+from student.inference.load import load_run
+from student.models.run_file import read_run
 from teachercache.core.errors import UserError
 from teachercache.data.pictures import decode_image
 from teachercache.data.sample import BadSample
@@ -93,6 +95,5 @@ def describe_pictures(
     masks = masks or decoding.masks
     prompt = answer_prompt(question, masks) if question else caption_prompt(masks)
     beams = beams or decoding.beams
-    return load_generator(folder, device=device).generate(
-        pictures, [prompt] * len(pictures), beams, MAX_NEW_TOKENS
-    )
+    generator = load_generator(folder, device=device)
+    return generator.generate(pictures, [prompt] * len(pictures), beams, MAX_NEW_TOKENS)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from evaluation.metrics.vqa_answers import normalize_answer, vocabulary
+from student.streams import stream
 from teachercache.core.errors import UserError
 from teachercache.data.manifest import Manifest
 from teachercache.data.readers.questions import LABELS
@@ -178,35 +179,7 @@ def _vcr_statement(question: Question, sample: Sample, kinds: Sequence[str], lab
     return Question(((text, ""),), (place,), (), {}, False, "", (mentions,))
 
 
-def _vqa(task: Task, sample: Sample, columns: dict, kinds: Sequence[str]) -> Question:
-    places = _places(kinds, "question")
-    counts = Counter(normalize_answer(answer) for answer in columns.get("answers") or ())
-    index = _index_of(task.answers)
-    target = {
-        index[answer]: VQA_SCORES[n] if n < len(VQA_SCORES) else 1.0
-        for answer, n in counts.items()
-        if answer in index
-    }
-    return Question(((sample.texts[places[0]].strip(), ""),), places, (), target, bool(counts), "")
-
-
-@functools.lru_cache(maxsize=4)
-def _index_of(answers: tuple[str, ...]) -> dict[str, int]:
-    return {answer: place for place, answer in enumerate(answers)}
-
-
-READERS: dict[str, Callable[[Task, Sample, dict, Sequence[str]], Question]] = {
-    "vcr": _vcr,
-    "snli_ve": _snli_ve,
-    "vqa": _vqa,
-}
-
-
-def _places(kinds: Sequence[str], kind: str) -> tuple[int, ...]:
-    return tuple(place for place, name in enumerate(kinds) if name == kind)
-
-
-# VCR, section "question types": the seven kinds of inference, told by the words that its authors looked for
+# VCR, section "question types": the seven kinds of inference, by the words that its authors looked for
 CATEGORIES = (
     ("explanation", r"\bwhy\b|\bhow come\b|\bhow does\b"),
     ("hypothetical", r"\bif\b|\bwould\b|\bcould\b|\bchance\b|\bmight\b|\bmay\b"),
@@ -264,7 +237,7 @@ def _open_vqa(manifest: Manifest, rows: np.ndarray, mode: str) -> Task:
 
 def _read_vqa(task: Task, sample: Sample, columns: Columns, kinds: Sequence[str]) -> Question:
     places = _places(kinds, "question")
-    counts = Counter(normalise_answer(answer) for answer in columns.get("answers") or ())
+    counts = Counter(normalize_answer(answer) for answer in columns.get("answers") or ())
     classes = _classes_of(task.answers)
     target = {
         classes[answer]: VQA_SCORES[n] if n < len(VQA_SCORES) else 1.0

@@ -19,9 +19,10 @@ from transformers import BartForConditionalGeneration, GenerationConfig
 from transformers.modeling_outputs import BaseModelOutput
 
 from evaluation.models.generator import MASK
+from student.contract import Capability, RowInputs, StudentSpec
 from student.losses import text_nll
-from student.models.seq2seq.self_critical import Reward, reward_of, sampled_captions
-from student.models.seq2seq.texts import Reader, choose_rows, encode_prompt, padded, references
+from student.models.seq2seq.self_critical import CaptionSampler, Reward
+from student.models.seq2seq.texts import Reader, encode_prompt, padded
 from teachercache.core.errors import UserError
 
 VISUAL = {"cls": "image_emb", "patches": "patch_emb"}  # what V is, and the cache's field of it

@@ -16,7 +16,7 @@ from small import TINY_CFG, build_cache, contained, read_lines, save_teacher
 
 from student.cli import main
 from student.inference.answerer import load_task_model
-from student.inputs.clip_judge import Judge, find_anchors
+from student.inputs.clip_logits import ClipScorer, find_anchors
 from student.inputs.questions import read_question
 from student.recipe import Progress, Run
 from student.recipes.clip_td import CLIP_TD

@@ -20,7 +20,7 @@ from student.inputs.order import StepPlan
 from student.inputs.pairs import PairBatches, TeacherFields
 from student.models.two_tower.model import TwoTower
 from student.training.step import online_fields
-from teachercache.build.loop import build
+from teachercache.build.loop import BuildOptions, build
 from teachercache.cache import store
 from teachercache.core.device import Precision
 from teachercache.core.errors import UserError
