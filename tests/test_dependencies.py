@@ -124,8 +124,5 @@ def test_every_dependency_has_a_reason():
 
 def test_exceptions_are_needed():
     everything = {name for names in declared().values() for name in names}
-    assert INDIRECT.keys() <= everything - distributions((*PACKAGES, "scripts", "tests")) | {
-        "s3fs",
-        "tensorboard",
-    }
+    assert INDIRECT.keys() <= everything
     assert OPTIONAL.keys() <= distributions((*PACKAGES, "tests")) - everything
