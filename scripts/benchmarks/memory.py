@@ -16,7 +16,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import ClassVar
@@ -159,23 +158,17 @@ def job_read(folder: Path, rows: int, start: Start) -> None:
 
 def job_join(folder: Path, rows: int, start: Start) -> None:
     """Select usable rows, join by key and make shuffled batches, as training does, for a student without inputs."""
+    from student.contract import RowInputs
     from student.inputs.caches import training_rows
-    from student.inputs.pairs import Batches
+    from student.inputs.order import StepPlan
+    from student.inputs.pairs import PairBatches, TeacherFields
 
     manifest = load_manifest(folder / "manifest.parquet")
     start()
     cache = store.open_complete(folder / "written.zarr")
     usable = training_rows(manifest, cache)
-    batches = Batches(
-        manifest,
-        usable,
-        student=types.SimpleNamespace(inputs=()),
-        cache=cache,
-        reads=("text_emb",),
-        batch=BATCH,
-        steps=20,
-        seed=0,
-    )
+    fields = TeacherFields((cache,), ("text_emb",))
+    batches = PairBatches(manifest, usable, RowInputs(), StepPlan(BATCH, 20, 0), teachers=fields)
     for step in range(len(batches)):
         batches[step]
 

@@ -5,9 +5,12 @@ import copy
 import dataclasses
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import torch
 from torch.nn.functional import mse_loss, normalize
 
@@ -15,14 +18,15 @@ from scripts.benchmarks.report import HEAD, Line, alternate, compare
 from student.losses import clip_loss
 from student.models.frozen_unet import num_weights, unet_bytes
 from student.models.two_tower.loading import TINY
-from student.recipe import Now, Run
+from student.recipe import Progress, Run, Setting
 from student.recipes.sds_clip import SDS_CLIP
 from student.training.engine import clamp_scales, parameter_groups, quiet_deepspeed, start_engine
 from student.training.step import TrainStep
 from teachercache.cache.disk_space import size
+from teachercache.data.manifest import Manifest
 from teachercache.teachers.diffusion.model import Diffusion
 
-BATCH, LATENT, STATES, NOW = 32, (4, 16, 16), (24, 128), Now(0, 100)
+BATCH, LATENT, STATES, NOW = 32, (4, 16, 16), (24, 128), Progress(0, 100)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -50,11 +54,12 @@ def make_step(module: Diffusion, **constants: Any) -> tuple[TrainStep, dict[str,
     constants = dataclasses.replace(SDS_CLIP.constants, model="bench", **constants)
     recipe = dataclasses.replace(SDS_CLIP, constants=constants)
     torch.manual_seed(2)
-    assert recipe.build is not None
-    assert recipe.heads is not None
-    student = recipe.build(constants)
-    teacher = SimpleNamespace(module=module) if recipe.fields else None
-    step = TrainStep(recipe, student, recipe.heads(constants, student, {"latent": LATENT}), teacher=teacher)
+    shapes = {"latent": LATENT}
+    manifest = Manifest("", Path(), pa.table({}), "")
+    student = recipe.student(constants, Setting(shapes, manifest, np.empty(0, int)))
+    teacher: Any = SimpleNamespace(module=module) if recipe.fields else None
+    heads = recipe.distill_heads(constants, student, shapes)
+    step = TrainStep(recipe, student, heads, gradient_teacher=teacher)
     batch = {
         "image": torch.randn(BATCH, 3, 64, 64),
         "text": torch.randint(1, 5000, (BATCH, 16)),
@@ -137,8 +142,8 @@ def bench_sds(options: argparse.Namespace) -> list[str]:
         {
             "bare": bare_step(module),
             "step": engine_step(module),
-            "whole": engine_step(module, micro=0),
-            "few": engine_step(module, micro=8),
+            "whole": engine_step(module, unet_rows=0),
+            "few": engine_step(module, unet_rows=8),
             "checkpoint": engine_step(module, checkpoint=True),
             "sds": engine_step(module, grad="sds"),
             "none": engine_step(module, objective="none"),

@@ -20,15 +20,15 @@ import torch
 
 from scripts.benchmarks.report import HEAD, alternate, compare, resident
 from student.models.two_tower.loading import TINY
-from student.recipe import Now, Recipe, Run
+from student.recipe import Progress, Recipe, Run
 from student.recipes.registry import find
 from student.training.engine import clamp_scales, parameter_groups, quiet_deepspeed, start_engine
-from student.training.loop import prepare
+from student.training.prepare import prepare
 from student.training.step import TrainStep
 from teachercache.core.process import keep_memory
 from teachercache.core.progress import say
 
-BATCH, NOW = 64, Now(0, 100)
+BATCH, NOW = 64, Progress(0, 100)
 CACHE = "caches/demo/clip-lite.zarr"  # explicit, because other caches of the data may exist
 
 

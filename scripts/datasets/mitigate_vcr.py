@@ -9,7 +9,7 @@
 
 words.json is {"walk": ["stroll", "move"], "coffee cup": ["mug"]}: synonyms and hypernyms, from WordNet or written by
 hand. No such list is included. runs/text is a text-only student (`student train --recipe clip_td --set model=bert-base
---set w=0 --set init=BERT`). text.json is {annot_id: [four logits or probabilities]} from a text-only model; an .npz file
+--set distill_weight=0 --set init=BERT`). text.json is {annot_id: [four logits or probabilities]} from a text-only model; an .npz file
 with annot_id and scores also works. `implicit` writes val_image_biased, val_language_biased and val_unsure.
 
 The outputs are files in VCR's format. The reader of a VCR folder skips them, so pass the file:
@@ -148,10 +148,15 @@ def scores_of(run: Path, path: Path) -> dict[str, list[float]]:
     from teachercache.data.read import read_manifest
 
     if not (run / "run.json").exists() or not is_task_run(run):
-        raise UserError(f"{run} is not a run of clip_td: train one with --set model=bert-base --set w=0")
+        raise UserError(
+            f"{run} is not a run of clip_td: train one with --set model=bert-base --set distill_weight=0"
+        )
     model = load_task_model(run, device=pick_device())
-    if model.student.inputs != ("text",):
-        raise UserError(f"{run} reads pictures: train a run with --set model=bert-base --set w=0")
+    inputs = model.student.row_inputs
+    if inputs.fields or inputs.picture is not None:
+        raise UserError(
+            f"{run} reads pictures: train a run with --set model=bert-base --set distill_weight=0"
+        )
     manifest = read_manifest(str(path))
     scores = model.score(manifest, np.arange(len(manifest)), "q2a")
     if scores is None:

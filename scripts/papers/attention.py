@@ -27,7 +27,7 @@ from evaluation.studies.modality_importance import (
     draw_token_scores,
     importance,
 )
-from student.inference.answerer import TaskModel, batches_of, is_task_run, load_task_model
+from student.inference.answerer import RowsOfRun, TaskModel, is_task_run, load_task_model
 from student.inputs.questions import read_question
 from student.models.single_stream.tokenizer import SPECIAL, encode_pairs, load_tokenizer
 from teachercache.cache import store
@@ -47,7 +47,7 @@ class AttentionReader:
         self.record = json.loads((run / "run.json").read_text())
         self.cache = self.record["run"]["cache"] if self.record["run"]["data"] == data else ""
         self.model: TaskModel = load_task_model(run, device=device)
-        if "region_box" not in self.model.student.inputs:
+        if "region_box" not in self.model.student.row_inputs.fields:
             raise UserError(f"{run} does not read words and regions: pass runs of uniter, vl-bert or villa")
         self.tokenizer, self.device = load_tokenizer(run), device
         self.model.student.bert.config._attn_implementation = (
@@ -71,17 +71,16 @@ class AttentionReader:
         Yields:
             Attention [layers, texts, heads, 1, length], picture mask [texts, length], text mask [texts, length].
         """
-        student, max_text = self.model.student, self.record["student"]["max_text"]
+        student, max_text = self.model.student, self.record["questions"]["max_text"]
         special = torch.tensor([self.tokenizer.token_to_id(name) for name in SPECIAL], device=self.device)
-        for batch in batches_of(
-            self.model.task, student, self.tokenizer, manifest, rows, max_text, self.cache
-        ):
+        reader = RowsOfRun(self.model.task, student, self.tokenizer, max_text, self.cache)
+        for batch in reader.read(manifest, rows):
             batch = {name: value.to(self.device) for name, value in batch.items()}
             with torch.inference_mode():
                 student(batch)
             attention = torch.stack(self.weights).float().cpu().numpy()
             self.weights.clear()
-            is_word = batch["there"] & ~torch.isin(batch["text"], special)
+            is_word = batch["attention_mask"] & ~torch.isin(batch["text"], special)
             words = is_word.flatten(0, 1).cpu().numpy()
             box = batch["region_box"].repeat_interleave(batch["text"].shape[1], 0)
             regions = (box[..., 2] > box[..., 0]).cpu().numpy()
@@ -93,7 +92,7 @@ class AttentionReader:
         """Return the right text of a row, its index in the row, the spans of its sub-words, and their attention."""
         question = read_question(self.model.task, manifest.row(row))
         right = int(max(question.target, key=question.target.__getitem__)) if len(question.parts) > 1 else 0
-        max_text = self.record["student"]["max_text"]
+        max_text = self.record["questions"]["max_text"]
         spans = encode_pairs(self.tokenizer, question.parts, max_text).spans[right]
         attention, _, _ = next(self.batches(manifest, np.array([row])))
         weights = attention[-1, right, :, 0, : len(spans)].mean(0)

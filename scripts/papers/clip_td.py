@@ -41,18 +41,18 @@ W = "0.15"  # default weight of the distillation; the table `weight` varies it
 NAIVE = {"select": "none", "confidence": "false"}
 WEIGHTS = ("1", "0.5", "0.1", "0.05", "0.01")
 METHODS: dict[str, dict[str, str]] = {  # settings; "adapted" selects the initialization
-    "baseline": {"w": "0"},
-    "naive V": NAIVE | {"dt": "0"},
-    "naive L": NAIVE | {"dv": "0"},
+    "baseline": {"distill_weight": "0"},
+    "naive V": NAIVE | {"text_term": "0"},
+    "naive L": NAIVE | {"image_term": "0"},
     "naive VL": NAIVE,
     "VL RTS": {"select": "random", "confidence": "false"},
     "VL TS": {"confidence": "false"},
     "VL CW": {"select": "none"},
-    "2nd-stage pretraining": {"w": "0", "adapted": "0"},
+    "2nd-stage pretraining": {"distill_weight": "0", "adapted": "0"},
     "VL AF": NAIVE | {"adapted": W},
     "CLIP-TD (AF + TS + CW)": {"adapted": W},
 }
-SWEEP = {f"naive VL, w={w}": NAIVE | {"w": w} for w in WEIGHTS}
+SWEEP = {f"naive VL, w={w}": NAIVE | {"distill_weight": w} for w in WEIGHTS}
 LAYERS = {
     "1 linear, concat": {"model": "clip-1-linear", "fusion": "concat"},
     "1 linear, cosine": {"model": "clip-1-linear", "fusion": "cosine"},
@@ -153,7 +153,7 @@ def argv(row: Row, seed: int) -> list[str]:
     """Return the arguments of `student train` without --out."""
     names = row.names()
     task, face, size = names["task"], names["face"], names["size"]
-    values = {"w": W} | SETTINGS[names["method"]]
+    values = {"distill_weight": W} | SETTINGS[names["method"]]
     weight = values.pop("adapted", "")
     init = adapted(task, face, size, weight, seed) if weight else pretrained(face)
     scratch = "model" in values
@@ -183,7 +183,7 @@ def adapt_argv(task: str, face: str, size: str, weight: str, seed: int) -> list[
     """Return the arguments of Adaptive Finetuning on all training rows. As many rows are labeled as in the run itself."""
     settings = [
         "stage=adapt",
-        f"w={weight}",
+        f"distill_weight={weight}",
         f"init={pretrained(face)}",
         f"regime={size.replace('low', 'semi')}",
         f"optim.lr={LR[task]:g}",
@@ -200,7 +200,7 @@ def prepare(rows: Sequence[Row], seeds: Sequence[int], jobs: int) -> None:
         f"tokenizer={WORDS}",
         "stage=adapt",
         "mode=qa2r",
-        "w=0",
+        "distill_weight=0",
         f"optim.lr={SCRATCH_LR:g}",
         "run.workers=0",
     ]

@@ -32,14 +32,14 @@ METHODS: dict[str, dict[str, str]] = {
 }
 SWEEP: dict[str, dict[str, str]] = {
     **{f"L_CLIP, lr={lr}": NONE | {"lr": lr} for lr in ("0.00005", "0.0003", "0.001", "0.003")},
-    **{f"L_SDS, lam={lam}": {"lam": lam} for lam in ("0.001", "0.1", "1", "10", "100")},
+    **{f"L_SDS, lam={lam}": {"sds_weight": lam} for lam in ("0.001", "0.1", "1", "10", "100")},
     "full, L_CLIP": NONE | {"train": "all"},
-    **{f"full, L_SDS, lam={lam}": {"train": "all", "lam": lam} for lam in ("1", "10", "100")},
+    **{f"full, L_SDS, lam={lam}": {"train": "all", "sds_weight": lam} for lam in ("1", "10", "100")},
     "L_SDS, t in 0 to 500": {"t_max": "500"},
-    "L_SDS, t in 0 to 500, lam=3": {"t_max": "500", "lam": "3"},
-    "L_SDS, t in 0 to 500, lam=10": {"t_max": "500", "lam": "10"},
+    "L_SDS, t in 0 to 500, lam=3": {"t_max": "500", "sds_weight": "3"},
+    "L_SDS, t in 0 to 500, lam=10": {"t_max": "500", "sds_weight": "10"},
     "L_SDS, t in 300 to 1000": {"t_min": "300"},
-    "L_SDS, h_w to unit variance": {"hw_init": "unit"},
+    "L_SDS, h_w to unit variance": {"latent_init": "unit"},
 }
 PAPER = {  # table 1, ViT-B/16, percent
     "vanilla CLIP": (24, 28, 18, 57, 29, 11, 57, 52, 62),
