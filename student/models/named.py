@@ -1,11 +1,14 @@
 """Students of pairs by their model name: clip-lite's heads, or any open_clip configuration."""
 
-from student.contract import Student
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from student.contract import Student
 
 LITE_HEADS = "clip-lite-heads"
 
 
-def build_student(name: str, init: str) -> Student:
+def build_student(name: str, init: str) -> "Student":
     """Return the student of that name, at random or from `init`, a run or an exported folder."""
     if name == LITE_HEADS:
         from student.models.clip_lite_heads import LiteHeads

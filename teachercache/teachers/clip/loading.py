@@ -151,11 +151,13 @@ def folder_parts(folder: str) -> tuple[dict[str, Any], dict[str, Any], Path]:
     config_path, run_path = Path(folder, "open_clip_config.json"), Path(folder, "run.json")
     try:
         if run_path.exists() and not config_path.exists():
-            made, weights_path = (
-                json.loads(run_path.read_text())["student"],
+            student, weights_path = (
+                json.loads(run_path.read_text())["student"] or {},
                 Path(folder, "model.safetensors"),
             )
-            made = made.get("config", {})
+            if "model_cfg" in student:
+                raise UserError(f"{folder} is a run of an older format: train it again")
+            made = student.get("config", {})
             if "model_cfg" not in made:
                 raise UserError(f"{folder} trained no model of two towers: pass another --teacher")
             if not weights_path.exists():
