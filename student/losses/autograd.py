@@ -63,7 +63,7 @@ class Targets:
 
 
 def swapped(logits: Logits, size: int) -> Targets:
-    """Return PSD's swapped targets, each the transposed softmax of the other direction with renormalized rows.
+    """Return PSD's swapped targets: transposed softmaxes of the other direction with renormalized rows.
 
     sm(T^T)^T_ij = exp(T_ij - lse_j). Renormalizing its rows gives the row-wise softmax of T_ij - lse_j.
 
@@ -277,7 +277,7 @@ class TaskGradients(torch.autograd.Function):
 def _second_gradient(
     logits: Logits, D: Logits, lse: tuple[Tensor, Tensor], size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute dX, dY and da of TaskGradients, with D in place of B and without the factors of a/2N and 1/2N."""
+    """Compute dX, dY and da of TaskGradients up to factors, with D in place of B."""
     X, Y, a, D_X, D_Y = logits.X, logits.Y, logits.a, D.X, D.Y
 
     def tile(i: slice, j: slice) -> tuple[Tensor, Tensor, Tensor]:

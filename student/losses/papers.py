@@ -124,10 +124,8 @@ def gd_loss(
 ) -> Float[Tensor, ""]:
     """Compute gradient distillation (CLIP-KD, appendix Eq. 7).
 
-    Mean over pairs of |G_V,T - G_V|^2 + |G_S,T - G_S|^2.
-
-    G is the gradient of the batch-mean task loss. Its square shrinks as (a / N)^2, so the weight of this loss
-    has to be chosen for a given scale and batch size.
+    Mean over pairs of |G_V,T - G_V|^2 + |G_S,T - G_S|^2. G is the gradient of the batch-mean task loss. Its
+    square shrinks as (a / N)^2, so the weight of this loss has to be chosen for a given scale and batch size.
     """
     if tiled.pays(image, t_image, t_text, t_scale):
         return tiled.tiled_gd(image, text, scale, t_image, t_text, t_scale)
@@ -144,8 +142,9 @@ def _task_gradients(
 ) -> tuple[Float[Tensor, "n d"], Float[Tensor, "n d"]]:
     """Compute differentiable G_V, G_S = d clip_loss / dV, dS in closed form (CLIP-KD, appendix Eq. 1-6).
 
-    P = sm(a V S^T), Q = sm(a S V^T): G_V = a/2N [(P - I) S + (Q - I)^T S], G_S = a/2N [(Q - I) V + (P - I)^T
-    V].
+    With P = sm(a V S^T) and Q = sm(a S V^T):
+
+        G_V = a/2N [(P - I) S + (Q - I)^T S],  G_S = a/2N [(Q - I) V + (P - I)^T V]
     """
     logits = scale * V @ S.T  # [n, n]
     both = logits.softmax(1) + logits.T.softmax(1).T - 2 * torch.eye(len(V), dtype=V.dtype, device=V.device)
@@ -206,8 +205,8 @@ def psd_loss(
     """Compute progressive self-distillation: hard targets for aligned pairs, soft for unaligned pairs.
 
     1/N [sum over aligned i of CE(Z_i, i) + sum over unaligned i of KL(R_i || sm(Z)_i)], with Z = a V S^T,
-    averaged with the same term for Z^T. R is the transpose of the teacher's text-to-image softmax, sm(a_T S_T
-    V_T^T)^T, with its rows renormalized. In PSD the teacher is the model itself, detached.
+    averaged with the same term for Z^T. R is the transpose of the teacher's text-to-image softmax,
+    sm(a_T S_T V_T^T)^T, with its rows renormalized. In PSD the teacher is the model itself, detached.
     """
     if tiled.pays(image, t_image, t_text, t_scale):
         return tiled.tiled_psd(image, text, scale, t_image, t_text, t_scale, unaligned)
