@@ -1,4 +1,4 @@
-"""The papers' losses, in O(N D) memory, on torch alone."""
+"""The losses of the papers as functions of tensors, in O(N D) memory; imports nothing but torch."""
 
 from student.losses.papers import (
     answer_kl,

@@ -1,18 +1,21 @@
-"""The autograd functions behind the tiled losses: values and gradients of softmax losses, tile by tile.
+"""Autograd functions of the tiled losses: values and gradients of softmax losses, computed tile by tile.
 
-Legend: X, Y embeddings whose logits are Z = a X Y^T; U, W the teacher's, T = b U W^T; row i of each belongs to pair i.
-P, Q are the softmaxes of Z over rows and over columns, R, C those of T, all laid out like Z, so that sm(Z^T) = Q^T.
+Legend: X, Y are embeddings with logits Z = a X Y^T. U, W are the teacher's embeddings, with logits T = b U
+W^T. Row i of each belongs to pair i. P and Q are the softmaxes of Z over each row and over each column; R and
+C are those of T. All four have the layout of Z, so sm(Z^T) = Q^T.
 
-Tile by tile. A first sweep over square tiles keeps log-sum-exps of all rows and all columns, so that both directions
-share one product of matrices; a second, in backward, computes every tile again and adds it to the gradients:
+The forward pass sweeps once over square tiles and keeps the log-sum-exps of all rows and all columns, so both
+directions share one matrix product. The backward pass recomputes every tile and adds its contribution to the
+gradients:
 
     hard   sum_i h_i [CE(Z, I)_i + CE(Z^T, I)_i]             dZ = h_i P + h_j Q - 2 h_i I
     soft   sum_i s_i [KL(R || P)_i + KL(C || Q)_i]           dZ = s_i (P - R) + s_j (Q - C)
     dX = a dZ Y,  dY = a dZ^T X,  da = <X, dZ Y>
 
-Losses in one direction alone (ICL, cross) take stripes of whole rows and have their gradient ready in forward: nothing
-is computed twice. Computed in float32 (float64 in, float64 out) whatever autocast says. No gradient reaches a teacher
-(one that asks for it is refused) and none can be differentiated again.
+Losses in a single direction (ICL, cross) use stripes of whole rows and compute their gradient in the forward
+pass, so nothing is computed twice. All functions compute in float32 (float64 for float64 inputs), also under
+autocast. The teacher gets no gradient; `tiled` rejects a teacher that requires one. Second derivatives are
+not supported.
 """
 
 import dataclasses
@@ -25,8 +28,8 @@ from torch import Tensor
 from student.losses.tiles import Logits, Stream, cut, log_sums, tiles
 
 
-def _refuse_a_graph() -> None:
-    """Where backward runs with create_graph=True: a second derivative would be silently wrong."""
+def _refuse_double_backward() -> None:
+    """Raise RuntimeError under create_graph=True: a second derivative would be silently wrong."""
     if torch.is_grad_enabled():
         raise RuntimeError(
             "the tiled losses cannot be differentiated twice: raise tiled.TILED_FROM above the batch"
@@ -34,19 +37,25 @@ def _refuse_a_graph() -> None:
 
 
 # ----------------------------------------------------------------------------------------------------
-# Both directions: hard targets (the diagonal), soft ones (a teacher's), or some of each
+# Both directions: hard targets (the diagonal), soft targets (a teacher's), or a mix of both
 
 
 @dataclasses.dataclass(frozen=True)
 class Targets:
-    """The teacher's logits, to whose rows and columns a bias may be added before their softmaxes."""
+    """Soft targets: the teacher's logits, with optional biases that are added before the softmaxes.
+
+    Args:
+        logits: The teacher's logits T.
+        row_bias: beta, with R the softmax over j of T_ij + beta_j.
+        column_bias: alpha, with C the softmax over i of T_ij + alpha_i.
+    """
 
     logits: Logits
-    row_bias: Float[Tensor, "1 n"] | None = None  # beta_j: R = sm over j of T_ij + beta_j
-    column_bias: Float[Tensor, "n 1"] | None = None  # alpha_i: C = sm over i of T_ij + alpha_i
+    row_bias: Float[Tensor, "1 n"] | None = None
+    column_bias: Float[Tensor, "n 1"] | None = None
 
     def tile(self, i: slice, j: slice) -> tuple[Float[Tensor, "i j"], Float[Tensor, "i j"]]:
-        """What R and what C are the softmax of; one tensor where there is no bias."""
+        """Return a tile of the logits of R and of C; the two are the same tensor without biases."""
         tile = self.logits.tile(i, j)
         if self.row_bias is None or self.column_bias is None:
             return tile, tile
@@ -54,16 +63,20 @@ class Targets:
 
 
 def swapped(logits: Logits, size: int) -> Targets:
-    """R = the transpose of the other direction's softmax, rows renormalised, and C likewise (PSD).
+    """Return PSD's swapped targets: transposed softmaxes of the other direction with renormalized rows.
 
-    sm(T^T)^T_ij = exp(T_ij - lse_j), of which the row-wise softmax of T_ij - lse_j is the renormalised form.
+    sm(T^T)^T_ij = exp(T_ij - lse_j). Renormalizing its rows gives the row-wise softmax of T_ij - lse_j.
+
+    Args:
+        logits: The teacher's logits T.
+        size: Rows and columns of a tile.
     """
     rows, columns = log_sums(logits, size)
     return Targets(logits, row_bias=-columns, column_bias=-rows)
 
 
 class BothDirections(torch.autograd.Function):
-    """(hard, soft) of the module's docstring; soft is 0 without a teacher."""
+    """The losses `hard` and `soft` of the module docstring; `soft` is 0 without a teacher."""
 
     @staticmethod
     def forward(
@@ -77,7 +90,19 @@ class BothDirections(torch.autograd.Function):
         kl: bool,
         size: int,
     ) -> tuple[Tensor, Tensor]:
-        """Compute the losses, tile by tile, and keep what backward needs."""
+        """Compute the losses tile by tile and save the tensors for backward.
+
+        Args:
+            ctx: The context of autograd.
+            X: Embeddings [n, d].
+            Y: Embeddings [n, d] of the other modality.
+            a: The scale of the logits.
+            targets: Soft targets, or None.
+            h: Weight of each pair in the hard loss [n].
+            s: Weight of each pair in the soft loss [n].
+            kl: Compute KL divergences in the soft loss; False computes cross-entropies.
+            size: Rows and columns of a tile.
+        """
         logits, diagonal = Logits(X, Y, a), torch.empty_like(h)
         z_rows, z_columns, t_rows, t_columns = (Stream(logits, dim) for dim in (1, 0, 1, 0))
         for i, j in tiles(logits, size):
@@ -104,20 +129,20 @@ class BothDirections(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_hard: Tensor, d_soft: Tensor) -> tuple[Tensor | None, ...]:
-        """Compute the gradients, tile by tile."""
-        _refuse_a_graph()
+        """Compute the gradients of X, Y and a tile by tile."""
+        _refuse_double_backward()
         X, Y, a, h, s = ctx.saved_tensors
         with torch.autocast(X.device.type, enabled=False):
             logits, h, s = Logits(X, Y, a), h * d_hard, s * d_soft
-            dX, dY = _grown(ctx, logits, h, s)
+            dX, dY = _both_gradients(ctx, logits, h, s)
             da = (X * dX).sum()
         return dX.mul_(a), dY, da, *[None] * 5
 
 
-def _grown(
+def _both_gradients(
     ctx: Any, logits: Logits, h: Float[Tensor, " n"], s: Float[Tensor, " n"]
 ) -> tuple[Float[Tensor, "n d"], Float[Tensor, "n d"]]:
-    """Both directions' dZ Y and a dZ^T X, where h and s already hold what comes from above."""
+    """Compute dZ Y and a dZ^T X of both directions; h and s include the upstream gradients."""
     dX, dY = torch.zeros_like(logits.X), torch.zeros_like(logits.Y)
     both = h + s if ctx.targets is not None else h
     for i, j in tiles(logits, ctx.size):
@@ -140,19 +165,30 @@ def _grown(
 
 
 class RowsOnly(torch.autograd.Function):
-    """Mean over rows of CE(Z, I), or with a teacher of KL(sm(T) || sm(Z)); its gradient is ready after forward."""
+    """Mean over rows of CE(Z, I), or of KL(sm(T) || sm(Z)) with a teacher.
+
+    The forward pass also computes the gradients.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, X: Tensor, Y: Tensor, a: Tensor, teacher: Logits | None, grad: bool, size: int
     ) -> Tensor:
-        """Compute the losses, tile by tile, and keep what backward needs."""
+        """Compute the loss stripe by stripe, and its gradients where `grad` is set.
+
+        Args:
+            ctx: The context of autograd.
+            X: Embeddings [n, d] of the rows.
+            Y: Embeddings [n, d] of the columns.
+            a: The scale of the logits.
+            teacher: The teacher's logits, or None for hard targets.
+            grad: Gradients are enabled outside of this function.
+            size: Rows and columns of a tile; a stripe has about as many elements.
+        """
         logits, total, n = Logits(X, Y, a), X.new_zeros(()), len(X)
-        of_x, of_y = (
-            grad and (ctx.needs_input_grad[0] or ctx.needs_input_grad[2]),
-            grad and ctx.needs_input_grad[1],
-        )
-        dX, dY = torch.empty_like(X) if of_x else None, torch.zeros_like(Y) if of_y else None
+        needs_dX = grad and (ctx.needs_input_grad[0] or ctx.needs_input_grad[2])
+        needs_dY = grad and ctx.needs_input_grad[1]
+        dX, dY = torch.empty_like(X) if needs_dX else None, torch.zeros_like(Y) if needs_dY else None
         for i in cut(n, max(size * size // n, min(size, 128))):
             z = logits.tile(i, slice(0, n))
             z -= z.logsumexp(1, keepdim=True)
@@ -164,7 +200,7 @@ class RowsOnly(torch.autograd.Function):
                 total += (t - z).mul_(t.exp_()).sum()
             if dX is None and dY is None:
                 continue
-            z.exp_()  # now dZ but for the targets
+            z.exp_()  # the softmax; subtracting the targets makes it dZ
             z.sub_(t) if teacher is not None else diagonal.sub_(1)
             if dX is not None:
                 torch.mm(z, Y, out=dX[i])
@@ -175,12 +211,12 @@ class RowsOnly(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
-        """Compute the gradients, tile by tile."""
-        _refuse_a_graph()
+        """Scale the gradients from forward by the upstream gradient."""
+        _refuse_double_backward()
         X, a, dX, dY = ctx.saved_tensors
-        share = d_loss / len(X)
-        of_x = (share * a * dX, share * (X * dX).sum()) if dX is not None else (None, None)
-        return of_x[0], None if dY is None else share * dY, of_x[1], None, None, None
+        factor = d_loss / len(X)
+        scaled_dX, da = (factor * a * dX, factor * (X * dX).sum()) if dX is not None else (None, None)
+        return scaled_dX, None if dY is None else factor * dY, da, None, None, None
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -194,7 +230,7 @@ def _add_gradient(
     factor: Float[Tensor, ""],
     size: int,
 ) -> tuple[Float[Tensor, "n 1"], Float[Tensor, "1 n"]]:
-    """Add factor (P + Q - 2 I) Y and factor (P + Q - 2 I)^T X; the log-sum-exps."""
+    """Add factor (P + Q - 2 I) Y and factor (P + Q - 2 I)^T X in place; return the log-sum-exps."""
     rows, columns = log_sums(logits, size)
     for i, j in tiles(logits, size):
         z = logits.tile(i, j)
@@ -207,10 +243,10 @@ def _add_gradient(
 
 
 class TaskGradients(torch.autograd.Function):
-    """GD = 1/N (|D_X|^2 + |D_Y|^2), D the student's minus the teacher's gradient of the task loss.
+    """GD = 1/N (|D_X|^2 + |D_Y|^2), where D is the student's gradient of the task loss minus the teacher's.
 
-    With A = P + Q - 2 I: G_X = a/2N A Y, G_Y = a/2N A^T X. With B = dL/dG = 2/N D and w = B_X Y^T + X B_Y^T, which is
-    2N/a dL/dA, p_i = sum_j P_ij w_ij and q_j = sum_i Q_ij w_ij (so two sweeps more):
+    Let A = P + Q - 2 I, so that G_X = a/2N A Y and G_Y = a/2N A^T X. Let B = dL/dG = 2/N D, w = B_X Y^T + X
+    B_Y^T = 2N/a dL/dA, p_i = sum_j P_ij w_ij and q_j = sum_i Q_ij w_ij. Then, in two more sweeps:
 
         dL/dZ = a/2N E,  E = P (w - p) + Q (w - q)
         dX = a/2N (a E Y + A B_Y),  dY = a/2N (a E^T X + A^T B_X)
@@ -219,7 +255,7 @@ class TaskGradients(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, X: Tensor, Y: Tensor, a: Tensor, teacher: Logits, size: int) -> Tensor:
-        """Compute the losses, tile by tile, and keep what backward needs."""
+        """Compute the loss tile by tile and save the tensors for backward."""
         n, D_X, D_Y = len(X), torch.zeros_like(X), torch.zeros_like(Y)
         ctx.lse = _add_gradient(D_X, D_Y, Logits(X, Y, a), a / (2 * n), size)
         _add_gradient(D_X, D_Y, teacher, -teacher.a / (2 * n), size)
@@ -229,19 +265,19 @@ class TaskGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
-        """Compute the gradients, tile by tile."""
-        _refuse_a_graph()
+        """Compute the gradients of X, Y and a tile by tile."""
+        _refuse_double_backward()
         X, Y, a, D_X, D_Y = ctx.saved_tensors
         with torch.autocast(X.device.type, enabled=False):
             dX, dY, da = _second_gradient(Logits(X, Y, a), Logits(D_X, D_Y, a), ctx.lse, ctx.size)
-        factor = d_loss / len(X) ** 2  # 1/2N of the formulas, 2/N of B
+        factor = d_loss / len(X) ** 2  # 1/2N from the equations times 2/N from B
         return dX.mul_(factor * a), dY.mul_(factor * a), factor * da, None, None
 
 
 def _second_gradient(
     logits: Logits, D: Logits, lse: tuple[Tensor, Tensor], size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The sums a E Y + A D_Y, a E^T X + A^T D_X and da of TaskGradients, with D instead of B, without 1/2N."""
+    """Compute dX, dY and da of TaskGradients up to factors, with D in place of B."""
     X, Y, a, D_X, D_Y = logits.X, logits.Y, logits.a, D.X, D.Y
 
     def tile(i: slice, j: slice) -> tuple[Tensor, Tensor, Tensor]:
@@ -264,6 +300,6 @@ def _second_gradient(
         through_z[i].addmm_(E, Y[j])
         dX[i].addmm_(A, D_Y[j])
         dY[j].addmm_(E.T, a * X[i]).addmm_(A.T, D_X[i])
-    # <Y, dY> = a <X, E Y> + <D_X, A Y>, so that A Y needs no memory of its own
+    # <Y, dY> = a <X, E Y> + <D_X, A Y>, so A Y is never stored
     da = (X * dX).sum() + (Y * dY).sum()
     return dX.add_(through_z.mul_(a)), dY, da

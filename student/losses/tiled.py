@@ -1,6 +1,6 @@
-"""The contrastive losses of N pairs in O(N D) memory: no N x N matrix is ever whole. `papers` defines them.
+"""The contrastive losses of N pairs in O(N D) memory: the N x N logits are computed tile by tile.
 
-`autograd` has their gradients and the legend of X, Y, Z, U, W, T.
+`papers` defines the losses. `autograd` implements their gradients and has the legend of X, Y, Z, U, W and T.
 """
 
 import dataclasses
@@ -15,48 +15,66 @@ from student.losses.tiles import Logits, tile_size
 
 Scale = Float[Tensor, "..."] | float
 
-# Processor seconds of forward and backward, whole matrices 1, one thread, D 512, at 512, 1024, 2048, 4096, 8192 rows:
-#     task 1.17, 0.89, 0.83, 0.75, 0.65    CRD 1.22, 1.02, 1.00, 0.73, 0.60    both at once 0.69, 0.65, 0.60, 0.44, 0.38
-#     ICL 0.89, 0.97, 0.97, 0.82, 0.78     GD 1.26, 1.29, 1.25, 1.22, 1.16 (18 products of matrices, not 12: for memory)
-# CUDA is not measured: from there on one whole matrix has 256 MiB.
+# CPU time of forward and backward, relative to whole matrices, at 512, 1024, 2048, 4096 and 8192 rows (one
+# thread, D = 512):
+#     task           1.17, 0.89, 0.83, 0.75, 0.65
+#     CRD            1.22, 1.02, 1.00, 0.73, 0.60
+#     both at once   0.69, 0.65, 0.60, 0.44, 0.38
+#     ICL            0.89, 0.97, 0.97, 0.82, 0.78
+#     GD             1.26, 1.29, 1.25, 1.22, 1.16   (18 matrix products in place of 12, to save memory)
+# The value for CUDA is not measured: at 8192 rows one whole matrix takes 256 MiB.
 TILED_FROM = {"cpu": 2048, "cuda": 8192}
 
 
 def pays(rows: Float[Tensor, "n d"], *teacher: Tensor | float) -> bool:
-    """Whether there are so many rows that tiles are better than whole matrices; never where a teacher learns."""
-    learns = any(isinstance(part, Tensor) and part.requires_grad for part in teacher)
-    return len(rows) >= TILED_FROM.get(rows.device.type, TILED_FROM["cuda"]) and not learns
+    """Return whether the tiled form is the better choice for this batch.
+
+    Args:
+        rows: Embeddings of the batch; the choice depends on their number and device.
+        teacher: The teacher's tensors; if any requires a gradient, the tiled form cannot be used.
+    """
+    trained = any(isinstance(value, Tensor) and value.requires_grad for value in teacher)
+    return len(rows) >= TILED_FROM.get(rows.device.type, TILED_FROM["cuda"]) and not trained
 
 
 def _wide(*tensors: Tensor) -> list[Tensor]:
+    """Cast each tensor to float32; float64 tensors stay as they are."""
     return [tensor if tensor.dtype == torch.float64 else tensor.float() for tensor in tensors]
 
 
 def _logits(X: Tensor, Y: Tensor, a: Scale) -> Logits:
-    """Everything in one dtype, float32 at least."""
+    """Return the logits a X Y^T with everything in one dtype, at least float32."""
     X, Y = _wide(X, Y)
     return Logits(X, Y, torch.as_tensor(a, dtype=X.dtype, device=X.device).reshape(()))
 
 
 def _teacher(U: Tensor, W: Tensor, b: Scale) -> Logits:
-    """The logits of a teacher, which gets no gradient."""
+    """Return the logits of a frozen teacher."""
     logits = _logits(U, W, b)
-    if any(part.requires_grad for part in (logits.X, logits.Y, logits.a)):
-        raise ValueError("the tiled losses give a teacher no gradient: detach() its embeddings and its scale")
+    if any(tensor.requires_grad for tensor in (logits.X, logits.Y, logits.a)):
+        raise ValueError(
+            "the tiled losses compute no gradient for the teacher: detach() its embeddings and its scale"
+        )
     return logits
 
 
 def _apply(function: type[torch.autograd.Function], student: Logits, *others: Any, tile: int) -> Any:
-    """Outside of autocast, which would compute the tiles in bfloat16."""
+    """Apply an autograd function with autocast disabled, which would compute the tiles in bfloat16."""
     with torch.autocast(student.X.device.type, enabled=False):
         size = tile or tile_size(student.X)
         return function.apply(student.X, student.Y, student.a, *others, size)
 
 
 def _both(
-    student: Logits, targets: Targets | None, *, hard: Any = 1, soft: Any = 1, kl: bool = True, tile: int = 0
+    student: Logits,
+    targets: Targets | None,
+    *,
+    hard: Tensor | int = 1,
+    soft: Tensor | int = 1,
+    kl: bool = True,
+    tile: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Hard and soft loss, pair i weighing hard_i / 2N and soft_i / 2N."""
+    """Compute the hard and the soft loss, with weights hard_i / 2N and soft_i / 2N for pair i."""
     half = student.X.new_full((len(student.X),), 0.5 / len(student.X))
     return _apply(BothDirections, student, targets, hard * half, soft * half, kl, tile=tile)
 
@@ -64,7 +82,7 @@ def _both(
 def tiled_clip(
     image: Float[Tensor, "n d"], text: Float[Tensor, "n d"], scale: Scale, *, tile: int = 0
 ) -> Float[Tensor, ""]:
-    """losses.clip_loss."""
+    """Compute `papers.clip_loss` tile by tile."""
     return _both(_logits(image, text, scale), None, tile=tile)[0]
 
 
@@ -78,7 +96,7 @@ def tiled_crd(
     *,
     tile: int = 0,
 ) -> Float[Tensor, ""]:
-    """losses.crd_loss."""
+    """Compute `papers.crd_loss` tile by tile."""
     teacher = Targets(_teacher(t_image, t_text, t_scale))
     return _both(_logits(image, text, scale), teacher, hard=0, tile=tile)[1]
 
@@ -93,7 +111,7 @@ def tiled_clip_crd(
     *,
     tile: int = 0,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """losses.clip_loss and losses.crd_loss from one set of tiles: six products of matrices instead of ten."""
+    """Compute `papers.clip_crd_losses` from one set of tiles: six matrix products instead of ten."""
     return _both(_logits(image, text, scale), Targets(_teacher(t_image, t_text, t_scale)), tile=tile)
 
 
@@ -107,7 +125,7 @@ def tiled_soft_clip(
     *,
     tile: int = 0,
 ) -> Float[Tensor, ""]:
-    """1/2 [CE(a V S^T, sm(a_T V_T S_T^T)) + CE(a S V^T, sm(a_T S_T V_T^T))]: CRD and the teacher's entropy."""
+    """Compute `papers.soft_clip_loss` tile by tile: CRD plus the entropy of the teacher's softmax."""
     teacher = Targets(_teacher(t_image, t_text, t_scale))
     return _both(_logits(image, text, scale), teacher, hard=0, kl=False, tile=tile)[1]
 
@@ -123,15 +141,12 @@ def tiled_psd(
     *,
     tile: int = 0,
 ) -> Float[Tensor, ""]:
-    """1/N sum over aligned pairs of CE to the diagonal, over unaligned ones of KL to the swapped targets (PSD).
-
-    Both directions, halved. The swapped target of an image's row is the transpose of the teacher's text-to-image
-    softmax with its rows renormalised. In PSD the teacher is the model itself, detached.
-    """
+    """Compute `papers.psd_loss` tile by tile."""
     student, teacher = _logits(image, text, scale), _teacher(t_image, t_text, t_scale)
     with torch.autocast(image.device.type, enabled=False):
         targets = swapped(teacher, tile or tile_size(image))
-    return sum(_both(student, targets, hard=~unaligned, soft=unaligned, tile=tile))
+    hard, soft = _both(student, targets, hard=~unaligned, soft=unaligned, tile=tile)
+    return hard + soft
 
 
 def tiled_icl(
@@ -143,7 +158,7 @@ def tiled_icl(
     *,
     tile: int = 0,
 ) -> Float[Tensor, ""]:
-    """losses.icl_loss; here the teacher may learn."""
+    """Compute `papers.icl_loss` stripe by stripe; the teacher's embeddings may require a gradient."""
     grad = torch.is_grad_enabled()
     forward = _apply(RowsOnly, _logits(image, t_text, scale), None, grad, tile=tile)
     return (forward + _apply(RowsOnly, _logits(text, t_image, scale), None, grad, tile=tile)) / 2
@@ -159,11 +174,11 @@ def tiled_cross(
     *,
     tile: int = 0,
 ) -> Float[Tensor, ""]:
-    """CRD whose student logits are g V' S_T^T and g S' V_T^T (CLIP-KD)."""
-    grad, there = torch.is_grad_enabled(), _teacher(t_image, t_text, t_scale)
-    back = dataclasses.replace(there, X=there.Y, Y=there.X)
-    forward = _apply(RowsOnly, _logits(image, t_text, scale), there, grad, tile=tile)
-    return (forward + _apply(RowsOnly, _logits(text, t_image, scale), back, grad, tile=tile)) / 2
+    """Compute `papers.cross_kd_loss` stripe by stripe."""
+    grad, image_to_text = torch.is_grad_enabled(), _teacher(t_image, t_text, t_scale)
+    text_to_image = dataclasses.replace(image_to_text, X=image_to_text.Y, Y=image_to_text.X)
+    forward = _apply(RowsOnly, _logits(image, t_text, scale), image_to_text, grad, tile=tile)
+    return (forward + _apply(RowsOnly, _logits(text, t_image, scale), text_to_image, grad, tile=tile)) / 2
 
 
 def tiled_gd(
@@ -176,5 +191,5 @@ def tiled_gd(
     *,
     tile: int = 0,
 ) -> Float[Tensor, ""]:
-    """Gradient distillation (CLIP-KD, appendix Eq. 1-7): mean over pairs of |G_V,T - G_V|^2 + |G_S,T - G_S|^2."""
+    """Compute `papers.gd_loss` tile by tile."""
     return _apply(TaskGradients, _logits(image, text, scale), _teacher(t_image, t_text, t_scale), tile=tile)

@@ -1,1 +1,1 @@
-"""Students: the contract, the registry, and one folder per family."""
+"""The models that can be trained: one folder per family, and a registry of the families."""

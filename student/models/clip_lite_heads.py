@@ -1,4 +1,4 @@
-"""The projection heads of clip-lite alone, trained on the towers' cached features: no picture is decoded."""
+"""The projection heads of clip-lite, trained on cached tower features without decoding any picture."""
 
 from collections.abc import Mapping
 
@@ -15,19 +15,19 @@ IMAGE_DROPOUT, TEXT_DROPOUT = 0.5, 0.25
 
 
 class LiteHeads(nn.Module):
-    """Image head 1280 -> 512 (two layers) and text head 384 -> 512 (linear) with a logit scale.
+    """Image head 1280 -> 512 (two layers) and text head 384 -> 512 (linear), with a logit scale.
 
-    Dropout on the features stands in for the augmentation that cached features cannot have (LOG.md, "clip-lite").
+    Dropout on the features replaces augmentation, which cached features cannot have (LOG.md, "clip-lite").
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         heads = head_modules()
         self.image, self.text = heads["image"], heads["text"]
         self.logit_scale = nn.Parameter(torch.full((1,), LOG_SCALE_INIT))
 
     def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Float[Tensor, "..."]]:
-        """Cached tower features to raw `image`, `text` [n, 512] and `scale` [1]."""
+        """Map cached tower features to raw `image`, `text` [n, 512] and the scalar `scale`."""
         image = dropout(batch["image_emb"], IMAGE_DROPOUT, self.training)
         text = dropout(batch["text_emb"], TEXT_DROPOUT, self.training)
         return {
@@ -38,21 +38,21 @@ class LiteHeads(nn.Module):
 
     @property
     def spec(self) -> StudentSpec:
-        """Heads of one size."""
+        """The family; the heads have one fixed size."""
         return StudentSpec("clip_lite_heads", {})
 
     @property
     def row_inputs(self) -> RowInputs:
-        """Cached features of clip-lite-towers."""
+        """The cached features of clip-lite-towers."""
         return RowInputs(fields=("image_emb", "text_emb"))
 
     def capabilities(self) -> frozenset[Capability]:
-        """Training alone; `scripts.teachers.clip_lite` joins heads and towers."""
+        """Return the capabilities of training; `scripts.teachers.clip_lite` joins heads and towers."""
         return frozenset({Capability.COMPILES, Capability.SHARDS_PARAMETERS})
 
     def limits(self) -> dict[Capability, str]:
-        """The towers are missing."""
-        reason = "clip-lite-heads is no model of its own: see scripts/teachers/clip_lite.py"
+        """Return why it cannot encode or be exported: it has no towers."""
+        reason = "clip-lite-heads has no towers: join them with scripts/teachers/clip_lite.py"
         kinds = (Capability.ENCODES, Capability.EXPORTS_OPEN_CLIP, Capability.EXPORTS_HF)
         return dict.fromkeys(kinds, reason)
 

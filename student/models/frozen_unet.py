@@ -1,11 +1,11 @@
-"""A frozen diffusion UNet in a training step: Eq. 1's error with its gradient, rows at a time, and the memory it takes.
+"""Run a frozen diffusion UNet in a training step, with its denoising error, gradient and memory.
 
-Not for what is cached (latents, text states), nor for losses: see `losses`.
+Latents and text states come from a cache; the losses are in `student.losses`.
 """
 
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -27,23 +27,37 @@ PRECISIONS = ("auto", "float32", "bfloat16")
 
 
 def load_unet(cache: Cache, device: str, *, precision: str = "auto", checkpoint: bool = False) -> Teacher:
-    """The cache's diffusion model on the device, its UNet alone; in bfloat16 where the device computes in it."""
+    """Load the UNet of the diffusion model that built a cache, frozen.
+
+    Args:
+        cache: A cache of a diffusion model's outputs.
+        device: Where the UNet runs.
+        precision: One of PRECISIONS; "auto" takes bfloat16 where the device supports it.
+        checkpoint: Recompute activations in backward.
+
+    Returns:
+        The teacher; of its module only the UNet is loaded to the device.
+
+    Raises:
+        UserError: The precision is unknown, or the cache's teacher has no UNet.
+    """
     if precision not in PRECISIONS:
         raise UserError(f"--set unet_precision={precision}: choose from {', '.join(PRECISIONS)}")
     teacher = load_teacher(cache)
     module = diffusion_of(teacher)
     if module is None:
         raise UserError(
-            f"{cache.path} is of {teacher.spec.name}, which has no UNet: pass a diffusion model's --cache"
+            f"{cache.path} was built by {teacher.spec.name}, which has no UNet: pass a diffusion model's --cache"
         )
-    module.vae = module.text_encoder = None  # what they say is cached
-    dtype, reason = precision, "asked for"
+    module.vae = module.text_encoder = None  # their outputs are cached
+    dtype, reason = precision, "as requested"
     if precision == "auto":
         dtype, reason = pick_precision("auto", device)
         if dtype == "float16":
             dtype, reason = "float32", f"{reason}, and small gradients vanish in float16"
     module.eval().requires_grad_(False).to(device)
-    nn.Module.to(module.unet, getattr(torch, dtype))  # diffusers' own warns of what it has nothing of
+    # diffusers' own `to` prints warnings that do not apply here
+    nn.Module.to(module.unet, getattr(torch, dtype))
     if checkpoint:
         module.unet.enable_gradient_checkpointing()
     say(
@@ -53,7 +67,7 @@ def load_unet(cache: Cache, device: str, *, precision: str = "auto", checkpoint:
 
 
 def num_weights(module: nn.Module) -> int:
-    """Parameters of a module."""
+    """Return the number of parameters of a module."""
     return sum(parameter.numel() for parameter in module.parameters())
 
 
@@ -71,28 +85,37 @@ def diffusion_errors(
     full: bool = True,
     micro: int = 0,
 ) -> Float[Tensor, " n"]:
-    """Each row's ||eps_theta(z_t, t, c) - eps||^2, mean over elements; its gradient reaches `latents`.
+    """Compute each row's ||eps_theta(z_t, t, c) - eps||^2, mean over elements (Eq. 1).
 
-    `full` is the gradient through the UNet; else the UNet's Jacobian is taken for the identity (DreamFusion), under the
-    same value. A row's error depends on that row alone, so each `micro` rows (0: all) go forward and backward at once:
-    only their activations are ever kept, and nothing is computed twice.
+    Gradients reach `latents`. A row's error depends on that row alone. So each micro-batch goes through
+    forward and backward at once, only its activations are kept, and nothing is computed twice.
+
+    Args:
+        module: The diffusion model.
+        latents: z_0.
+        noise: eps.
+        t: The timestep of each row.
+        states: c, the text states.
+        full: Backpropagate through the UNet. False replaces the UNet's Jacobian by the identity
+            (DreamFusion); the value is the same.
+        micro: Rows per micro-batch; 0 for all.
     """
     noised = add_noise(module, latents, noise, t)
-    wanted = torch.is_grad_enabled() and noised.requires_grad
-    rows = (part.split(micro or len(noised)) for part in (noised.detach(), noise, t, states))
-    slope = _slope if wanted and full else _identity_slope
-    found = [slope(module, *part) for part in zip(*rows, strict=True)]
-    errors, slopes = (torch.cat(parts) for parts in zip(*found, strict=True))
-    if not wanted:
+    needs_gradient = torch.is_grad_enabled() and noised.requires_grad
+    inputs = (tensor.split(micro or len(noised)) for tensor in (noised.detach(), noise, t, states))
+    compute = _errors_and_gradient if needs_gradient and full else _errors_and_identity_gradient
+    results = [compute(module, *rows) for rows in zip(*inputs, strict=True)]
+    errors, gradients = (torch.cat(blocks) for blocks in zip(*results, strict=True))
+    if not needs_gradient:
         return errors
-    change = noised - noised.detach()  # zero, and its gradient is the latents'
-    return errors + (slopes * change).flatten(1).sum(1)
+    zero = noised - noised.detach()  # its value is 0, its gradient is that of the latents
+    return errors + (gradients * zero).flatten(1).sum(1)
 
 
-def _slope(
+def _errors_and_gradient(
     module: Diffusion, noised: Tensor, noise: Tensor, t: Tensor, states: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Errors of some rows, and their gradient with respect to what the UNet saw."""
+    """Compute the errors of some rows and their gradient with respect to the noised latents."""
     noised = noised.requires_grad_()
     errors = diffusion_loss(predict_noise(module, noised, t, states), noise)
     if not errors.requires_grad:
@@ -102,13 +125,13 @@ def _slope(
     return errors.detach(), torch.autograd.grad(errors.sum(), noised)[0]
 
 
-def _identity_slope(
+def _errors_and_identity_gradient(
     module: Diffusion, noised: Tensor, noise: Tensor, t: Tensor, states: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The same with the identity for the UNet's Jacobian, which needs no backward."""
+    """Compute the same with the identity as the UNet's Jacobian, which needs no backward pass."""
     with torch.no_grad():
-        rest = predict_noise(module, noised, t, states) - noise
-        return rest.square().flatten(1).mean(1), 2 * rest / rest[0].numel()
+        difference = predict_noise(module, noised, t, states) - noise
+        return difference.square().flatten(1).mean(1), 2 * difference / difference[0].numel()
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -116,7 +139,7 @@ def _identity_slope(
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all tensors that live at a time, also of fake ones that have none."""
+    """Count the bytes of all live tensors and their peak, also for fake tensors without storage."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -124,15 +147,15 @@ class LiveBytes(TorchDispatchMode):
         self.seen: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operation and count what it made."""
-        made = func(*args, **(kwargs or {}))
-        for tensor in tree_flatten(made)[0]:
+        """Run an operation and count its outputs."""
+        outputs = func(*args, **(kwargs or {}))
+        for tensor in tree_flatten(outputs)[0]:
             if isinstance(tensor, Tensor):
                 self.count(tensor.untyped_storage())
-        return made
+        return outputs
 
-    def count(self, storage: Any) -> None:
-        """From now on until it is freed."""
+    def count(self, storage: torch.UntypedStorage) -> None:
+        """Count a storage from now on until it is freed."""
         key, size = storage._cdata, storage.nbytes()
         if key not in self.seen:
             self.seen.add(key)
@@ -146,24 +169,34 @@ class LiveBytes(TorchDispatchMode):
 
 
 class Probe(nn.Module):
-    """A UNet's forward and the backward to its input as one call."""
+    """The forward pass of a UNet and the backward pass to its input, as one module."""
 
     def __init__(self, unet: nn.Module):
         super().__init__()
         self.unet = unet
 
     def forward(self, noised: Tensor, t: Tensor, states: Tensor) -> Tensor:
-        """The gradient with respect to what was noised."""
-        said = self.unet(noised, t, encoder_hidden_states=states).sample
-        return torch.autograd.grad(said.sum(), noised)[0]
+        """Compute the gradient of the summed output with respect to `noised`."""
+        predicted = self.unet(noised, t, encoder_hidden_states=states).sample
+        return torch.autograd.grad(predicted.sum(), noised)[0]
 
 
 def unet_bytes(
     unet: nn.Module, latent: Sequence[int], states: Sequence[int], *, rows: int, dtype: torch.dtype
 ) -> tuple[int, int]:
-    """Bytes of the weights, and of all else at the peak of a forward and backward of so many rows; computes nothing.
+    """Estimate the memory of a UNet's forward and backward pass with fake tensors.
 
-    Fake tensors take the UNet's place, so it may lie on the meta device. A GPU's libraries need some space besides.
+    The UNet may be on the meta device. The estimate leaves out the workspace of a GPU's libraries.
+
+    Args:
+        unet: The UNet.
+        latent: The shape of a latent.
+        states: The shape of a text's states.
+        rows: Rows per forward pass.
+        dtype: The dtype of weights and inputs.
+
+    Returns:
+        Bytes of the weights, and bytes of everything else at the peak.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -181,10 +214,11 @@ def unet_bytes(
 
 
 def memory_words(teacher: Teacher, rows: int) -> str:
-    """What a UNet that sees so many rows at a time needs, for a person."""
-    unet, shapes = teacher.module.unet, (teacher.spec.field(name).shape for name in ("latent", "text_states"))
-    weights, kept = unet_bytes(unet, *shapes, rows=rows, dtype=unet.dtype)
+    """Return a sentence with the estimated memory of a UNet that runs `rows` rows at a time."""
+    unet = cast(Diffusion, teacher.module).unet
+    latent, states = (teacher.spec.field(name).shape for name in ("latent", "text_states"))
+    weights, peak = unet_bytes(unet, latent, states, rows=rows, dtype=unet.dtype)
     return (
-        f"{teacher.spec.name}'s UNet, by estimate: {size(weights)} of weights and {size(kept)} at the peak of "
-        f"{rows} rows at a time: {size(weights + kept)} beside the student"
+        f"{teacher.spec.name}'s UNet, by estimate: {size(weights)} of weights and {size(peak)} at the peak of "
+        f"{rows} rows at a time: {size(weights + peak)} in addition to the student"
     )

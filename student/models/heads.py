@@ -1,6 +1,7 @@
-"""Distillation-only parameters: trained, synchronised, sharded and checkpointed with the student, never exported.
+"""Modules that only distillation needs: trained, sharded and checkpointed with the student, never exported.
 
-Each module takes the student's outputs and the teacher's fields of this rank's rows by name and gives more outputs.
+Each module maps the student's outputs and the teacher's fields of this rank's rows, by name, to additional
+outputs.
 """
 
 import math
@@ -15,17 +16,24 @@ from student.ensemble import named, of_teacher
 from student.models.logit_scale import LOG_SCALE_INIT
 
 
-def _linear(own: int, wanted: int) -> nn.Module:
-    return nn.Identity() if own == wanted else nn.Linear(own, wanted)
+def _linear(width: int, teacher_width: int) -> nn.Module:
+    """Return a linear map to the teacher's width, or the identity if the widths agree."""
+    return nn.Identity() if width == teacher_width else nn.Linear(width, teacher_width)
 
 
 def _log_scale() -> nn.Parameter:
-    """CLIP's start; a parameter whose name ends with logit_scale is clamped as CLIP's is."""
+    """Return a logit scale that starts as CLIP's; training clamps parameters named `*logit_scale`."""
     return nn.Parameter(torch.full((1,), LOG_SCALE_INIT))
 
 
 class TeacherSpace(nn.Module):
-    """Raw student features in the teacher's widths (CLIP-KD: V', S'), and a learnable scale g where a term has one."""
+    """Maps from raw student features to the teacher's widths (CLIP-KD: V', S'), and the learnable scale g.
+
+    Args:
+        widths: Widths of the student's image and text features.
+        teacher_widths: Widths of the teacher's.
+        scale: Learn g, which ICL and cross distillation use.
+    """
 
     def __init__(self, widths: tuple[int, int], teacher_widths: tuple[int, int], *, scale: bool = True):
         super().__init__()
@@ -33,34 +41,37 @@ class TeacherSpace(nn.Module):
         self.icl_logit_scale = _log_scale() if scale else None
 
     def forward(self, values: Mapping[str, Tensor]) -> dict[str, Float[Tensor, "..."]]:
-        """`image_in_teacher_space`, `text_in_teacher_space` and, of a masked forward, `masked_image_in_teacher_space` [n, teacher width]; the scalar `icl_scale`."""
-        found = {
+        """Map the student's features to the teacher's widths.
+
+        Returns:
+            `image_in_teacher_space`, `text_in_teacher_space` [n, teacher width], and where they apply
+            `masked_image_in_teacher_space` [n, teacher width] and the scalar `icl_scale`.
+        """
+        outputs = {
             "image_in_teacher_space": self.image(values["image"]),
             "text_in_teacher_space": self.text(values["text"]),
         }
         if "masked_image" in values:
-            found["masked_image_in_teacher_space"] = self.image(values["masked_image"])
-        return (
-            found
-            if self.icl_logit_scale is None
-            else found | {"icl_scale": self.icl_logit_scale.exp().reshape(())}
-        )
+            outputs["masked_image_in_teacher_space"] = self.image(values["masked_image"])
+        if self.icl_logit_scale is not None:
+            outputs["icl_scale"] = self.icl_logit_scale.exp().reshape(())
+        return outputs
 
 
 class Temperature(nn.Module):
-    """VLKD's learnable temperature tau of ITCL, as the scale 1 / tau."""
+    """The learnable temperature tau of VLKD's ITCL loss, stored as the scale 1 / tau."""
 
     def __init__(self, tau: float):
         super().__init__()
         self.logit_scale = nn.Parameter(torch.full((1,), -math.log(tau)))
 
     def forward(self, values: Mapping[str, Tensor]) -> dict[str, Float[Tensor, "..."]]:
-        """`itcl_scale`, a scalar."""
+        """Return the scalar `itcl_scale`."""
         return {"itcl_scale": self.logit_scale.exp().reshape(())}
 
 
 class Fusion(nn.Module):
-    """CLIP-KD's augmented embeddings W [V'; V_T], W' [S'; S_T] in the teacher's widths, and a scale f of their own."""
+    """CLIP-KD's augmented embeddings W [V'; V_T], W' [S'; S_T] in the teacher's widths, and their scale f."""
 
     def __init__(self, teacher_widths: tuple[int, int]):
         super().__init__()
@@ -68,7 +79,11 @@ class Fusion(nn.Module):
         self.logit_scale = _log_scale()
 
     def forward(self, values: Mapping[str, Tensor]) -> dict[str, Float[Tensor, "..."]]:
-        """`image_fused`, `text_fused` [n, teacher width] and the scalar `fused_scale`; what is fused is normalised first."""
+        """Fuse the normalized embeddings of student and teacher.
+
+        Returns:
+            `image_fused`, `text_fused` [n, teacher width] and the scalar `fused_scale`.
+        """
         pairs = {
             name: torch.cat(
                 [
@@ -79,12 +94,18 @@ class Fusion(nn.Module):
             )
             for name in ("image", "text")
         }
-        found = {"image_fused": self.image(pairs["image"]), "text_fused": self.text(pairs["text"])}
-        return found | {"fused_scale": self.logit_scale.exp().reshape(())}
+        fused = {"image_fused": self.image(pairs["image"]), "text_fused": self.text(pairs["text"])}
+        return fused | {"fused_scale": self.logit_scale.exp().reshape(())}
 
 
 class HiddenSpace(nn.Module):
-    """Outputs of student blocks in the widths of the teacher's (CLIP-KD, appendix Fig. 2): a linear map per pair."""
+    """Linear maps from student blocks to the teacher's widths (CLIP-KD, appendix Fig. 2).
+
+    Args:
+        pairs: Names of a student's block and of a teacher's field, per map.
+        widths: Widths of the student's blocks, by name.
+        teacher_widths: Widths of the teacher's fields, by name.
+    """
 
     def __init__(
         self, pairs: Sequence[tuple[str, str]], widths: Mapping[str, int], teacher_widths: Mapping[str, int]
@@ -94,61 +115,73 @@ class HiddenSpace(nn.Module):
         self.maps = nn.ModuleList(_linear(widths[block], teacher_widths[field]) for block, field in pairs)
 
     def forward(self, values: Mapping[str, Tensor]) -> dict[str, Float[Tensor, "n width"]]:
-        """`<block>:<field>` [n, width of the field] of each pair of names."""
+        """Return `<block>:<field>` [n, width of the field] for each pair of names."""
         maps = zip(self.pairs, self.maps, strict=True)
-        return {f"{block}:{field}": mapped(values[block]) for (block, field), mapped in maps}
+        return {f"{block}:{field}": linear(values[block]) for (block, field), linear in maps}
 
 
 class Chain(nn.Module):
-    """Heads one after another; each sees what those before it gave."""
+    """A sequence of heads; each also reads the outputs of the heads before it."""
 
     def __init__(self, heads: Sequence[nn.Module]):
         super().__init__()
         self.heads = nn.ModuleList(heads)
 
     def forward(self, values: Mapping[str, Tensor]) -> dict[str, Float[Tensor, "..."]]:
-        """The outputs of all of them."""
-        found: dict[str, Tensor] = {}
+        """Return the outputs of all heads."""
+        outputs: dict[str, Tensor] = {}
         for head in self.heads:
-            found |= head({**values, **found})
-        return found
+            outputs |= head({**values, **outputs})
+        return outputs
 
 
 class PerTeacher(nn.Module):
-    """Heads of their own for each of several teachers."""
+    """Separate heads for each of several teachers."""
 
     def __init__(self, heads: Sequence[nn.Module]):
         super().__init__()
         self.heads = nn.ModuleList(heads)
 
     def forward(self, values: Mapping[str, Tensor]) -> dict[str, Float[Tensor, "..."]]:
-        """Outputs of teacher k under `name@k`."""
-        found: dict[str, Tensor] = {}
+        """Return the outputs for teacher k as `name@k`."""
+        outputs: dict[str, Tensor] = {}
         for k, head in enumerate(self.heads):
-            found |= {named(name, k): value for name, value in head(of_teacher(values, k)).items()}
-        return found
+            outputs |= {named(name, k): value for name, value in head(of_teacher(values, k)).items()}
+        return outputs
 
 
 class TokenSpace(nn.Module):
-    """A single-stream student's elements in the teacher's width (CLIP-TD: the papers leave the map open; linear)."""
+    """Linear maps from a single-stream student to the teacher's width (CLIP-TD leaves their form open)."""
 
     def __init__(self, hidden: int, width: int):
         super().__init__()
         self.image, self.text, self.words = (nn.Linear(hidden, width) for _ in range(3))
 
     def forward(self, values: Mapping[str, Tensor]) -> dict[str, Float[Tensor, "..."]]:
-        """`image_in_teacher_space`, `cls_in_teacher_space` [n, C, width] and, where words were selected, `words_in_teacher_space` [n, C, m, width]."""
-        found = {
+        """Map the student's elements to the teacher's width.
+
+        Returns:
+            `image_in_teacher_space`, `cls_in_teacher_space` [n, C, width] and, if words were selected,
+            `words_in_teacher_space` [n, C, m, width].
+        """
+        outputs = {
             "image_in_teacher_space": self.image(values["picture"]),
             "cls_in_teacher_space": self.text(values["cls"]),
         }
-        return found | ({"words_in_teacher_space": self.words(values["words"])} if "words" in values else {})
+        if "words" in values:
+            outputs["words_in_teacher_space"] = self.words(values["words"])
+        return outputs
 
 
 class LatentSpace(nn.Module):
-    """SDS-CLIP's h_w: a linear map, without a bias, from the image embedding to what a UNet reads or says.
+    """SDS-CLIP's h_w: a linear map without bias from the image embedding to a UNet's latent or features.
 
-    `start` is "default" (nn.Linear's own), "zero", or "unit" (elements of unit variance for unit embeddings).
+    Args:
+        width: Width of the image embedding.
+        shape: Shape of the latent or feature of one picture.
+        start: Initial weights: "default" (as nn.Linear), "zero", or "unit" (elements of unit variance for
+            unit embeddings).
+        unit: Normalize the embedding first.
     """
 
     def __init__(self, width: int, shape: Sequence[int], *, start: str = "default", unit: bool = True):
@@ -161,6 +194,6 @@ class LatentSpace(nn.Module):
             nn.init.normal_(self.linear.weight)
 
     def forward(self, values: Mapping[str, Tensor]) -> dict[str, Float[Tensor, "n ..."]]:
-        """`latent` [n, *shape] of `image` [n, width], of its direction alone where `unit`."""
+        """Map `image` [n, width] to `latent` [n, *shape]."""
         image = values["image"]
         return {"latent": self.linear(normalize(image) if self.unit else image).unflatten(1, self.shape)}

@@ -1,4 +1,4 @@
-"""Students of pairs by their model name: clip-lite's heads, or any open_clip configuration."""
+"""Build students of image-text pairs by model name: clip-lite's heads, or any open_clip configuration."""
 
 from typing import TYPE_CHECKING
 
@@ -9,7 +9,7 @@ LITE_HEADS = "clip-lite-heads"
 
 
 def build_student(name: str, init: str) -> "Student":
-    """Return the student of that name, at random or from `init`, a run or an exported folder."""
+    """Build a student by name, with random weights or those of `init`, a run or an exported folder."""
     if name == LITE_HEADS:
         from student.models.clip_lite_heads import LiteHeads
 
@@ -20,5 +20,5 @@ def build_student(name: str, init: str) -> "Student":
 
 
 def fields_read_by(name: str) -> tuple[str, ...]:
-    """Return the cached fields that the student of that name reads in place of pictures and texts."""
+    """Return the cached fields that a student reads in place of pictures and texts, by the student's name."""
     return ("image_emb", "text_emb") if name == LITE_HEADS else ()

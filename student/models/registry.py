@@ -1,9 +1,9 @@
-"""Families of students by name: an ordinary dict, plus those of installed packages."""
+"""Look up families of students by name: the built-in ones, and those of installed packages."""
 
 import importlib.metadata
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from safetensors.torch import load_file
 
@@ -11,7 +11,7 @@ from student.contract import Exported, ExportRequest, Family, Student
 from student.models.run_file import student_record, weights_of
 from teachercache.core.errors import UserError
 
-GROUP = "student.models"  # entry points: name -> a Family
+GROUP = "student.models"  # entry-point group; each entry loads a Family
 
 
 def _two_tower(config: Mapping[str, Any], folder: Path) -> Student:
@@ -50,16 +50,18 @@ def _clip_lite_heads(config: Mapping[str, Any], folder: Path) -> Student:
     return LiteHeads()
 
 
-def _export_two_tower(student: Any, request: ExportRequest) -> Exported:
+def _export_two_tower(student: Student, request: ExportRequest) -> Exported:
     from student.models.two_tower.export import export
+    from student.models.two_tower.model import TwoTower
 
-    return export(student, request)
+    return export(cast(TwoTower, student), request)
 
 
-def _export_seq2seq(student: Any, request: ExportRequest) -> Exported:
+def _export_seq2seq(student: Student, request: ExportRequest) -> Exported:
     from student.models.seq2seq.export import export
+    from student.models.seq2seq.model import Seq2Seq
 
-    return export(student, request)
+    return export(cast(Seq2Seq, student), request)
 
 
 FAMILIES: dict[str, Family] = {
@@ -73,7 +75,7 @@ FAMILIES: dict[str, Family] = {
 
 
 def find_family(name: str) -> Family:
-    """Return a family by the name in a run folder: it is looked up in the table and among installed packages alone.
+    """Return a family by its name in a run folder; only the table and installed entry points are searched.
 
     Raises:
         UserError: The family is not installed.
@@ -84,13 +86,13 @@ def find_family(name: str) -> Family:
     if name in installed:
         return installed[name].load()
     raise UserError(
-        f"the run's student is of the family {name}, which is not installed: install the package that has it "
-        f"(entry points {GROUP}); known are {', '.join([*FAMILIES, *installed])}"
+        f"the run's student is of the family {name}, which is not installed: install the package that provides it "
+        f"(entry points {GROUP}); installed are {', '.join([*FAMILIES, *installed])}"
     )
 
 
 def load_student(folder: Path) -> Student:
-    """Load the trained student of a run or exported folder, from that folder alone, on the CPU."""
+    """Load the trained student of a run or exported folder on the CPU; no other file is read."""
     record = student_record(folder)
     student = find_family(record["family"]).build(record["config"], folder)
     student.load_saved_state(load_file(weights_of(folder)))

@@ -1,4 +1,4 @@
-"""The files of a run that other runs and commands read: run.json (seq2seq.json of an export), model.safetensors."""
+"""Read and write the files of a run: run.json (seq2seq.json in an export) and model.safetensors."""
 
 import json
 import os
@@ -12,12 +12,12 @@ from torch import Tensor
 from teachercache.cache.store import flush
 from teachercache.core.errors import UserError
 
-FORMAT = 2  # of run.json
+FORMAT = 2  # the version of run.json
 NAMES = ("run.json", "seq2seq.json")
 
 
 def is_run(folder: Path) -> bool:
-    """Return whether a folder was written by `student train` or as an export that names its student."""
+    """Return whether `student train`, or an export that records its student, wrote a folder."""
     return any((folder / name).exists() for name in NAMES)
 
 
@@ -25,7 +25,7 @@ def read_run(folder: Path) -> dict[str, Any]:
     """Return the record of a run or export.
 
     Raises:
-        UserError: The folder is no run, or one of an older format.
+        UserError: The folder is not a run, or a run of an older format.
     """
     path = next((folder / name for name in NAMES if (folder / name).exists()), None)
     if path is None:
@@ -45,12 +45,16 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 
 def student_record(folder: Path) -> dict[str, Any]:
-    """Return {"family", "config"} of a run's student, without loading anything."""
+    """Return the `family` and `config` of a run's student without building it."""
     return read_run(folder)["student"]
 
 
 def weights_of(folder: Path) -> Path:
-    """Return the weights of a finished run; UserError names the command that finishes it."""
+    """Return the path of a finished run's weights.
+
+    Raises:
+        UserError: The run is unfinished; the message has the command that continues it.
+    """
     path = folder / "model.safetensors"
     if not path.exists():
         name = read_run(folder).get("recipe", {}).get("name", "NAME")
@@ -61,7 +65,7 @@ def weights_of(folder: Path) -> Path:
 
 
 def write_tensors(state: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file aside and rename it, so that it is either whole or absent."""
+    """Write a safetensors file under a temporary name and rename it: it is complete or absent."""
     partial = path.with_name(path.name + ".partial")
     save_file(dict(state), partial, dict(metadata) if metadata else None)
     flush(partial)

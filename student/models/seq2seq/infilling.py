@@ -1,8 +1,9 @@
-"""BART's text infilling (Lewis et al., 2020): spans of a text go, each leaves one mask. Knows ids, no tokenizer.
+"""Corrupt token ids with BART's text infilling (Lewis et al., 2020): each masked span becomes one mask token.
 
-As BART's released code does it: spans are counted in words; a share of the words, rounded up, is the budget; lengths
-are drawn from a Poisson distribution until they use it up, the last one cut to fit; a span of no words is a mask put
-between two tokens; a span that begins inside of another is one with it, and none goes beyond the end of its text.
+As in BART's released code, spans are measured in words. The budget is a share of the words, rounded up. Span
+lengths are drawn from a Poisson distribution until they use up the budget; the last one is cut to fit. A span
+of length 0 inserts a mask between two tokens. A span that starts inside another merges with it, and no span
+exceeds its text.
 """
 
 import math
@@ -10,13 +11,20 @@ from collections.abc import Sequence
 
 import numpy as np
 
-LENGTH = 3.0  # words of a span in the mean
+LENGTH = 3.0  # mean words per span
 
 
 def draw_lengths(
     words: int, random: np.random.Generator, *, share: float, length: float = LENGTH
 ) -> np.ndarray:
-    """Lengths of the spans of a text, zeros among them, that together use up ceil(share * words)."""
+    """Draw span lengths in words, including zeros, with the sum ceil(share * words).
+
+    Args:
+        words: Words of the text.
+        random: The random generator.
+        share: Share of the words to mask.
+        length: Mean words per span.
+    """
     budget = math.ceil(round(share * words, 9))
     lengths = np.empty(0, int)
     while lengths.sum() < budget:
@@ -32,36 +40,41 @@ def draw_lengths(
 
 def infill(
     ids: Sequence[int],
-    starts: Sequence[bool],
+    starts: Sequence[bool] | np.ndarray,
     mask: int,
     random: np.random.Generator,
     *,
     share: float,
     length: float = LENGTH,
 ) -> list[int]:
-    """The tokens of a text, without its marks of begin and end, with masks in the place of spans.
+    """Return the tokens of a text with masks in place of spans.
 
-    `starts` says which tokens begin a word; the first one does in any case.
+    Args:
+        ids: Token ids, without begin and end tokens.
+        starts: Which tokens begin a word; the first token always does.
+        mask: The id of the mask token.
+        random: The random generator.
+        share: Share of the words to mask.
+        length: Mean words per span.
     """
-    first = np.flatnonzero(np.asarray(starts, bool) | (np.arange(len(ids)) == 0))  # each word's first token
+    # The first token of each word
+    first = np.flatnonzero(np.asarray(starts, bool) | (np.arange(len(ids)) == 0))
     words = len(first)
     lengths = draw_lengths(words, random, share=share, length=length)
     spans = lengths[lengths > 0]
-    places = random.permutation(words)[: len(spans)]
-    begins, inside = (
-        np.zeros(words, bool),
-        np.zeros(words, bool),
-    )  # inside: behind the first word of some span
-    begins[places] = True
-    for place, size in zip(places, spans, strict=True):
-        inside[place + 1 : place + size] = True
+    positions = random.permutation(words)[: len(spans)]
+    begins = np.zeros(words, bool)
+    inside = np.zeros(words, bool)  # words after the first word of a span
+    begins[positions] = True
+    for position, size in zip(positions, spans, strict=True):
+        inside[position + 1 : position + size] = True
     ends = np.append(first[1:], len(ids))
-    found: list[int] = []
+    masked: list[int] = []
     for word in range(words):
         if begins[word] and not inside[word]:
-            found.append(mask)
+            masked.append(mask)
         elif not inside[word]:
-            found += [int(one) for one in ids[first[word] : ends[word]]]
+            masked += [int(token) for token in ids[first[word] : ends[word]]]
     for _ in range(len(lengths) - len(spans)):
-        found.insert(int(random.integers(len(found) + 1)), mask)
-    return found
+        masked.insert(int(random.integers(len(masked) + 1)), mask)
+    return masked

@@ -10,7 +10,7 @@ from student.models.seq2seq.model import Seq2Seq
 
 
 def write_language_model(student: Seq2Seq, folder: Path) -> None:
-    """config.json, model.safetensors and the tokenizer's files, as transformers write them."""
+    """Write config.json, model.safetensors and the tokenizer's files with transformers."""
     from transformers import PreTrainedTokenizerFast
     from transformers.utils import logging
 
@@ -36,7 +36,12 @@ def write_language_model(student: Seq2Seq, folder: Path) -> None:
 
 @contextlib.contextmanager
 def language_model_of(model: Path) -> Iterator[Path]:
-    """Where the language model of a run or an export lies, for the time being; of anything else the folder itself."""
+    """Provide a folder with the plain BART of a model while the context is open.
+
+    Yields:
+        The language model of a run or export (written to a temporary folder if needed); for any other folder
+        the folder itself.
+    """
     if not is_seq2seq(model) or (model / "language_model").exists():
         yield model / "language_model" if is_seq2seq(model) else model
         return

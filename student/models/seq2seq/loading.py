@@ -1,6 +1,6 @@
-"""Where a sequence-to-sequence student starts: a BART by name, folder or configuration alone, or one of our runs.
+"""Build a sequence-to-sequence student from a BART (by name, folder or configuration) or from a run.
 
-Only safetensors. Not for what the student computes: see `seq2seq`.
+Weights are read from safetensors files alone.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from teachercache.core.errors import UserError
 
 PACKAGED = Path(__file__).parent / "bart_tiny"  # written by scripts/teachers/bart_tiny.py
 NAMES = {"bart-tiny": str(PACKAGED), "bart-base": "facebook/bart-base", "bart-large": "facebook/bart-large"}
-CAPTION_TOKENS = 20  # of a sampled caption, at most
+CAPTION_TOKENS = 20  # tokens of a sampled caption, at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,10 +27,10 @@ class Reading:
     """How a stage reads its texts.
 
     Args:
-        stage: distil, caption, vqa or scst; "" for that of the folder that is loaded.
-        masks: Masks of a prompt; 0 for the paper's number.
+        stage: One of distil, caption, vqa and scst; "" for the stage of the loaded folder.
+        masks: Masks per prompt; 0 for the paper's number.
         share: Share of the words that infilling masks.
-        max_text: Sub-words; 0 for that of the folder that is loaded.
+        max_text: Sub-words per text, at most; 0 for the number of the loaded folder.
     """
 
     stage: str = ""
@@ -40,12 +40,12 @@ class Reading:
 
 
 def start_from(init: str, reading: Reading, *, visual: str) -> Seq2Seq:
-    """Return the student of a run or exported folder, to train on in another stage."""
+    """Load the student of a run or exported folder to train it in another stage."""
     folder = Path(init)
     record = seq2seq_record(folder)
     if record["visual"] != visual:
         raise UserError(
-            f"--set init={init} reads other parts of a picture: add --set visual={record['visual']}"
+            f"--set init={init} reads other features of a picture: add --set visual={record['visual']}"
         )
     student = rebuild(record, read_tokenizer(folder), reading)
     student.load_saved_state(load_file(weights_of(folder)))
@@ -53,7 +53,7 @@ def start_from(init: str, reading: Reading, *, visual: str) -> Seq2Seq:
 
 
 def start_bart(model: str, reading: Reading, *, scratch: bool, visual: str, width: int) -> Seq2Seq:
-    """Return a student from a BART by name, its matrices new for a CLIP space of `width` dimensions."""
+    """Build a student from a BART by name, with new matrices for a CLIP space of `width` dimensions."""
     bart, tokenizer = open_bart(model, scratch=scratch)
     student = Seq2Seq(bart, make_reader(tokenizer, bart.config, reading), visual=visual)
     student.connect(width)
@@ -61,17 +61,25 @@ def start_bart(model: str, reading: Reading, *, scratch: bool, visual: str, widt
 
 
 def open_bart(name: str, *, scratch: bool) -> tuple[BartForConditionalGeneration, Tokenizer]:
-    """A plain BART and its tokenizer, in float32; from scratch with its configuration alone."""
+    """Load a plain BART in float32 and its tokenizer.
+
+    Args:
+        name: A key of NAMES, a name on the Hugging Face hub or a folder.
+        scratch: Use the configuration alone, with random weights.
+
+    Raises:
+        UserError: There is no BART of that name.
+    """
     from transformers.utils import logging
 
-    place = NAMES.get(name, name)
+    source = NAMES.get(name, name)
     logging.disable_progress_bar()
     try:
-        config = BartConfig.from_pretrained(place)
-        tokenizer = AutoTokenizer.from_pretrained(place).backend_tokenizer
+        config = BartConfig.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source).backend_tokenizer
         if scratch:
             return BartForConditionalGeneration(config), tokenizer
-        bart = BartForConditionalGeneration.from_pretrained(place, use_safetensors=True, dtype="float32")
+        bart = BartForConditionalGeneration.from_pretrained(source, use_safetensors=True, dtype="float32")
     except (OSError, ValueError) as error:
         reason = (str(error).splitlines() or ["?"])[0][:160]
         raise UserError(
@@ -84,7 +92,7 @@ def open_bart(name: str, *, scratch: bool) -> tuple[BartForConditionalGeneration
 
 
 def make_reader(tokenizer: Tokenizer, bart: BartConfig, reading: Reading) -> Reader:
-    """Return the reader of a stage's rows."""
+    """Return the reader of a stage's texts; UserError if the BART has too few positions."""
     if reading.max_text > bart.max_position_embeddings:
         raise UserError(
             f"--set max_text={reading.max_text}: this BART has {bart.max_position_embeddings} positions at most"
@@ -123,7 +131,7 @@ def read_tokenizer(folder: Path) -> Tokenizer:
 
 
 def rebuild(config: Mapping[str, Any], tokenizer: Tokenizer, reading: Reading | None = None) -> Seq2Seq:
-    """Return a student of a recorded configuration, with random weights; another stage has its own prompts."""
+    """Return a student of a recorded configuration with random weights, optionally for another stage."""
     reading = reading or Reading()
     bart = BartConfig.from_dict(config["bart"])
     masks = reading.masks or (0 if reading.stage else config["masks"])
@@ -137,7 +145,7 @@ def rebuild(config: Mapping[str, Any], tokenizer: Tokenizer, reading: Reading | 
 
 
 def load_seq2seq(folder: Path) -> Seq2Seq:
-    """Load the trained student of a run or exported folder, from that folder alone."""
+    """Load the trained student of a run or exported folder in evaluation mode; no other file is read."""
     student = rebuild(seq2seq_record(folder), read_tokenizer(folder))
     student.load_saved_state(load_file(weights_of(folder)))
     return student.eval()

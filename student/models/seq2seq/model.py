@@ -1,21 +1,20 @@
-"""A sequence-to-sequence student: transformers' BART whose decoder reads a picture beside the text (VLKD, Fig. 2).
+"""A sequence-to-sequence student: transformers' BART whose decoder attends to picture and text (VLKD).
 
-    C = concat(W_i V, W'_e W_e E)                                                                                Eq. 1
+    C = concat(W_i V, W'_e W_e E)                                                             Eq. 1, Fig. 2
 
-E is the encoder's output, W_e takes it to CLIP's space, W'_e back: it starts as the pseudo-inverse of W_e. V are rows
-of CLIP's space, normalised: the picture's embedding (the output of its [CLS] token) or all of its patches. Not for
-losses (`recipes.vlkd`), nor for where weights come from (`loading`).
+E is the encoder's output. W_e maps it to CLIP's space and W'_e maps it back; W'_e starts as the
+pseudo-inverse of W_e. V are normalized rows of CLIP's space: the picture's embedding (the output of the [CLS]
+token) or all of its patches. The losses are in `recipes.vlkd`; `loading` loads weights.
 """
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import normalize
-from transformers import BartForConditionalGeneration, GenerationConfig
+from transformers import BartConfig, BartForConditionalGeneration, GenerationConfig
 from transformers.modeling_outputs import BaseModelOutput
 
 from evaluation.models.generator import MASK
@@ -25,11 +24,18 @@ from student.models.seq2seq.self_critical import CaptionSampler, Reward
 from student.models.seq2seq.texts import Reader, encode_prompt, padded
 from teachercache.core.errors import UserError
 
-VISUAL = {"cls": "image_emb", "patches": "patch_emb"}  # what V is, and the cache's field of it
+VISUAL = {"cls": "image_emb", "patches": "patch_emb"}  # choice of V -> cached field
 
 
 class Seq2Seq(nn.Module):
-    """BART, W_i, W_e and W'_e; the last three exist once `connect` knows the width of CLIP's space."""
+    """BART with the matrices W_i, W_e and W'_e, which `connect` creates.
+
+    Args:
+        bart: A BART; its generation settings are replaced.
+        reader: Reads the texts of rows.
+        visual: A key of VISUAL.
+        aligned: Output `text_in_teacher_space` while distilling.
+    """
 
     def __init__(
         self,
@@ -47,17 +53,26 @@ class Seq2Seq(nn.Module):
         self.reward: Reward | None = None  # scst
 
     def connect(self, width: int) -> None:
-        """Make the three matrices, between `width` dimensions of CLIP and BART's own.
+        """Create the three matrices between CLIP's space of `width` dimensions and BART's.
 
-        W_i starts with entries of N(0, 1), which makes W_i v of a unit row as large as BART's own rows (free choice).
+        W_i starts with entries from N(0, 1), so that W_i v of a unit row is as large as BART's rows (free
+        choice).
         """
-        own = self.bart.config.d_model
-        self.image_in = nn.Linear(width, own, bias=False)  # W_i
-        self.text_out = nn.Linear(own, width, bias=False)  # W_e
-        self.text_in = nn.Linear(width, own, bias=False)  # W'_e
+        d_model = self.bart.config.d_model
+        assert d_model is not None
+        self.image_in = nn.Linear(width, d_model, bias=False)  # W_i
+        self.text_out = nn.Linear(d_model, width, bias=False)  # W_e
+        self.text_in = nn.Linear(width, d_model, bias=False)  # W'_e
         nn.init.normal_(self.image_in.weight)
         with torch.no_grad():
             self.text_in.weight.copy_(torch.linalg.pinv(self.text_out.weight))
+
+    @property
+    def start_token(self) -> int:
+        """The id that the decoder starts with."""
+        start_token = self.bart.config.decoder_start_token_id
+        assert start_token is not None
+        return start_token
 
     @property
     def spec(self) -> StudentSpec:
@@ -75,11 +90,11 @@ class Seq2Seq(nn.Module):
 
     @property
     def row_inputs(self) -> RowInputs:
-        """A text with masks, and the cached picture."""
+        """A text with masks, and the cached features of the picture."""
         return RowInputs(read_texts=self.read_texts, fields=(VISUAL[self.visual],))
 
     def capabilities(self) -> frozenset[Capability]:
-        """Writing, and an export for transformers."""
+        """Return the capabilities of training, to generate texts, and to be exported for transformers."""
         return frozenset(
             {
                 Capability.GENERATES,
@@ -90,10 +105,10 @@ class Seq2Seq(nn.Module):
         )
 
     def limits(self) -> dict[Capability, str]:
-        """It has one stream from picture and text to text."""
+        """Return why it cannot encode or be exported for open_clip."""
         return {
-            Capability.ENCODES: "`student generate` takes it, and `student export --format hf`",
-            Capability.EXPORTS_OPEN_CLIP: "it writes texts, which open_clip has no place for: use --format hf",
+            Capability.ENCODES: "run `student generate`, or `student export --format hf`",
+            Capability.EXPORTS_OPEN_CLIP: "it writes texts, which open_clip does not support: use --format hf",
             Capability.CHECKPOINTS_ACTIVATIONS: f"{type(self).__name__} has no blocks for it",
         }
 
@@ -101,10 +116,13 @@ class Seq2Seq(nn.Module):
         """Compute the negative log-likelihood of the rows' texts.
 
         Returns:
-            `nll` [n], `tokens` [n] that it is summed over, and while distilling `text_in_teacher_space` [n, d1].
-            scst: `nll` is that of sampled captions; `reward`, `baseline` [n] are CIDEr-D of these and of greedy ones.
+            `nll` [n], the number `tokens` [n] of its summands, and while distilling `text_in_teacher_space`
+            [n, d1].
+            scst: `nll` of sampled captions; `reward`, `baseline` [n] are CIDEr-D of sampled and greedy
+                captions.
         """
-        stage, outputs = self.read_texts.stage, {}
+        stage = self.read_texts.stage
+        outputs: dict[str, Tensor] = {}
         context, attention_mask = self.context(batch["source"], self.pictures(batch))
         text, prompt_length = batch["text"], batch["prompt_length"]
         if stage == "scst":
@@ -121,7 +139,7 @@ class Seq2Seq(nn.Module):
         return outputs | {"nll": text_nll(logits, text, counted), "tokens": counted.sum(1).float()}
 
     def pictures(self, fields: Mapping[str, Tensor]) -> Float[Tensor, "n v d1"]:
-        """V: normalised rows of CLIP's space."""
+        """Return V, normalized rows of CLIP's space."""
         rows = fields[VISUAL[self.visual]].float()
         return normalize(rows if rows.ndim == 3 else rows[:, None], dim=-1)
 
@@ -134,7 +152,7 @@ class Seq2Seq(nn.Module):
         return hidden, attention_mask
 
     def embed_text(self, text: Int[Tensor, "n length"]) -> Float[Tensor, "n d1"]:
-        """W_e times the mean of E, not normalised (section 3.2.1)."""
+        """Return W_e times the mean of E, not normalized (section 3.2.1)."""
         E, attention_mask = self.encode(text)
         return self.text_out((E * attention_mask[..., None]).sum(1) / attention_mask.sum(1, keepdim=True))
 
@@ -146,9 +164,9 @@ class Seq2Seq(nn.Module):
         text = self.text_in(self.text_out(E))
         if V is None:
             return text, attention_mask
-        of_picture = torch.ones(V.shape[:2], dtype=torch.bool, device=attention_mask.device)
+        picture_mask = torch.ones(V.shape[:2], dtype=torch.bool, device=attention_mask.device)
         rows = torch.cat([self.image_in(V).to(text.dtype), text], 1)
-        return rows, torch.cat([of_picture, attention_mask], 1)
+        return rows, torch.cat([picture_mask, attention_mask], 1)
 
     def decode(
         self,
@@ -156,8 +174,8 @@ class Seq2Seq(nn.Module):
         context: Float[Tensor, "n m d2"],
         attention_mask: Bool[Tensor, "n m"],
     ) -> Float[Tensor, "n length words"]:
-        """Logits of each token of a text after those before it; the first follows BART's start token."""
-        start = torch.full_like(text[:, :1], self.bart.config.decoder_start_token_id)
+        """Return the logits of each token given those before it; the first follows BART's start token."""
+        start = torch.full_like(text[:, :1], self.start_token)
         before = torch.cat([start, text[:, :-1]], 1)
         outputs = self.bart(
             encoder_outputs=BaseModelOutput(last_hidden_state=context),
@@ -176,19 +194,25 @@ class Seq2Seq(nn.Module):
         num_beams: int = 1,
         max_new_tokens: int = 24,
     ) -> list[str]:
-        """What each prompt's masks stand for, given the picture of its row, by beam search.
+        """Generate the text of each prompt's masks by beam search, given the picture of its row.
 
-        The decoder is given the prompt's words before the first mask (free choice); what follows the last one, a full
-        stop in the paper's prompts, is taken off the end.
+        The decoder starts with the prompt's words before the first mask (free choice). The prompt's text
+        after the last mask, a period in the paper's prompts, is removed from the end.
+
+        Args:
+            fields: The teacher's fields of the rows' pictures.
+            prompts: A prompt per row.
+            num_beams: Beams of the search; 1 is greedy.
+            max_new_tokens: Tokens per text, at most.
         """
         marks, tokenizer = self.read_texts.marks, self.read_texts.tokenizer
         V = self.pictures(fields)
-        found = [""] * len(prompts)
+        texts = [""] * len(prompts)
         encoded = [encode_prompt(tokenizer, marks, prompt, self.read_texts.max_text) for prompt in prompts]
-        for size in sorted({len(given) for _, given in encoded}):
-            rows = [i for i, (_, given) in enumerate(encoded) if len(given) == size]
+        for size in sorted({len(prefix) for _, prefix in encoded}):
+            rows = [i for i, (_, prefix) in enumerate(encoded) if len(prefix) == size]
             source = padded([[marks.begin, *encoded[i][0], marks.end] for i in rows], marks.pad).to(V.device)
-            start = [self.bart.config.decoder_start_token_id, marks.begin]
+            start = [self.start_token, marks.begin]
             before = torch.tensor([[*start, *encoded[i][1]] for i in rows], device=V.device)
             context, attention_mask = self.context(source, V[rows])
             ids = self.bart.generate(
@@ -199,40 +223,40 @@ class Seq2Seq(nn.Module):
                 max_new_tokens=max_new_tokens,
                 early_stopping=num_beams > 1,
             )
-            for i, one in zip(rows, ids[:, before.shape[1] :].tolist(), strict=True):
-                text, after = tokenizer.decode(one, skip_special_tokens=True), prompts[i].rpartition(MASK)[2]
-                found[i] = " ".join(text.strip().removesuffix(after.strip()).split())
-        return found
+            for i, row in zip(rows, ids[:, before.shape[1] :].tolist(), strict=True):
+                text, after = tokenizer.decode(row, skip_special_tokens=True), prompts[i].rpartition(MASK)[2]
+                texts[i] = " ".join(text.strip().removesuffix(after.strip()).split())
+        return texts
 
     @torch.no_grad()
     def language_model(self) -> BartForConditionalGeneration:
-        """A plain BART that does what this one does where there is no picture.
+        """Return a plain BART that computes the same as this student without a picture.
 
-        Its decoder's cross-attention has W'_e W_e in its keys and values, so it reads E itself.
+        Its decoder's cross-attention includes W'_e W_e in the keys and values, so it attends to E itself.
         """
-        alone = copy.deepcopy(self.bart)
-        there_and_back = self.text_in.weight @ self.text_out.weight
-        for layer in alone.model.decoder.layers:
-            for part in (layer.encoder_attn.k_proj, layer.encoder_attn.v_proj):
-                part.weight.copy_(part.weight @ there_and_back)
-        return alone
+        bart = copy.deepcopy(self.bart)
+        round_trip = self.text_in.weight @ self.text_out.weight
+        for layer in bart.model.decoder.layers:
+            for linear in (layer.encoder_attn.k_proj, layer.encoder_attn.v_proj):
+                linear.weight.copy_(linear.weight @ round_trip)
+        return bart
 
     def saved_state(self) -> dict[str, Tensor]:
-        """Return every tensor once: BART's embeddings, which it uses in four places, under their first name."""
-        kept = self.state_dict()
+        """Return every tensor once; BART's shared embeddings appear under their first name."""
+        persistent = self.state_dict()
         return dict(self.named_parameters()) | {
-            name: value for name, value in self.named_buffers() if name in kept
+            name: value for name, value in self.named_buffers() if name in persistent
         }
 
     def load_saved_state(self, state: Mapping[str, Tensor]) -> None:
-        """Load what `saved_state` returned; KeyError if a tensor is missing."""
+        """Load the tensors of `saved_state`; KeyError if one is missing."""
         missing = self.saved_state().keys() - state.keys()
         if missing:
             raise KeyError(sorted(missing)[0])
         self.load_state_dict({name: value.float() for name, value in state.items()}, strict=False)
 
 
-def plain_search(bart: Any) -> GenerationConfig:
-    """Beam search as it is: nothing forced, forbidden or favoured, whatever a checkpoint's own settings are."""
+def plain_search(bart: BartConfig) -> GenerationConfig:
+    """Return settings of plain beam search, without a checkpoint's forced or forbidden tokens."""
     names = ("bos_token_id", "pad_token_id", "eos_token_id", "decoder_start_token_id")
     return GenerationConfig(do_sample=False, **{name: getattr(bart, name) for name in names})

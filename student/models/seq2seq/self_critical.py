@@ -1,16 +1,17 @@
-"""Sample captions while training and score them: self-critical training on CIDEr-D.
+"""Sample captions while training and score them with CIDEr-D, for self-critical training.
 
-The random numbers of sampling come with the batch, so a caption is the same on any number of ranks and after a resume.
+The batch contains the random numbers, so a caption does not depend on the number of ranks or on resuming.
 """
 
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from transformers import BartForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput
 
 from evaluation.metrics.cider import cider_d, document_frequency
@@ -19,41 +20,47 @@ from student.models.seq2seq.texts import Reader
 
 
 class Reward(NamedTuple):
-    """Statistics of the training captions that CIDEr-D needs."""
+    """Document frequencies of the training captions and the number of pictures, which CIDEr-D needs."""
 
     frequency: Counter
     pictures: int
 
 
 def words_of(text: str) -> list[str]:
-    """Return lower-case words without punctuation and without the prompt in front of them."""
+    """Return the lower-case words of a caption, without punctuation and without the prompt."""
     return re.findall(r"[^\W_]+(?:'\w+)?", text.strip().removeprefix(CAPTION).lower())
 
 
 def reward_of(references: Iterable[Sequence[str]]) -> Reward:
-    """Return document frequencies of each picture's captions."""
+    """Compute the document frequencies of captions, given the captions of each picture."""
     captions = [[words_of(text) for text in texts] for texts in references]
     return Reward(document_frequency(captions), len(captions))
 
 
 class CaptionSampler(NamedTuple):
-    """Samples captions from a BART, and scores them."""
+    """Samples captions from a BART and scores them."""
 
-    bart: Any
+    bart: BartForConditionalGeneration
     reader: Reader
     reward: Reward
 
     def sample(
         self, context: Float[Tensor, "n m d2"], mask: Bool[Tensor, "n m"], batch: Mapping[str, Tensor]
     ) -> tuple[Int[Tensor, "n length"], dict[str, Tensor]]:
-        """Return sampled texts, and `reward`, `baseline` [n]: CIDEr-D of them and of greedy ones.
+        """Sample a caption per row, without dropout or gradient, and score it.
 
-        Without dropout or gradient.
+        Args:
+            context: The decoder's context.
+            mask: Its attention mask.
+            batch: The batch of `Reader`.
+
+        Returns:
+            The sampled texts, and the CIDEr-D of sampled (`reward` [n]) and greedy captions (`baseline` [n]).
         """
         training = self.bart.training
         self.bart.eval()
         with torch.no_grad():
-            # The prompt's words are the same in each row
+            # All rows have the same prompt
             prompt = batch["text"][:, : int(batch["prompt_length"][0])]
             texts = [self.write(context, mask, prompt, noise) for noise in (batch["sampling_noise"], None)]
         self.bart.train(training)
@@ -66,9 +73,18 @@ class CaptionSampler(NamedTuple):
     def write(
         self, context: Tensor, mask: Tensor, prompt: Tensor, noise: Tensor | None
     ) -> Int[Tensor, "n length"]:
-        """Return texts that begin with `prompt`: sampled with the batch's random numbers, or greedy without them."""
+        """Generate texts that begin with a prompt.
+
+        Args:
+            context: The decoder's context [n, m, d2].
+            mask: Its attention mask [n, m].
+            prompt: Token ids [n, length].
+            noise: Random numbers [n, steps] in [0, 1) for sampling; None for greedy decoding.
+        """
         marks, text, past = self.reader.marks, prompt, None
-        start = torch.full_like(prompt[:, :1], self.bart.config.decoder_start_token_id)
+        start_token = self.bart.config.decoder_start_token_id
+        assert start_token is not None
+        start = torch.full_like(prompt[:, :1], start_token)
         ids = torch.cat([start, prompt], 1)
         unfinished = torch.ones(len(prompt), dtype=torch.bool, device=prompt.device)
         for step in range(self.reader.sampling_steps):
@@ -94,7 +110,7 @@ class CaptionSampler(NamedTuple):
 
 
 def rewards(text: Tensor, references: Tensor, reader: Reader, reward: Reward) -> list[float]:
-    """Return CIDEr-D of each row's text."""
+    """Compute the CIDEr-D of each row's text [n, length] against its captions [n, R, W]."""
     scores = []
     for ids, captions in zip(text.tolist(), references.tolist(), strict=True):
         written, *words = (

@@ -1,6 +1,6 @@
-"""Where a single-stream student starts: from scratch, a BERT folder, a released UNITER checkpoint, or one of our runs.
+"""Build a single-stream student: from scratch, a BERT folder, a released UNITER checkpoint, or a run.
 
-Only safetensors and weights_only loading. Not for what the student computes: see `single_stream`.
+Weights are read from safetensors files or with torch's `weights_only`.
 """
 
 import json
@@ -11,32 +11,41 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import BertConfig
 
 from student.models.single_stream.model import SECOND, Shape, SingleStream, parse_model
+from student.models.single_stream.regions import VlBertRegions
 from student.models.single_stream.tokenizer import load_tokenizer
 from student.models.single_stream.villa import Perturbation
 from teachercache.core.errors import UserError
 from teachercache.core.progress import say
 
-# A released UNITER checkpoint's names -> ours; what is not here (its heads) stays behind
+# Names in a released UNITER checkpoint -> our names; tensors without an entry (its heads) are skipped
 UNITER = (
     (r"^(?:uniter|bert)\.embeddings\.", "bert.embeddings."),
     (r"^(?:uniter|bert)\.encoder\.", "bert.encoder."),
     (r"^(?:uniter|bert)\.pooler\.", "bert.pooler."),
     (r"^(?:uniter|bert)\.img_embeddings\.", "regions."),
 )
-OLD = (
-    ("LayerNorm.gamma", "LayerNorm.weight"),
-    ("LayerNorm.beta", "LayerNorm.bias"),
-)  # BERT's first checkpoints
+# Names in BERT's first checkpoints
+OLD = (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias"))
 
 
 def open_student(
-    name: str, init: str, shape: Shape, *, tokenizer: Any, perturbation: Perturbation, max_text: int
+    name: str, init: str, shape: Shape, *, tokenizer: Tokenizer, perturbation: Perturbation, max_text: int
 ) -> SingleStream:
-    """The student called `name`, begun from `init`; what came from there is said."""
+    """Build a student by name and print which tensors it takes from `init`.
+
+    Args:
+        name: A model name such as `vl-bert-tiny`.
+        init: A BERT folder, a UNITER checkpoint or a run; "" for random weights.
+        shape: The task's sizes.
+        tokenizer: The tokenizer, for the size of its vocabulary.
+        perturbation: VILLA's constants, used if the model is a VILLA.
+        max_text: Sub-words per text, at most.
+    """
     face, sizes = parse_model(name)
     config = BertConfig(
         vocab_size=tokenizer.get_vocab_size(), type_vocab_size=3, max_position_embeddings=512, **sizes
@@ -55,7 +64,7 @@ def open_student(
 
 
 def _bert_config(folder: Path, sizes: Mapping[str, int], name: str) -> BertConfig:
-    """The folder's configuration, with token types for words, pictures and second parts."""
+    """Return the folder's configuration, with token types for first parts, pictures and second parts."""
     config = BertConfig.from_dict(json.loads((folder / "config.json").read_text()))
     if config.hidden_size != sizes["hidden_size"] or config.num_hidden_layers != sizes["num_hidden_layers"]:
         raise UserError(
@@ -66,8 +75,8 @@ def _bert_config(folder: Path, sizes: Mapping[str, int], name: str) -> BertConfi
     return config
 
 
-def init_tokenizer(init: str) -> Any:
-    """The tokenizer that belongs to `init`: of a folder its own, of a file the one beside it."""
+def init_tokenizer(init: str) -> Tokenizer:
+    """Load the tokenizer of `init`: the one in a folder, or the one beside a checkpoint file."""
     path = Path(init)
     if not path.exists():
         raise UserError(
@@ -77,61 +86,69 @@ def init_tokenizer(init: str) -> Any:
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
-    """Tensors of a run, of a BERT folder, or of a UNITER checkpoint, under our names."""
+    """Load the tensors of a run, a BERT folder or a UNITER checkpoint under our names."""
     files = [path] if path.is_file() else [path / name for name in ("model.safetensors", "pytorch_model.bin")]
-    found = next((file for file in files if file.exists()), None)
-    if found is None:
+    file = next((file for file in files if file.exists()), None)
+    if file is None:
         raise UserError(f"--set init={path}: it has no {files[0].name}")
     try:
-        safe = found.suffix == ".safetensors"
-        state = load_file(found) if safe else torch.load(found, map_location="cpu", weights_only=True)
+        safe = file.suffix == ".safetensors"
+        state: dict[str, Any] = (
+            load_file(file) if safe else torch.load(file, map_location="cpu", weights_only=True)
+        )
     except Exception as error:
         reason = (str(error).splitlines() or ["?"])[0][:120]
-        raise UserError(f"--set init={path}: {found.name} cannot be loaded: {reason}") from error
+        raise UserError(f"--set init={path}: {file.name} cannot be loaded: {reason}") from error
     if (path / "run.json").exists():
         return state
-    return renamed(state.get("model_state", state))  # UNITER's second-stage VCR checkpoints have it inside
+    # UNITER's second-stage VCR checkpoints nest the tensors
+    return renamed(state.get("model_state", state))
 
 
 def renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A BERT's or UNITER's tensors under our names; heads and what we do not have are left out."""
-    found = {}
-    bare = not any(
-        name.startswith(("bert.", "uniter.")) for name in state
-    )  # BertModel's own, without a prefix
+    """Return the tensors of a BERT or UNITER under our names, without heads and unknown tensors."""
+    renamed_state = {}
+    bare = not any(name.startswith(("bert.", "uniter.")) for name in state)  # a BertModel, without a prefix
     for name, tensor in state.items():
         for old, new in OLD:
             name = name.replace(old, new)
         name = f"bert.{name}" if bare else name
         for pattern, ours in UNITER:
             if re.match(pattern, name):
-                found[re.sub(pattern, ours, name)] = tensor
-    return found
+                renamed_state[re.sub(pattern, ours, name)] = tensor
+    return renamed_state
 
 
 def load_into(student: SingleStream, state: dict[str, Tensor], init: str) -> None:
-    """Copy what fits and say what does not; UserError where nothing of BERT does."""
-    own = student.state_dict()
-    kinds = "bert.embeddings.token_type_embeddings.weight"
-    if kinds in state:
-        state[kinds] = state[kinds][
-            : len(own[kinds])
-        ]  # UNITER's of VCR has four: words, picture, answer, rationale
-    if kinds in state and len(state[kinds]) < len(own[kinds]):
-        rows = state[kinds]
-        state[kinds] = torch.cat([rows, rows[-1:].expand(len(own[kinds]) - len(rows), -1)])
-        state[kinds][SECOND] = rows[0]  # a second part starts as the text that it is
+    """Copy the tensors that fit into a student and print which are new.
+
+    Raises:
+        UserError: No tensor of BERT's encoder fits.
+    """
+    target = student.state_dict()
+    token_types = "bert.embeddings.token_type_embeddings.weight"
+    if token_types in state:
+        # UNITER's VCR checkpoints have four: words, picture, answer, rationale
+        state[token_types] = state[token_types][: len(target[token_types])]
+    if token_types in state and len(state[token_types]) < len(target[token_types]):
+        rows = state[token_types]
+        state[token_types] = torch.cat([rows, rows[-1:].expand(len(target[token_types]) - len(rows), -1)])
+        state[token_types][SECOND] = rows[0]  # second parts are text, as first parts are
     fitting = {
-        name: tensor for name, tensor in state.items() if name in own and own[name].shape == tensor.shape
+        name: tensor
+        for name, tensor in state.items()
+        if name in target and target[name].shape == tensor.shape
     }
     if not any(name.startswith("bert.encoder.") for name in fitting):
         raise UserError(f"--set init={init} has no BERT in it that fits --set model: is it of another size?")
     student.load_state_dict(fitting, strict=False)
     if student.shape.face == "vl-bert" and not any(name.startswith("regions.") for name in fitting):
-        for norm in (student.regions.word_norm, student.regions.region_norm):
-            torch.nn.init.zeros_(norm.weight)  # a BERT knows no pictures
-    new = sorted({name.rpartition(".")[0] for name in own if name not in fitting})
+        regions = student.regions
+        assert isinstance(regions, VlBertRegions)
+        for norm in (regions.word_norm, regions.region_norm):
+            torch.nn.init.zeros_(norm.weight)  # a BERT was trained without pictures
+    new = sorted({name.rpartition(".")[0] for name in target if name not in fitting})
     say(
-        f"init {init}: {len(fitting)} of {len(own)} tensors; new: {', '.join(new[:8]) or 'none'}"
+        f"init {init}: {len(fitting)} of {len(target)} tensors; new: {', '.join(new[:8]) or 'none'}"
         + (f" and {len(new) - 8} more" if len(new) > 8 else "")
     )

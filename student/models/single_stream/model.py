@@ -1,8 +1,8 @@
-"""Single-stream students: words and regions through one BERT, with three faces, UNITER, VL-BERT and VILLA.
+"""Single-stream students: one BERT over words and image regions, as UNITER, VL-BERT or VILLA.
 
-A fourth, `bert`, sees no picture: what it answers tells how far words alone go. An answer is chosen by a head on [CLS];
-distillation reads [CLS], the whole picture's element and the words' elements. Not for losses (`recipes.clip_td`), nor
-for loading weights (`single_stream_init`).
+A fourth variant, `bert`, reads no picture and measures how well words alone answer. A head on [CLS] chooses
+the answer. Distillation uses the outputs of [CLS], of the whole-picture region and of the words. The losses
+are in `recipes.clip_td`; `loading` loads weights.
 """
 
 import dataclasses
@@ -38,30 +38,43 @@ SIZES: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 3,
         "num_attention_heads": 4,
         "intermediate_size": 256,
+        # BERT's dropout of 0.1 takes 1.5 times as long
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
-    },  # BERT's 0.1 takes half as long again
+    },
     "micro": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64},
 }
-FIRST, IMAGE, SECOND = range(
-    3
-)  # token types: before [SEP], the picture, behind [SEP] (UNITER has the first two)
+# Token types: before the first [SEP], the picture, after the first [SEP] (UNITER has only the first two)
+FIRST, IMAGE, SECOND = range(3)
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """What a student is built for: everything that run.json keeps of it besides BERT's configuration."""
+    """The sizes that a student is built with; run.json stores them with BERT's configuration.
+
+    Args:
+        face: One of FACES.
+        region_width: Width of a cached region feature.
+        inputs: Texts per row.
+        classes: Answers per row.
+        several_right: Several answers may be right (VQA).
+        stage: "task" or "adapt".
+    """
 
     face: str
     region_width: int
-    inputs: int  # texts a row
-    classes: int  # answers a row
-    several_right: bool = False  # several answers may be right (VQA)
-    stage: str = "task"  # or adapt
+    inputs: int
+    classes: int
+    several_right: bool = False
+    stage: str = "task"
 
 
 def parse_model(name: str) -> tuple[str, dict[str, Any]]:
-    """`vl-bert-tiny` as face and sizes; UserError names those there are."""
+    """Split a model name such as `vl-bert-tiny` into a face and BERT's sizes.
+
+    Raises:
+        UserError: The name is unknown; the message lists the valid names.
+    """
     face, _, size = name.rpartition("-")
     if face not in FACES or size not in SIZES:
         names = [f"{face}-{size}" for face in FACES for size in SIZES]
@@ -70,7 +83,15 @@ def parse_model(name: str) -> tuple[str, dict[str, Any]]:
 
 
 class SingleStream(nn.Module):
-    """`forward` gives what the recipe compares, for n rows of C texts each."""
+    """One transformer over the words and regions of n rows of C texts each.
+
+    Args:
+        config: BERT's configuration.
+        shape: The task's sizes.
+        perturbation: VILLA's constants; None for students without perturbations.
+    """
+
+    regions: UniterRegions | VlBertRegions
 
     def __init__(self, config: BertConfig, shape: Shape, perturbation: Perturbation | None = None):
         super().__init__()
@@ -111,17 +132,18 @@ class SingleStream(nn.Module):
         return RowInputs(text_pairs=True, fields=("region_feature", "region_box"), trim=trim_regions)
 
     def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Float[Tensor, "..."]]:
-        """Compute what the recipe compares, for n rows of C texts each.
+        """Compute answers and the elements that are distilled, for n rows of C texts each.
 
         Returns:
-            `cls`, `picture` [n, C, h], `words` [n, C, m, h] (means of selected words' tokens) and `logits` [n,
-            classes]. In stage adapt `word_logits` [n, slots, vocabulary] of the masked places and `match` [n, 2]
-            instead of logits. A VILLA in training adds `adv_logits` [n, K, classes].
+            `cls`, `picture` [n, C, h], `words` [n, C, m, h] (means over the tokens of selected words) and
+            `logits` [n, classes]. In stage adapt, `word_logits` [n, slots, vocabulary] of the masked
+            positions and `match` [n, 2] replace the logits. VILLA in training adds `adv_logits` [n, K,
+            classes].
         """
         n, C, length = batch["text"].shape
         words, regions, mask = self.embed(batch)
         hidden = self.encode(words, regions, mask)  # [n C, length + regions, h]
-        pooled = self.bert.pooler(hidden)
+        pooled = self.pool(hidden)
         outputs = {"cls": hidden[:, 0].unflatten(0, (n, C))}
         if regions.shape[1]:
             outputs["picture"] = hidden[:, length].unflatten(0, (n, C))
@@ -135,70 +157,84 @@ class SingleStream(nn.Module):
         outputs["logits"] = self.choose(pooled, n)
         if self.perturbation is not None and self.training:
             outputs["adv_logits"] = perturbed_logits(
-                self, words, regions, mask, outputs["logits"], batch["target"]
+                lambda words, regions: self.choose(self.pool(self.encode(words, regions, mask)), n),
+                words,
+                regions,
+                batch["target"],
+                plan=self.perturbation,
+                many=self.shape.several_right,
             )
         return outputs
 
     def embed(
         self, batch: Mapping[str, Tensor]
     ) -> tuple[Float[Tensor, "nC l h"], Float[Tensor, "nC r h"], Bool[Tensor, "nC lr"]]:
-        """Elements of words and regions before the first layer, and which of both there are."""
+        """Embed words and regions.
+
+        Returns:
+            The elements of words and of regions, and the attention mask of both.
+        """
         C = batch["text"].shape[1]
-        ids, second, attention_mask = (
+        ids, is_second, attention_mask = (
             batch[name].flatten(0, 1) for name in ("text", "token_type_ids", "attention_mask")
         )
         embed = self.bert.embeddings
-        places = torch.arange(ids.shape[1], device=ids.device)
-        kinds = torch.where(second, SECOND, FIRST)
+        positions = torch.arange(ids.shape[1], device=ids.device)
+        token_types = torch.where(is_second, SECOND, FIRST)
         words = (
             embed.word_embeddings(ids)
-            + embed.token_type_embeddings(kinds)
-            + embed.position_embeddings(places)
+            + embed.token_type_embeddings(token_types)
+            + embed.position_embeddings(positions)
         )
         if self.shape.face == "bert":
             return embed.dropout(embed.LayerNorm(words)), words[:, :0], attention_mask
         feature, box = (batch[name].repeat_interleave(C, 0) for name in ("region_feature", "region_box"))
-        kind = embed.token_type_embeddings.weight[IMAGE]
+        image_type = embed.token_type_embeddings.weight[IMAGE]
         if isinstance(self.regions, VlBertRegions):
             visual = self.regions.features(feature, box)
             words = words + self.regions.of_words(visual, box, batch["text_region"].flatten(0, 1))
-            # All regions are at one place, behind the text
-            rest = kind + embed.position_embeddings(attention_mask.sum(1))
+            # All regions share one position, after the text
+            rest = image_type + embed.position_embeddings(attention_mask.sum(1))
             regions = self.regions(visual, rest.unsqueeze(1))
         else:
-            regions = self.regions(feature, box, kind)
+            regions = self.regions(feature, box, image_type)
         words = embed.dropout(embed.LayerNorm(words))
         return words, regions, torch.cat([attention_mask, valid_regions(box)], 1)
 
     def encode(
         self, words: Float[Tensor, "n l h"], regions: Float[Tensor, "n r h"], mask: Bool[Tensor, "n lr"]
     ) -> Float[Tensor, "n lr h"]:
-        """The last layer over words and regions; elements that are not there are seen by none."""
+        """Return the last layer's output over words and regions; masked elements get no attention."""
         elements = torch.cat([words, regions.to(words.dtype)], 1)
-        unseen = torch.zeros(mask.shape, dtype=elements.dtype, device=mask.device)
-        unseen = unseen.masked_fill(~mask, torch.finfo(elements.dtype).min)
-        return self.bert.encoder(elements, attention_mask=unseen[:, None, None, :]).last_hidden_state
+        bias = torch.zeros(mask.shape, dtype=elements.dtype, device=mask.device)
+        bias = bias.masked_fill(~mask, torch.finfo(elements.dtype).min)
+        return self.bert.encoder(elements, attention_mask=bias[:, None, None, :]).last_hidden_state
+
+    def pool(self, hidden: Float[Tensor, "n lr h"]) -> Float[Tensor, "n h"]:
+        """Return BERT's pooled output of [CLS]."""
+        assert self.bert.pooler is not None
+        return self.bert.pooler(hidden)
 
     def choose(self, pooled: Float[Tensor, "nC h"], n: int) -> Float[Tensor, "n classes"]:
-        """Logits of each row's answers: a score of each of its texts, or of each class from its one text."""
+        """Return the logits of each row's answers: a score per text, or per class if a row has one text."""
         return self.answer(pooled).reshape(n, self.shape.classes)
 
     def capabilities(self) -> frozenset[Capability]:
-        """Answering, once there are answers."""
+        """Return the capabilities of training, and that to answer unless the stage is adapt."""
         offered = {Capability.ANSWERS, Capability.COMPILES, Capability.SHARDS_PARAMETERS}
         return frozenset(offered - self.limits().keys())
 
     def limits(self) -> dict[Capability, str]:
-        """A student of stage adapt has no answers; VILLA takes gradients inside its forward."""
+        """Return why it cannot encode or be exported, and the limits of stage adapt and of VILLA."""
         limits = {
-            Capability.EXPORTS_OPEN_CLIP: "a single-stream transformer has no place in open_clip",
+            Capability.EXPORTS_OPEN_CLIP: "open_clip has no single-stream transformer",
             Capability.EXPORTS_HF: "transformers has no model of these regions and heads",
-            Capability.ENCODES: "`student eval` takes it with the task that it was trained on",
+            Capability.ENCODES: "run `student eval` with the task that it was trained on",
             Capability.CHECKPOINTS_ACTIVATIONS: f"{type(self).__name__} has no blocks for it",
         }
         if self.shape.stage == "adapt":
             limits[Capability.ANSWERS] = (
-                "it is a stage=adapt run without answers: train on with `--set init=RUN`, then evaluate"
+                "it is a stage=adapt run without answers: go on with `--set init=RUN`, then evaluate"
             )
         if self.perturbation is not None:
             limits[Capability.SHARDS_PARAMETERS] = (

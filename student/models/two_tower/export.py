@@ -1,6 +1,7 @@
-"""A two-tower student as a folder that open_clip or transformers load; loaded again and compared before it is kept.
+"""Export a two-tower student for open_clip or transformers, and compare the reloaded model with the student.
 
-What only distillation needed (projections, ICL's scale) is not in a run's model.safetensors and so in no export.
+Modules that only distillation needs (projections, ICL's scale) are not in a run's model.safetensors, so no
+export contains them.
 """
 
 import json
@@ -22,7 +23,7 @@ from teachercache.core.paths import write_whole
 from teachercache.data.views import describe_view
 from teachercache.teachers.clip.loading import open_folder
 
-TOLERANCE = 1e-4  # of the largest value in an embedding, and of 1
+TOLERANCE = 1e-4  # relative to the largest value of the embeddings, or to 1 if that is smaller
 PROBES = ["a photo of a red bird", "It's 12 o'clock, \u00fcber \u65e5\u672c \U0001f44d", "", "word " * 100]
 
 # Pixels and texts -> raw image and text embeddings
@@ -30,17 +31,29 @@ Encode = Callable[[Tensor, list[str]], tuple[Tensor, Tensor]]
 
 
 class Format(NamedTuple):
-    """How one kind of folder is written and read."""
+    """How one format is written and loaded.
+
+    Attributes:
+        library: The library that loads the folder.
+        write: Write the student to a folder; return notes for its users, one line each.
+        load: Load the encoders of a folder.
+        usage: Return the code that loads the folder, for the model card.
+        call: One line of code that loads the folder, for the terminal; {} stands for the folder.
+    """
 
     library: str
-    write: Callable[[TwoTower, Path], list[str]]  # returns what a user of the folder has to know, a line each
+    write: Callable[[TwoTower, Path], list[str]]
     load: Callable[[Path], Encode]
-    usage: Callable[[TwoTower, str], str]  # for the card: the code that loads it
-    call: str  # for the terminal: the same in one line
+    usage: Callable[[TwoTower, str], str]
+    call: str
 
 
 def export(student: TwoTower, request: ExportRequest) -> Exported:
-    """Write the student in a format of FORMATS and compare its embeddings with the written ones."""
+    """Write the student in one of FORMATS and compare the embeddings of the written model with the student's.
+
+    Raises:
+        UserError: The written model computes other embeddings, or the format cannot express the student.
+    """
     kind = FORMATS[request.form]
     notes = kind.write(student, request.folder)
     _compare(student, kind.load(request.folder), request.form)
@@ -48,7 +61,7 @@ def export(student: TwoTower, request: ExportRequest) -> Exported:
 
 
 def _compare(student: TwoTower, encode: Encode, form: str) -> None:
-    """Raise UserError unless the written folder computes the student's embeddings of random pictures and texts."""
+    """Raise UserError unless the written folder computes the student's embeddings."""
     size = describe_view(student.preprocess)["size"]
     pixels = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
@@ -59,14 +72,15 @@ def _compare(student: TwoTower, encode: Encode, form: str) -> None:
         if not worst <= TOLERANCE * max(1.0, float(a.abs().max())):
             other = "" if form == "open_clip" else ": use --format open_clip"
             raise UserError(
-                f"as {form} this student would give other {name} embeddings (by {worst:.2g}){other}"
+                f"as {form} this student would compute other {name} embeddings (by {worst:.2g}){other}"
             )
 
 
 def _write_open_clip(student: TwoTower, folder: Path) -> list[str]:
-    """open_clip_config.json, open_clip_model.safetensors and, for a Hugging Face text tower, its own files."""
+    """Write open_clip_config.json, open_clip_model.safetensors and the files of a Hugging Face text tower."""
     save_file(open_clip_state(student), folder / "open_clip_model.safetensors")
-    if isinstance(student.tokenizer, HFTokenizer):  # open_clip looks for both in the folder itself
+    if isinstance(student.tokenizer, HFTokenizer):
+        # open_clip looks for both in the folder itself
         student.tokenizer.tokenizer.save_pretrained(folder)
         student.model.text.config.save_pretrained(folder)
     view = describe_view(student.preprocess)

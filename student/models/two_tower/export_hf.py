@@ -1,15 +1,17 @@
-"""A student as transformers know it: CLIPModel, or VisionTextDualEncoderModel where the text tower is theirs.
+"""Convert a student to transformers' CLIPModel or VisionTextDualEncoderModel.
 
-open_clip's ViT and text transformer are CLIPModel's under other names. A dual encoder has a linear projection without
-bias on each tower's own pooled output: other heads and poolings are refused. Nothing is approximated but pixels, and
-that is said: CLIPImageProcessor stretches a picture where open_clip would place it whole on a square.
+A student with a Hugging Face text tower becomes a dual encoder.
+open_clip's ViT and text transformer match CLIPModel's under other names. A dual encoder applies a linear
+projection without bias to each tower's pooled output; other heads and poolings raise a UserError. The weights
+are converted exactly. The preprocessing may differ, and `notes` lists how: CLIPImageProcessor stretches a
+picture that open_clip would pad to a square.
 """
 
 import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import open_clip
 import torch
@@ -19,9 +21,12 @@ from open_clip.transformer import QuickGELU, VisionTransformer
 from torch import Tensor, nn
 
 from student.models.two_tower.hf_tokenizer import clip_tokenizer
-from student.models.two_tower.model import TwoTower
+from student.models.two_tower.model import ClipModel, TwoTower
 from teachercache.core.errors import UserError
 from teachercache.data.views import describe_view
+
+if TYPE_CHECKING:
+    from transformers import CLIPImageProcessor, CLIPModel, VisionTextDualEncoderModel
 
 BLOCK = {
     "ln_1": "layer_norm1",
@@ -45,7 +50,14 @@ TEXT = {
 
 
 def write(student: TwoTower, folder: Path) -> list[str]:
-    """config.json, model.safetensors and the processor's files; returns what the processor cannot do, a line each."""
+    """Write config.json, model.safetensors and the processor's files.
+
+    Returns:
+        Differences between the processor and the student's preprocessing, one line each.
+
+    Raises:
+        UserError: transformers cannot express the student.
+    """
     from transformers import CLIPProcessor, VisionTextDualEncoderProcessor
 
     dual = _is_dual(student)
@@ -60,15 +72,18 @@ def write(student: TwoTower, folder: Path) -> list[str]:
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text())
     length = {"model_max_length": student.tokenizer.context_length}
-    other = (
-        {} if dual else {"tokenizer_class": "PreTrainedTokenizerFast"}
-    )  # CLIPTokenizer ignores our normalizer
-    path.write_text(json.dumps(config | length | other, indent=2) + "\n")
+    # CLIPTokenizer ignores our normalizer
+    tokenizer_class = {} if dual else {"tokenizer_class": "PreTrainedTokenizerFast"}
+    path.write_text(json.dumps(config | length | tokenizer_class, indent=2) + "\n")
     return notes(student)
 
 
 def load(folder: Path) -> Callable[[Tensor, list[str]], tuple[Tensor, Tensor]]:
-    """The encoders of a folder that `write` wrote, as `from_pretrained` gives them."""
+    """Load a folder of `write` with `from_pretrained`.
+
+    Returns:
+        A function of pixels and texts that returns their raw embeddings.
+    """
     from transformers import AutoModel, AutoTokenizer
 
     with quiet():
@@ -84,7 +99,7 @@ def load(folder: Path) -> Callable[[Tensor, list[str]], tuple[Tensor, Tensor]]:
 
 
 def usage(student: TwoTower, folder: str) -> str:
-    """The code that loads the folder; pictures are made square first where the processor would stretch them."""
+    """Return the code that loads the folder and, if needed, pads pictures to squares."""
     model = "VisionTextDualEncoderModel" if _is_dual(student) else "CLIPModel"
     square = _square(describe_view(student.preprocess))
     lines = [
@@ -102,30 +117,32 @@ def usage(student: TwoTower, folder: str) -> str:
 
 
 def notes(student: TwoTower) -> list[str]:
-    """What the processor does otherwise than the student's own view, a line each."""
+    """Return the differences between the processor and the student's preprocessing, one line each."""
     view = describe_view(student.preprocess)
     height, width = view["size"]
     if view["resize_mode"] == "longest":
-        seen = "whole on a square: make them square first with ImageOps.pad"
+        view_text = "padded to squares: pad them first with ImageOps.pad"
     elif view["resize_mode"] in (None, "shortest") and height != width:
-        seen = "cut to their middle: crop them first"
+        view_text = "cropped at the center: crop them first"
     else:
         return []
-    return [f"The processor stretches pictures to {height} x {width}, the student saw them {seen}."]
+    return [
+        f"The processor stretches pictures to {height} x {width}, the student was trained on pictures {view_text}."
+    ]
 
 
 def _square(view: Mapping[str, Any]) -> str:
-    """Code that does what resize_mode `longest` does; "" for the other modes. An odd row of fill goes below."""
+    """Return code for resize_mode `longest`, or ""; an odd row of padding goes to the bottom."""
     if view["resize_mode"] != "longest":
         return ""
     height, width = view["size"]
-    how = "BILINEAR" if view["interpolation"] == "bilinear" else "BICUBIC"
-    colour = ", ".join([str(view["fill_color"] or 0)] * 3)
-    return f"ImageOps.pad(picture, ({width}, {height}), Image.{how}, ({colour}), centering=(0.4999, 0.4999))"
+    filter_name = "BILINEAR" if view["interpolation"] == "bilinear" else "BICUBIC"
+    color = ", ".join([str(view["fill_color"] or 0)] * 3)
+    return f"ImageOps.pad(picture, ({width}, {height}), Image.{filter_name}, ({color}), centering=(0.4999, 0.4999))"
 
 
-def image_processor(view: Mapping[str, Any]) -> Any:
-    """The CLIPImageProcessor that is nearest to a view: the same pixels for square pictures."""
+def image_processor(view: Mapping[str, Any]) -> "CLIPImageProcessor":
+    """Return the CLIPImageProcessor closest to a view; pixels of square pictures are equal."""
     from PIL import Image
     from transformers import CLIPImageProcessor
 
@@ -145,7 +162,7 @@ def image_processor(view: Mapping[str, Any]) -> Any:
 
 
 def _is_dual(student: TwoTower) -> bool:
-    """Whether the text tower is a transformers model."""
+    """Return whether the text tower is a transformers model."""
     return isinstance(getattr(student.model, "text", None), HFTextEncoder)
 
 
@@ -153,8 +170,8 @@ def _is_dual(student: TwoTower) -> bool:
 # Modules
 
 
-def clip_model(model: Any) -> Any:
-    """A CLIPModel with the weights of open_clip's CLIP."""
+def clip_model(model: ClipModel) -> "CLIPModel":
+    """Return a CLIPModel with the weights of open_clip's CLIP."""
     from transformers import CLIPConfig, CLIPModel
 
     if not isinstance(model, open_clip.CLIP):
@@ -178,14 +195,15 @@ def clip_model(model: Any) -> Any:
     state = _state(model)
     words = {name: value for name, value in state.items() if not name.startswith("visual.")}
     projection, logit_scale = words.pop("text_projection"), words.pop("logit_scale")
-    own = {f"text_model.{name}": value for name, value in renamed(words, TEXT).items()}
-    own |= {f"vision_model.{name}": value for name, value in _vision_state(state).items()}
-    own |= {"logit_scale": logit_scale, "text_projection.weight": projection.T.contiguous()}
-    return _filled(CLIPModel(config), own | {"visual_projection.weight": state["visual.proj"].T.contiguous()})
+    tensors = {f"text_model.{name}": value for name, value in renamed(words, TEXT).items()}
+    tensors |= {f"vision_model.{name}": value for name, value in _vision_state(state).items()}
+    tensors |= {"logit_scale": logit_scale, "text_projection.weight": projection.T.contiguous()}
+    tensors |= {"visual_projection.weight": state["visual.proj"].T.contiguous()}
+    return _filled(CLIPModel(config), tensors)
 
 
-def dual_encoder(model: Any, model_cfg: Mapping[str, Any]) -> Any:
-    """A VisionTextDualEncoderModel around a Hugging Face text tower and a timm tower or a ViT of open_clip."""
+def dual_encoder(model: ClipModel, model_cfg: Mapping[str, Any]) -> "VisionTextDualEncoderModel":
+    """Return a dual encoder of a Hugging Face text tower and a timm tower or open_clip's ViT."""
     from transformers import VisionTextDualEncoderConfig, VisionTextDualEncoderModel
 
     text = model.text
@@ -199,7 +217,7 @@ def dual_encoder(model: Any, model_cfg: Mapping[str, Any]) -> Any:
         projection_dim=text_projection.shape[0],
         logit_scale_init_value=model.logit_scale.item(),
     )
-    config.text_config.name_or_path = ""  # where it once came from
+    config.text_config.name_or_path = ""  # the path that it was loaded from
     joined = VisionTextDualEncoderModel(config, vision_model=vision, text_model=text.transformer)
     with torch.no_grad():
         joined.visual_projection.weight.copy_(visual_projection)
@@ -209,7 +227,7 @@ def dual_encoder(model: Any, model_cfg: Mapping[str, Any]) -> Any:
 
 
 def _dual_vision(visual: Any, cfg: Mapping[str, Any]) -> tuple[Any, Tensor]:
-    """The image tower as a transformers model, and its projection [dim, width]."""
+    """Return the image tower as a transformers model, and its projection [dim, width]."""
     from transformers import CLIPVisionConfig, CLIPVisionModel, TimmWrapperConfig, TimmWrapperModel
 
     if isinstance(visual, TimmModel):
@@ -217,13 +235,13 @@ def _dual_vision(visual: Any, cfg: Mapping[str, Any]) -> tuple[Any, Tensor]:
         head = heads[-1][1] if [name for name, _ in heads] == ["drop", "proj"] else visual.head
         projection = _linear(head, "image", visual.trunk.num_features)
         pool = cfg.get("timm_pool", "avg")
-        config = TimmWrapperConfig(
-            architecture=cfg["timm_model_name"],
-            hidden_size=visual.trunk.num_features,
-            model_args={"global_pool": pool} if pool else {},
-        )
-        own = {f"timm_model.{name}": value for name, value in visual.trunk.state_dict().items()}
-        return _filled(TimmWrapperModel(config), own), projection
+        options: dict[str, Any] = {
+            "architecture": cfg["timm_model_name"],
+            "hidden_size": visual.trunk.num_features,
+            "model_args": {"global_pool": pool} if pool else {},
+        }
+        tensors = {f"timm_model.{name}": value for name, value in visual.trunk.state_dict().items()}
+        return _filled(TimmWrapperModel(TimmWrapperConfig(**options)), tensors), projection
     module = CLIPVisionModel(CLIPVisionConfig(**_vision_config(visual)))
     inner = getattr(module, "vision_model", module)  # a wrapper in older versions
     _filled(inner, _vision_state({f"visual.{name}": value for name, value in visual.state_dict().items()}))
@@ -231,7 +249,7 @@ def _dual_vision(visual: Any, cfg: Mapping[str, Any]) -> tuple[Any, Tensor]:
 
 
 def _linear(module: nn.Module, tower: str, width: int) -> Tensor:
-    """The matrix of a head that is a linear map without bias."""
+    """Return the matrix of a head that is a linear map without bias; UserError for other heads."""
     if isinstance(module, nn.Identity):
         return torch.eye(width)
     if not isinstance(module, nn.Linear) or module.bias is not None:
@@ -240,7 +258,7 @@ def _linear(module: nn.Module, tower: str, width: int) -> Tensor:
 
 
 def _vision_config(visual: Any) -> dict[str, Any]:
-    """A CLIPVisionConfig's values for open_clip's ViT."""
+    """Return the values of a CLIPVisionConfig for open_clip's ViT."""
     if not isinstance(visual, VisionTransformer):
         raise refusal(f"its image tower is open_clip's {type(visual).__name__}")
     height, width = visual.image_size
@@ -255,7 +273,7 @@ def _vision_config(visual: Any) -> dict[str, Any]:
 
 
 def _tower(transformer: Any, norm: nn.LayerNorm) -> dict[str, Any]:
-    """What both towers' configurations share."""
+    """Return the values that the configurations of both towers have in common."""
     block = transformer.resblocks[0]
     activation = block.mlp.gelu
     tanh = getattr(activation, "approximate", "none") == "tanh"
@@ -277,14 +295,16 @@ def _state(model: Any) -> dict[str, Tensor]:
 
 
 def _vision_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The image tower's tensors under CLIPVisionModel's names; the projection has its own place."""
-    own = {name.removeprefix("visual."): value for name, value in state.items() if name.startswith("visual.")}
-    return renamed({name: value for name, value in own.items() if name != "proj"}, VISION)
+    """Return the image tower's tensors under CLIPVisionModel's names, without the projection."""
+    tensors = {
+        name.removeprefix("visual."): value for name, value in state.items() if name.startswith("visual.")
+    }
+    return renamed({name: value for name, value in tensors.items() if name != "proj"}, VISION)
 
 
 def renamed(state: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
-    """Tensors of an open_clip tower under transformers' names; the joint q, k, v matrix in its three parts."""
-    found: dict[str, Tensor] = {}
+    """Return an open_clip tower's tensors under transformers' names, with q, k and v split."""
+    tensors: dict[str, Tensor] = {}
     for name, tensor in state.items():
         prefix, table, rest = "", names, name
         if name.startswith("transformer.resblocks."):
@@ -292,19 +312,21 @@ def renamed(state: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, 
             prefix, table = f"encoder.layers.{layer}.", BLOCK
         module, _, kind = rest.rpartition(".")
         if module == "attn" and kind.startswith("in_proj_"):
-            for part, third in zip("qkv", tensor.chunk(3), strict=True):
-                found[f"{prefix}self_attn.{part}_proj.{kind.removeprefix('in_proj_')}"] = third.contiguous()
+            for letter, third in zip("qkv", tensor.chunk(3), strict=True):
+                tensors[f"{prefix}self_attn.{letter}_proj.{kind.removeprefix('in_proj_')}"] = (
+                    third.contiguous()
+                )
         elif rest in table:
-            found[prefix + table[rest]] = tensor
+            tensors[prefix + table[rest]] = tensor
         elif module in table:
-            found[f"{prefix}{table[module]}.{kind}"] = tensor
+            tensors[f"{prefix}{table[module]}.{kind}"] = tensor
         else:
             raise refusal(f"CLIPModel has no place for its {name}")
-    return found
+    return tensors
 
 
 def _filled(module: Any, state: Mapping[str, Tensor]) -> Any:
-    """The module with exactly these tensors."""
+    """Load exactly these tensors into a module; UserError if they do not match."""
     try:
         module.load_state_dict(state)
     except RuntimeError as error:
@@ -313,13 +335,13 @@ def _filled(module: Any, state: Mapping[str, Tensor]) -> Any:
 
 
 def refusal(reason: str) -> UserError:
-    """What cannot be said in transformers' terms."""
+    """Return the error for a student that transformers cannot express."""
     return UserError(f"transformers cannot express this student ({reason}): use --format open_clip")
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bars and no hints from transformers: what matters is compared afterwards."""
+    """Silence progress bars and hints of transformers; the result is compared with the student afterwards."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

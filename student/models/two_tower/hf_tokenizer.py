@@ -1,26 +1,35 @@
-"""open_clip's tokenizer for transformers: the same ids up to the end token, whatever stands between typed words.
+"""Convert open_clip's tokenizer to transformers, with the same ids up to the end token.
 
-open_clip repairs texts with ftfy before it splits them. What ftfy does to single characters (curly quotes, ligatures,
-wide letters, control characters) and the common HTML entities are written into tokenizer.json as normalizers; what it
-guesses from context (mojibake) is not. Padding differs, 0 there and the end token here: no embedding sees it.
+open_clip repairs texts with ftfy before it splits them. tokenizer.json reproduces as normalizers what ftfy
+does to single characters (curly quotes, ligatures, wide letters, control characters) and to common HTML
+entities. It does not reproduce repairs from context (mojibake). Padding differs (0 in open_clip, the end
+token here) but affects no embedding.
 """
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from open_clip import SimpleTokenizer
 
+from student.models.two_tower.model import Tokenizer
 from teachercache.core.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 ENTITIES = {"&amp;": "&", "&lt;": "<", "&gt;": ">", "&quot;": '"', "&#39;": "'", "&apos;": "'", "&nbsp;": " "}
-ESCAPES = r"\x1b\[[\d;]*[a-zA-Z]"  # a terminal's colours
+ESCAPES = r"\x1b\[[\d;]*[a-zA-Z]"  # terminal colors
 CONTROLS = r"[\x00-\x08\x0b\x0e-\x1f\x7f\x{206a}-\x{206f}\x{feff}\x{fff9}-\x{fffc}]"
 
 
-def clip_tokenizer(tokenizer: Any, folder: Path) -> Any:
-    """A fast tokenizer with these words; vocab.json and merges.txt, which older programs read, go into the folder."""
+def clip_tokenizer(tokenizer: Tokenizer, folder: Path) -> "PreTrainedTokenizerFast":
+    """Return a fast tokenizer, and write vocab.json and merges.txt for older programs.
+
+    Raises:
+        UserError: The tokenizer is not CLIP's own.
+    """
     from transformers import CLIPTokenizer, PreTrainedTokenizerFast
 
     if (
@@ -49,13 +58,17 @@ def clip_tokenizer(tokenizer: Any, folder: Path) -> Any:
 
 
 def _normalizer() -> Any:
-    """open_clip's cleaning: ftfy's replacements, spaces, lower case."""
+    """Return open_clip's cleaning as a normalizer: ftfy's replacements, spaces, lower case."""
     from ftfy.chardata import LIGATURES, WIDTH_MAP
     from tokenizers import Regex
     from tokenizers.normalizers import NFC, Lowercase, Replace, Sequence, Strip
 
     characters = {chr(code): text for code, text in {**LIGATURES, **WIDTH_MAP}.items()}
-    pairs = [("&amp;", "&"), *ENTITIES.items(), *characters.items()]  # &amp;amp; is unescaped twice there too
+    pairs = [
+        ("&amp;", "&"),
+        *ENTITIES.items(),
+        *characters.items(),
+    ]  # open_clip also unescapes &amp;amp; twice
     return Sequence(
         [
             Replace(Regex(ESCAPES), ""),
@@ -72,6 +85,7 @@ def _normalizer() -> Any:
 
 
 def _decoder() -> Any:
+    """Return the decoder of CLIP's byte-level BPE."""
     from tokenizers.decoders import ByteLevel, Replace, Sequence
 
     return Sequence([ByteLevel(), Replace("</w>", " ")])

@@ -1,4 +1,4 @@
-"""Build or load a two-tower student by name, folder or run."""
+"""Build or load a two-tower student by configuration name, folder or run."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +13,15 @@ from teachercache.teachers.clip.loading import build_module, folder_parts, open_
 
 
 def build_two_tower(name: str, init: str = "") -> TwoTower:
-    """Build a student by configuration name, or from `init`, a run or exported folder that replaces the name."""
+    """Build a two-tower student.
+
+    Args:
+        name: A key of TINY or an open_clip configuration, built with random weights.
+        init: A run or exported folder; its configuration and weights replace `name`.
+
+    Raises:
+        UserError: The name or the folder does not exist.
+    """
     if init:
         if not Path(init).is_dir():
             raise UserError(
@@ -48,7 +56,8 @@ TINY: dict[str, dict[str, Any]] = {
         "vision_cfg": {"image_size": 64, "layers": 4, "width": 256, "head_width": 64, "patch_size": 16},
         "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 192, "heads": 4, "layers": 2},
     },
-    "vit-tiny-long": {  # reads a question and its answer
+    # Long enough for a question and its answer
+    "vit-tiny-long": {
         "embed_dim": 512,
         "vision_cfg": {"image_size": 64, "layers": 4, "width": 256, "head_width": 64, "patch_size": 16},
         "text_cfg": {"context_length": 48, "vocab_size": 49408, "width": 192, "heads": 4, "layers": 2},

@@ -1,11 +1,13 @@
-"""Two-tower students: an open_clip model of any configuration behind the contract of a student."""
+"""Two-tower students: an open_clip model of any configuration that implements the contract of a student."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
+import open_clip
 import torch
 from jaxtyping import Float, Int
+from open_clip.tokenizer import HFTokenizer
 from torch import Tensor, nn
 
 from evaluation.models.encoder import Encoder
@@ -16,33 +18,45 @@ from teachercache.teachers.clip.layers import EMBEDDINGS, picture_fields, text_f
 from teachercache.teachers.clip.towers import image_blocks, text_blocks, text_tower
 
 FAMILY = "two_tower"
+ClipModel: TypeAlias = open_clip.CLIP | open_clip.CustomTextCLIP
+Tokenizer: TypeAlias = open_clip.SimpleTokenizer | HFTokenizer
 
 
 class TwoTower(nn.Module):
-    """An open_clip model. Its output embeddings are raw (not normalized).
+    """An open_clip model that outputs raw (not normalized) embeddings.
 
-    One `forward` computes everything, so that every ZeRO stage sees all parameters used there.
+    One `forward` computes everything, because ZeRO 3 gathers parameters only inside of forward.
+
+    Args:
+        model: The open_clip model.
+        model_cfg: Its configuration.
+        preprocess: open_clip's complete preprocess_cfg.
+        tokenizer: open_clip's tokenizer of the model.
     """
 
     def __init__(
-        self, model: nn.Module, model_cfg: Mapping[str, Any], preprocess: Mapping[str, Any], tokenizer: Any
+        self,
+        model: ClipModel,
+        model_cfg: Mapping[str, Any],
+        preprocess: Mapping[str, Any],
+        tokenizer: Tokenizer,
     ):
         super().__init__()
-        # DeepSpeed refuses parameters without dimensions
+        # DeepSpeed does not accept parameters without dimensions
         model.logit_scale = nn.Parameter(model.logit_scale.detach().reshape(1))
         self.model = model
         self.model_cfg, self.preprocess, self.tokenizer = model_cfg, preprocess, tokenizer
-        described = describe_view(preprocess)
-        self.picture = PictureView(image_view(described), replay_view(described), described["at_least"])
+        view = describe_view(preprocess)
+        self.picture = PictureView(image_view(view), replay_view(view), view["at_least"])
 
-        self.taps = EMBEDDINGS  # and the blocks that `add_block_outputs` names
+        self.taps = EMBEDDINGS  # `add_block_outputs` adds blocks
         self.mask_ratio: float | None = None  # set by `add_masked_output`
         self.block_widths: dict[str, int] = {}
         self.mask_noise = 0
 
     @property
     def spec(self) -> StudentSpec:
-        """The model's configuration and preprocessing."""
+        """The configuration and preprocessing of the model."""
         return StudentSpec(FAMILY, {"model_cfg": self.model_cfg, "preprocess": self.preprocess})
 
     @property
@@ -71,7 +85,7 @@ class TwoTower(nn.Module):
     def _masked(
         self, images: Float[Tensor, "n 3 height width"], noise: Float[Tensor, "n patches"]
     ) -> Float[Tensor, "n d"]:
-        """Encode the patches with the highest noise, in place of open_clip's own patch dropout."""
+        """Encode pictures from the patches with the highest noise, replacing open_clip's patch dropout."""
         assert self.mask_ratio is not None
         kept = noise.topk(max(1, round((1 - self.mask_ratio) * noise.shape[1])), dim=1).indices
         hook = self.model.visual.patch_dropout.register_forward_hook(
@@ -88,7 +102,7 @@ class TwoTower(nn.Module):
         return self.model_cfg["embed_dim"], self.model_cfg["embed_dim"]
 
     def capabilities(self) -> frozenset[Capability]:
-        """Everything but answering and writing, unless hooks look into the towers."""
+        """Return every capability except answering and generating, minus those that hooks rule out."""
         offered = {
             Capability.ENCODES,
             Capability.EXPORTS_OPEN_CLIP,
@@ -100,24 +114,24 @@ class TwoTower(nn.Module):
         return frozenset(offered - self.limits().keys())
 
     def limits(self) -> dict[Capability, str]:
-        """Hooks on blocks rule out recomputation and compilation."""
+        """Return which capabilities hooks on blocks and patches rule out."""
         limits = {}
         if self.block_widths:
-            limits[Capability.CHECKPOINTS_ACTIVATIONS] = "hidden looks into the blocks by hooks"
+            limits[Capability.CHECKPOINTS_ACTIVATIONS] = "hidden uses hooks on the blocks"
         if self.mask_ratio is not None or self.block_widths:
-            limits[Capability.COMPILES] = "mfd and hidden look into the towers by hooks"
+            limits[Capability.COMPILES] = "mfd and hidden use hooks on the towers"
         return limits
 
     def checkpoint_activations(self) -> None:
-        """Recompute the activations of every block in backward."""
+        """Recompute the activations of every block in the backward pass."""
         self.model.set_grad_checkpointing(True)
 
     def saved_state(self) -> dict[str, Tensor]:
-        """Return the state dict that open_clip itself would save: logit_scale a scalar, everything float32."""
+        """Return the state dict in open_clip's form: a scalar logit_scale, everything float32."""
         return open_clip_state(self)
 
     def load_saved_state(self, state: Mapping[str, Tensor]) -> None:
-        """Load what open_clip saved."""
+        """Load a state dict in open_clip's form."""
         self.model.load_state_dict({**state, "logit_scale": state["logit_scale"].reshape(1)})
 
     def encoder(self, name: str, pretrained: str, device: str) -> Encoder:
@@ -142,17 +156,30 @@ class TwoTower(nn.Module):
 def keep_patches(
     tokens: Float[Tensor, "n positions width"], kept: Int[Tensor, "n some"]
 ) -> Float[Tensor, "n fewer width"]:
-    """Return the class token, which is first, and some patches; position embeddings are in them already."""
-    places = kept[:, :, None].expand(-1, -1, tokens.shape[2])
-    return torch.cat([tokens[:, :1], tokens[:, 1:].gather(1, places)], 1)
+    """Return the class token and the kept patches.
+
+    Args:
+        tokens: The class token and all patches, with position embeddings added.
+        kept: The indices of the kept patches.
+    """
+    indices = kept[:, :, None].expand(-1, -1, tokens.shape[2])
+    return torch.cat([tokens[:, :1], tokens[:, 1:].gather(1, indices)], 1)
 
 
 def add_masked_output(student: Any, ratio: float) -> None:
-    """Let a student's forward also encode each picture without that share of its patches."""
+    """Add the output `masked_image` to a student: the embedding of each picture with some patches left out.
+
+    Args:
+        student: The student.
+        ratio: The share of patches that is left out.
+
+    Raises:
+        UserError: The share is not in [0, 1), or the student has no patches.
+    """
     if not 0 <= ratio < 1:
         raise UserError(f"--set mask_ratio={ratio:g}: a share of the patches is expected, from 0 to below 1")
     visual = student.model.visual if isinstance(student, TwoTower) else None
-    if not hasattr(visual, "patch_dropout"):
+    if visual is None or not hasattr(visual, "patch_dropout"):
         raise UserError(
             f"masking needs patches, which {type(visual or student).__name__} does not have: choose a "
             "model with open_clip's ViT, or --set mfd=0"
@@ -161,7 +188,15 @@ def add_masked_output(student: Any, ratio: float) -> None:
 
 
 def add_block_outputs(student: Any, names: Sequence[str]) -> None:
-    """Let a student's forward also return blocks, `image_block_3`, each as one vector like a teacher's `hidden`."""
+    """Add the outputs of blocks to a student, each as one vector per row like a teacher's `hidden`.
+
+    Args:
+        student: The student.
+        names: Names such as `image_block_3`.
+
+    Raises:
+        UserError: The student has no blocks, or no block of that number.
+    """
     if not isinstance(student, TwoTower):
         raise UserError(
             f"{type(student).__name__} has no blocks to compare: choose another model, or --set hidden=0"
@@ -188,7 +223,7 @@ def add_block_outputs(student: Any, names: Sequence[str]) -> None:
 
 
 def open_clip_state(student: TwoTower) -> dict[str, Tensor]:
-    """Return the state dict that open_clip itself would save: logit_scale a scalar, everything float32."""
+    """Return the state dict in open_clip's form: a scalar logit_scale, everything float32."""
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in student.model.state_dict().items()}
     state["logit_scale"] = state["logit_scale"].reshape(())
     return {
