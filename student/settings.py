@@ -149,5 +149,5 @@ def run_folder(recipe: str, *, resume: bool) -> str:
         return str(Path("runs", f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}"))
     runs = sorted(Path("runs").glob(f"{recipe}-*/run.json"), key=lambda path: path.stat().st_mtime)
     if not runs:
-        raise UserError(f"no run of {recipe} in runs/: pass --out RUN, or leave --resume away")
+        raise UserError(f"no run of {recipe} in runs/: pass --out RUN, or drop --resume")
     return str(runs[-1].parent)

@@ -105,8 +105,8 @@ def find_task(manifest: Manifest, rows: np.ndarray, mode: str) -> Task:
     if name not in QUESTION_TASKS:
         raise UserError(
             f"{manifest.data} has no questions: pass VCR's .jsonl, SNLI-VE's .jsonl or VQA's questions .json "
-            "as --data (python -m scripts.datasets.scene_vcr_snli_ve and scripts.datasets.easy_vqa make small "
-            "ones)"
+            "as --data (python -m scripts.datasets.scene_vcr_snli_ve and scripts.datasets.easy_vqa make "
+            "small ones)"
         )
     return QUESTION_TASKS[name].open(manifest, rows, mode)
 
