@@ -1,54 +1,58 @@
-"""How ranks split a batch, and the one differentiable gather. On one process all of it is the identity."""
+"""How ranks split a batch, and the one differentiable gather.
 
-from typing import Any
+In a run of a single process every function is the identity.
+"""
+
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor
 
+T = TypeVar("T")
+
 
 def num_ranks() -> int:
-    """Processes that train together."""
+    """Return the number of processes that train together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def first_row(rows: int) -> int:
-    """Where this rank's rows start in the global batch."""
+    """Return the position of this rank's first row in the global batch, if every rank has `rows` rows."""
     return (dist.get_rank() if num_ranks() > 1 else 0) * rows
 
 
 class _Gather(torch.autograd.Function):
-    """Rows of all ranks in rank order; the gradient of a rank's rows is the sum over all ranks' losses.
+    """Concatenate the rows of all ranks; the backward pass sums the gradients of all ranks' losses.
 
-    Every rank computes the loss of the whole batch, so that sum is world size times the true gradient, and averaging
-    parameter gradients over ranks, as data-parallel engines do, makes it exact.
+    Every rank computes the loss of the global batch, so this sum is the number of ranks times the true
+    gradient. Data-parallel engines average parameter gradients over ranks, which makes the result exact.
     """
 
     @staticmethod
-    def forward(ctx, rows: Tensor) -> Tensor:
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
         ctx.rows = len(rows)
-        parts = [torch.empty_like(rows) for _ in range(num_ranks())]
-        dist.all_gather(parts, rows.contiguous())
-        return torch.cat(parts)
+        blocks = [torch.empty_like(rows) for _ in range(num_ranks())]
+        dist.all_gather(blocks, rows.contiguous())
+        return torch.cat(blocks)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
-        gradient = gradient.clone(
-            memory_format=torch.contiguous_format
-        )  # autograd may share it with other branches
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        # A copy, because autograd may share the tensor with other branches
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(gradient)
         start = first_row(ctx.rows)
         return gradient[start : start + ctx.rows]
 
 
 def gather(rows: Float[Tensor, "n ..."]) -> Float[Tensor, "world_n ..."]:
-    """The global batch's rows, differentiable; every rank must hold equally many."""
+    """Return the rows of the global batch in rank order, differentiable; ranks must pass equally many."""
     return rows if num_ranks() == 1 else _Gather.apply(rows)
 
 
 def mean_over_ranks(value: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """Mean of a logged value over ranks."""
+    """Return the mean of a logged value over ranks."""
     if num_ranks() == 1:
         return value
     value = value.clone()
@@ -57,7 +61,7 @@ def mean_over_ranks(value: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
 
 
 def any_rank(value: bool) -> bool:
-    """Whether it is so on any rank: what all of them must do together is decided by this."""
+    """Return whether `value` is true on any rank, for decisions that all ranks must make together."""
     if num_ranks() == 1:
         return value
     flag = torch.tensor(float(value), device="cuda" if dist.get_backend() == "nccl" else "cpu")
@@ -65,8 +69,8 @@ def any_rank(value: bool) -> bool:
     return bool(flag)
 
 
-def from_all_ranks(value: Any) -> list[Any]:
-    """Any picklable value of every rank, in rank order."""
+def from_all_ranks(value: T) -> list[T]:
+    """Return the picklable value of every rank, in rank order."""
     if num_ranks() == 1:
         return [value]
     values: list[Any] = [None] * num_ranks()

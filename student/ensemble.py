@@ -1,66 +1,78 @@
-"""Several teachers in one batch: the fields of teacher k > 0 are called `name@k`. Not for losses; imports no torch."""
+"""Field names and joined fields for several teachers in one batch. Imports no torch at import time.
+
+The fields of teacher 0 keep their names; those of teacher k > 0 are called `name@k`.
+"""
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, TypeVar
 
 from teachercache.core.errors import UserError
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 ENSEMBLES = ("average", "concat")
+T = TypeVar("T")
 
 
 def named(name: str, teacher: int) -> str:
-    """`image_emb` of teacher 0, `image_emb@2` of teacher 2."""
+    """Return the batch name of a teacher's field: `image_emb` for teacher 0, `image_emb@2` for teacher 2."""
     return f"{name}@{teacher}" if teacher else name
 
 
 def plain_name(name: str) -> str:
-    """The name without its teacher."""
+    """Return a field's name without the suffix of its teacher."""
     return name.partition("@")[0]
 
 
-def num_teachers(names: Mapping[str, Any]) -> int:
-    """How many teachers a batch, or a table of shapes, knows."""
+def num_teachers(names: Iterable[str]) -> int:
+    """Return the number of teachers whose fields occur among the names of a batch."""
     return 1 + max((int(name.partition("@")[2] or 0) for name in names), default=0)
 
 
-def of_teacher(values: Mapping[str, Any], teacher: int) -> dict[str, Any]:
-    """What belongs to one teacher, under plain names, beside what belongs to none."""
+def of_teacher(values: Mapping[str, T], teacher: int) -> dict[str, T]:
+    """Return the entries of one teacher under plain names, plus all entries without a suffix."""
     shared = {name: value for name, value in values.items() if "@" not in name}
-    own = {plain_name(name): value for name, value in values.items() if name.endswith(f"@{teacher}")}
-    return shared | own
+    suffixed = {plain_name(name): value for name, value in values.items() if name.endswith(f"@{teacher}")}
+    return shared | suffixed
 
 
 def check_ensemble(ensemble: str) -> None:
-    """Whether it is one of ENSEMBLES."""
+    """Raise a UserError unless the name is one of ENSEMBLES."""
     if ensemble not in ENSEMBLES:
         raise UserError(f"--set ensemble={ensemble}: choose from {', '.join(ENSEMBLES)}")
 
 
 def concat_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """Shapes of fields behind `concat_teachers`: the widths add."""
-    parts = [of_teacher(shapes, k) for k in range(num_teachers(shapes))]
+    """Return the shapes that `concat_teachers` produces: the last dimensions are summed over teachers."""
+    teachers = [of_teacher(shapes, k) for k in range(num_teachers(shapes))]
     return {
-        name: (*shape[:-1], sum(part[name][-1] for part in parts))
-        for name, shape in parts[0].items()
-        if shape and all(name in part for part in parts)
+        name: (*shape[:-1], sum(teacher[name][-1] for teacher in teachers))
+        for name, shape in teachers[0].items()
+        if shape and all(name in teacher for teacher in teachers)
     }
 
 
-def concat_teachers(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """One wide teacher of several: unit rows side by side, each divided by sqrt(teachers), so that they are unit again.
+def concat_teachers(fields: Mapping[str, "Tensor"]) -> "dict[str, Tensor]":
+    """Join several teachers into one wide teacher.
 
-    Its cosines are the mean of the teachers' cosines, its scale exp(logit_scale) the mean of their scales.
+    Each teacher's rows are normalized, concatenated, and divided by sqrt(number of teachers), so that the
+    result has unit length. Its cosines are the mean of the teachers' cosines; exp(logit_scale) is the mean of
+    their scales.
     """
     import torch
     from torch.nn.functional import normalize
 
-    parts = [of_teacher(fields, k) for k in range(num_teachers(fields))]
+    teachers = [of_teacher(fields, k) for k in range(num_teachers(fields))]
     joined = {
-        name: torch.cat([normalize(part[name], dim=-1) for part in parts], -1) / math.sqrt(len(parts))
-        for name, value in parts[0].items()
+        name: torch.cat([normalize(teacher[name], dim=-1) for teacher in teachers], -1)
+        / math.sqrt(len(teachers))
+        for name, value in teachers[0].items()
         if value.ndim
     }
-    if "logit_scale" in parts[0]:
-        joined["logit_scale"] = torch.stack([part["logit_scale"].exp() for part in parts]).mean().log()
+    if "logit_scale" in teachers[0]:
+        joined["logit_scale"] = (
+            torch.stack([teacher["logit_scale"].exp() for teacher in teachers]).mean().log()
+        )
     return joined

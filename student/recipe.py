@@ -1,4 +1,7 @@
-"""What a recipe and a run are: frozen records that one file per paper fills in. Imports no torch."""
+"""Definitions of a recipe and a run: frozen records, filled in by one file per paper and by the command line.
+
+Imports no torch.
+"""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -17,30 +20,30 @@ if TYPE_CHECKING:
 
 DEMO_DATA = "data/demo"
 Constants = TypeVar("Constants")
-Shapes = Mapping[str, tuple[int, ...]]  # cached field -> its shape without row, text and view
-Batch = Mapping[str, "Tensor"]  # everything that one step reads, by name; one entry per row
-Outputs = dict[str, "Tensor"]  # what student, heads and gradient teacher computed of a batch
+Shapes = Mapping[str, tuple[int, ...]]  # name of a cached field -> its shape without row, text and view
+Batch = Mapping[str, "Tensor"]  # the inputs of one step by name, one entry per row
+Outputs = dict[str, "Tensor"]  # outputs of student, heads and gradient teacher by name
 Terms = dict[str, "Tensor"]  # weighted terms of the loss, float32 scalars, named as in the paper
-Notes = dict[str, "Tensor"]  # more numbers for the log, not minimized
-Noise = Callable[["np.random.Generator"], "np.ndarray"]  # draws one row's random array
+Notes = dict[str, "Tensor"]  # further numbers for the log, not minimized
+Noise = Callable[["np.random.Generator"], "np.ndarray"]  # draws the random array of one row
 
 
 @dataclasses.dataclass(frozen=True)
 class Optim:
-    """AdamW and its learning-rate schedule: linear warm-up, then down to zero."""
+    """Settings of AdamW and its learning-rate schedule: linear warm-up, then decay to zero."""
 
     lr: float = 1e-3
     beta1: float = 0.9
     beta2: float = 0.98
     eps: float = 1e-6
-    weight_decay: float = 0.1  # on matrices; never on biases, norms and scales
-    warmup: float = 0.1  # share of the steps
-    max_grad_norm: float = 0.0  # gradient clipping; 0 for none
+    weight_decay: float = 0.1  # for matrices only; biases, norms and scales are not decayed
+    warmup: float = 0.1  # fraction of the steps
+    max_grad_norm: float = 0.0  # gradient clipping; 0 turns it off
     schedule: str = "cosine"  # or linear
 
 
 class Progress(NamedTuple):
-    """The step that is being computed and the number of steps, for schedules inside a loss."""
+    """The index of the current step and the total number of steps, for schedules inside a loss."""
 
     step: int
     steps: int
@@ -48,14 +51,14 @@ class Progress(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What a student is built for: the run's data and caches as far as they are known before training.
+    """The data and caches that a student is built for.
 
     Args:
-        shapes: Shapes of the cached fields, by name.
+        shapes: Shapes of the cached fields by name.
         manifest: All rows of the data.
-        rows: Places of the training rows in the manifest.
-        task: On question rows, the task (`student.inputs.questions.Task`); else None.
-        tokenizer: On question rows, the `tokenizers.Tokenizer` of the inputs; else None.
+        rows: Indices of the training rows in the manifest.
+        task: On question rows, the task (`student.inputs.questions.Task`); otherwise None.
+        tokenizer: On question rows, the `tokenizers.Tokenizer` of the inputs; otherwise None.
     """
 
     shapes: Shapes
@@ -67,12 +70,14 @@ class Setting:
 
 @dataclasses.dataclass(frozen=True)
 class GradientTeacher:
-    """A teacher that a gradient passes through: loaded in every run, never trained, sharded or saved.
+    """A frozen teacher that needs backpropagation. Every run loads it; it is never trained, sharded or saved.
 
     Args:
-        load: Cache, constants, device -> teacher, or None where the constants need none.
-        call: Teacher, outputs, loss fields, constants -> more outputs, differentiable in the outputs.
-        memory: Teacher, rows at a time, constants -> a sentence about its memory, for --dry-run.
+        load: Maps cache, constants and device to the teacher, or to None if the constants need none.
+        call: Maps teacher, outputs, loss fields and constants to further outputs, differentiable with respect
+            to the outputs.
+        memory: Maps teacher, rows per forward pass and constants to a sentence about memory use, for
+            --dry-run.
     """
 
     load: "Callable[[Cache, Any, str], Teacher | None]"
@@ -81,54 +86,56 @@ class GradientTeacher:
 
 
 def pairs_of_one_cache(constants: Any) -> RowPlan:
-    """Return the default rows: pairs of a picture and a text, at most one cache."""
+    """Return the default kind of rows: (picture, text) pairs with at most one cache."""
     return Pairs()
 
 
 def no_fields(constants: Any) -> tuple[str, ...]:
-    """Return no teacher field."""
+    """Return an empty tuple: the recipe reads no teacher field."""
     return ()
 
 
 def no_heads(constants: Any, student: "Student", shapes: Shapes) -> None:
-    """Return no distillation heads."""
+    """Return None: the recipe has no distillation heads."""
     return None
 
 
 def no_noise(constants: Any, shapes: Shapes) -> dict[str, Noise]:
-    """Return no random arrays."""
+    """Return an empty dict: the recipe draws no random arrays."""
     return {}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe(Generic[Constants]):
-    """One paper: how a student is made, what it is shown, what is minimized.
+    """One paper: how its student is built, which rows it trains on and which loss it minimizes.
 
-    Core never reads `constants`: what it needs arrives through the functions below. Everything in the outputs and
-    in the loss fields is gathered over ranks before the loss, which therefore sees the global batch; tensors
-    without dimensions and names in `per_row` are not.
+    Core never reads `constants`; the functions below return everything that core needs. Outputs and loss
+    fields are gathered over ranks before the loss is computed, so that the loss covers the global batch.
+    Tensors without dimensions and names in `per_row` are not gathered.
 
     Args:
-        name: What `student train --recipe` takes.
+        name: The value of `student train --recipe`.
         paper: Title and year.
         doc: One line for `student recipes`.
-        constants: The paper's own frozen dataclass; each field is a `--set` of its name.
-        student: Constants, setting -> the student, at random or from an `init` folder.
-        loss: Outputs, loss fields, constants, progress -> weighted terms and notes.
-        rows: Constants -> the kind of rows, `Pairs`, `Questions` or `Texts`, filled in.
-        teacher_fields: Constants -> cached fields that are read.
-        distill_heads: Constants, student, shapes -> a module trained with the student and never exported, or
-            None. Its forward maps the outputs and loss fields of this rank's rows to more outputs.
-        gradient_teacher: A teacher that the gradient passes through.
-        sample_noise: Constants, shapes -> random arrays per row, by name, drawn anew in each epoch: the same on
-            any number of ranks and in a resumed run.
+        constants: A frozen dataclass of the paper's settings; `--set NAME=VALUE` changes its fields.
+        student: Maps constants and a Setting to the student, with random weights or those of an `init`
+            folder.
+        loss: Maps outputs, loss fields, constants and progress to weighted terms and notes.
+        rows: Maps constants to the kind of rows: `Pairs`, `Questions` or `Texts`, filled in.
+        teacher_fields: Maps constants to the names of the cached fields that are read.
+        distill_heads: Maps constants, student and shapes to a module that is trained with the student and
+            never exported, or to None. Its forward maps the outputs and loss fields of this rank's rows to
+            further outputs.
+        gradient_teacher: A frozen teacher that needs backpropagation.
+        sample_noise: Maps constants and shapes to functions that draw a random array per row, by name. They
+            are drawn anew in each epoch and do not depend on the number of ranks or on a resume.
         loss_fields: Batch entries passed to heads and loss; defaults to `teacher_fields`.
-        per_row: Names (or fnmatch patterns) of outputs and loss fields whose terms are means over rows: they are
-            not gathered, and the loss of each rank is averaged instead.
+        per_row: Names (or fnmatch patterns) of outputs and loss fields whose terms are means over rows. They
+            are not gathered; the losses of the ranks are averaged instead.
         data: Default of --data.
-        teacher: The teacher that hints tell to build.
-        optim: Optimizer settings.
-        steps: Training steps.
+        teacher: The teacher that hints suggest to build a cache with.
+        optim: Settings of the optimizer.
+        steps: Number of training steps.
         batch: Rows per step, over all ranks.
     """
 
@@ -153,27 +160,28 @@ class Recipe(Generic[Constants]):
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """The teacher fields that are read, with the constants as they are."""
+        """The teacher fields that are read under the current constants."""
         return self.teacher_fields(self.constants)
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """Where and how one training happens; nothing in it is in the paper."""
+    """Settings of one training run that are not part of the paper: data, output folder, device, seed."""
 
     data: str
-    cache: str  # "" where no teacher field is read; several teachers with commas between them
+    cache: str  # a cache or a folder of caches; several are separated by commas
     out: str
     device: str = "auto"
-    precision: str = "float32"  # or bfloat16: the student computes in it, weights and losses stay float32
+    precision: str = "float32"  # or bfloat16 autocast for student and heads; weights and losses stay float32
     seed: int = 0
-    zero: int = 0  # DeepSpeed's ZeRO stage
-    workers: int = -1  # decoding processes; -1 for the spare cores
+    zero: int = 0  # ZeRO stage of DeepSpeed
+    workers: int = -1  # number of decoding processes; -1 for the free cores
     online_teacher: bool = False  # --live: run the cache's teacher instead of reading its fields
     save_every: int = 500
-    micro_batch: int = 0  # rows that a device computes at a time, 0 for all of a step's (`accumulate.py`)
-    grad_checkpointing: bool = False  # recompute inner activations in backward instead of keeping them
-    compile: bool = False  # torch.compile of the student
-    eval_every: int = 0  # steps between evaluations, whose best student is kept in <out>/best; 0 for none
-    eval_task: str = "retrieval"  # or zeroshot: chooses the best student
-    report_to: str = ""  # tensorboard, wandb, or both with a comma, beside metrics.jsonl
+    # Rows per forward pass of a device; 0 for all rows of a step (`student.training.accumulate`)
+    micro_batch: int = 0
+    grad_checkpointing: bool = False  # recompute inner activations in the backward pass
+    compile: bool = False  # compile the student with torch.compile
+    eval_every: int = 0  # steps between evaluations; <out>/best keeps the best student; 0 for none
+    eval_task: str = "retrieval"  # or zeroshot; its score selects the best student
+    report_to: str = ""  # tensorboard, wandb, or both with a comma; metrics.jsonl is always written

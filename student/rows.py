@@ -1,30 +1,34 @@
-"""Kinds of rows that a recipe can train on: pairs, questions, texts. Frozen records that a recipe fills in.
+"""Kinds of rows that a recipe can train on: pairs, questions and texts.
 
-`student.inputs` has the pipeline of each kind. A setting reaches it as an argument of one of these records.
+A recipe fills in one of these records. `student.inputs` contains the pipeline of each kind. It receives the
+recipe's settings only through these records.
 """
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from teachercache.data.manifest import Manifest
 
-# All training rows of a manifest -> those to train on
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+# (manifest, indices of its training rows) -> indices of the rows to train on
 ChooseRows = Callable[[Manifest, np.ndarray], np.ndarray]
-# Every text of the training rows -> a `tokenizers.Tokenizer`
-MakeTokenizer = Callable[[Sequence[str]], Any]
+# All texts of the training rows -> a tokenizer
+MakeTokenizer = Callable[[Sequence[str]], "Tokenizer"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Pairs:
-    """Rows of a picture and a text: one text of each row and epoch, one stored view where there are views.
+    """Rows of a picture and a text. An epoch shows one text per row, and one stored view if views exist.
 
     Args:
-        ensemble: How several teachers are joined: "average" (fields of teacher k are called `name@k`) or "concat"
-            (one wide teacher); "" if the recipe reads a single cache.
-        choose_rows: Leaves out training rows; by default none.
+        ensemble: How several teachers are combined: "average" (fields of teacher k are called `name@k`) or
+            "concat" (one wide teacher); "" if the recipe reads a single cache.
+        choose_rows: Selects training rows; by default all are used.
     """
 
     ensemble: str = ""
@@ -33,20 +37,25 @@ class Pairs:
 
 @dataclasses.dataclass(frozen=True)
 class Texts:
-    """Rows of a text alone: as `Pairs`, but rows without a readable picture are used too."""
+    """Rows of a text alone. Unlike `Pairs`, they include rows whose picture cannot be read.
+
+    Args:
+        choose_rows: Selects training rows; by default all are used.
+    """
 
     choose_rows: ChooseRows | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Words:
-    """Selected words of each text, from a cache.
+    """Cached fields with the selected words of each text.
 
     Args:
-        span: Field with the characters of every word [..., words, 2].
-        index: Field with the places of selected words among them [..., selected], best first, -1 for none.
+        span: Field with the start and end character of every word [..., words, 2].
+        index: Field with the indices of the selected words among these [..., selected], best first, padded
+            with -1.
         feature: Field with the teacher's vector of each selected word [..., selected, d].
-        number: How many of them to take.
+        number: Number of selected words to use.
     """
 
     span: str
@@ -57,7 +66,12 @@ class Words:
 
 @dataclasses.dataclass(frozen=True)
 class TeacherLogits:
-    """A cached CLIP's own logits over the answers, from its image and text embeddings."""
+    """Zero-shot logits of a cached CLIP over the answers, from its image and text embeddings.
+
+    Args:
+        image: Field with the image embeddings.
+        text: Field with the text embeddings.
+    """
 
     image: str = "image_emb"
     text: str = "text_emb"
@@ -65,19 +79,20 @@ class TeacherLogits:
 
 @dataclasses.dataclass(frozen=True)
 class Questions:
-    """Rows of a task with answers to choose from: VCR, SNLI-VE, VQA, or a task of your own.
+    """Rows of a multiple-choice task: VCR, SNLI-VE, VQA, or a task of your own.
 
     Args:
-        mode: Which of a task's questions, where it has several (VCR: "q2a" or "qa2r").
-        regime: "full", "zero", "low:N" or "semi:N", the labels that may be used (N of each group).
-        subset: Seed of the N labels.
-        max_text: Sub-words per input; longer inputs are cut.
-        make_tokenizer: Tokenizer of the inputs; by default a WordPiece vocabulary of the training rows.
-        words: Selected words, whose sub-words and cached features go into the batch as `word_tokens` [n, C, m,
+        mode: The kind of question, for tasks with several (VCR: "q2a" or "qa2r").
+        regime: The labels that may be used: "full", "zero", "low:N" or "semi:N" (N labels of each group).
+        subset: Seed that selects the N labels.
+        max_text: Longest input in sub-words; longer ones are truncated.
+        make_tokenizer: Builds the tokenizer of the inputs; by default with a WordPiece vocabulary of the
+            training rows.
+        words: Selected words. Their sub-words and cached features enter the batch as `word_tokens` [n, C, m,
             length], `word_valid` [n, C, m] and `word_feature` [n, C, m, d].
         teacher_logits: Add batch["clip_logits"] [n, classes].
-        adapt: Train on masked words and image-text matching instead of on answers.
-        choose_rows: Leaves out training rows; by default none.
+        adapt: Train on masked words and image-text matching; answers are not used.
+        choose_rows: Selects training rows; by default all are used.
     """
 
     mode: str = ""

@@ -1,11 +1,14 @@
-"""From the options of `student train` to a recipe and a run: defaults, `--set key=value`, this machine."""
+"""Resolve the options of `student train` into a recipe and a run.
+
+Applies defaults, `--set key=value`, and the device and number of workers of this machine.
+"""
 
 import ast
 import dataclasses
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from student.recipe import Optim, Recipe, Run
 from teachercache.core.device import pick_device
@@ -13,13 +16,14 @@ from teachercache.core.errors import UserError, closest
 from teachercache.core.process import default_workers
 from teachercache.data.read import cache_folder
 
-# Settings of a run that `student train` has options of their own for
+Record = TypeVar("Record", bound=Any)
+# Settings of a run that have an option of `student train`
 OPTIONS = ("data", "cache", "out", "seed", "online_teacher", "micro_batch", "eval_every", "report_to")
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainOptions:
-    """Options of `student train` that say what is trained where; None for a default."""
+    """Options of `student train`; None stands for the default."""
 
     data: str | None
     cache: str | None
@@ -36,7 +40,17 @@ class TrainOptions:
 def resolve_run(
     recipe: Recipe[Any], options: TrainOptions, settings: Iterable[str], *, resume: bool
 ) -> tuple[Recipe[Any], Run]:
-    """Return the recipe and the run that options and settings ask for."""
+    """Return recipe and run with options and settings applied.
+
+    Args:
+        recipe: A recipe with its defaults.
+        options: Options of `student train`.
+        settings: Values of --set, each `key=value`.
+        resume: Whether a run is resumed; without --out, use the newest run folder of the recipe.
+
+    Raises:
+        UserError: An unknown setting, a value of a wrong type, or no run to resume.
+    """
     recipe = dataclasses.replace(
         recipe, steps=options.steps or recipe.steps, batch=options.batch or recipe.batch
     )
@@ -55,13 +69,13 @@ def resolve_run(
 
 
 def on_this_machine(run: Run) -> Run:
-    """Return the run with its device and its number of decoding processes chosen."""
+    """Return the run with device and number of decoding processes chosen for this machine."""
     workers = run.workers if run.workers >= 0 else default_workers()
     return dataclasses.replace(run, device=pick_device(run.device), workers=workers)
 
 
 def as_json(recipe: Recipe[Any], run: Run) -> dict[str, Any]:
-    """Return the settings of a recipe and a run as plain JSON types."""
+    """Return the settings of a recipe and a run as plain Python values, for printing as JSON."""
     values: dict[str, Any] = {
         "name": recipe.name,
         "paper": recipe.paper,
@@ -78,7 +92,7 @@ def as_json(recipe: Recipe[Any], run: Run) -> dict[str, Any]:
 
 
 def override(recipe: Recipe[Any], run: Run, settings: Iterable[str]) -> tuple[Recipe[Any], Run]:
-    """Apply `key=value` settings: a constant by its name, `optim.NAME`, or `run.NAME`."""
+    """Apply `key=value` settings, where the key is a constant's name, `optim.NAME` or `run.NAME`."""
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals:
@@ -95,21 +109,24 @@ def override(recipe: Recipe[Any], run: Run, settings: Iterable[str]) -> tuple[Re
     return recipe, run
 
 
-def _replace(record: Any, name: str, text: str, key: str, recipe: Recipe) -> Any:
+def _replace(record: Record, name: str, text: str, key: str, recipe: Recipe[Any]) -> Record:
+    """Return a dataclass with one field replaced by the value that the text stands for."""
     fields = {field.name: field.type for field in dataclasses.fields(record)}
     if name not in fields:
         raise UserError(f"--set {key}: {_choices(key, recipe)}")
+    kind = cast(type, fields[name])
     try:
-        value = _parse(text.strip(), fields[name])
+        value = _parse(text.strip(), kind)
     except (ValueError, SyntaxError) as error:
-        raise UserError(f"--set {key}={text}: a value of type {fields[name].__name__} is expected") from error
+        raise UserError(f"--set {key}={text}: a value of type {kind.__name__} is expected") from error
     return dataclasses.replace(record, **{name: value})
 
 
 def _parse(text: str, kind: type) -> Any:
+    """Parse a Python literal, or true and false in any case; raise ValueError if its type is not `kind`."""
     if kind is str:
         return text
-    value = {"true": True, "false": False}.get(text.lower())
+    value: Any = {"true": True, "false": False}.get(text.lower())
     value = ast.literal_eval(text) if value is None else value
     if kind is float and type(value) is int:
         value = float(value)
@@ -118,7 +135,8 @@ def _parse(text: str, kind: type) -> Any:
     return value
 
 
-def _choices(key: str, recipe: Recipe) -> str:
+def _choices(key: str, recipe: Recipe[Any]) -> str:
+    """Return an error message that lists all settings."""
     names = [field.name for field in dataclasses.fields(recipe.constants)]
     names += [f"optim.{field.name}" for field in dataclasses.fields(Optim)]
     names += [f"run.{field.name}" for field in dataclasses.fields(Run) if field.name not in OPTIONS]
@@ -126,10 +144,10 @@ def _choices(key: str, recipe: Recipe) -> str:
 
 
 def run_folder(recipe: str, *, resume: bool) -> str:
-    """The newest run of the recipe to resume, or a new folder named by the time."""
+    """Return the recipe's newest run folder for a resume, otherwise a new folder name with the time."""
     if not resume:
         return str(Path("runs", f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}"))
     runs = sorted(Path("runs").glob(f"{recipe}-*/run.json"), key=lambda path: path.stat().st_mtime)
     if not runs:
-        raise UserError(f"no run of {recipe} in runs/: pass --out RUN, or leave --resume away")
+        raise UserError(f"no run of {recipe} in runs/: pass --out RUN, or drop --resume")
     return str(runs[-1].parent)

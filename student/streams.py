@@ -1,8 +1,11 @@
-"""Named random streams: every random draw is a function of its name, the seed and its place, so it can be replayed."""
+"""Named random streams, so that every random draw can be replayed.
+
+A draw depends only on the name of its stream and a key: the seed and a position such as epoch and row.
+"""
 
 import numpy as np
 
-# The number that sets a stream apart from the others with the same key
+# Name -> numbers appended to the key, which separate streams that share a key. The comment names the key.
 STREAMS: dict[str, tuple[int, ...]] = {
     "row_order": (),  # seed, epoch
     "text_choice": (),  # seed, epoch, row
@@ -18,5 +21,5 @@ STREAMS: dict[str, tuple[int, ...]] = {
 
 
 def stream(name: str, *key: int) -> np.random.Generator:
-    """Return the generator of a named stream at a place, such as (seed, epoch, row)."""
+    """Return the random generator of a named stream for a key such as (seed, epoch, row)."""
     return np.random.default_rng([*key, *STREAMS[name]])

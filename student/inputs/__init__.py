@@ -1,1 +1,1 @@
-"""From a manifest and caches to training batches."""
+"""Turn a manifest and caches into training batches."""

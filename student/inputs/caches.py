@@ -1,4 +1,7 @@
-"""Which caches a run reads and which rows they let it train on. Caches join by key. Not for batches: see `batches`."""
+"""Find the caches of a run, the rows that it can train on, and the fields that it reads.
+
+Caches are joined to the data by key. Batches are made in `pairs` and `question_batches`.
+"""
 
 import dataclasses
 from collections.abc import Sequence
@@ -24,13 +27,13 @@ from teachercache.data.sample import BadSample
 
 @dataclasses.dataclass(frozen=True)
 class Wanted:
-    """What a run looks for among its caches.
+    """A request for cached fields.
 
     Args:
-        cache: `--cache`: a cache, a folder of caches, or several with commas between them.
-        data: `--data`, for hints.
-        fields: Cached fields that recipe and student read.
-        teacher: The teacher that hints tell to build, where it writes the fields.
+        cache: Value of `--cache`: a cache, a folder of caches, or several separated by commas.
+        data: Value of `--data`, for hints.
+        fields: Names of the cached fields that recipe and student read.
+        teacher: The teacher that hints suggest, if it writes the fields.
     """
 
     cache: str
@@ -39,14 +42,14 @@ class Wanted:
     teacher: str
 
     def hint(self, fields: tuple[str, ...], cache: str) -> str:
-        """Return a `tc build` command that writes `fields` at a part of --cache."""
+        """Return a `tc build` command that writes `fields` into `cache`, one of the paths of --cache."""
         return build_command(self.data, fields, self.teacher, cache)
 
 
 def find_ensemble(wanted: Wanted) -> list[store.Cache]:
-    """Return the caches of several teachers, each with all fields; [] if no field is read."""
-    parts = parts_of(wanted.cache) if wanted.fields else []
-    caches = [find_cache(part, wanted.fields, wanted.hint(wanted.fields, part)) for part in parts]
+    """Return the caches of several teachers, each with all fields; return [] if no field is read."""
+    folders = parts_of(wanted.cache) if wanted.fields else []
+    caches = [find_cache(folder, wanted.fields, wanted.hint(wanted.fields, folder)) for folder in folders]
     if len({cache.meta.spec.digest for cache in caches}) < len(caches):
         raise UserError(
             f"--cache {wanted.cache} names one teacher twice: several caches are for several teachers"
@@ -55,71 +58,84 @@ def find_ensemble(wanted: Wanted) -> list[store.Cache]:
 
 
 def find_by_field(wanted: Wanted) -> list[store.Cache]:
-    """Return one cache for each group of fields that one teacher writes; [] if no field is read."""
+    """Return a cache for each group of fields that one teacher writes; return [] if no field is read."""
     return [_find_among(wanted, fields) for fields in field_groups(wanted.fields, wanted.teacher)]
 
 
 def _find_among(wanted: Wanted, fields: tuple[str, ...]) -> store.Cache:
-    """Return the first cache of `--cache` that holds the fields; UserError names a `tc build` that makes one."""
-    parts = parts_of(wanted.cache)
-    for i, part in enumerate(parts):
+    """Return the first cache of `--cache` with the fields; raise a UserError if none has them."""
+    folders = parts_of(wanted.cache)
+    for i, folder in enumerate(folders):
         try:
-            return find_cache(part, fields, wanted.hint(fields, part))
+            return find_cache(folder, fields, wanted.hint(fields, folder))
         except SeveralCaches:
             raise
         except UserError:
-            if i == len(parts) - 1:
+            if i == len(folders) - 1:
                 raise
-    raise AssertionError("parts_of returns one part at least")
+    raise AssertionError("parts_of returns at least one path")
 
 
 class SeveralCaches(UserError):
-    """More than one cache fits; the user has to name one."""
+    """Several caches fit, and the user must name one of them."""
 
 
 def parts_of(folders: str) -> list[str]:
-    """What stands between the commas of --cache; a path that is there may have some itself."""
+    """Split --cache at its commas. An existing path is not split, because its name may contain commas."""
     if "," not in folders or as_path(folders).exists():
         return [folders]
-    return [part.strip() for part in folders.split(",") if part.strip()]
+    return [folder.strip() for folder in folders.split(",") if folder.strip()]
 
 
 def find_cache(folder: str, reads: tuple[str, ...], build_hint: str) -> store.Cache:
-    """The cache at `folder`, or the one inside it that holds what the recipe reads.
+    """Open the cache at `folder`, or the cache inside it that has the fields a recipe reads.
 
-    Trained teachers come before random ones, and of one teacher the cache of augmented views before the plain one.
+    Caches of trained teachers are preferred to those of random ones. Among caches of one teacher, those with
+    augmented views are preferred.
+
+    Args:
+        folder: A cache or a folder of caches.
+        reads: Names of the fields.
+        build_hint: The command that builds a missing cache, for the error message.
+
+    Raises:
+        UserError: No cache has all fields.
+        SeveralCaches: More than one cache fits.
     """
     path = as_path(folder)
-    there = caches_in(folder)
-    found = [cache for cache in there if all(name in cache.fields for name in reads)]
-    if there and there[0].path == path and not found:
-        missing = [name for name in reads if name not in there[0].fields]
+    caches = caches_in(folder)
+    fitting = [cache for cache in caches if all(name in cache.fields for name in reads)]
+    if caches and caches[0].path == path and not fitting:
+        missing = [name for name in reads if name not in caches[0].fields]
         raise UserError(f"{path} has no field {', '.join(missing)}: run `{build_hint}`")
-    found = [cache for cache in found if not cache.meta.spec.weights.startswith("random:")] or found
-    if len({cache.meta.spec.digest for cache in found}) == 1:
-        found = [cache for cache in found if cache.meta.views] or found
-    if not found:
+    fitting = [cache for cache in fitting if not cache.meta.spec.weights.startswith("random:")] or fitting
+    if len({cache.meta.spec.digest for cache in fitting}) == 1:
+        fitting = [cache for cache in fitting if cache.meta.views] or fitting
+    if not fitting:
         raise UserError(f"no cache with {', '.join(reads)} in {folder}: run `{build_hint}`")
-    if len(found) > 1:
-        names = ", ".join(str(cache.path) for cache in found)
+    if len(fitting) > 1:
+        names = ", ".join(str(cache.path) for cache in fitting)
         raise SeveralCaches(f"several caches fit, pass one as --cache: {names}")
-    return store.open_complete(found[0].path)
+    return store.open_complete(fitting[0].path)
 
 
 def same_data_cache(folder: str, manifest: Manifest) -> store.Cache | None:
-    """Any finished cache of exactly this data, one with augmented views first: it knows which rows can be read."""
-    found = [
+    """Return a complete cache of exactly this data, or None; it stores which rows can be read.
+
+    Caches with augmented views are preferred.
+    """
+    same_data = [
         cache
-        for part in parts_of(folder)
-        for cache in caches_in(part)
+        for path in parts_of(folder)
+        for cache in caches_in(path)
         if cache.meta.manifest == manifest.digest
     ]
-    whole = [cache for cache in found if len(store.done_blocks(cache)) == cache.meta.num_blocks]
-    return next((cache for cache in whole if cache.meta.views), whole[0] if whole else None)
+    complete = [cache for cache in same_data if len(store.done_blocks(cache)) == cache.meta.num_blocks]
+    return next((cache for cache in complete if cache.meta.views), complete[0] if complete else None)
 
 
 def caches_in(folder: str) -> list[store.Cache]:
-    """The cache at `folder`, or those inside it in order of their names."""
+    """Open the cache at `folder`, or all caches inside it, sorted by name."""
     path = as_path(folder)
     if (path / "zarr.json").exists():
         return [store.open_cache(path)]
@@ -131,7 +147,16 @@ def caches_in(folder: str) -> list[store.Cache]:
 
 
 def training_rows(manifest: Manifest, cache: store.Cache | None) -> np.ndarray:
-    """Rows of the training split that have a text and that the cache holds and calls usable."""
+    """Return the indices of the training rows that have a text and that the cache marks as valid.
+
+    Args:
+        manifest: All rows of the data.
+        cache: A cache of the data; None to check texts only.
+
+    Raises:
+        UserError: No training row has a text, rows are missing in the cache, or rows have changed since it
+            was built.
+    """
     rows = manifest.rows_of_split("train")
     rows = rows[manifest.has_text()[rows]]
     if not len(rows):
@@ -139,41 +164,45 @@ def training_rows(manifest: Manifest, cache: store.Cache | None) -> np.ndarray:
     if cache is None:
         return rows
     keys = manifest.table["key"].take(rows)
-    at = store.join(cache, keys)
-    if (at < 0).any():
+    cache_rows = store.join(cache, keys)
+    missing = cache_rows < 0
+    if missing.any():
         raise UserError(
-            f"{(at < 0).sum()} of {len(rows)} training rows of {manifest.data} are not in {cache.path}, the first is "
-            f"'{keys[int(np.argmax(at < 0))]}': extend it with `{cache.command(data=manifest.data)}`"
+            f"{missing.sum()} of {len(rows)} training rows of {manifest.data} are not in {cache.path}, the "
+            f"first is '{keys[int(np.argmax(missing))]}': extend it with "
+            f"`{cache.command(data=manifest.data)}`"
         )
-    _same_rows(manifest, cache, rows, at)
-    return rows[np.asarray(store.read_field(cache, "valid"))[at]]
+    _same_rows(manifest, cache, rows, cache_rows)
+    return rows[np.asarray(store.read_field(cache, "valid"))[cache_rows]]
 
 
-def _same_rows(manifest: Manifest, cache: store.Cache, rows: np.ndarray, at: np.ndarray) -> None:
-    """Refuse a cache whose rows of the same keys had other texts or another picture file."""
+def _same_rows(manifest: Manifest, cache: store.Cache, rows: np.ndarray, cache_rows: np.ndarray) -> None:
+    """Raise a UserError if the texts or the picture file of a row have changed since it was cached."""
     if manifest.digest == cache.meta.manifest:
         return
-    then = store.cached_manifest(cache).table.take(at)
+    before = store.cached_manifest(cache).table.take(cache_rows)
     now = manifest.table.take(rows)
     for name in ("texts", "size"):
         changed = [
             i
-            for i, (a, b) in enumerate(zip(then[name].to_pylist(), now[name].to_pylist(), strict=True))
+            for i, (a, b) in enumerate(zip(before[name].to_pylist(), now[name].to_pylist(), strict=True))
             if a != b
         ]
         if changed:
             raise UserError(
                 f"{len(changed)} rows of {manifest.data} changed since {cache.path} was built, the first is "
-                f"'{now['key'][changed[0]].as_py()}': follow them with `{cache.command(data=manifest.data)} --prune`"
+                f"'{now['key'][changed[0]].as_py()}': update the cache with "
+                f"`{cache.command(data=manifest.data)} --prune`"
             )
 
 
 def readable_rows(manifest: Manifest, rows: np.ndarray) -> np.ndarray:
-    """Rows whose picture can be read, by reading each once on one rank; the others are named with their reason."""
-    kept, left_out = [], []
-    mine = rows[rank() :: world_size()].tolist()
-    with ticker(len(mine), "pictures", "checking pictures") as tick:
-        for row in mine:
+    """Return the rows whose picture can be decoded, and print the others. Each is read on one rank."""
+    kept: list[int] = []
+    left_out: list[str] = []
+    rows_of_rank = rows[rank() :: world_size()].tolist()
+    with ticker(len(rows_of_rank), "pictures", "checking pictures") as tick:
+        for row in rows_of_rank:
             sample = manifest.row(row)
             try:
                 read_image(manifest, sample)
@@ -182,27 +211,27 @@ def readable_rows(manifest: Manifest, rows: np.ndarray) -> np.ndarray:
             else:
                 kept.append(row)
             tick.step(1)
-    for line in [line for part in from_all_ranks(left_out) for line in part]:
+    for line in [line for lines in from_all_ranks(left_out) for line in lines]:
         say(line)
-    return np.array(sorted(row for part in from_all_ranks(kept) for row in part), int)
+    return np.array(sorted(row for rank_rows in from_all_ranks(kept) for row in rank_rows), int)
 
 
 # ----------------------------------------------------------------------------------------------------
-# What is read of them
+# Which fields
 
 
 class Source(NamedTuple):
-    """One teacher's cache beside the manifest's rows."""
+    """The fields of one cache, for rows of the manifest."""
 
-    at: np.ndarray  # manifest row -> cache row, -1 for rows that are not trained on
+    at: np.ndarray  # manifest row -> cache row, -1 for rows that are not used
     fields: dict[str, np.ndarray]
-    per: dict[str, str]
-    constants: dict[str, float]
-    text_valid: np.ndarray
+    per: dict[str, str]  # field name -> row, image, text or pair
+    constants: dict[str, float]  # such as logit_scale
+    text_valid: np.ndarray  # bool [cache rows, texts]
 
 
 def open_source(cache: store.Cache, manifest: Manifest, rows: np.ndarray, reads: tuple[str, ...]) -> Source:
-    """The fields that a recipe reads of a cache."""
+    """Open the fields named in `reads` for the given rows of the manifest."""
     fields = {name: store.read_field(cache, name) for name in reads}
     per = {name: cache.fields[name].per for name in reads}
     valid = store.read_field(cache, "text_valid")
@@ -210,23 +239,23 @@ def open_source(cache: store.Cache, manifest: Manifest, rows: np.ndarray, reads:
 
 
 def places(cache: store.Cache, manifest: Manifest, rows: np.ndarray) -> np.ndarray:
-    """Manifest row -> cache row, -1 for rows that are not trained on."""
-    at = np.full(len(manifest), -1)
-    at[rows] = store.join(cache, manifest.table["key"].take(rows))
-    return at
+    """Return an array that maps manifest rows to cache rows, with -1 outside of `rows`."""
+    cache_rows = np.full(len(manifest), -1)
+    cache_rows[rows] = store.join(cache, manifest.table["key"].take(rows))
+    return cache_rows
 
 
 def same_views(caches: Sequence[store.Cache], manifest: Manifest, rows: np.ndarray) -> None:
-    """Refuse teachers that saw different augmented views of the same pictures."""
-    first, *others = caches or (None,)
-    for other in others:
+    """Raise a UserError if the caches hold different augmented views of the same pictures."""
+    for other in caches[1:]:
+        first = caches[0]
         same = first.meta.views == other.meta.views
         if same and first.meta.views:
-            here, there = (
+            params, other_params = (
                 store.read_field(cache, "view_params")[places(cache, manifest, rows)[rows]]
                 for cache in (first, other)
             )
-            same = np.array_equal(here, there)
+            same = np.array_equal(params, other_params)
         if not same:
             raise UserError(
                 f"{first.path} and {other.path} hold different views: build both with the same --views "
@@ -235,7 +264,7 @@ def same_views(caches: Sequence[store.Cache], manifest: Manifest, rows: np.ndarr
 
 
 def field_shapes(caches: Sequence[store.Cache], ensemble: str) -> dict[str, tuple[int, ...]]:
-    """Shapes of the fields as a batch names them, for heads."""
+    """Return the shapes of the fields under their names in a batch, for building heads."""
     shapes = {
         named(name, k): field.shape for k, cache in enumerate(caches) for name, field in cache.fields.items()
     }

@@ -1,4 +1,7 @@
-"""CLIP's own logits over the answers of a task, from cached embeddings: confidence weighting compares them (Eq. 9)."""
+"""Zero-shot logits of CLIP over the answers of a task, computed from cached embeddings.
+
+CLIP-TD compares them with the student's in its confidence weighting (Eq. 9).
+"""
 
 from collections.abc import Callable, Sequence
 
@@ -17,28 +20,35 @@ from teachercache.core.errors import UserError
 from teachercache.data.manifest import Manifest
 from teachercache.search.vectors import unit
 
-MOST = 20_000  # rows that the anchors are found in
-ScoreAnswers = Callable[
-    [np.ndarray, Sequence[Question]], Tensor
-]  # rows, their questions -> logits [n, classes]
+MOST = 20_000  # rows from which the anchors are computed, at most
+# (rows, their questions) -> logits [n, classes]
+ScoreAnswers = Callable[[np.ndarray, Sequence[Question]], Tensor]
 
 
 class ClipScorer:
-    """Scores answers with cached embeddings: CLIP's scale times cosines, or minus the distances to anchors."""
+    """Computes zero-shot logits from cached embeddings: scaled cosines, or negative distances to anchors.
+
+    Args:
+        task: The task of the rows.
+        source: A cache with image and text embeddings.
+        manifest: All rows of the data.
+        rows: Indices of the training rows.
+        fields: Names of the two embeddings.
+    """
 
     def __init__(
         self, task: Task, source: Source, manifest: Manifest, rows: np.ndarray, fields: TeacherLogits
     ):
         self.task, self.source, self.fields = task, source, fields
         self.scoring = QUESTION_TASKS[task.name].scoring
-        self.scale = float(np.exp(source.constants.get("logit_scale", np.log(100))))
+        self.scale = float(np.exp(source.constants.get("logit_scale", float(np.log(100)))))
         self.anchors, self.answers = np.empty(0), np.empty(0)
         if self.scoring == "anchors":
             some = np.sort(stream("anchor_rows", 0).permutation(rows)[:MOST])
             self.anchors = find_anchors(self.cosines(some, np.zeros((len(some), 1), int))[:, 0])
         elif self.scoring == "answers":
             labels = manifest.column("label")
-            first: dict[str, int] = {}  # answer -> the first row that has it
+            first_row: dict[str, int] = {}  # answer -> the first row with this answer
             for row in rows.tolist():
                 first.setdefault(normalize_answer(labels[row]), row)
             at = source.at[np.array([first[answer] for answer in task.answers])]
@@ -53,7 +63,7 @@ class ClipScorer:
         return np.einsum("id,icd->ic", image, texts)
 
     def logits(self, rows: np.ndarray, questions: Sequence[Question]) -> Float[Tensor, "n classes"]:
-        """Return CLIP's logits of each row's answers, float32."""
+        """Compute float32 logits over the answers of each row."""
         if self.scoring == "answers":
             scores = unit(self.source.fields[self.fields.image][self.source.at[rows]]) @ self.answers.T
         elif self.scoring == "anchors":
@@ -86,7 +96,10 @@ def clip_scorer(
     rows: np.ndarray,
     fields: TeacherLogits | None,
 ) -> ScoreAnswers | None:
-    """Return the function that scores answers with the first cache that holds both embeddings, if asked for."""
+    """Return a function that computes zero-shot logits from the first cache with both embeddings.
+
+    Return None if `fields` is None or no cache has both.
+    """
     if fields is None:
         return None
     source = next((source for source in sources if {fields.image, fields.text} <= set(source.fields)), None)

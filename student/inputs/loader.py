@@ -1,4 +1,4 @@
-"""Batches decoded ahead by worker processes."""
+"""Load batches ahead of time in worker processes."""
 
 from typing import Protocol, cast
 
@@ -12,22 +12,29 @@ from teachercache.data.manifest import Manifest
 
 
 class Batches(Protocol):
-    """What training asks of the batches of any kind of rows."""
+    """Members that training uses of the batches of any kind of rows."""
 
     manifest: Manifest
-    rows: np.ndarray  # training rows, places in the manifest
+    rows: np.ndarray  # indices of the training rows in the manifest
     plan: StepPlan
-    num_views: int  # stored augmented views per picture, 0 for plain pictures
+    num_views: int  # stored augmented views per picture; 0 for unaugmented pictures
 
     def __len__(self) -> int:
         """Return the number of steps."""
 
     def __getitem__(self, item: int | MicroBatch) -> dict[str, Tensor]:
-        """Return this rank's rows of a step, or of a micro-batch of it."""
+        """Return the batch of this rank in a step, or one micro-batch of it."""
 
 
 def loader(batches: Batches, *, start: int, workers: int, micro: int = 0) -> DataLoader[dict[str, Tensor]]:
-    """Return batches from step `start` on, or their micro-batches of `micro` rows, decoded by `workers` processes."""
+    """Return a DataLoader over the batches from step `start` on.
+
+    Args:
+        batches: The batches of a run.
+        start: First step.
+        workers: Number of decoding processes; 0 decodes in this process.
+        micro: Rows of a micro-batch; 0 for whole batches.
+    """
     size = micro or batches.plan.share
     cuts = range(0, batches.plan.share, size)
     return DataLoader(
@@ -35,6 +42,7 @@ def loader(batches: Batches, *, start: int, workers: int, micro: int = 0) -> Dat
         batch_size=None,
         sampler=(MicroBatch(step, cut, cut + size) for step in range(start, len(batches)) for cut in cuts),
         num_workers=workers,
-        generator=torch.Generator(),  # its own: a resumed run must not draw from the global one at another time
+        # A generator of its own, so that a resumed run draws the same numbers from the global one
+        generator=torch.Generator(),
         prefetch_factor=4 if workers else None,
     )

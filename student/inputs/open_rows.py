@@ -1,4 +1,4 @@
-"""From a row plan and a run to training rows, caches and batches: one function per kind of rows."""
+"""Open the training rows, caches and batches of a run, with one function per kind of rows."""
 
 import dataclasses
 import functools
@@ -40,13 +40,13 @@ from teachercache.teachers.teacher import Teacher
 
 @dataclasses.dataclass(frozen=True)
 class Feed:
-    """What batches are made of besides the data.
+    """Everything besides the data that batches depend on.
 
     Args:
-        inputs: What the student reads.
+        inputs: The inputs of the student.
         plan: Steps and ranks.
-        noise: The recipe's random arrays per row.
-        live: A teacher that runs in the training process in place of the caches' fields.
+        noise: Functions that draw the recipe's random arrays per row, by name.
+        live: A teacher that runs in the training process and replaces the cached fields.
     """
 
     inputs: RowInputs
@@ -60,13 +60,13 @@ class OpenedRows:
     """Training rows of one run.
 
     Args:
-        setting: What the student is built for.
+        setting: The data and caches that the student is built for.
         caches: The caches that are read.
-        ensemble: How several teachers are joined, "" for one.
+        batches: Builds the batches of a student.
+        ensemble: How several teachers are combined; "" for a single one.
         allows_live: Whether --live can replace the caches.
-        batches: Makes the batches for a student.
-        facts: JSON kept in run.json: enough to read such rows again.
-        files: More text files of the run folder.
+        facts: JSON for run.json, from which rows of the same kind can be read again.
+        files: Contents of further text files in the run folder, by file name.
     """
 
     setting: Setting
@@ -84,10 +84,10 @@ def open_rows(plan: RowPlan, wanted: Wanted, *, name: str) -> OpenedRows:
     Args:
         plan: The kind of rows, filled in by the recipe.
         wanted: Data, caches and fields of the run.
-        name: The recipe's name, for messages.
+        name: Name of the recipe, for messages.
 
     Raises:
-        UserError: No rows to train on, or a missing cache, with the `tc build` that makes it.
+        UserError: There are no rows to train on, or a cache is missing; the message suggests a `tc build`.
     """
     return OPENERS[type(plan)](plan, wanted, name)
 
@@ -115,9 +115,10 @@ def _open_pictures_and_texts(plan: Pairs, wanted: Wanted, name: str, *, pictures
             raise UserError(f"{name} reads one cache, not {len(parts_of(wanted.cache))}: pass one as --cache")
     if len(caches) > 1 and plan.ensemble:
         say(f"{len(caches)} teachers, {plan.ensemble}: {', '.join(cache.meta.spec.name for cache in caches)}")
-    # Whoever built a cache of the same data has read every picture
+    # A cache of the same data stores which pictures can be decoded, so they are not decoded again
     views = caches[0] if caches else same_data_cache(wanted.cache, manifest)
-    rows = functools.reduce(np.intersect1d, [training_rows(manifest, cache) for cache in caches or [views]])
+    holding: list[Cache | None] = [*caches] or [views]
+    rows = functools.reduce(np.intersect1d, [training_rows(manifest, cache) for cache in holding])
     rows = readable_rows(manifest, rows) if views is None and pictures else rows
     rows = rows if plan.choose_rows is None else plan.choose_rows(manifest, rows)
     shapes = field_shapes(caches, plan.ensemble)
@@ -126,7 +127,7 @@ def _open_pictures_and_texts(plan: Pairs, wanted: Wanted, name: str, *, pictures
         fields = TeacherFields(tuple(caches), wanted.fields, plan.ensemble, views, feed.live)
         pairs = PairBatches(manifest, rows, feed.inputs, feed.plan, teachers=fields, noise=feed.noise)
         if views is not None and pairs.num_views:
-            say(f"pictures: one of {pairs.num_views} augmented views a step, as stored in {views.path}")
+            say(f"pictures: one of {pairs.num_views} augmented views per step, as stored in {views.path}")
         return pairs
 
     return OpenedRows(Setting(shapes, manifest, rows), caches, batches, plan.ensemble)
@@ -141,14 +142,12 @@ def _open_questions(plan: Questions, wanted: Wanted, name: str) -> OpenedRows:
     caches = find_by_field(wanted)
     rows = training_rows(manifest, None)
     views = same_data_cache(wanted.cache, manifest) if not caches else None
-    for cache in caches or [cache for cache in [views] if cache]:
+    for cache in caches or ([] if views is None else [views]):
         rows = np.intersect1d(rows, training_rows(manifest, cache))
     rows = rows[np.array([bool(task) for task in manifest.column("task")])[rows]]
     rows = rows if plan.choose_rows is None else plan.choose_rows(manifest, rows)
     if not len(rows):
-        raise UserError(
-            f"{manifest.data} has no training rows that ask something: is its file called train...?"
-        )
+        raise UserError(f"{manifest.data} has no training rows with a question: is its file named train...?")
     task = find_task(manifest, rows, plan.mode)
     check_words(plan, caches)
     labeled = labeled_rows(task, manifest, rows, regime=plan.regime, subset=plan.subset)
@@ -177,7 +176,7 @@ def _question_batches(
     labeled: np.ndarray,
     feed: Feed,
 ) -> QuestionBatches:
-    """Return batches of the rows that the regime trains on; in semi half of each batch has labels."""
+    """Return batches of the rows that the regime trains on. With semi:N, half of each batch has labels."""
     manifest, rows, task = setting.manifest, setting.rows, setting.task
     sources = [
         open_source(cache, manifest, rows, tuple(name for name in wanted.fields if name in cache.fields))
@@ -194,14 +193,17 @@ def _question_batches(
 def question_order(
     plan: Questions, setting: Setting, labeled: np.ndarray, steps: StepPlan, block_rows: int
 ) -> QuestionOrder:
-    """Return which rows each step trains on.
+    """Return the order of the rows that the steps train on.
 
     Args:
-        plan: Its regime says which rows: the labeled ones (full, low:N), all (zero), or halves of both (semi:N).
+        plan: Its regime selects the rows: labeled ones (full, low:N), all (zero), or half of each (semi:N).
         setting: Manifest and training rows.
-        labeled: Which of the training rows have a label that may be used, bool [rows].
+        labeled: True for training rows whose label may be used, bool [rows].
         steps: Batch size, seed and ranks.
-        block_rows: Rows of a cache's block; 0 without a cache.
+        block_rows: Rows of a cache block; 0 without a cache.
+
+    Raises:
+        UserError: The batch cannot be halved on every rank, or there are fewer rows than in a batch.
     """
     rows, num_rows = setting.rows, len(setting.manifest)
     block_rows = block_rows or num_rows
@@ -209,21 +211,22 @@ def question_order(
     halves = kind == "semi" and not plan.adapt
     if halves and steps.batch % (2 * steps.world):
         raise UserError(
-            f"--batch-size {steps.batch}: with semi half of each process's rows have labels; choose an even share"
+            f"--batch-size {steps.batch}: with semi, half of the rows of each process have labels; choose "
+            "an even number of rows per process"
         )
     usable = np.zeros(num_rows, bool)
     usable[rows[labeled]] = True
     size = steps.batch // 2 if halves else steps.batch
-    with_labels = kind in ("full", "low") or halves
-    first = Order(rows[labeled] if with_labels else rows, batch=size, seed=steps.seed, block_rows=block_rows)
-    second = None
+    first_rows = rows[labeled] if halves or kind in ("full", "low") else rows
+    first = Order(first_rows, batch=size, seed=steps.seed, block_rows=block_rows)
+    unlabeled = None
     if halves:
-        second = Order(rows[~labeled], batch=size, seed=steps.seed + 1, block_rows=block_rows)
-    return QuestionOrder(first, second, usable)
+        unlabeled = Order(rows[~labeled], batch=size, seed=steps.seed + 1, block_rows=block_rows)
+    return QuestionOrder(first, unlabeled, usable)
 
 
 def check_words(plan: Questions, caches: list[Cache]) -> None:
-    """Refuse more words than a cache holds of each text."""
+    """Raise a UserError if a recipe selects more words than a cache stores per text."""
     if plan.words is None:
         return
     for cache in caches:
@@ -237,10 +240,10 @@ def check_words(plan: Questions, caches: list[Cache]) -> None:
 
 
 def report_labels(task: Task, regime: str, labeled: np.ndarray) -> None:
-    """Print how many labels are used; UserError if there are none."""
-    what = f"{task.name} {task.which}".strip()
+    """Print the number of labels that are used; raise a UserError if a regime with labels has none."""
+    title = f"{task.name} {task.which}".strip()
     say(
-        f"{what}: {labeled.sum():,} of {len(labeled):,} training rows with labels ({regime}), "
+        f"{title}: {labeled.sum():,} of {len(labeled):,} training rows with labels ({regime}), "
         f"{task.classes} answers"
     )
     if not labeled.any() and not regime.startswith("zero"):

@@ -1,4 +1,4 @@
-"""The order of rows: which rows make up the global batch of each step, and which of them a rank computes."""
+"""The order of training rows: the rows in the global batch of each step, and the share of each rank."""
 
 import dataclasses
 from typing import NamedTuple
@@ -8,11 +8,11 @@ import numpy as np
 from student.streams import stream
 from teachercache.core.errors import UserError
 
-WINDOW_BLOCKS = 64  # blocks whose rows are mixed; a mapped cache of up to 64 blocks is shuffled as a whole
+WINDOW_BLOCKS = 64  # blocks whose rows are shuffled together
 
 
 class MicroBatch(NamedTuple):
-    """Rows `first` to `last` of one rank's share of a step."""
+    """Rows `first` to `last` (exclusive) of one rank's share of a step."""
 
     step: int
     first: int
@@ -21,13 +21,13 @@ class MicroBatch(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class StepPlan:
-    """How a run is cut into steps, and the steps into ranks.
+    """Sizes of a run: its steps, their batches, and the ranks that share a batch.
 
     Args:
         batch: Rows per step, over all ranks.
-        steps: Steps of the run.
-        seed: Seed of every random draw.
-        rank: This process.
+        steps: Number of steps.
+        seed: Seed of all random draws.
+        rank: Index of this process.
         world: Number of processes.
     """
 
@@ -43,7 +43,7 @@ class StepPlan:
         return self.batch // self.world
 
     def cut(self, item: int | MicroBatch) -> tuple[int, slice]:
-        """Return the step of a batch or micro-batch, and where its rows lie in the global batch."""
+        """Return the step of a batch or micro-batch, and the slice of its rows in the global batch."""
         step, first, last = item if isinstance(item, tuple) else (item, 0, self.share)
         start = self.rank * self.share
         return step, slice(start + first, start + min(last, self.share))
@@ -52,10 +52,17 @@ class StepPlan:
 def epoch_order(
     rows: np.ndarray, *, seed: int, epoch: int, block_rows: int, window: int = WINDOW_BLOCKS
 ) -> np.ndarray:
-    """Return the rows in the order of an epoch: blocks shuffled, then rows shuffled within windows of blocks.
+    """Return the rows in the order of an epoch: shuffle the blocks, then the rows within windows of blocks.
 
-    Reads stay within a window of files, so a cache larger than memory is read at disk speed. A cache of up to
-    `window` blocks is shuffled as a whole, whatever the size of its blocks.
+    Reads stay within one window of files, so that a cache larger than memory is read at disk speed. A cache
+    of at most `window` blocks is shuffled completely.
+
+    Args:
+        rows: Indices of the training rows.
+        seed: Seed of the run.
+        epoch: Index of the epoch.
+        block_rows: Rows of a cache block.
+        window: Blocks per window.
     """
     random = stream("row_order", seed, epoch)
     rows = rows[random.permutation(len(rows))]
@@ -64,23 +71,30 @@ def epoch_order(
 
 
 class Order:
-    """Rows of the global batch of each step; the last incomplete batch of an epoch is dropped."""
+    """The rows of each step's global batch. An incomplete batch at the end of an epoch is dropped.
+
+    Args:
+        rows: Indices of the training rows.
+        batch: Rows per step, over all ranks.
+        seed: Seed of the run.
+        block_rows: Rows of a cache block.
+    """
 
     def __init__(self, rows: np.ndarray, *, batch: int, seed: int, block_rows: int):
         self.rows, self.batch, self.seed, self.block_rows = rows, batch, seed, block_rows
         self.per_epoch = len(rows) // batch
         if not self.per_epoch:
             raise UserError(f"{len(rows)} usable training rows are fewer than --batch-size {batch}")
-        self.shuffled = (-1, rows)  # the epoch that was shuffled last, and its rows
+        self.shuffled = (-1, rows)  # the epoch shuffled last, and its rows in order
 
     def epoch_of(self, step: int) -> int:
-        """Return the epoch of a step."""
+        """Return the index of a step's epoch."""
         return step // self.per_epoch
 
     def rows_of(self, step: int) -> np.ndarray:
-        """Return the manifest rows of a step's global batch."""
-        epoch, place = divmod(step, self.per_epoch)
+        """Return the rows of a step's global batch, as indices of the manifest."""
+        epoch, index = divmod(step, self.per_epoch)
         if self.shuffled[0] != epoch:
             rows = epoch_order(self.rows, seed=self.seed, epoch=epoch, block_rows=self.block_rows)
             self.shuffled = (epoch, rows)
-        return self.shuffled[1][place * self.batch : (place + 1) * self.batch]
+        return self.shuffled[1][index * self.batch : (index + 1) * self.batch]

@@ -1,6 +1,7 @@
-"""Batches of pairs: step s of a run is a pure function of (seed, s), so any step can be computed again.
+"""Batches of (picture, text) pairs.
 
-Every rank draws the same global batch and keeps its own rows.
+The batch of a step is a function of the seed and the step alone, so that any step can be replayed. Every rank
+draws the same global batch and keeps its own rows.
 """
 
 import dataclasses
@@ -30,14 +31,15 @@ from teachercache.teachers.teacher import Teacher
 
 @dataclasses.dataclass(frozen=True)
 class TeacherFields:
-    """What a batch of pairs reads of caches.
+    """The teachers' part of a batch of pairs.
 
     Args:
-        caches: One for each teacher.
-        fields: Names of the fields; each is read from every cache that holds it.
-        ensemble: "concat" joins several teachers into one, otherwise fields of teacher k are called `name@k`.
-        views: The cache whose augmented views the pictures are shown in; None for plain pictures.
-        live: Runs in the training process in place of the caches' fields.
+        caches: One cache per teacher.
+        fields: Names of the fields; each is read from every cache that has it.
+        ensemble: "concat" joins several teachers into one; otherwise fields of teacher k are called `name@k`.
+        views: A cache whose stored augmented views are applied to the pictures if `caches` is empty; None for
+            unaugmented pictures.
+        live: A teacher that runs in the training process and replaces the cached fields.
     """
 
     caches: tuple[store.Cache, ...] = ()
@@ -48,7 +50,16 @@ class TeacherFields:
 
 
 class PairBatches(Dataset[dict[str, Tensor]]):
-    """Item s is this rank's part of the batch of step s: pictures, token ids and the cached fields of its rows."""
+    """Item s is this rank's share of the batch of step s: pictures, token ids and cached fields.
+
+    Args:
+        manifest: All rows of the data.
+        rows: Indices of the training rows.
+        inputs: The inputs of the student.
+        plan: Steps and ranks.
+        teachers: Caches and fields; None for a recipe without teacher.
+        noise: Functions that draw the recipe's random arrays per row, by name.
+    """
 
     def __init__(
         self,
@@ -68,7 +79,7 @@ class PairBatches(Dataset[dict[str, Tensor]]):
         block_rows = caches[0].meta.block_rows if caches else len(manifest)
         self.order = Order(rows, batch=plan.batch, seed=plan.seed, block_rows=block_rows)
         self.pictures = picture_views(inputs, teachers.live)
-        self.num_views, self.view_params = 0, np.empty(0)
+        self.num_views, self.view_params, self.views_at = 0, np.empty(0), np.empty(0, int)
         views = caches[0] if caches else teachers.views
         if views is not None and views.meta.views:
             self._show_views_of(views)
@@ -81,12 +92,12 @@ class PairBatches(Dataset[dict[str, Tensor]]):
         self.concat = self.is_ensemble and teachers.ensemble == "concat"
 
     def _show_views_of(self, cache: store.Cache) -> None:
-        """Show pictures in the views of a cache, decoded as small as its teacher decoded them."""
+        """Apply the augmented views of a cache to the pictures, decoded at the size that its teacher used."""
         self.num_views, self.view_params = cache.meta.views, store.read_field(cache, "view_params")
         self.views_at = places(cache, self.manifest, self.rows)
         if any(picture.replay is None for picture in self.pictures.values()):
             raise UserError(
-                f"{cache.path} holds augmented views, this student cannot replay them: pass another --cache"
+                f"{cache.path} holds augmented views; this student cannot replay them: pass another --cache"
             )
         at_least = cache.meta.spec.view.get("at_least", 0)
         self.pictures = {
@@ -97,10 +108,11 @@ class PairBatches(Dataset[dict[str, Tensor]]):
         return self.plan.steps
 
     def __getitem__(self, item: int | MicroBatch) -> dict[str, Tensor]:
-        """Return the rows of this rank in a step, or those of a micro-batch."""
-        step, part = self.plan.cut(item)
-        epoch, rows = self.order.epoch_of(step), self.order.rows_of(step)[part]
+        """Return the batch of this rank in a step, or one micro-batch of it."""
+        step, share = self.plan.cut(item)
+        epoch, rows = self.order.epoch_of(step), self.order.rows_of(step)[share]
         samples = [self.manifest.row(row) for row in rows.tolist()]
+        # Indices of the text and the view that each row shows in this epoch; pair fields follow the text
         copies = {
             "text": [self._text(sample, row, epoch) for sample, row in zip(samples, rows, strict=True)],
             "image": [self._view(row, epoch) for row in rows.tolist()],
@@ -127,30 +139,31 @@ class PairBatches(Dataset[dict[str, Tensor]]):
         return batch | self._read_texts(samples, texts, rows, epoch)
 
     def _read(self, source: Source, rows: np.ndarray, copies: Mapping[str, list[int]]) -> dict[str, Tensor]:
-        """Return the fields of some rows from one cache, and its constants (0-dim)."""
+        """Return the fields of some rows from one cache as float32, and its constants as 0-dim tensors."""
         fields = {name: torch.tensor(value) for name, value in source.constants.items()}
         for name, values in source.fields.items():
-            per, at = source.per[name], source.at[rows]
+            per, cache_rows = source.per[name], source.at[rows]
             single = per == "row" or (per == "image" and not self.num_views)
-            fields[name] = torch.from_numpy(values[at] if single else values[at, copies[per]]).float()
+            chosen = values[cache_rows] if single else values[cache_rows, copies[per]]
+            fields[name] = torch.from_numpy(chosen).float()
         return fields
 
     def _read_texts(
         self, samples: list[Sample], texts: list[str], rows: np.ndarray, epoch: int
     ) -> dict[str, Tensor]:
-        """Return the student's tensors of the chosen texts."""
+        """Return the student's input tensors for the chosen texts."""
         if self.inputs.read_texts is not None:
             random = [stream("text_masking", self.plan.seed, epoch, row) for row in rows.tolist()]
             return self.inputs.read_texts(samples, texts, random)
         return {} if self.inputs.tokenize is None else {"text": self.inputs.tokenize(texts)}
 
     def _mask_noise(self, row: int, epoch: int) -> Tensor:
-        """Return uniform random numbers for a student that masks its pictures."""
+        """Draw the uniform random numbers by which a student masks a picture."""
         random = stream("mask_noise", self.plan.seed, epoch, row)
         return torch.from_numpy(random.random(self.inputs.mask_noise, np.float32))
 
     def _sample_noise(self, rows: np.ndarray, epoch: int) -> dict[str, Tensor]:
-        """Return the recipe's random arrays of each row."""
+        """Draw the recipe's random arrays for each row."""
         drawn = []
         for row in rows.tolist():
             random = stream("sample_noise", self.plan.seed, epoch, row)
@@ -158,14 +171,17 @@ class PairBatches(Dataset[dict[str, Tensor]]):
         return {name: torch.from_numpy(np.stack([arrays[name] for arrays in drawn])) for name in self.noise}
 
     def _view(self, row: int, epoch: int) -> int:
-        """Return the stored view of this epoch: each once in as many epochs as there are views, rows out of step."""
+        """Return the index of the stored view that a row shows in an epoch.
+
+        The views of a row take turns over the epochs; the first one is random, so that rows differ.
+        """
         if not self.num_views:
             return 0
         first = int(stream("first_view", self.plan.seed, row).integers(self.num_views))
         return (first + epoch) % self.num_views
 
     def _show(self, sample: Sample, row: int, view: int) -> dict[str, Tensor]:
-        """Return one picture for the student, and for a live teacher."""
+        """Preprocess one picture for the student and for a live teacher."""
         sizes = {picture.at_least for picture in self.pictures.values()}
         decoded = {size: self._decode(sample, size) for size in sizes}
         if not self.num_views:
@@ -178,26 +194,27 @@ class PairBatches(Dataset[dict[str, Tensor]]):
         }
 
     def _text(self, sample: Sample, row: int, epoch: int) -> int:
-        """Return which of a row's usable texts this epoch shows."""
+        """Return the index of the text that a row shows in an epoch, drawn from its valid texts."""
         if self.sources:
             masks = [source.text_valid[source.at[row]] for source in self.sources]
             shortest = min(map(len, masks))
             usable = np.flatnonzero(np.logical_and.reduce([mask[:shortest] for mask in masks])).tolist()
         else:
-            usable = [k for k, (_, good) in enumerate(clean_texts(sample)) if good]
+            usable = [k for k, (_, valid) in enumerate(clean_texts(sample)) if valid]
         if len(usable) == 1:
             return usable[0]
         return usable[stream("text_choice", self.plan.seed, epoch, row).integers(len(usable))]
 
     def _decode(self, sample: Sample, at_least: int) -> Image.Image:
+        """Decode a picture; raise a UserError if it has become unreadable."""
         try:
             return read_image(self.manifest, sample, at_least=at_least)
         except BadSample as error:
-            raise UserError(f"the picture of '{sample.key}' cannot be read any more: {error}") from error
+            raise UserError(f"the picture of '{sample.key}' can no longer be read: {error}") from error
 
 
 def picture_views(inputs: RowInputs, live: Teacher | None) -> dict[str, PictureView]:
-    """Return how the student and a live teacher see pictures, by the batch's names."""
+    """Return the picture preprocessing of the student and a live teacher, by name in the batch."""
     views = {} if inputs.picture is None else {"image": inputs.picture}
     if live is not None and live.view is not None:
         view: Mapping[str, Any] = live.spec.view

@@ -1,11 +1,11 @@
-"""Question rows as tensors: token ids, the student's pictures and cached fields, selected words.
+"""Turn question rows into tensors: token ids, pictures, cached fields and selected words.
 
-Training (`student.inputs.question_batches`) and evaluation (`student.inference.answerer`) read rows through it.
+Training (`student.inputs.question_batches`) and evaluation (`student.inference.answerer`) share this reader.
 """
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -21,31 +21,37 @@ from teachercache.data.manifest import Manifest
 from teachercache.data.pictures import read_image
 from teachercache.data.sample import BadSample
 
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
 
 @dataclasses.dataclass(frozen=True)
 class QuestionReader:
     """Reads rows of a task for one student.
 
     Args:
-        manifest: All rows.
-        task: What they ask.
-        sources: The caches' fields.
-        inputs: What the student reads.
-        tokenizer: The `tokenizers.Tokenizer` of text pairs.
-        max_text: Sub-words per input.
-        words: Selected words of each input; None for none.
+        manifest: All rows of the data.
+        task: The task of the rows.
+        sources: Fields of the caches.
+        inputs: The inputs of the student.
+        tokenizer: Tokenizer of text pairs.
+        max_text: Longest input in sub-words.
+        words: Fields with the selected words of each input; None for none.
     """
 
     manifest: Manifest
     task: Task
     sources: Sequence[Source]
     inputs: RowInputs
-    tokenizer: Any
+    tokenizer: "Tokenizer"
     max_text: int
     words: Words | None = None
 
     def read(self, rows: np.ndarray, questions: Sequence[Question]) -> dict[str, Tensor]:
-        """Return token ids, pictures and cached fields; of fields per text, those of each row's inputs."""
+        """Return token ids, pictures and cached fields of the rows.
+
+        Fields per text contain one entry for each input of a row, so they start with [n, C].
+        """
         batch, integers = self.cached(rows, questions)
         if self.inputs.text_pairs:
             batch |= self.texts(questions, batch, integers)
@@ -54,22 +60,22 @@ class QuestionReader:
         if self.inputs.tokenize is not None:
             texts = [" ".join(filter(None, pair)) for question in questions for pair in question.parts]
             batch["pair_text"] = self.inputs.tokenize(texts).unflatten(0, (len(rows), -1))
-        of_words = (self.words.span, self.words.index) if self.words is not None else ()
-        batch |= {name: torch.from_numpy(ints) for name, ints in integers.items() if name not in of_words}
+        word_fields = (self.words.span, self.words.index) if self.words is not None else ()
+        batch |= {name: torch.from_numpy(ints) for name, ints in integers.items() if name not in word_fields}
         return self.trimmed(batch)
 
     def cached(
         self, rows: np.ndarray, questions: Sequence[Question]
     ) -> tuple[dict[str, Tensor], dict[str, np.ndarray]]:
-        """Return the floating-point fields of the rows as float32, and the integer fields as they are stored."""
+        """Return the floating-point fields of the rows as float32, and the integer fields as stored."""
         places = np.array([question.places for question in questions])  # [n, C]
         batch: dict[str, Tensor] = {}
         integers: dict[str, np.ndarray] = {}
         for source in self.sources:
-            at = source.at[rows]
+            cache_rows = source.at[rows]
             for name, values in source.fields.items():
                 per_text = source.per[name] in ("text", "pair")
-                field = values[at[:, None], places] if per_text else values[at]
+                field = values[cache_rows[:, None], places] if per_text else values[cache_rows]
                 if field.dtype.kind == "f":
                     batch[name] = torch.from_numpy(np.asarray(field)).float()
                 else:
@@ -77,16 +83,23 @@ class QuestionReader:
         return batch, integers
 
     def trimmed(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the batch without padding that no row of it uses."""
+        """Return the batch without the padding that none of its rows uses."""
         return batch if self.inputs.trim is None else self.inputs.trim(batch)
 
     def texts(
         self, questions: Sequence[Question], batch: dict[str, Tensor], integers: Mapping[str, np.ndarray]
     ) -> dict[str, Tensor]:
-        """Return `text`, `token_type_ids`, `attention_mask`, `text_region` [n, C, length], and selected words.
+        """Tokenize the inputs of each row and align selected words with their sub-words.
 
-        `text_region` is the region that a sub-word mentions. Words: `word_tokens` [n, C, m, length], `word_valid`
-        [n, C, m] and `word_feature` [n, C, m, d].
+        Args:
+            questions: n questions with C inputs each.
+            batch: Cached fields; the feature of the words is moved from here into the result.
+            integers: Cached integer fields.
+
+        Returns:
+            `text`, `token_type_ids`, `attention_mask` and `text_region` (the region that a sub-word
+            mentions), each [n, C, length]; for selected words also `word_tokens` [n, C, m, length],
+            `word_valid` [n, C, m] and `word_feature` [n, C, m, d].
         """
         n, C = len(questions), len(questions[0].parts)
         pairs = [pair for question in questions for pair in question.parts]
@@ -112,7 +125,7 @@ class QuestionReader:
         return fields
 
     def pictures(self, rows: np.ndarray) -> Tensor:
-        """Return decoded pictures [n, 3, height, width], for a student that sees pixels."""
+        """Return the pictures of the rows [n, 3, height, width], for a student that reads pixels."""
         assert self.inputs.picture is not None
         view = self.inputs.picture.view
         samples = [self.manifest.row(row) for row in rows.tolist()]
@@ -120,20 +133,25 @@ class QuestionReader:
             return torch.stack([view(read_image(self.manifest, sample)) for sample in samples])
         except BadSample as error:
             raise UserError(
-                f"a picture of {self.manifest.data} cannot be read: {error}; run `tc build` on it first, which "
-                "finds such rows"
+                f"a picture of {self.manifest.data} cannot be read: {error}; run `tc build` on it first, to "
+                "find such rows"
             ) from error
 
 
 def regions_of(spans: np.ndarray, mentions: Sequence[Mentions]) -> Tensor:
-    """Return the region that each sub-word mentions, int64 [texts, length].
+    """Return the region that each sub-word mentions.
 
-    Object k is region k + 1; 0 is the whole picture.
+    Args:
+        spans: Start and end character of each sub-word [texts, length, 2].
+        mentions: Mentions of objects in each text.
+
+    Returns:
+        Regions as int64 [texts, length]: k + 1 for object k, 0 for the whole picture.
     """
     regions = np.zeros(spans.shape[:2], np.int64)
-    for i, of_text in enumerate(mentions):
-        if of_text:
-            table = np.array(of_text)
+    for i, text_mentions in enumerate(mentions):
+        if text_mentions:
+            table = np.array(text_mentions)
             tokens = tokens_of(spans[i], table[:, :2])  # [mentions, length]
             regions[i] = (tokens * (table[:, 2:] + 1)).max(0)
     return torch.from_numpy(regions)

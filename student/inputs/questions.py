@@ -1,4 +1,4 @@
-"""Question rows: what a row asks, which answers it offers, which is right, and which labels may be used."""
+"""Read the question, the answer choices and the label of a row, and select the labels that may be used."""
 
 import dataclasses
 import functools
@@ -17,19 +17,21 @@ from teachercache.data.manifest import Manifest
 from teachercache.data.readers.questions import LABELS
 from teachercache.data.sample import Sample
 
-VQA_SCORES = (0.0, 0.3, 0.6, 0.9)  # of an answer that 0, 1, 2 or 3 of the ten people gave; 1 from four on
+# Score of an answer given by 0, 1, 2 or 3 of ten annotators; it is 1 from four on
+VQA_SCORES = (0.0, 0.3, 0.6, 0.9)
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A task whose rows ask a question about a picture. JSON types: run.json keeps it.
+    """A task with questions about pictures. All fields are JSON types, because run.json stores them.
 
     Args:
         name: A key of `QUESTION_TASKS`.
-        which: Which of its questions, where it has several (q2a or qa2r in VCR).
-        inputs: Texts that the student reads per row.
-        classes: Answers to choose from; one per input if there are several inputs, else of the single one.
-        answers: VQA's vocabulary.
+        which: The kind of question, for tasks with several (q2a or qa2r in VCR).
+        inputs: Number of texts that the student reads per row.
+        classes: Number of answers to choose from: one per input if there are several inputs, otherwise all
+            for the single input.
+        answers: The answer vocabulary of VQA.
     """
 
     name: str
@@ -40,25 +42,25 @@ class Task:
 
     @property
     def several_right(self) -> bool:
-        """Whether several answers of a row may be right, each to a degree."""
+        """Whether a row can have several right answers, each with a score between 0 and 1."""
         return QUESTION_TASKS[self.name].several_right
 
 
-Mentions = tuple[tuple[int, int, int], ...]  # first character, the one after the last, object
+Mentions = tuple[tuple[int, int, int], ...]  # (first character, end character, index of the object) each
 
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """One row as a task asks it.
+    """One row of a task.
 
     Args:
-        parts: The texts before and after [SEP] of each input.
-        places: Which of the row's texts each input is, as a teacher's cache numbers them.
-        answers: Which of the row's texts a teacher compares with the picture; () if there are none.
-        target: Class -> how right it is; {} if unknown.
+        parts: For each input, the texts before and after [SEP].
+        places: For each input, the index of its text among the row's texts, as in a teacher's cache.
+        answers: Indices of the texts that a teacher compares with the picture; () if there are none.
+        target: Maps a class to its score; {} if unknown.
         labeled: Whether the row has a label.
-        group: low:N takes N rows of each group.
-        mentions: Of each input, where its joined parts mention which object (VCR).
+        group: The group of the row; low:N uses N labels of each group.
+        mentions: For each input, the mentions of objects in its joined parts (VCR).
     """
 
     parts: tuple[tuple[str, str], ...]
@@ -70,21 +72,23 @@ class Question:
     mentions: tuple[Mentions, ...] = ()
 
 
-Columns = Mapping[str, Any]  # the JSON of a row's `task` column
+Columns = Mapping[str, Any]  # the decoded JSON of a row's `task` column
 
 
 @dataclasses.dataclass(frozen=True)
 class QuestionTask:
-    """How the rows of one task are read.
+    """Functions that read the rows of one task.
 
     Args:
-        open: Manifest, training rows, mode -> the Task.
-        read: Task, sample, its task column, the kind of each of its texts -> the Question.
-        statement: Question, sample, kinds of its texts, whether its label may be used -> a Question of one input,
-            which says as much of the picture as may be known: for masked words and image-text matching.
-        several_right: Several answers of a row may be right.
-        scoring: How a CLIP without training scores the answers: "texts" (cosines of picture and answers), "answers"
-            (of picture and every answer of the vocabulary) or "anchors" (distances to three means of the cosines).
+        open: Maps manifest, training rows and mode to the Task.
+        read: Maps task, sample, its task column and the kind of each of its texts to the Question.
+        statement: Maps a question, its sample, the kinds of its texts and whether its label may be used to a
+            Question with one input, for masked words and image-text matching. The input is the right choice
+            if the label may be used, otherwise the question.
+        several_right: Whether a row can have several right answers.
+        scoring: How CLIP scores the answers zero-shot: "texts" (cosines of picture and answers), "answers"
+            (cosines of picture and all answers of the vocabulary) or "anchors" (distances of a cosine to
+            three cluster centers).
     """
 
     open: Callable[[Manifest, np.ndarray, str], Task]
@@ -95,38 +99,40 @@ class QuestionTask:
 
 
 def find_task(manifest: Manifest, rows: np.ndarray, mode: str) -> Task:
-    """Return the task of the rows; UserError if they ask nothing."""
+    """Return the task of the rows; raise a UserError if they have no questions."""
     samples = (manifest.row(row) for row in rows[:1].tolist())
     name = next((json.loads(sample.task)["task"] for sample in samples if sample.task), "").replace("-", "_")
     if name not in QUESTION_TASKS:
         raise UserError(
-            f"{manifest.data} asks nothing: pass VCR's .jsonl, SNLI-VE's .jsonl or VQA's questions .json as --data "
-            "(python -m scripts.datasets.scene_vcr_snli_ve and scripts.datasets.easy_vqa make small ones)"
+            f"{manifest.data} has no questions: pass VCR's .jsonl, SNLI-VE's .jsonl or VQA's questions .json "
+            "as --data (python -m scripts.datasets.scene_vcr_snli_ve and scripts.datasets.easy_vqa make "
+            "small ones)"
         )
     return QUESTION_TASKS[name].open(manifest, rows, mode)
 
 
 def read_question(task: Task, sample: Sample) -> Question:
-    """Return the row as the task asks it; UserError names a row of another task."""
+    """Return the question of a row; raise a UserError if the row belongs to another task."""
     try:
         columns = json.loads(sample.task)
         return QUESTION_TASKS[task.name].read(task, sample, columns, columns["texts"])
     except (ValueError, KeyError, IndexError, TypeError) as error:
-        raise UserError(f"row '{sample.key}' is no {task.name} row: {error!r}") from error
+        raise UserError(f"row '{sample.key}' is not a row of {task.name}: {error!r}") from error
 
 
 def read_statement(task: Task, sample: Sample, question: Question, labeled: bool) -> Question:
-    """Return what may be known about the picture: the right choice if the label may be used, else the question."""
+    """Return a text about the picture: the right choice if the label may be used, otherwise the question."""
     kinds = json.loads(sample.task)["texts"]
     return QUESTION_TASKS[task.name].statement(question, sample, kinds, labeled)
 
 
 def _places(kinds: Sequence[str], kind: str) -> tuple[int, ...]:
+    """Return the indices of the texts of one kind."""
     return tuple(place for place, name in enumerate(kinds) if name == kind)
 
 
 def _only_input(question: Question, k: int) -> Question:
-    """Return the k-th input of a question, without its answers."""
+    """Return a question with only the k-th input and without answers."""
     return Question(
         (question.parts[k],), (question.places[k],), (), {}, False, "", question.mentions[k : k + 1]
     )
@@ -143,11 +149,11 @@ def _open_vcr(manifest: Manifest, rows: np.ndarray, mode: str) -> Task:
 
 
 def _read_vcr(task: Task, sample: Sample, columns: Columns, kinds: Sequence[str]) -> Question:
-    """Inputs: question and each choice; in qa2r question, right answer and each rationale."""
+    """Pair the question with each choice (q2a), or question and right answer with each rationale (qa2r)."""
     q2a = task.which == "q2a"
     pairs = _places(kinds, "pair" if q2a else "rationale_pair")
     label = columns.get("label" if q2a else "rationale_label")
-    mentions = columns.get("mentions") or [()] * (1 + 2 * task.inputs)  # of question, choices, rationales
+    mentions = columns.get("mentions") or [()] * (1 + 2 * task.inputs)  # for question, choices, rationales
     first, mentioned = columns["question"].strip(), _shifted(mentions[0], 0)
     if not q2a and "label" in columns:
         mentioned += _shifted(mentions[1 + columns["label"]], len(first) + 1)
@@ -156,21 +162,23 @@ def _read_vcr(task: Task, sample: Sample, columns: Columns, kinds: Sequence[str]
     group = columns.get("category") or question_category(columns["question"])
     texts = [sample.texts[place].strip() for place in pairs]
     if len(texts) != task.inputs:
-        raise ValueError(f"{len(texts)} texts to choose from, {task.inputs} are expected")
+        raise ValueError(f"{len(texts)} choices, {task.inputs} are expected")
     parts = tuple((first, text[len(first) + 1 :]) for text in texts)
     choices = _places(kinds, "choice" if q2a else "rationale")
     start = 1 if q2a else 1 + len(columns["choices"])
-    of_inputs = tuple(
+    input_mentions = tuple(
         mentioned + _shifted(choice, len(first) + 1) for choice in mentions[start : start + task.inputs]
     )
-    return Question(parts, pairs, choices, target, label is not None, group, of_inputs)
+    return Question(parts, pairs, choices, target, label is not None, group, input_mentions)
 
 
 def _shifted(mentions: Sequence[Sequence[int]], by: int) -> Mentions:
+    """Return mentions with their characters shifted."""
     return tuple((start + by, end + by, place) for start, end, place in mentions)
 
 
 def _vcr_statement(question: Question, sample: Sample, kinds: Sequence[str], labeled: bool) -> Question:
+    """Return the right choice if the label may be used, otherwise the bare question."""
     if labeled:
         return _only_input(question, max(question.target, key=question.target.__getitem__))
     place = kinds.index("question")
@@ -179,7 +187,7 @@ def _vcr_statement(question: Question, sample: Sample, kinds: Sequence[str], lab
     return Question(((text, ""),), (place,), (), {}, False, "", (mentions,))
 
 
-# VCR, section "question types": the seven kinds of inference, by the words that its authors looked for
+# VCR, section "question types": the seven kinds of inference and the keywords that its authors used
 CATEGORIES = (
     ("explanation", r"\bwhy\b|\bhow come\b|\bhow does\b"),
     ("hypothetical", r"\bif\b|\bwould\b|\bcould\b|\bchance\b|\bmight\b|\bmay\b"),
@@ -197,7 +205,10 @@ CATEGORIES = (
 
 
 def question_category(question: str) -> str:
-    """Return which of VCR's seven kinds a question is, `activity` by default (free choice: order and words)."""
+    """Return the kind of inference of a VCR question, `activity` by default.
+
+    The order of the patterns and some of their words are our choice.
+    """
     lowered = question.lower()
     return next((name for name, pattern in CATEGORIES if re.search(pattern, lowered)), "activity")
 
@@ -219,6 +230,7 @@ def _read_snli_ve(task: Task, sample: Sample, columns: Columns, kinds: Sequence[
 
 
 def _first_input(question: Question, sample: Sample, kinds: Sequence[str], labeled: bool) -> Question:
+    """Return the hypothesis or the question alone: the label adds no text."""
     return _only_input(question, 0)
 
 
@@ -230,7 +242,7 @@ def _open_vqa(manifest: Manifest, rows: np.ndarray, mode: str) -> Task:
     answers = vocabulary(manifest.row(row).label for row in rows.tolist())
     if len(answers) < 2:
         raise UserError(
-            "the training rows have fewer than two different answers: is the annotations file beside them?"
+            "the training rows have fewer than two different answers: is the annotations file missing?"
         )
     return Task("vqa", "", 1, len(answers), tuple(answers))
 
@@ -250,7 +262,7 @@ def _read_vqa(task: Task, sample: Sample, columns: Columns, kinds: Sequence[str]
 
 @functools.lru_cache(maxsize=4)
 def _classes_of(answers: tuple[str, ...]) -> dict[str, int]:
-    return {answer: place for place, answer in enumerate(answers)}
+    return {answer: index for index, answer in enumerate(answers)}
 
 
 QUESTION_TASKS: dict[str, QuestionTask] = {
@@ -261,26 +273,34 @@ QUESTION_TASKS: dict[str, QuestionTask] = {
 
 
 # ----------------------------------------------------------------------------------------------------
-# Regimes: how many labels there are
+# Regimes: the number of labels
 
 
 def parse_regime(regime: str) -> tuple[str, int]:
-    """Return the kind of a regime ("full", "zero", "low", "semi") and the N of low:N and semi:N, else 0."""
+    """Split a regime into its kind ("full", "zero", "low" or "semi") and the N of low:N or semi:N, else 0."""
     kind, colon, number = regime.partition(":")
     if kind not in ("full", "low", "semi", "zero") or bool(colon) != (kind in ("low", "semi")):
         raise UserError(f"--set regime={regime}: choose full, zero, low:N or semi:N (N labels of each group)")
     if colon and (not number.isdecimal() or not int(number)):
         raise UserError(
-            f"--set regime={regime}: {number or 'nothing'} is no number of rows; low:100 for example"
+            f"--set regime={regime}: {number or 'nothing'} is not a number of rows; write low:100 for example"
         )
     return kind, int(number or 0)
 
 
 def labeled_rows(task: Task, manifest: Manifest, rows: np.ndarray, *, regime: str, subset: int) -> np.ndarray:
-    """Return which of the rows have a label that may be used, bool [rows].
+    """Select the rows whose label may be used.
 
-    full: all that have one. low:N and semi:N: N of each group (VCR's category, SNLI-VE's class, all rows of VQA),
-    drawn by the seed `subset`. zero: none.
+    Args:
+        task: The task of the rows.
+        manifest: All rows of the data.
+        rows: Indices of the training rows.
+        regime: "full" for all rows with a label; "low:N" and "semi:N" for N random rows of each group (the
+            category in VCR, the class in SNLI-VE, all rows in VQA); "zero" for none.
+        subset: Seed of the random rows.
+
+    Returns:
+        A mask, bool [rows].
     """
     kind, number = parse_regime(regime)
     questions = [read_question(task, manifest.row(row)) for row in rows.tolist()]

@@ -1,1 +1,1 @@
-"""Train a student: prepare, step, engine, checkpoints, loop."""
+"""Train a student: preparation, steps, engine, checkpoints and the loop."""

@@ -1,95 +1,100 @@
-"""One step over a batch that does not fit: the whole batch's exact gradient by micro-batches. Not for small batches.
+"""Compute the exact gradient of a batch that does not fit into memory, by micro-batches (GradCache).
 
-A contrastive loss compares all rows, so adding up the gradients of micro-batch losses is wrong. Three passes instead
-(GradCache, Gao et al., 2021): outputs of all micro-batches without a graph; the loss of the whole batch and its
-gradient with respect to those outputs; each micro-batch once more, with the random numbers that it had, its outputs
-multiplied by their gradients. Memory is that of one micro-batch and of the outputs; time is one more forward.
+A contrastive loss compares all rows, so the sum of the gradients of micro-batch losses is wrong. GradCache
+(Gao et al., 2021) makes three passes: compute the outputs of all micro-batches without a graph; compute the
+loss of the whole batch and its gradient with respect to the outputs; run each micro-batch again with the same
+random numbers and backpropagate its output gradients. It needs the memory of one micro-batch and of all
+outputs, and the time of one more forward pass.
 """
-
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from student.recipe import Progress
 from student.training.engine import take_optimizer_step
-from student.training.step import Loss
+from student.training.step import Engine, Loss
 
 Batch = dict[str, Tensor]
 
 
-def accumulate(engine: Any, parts: list[Batch], progress: Progress, device: str) -> Loss:
-    """Return the loss of the whole batch after the engine has taken a step by its gradient.
+def accumulate(engine: Engine, micro_batches: list[Batch], progress: Progress, device: str) -> Loss:
+    """Take one optimizer step over the micro-batches of a batch, and return the loss of the whole batch.
 
-    Micro-batches stay in main memory and are moved to the device when their turn comes.
+    Args:
+        engine: The engine of the run.
+        micro_batches: Micro-batches in main memory; each is moved to the device when it is used.
+        progress: Current step and number of steps.
+        device: Device of the engine.
     """
     states, outputs, fields = [], [], []
     with torch.no_grad():
-        for part in parts:
+        for micro_batch in micro_batches:
             states.append(random_state())
-            of_part = engine(on_device(part, device), progress, {})
-            outputs.append(of_part[0])
-            fields.append(of_part[1])
-    rows = [num_rows(part) for part in parts]
+            micro_outputs, micro_fields = engine(on_device(micro_batch, device), progress, {})
+            outputs.append(micro_outputs)
+            fields.append(micro_fields)
+    rows = [num_rows(micro_batch) for micro_batch in micro_batches]
     leaves = {name: value.detach().requires_grad_() for name, value in joined(outputs, rows).items()}
     loss = engine.module.loss(leaves, joined(fields, rows), progress)
     loss.total.backward()
     gradients = split({name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}, rows)
-    after = random_state()
-    for part, state, gradient in zip(parts, states, gradients, strict=True):
+    final_state = random_state()
+    for micro_batch, state, gradient in zip(micro_batches, states, gradients, strict=True):
         set_random_state(state)
-        # DeepSpeed divides by the number of parts, and takes the step after the last
-        engine.backward(len(parts) * engine(on_device(part, device), progress, gradient))
+        # DeepSpeed divides the loss by the number of micro-batches, and takes the step after the last one
+        engine.backward(len(micro_batches) * engine(on_device(micro_batch, device), progress, gradient))
         take_optimizer_step(engine)
-    set_random_state(after)
+    set_random_state(final_state)
     terms = {name: term.detach() for name, term in loss.terms.items()}
     return Loss(loss.total.detach(), terms, loss.notes)
 
 
 def on_device(batch: Batch, device: str) -> Batch:
-    """A batch where it is computed."""
+    """Return a batch on the given device."""
     return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
 
 
-def num_rows(part: Batch) -> int:
-    """Rows of a micro-batch: the length of whatever has one; constants such as logit_scale have none."""
-    return max(len(value) for value in part.values() if value.ndim)
+def num_rows(micro_batch: Batch) -> int:
+    """Return the number of rows of a micro-batch; constants such as logit_scale have no rows."""
+    return max(len(value) for value in micro_batch.values() if value.ndim)
 
 
-def joined(parts: list[Batch], rows: list[int]) -> Batch:
-    """Rows of all parts; what is no row of theirs (a scale) is the same in each and taken once."""
+def joined(micro_batches: list[Batch], rows: list[int]) -> Batch:
+    """Concatenate the rows of micro-batches. Entries without rows (a scale) are equal and taken once."""
     return {
-        name: torch.cat([part[name] for part in parts]) if per_row(value, rows[0]) else value
-        for name, value in parts[0].items()
+        name: torch.cat([micro_batch[name] for micro_batch in micro_batches])
+        if per_row(value, rows[0])
+        else value
+        for name, value in micro_batches[0].items()
     }
 
 
 def split(whole: Batch, rows: list[int]) -> list[Batch]:
-    """What `joined` joined; a share of a scale's gradient goes to each part."""
-    parts: list[Batch] = [{} for _ in rows]
+    """Undo `joined`. The gradient of an entry without rows is divided equally among the micro-batches."""
+    micro_batches: list[Batch] = [{} for _ in rows]
     for name, value in whole.items():
         shares = (
             value.split(rows)
             if len(value.shape) and len(value) == sum(rows)
             else [value / len(rows)] * len(rows)
         )
-        for part, share in zip(parts, shares, strict=True):
-            part[name] = share
-    return parts
+        for micro_batch, share in zip(micro_batches, shares, strict=True):
+            micro_batch[name] = share
+    return micro_batches
 
 
 def per_row(value: Tensor, rows: int) -> bool:
-    """Whether a tensor has one entry a row."""
+    """Return whether a tensor has one entry per row."""
     return value.ndim > 0 and len(value) == rows
 
 
 def random_state() -> tuple[Tensor, Tensor | None]:
-    """Random states of the CPU and of this process's GPU."""
+    """Return the states of the random generators of the CPU and of this process's GPU."""
     return torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_available() else None
 
 
 def set_random_state(state: tuple[Tensor, Tensor | None]) -> None:
-    """Go back to a `random_state`."""
+    """Restore the states that `random_state` returned."""
     torch.set_rng_state(state[0])
     if state[1] is not None:
         torch.cuda.set_rng_state(state[1])

@@ -1,4 +1,7 @@
-"""Evaluation while a run goes on, and the best student so far in <run>/best, itself a run that eval and export take."""
+"""Evaluate a student during training, and keep the best one in <run>/best.
+
+That folder is itself a run that `student eval` and `student export` accept.
+"""
 
 import json
 import shutil
@@ -19,55 +22,61 @@ from teachercache.core.paths import write_whole
 from teachercache.core.process import rank
 from teachercache.core.progress import say
 
-WITH_IT = ("run.json", "tokenizer.json")  # what a student needs besides its weights
-Evaluate = Callable[[Path], tuple[float, dict[str, float]]]  # a run folder -> score, metrics
+STUDENT_FILES = ("run.json", "tokenizer.json")  # files that a student needs besides its weights
+Evaluate = Callable[[Path], tuple[float, dict[str, float]]]  # run folder -> score, metrics
 
 
 def keep_best(student: Student, run: Path, step: int, evaluate: Evaluate) -> None:
-    """Evaluate the student as it is after `step` steps; it becomes <run>/best where its score beats all before.
+    """Evaluate the current student, and save it as <run>/best if its score is higher than all before.
 
-    What is evaluated is what was written, so that the file is what the score says; ties keep the older one. Random
-    numbers of the training go on as if nothing had been.
+    The student is written first and evaluated from its file, so that the score belongs to the file. Ties keep
+    the older student. The random state of training is restored.
+
+    Args:
+        student: The student in training.
+        run: The run folder.
+        step: Number of steps taken.
+        evaluate: Returns score and metrics of a run folder.
     """
     folder = run / "candidate"
     if rank() == 0:
         folder.mkdir(exist_ok=True)
-        for name in WITH_IT:
+        for name in STUDENT_FILES:
             if (run / name).exists():
                 shutil.copy(run / name, folder)
     save_student(student, folder / "model.safetensors")
-    failed = None
+    failure: Exception | None = None
     if rank() == 0:
         try:
             _compare(run, step, evaluate)
-        except Exception as error:  # the others wait: all of them leave, or none
-            failed = error
-    if any_rank(failed is not None):
-        raise failed or UserError("the evaluation failed in the first process")
+        except Exception as error:  # the other ranks wait in any_rank, so that all of them stop
+            failure = error
+    if any_rank(failure is not None):
+        raise failure or UserError("the evaluation failed in the first process")
 
 
 def _compare(run: Path, step: int, evaluate: Evaluate) -> None:
-    """Evaluate the candidate, write what was found, and keep it where it is better."""
+    """Evaluate the candidate, append its metrics to evals.jsonl, and keep it if it is better."""
     folder, best = run / "candidate", run / "best"
-    before = random_state()
+    state = random_state()
     score, metrics = evaluate(folder)
-    set_random_state(before)
+    set_random_state(state)
     Metrics(run / "evals.jsonl", start=step).write({"step": step, "score": score, **metrics})
     highest = best_score(run)
     if highest is None or score > highest:
         best.mkdir(exist_ok=True)
-        for name in WITH_IT:
+        for name in STUDENT_FILES:
             if (run / name).exists():
                 write_whole(best / name, (run / name).read_text())
         facts = {"step": str(step), "score": repr(score), "metrics": json.dumps(metrics)}
         write_tensors(load_file(folder / "model.safetensors"), best / "model.safetensors", facts)
     shutil.rmtree(folder)
-    found = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-    say(f"step {step}: {found}; best so far {best_score(run):.4f}")
+    summary = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+    say(f"step {step}: {summary}; best so far {best_score(run):.4f}")
 
 
 def best_score(run: Path) -> float | None:
-    """The score of <run>/best, which lies in its weights' file."""
+    """Return the score of <run>/best, stored in the metadata of its weights, or None without one."""
     path = run / "best" / "model.safetensors"
     if not path.exists():
         return None

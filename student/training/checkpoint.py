@@ -1,7 +1,10 @@
-"""Save, resume, load. A checkpoint is one file, written aside and renamed: the newest one is always whole.
+"""Save and resume checkpoints, and save the trained student.
 
-<run>/checkpoints/step-00000500.safetensors   parameters, heads, moments and random states, whatever the ZeRO stage
-<run>/model.safetensors                       the student alone, in open_clip's names: what eval and export read
+- `<run>/checkpoints/step-00000500.safetensors`: student, heads, Adam's moments and random states, for any
+  ZeRO stage.
+- `<run>/model.safetensors`: the student alone, for `student eval` and `student export`.
+
+A file is written under another name and renamed, so that it is never incomplete.
 """
 
 from pathlib import Path
@@ -14,19 +17,26 @@ from safetensors import SafetensorError, safe_open
 from student.contract import Student
 from student.distributed import from_all_ranks
 from student.models.run_file import write_tensors
+from student.training.step import Engine
 from student.training.zero_state import engine_state, load_engine_state
 from teachercache.core.errors import UserError
 from teachercache.core.process import rank, world_size
 from teachercache.core.progress import say
 
 
-def save(engine: Any, run: Path, step: int) -> None:
-    """A checkpoint of everything that the next step depends on; older ones go once it is whole."""
+def save(engine: Engine, run: Path, step: int) -> None:
+    """Save everything that the next step depends on, then delete older checkpoints.
+
+    Args:
+        engine: The engine of the run.
+        run: The run folder.
+        step: Number of steps taken.
+    """
     state = engine_state(engine)
-    own = {"cpu": torch.get_rng_state()}
+    random_states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
-        own["cuda"] = torch.cuda.get_rng_state()
-    for number, states in enumerate(from_all_ranks(own)):
+        random_states["cuda"] = torch.cuda.get_rng_state()
+    for number, states in enumerate(from_all_ranks(random_states)):
         state |= {f"random.{kind}.{number}": value for kind, value in states.items()}
     if rank() == 0:
         folder = run / "checkpoints"
@@ -40,22 +50,23 @@ def save(engine: Any, run: Path, step: int) -> None:
 
 
 def checkpoints_of(run: Path) -> list[Path]:
-    """Whole checkpoints of a run, oldest first."""
+    """Return the complete checkpoints of a run, oldest first."""
     return sorted((run / "checkpoints").glob("step-*.safetensors"))
 
 
 def last_checkpoint(run: Path) -> Path | None:
-    """The newest checkpoint of a run."""
-    found = checkpoints_of(run)
-    if not found and any((run / "checkpoints").glob("step-*/")):
+    """Return the newest checkpoint of a run, or None; raise a UserError for the format of older versions."""
+    checkpoints = checkpoints_of(run)
+    if not checkpoints and any((run / "checkpoints").glob("step-*/")):
         raise UserError(
-            f"{run / 'checkpoints'} is an older version's, which alone can resume it: pass another --out"
+            f"{run / 'checkpoints'} was written by an older version, which alone can resume it: pass "
+            "another --out"
         )
-    return found[-1] if found else None
+    return checkpoints[-1] if checkpoints else None
 
 
-def resume(engine: Any, checkpoint: Path) -> int:
-    """Load a checkpoint into the engine; the number of steps that were done."""
+def resume(engine: Engine, checkpoint: Path) -> int:
+    """Load a checkpoint into the engine, and return the number of steps that were taken before it."""
     try:
         with safe_open(checkpoint, "pt") as file:
             facts, names = file.metadata(), set(file.keys())
@@ -70,20 +81,22 @@ def resume(engine: Any, checkpoint: Path) -> int:
         ) from error
     if world != world_size():
         say(
-            f"saved by {world} processes, going on with {world_size()}: a model that draws random numbers draws others"
+            f"saved by {world} processes, resuming with {world_size()}: random numbers such as dropout masks "
+            "differ"
         )
         torch.manual_seed(torch.initial_seed() + step)
     return step
 
 
 def _set_random_state(file: Any, names: set[str]) -> None:
+    """Restore the random states of this rank from an open safetensors file."""
     torch.set_rng_state(file.get_tensor(f"random.cpu.{rank()}"))
     if torch.cuda.is_available() and f"random.cuda.{rank()}" in names:
         torch.cuda.set_rng_state(file.get_tensor(f"random.cuda.{rank()}"))
 
 
 def save_student(student: Student, path: Path) -> None:
-    """Write the deployable student, aside and renamed; at ZeRO 3 its shards are gathered first."""
+    """Write the tensors of the student; under ZeRO 3 its shards are gathered first."""
     import deepspeed
 
     sharded = [parameter for parameter in student.parameters() if hasattr(parameter, "ds_id")]

@@ -1,4 +1,7 @@
-"""DeepSpeed around a TrainStep: parameter groups, schedule, configuration. One process needs no launcher."""
+"""Wrap a TrainStep in a DeepSpeed engine: parameter groups, learning-rate schedule, configuration.
+
+A run of a single process needs no launcher.
+"""
 
 import contextlib
 import datetime
@@ -8,6 +11,7 @@ import os
 import socket
 import sys
 from collections.abc import Iterator
+from types import ModuleType
 from typing import Any, cast
 
 import torch
@@ -20,24 +24,25 @@ from student.contract import (
     reason_against,
 )
 from student.recipe import Optim, Run
+from student.training.step import Engine, TrainStep
 from student.training.zero_state import is_sharded, set_sharded
 from teachercache.core.errors import UserError
 from teachercache.core.progress import say
 
-MAX_LOG_SCALE = math.log(100)  # CLIP: logit scales are clamped to this after each step
+MAX_LOG_SCALE = math.log(100)  # as in CLIP, logit scales are clamped to this after each step
 
 
 def parameter_groups(step: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Decay on matrices; none on biases, norms, scales and embeddings of one dimension."""
+    """Return optimizer groups with weight decay for matrices, and without it for biases, norms and scales."""
     parameters = [parameter for parameter in step.parameters() if parameter.requires_grad]
     decayed = [parameter for parameter in parameters if parameter.ndim > 1]
-    plain = [parameter for parameter in parameters if parameter.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    undecayed = [parameter for parameter in parameters if parameter.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 
 
 def learning_rate(optim: Optim, step: int, steps: int) -> float:
-    """Linear warm-up over a share of the steps, then a cosine or a line to zero."""
+    """Return the learning rate of a step: linear warm-up, then cosine or linear decay to zero."""
     warmup = max(1, round(optim.warmup * steps))
     if step < warmup:
         return optim.lr * (step + 1) / warmup
@@ -46,15 +51,22 @@ def learning_rate(optim: Optim, step: int, steps: int) -> float:
 
 
 def deepspeed_config(run: Run, optim: Optim, rows_per_rank: int, parameters: int) -> dict[str, Any]:
-    """The whole configuration; every default of DeepSpeed that would change the mathematics is set.
+    """Return the configuration of DeepSpeed. It sets every default that would change the numbers.
 
-    Its gradient bucket has 500 million elements, 2 GB, whatever the model's size: no more here than are trained.
+    DeepSpeed allocates a gradient bucket of 500 million elements (2 GB) by default; here it is at most as
+    large as the trained parameters.
+
+    Args:
+        run: Settings of the run.
+        optim: Settings of the optimizer.
+        rows_per_rank: Rows of a step on each rank.
+        parameters: Number of trained parameters.
     """
     micro = run.micro_batch or rows_per_rank
     return {
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": rows_per_rank // micro,
-        "gradient_clipping": optim.max_grad_norm,  # DeepSpeed's own default is 1.0
+        "gradient_clipping": optim.max_grad_norm,  # the default of DeepSpeed is 1.0
         "zero_optimization": {"stage": run.zero, "reduce_bucket_size": max(1, min(500_000_000, parameters))},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
@@ -63,7 +75,7 @@ def deepspeed_config(run: Run, optim: Optim, rows_per_rank: int, parameters: int
 
 
 def start_distributed(device: str) -> None:
-    """Join the process group, or make one of a single process."""
+    """Join the process group of the launcher, or create one with a single process."""
     import torch.distributed as dist
 
     if "RANK" not in os.environ:
@@ -80,13 +92,15 @@ def start_distributed(device: str) -> None:
         os.environ.update(single)
     if not dist.is_initialized():
         backend = "nccl" if device.startswith("cuda") else "gloo"
-        dist.init_process_group(
-            backend, timeout=datetime.timedelta(hours=1)
-        )  # others wait while one evaluates
+        # A long timeout, because the other ranks wait while rank 0 evaluates
+        dist.init_process_group(backend, timeout=datetime.timedelta(hours=1))
 
 
 def set_up_student(student: Student, run: Run) -> None:
-    """Turn on recomputation of activations and torch.compile if asked for and possible; else print the reason."""
+    """Turn on activation checkpointing and torch.compile as the run requests.
+
+    Where the student does not support one of them, print the reason.
+    """
     if run.grad_checkpointing:
         if Capability.CHECKPOINTS_ACTIVATIONS in student.capabilities():
             cast(CheckpointsActivations, student).checkpoint_activations()
@@ -101,9 +115,9 @@ def set_up_student(student: Student, run: Run) -> None:
 
 
 def reason_against_compiling(student: Student, run: Run) -> str:
-    """Return ": reason" if the student cannot be compiled here, or nothing."""
+    """Return ": REASON" if the student cannot be compiled on this machine, otherwise ""."""
     if run.zero == 3:
-        return ": ZeRO 3 fetches parameters between modules, which breaks the graph at each"
+        return ": ZeRO 3 gathers parameters between modules, which breaks the graph at each of them"
     if Capability.COMPILES not in student.capabilities():
         return reason_against(student, Capability.COMPILES) or ": this student cannot be compiled"
     if run.device.startswith("cuda"):
@@ -118,8 +132,18 @@ def reason_against_compiling(student: Student, run: Run) -> str:
     return ""
 
 
-def start_engine(step: nn.Module, optim: Optim, run: Run, rows_per_rank: int) -> Any:
-    """A DeepSpeed engine over the step; torch's own AdamW."""
+def start_engine(step: TrainStep, optim: Optim, run: Run, rows_per_rank: int) -> Engine:
+    """Return a DeepSpeed engine around the step, with AdamW of torch.
+
+    Args:
+        step: Student, heads and loss.
+        optim: Settings of the optimizer.
+        run: Settings of the run.
+        rows_per_rank: Rows of a step on each rank.
+
+    Raises:
+        UserError: An unknown ZeRO stage, precision or schedule.
+    """
     if run.zero not in (0, 1, 2, 3):
         raise UserError(f"--set run.zero={run.zero}: choose 0, 1, 2 or 3")
     if run.precision not in ("float32", "bfloat16"):
@@ -140,12 +164,16 @@ def start_engine(step: nn.Module, optim: Optim, run: Run, rows_per_rank: int) ->
             dist_init_required=False,
         )
     if torch.distributed.get_world_size() == 1 and run.zero == 0:
-        engine.enable_backward_allreduce = False  # it would copy all gradients twice to add nothing (LOG.md)
+        # The reduction over one rank would copy all gradients twice (LOG.md)
+        engine.enable_backward_allreduce = False
     return engine
 
 
-def take_optimizer_step(engine: Any) -> None:
-    """The engine's step; what had no part in the loss has a gradient of zero, as it has where DeepSpeed reduces."""
+def take_optimizer_step(engine: Engine) -> None:
+    """Take an optimizer step, with a zero gradient for trained parameters that the loss does not depend on.
+
+    DeepSpeed's reduction over ranks sets these gradients to zero; without it they would be None.
+    """
     if not engine.enable_backward_allreduce:
         for parameter in engine.module.parameters():
             if parameter.requires_grad and parameter.grad is None:
@@ -153,8 +181,8 @@ def take_optimizer_step(engine: Any) -> None:
     engine.step()
 
 
-def _import_deepspeed(device: str) -> Any:
-    """Import DeepSpeed without its noise; on the CPU without the op it would compile for a minute (gloo serves)."""
+def _import_deepspeed(device: str) -> ModuleType:
+    """Import DeepSpeed; on the CPU disable an op that takes a minute to compile and that gloo replaces."""
     if device == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
@@ -166,7 +194,7 @@ def _import_deepspeed(device: str) -> Any:
 
 @contextlib.contextmanager
 def quiet_deepspeed() -> Iterator[None]:
-    """DeepSpeed's own lines go to stderr and below warnings nowhere: stdout belongs to the user."""
+    """Send the output of DeepSpeed to stderr, and drop its messages below the level of errors."""
     import logging
     import warnings
 
@@ -177,8 +205,8 @@ def quiet_deepspeed() -> Iterator[None]:
         yield
 
 
-def clamp_scales(engine: Any) -> None:
-    """Logit scales at most ln 100, after each step, at any ZeRO stage."""
+def clamp_scales(engine: Engine) -> None:
+    """Clamp logit scales to at most ln 100, under any ZeRO stage."""
     for name, parameter in engine.module.named_parameters():
         if not name.endswith("logit_scale") or not parameter.requires_grad:
             continue

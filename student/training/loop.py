@@ -1,4 +1,4 @@
-"""The loop of phase 2: prepare a run, take its steps, save and evaluate on the way."""
+"""Train a student: prepare the run, take its steps, save checkpoints and evaluate in between."""
 
 import contextlib
 import itertools
@@ -30,10 +30,10 @@ from student.training.engine import (
 )
 from student.training.prepare import Prepared, prepare
 from student.training.run_folder import open_run, run_record
-from student.training.step import Loss, TrainStep
+from student.training.step import Engine, Loss, TrainStep
 from student.training.telemetry.curve import draw_curve
 from student.training.telemetry.metrics import plain, refuse_nan, refuse_nan_weights
-from student.training.telemetry.reporting import Report, asked, reporting
+from student.training.telemetry.reporting import Report, reporting, requested_sinks
 from student.training.telemetry.speed import Speed, peak_memory
 from teachercache.core.errors import UserError
 from teachercache.core.paths import write_whole
@@ -42,7 +42,7 @@ from teachercache.core.progress import say, ticker
 
 
 class Trained(NamedTuple):
-    """A run that has ended."""
+    """A finished run."""
 
     folder: Path
     prepared: Prepared
@@ -51,20 +51,27 @@ class Trained(NamedTuple):
 def train(
     recipe: Recipe[Any], run: Run, *, resume: bool, dry_run: bool = False, evaluate: Evaluate | None = None
 ) -> Trained:
-    """Train a student; return it with its run folder.
+    """Train a student.
 
     Args:
-        recipe: What is trained.
-        run: Where and how.
-        resume: Go on from the last checkpoint of the run folder.
-        dry_run: Take two steps, report time and memory, and leave nothing behind.
-        evaluate: Run folder -> score, for `run.eval_every`.
+        recipe: The recipe to train.
+        run: Data, output folder and device.
+        resume: Resume from the last checkpoint of the run folder.
+        dry_run: Take two steps and print time and memory, without writing a run folder.
+        evaluate: Scores a run folder every `run.eval_every` steps.
+
+    Returns:
+        The run folder and the prepared run with its trained student.
+
+    Raises:
+        UserError: The run cannot be trained, or its loss is not finite.
+        KeyboardInterrupt: The run was stopped by a signal, after a checkpoint.
     """
     out = Path(run.out)
-    count_parts(recipe.batch, run.micro_batch)
-    asked(run)
+    count_micro_batches(recipe.batch, run.micro_batch)
+    requested_sinks(run)
 
-    # ---- the same start for everybody
+    # ---- prepare the run; every rank does the same
     keep_memory()
     start_distributed(run.device)
     prepared = prepare(recipe, run)
@@ -76,13 +83,13 @@ def train(
         open_run(out, facts, resume)
         for name, text in prepared.files.items() if rank() == 0 else ():
             write_whole(out / name, text)
-    rows = len(prepared.batches.rows)
-    say(f"{recipe.name}: {count(step_module)}; {rows:,} rows, {recipe.steps} steps of {recipe.batch}")
+    rows, sizes = len(prepared.batches.rows), parameter_counts(step_module)
+    say(f"{recipe.name}: {sizes}; {rows:,} rows, {recipe.steps} steps of {recipe.batch}")
 
-    # ---- engine, and the checkpoint to go on from
+    # ---- start the engine and load the last checkpoint
     set_up_student(step_module.student, run)
     engine = start_engine(step_module, recipe.optim, run, recipe.batch // world_size())
-    torch.manual_seed(run.seed * world_size() + rank())  # dropout differs between ranks
+    torch.manual_seed(run.seed * world_size() + rank())  # so that dropout differs between ranks
     speed = Speed(run, recipe.batch)
     if dry_run:
         rehearse(engine, prepared, recipe, speed)
@@ -90,41 +97,41 @@ def train(
     last = checkpoint.last_checkpoint(out) if resume else None
     done = checkpoint.resume(engine, last) if last else 0
     if resume:
-        say(f"going on from step {done}" if last else "there is no checkpoint yet: starting at step 0")
+        say(f"resuming from step {done}" if last else "there is no checkpoint yet: starting at step 0")
 
-    # ---- steps, and a whole run behind them
+    # ---- take the steps and save the student
     with reporting(run, facts, start=done) as report:
         step, stopping = run_steps(engine, prepared, recipe, speed, done, report, evaluate)
     if stopping:
         raise KeyboardInterrupt(
-            f"stopped after step {step}; the same command with --resume --out {out} goes on"
+            f"stopped after step {step}; continue with the same command and --resume --out {out}"
         )
     checkpoint.save_student(step_module.student, out / "model.safetensors")
     if speed.steps and rank() == 0:
         write_whole(out / "speed.json", json.dumps(speed.facts()) + "\n")
-        say(f"{out}: {speed.facts()['seconds_per_step']:.3f} s a step, {speed.words()}")
+        say(f"{out}: {speed.facts()['seconds_per_step']:.3f} s per step, {speed.summary()}")
     return Trained(out, prepared)
 
 
 def next_command(trained: Trained, recipe: Recipe[Any], run: Run) -> str:
-    """Return a line with the command that a user runs next, by what the student can do."""
+    """Return a line that suggests the next command, depending on the student's capabilities."""
     folder, student, rows = str(trained.folder), trained.prepared.step.student, trained.prepared.rows
-    offered = student.capabilities()
-    if Capability.ANSWERS in offered and rows:
-        words = ["student", "eval", folder, "--task", rows["task"]["name"], "--data", run.data]
-    elif Capability.ENCODES in offered:
-        words = ["student", "eval", folder, "--task", "retrieval", "--data", run.data]
-    elif Capability.GENERATES in offered:
-        words = ["student", "generate", folder, "--image", "FILE"]
-    elif rows:  # it has no answers yet
-        words = ["student", "train", "--recipe", recipe.name, "--data", run.data, "--set", f"init={folder}"]
+    capabilities = student.capabilities()
+    if Capability.ANSWERS in capabilities and rows:
+        argv = ["student", "eval", folder, "--task", rows["task"]["name"], "--data", run.data]
+    elif Capability.ENCODES in capabilities:
+        argv = ["student", "eval", folder, "--task", "retrieval", "--data", run.data]
+    elif Capability.GENERATES in capabilities:
+        argv = ["student", "generate", folder, "--image", "FILE"]
+    elif rows:  # adapted, but not yet trained on answers
+        argv = ["student", "train", "--recipe", recipe.name, "--data", run.data, "--set", f"init={folder}"]
     else:
         return f"trained {folder}{reason_against(student, Capability.ENCODES)}"
-    return f"next: {shlex.join(words)}"
+    return f"next: {shlex.join(argv)}"
 
 
 def run_steps(
-    engine: Any,
+    engine: Engine,
     prepared: Prepared,
     recipe: Recipe[Any],
     speed: Speed,
@@ -132,7 +139,20 @@ def run_steps(
     report: Report,
     evaluate: Evaluate | None,
 ) -> tuple[int, bool]:
-    """Every step from `done` on, with checkpoints and evaluations; the steps done, and whether a signal ended them."""
+    """Take all steps from `done` on, with checkpoints and evaluations.
+
+    Args:
+        engine: The engine of the run.
+        prepared: Rows, caches and student.
+        recipe: The recipe that is trained.
+        speed: Measures the steps.
+        done: Number of steps already taken.
+        report: Logs the values of a step.
+        evaluate: Scores a run folder, or None.
+
+    Returns:
+        The number of steps taken in total, and whether a signal stopped the run.
+    """
     run, out = speed.run, Path(speed.run.out)
     step, stopping = done, False
     with catch_signals() as signals, ticker(recipe.steps - done, "steps", recipe.name) as tick:
@@ -140,7 +160,7 @@ def run_steps(
             refuse_nan(values["loss"], step - 1)
             report(step - 1, values)
             shown = "  ".join(f"{name} {values[name]:.4g}" for name in ("loss", *terms))
-            tick.step(1, f"{shown}  {speed.words()}")
+            tick.step(1, f"{shown}  {speed.summary()}")
             stopping = any_rank(bool(signals))
             last = stopping or step == recipe.steps
             if evaluate and run.eval_every and (step % run.eval_every == 0 or step == recipe.steps):
@@ -156,40 +176,49 @@ def run_steps(
             if last:
                 break
         else:
-            return done, False  # there were no steps to take
+            return done, False  # no steps were left
     if rank() == 0 and not stopping:
         draw_curve(out, terms)
     return step, stopping
 
 
 def steps_from(
-    engine: Any, prepared: Prepared, recipe: Recipe[Any], speed: Speed, done: int
+    engine: Engine, prepared: Prepared, recipe: Recipe[Any], speed: Speed, done: int
 ) -> Iterator[tuple[int, dict[str, float], tuple[str, ...]]]:
-    """Take each step: how many are done with it, what it showed, and which of that are terms of the loss."""
+    """Take the steps from `done` on.
+
+    Yields:
+        After each step: the number of steps taken in total, the values to log, and the names of the loss
+        terms.
+    """
     run = speed.run
     stream = loader(prepared.batches, start=done, workers=run.workers, micro=run.micro_batch)
     speed.wait()
-    for step, parts in enumerate(batched(stream, count_parts(recipe.batch, run.micro_batch)), start=done):
+    size = count_micro_batches(recipe.batch, run.micro_batch)
+    for step, micro_batches in enumerate(batched(stream, size), start=done):
         speed.compute()
         if not speed.steps:
             speed.count_products(
-                engine, (on_device(part, run.device) for part in parts), Progress(step, recipe.steps)
+                engine,
+                (on_device(micro_batch, run.device) for micro_batch in micro_batches),
+                Progress(step, recipe.steps),
             )
+        rate = learning_rate(recipe.optim, step, recipe.steps)
         for group in engine.optimizer.param_groups:
-            group["lr"] = learning_rate(recipe.optim, step, recipe.steps)
+            group["lr"] = rate
         with quiet_deepspeed():
-            loss, terms, notes = take_step(engine, parts, Progress(step, recipe.steps), run.device)
+            loss, terms, notes = take_step(engine, micro_batches, Progress(step, recipe.steps), run.device)
             clamp_scales(engine)
         values = plain(
             {"loss": mean_over_ranks(loss), **{k: mean_over_ranks(v) for k, v in terms.items()}, **notes}
         )
         speed.end_step()
-        yield step + 1, values | {"lr": group["lr"]}, tuple(terms)
+        yield step + 1, values | {"lr": rate}, tuple(terms)
         speed.wait()
 
 
-def rehearse(engine: Any, prepared: Prepared, recipe: Recipe[Any], speed: Speed) -> None:
-    """Take two steps and print the time and memory that all of them need; the first one only warms up."""
+def rehearse(engine: Engine, prepared: Prepared, recipe: Recipe[Any], speed: Speed) -> None:
+    """Take two steps, and print the time and memory that the whole run needs. The first step warms up."""
     teacher, rows = prepared.step.gradient_teacher, speed.run.micro_batch or recipe.batch // world_size()
     if teacher is not None and recipe.gradient_teacher is not None:
         say(recipe.gradient_teacher.memory(teacher, rows, recipe.constants))
@@ -201,15 +230,15 @@ def rehearse(engine: Any, prepared: Prepared, recipe: Recipe[Any], speed: Speed)
     minutes = (first + later * (recipe.steps - 1)) / 60
     memory = peak_memory(speed.run.device) / 1e9
     say(
-        f"the first step took {first:.2f} s, another {later:.2f} s, {memory:.1f} GB at the peak; {recipe.steps} steps "
-        f"take about {minutes:.1f} min; nothing was written"
+        f"the first step took {first:.2f} s, the second {later:.2f} s, {memory:.1f} GB at the peak; "
+        f"{recipe.steps} steps take about {minutes:.1f} min; nothing was written"
     )
 
 
-def count_parts(batch: int, micro: int) -> int:
-    """Micro-batches that a rank's rows of a step make; UserError where they do not come out even."""
-    share, left = divmod(batch, world_size())
-    if left:
+def count_micro_batches(batch: int, micro: int) -> int:
+    """Return the number of micro-batches per step and rank; raise a UserError for an uneven division."""
+    share, remainder = divmod(batch, world_size())
+    if remainder:
         raise UserError(f"--batch-size {batch} is not divisible by {world_size()} processes")
     if micro and (micro < 2 or share % micro):
         raise UserError(
@@ -219,24 +248,26 @@ def count_parts(batch: int, micro: int) -> int:
 
 
 def batched(stream: Iterable[dict[str, Tensor]], size: int) -> Iterator[list[dict[str, Tensor]]]:
-    """`size` batches at a time."""
+    """Yield lists of `size` consecutive batches."""
     batches = iter(stream)
-    while parts := list(itertools.islice(batches, size)):
-        yield parts
+    while micro_batches := list(itertools.islice(batches, size)):
+        yield micro_batches
 
 
-def take_step(engine: Any, parts: list[dict[str, Tensor]], progress: Progress, device: str) -> Loss:
-    """Take one optimizer step over the micro-batches of a step."""
-    if len(parts) > 1:
-        return accumulate(engine, parts, progress, device)
-    loss = Loss(*engine(on_device(parts[0], device), progress))
+def take_step(
+    engine: Engine, micro_batches: list[dict[str, Tensor]], progress: Progress, device: str
+) -> Loss:
+    """Take one optimizer step over the micro-batches of a step, and return the loss."""
+    if len(micro_batches) > 1:
+        return accumulate(engine, micro_batches, progress, device)
+    loss = Loss(*engine(on_device(micro_batches[0], device), progress))
     engine.backward(loss.total)
     take_optimizer_step(engine)
     return loss
 
 
-def count(step: TrainStep) -> str:
-    """Parameters in words."""
+def parameter_counts(step: TrainStep) -> str:
+    """Return a summary of the number of parameters of student and heads."""
     total = sum(parameter.numel() for parameter in step.student.parameters())
     heads = sum(parameter.numel() for parameter in step.heads.parameters()) if step.heads else 0
     return f"student of {total / 1e6:.1f}M parameters" + (f", heads {heads:,}" if heads else "")
@@ -244,13 +275,13 @@ def count(step: TrainStep) -> str:
 
 @contextlib.contextmanager
 def catch_signals() -> Iterator[list[int]]:
-    """A list that SIGTERM and SIGINT put themselves into; the loop leaves after the step it is in."""
+    """Collect SIGTERM and SIGINT in a list, so that the loop can finish its step before it stops."""
     received: list[int] = []
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        for number in before:
+        for number in handlers:
             signal.signal(number, lambda number, frame: received.append(number))
         yield received
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""Everything a run holds before its first step: rows, caches, student, heads, batches, and every check until then."""
+"""Prepare a run: open rows and caches, build student, heads and batches, and run all checks."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -23,15 +23,15 @@ from teachercache.teachers.teacher import Teacher
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """A run before its first step.
+    """The parts of a run before its first step.
 
     Args:
-        step: What DeepSpeed wraps.
-        batches: What it reads.
+        step: Student, heads and loss, to be wrapped by DeepSpeed.
+        batches: The batches of the run.
         caches: The caches of the run, one for each teacher or group of fields.
-        student: How the student is built again.
-        rows: JSON from which such rows can be read again (a task, its settings).
-        files: More text files of the run folder.
+        student: The description from which the student is rebuilt.
+        rows: JSON for run.json, from which rows of the same kind can be read again.
+        files: Contents of further text files in the run folder, by file name.
     """
 
     step: TrainStep
@@ -43,16 +43,16 @@ class Prepared:
 
 
 def prepare(recipe: Recipe[Any], run: Run) -> Prepared:
-    """Open rows and caches, build student and heads; run every check that can fail before the first step.
+    """Open rows and caches, build student, heads and batches, and run all checks.
 
     Raises:
-        UserError: What cannot be trained on, with the command or option that mends it.
+        UserError: The run cannot be trained; the message names the command or option that fixes it.
     """
     constants, fields = recipe.constants, recipe.fields
     wanted = Wanted(run.cache, run.data, fields, recipe.teacher)
     opened = open_rows(recipe.rows(constants), wanted, name=recipe.name)
     warn_of_random_teachers(opened.caches)
-    torch.manual_seed(run.seed)  # the same student and heads on every rank
+    torch.manual_seed(run.seed)  # so that student and heads are equal on all ranks
     student = recipe.student(constants, opened.setting)
     if run.zero == 3:
         require(student, Capability.SHARDS_PARAMETERS, "--set run.zero=3")
@@ -60,12 +60,13 @@ def prepare(recipe: Recipe[Any], run: Run) -> Prepared:
     missing = [name for name in student.row_inputs.fields if name not in fields]
     if missing:
         raise UserError(
-            f"{recipe.name}: its student reads the fields {', '.join(missing)}, which the recipe's teacher_fields do "
-            "not name"
+            f"{recipe.name}: the student reads the fields {', '.join(missing)}, which are missing in the "
+            "recipe's teacher_fields"
         )
     heads = recipe.distill_heads(constants, student, shapes)
+    # Teachers are loaded after student and heads, because loading draws random numbers
     gradient_teacher = load_gradient_teacher(recipe, run, opened.caches)
-    online = load_online_teacher(recipe, run, opened) if run.online_teacher else None  # draws random numbers
+    online = load_online_teacher(recipe, run, opened) if run.online_teacher else None
     plan = StepPlan(recipe.batch, recipe.steps, run.seed, rank(), world_size())
     noise = recipe.sample_noise(constants, shapes)
     batches = opened.batches(Feed(student.row_inputs, plan, noise, online))
@@ -82,7 +83,7 @@ def prepare(recipe: Recipe[Any], run: Run) -> Prepared:
 
 
 def warn_of_random_teachers(caches: list[Cache]) -> None:
-    """Warn of caches whose teacher has random weights."""
+    """Print a warning for each cache of a teacher with random weights."""
     for cache in caches:
         if cache.meta.spec.weights.startswith("random:"):
             say(f"WARNING: the teacher of {cache.path} has random weights; there is nothing in it to distill")
@@ -94,21 +95,21 @@ def load_gradient_teacher(recipe: Recipe[Any], run: Run, caches: list[Cache]) ->
         return None
     if run.online_teacher:
         raise UserError(
-            f"--live: {recipe.name} loads what it needs of its teacher by itself and reads the rest from "
-            "the cache; leave --live away"
+            f"--live: {recipe.name} already loads the part of its teacher that needs gradients, and reads "
+            "the rest from the cache; drop --live"
         )
     return recipe.gradient_teacher.load(caches[0], recipe.constants, run.device) if caches else None
 
 
 def load_online_teacher(recipe: Recipe[Any], run: Run, opened: OpenedRows) -> Teacher:
-    """Load the cache's teacher into this process, to compute its fields in every step."""
+    """Load the teacher of the cache, to compute its fields in every step."""
     caches = opened.caches
     if not opened.allows_live:
-        raise UserError(f"--live: {recipe.name} reads its teachers from caches alone; leave --live away")
+        raise UserError(f"--live: {recipe.name} supports cached teachers only; drop --live")
     if not caches:
-        raise UserError("--live: this recipe reads nothing from a teacher; leave --live away")
+        raise UserError("--live: this recipe reads no teacher field; drop --live")
     if len(caches) > 1:
-        raise UserError("--live runs one teacher: pass one --cache, or leave --live away")
+        raise UserError("--live runs one teacher: pass one --cache, or drop --live")
     teacher = load_teacher(caches[0])
     teacher.module.to(run.device)
     return teacher

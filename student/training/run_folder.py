@@ -1,4 +1,4 @@
-"""The run folder: run.json, and what a resume may change."""
+"""Write and check run.json, the record of a run, which also decides whether a run can be resumed."""
 
 import dataclasses
 import hashlib
@@ -17,8 +17,8 @@ from teachercache.core.errors import UserError
 from teachercache.core.paths import write_whole
 from teachercache.core.process import rank, world_size
 
-# Settings of a run that change where files lie and how it computes, not what it computes: a resume may change them
-HOW = (
+# Settings that a resume may change, because they affect the paths and the speed of a run but not its losses
+RESUMABLE = (
     "cache",
     "data",
     "out",
@@ -35,9 +35,9 @@ HOW = (
 
 
 def run_record(recipe: Recipe[Any], run: Run, prepared: Prepared) -> dict[str, Any]:
-    """Return the content of run.json: enough to run it again, load its student, and refuse to resume another run."""
+    """Return the content of run.json: enough to repeat the run, load its student, and detect another run."""
     caches, batches = prepared.caches, prepared.batches
-    keys = "\n".join(batches.manifest.table["key"].take(batches.rows).to_pylist())  # in their order
+    keys = "\n".join(batches.manifest.table["key"].take(batches.rows).to_pylist())  # in order
     libraries = ("torch", "open_clip_torch", "deepspeed")
     record = {
         "format": FORMAT,
@@ -65,24 +65,34 @@ def run_record(recipe: Recipe[Any], run: Run, prepared: Prepared) -> dict[str, A
 
 
 def open_run(out: Path, record: dict[str, Any], resume: bool) -> None:
-    """Write run.json, or compare with the one that is there; a different run is refused by what changed."""
+    """Write run.json into a new run folder, or check that a resumed run is the same.
+
+    Args:
+        out: The run folder.
+        record: The content of run.json.
+        resume: Whether the run is resumed.
+
+    Raises:
+        UserError: The folder is in use, there is nothing to resume, or the settings differ; the message lists
+            them.
+    """
     path = out / "run.json"
     exists, occupied = path.exists(), out.exists() and (not out.is_dir() or any(out.iterdir()))
-    dist.barrier()  # every rank has looked before rank 0 writes
+    dist.barrier()  # all ranks must have checked the folder before rank 0 writes
     if exists:
         if not resume:
             raise UserError(f"{out} exists: go on with --resume, or pass another --out")
-        then, now = flat(read_run(out)), flat(record)
+        saved, current = flat(read_run(out)), flat(record)
         changed = [
-            f"{name}: {then.get(name)} there, {value} asked"
-            for name, value in now.items()
-            if then.get(name) != value
+            f"{name}: {saved.get(name)} there, {value} asked"
+            for name, value in current.items()
+            if saved.get(name) != value
         ]
         if changed:
             raise UserError(f"{out} is another run ({'; '.join(changed)}): pass another --out")
         return
     if occupied:
-        raise UserError(f"{out} is there and is no run: pass another --out")
+        raise UserError(f"{out} exists and is not a run: pass another --out")
     if resume:
         raise UserError(f"nothing to resume at {out}: run the same command without --resume")
     if rank() == 0:
@@ -91,10 +101,10 @@ def open_run(out: Path, record: dict[str, Any], resume: bool) -> None:
 
 
 def flat(record: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of a run that its losses depend on, each under its own name."""
+    """Return the settings that the losses of a run depend on, as a flat dict."""
     recipe, run = dict(record["recipe"]), dict(record["run"])
     constants, optim = recipe.pop("constants"), recipe.pop("optim")
-    for name in HOW:
+    for name in RESUMABLE:
         run.pop(name, None)
     data = {name: record[name] for name in ("cache", "rows", "views")}
     return recipe | constants | {f"optim.{name}": value for name, value in optim.items()} | run | data

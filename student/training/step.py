@@ -1,8 +1,8 @@
-"""What DeepSpeed wraps: student and distillation heads, their outputs gathered over ranks, the recipe's loss."""
+"""The module that DeepSpeed wraps: student, distillation heads, gathered outputs, and the recipe's loss."""
 
 import fnmatch
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,10 +24,17 @@ class Loss(NamedTuple):
 
 
 class TrainStep(nn.Module):
-    """One forward: the batch of this rank -> the loss of the global batch.
+    """A forward pass from the batch of this rank to the loss of the global batch.
 
-    Teachers are plain attributes, not submodules: never trained, sharded or saved. `online_teacher` computes the
-    fields that a cache would hold; a gradient passes through `gradient_teacher`.
+    Teachers are plain attributes, so they are neither trained nor sharded nor saved.
+
+    Args:
+        recipe: The recipe that is trained.
+        student: Its student.
+        heads: Its distillation heads, or None.
+        online_teacher: Computes in every step the fields that a cache would provide.
+        gradient_teacher: A frozen teacher that needs backpropagation.
+        precision: "float32", or "bfloat16" to autocast student and heads.
     """
 
     online_teacher: Teacher | None
@@ -51,10 +58,18 @@ class TrainStep(nn.Module):
     def forward(
         self, batch: Batch, progress: Progress, gradients: Mapping[str, Tensor] | None = None
     ) -> tuple[Any, ...] | Tensor:
-        """Compute the loss of a batch; for `accumulate`, the parts of it.
+        """Compute the loss of a batch, or one of the two passes of `accumulate`.
 
-        Without `gradients`, return the entries of a Loss (DeepSpeed rebuilds plain tuples alone). If `gradients` is empty, return the outputs and loss fields of this
-        micro-batch. Otherwise return a scalar whose backward pass applies those output gradients.
+        Args:
+            batch: Rows of this rank.
+            progress: Current step and number of steps.
+            gradients: None for a whole batch; {} or gradients of the loss with respect to outputs for a
+                micro-batch.
+
+        Returns:
+            Without `gradients`, the entries of a Loss as a plain tuple, because DeepSpeed cannot rebuild
+            named ones. If `gradients` is empty, the outputs and loss fields of this micro-batch. Otherwise a
+            scalar whose backward pass applies those output gradients.
         """
         outputs, fields = self.outputs(batch)
         if gradients is None:
@@ -65,7 +80,11 @@ class TrainStep(nn.Module):
         return torch.stack(products).sum()
 
     def outputs(self, batch: Batch) -> tuple[Outputs, dict[str, Tensor]]:
-        """Compute the outputs of student, heads and gradient teacher for this rank's rows; return the loss fields too."""
+        """Compute the outputs of student, heads and gradient teacher for this rank's rows.
+
+        Returns:
+            The outputs, and the loss fields of the batch.
+        """
         if self.online_teacher is not None:
             batch = {**batch, **online_fields(self.online_teacher, batch, self.recipe.fields)}
         fields = {name: rows for name, rows in batch.items() if plain_name(name) in self.loss_fields}
@@ -78,27 +97,27 @@ class TrainStep(nn.Module):
         return outputs, fields
 
     def _through_teacher(self, outputs: Outputs, fields: Mapping[str, Tensor]) -> Outputs:
-        """Compute the gradient teacher's outputs, in its own precision; gradients must reach the student's outputs."""
+        """Compute the gradient teacher's outputs in its own precision; check that they are differentiable."""
         assert self.recipe.gradient_teacher is not None
         assert self.gradient_teacher is not None
-        more = self.recipe.gradient_teacher.call(
+        teacher_outputs = self.recipe.gradient_teacher.call(
             self.gradient_teacher, outputs, fields, self.recipe.constants
         )
         if torch.is_grad_enabled() and any(value.requires_grad for value in outputs.values()):
-            refuse_constants(more, self.recipe.name)
-        return more
+            refuse_constants(teacher_outputs, self.recipe.name)
+        return teacher_outputs
 
     def loss(self, outputs: Mapping[str, Tensor], fields: Mapping[str, Tensor], progress: Progress) -> Loss:
-        """Compute the loss of the global batch from this rank's outputs and fields; no parameter is used here."""
+        """Compute the global batch's loss from this rank's outputs and loss fields. Uses no parameters."""
         terms, notes = self.recipe.loss(
             self._gathered(outputs), self._gathered(fields), self.recipe.constants, progress
         )
         if not terms:
-            raise UserError(f"every weight of {self.recipe.name} is 0: give one of them a value by --set")
+            raise UserError(f"every weight of {self.recipe.name} is 0: set one of them with --set")
         return Loss(torch.stack([term.reshape(()) for term in terms.values()]).sum(), terms, notes)
 
     def _gathered(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the rows of all ranks, except of scalars and of what the recipe declares per row."""
+        """Gather rows over ranks, except for scalars and names that the recipe declares per row."""
         return {
             name: gather(rows) if rows.ndim and not self._is_per_row(name) else rows
             for name, rows in values.items()
@@ -109,16 +128,17 @@ class TrainStep(nn.Module):
 
 
 def refuse_constants(outputs: Mapping[str, Tensor], name: str) -> None:
-    """Raise RuntimeError if a gradient teacher's output has no gradient: nothing would be learned from it."""
-    lost = [key for key, value in outputs.items() if not value.requires_grad]
-    if lost:
+    """Raise a RuntimeError if an output of a gradient teacher has no gradient, so that nothing is trained."""
+    constant = [key for key, value in outputs.items() if not value.requires_grad]
+    if constant:
         raise RuntimeError(
-            f"{name}: the gradient teacher returned {', '.join(lost)} without a gradient: is it under no_grad?"
+            f"{name}: the gradient teacher returned {', '.join(constant)} without a gradient: is it under "
+            "no_grad?"
         )
 
 
 def device_type(batch: Batch) -> str:
-    """Return the type of the device that a batch lies on."""
+    """Return the device type of a batch, such as "cuda"."""
     return next(iter(batch.values())).device.type
 
 
@@ -136,3 +156,22 @@ def online_fields(teacher: Teacher, batch: Batch, names: tuple[str, ...]) -> dic
     with torch.no_grad():
         outputs = teacher.encode(teacher.module, inputs)
     return {name: outputs[name].float() for name in names}
+
+
+class Engine(Protocol):
+    """The members of a DeepSpeed engine around a TrainStep that training uses."""
+
+    module: TrainStep
+    optimizer: torch.optim.Optimizer
+    enable_backward_allreduce: bool
+
+    def __call__(
+        self, batch: Batch, progress: Progress, gradients: Mapping[str, Tensor] | None = None
+    ) -> Any:
+        """Run TrainStep.forward; the type of the result depends on `gradients`."""
+
+    def backward(self, loss: Tensor) -> Any:
+        """Run the backward pass, and reduce gradients over ranks."""
+
+    def step(self) -> None:
+        """Take an optimizer step, or count a micro-batch."""

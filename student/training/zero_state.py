@@ -1,24 +1,27 @@
-"""An engine's parameters and Adam's moments as whole tensors by name, and back: the same at every ZeRO stage and number
-of processes. Not for files: see `checkpoint`.
+"""Convert the state of an engine to complete tensors by name and back.
 
-Every rank takes part; rank 0 holds the tensors, one parameter being gathered at a time.
+The tensors are the same for any ZeRO stage and number of processes. The state consists of parameters and
+Adam's moments. All ranks must call these functions. Parameters are gathered one at a time, and rank 0 keeps
+the tensors. `checkpoint` writes them to files.
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from student.training.step import Engine
 from teachercache.core.process import rank
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MODEL, OPTIM, COUNT = "model.", "optim.", ".step"
 
 
-def engine_state(engine: Any) -> dict[str, Tensor]:
-    """Parameters, buffers and moments of an engine, float32 on the CPU; {} on ranks other than 0."""
+def engine_state(engine: Engine) -> dict[str, Tensor]:
+    """Return parameters, buffers and moments of an engine on the CPU; return {} on ranks other than 0."""
     state: dict[str, Tensor] = {}
     _link_moments(engine)
 
@@ -38,8 +41,14 @@ def engine_state(engine: Any) -> dict[str, Tensor]:
     return state
 
 
-def load_engine_state(engine: Any, names: set[str], read: Callable[[str], Tensor]) -> None:
-    """Put what `engine_state` returned into an engine that has taken no step; KeyError where a tensor is missing."""
+def load_engine_state(engine: Engine, names: set[str], read: Callable[[str], Tensor]) -> None:
+    """Load the tensors of `engine_state` into an engine that has taken no step.
+
+    Args:
+        engine: The engine of the run.
+        names: Names of the saved tensors.
+        read: Returns a saved tensor by name; raises an error if it is missing.
+    """
     for name, parameter in engine.module.named_parameters():
         value = _like(parameter, read(f"{MODEL}{name}"), name)
         with _gathered(parameter, modifier_rank=0), torch.no_grad():
@@ -53,14 +62,15 @@ def load_engine_state(engine: Any, names: set[str], read: Callable[[str], Tensor
     _refresh_masters(engine, trained, read)
     counts = {name: read(f"{OPTIM}{name}{COUNT}") for name in trained if f"{OPTIM}{name}{COUNT}" in names}
     if not counts:
-        return  # saved before the first step
+        return  # the checkpoint was saved before the first step
     _allocate_moments(engine, max(counts.values(), key=float))
     for name in counts:
         for moment in MOMENTS:
             _set_moment(engine, trained[name], moment, read(f"{OPTIM}{name}.{moment}"), counts[name])
 
 
-def _gathered(parameter: nn.Parameter, modifier_rank: int | None = None) -> Any:
+def _gathered(parameter: nn.Parameter, modifier_rank: int | None = None) -> AbstractContextManager[None]:
+    """Return a context in which a parameter that ZeRO 3 shards is complete."""
     import deepspeed
 
     return deepspeed.zero.GatheredParameters(
@@ -69,25 +79,32 @@ def _gathered(parameter: nn.Parameter, modifier_rank: int | None = None) -> Any:
 
 
 def _buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """What a state_dict holds beside parameters."""
-    kept = module.state_dict(keep_vars=True)
-    return ((name, buffer) for name, buffer in module.named_buffers() if name in kept)
+    """Return the buffers that a state_dict contains, with their names."""
+    state = module.state_dict(keep_vars=True)
+    return ((name, buffer) for name, buffer in module.named_buffers() if name in state)
 
 
 def _like(parameter: nn.Parameter, value: Tensor, name: str) -> Tensor:
+    """Return the value; raise a ValueError if its shape is not the parameter's."""
     shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
     if tuple(value.shape) != shape:
-        raise ValueError(f"{name} is {tuple(value.shape)} there and {shape} here")
+        raise ValueError(f"{name} has shape {tuple(value.shape)}, expected {shape}")
     return value
 
 
 def is_sharded(parameter: nn.Parameter) -> bool:
-    """Whether ZeRO keeps the float32 value and the moments of a parameter in flat tensors of its own."""
+    """Return whether ZeRO stores the float32 value and the moments of a parameter in its own flat tensors."""
     return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
 
 
 def set_sharded(parameter: nn.Parameter, value: Tensor, moment: str | None = None) -> None:
-    """Set the float32 value that ZeRO keeps of a parameter, or a moment; every rank passes the whole tensor."""
+    """Set the float32 value or a moment of a parameter in the flat tensors of ZeRO.
+
+    Args:
+        parameter: A parameter for which `is_sharded` holds.
+        value: The complete tensor, on every rank.
+        moment: "exp_avg" or "exp_avg_sq"; None for the float32 value.
+    """
     from deepspeed import utils
 
     if not hasattr(parameter, "ds_id"):
@@ -97,32 +114,33 @@ def set_sharded(parameter: nn.Parameter, value: Tensor, moment: str | None = Non
         else:
             utils.safe_set_full_fp32_param(parameter, value)
         return
-    # ZeRO 3 has equal parts, the last one padded; its own functions for whole tensors take the size for even
-    size = parameter.ds_tensor.numel()
+    # ZeRO 3 has shards of equal size, the last one padded. Its setters of complete tensors assume no padding.
+    size = cast(Any, parameter).ds_tensor.numel()
     start = size * dist.get_rank()
-    part = torch.zeros(size, device=parameter.device)
-    own = value.flatten()[start : start + size]
-    part[: len(own)] = own
+    shard = torch.zeros(size, device=parameter.device)
+    values = value.flatten()[start : start + size]
+    shard[: len(values)] = values
     if moment:
-        utils.safe_set_local_optimizer_state(parameter, part, moment)
+        utils.safe_set_local_optimizer_state(parameter, shard, moment)
     else:
-        utils.safe_set_local_fp32_param(parameter, part)
+        utils.safe_set_local_fp32_param(parameter, shard)
 
 
-def _adam(engine: Any) -> torch.optim.Optimizer:
-    """Torch's optimizer, which ZeRO 1 to 3 wrap."""
+def _adam(engine: Engine) -> torch.optim.Optimizer:
+    """Return the AdamW of torch, which ZeRO 1 to 3 wrap."""
     return getattr(engine.optimizer, "optimizer", engine.optimizer)
 
 
-def _count(engine: Any, parameter: nn.Parameter) -> Tensor | None:
-    """Adam's number of steps of a parameter; None before the first."""
+def _count(engine: Engine, parameter: nn.Parameter) -> Tensor | None:
+    """Return Adam's step count of a parameter, or None before the first step."""
     state = _adam(engine).state
     if is_sharded(parameter):
         return next(iter(state.values()))["step"] if state else None
     return state[parameter]["step"] if parameter in state else None
 
 
-def _moment(engine: Any, parameter: nn.Parameter, name: str) -> Tensor | None:
+def _moment(engine: Engine, parameter: nn.Parameter, name: str) -> Tensor | None:
+    """Return a moment of a parameter as a complete tensor, or None before the first step."""
     state = _adam(engine).state
     if not is_sharded(parameter):
         return state[parameter][name] if parameter in state else None
@@ -131,26 +149,27 @@ def _moment(engine: Any, parameter: nn.Parameter, name: str) -> Tensor | None:
     return safe_get_full_optimizer_state(parameter, name) if state else None
 
 
-def _refresh_masters(engine: Any, trained: dict[str, nn.Parameter], read: Callable[[str], Tensor]) -> None:
-    """ZeRO's own float32 copies follow the parameters that were just loaded."""
+def _refresh_masters(engine: Engine, trained: dict[str, nn.Parameter], read: Callable[[str], Tensor]) -> None:
+    """Copy loaded parameters into the float32 master weights of ZeRO."""
     for name, parameter in trained.items():
         if is_sharded(parameter):
             set_sharded(parameter, read(f"{MODEL}{name}"))
 
 
-def _allocate_moments(engine: Any, count: Tensor) -> None:
-    """ZeRO keeps moments of flat partitions, which exist from the first step on."""
-    flats = getattr(engine.optimizer, "single_partition_of_fp32_groups", None)
+def _allocate_moments(engine: Engine, count: Tensor) -> None:
+    """Create the moments of ZeRO's flat partitions, which otherwise exist only after the first step."""
+    flats: Any = getattr(engine.optimizer, "single_partition_of_fp32_groups", None)
     if flats is None:
         flats = getattr(engine.optimizer, "fp32_partitioned_groups_flat", ())
     for flat in flats:
         moments = {name: torch.zeros_like(flat) for name in MOMENTS}
-        _adam(engine).state[flat] = {"step": count.clone().to(flat.device), **moments}  # each its own
+        # Each partition has a step count of its own
+        _adam(engine).state[flat] = {"step": count.clone().to(flat.device), **moments}
     _link_moments(engine)
 
 
-def _link_moments(engine: Any) -> None:
-    """Tell ZeRO 1 and 2 where a parameter's moments lie in the flat ones: they do so for their first group alone."""
+def _link_moments(engine: Engine) -> None:
+    """Map parameters to their slices of the flat moments; ZeRO 1 and 2 do this for the first group only."""
     state = _adam(engine).state
     groups = zip(
         getattr(engine.optimizer, "bit16_groups", ()),
@@ -163,7 +182,8 @@ def _link_moments(engine: Any) -> None:
                 parameter._hp_mapping.set_optim_state_fragment(flat, state[flat])
 
 
-def _set_moment(engine: Any, parameter: nn.Parameter, name: str, value: Tensor, count: Tensor) -> None:
+def _set_moment(engine: Engine, parameter: nn.Parameter, name: str, value: Tensor, count: Tensor) -> None:
+    """Set a moment and the step count of a parameter."""
     if is_sharded(parameter):
         set_sharded(parameter, value, name)
     else:

@@ -1,1 +1,1 @@
-"""What a run reports while it trains: metrics, curve, speed, TensorBoard and W&B."""
+"""Report a run while it trains: metrics, loss curve, speed, TensorBoard and W&B."""

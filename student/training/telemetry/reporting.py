@@ -1,4 +1,7 @@
-"""Where a run's numbers go: metrics.jsonl always, TensorBoard and Weights & Biases where asked for. Rank 0 writes."""
+"""Send the metrics of a run to metrics.jsonl and, on request, to TensorBoard and Weights & Biases.
+
+Only rank 0 writes.
+"""
 
 import contextlib
 import os
@@ -18,8 +21,8 @@ Report = Callable[[int, dict[str, float]], None]
 SINKS = ("tensorboard", "wandb")
 
 
-def asked(run: Run) -> list[str]:
-    """The names in `run.report_to`; UserError for one that is none or whose package is missing."""
+def requested_sinks(run: Run) -> list[str]:
+    """Return the names in `run.report_to`; raise a UserError if one is unknown or its package is missing."""
     names = [name for name in run.report_to.replace(" ", "").split(",") if name]
     for name in names:
         if name not in SINKS:
@@ -37,13 +40,19 @@ def asked(run: Run) -> list[str]:
 
 @contextlib.contextmanager
 def reporting(run: Run, facts: dict[str, Any], *, start: int) -> Iterator[Report]:
-    """A function of (step, values) that writes them everywhere."""
+    """Open metrics.jsonl and all requested sinks, and yield a function that writes to them.
+
+    Args:
+        run: Settings of the run.
+        facts: The content of run.json.
+        start: The step that the run starts or resumes from.
+    """
     out = Path(run.out)
     metrics = Metrics(out / "metrics.jsonl", start=start)
     with contextlib.ExitStack() as stack:
         sinks = [
             stack.enter_context({"tensorboard": _tensorboard, "wandb": _wandb}[name](out, facts, start))
-            for name in (asked(run) if rank() == 0 else [])
+            for name in (requested_sinks(run) if rank() == 0 else [])
         ]
 
         def report(step: int, values: dict[str, float]) -> None:
@@ -56,6 +65,7 @@ def reporting(run: Run, facts: dict[str, Any], *, start: int) -> Iterator[Report
 
 @contextlib.contextmanager
 def _tensorboard(out: Path, facts: dict[str, Any], start: int) -> Iterator[Report]:
+    """Yield a function that writes to TensorBoard."""
     from torch.utils.tensorboard import SummaryWriter
 
     with SummaryWriter(str(out / "tensorboard"), purge_step=start) as writer:
@@ -70,10 +80,11 @@ def _tensorboard(out: Path, facts: dict[str, Any], start: int) -> Iterator[Repor
 
 @contextlib.contextmanager
 def _wandb(out: Path, facts: dict[str, Any], start: int) -> Iterator[Report]:
+    """Yield a function that writes to Weights & Biases; a resumed run keeps its id."""
     import wandb
 
     os.environ.setdefault("WANDB_SILENT", "true")
-    path = out / "wandb.id"  # of this run folder alone: another of the same name is another run
+    path = out / "wandb.id"  # tied to this folder, because run folders in other places may have the same name
     if not (start and path.exists()):
         write_whole(path, uuid.uuid4().hex)
     run = wandb.init(

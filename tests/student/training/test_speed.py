@@ -38,7 +38,7 @@ def test_waiting_and_computing_are_told_apart(monkeypatch):
     assert facts["samples_per_second"] == pytest.approx(25)
     assert facts["peak_memory_bytes"] > 50e6
     assert "mfu" not in facts
-    assert "MFU" not in clock.words()
+    assert "MFU" not in clock.summary()
 
 
 @pytest.mark.parametrize(
