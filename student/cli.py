@@ -1,4 +1,4 @@
-"""The command-line interface `student`: each command reads its options, calls one function and prints."""
+"""The command-line interface `student`, whose commands read options, call one function and print."""
 
 import dataclasses
 import json
@@ -203,7 +203,7 @@ def evaluate(
         return
     if out is not None:
         raise UserError(
-            "--out is the folder for the tables of --task all; the results of a run are kept in RUN/eval"
+            "--out is where --task all writes its tables; the results of a run are kept in RUN/eval"
         )
     chosen = find_task(task)
     if samples and chosen.kind is not Kind.MATCHER:

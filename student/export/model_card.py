@@ -1,4 +1,4 @@
-"""Write the model card of an exported student: a README.md with the run's record and evaluation results.
+"""Write the model card of an exported student, a README.md with the run's record and evaluation results.
 
 Names and paths come from the user, so they are escaped. Local paths are reduced to their last part, because
 cards get published.

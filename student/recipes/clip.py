@@ -1,4 +1,4 @@
-"""clip: contrastive training without a teacher, the baseline for every other recipe.
+"""Train CLIP contrastively and without a teacher, as the baseline for every other recipe.
 
 CLIP (Radford et al., 2021). V and S are the normalized image and text embeddings of N pairs, a row each:
 

@@ -1,4 +1,4 @@
-"""clip_kd: CLIP-KD, an empirical study of CLIP model distillation (Yang et al., CVPR 2024).
+"""Distill a CLIP teacher by relations, features and contrast (CLIP-KD, Yang et al., CVPR 2024).
 
 V, S are the student's image and text embeddings, V_T, S_T the teacher's: N normalized rows each. a_S, a_T are
 their logit scales. g, f are learnable scales: each is the exp of a parameter that is initialized and clamped

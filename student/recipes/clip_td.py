@@ -1,4 +1,4 @@
-"""clip_td: targeted distillation of CLIP into vision-language transformers (CLIP-TD, Wang et al., 2022).
+"""Distill CLIP into vision-language transformers that answer questions (CLIP-TD, Wang et al., 2022).
 
 A row is a question about a picture. The student reads each answer choice (VCR), the hypothesis (SNLI-VE) or
 the question (VQA) together with the regions of the picture. f_img, f_cls, f(t') are the student's output

@@ -1,4 +1,4 @@
-"""psd: progressive self-distillation (Andonian et al., CVPR 2022), for noisy image-text pairs.
+"""Train CLIP by progressive self-distillation on noisy pairs (PSD, Andonian et al., CVPR 2022).
 
 V, S are the normalized image and text embeddings of the N pairs in the global batch, a is their logit scale.
 The model is its own teacher: SG stops the gradient, and there is no second network or forward pass. In each

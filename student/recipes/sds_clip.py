@@ -1,4 +1,4 @@
-"""sds_clip: SDS-CLIP, distilling a text-to-image diffusion model into CLIP's image encoder (2024).
+"""Distill a text-to-image diffusion model into CLIP's image encoder (SDS-CLIP, 2024).
 
 f, g are the student's image and text encoders, x is a picture, c its caption, v(x) its latent, and eps_theta
 the frozen UNet of the teacher. h_w is a linear map without bias from the image embedding to the UNet's input:

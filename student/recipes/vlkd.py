@@ -1,4 +1,4 @@
-"""vlkd: vision-language knowledge distillation into a BART that captions and answers questions (VLKD, 2022).
+"""Distill CLIP into a BART that captions pictures and answers questions (VLKD, 2022).
 
 Each pair of the batch is a picture and its text. CLIP is frozen and cached: v_cls, t_eos are its image and
 text embeddings, V are rows of its embedding space, all normalized. E are the outputs of BART's encoder, e is
@@ -37,7 +37,7 @@ batch 32 and 10 (VQA).
     tc build --teacher clip-lite && student train --recipe vlkd
     student train --recipe vlkd --set model=bart-large --set optim.lr=5e-5 --batch-size 512 --steps 200000
     student train --recipe vlkd --set stage=caption --set init=runs/NAME --batch-size 40
-    student train --recipe vlkd --set stage=vqa --set init=runs/NAME --data vqa/ --batch-size 32
+    student train --recipe vlkd --set stage=vqa --set init=runs/NAME --set data_share=0.01 --data vqa/
     student generate runs/NAME --image cat.jpg
 """
 
