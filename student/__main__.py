@@ -1,8 +1,8 @@
-"""`python -m student train ...`, also under torchrun and DeepSpeed's launcher."""
+"""Run the command line as `python -m student`, also under torchrun and DeepSpeed's launcher."""
 
 import sys
 
 from student.cli import main
 
-# DeepSpeed's launcher adds --local_rank; the environment says the same
-sys.exit(main([word for word in sys.argv[1:] if not word.startswith("--local_rank")]))
+# DeepSpeed's launcher adds --local_rank, which the environment variable LOCAL_RANK contains too
+sys.exit(main([argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]))

@@ -1,7 +1,8 @@
-"""The command `student`: reads options, calls one function, prints."""
+"""The command-line interface `student`, whose commands read options, call one function and print."""
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,15 @@ from teachercache.core.process import rank
 from teachercache.core.progress import say
 
 MATCHERS = ", ".join(task.name for task in TASKS.values() if task.kind is Kind.MATCHER)
-SAMPLES_ERROR = f"--samples counts draws of a diffusion model: only {MATCHERS} take one"
+SAMPLES_ERROR = f"--samples is a number of noise draws: only {MATCHERS} take one"
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 def student() -> None:
-    """Train students on cached teacher outputs, measure them, export them.
+    """Train students on cached teacher outputs, evaluate them and export them.
 
     \u0008
-    student train --recipe clip_kd        on the cache of data/demo
+    student train --recipe clip_kd        # with the cache of data/demo
     student eval runs/NAME --task retrieval
     student export runs/NAME --format open_clip
     """
@@ -34,21 +35,19 @@ def student() -> None:
 @student.command()
 @click.argument("name", required=False)
 def recipes(name: str | None) -> None:
-    """List the recipes, or show one: equations, constants, the `tc build` command that it needs.
+    """List the recipes, or show one: its equations, its settings and the `tc build` command that it needs.
 
     \u0008
     student recipes
     student recipes clip_kd
     """
-    import sys
-
     from student.recipes.registry import RECIPES, find, installed
 
     if name is None:
         for recipe in RECIPES.values():
             print(f"{recipe.name:10} {recipe.doc}  [{recipe.paper}]")
-        for point in installed().values():
-            print(f"{point.name:10} of the installed package {point.value.partition(':')[0]}")
+        for entry in installed().values():
+            print(f"{entry.name:10} of the installed package {entry.value.partition(':')[0]}")
         return
     recipe = find(name)
     print((sys.modules[recipe.loss.__module__].__doc__ or recipe.doc).strip(), end="\n\n")
@@ -61,57 +60,59 @@ def recipes(name: str | None) -> None:
 
 @student.command()
 @click.option(
-    "--recipe", "name", required=True, help="A name of `student recipes`, or package.module:RECIPE."
+    "--recipe", "name", required=True, help="A name from `student recipes`, or package.module:RECIPE."
 )
 @click.option(
-    "--data", help="What `tc build --data` took; default the recipe's own (`student recipes NAME`)."
+    "--data",
+    help="The training data, as in `tc build --data`; default: the recipe's (`student recipes NAME`).",
 )
 @click.option(
-    "--cache", help="A cache, or a folder of caches; several teachers with commas; default caches/<data>."
+    "--cache",
+    help="A cache or a folder of caches, separated by commas for several teachers; default: caches/<data>.",
 )
-@click.option("--out", help="The run folder; default runs/<recipe>-<time>.")
-@click.option("--steps", type=click.IntRange(1), help="Training steps.")
+@click.option("--out", help="The run folder; default: runs/<recipe>-<time>.")
+@click.option("--steps", type=click.IntRange(1), help="Number of training steps.")
 @click.option("--batch-size", "batch", type=click.IntRange(2), help="Rows per step, over all processes.")
 @click.option(
     "--micro-batch",
     type=click.IntRange(2),
-    help="Rows that a device computes at a time; the gradient is that of the whole batch.",
+    help="Rows per forward pass of a device; the gradient stays that of the whole batch.",
 )
 @click.option(
     "--eval-every",
     type=click.IntRange(1),
-    help="Steps between evaluations; the best student is kept in OUT/best.",
+    help="Steps between evaluations; the best student so far is kept in OUT/best.",
 )
-@click.option("--report-to", default="", metavar="NAMES", help="tensorboard, wandb, or both with a comma.")
-@click.option("--seed", default=0, show_default=True)
+@click.option("--report-to", default="", metavar="NAMES", help="tensorboard, wandb, or tensorboard,wandb.")
+@click.option("--seed", default=0, show_default=True, help="Seed of all random numbers.")
 @click.option(
     "--resume",
     is_flag=True,
-    help="Go on from the last checkpoint of --out (default: the recipe's newest run).",
+    help="Resume from the last checkpoint of --out (default: the recipe's newest run).",
 )
 @click.option(
     "--live",
     "online_teacher",
     is_flag=True,
-    help="Run the cache's teacher in this process instead of reading its fields.",
+    help="Run the cache's teacher during training instead of reading its cached outputs.",
 )
 @click.option(
     "--dry-run",
     is_flag=True,
-    help="Check everything, take two steps, print time and memory, write nothing.",
+    help="Check everything, run two steps, print time and memory, and write nothing.",
 )
-@click.option("--print-config", is_flag=True, help="Print the resolved recipe and run as JSON and leave.")
+@click.option("--print-config", is_flag=True, help="Print the resolved recipe and run as JSON, and exit.")
 @click.option(
     "--set",
     "settings",
     multiple=True,
     metavar="KEY=VALUE",
-    help="A constant, optim.NAME or run.NAME; repeatable.",
+    help="Set a constant of the recipe, optim.NAME or run.NAME; repeatable.",
 )
 def train(
     name: str, resume: bool, dry_run: bool, print_config: bool, settings: tuple[str, ...], **options: Any
 ) -> None:
-    """Train a student by a recipe.
+    """Train a student with a recipe.
 
     \u0008
     student train --recipe clip_kd
@@ -143,21 +144,26 @@ def train(
 @click.option(
     "--task",
     required=True,
-    help=f"One of {', '.join(TASKS)}; short: {', '.join(SHORT)}; or all: the data sets in --data's folders.",
+    help=f"One of {', '.join(TASKS)}; short names: {', '.join(SHORT)}; or all: the data sets below --data.",
 )
 @click.option(
-    "--data", default=DEMO_DATA, show_default=True, help="Its test split; all of it where it has no splits."
+    "--data",
+    default=DEMO_DATA,
+    show_default=True,
+    help="The evaluation data: its test split, or all of it if it has no splits.",
 )
 @click.option(
-    "--out", type=Path, help="Where --task all writes suite.json, .csv and .md; default evals/<data>."
+    "--out",
+    type=Path,
+    help="The folder where --task all writes suite.json, .csv and .md; default: evals/<data>.",
 )
 @click.option(
-    "--figures", type=Path, metavar="DIR", help="Also draw what the models say of some rows, as PNG."
+    "--figures", type=Path, metavar="DIR", help="Also draw the models' predictions for some rows, as PNG."
 )
 @click.option(
-    "--samples", type=click.IntRange(1), help="Draws of noise per match of a diffusion MODEL; default 16."
+    "--samples", type=click.IntRange(1), help="Noise draws per match of a diffusion MODEL; default: 16."
 )
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def evaluate(
     models: tuple[str, ...],
     task: str,
@@ -167,11 +173,11 @@ def evaluate(
     samples: int | None,
     as_json: bool,
 ) -> None:
-    """Measure runs, exported open_clip folders, or teachers by name; several stand side by side.
+    """Evaluate runs, exported open_clip folders, or teachers by name; the table has a column for each.
 
-    For vcr, snli_ve and vqa a MODEL is a run or a cache, and several are an ensemble too. For winoground, aro and
-    sugar_crepe it may be a diffusion model. For captions and open_vqa it is a run of vlkd or its export, for glue, xsum
-    and text_loss a BART folder besides.
+    For vcr, snli_ve and vqa, a MODEL is a run or a cache, and several also form an ensemble. For winoground,
+    aro and sugar_crepe, it may also be a diffusion model. For captions and open_vqa, it is a run of vlkd or
+    its export; for glue, xsum and text_loss, it may also be a BART folder.
 
     \u0008
     student eval runs/NAME --task retrieval
@@ -196,17 +202,18 @@ def evaluate(
         print(json.dumps(printed) if as_json else suite_table(report))
         return
     if out is not None:
-        raise UserError("--out is where --task all writes its tables; a run's results are kept in RUN/eval")
+        raise UserError(
+            "--out is where --task all writes its tables; the results of a run are kept in RUN/eval"
+        )
     chosen = find_task(task)
     if samples and chosen.kind is not Kind.MATCHER:
         raise UserError(SAMPLES_ERROR)
     if figures and chosen.kind is not Kind.ENCODER:
-        raise UserError(
-            f"--figures draws what encoders predict, not answers: leave it away for {chosen.name}"
-        )
+        raise UserError(f"--figures draws what encoders predict: leave it out for {chosen.name}")
     results = measure_models(models, chosen, data, samples=samples, figures=figures)
     if as_json:
-        print(*map(json.dumps, results), sep="\n")  # a line for each model and each way to answer
+        # One line for each model and each way in which it answers
+        print(*map(json.dumps, results), sep="\n")
     else:
         print(table(results))
 
@@ -220,15 +227,17 @@ def evaluate(
     required=True,
     multiple=True,
     metavar="FILE",
-    help="A picture; repeatable.",
+    help="A picture file; repeatable.",
 )
-@click.option("--question", default="", help="Answer this question, instead of captioning.")
-@click.option("--masks", type=click.IntRange(1), help="[MASK]s in the prompt; default 6, for a question 2.")
-@click.option("--beams", type=click.IntRange(1), help="Beam size; default 6, for a question 1.")
+@click.option("--question", default="", help="Answer this question instead of writing a caption.")
+@click.option(
+    "--masks", type=click.IntRange(1), help="[MASK]s in the prompt; default: 6, or 2 with --question."
+)
+@click.option("--beams", type=click.IntRange(1), help="Beam size; default: 6, or 1 with --question.")
 def generate(
     model: Path, images: tuple[Path, ...], question: str, masks: int | None, beams: int | None
 ) -> None:
-    """Caption a picture, or answer a question about it, with a run of vlkd or an export of one.
+    """Caption pictures, or answer a question about them, with a run of vlkd or its export.
 
     \u0008
     student generate runs/NAME --image cat.jpg
@@ -251,11 +260,11 @@ def generate(
     "form",
     required=True,
     type=click.Choice(["open_clip", "hf"]),
-    help="The library that loads it: open_clip, or hf for transformers.",
+    help="The library that loads the folder: open_clip, or hf for transformers.",
 )
-@click.option("--out", type=Path, help="Default exports/<run>-<format>.")
+@click.option("--out", type=Path, help="The folder to write; default: exports/<run>-<format>.")
 def write_export(run: Path, form: str, out: Path | None) -> None:
-    """Write a trained student as a folder that open_clip or transformers load, without distillation heads.
+    """Export a trained student, without distillation heads, into a folder for open_clip or transformers.
 
     \u0008
     student export runs/NAME --format open_clip --out exports/mine
@@ -271,5 +280,9 @@ def write_export(run: Path, form: str, out: Path | None) -> None:
 
 
 def main(args: list[str] | None = None) -> int:
-    """Run the command; return exit code 0, or 2 after one `error:` line."""
+    """Run the command line.
+
+    Returns:
+        The exit code: 0, 2 after one `error:` line, or 130 or 143 if the command was stopped.
+    """
     return run_command(student, args)

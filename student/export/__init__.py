@@ -1,1 +1,1 @@
-"""Write a trained student in the formats of other libraries."""
+"""Export trained students in the formats of other libraries."""

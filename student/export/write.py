@@ -1,4 +1,7 @@
-"""A trained student as a folder that others load; written aside, checked by its family, then put in place."""
+"""Export a trained student into a folder that another library loads.
+
+The student's family writes a temporary folder and checks it; the folder is then renamed.
+"""
 
 import json
 import os
@@ -16,13 +19,19 @@ FORMATS = {"open_clip": Capability.EXPORTS_OPEN_CLIP, "hf": Capability.EXPORTS_H
 
 
 def export(run: Path, out: Path, form: str) -> tuple[Path, Exported]:
-    """Write the run's student to `out` in a format of FORMATS.
+    """Export the student of a run.
+
+    Args:
+        run: The run folder.
+        out: The folder to write; it must not exist.
+        form: A key of `FORMATS`.
 
     Returns:
         The folder, and how it is loaded.
 
     Raises:
-        UserError: The student cannot be exported, `out` exists, or the written folder computes something else.
+        UserError: The student cannot be exported, `out` exists, or the written folder does not compute what
+            the student computes.
     """
     if out.exists():
         raise UserError(f"{out} exists: pass another --out, or remove it")
@@ -34,7 +43,7 @@ def export(run: Path, out: Path, form: str) -> tuple[Path, Exported]:
     partial.mkdir(parents=True)
     try:
         write = find_family(student.spec.family).export
-        assert write is not None, f"{student.spec.family} offers an export and has none"
+        assert write is not None, f"the family {student.spec.family} has the capability but no export"
         exported = write(student, ExportRequest(form, partial, out.name, facts))
         write_whole(partial / "README.md", model_card(facts, results, exported))
         os.replace(partial, out)

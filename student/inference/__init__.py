@@ -1,1 +1,1 @@
-"""A trained student as Encoder, Answerer, Matcher or Generator."""
+"""Use a trained student as an Encoder, Answerer, Matcher or Generator of `evaluation`."""

@@ -1,8 +1,8 @@
-"""A trained student of questions as an Answerer: rows to scores of their answers."""
+"""Turn a trained student of question rows into an Answerer, which scores the answers of a row."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -22,14 +22,18 @@ from teachercache.core.errors import UserError
 from teachercache.data.manifest import Manifest
 from teachercache.data.read import cache_folder
 
-ROWS = 64  # at a time
-HINT_TEACHER = "clip-lite"
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+BATCH = 64  # rows per forward pass
+HINT_TEACHER = "clip-lite"  # the teacher in hints about missing caches
 
 
 class TaskModel(NamedTuple):
-    """A run on questions: its task, its student, and the function that scores rows.
+    """A run on question rows: its task, its student, and a function that scores rows.
 
-    `score(manifest, rows, which)` returns logits [n, classes], or None for a question that it was not trained on.
+    `score(manifest, rows, which)` returns logits [n, classes], or None if the run was trained on another of
+    the task's questions than `which`.
     """
 
     task: Task
@@ -38,23 +42,33 @@ class TaskModel(NamedTuple):
 
 
 def is_task_run(run: Path) -> bool:
-    """Return whether a run folder holds a student of questions."""
+    """Return whether a run folder holds a student that was trained on question rows."""
     return is_run(run) and bool(read_run(run).get("questions"))
 
 
 def load_task_model(run: Path, *, device: str, cache: str = "") -> TaskModel:
-    """Load the student of a run on questions; the fields that it reads come from the cache of the data asked."""
+    """Load the student of a run on question rows.
+
+    Args:
+        run: The run folder.
+        device: Where the student computes.
+        cache: The cache or folder of caches with the fields that the student reads; "" for the default folder
+            of whatever data are scored.
+
+    Raises:
+        UserError: The student cannot answer questions.
+    """
     questions = read_run(run)["questions"]
     task = Task(**{**questions["task"], "answers": tuple(questions["task"]["answers"])})
     student = load_run(run)
     require(student, Capability.ANSWERS, str(run))
     student.to(device)
-    rows_of = RowsOfRun(task, student, load_tokenizer(run), questions["max_text"], cache)
+    run_rows = RowsOfRun(task, student, load_tokenizer(run), questions["max_text"], cache)
 
     def score(manifest: Manifest, rows: np.ndarray, which: str) -> np.ndarray | None:
         if which != task.which:
             return None
-        batches = rows_of.read(manifest, rows)
+        batches = run_rows.read(manifest, rows)
         with torch.inference_mode():
             logits = [
                 student({name: value.to(device) for name, value in batch.items()})["logits"]
@@ -66,16 +80,21 @@ def load_task_model(run: Path, *, device: str, cache: str = "") -> TaskModel:
 
 
 class RowsOfRun(NamedTuple):
-    """Reads rows as the student of a run does."""
+    """Reads rows of any data in the form that the student of a run was trained on."""
 
     task: Task
     student: Student
-    tokenizer: Any
+    tokenizer: "Tokenizer"
     max_text: int
     cache: str
 
     def read(self, manifest: Manifest, rows: np.ndarray) -> Iterator[dict[str, Tensor]]:
-        """Yield batches of rows; UserError names the `tc build` of a cache that is missing."""
+        """Yield the batches of some rows, in order.
+
+        Raises:
+            UserError: A cache is missing (the message ends in the `tc build` that makes it), or rows are not
+                in it.
+        """
         inputs = self.student.row_inputs
         wanted = Wanted(
             self.cache or str(cache_folder(manifest.data)), manifest.data, inputs.fields, HINT_TEACHER
@@ -87,21 +106,33 @@ class RowsOfRun(NamedTuple):
         for source in sources:
             missing = (source.at[rows] < 0).sum()
             if missing:
-                raise UserError(f"{missing} rows of {manifest.data} are not in the cache: extend it")
+                raise UserError(
+                    f"{missing} rows of {manifest.data} are not in the cache: extend it with `tc build`"
+                )
         reader = QuestionReader(manifest, self.task, sources, inputs, self.tokenizer, self.max_text)
-        for start in range(0, len(rows), ROWS):
-            part = rows[start : start + ROWS]
-            yield reader.read(part, [read_question(self.task, manifest.row(row)) for row in part.tolist()])
+        for start in range(0, len(rows), BATCH):
+            batch_rows = rows[start : start + BATCH]
+            questions = [read_question(self.task, manifest.row(row)) for row in batch_rows.tolist()]
+            yield reader.read(batch_rows, questions)
 
 
 def run_answerer(run: Path, task: str, data: str) -> Answerer:
-    """Return an Answerer for a run that was trained on a task."""
+    """Return the student of a run as an Answerer.
+
+    Args:
+        run: The run folder.
+        task: The task to be measured.
+        data: `--data`; if the run was trained on the same data, its cache is used.
+
+    Raises:
+        UserError: The run was not trained on question rows, or on another task.
+    """
     if not is_task_run(run):
         raise UserError(
             f"{run} was not trained to answer: pass a run of clip_td, or a CACHE.zarr for zero-shot"
         )
     trained = read_run(run)["run"]
-    cache = trained["cache"] if trained["data"] == data else ""  # of other data: caches/<data>
+    cache = trained["cache"] if trained["data"] == data else ""  # other data: caches/<data>
     model = load_task_model(run, device=pick_device(), cache=cache)
     if model.task.name != task:
         raise UserError(
@@ -111,7 +142,13 @@ def run_answerer(run: Path, task: str, data: str) -> Answerer:
 
 
 def find_answerers(model: str, task: str, data: str) -> tuple[list[Answerer], Path | None]:
-    """Return how a cache or a run answers a task, each way as a model of its own; and the run folder."""
+    """Return the ways in which a cache or a run answers a task, and the run folder if it is a run.
+
+    Args:
+        model: A run folder, or CACHE.zarr for zero-shot answers from its embeddings.
+        task: The task to be measured.
+        data: `--data`.
+    """
     if model.rstrip("/").endswith(".zarr"):
         return answerers(model, task), None
     path = Path(model)

@@ -1,7 +1,8 @@
-"""A trained student that writes as a Generator: pictures and prompts to texts, with the CLIP that it was distilled from."""
+"""Turn a trained sequence-to-sequence student into a Generator of texts for pictures and prompts."""
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 from PIL import Image
@@ -14,7 +15,7 @@ from evaluation.models.generator import (
     answer_prompt,
     caption_prompt,
 )
-from student.contract import Capability, require
+from student.contract import Capability, Generates, require
 from student.inference.load import load_run
 from student.models.run_file import read_run
 from teachercache.core.errors import UserError
@@ -23,19 +24,28 @@ from teachercache.data.sample import BadSample
 from teachercache.teachers.registry import find_stored, load_stored, outputs_for
 from teachercache.teachers.teacher import Teacher
 
-ROWS = 32  # at a time
+BATCH = 32  # pictures per forward pass
 
 
 def load_generator(folder: Path, *, device: str = "cpu") -> Generator:
-    """Load the student of a run or exported folder with the teacher of its picture fields.
+    """Load the student of a run or exported folder, and the teacher that encodes its pictures.
+
+    Args:
+        folder: A run folder or exported folder.
+        device: Where student and teacher compute.
 
     Returns:
-        A Generator whose `generate(pictures, prompts, num_beams, max_length)` takes RGB pictures and a prompt each, and
-        returns what the prompts' [MASK]s stand for, `max_length` sub-words at most.
+        A Generator. Its `generate(pictures, prompts, num_beams, max_length)` takes RGB pictures and one
+        prompt for each, and returns the texts that replace the prompts' [MASK]s, with at most `max_length`
+        sub-words.
+
+    Raises:
+        UserError: The student cannot generate texts, or the teacher's weights have changed.
     """
     student = load_run(folder)
     require(student, Capability.GENERATES, str(folder))
     student.to(device)
+    writer = cast(Generates, student)
     teacher = picture_teacher(folder, student.row_inputs.fields)
     teacher.module.to(device)
 
@@ -48,12 +58,12 @@ def load_generator(folder: Path, *, device: str = "cpu") -> Generator:
         if len(pictures) != len(prompts):
             raise ValueError(f"{len(pictures)} pictures and {len(prompts)} prompts")
         texts: list[str] = []
-        for start in range(0, len(prompts), ROWS):
-            rows = slice(start, start + ROWS)
+        for start in range(0, len(prompts), BATCH):
+            rows = slice(start, start + BATCH)
             images = torch.stack([teacher.view(picture) for picture in pictures[rows]]).to(device)
             with torch.inference_mode():
                 fields = teacher.encode(teacher.module, {"image": images})
-            texts += student.generate_texts(
+            texts += writer.generate_texts(
                 fields, prompts[rows], num_beams=num_beams, max_new_tokens=max_length
             )
         return texts
@@ -62,15 +72,23 @@ def load_generator(folder: Path, *, device: str = "cpu") -> Generator:
 
 
 def picture_teacher(folder: Path, fields: tuple[str, ...]) -> Teacher:
-    """Load the teacher that a student was distilled from; UserError if its weights have changed since."""
+    """Load the teacher that a student was distilled from.
+
+    Args:
+        folder: A run folder or exported folder.
+        fields: The fields that the teacher has to output.
+
+    Raises:
+        UserError: The teacher's weights have changed since the training.
+    """
     spec = read_run(folder)["teachers"][0]
     teacher = load_stored(
         spec["name"], weights=spec["weights"], outputs=outputs_for(find_stored(spec["name"]), fields)
     )
     if teacher.spec.digest != spec["digest"]:
         raise UserError(
-            f"{folder} was distilled from other weights of {spec['name']} than there are now: put those "
-            "back, or train again"
+            f"{folder} was distilled from other weights of {spec['name']} than are found now: restore those "
+            "weights, or train again"
         )
     return teacher
 
@@ -84,7 +102,19 @@ def describe_pictures(
     beams: int = 0,
     device: str = "cpu",
 ) -> list[str]:
-    """Return a caption of each picture file, or an answer to the question; masks and beams 0 for the paper's."""
+    """Return a caption of each picture file, or an answer to a question about it.
+
+    Args:
+        folder: A run folder or exported folder.
+        files: Picture files.
+        question: The question to answer; "" for captions.
+        masks: [MASK]s in the prompt; 0 for the paper's number.
+        beams: Beam size; 0 for the paper's.
+        device: Where student and teacher compute.
+
+    Raises:
+        UserError: A file cannot be decoded, or the model cannot be loaded.
+    """
     pictures = []
     for file in files:
         try:

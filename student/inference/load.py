@@ -1,10 +1,11 @@
-"""Load a trained student, or a teacher by name, for measuring and exporting."""
+"""Load trained students and named teachers as models that can be measured or exported."""
 
 from pathlib import Path
+from typing import cast
 
 from evaluation.models.encoder import Encoder, of_teacher
 from evaluation.models.matcher import SAMPLES, Matcher, of_diffusion, of_encoder
-from student.contract import Capability, Student, require
+from student.contract import Capability, Encodes, Student, require
 from student.models.registry import load_student
 from student.models.run_file import is_run
 from teachercache.core.device import pick_device
@@ -15,14 +16,14 @@ from teachercache.teachers.teacher import Teacher
 
 
 def load_run(folder: Path) -> Student:
-    """Load the student of a run or exported folder in evaluation mode, from that folder alone."""
+    """Load the student of a run folder or exported folder in evaluation mode, on the CPU."""
     student = load_student(folder)
     student.train(False)
     return student
 
 
 def named_teacher(model: str) -> Teacher:
-    """Load a teacher by name or folder."""
+    """Load a teacher by its name, or from an exported folder."""
     if "/" in model and ":" not in model and not Path(model).is_dir():
         raise UserError(
             f"no run or exported folder at {model}: pass one, or a teacher's name (`tc teachers`)"
@@ -31,7 +32,14 @@ def named_teacher(model: str) -> Teacher:
 
 
 def find_encoder(model: str) -> tuple[Encoder, Path | None]:
-    """Return the Encoder of a run, a folder or a teacher, and the run folder where results are kept."""
+    """Return a model as an Encoder, and its run folder.
+
+    Args:
+        model: A run folder, an exported folder, or a teacher's name.
+
+    Returns:
+        The Encoder; and the run folder, where results are kept, or None if the model is not a run.
+    """
     path, device = Path(model), pick_device()
     if not is_run(path):
         return of_teacher(named_teacher(model), device=device), None
@@ -42,11 +50,16 @@ def run_encoder(run: Path, *, device: str) -> Encoder:
     """Return the student of a run as an Encoder."""
     student = load_run(run)
     require(student, Capability.ENCODES, str(run))
-    return student.encoder(run.name, str(run), device)
+    return cast(Encodes, student).encoder(run.name, str(run), device)
 
 
 def find_matcher(model: str, samples: int | None) -> tuple[Matcher, Path | None]:
-    """Return a Matcher for whatever `find_encoder` takes, or for a diffusion model; and the run folder."""
+    """Return a model as a Matcher, and its run folder or None.
+
+    Args:
+        model: What `find_encoder` takes, or a diffusion model's name.
+        samples: Noise draws per match of a diffusion model; None for the default.
+    """
     if not is_run(Path(model)):
         teacher = named_teacher(model)
         if diffusion_of(teacher) is not None:

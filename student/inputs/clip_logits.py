@@ -50,8 +50,8 @@ class ClipScorer:
             labels = manifest.column("label")
             first_row: dict[str, int] = {}  # answer -> the first row with this answer
             for row in rows.tolist():
-                first.setdefault(normalize_answer(labels[row]), row)
-            at = source.at[np.array([first[answer] for answer in task.answers])]
+                first_row.setdefault(normalize_answer(labels[row]), row)
+            at = source.at[np.array([first_row[answer] for answer in task.answers])]
             self.answers = unit(source.fields[fields.text][at, 1])  # a row's answer is its second text
 
     def cosines(self, rows: np.ndarray, places: np.ndarray) -> Float[np.ndarray, "n c"]:

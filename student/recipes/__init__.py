@@ -1,1 +1,1 @@
-"""Recipes: one paper, one file, listed in `registry`."""
+"""Recipes, one file for each paper, listed in `registry`."""

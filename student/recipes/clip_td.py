@@ -1,30 +1,44 @@
-"""clip_td: targeted distillation of CLIP into vision-language transformers (CLIP-TD, Wang et al., 2022).
+"""Distill CLIP into vision-language transformers that answer questions (CLIP-TD, Wang et al., 2022).
 
-A row is a question about a picture; the student reads each answer choice (VCR), hypothesis (SNLI-VE) or question
-(VQA) together with the picture's regions. f_img, f_cls, f(t') are the student's elements of the whole picture, of [CLS]
-and of selected words, mapped to the teacher's width (a linear map each); CLIP's embeddings are read from its cache:
+A row is a question about a picture. The student reads each answer choice (VCR), the hypothesis (SNLI-VE) or
+the question (VQA) together with the regions of the picture. f_img, f_cls, f(t') are the student's output
+vectors of the whole picture, of [CLS] and of selected words, each mapped to the teacher's width by a linear
+layer. CLIP's embeddings are read from its cache:
 
     L_dv   | f_CLIP(image) - f_img |_1                                                        Eq. 3
     L_dt   | f_CLIP(text) - f_cls |_1                                                         Eq. 4
-    S      S_vr/|S_vr|_1 + S_si/|S_si|_1, a score for every word of a text, in the cache      Eq. 5
-    L'_dt  | f_CLIP(t') - f(t') |_1, t' the m words of the highest S                          Eq. 6-7
+    S      S_vr/|S_vr|_1 + S_si/|S_si|_1, the score of each word of a text, from the cache    Eq. 5
+    L'_dt  | f_CLIP(t') - f(t') |_1, t' the m words with the highest S                        Eq. 6-7
     r      T max(sm(CLIP's logits)) / max(sm(student's logits)), per row                      Eq. 9
     w_r    w where r > 1, else 0                                                              Eq. 10
     L      L_task + w_r (L_dv + L_dt + L'_dt)                                                 Eq. 1, 8
-    L_AF   L_MLM + L_ITM + w (L_dv + L_dt), before that, on the same data                     Eq. 11
+    L_AF   L_MLM + L_ITM + w (L_dv + L_dt), in a stage before L, on the same data             Eq. 11
 
-Settings: distill_weight (w); image_term, text_term (naive V, L, VL); select=best|random|none (TS, RTS) and num_words
-(m); confidence (CW) and temperature (T); choices=all|correct; stage=adapt (AF; with distill_weight=0 a second
-pretraining without distillation); regime=full|low:N|semi:N|zero. Students: uniter, vl-bert, villa in base, large, tiny;
-bert, which sees no picture. Baselines, without distillation, are clip-1-linear, clip-3-linear and clip-transformer on
-frozen CLIP (fusion=concat|cosine), and clip-tuned, CLIP itself (init=FOLDER).
+Settings, with the paper's names:
 
-Free choices, where the paper is silent: linear maps to the teacher's width; |.|_1 is a mean over the width, and CLIP's
-rows are scaled to a root mean square of 1 before it; the mean over selected words, choices and rows; T = 1;
-CLIP's logits are its scale times cosines to the answers, and in SNLI-VE the distances to three anchors (k-means);
-f_img is the element of region 0, the whole picture; half of a batch has labels in semi; RTS draws its words once for
-each text; AF's masked words count on matching pairs alone, and AF reads the right choice of rows with a label, of
-others their question: before low:N use semi:N, all rows and the same N labels.
+    distill_weight                  w
+    image_term, text_term           switch the terms of naive V, L, VL
+    select=best|random|none         TS, RTS, or no selected words; num_words is m
+    confidence, temperature         CW, T
+    choices=all|correct             the choices that are distilled
+    stage=adapt                     AF; with distill_weight=0, a second pretraining without distillation
+    regime=full|low:N|semi:N|zero   the labels that are used
+
+Students are uniter, vl-bert and villa, each in base, large and tiny, and bert, which sees no picture.
+Baselines without distillation are clip-1-linear, clip-3-linear and clip-transformer on frozen CLIP
+(fusion=concat|cosine), and clip-tuned, which is CLIP itself (init=FOLDER).
+
+Free choices, where the paper gives no detail:
+
+- The maps to the teacher's width are linear. f_img is the output of region 0, the whole picture.
+- |.|_1 is the mean over the width, after CLIP's rows are scaled to a root mean square of 1. The terms are
+  means over selected words, choices and rows.
+- T = 1. CLIP's logits are its scale times the cosines to the answers; in SNLI-VE, the distances to three
+  anchors found by k-means.
+- In semi, half of each batch is labeled.
+- RTS draws its words once per text.
+- In AF, L_MLM covers matching pairs only. AF reads the correct choice of labeled rows and the question of all
+  others. To prepare for low:N, adapt with semi:N: it uses all rows and the same N labels.
 
     tc build --teacher regions-lite --data data/scenes/vcr1
     tc build --teacher clip-lite --outputs embeddings,tokens --data data/scenes/vcr1
@@ -37,53 +51,54 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 from student.recipe import Batch, Notes, Optim, Outputs, Progress, Recipe, Setting, Shapes, Terms
 from student.rows import Questions, TeacherLogits, Words
 from teachercache.core.errors import UserError
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from torch import Tensor, nn
 
     from student.contract import Student
+    from student.models.single_stream.model import SingleStream
 
 
 @dataclasses.dataclass(frozen=True)
 class Constants:
-    """The paper's constants where it names them."""
+    """The paper's constants and switches, with its values where it gives them, and the student model."""
 
     distill_weight: float = 0.05  # w of Eq. 1 and 8; 0 for the baseline
-    image_term: float = 1.0  # switches: 0 takes a term out of the sum
-    text_term: float = 1.0
+    image_term: float = 1.0  # factor of L_dv; 0 switches it off
+    text_term: float = 1.0  # factor of L_dt; 0 switches it off
     select: str = "best"  # t': best, random or none
-    num_words: int = 2  # m, selected words
+    num_words: int = 2  # m, the number of selected words
     confidence: bool = True  # Eq. 9-10
     temperature: float = 1.0  # T; free choice
-    choices: str = "all"  # VCR: distill every choice, or the correct one
-    normalize: bool = True  # CLIP's rows to a root mean square of 1; free choice
+    choices: str = "all"  # VCR: distill all choices, or only the correct one
+    normalize: bool = True  # scale CLIP's rows to a root mean square of 1; free choice
     stage: str = "task"  # or adapt, Eq. 11
     mode: str = "q2a"  # VCR: or qa2r
-    regime: str = "full"  # low:N, semi:N, zero
-    subset: int = 0  # which N
+    regime: str = "full"  # or low:N, semi:N, zero
+    subset: int = 0  # seed that draws the N labels of low:N and semi:N
     model: str = "vl-bert-tiny"
-    fusion: str = "concat"  # of the baselines on frozen CLIP: or cosine
+    fusion: str = "concat"  # of the baselines on frozen CLIP; or cosine
     init: str = ""  # a BERT folder, a UNITER checkpoint, or a run
-    tokenizer: str = (
-        ""  # a folder with tokenizer.json or vocab.txt; else that of init, else the data's own words
-    )
-    max_text: int = 96  # sub-words
-    adv_steps: int = 3  # VILLA: K
-    adv_lr: float = 0.1
-    adv_max: float = 0.0  # largest norm of a perturbation, 0 for any
-    adv_kl: float = 1.5  # weight of the divergence
+    # A folder with tokenizer.json or vocab.txt; by default that of init, else the words of the training rows
+    tokenizer: str = ""
+    max_text: int = 96  # sub-words per input
+    adv_steps: int = 3  # VILLA: K, the number of perturbation steps
+    adv_lr: float = 0.1  # VILLA: step size of the perturbation
+    adv_max: float = 0.0  # VILLA: largest norm of a perturbation, 0 for no limit
+    adv_kl: float = 1.5  # VILLA: weight of the divergence from the clean prediction
 
 
 WORD_FIELDS = {"best": ("word_index", "word_feature"), "random": ("random_index", "random_feature")}
 
 
 def words_of(constants: Constants) -> Words | None:
-    """Return the selected words t', if any are distilled."""
+    """Return which selected words t' are distilled, or None if there are none."""
     if not constants.distill_weight or constants.stage != "task" or constants.select == "none":
         return None
     index, feature = WORD_FIELDS[constants.select]
@@ -91,12 +106,12 @@ def words_of(constants: Constants) -> Words | None:
 
 
 def weighs_confidence(constants: Constants) -> bool:
-    """Return whether Eq. 9 compares CLIP's own logits with the student's."""
+    """Return whether rows are weighted by confidence (Eq. 9), which needs CLIP's own logits."""
     return constants.distill_weight > 0 and constants.confidence and constants.stage == "task"
 
 
 def rows(constants: Constants) -> Questions:
-    """Questions of a task, or their texts with masked words."""
+    """Return the kind of rows: questions of a task, or for stage=adapt their texts with masked words."""
     reads_clip = not constants.model.startswith(("clip-", "bert-"))
     return Questions(
         mode=constants.mode,
@@ -110,27 +125,29 @@ def rows(constants: Constants) -> Questions:
     )
 
 
-def make_tokenizer(constants: Constants, texts: Sequence[str]) -> Any:
-    """Return the tokenizer that is named, else that of `init`, else the words of the training rows."""
+def make_tokenizer(constants: Constants, texts: Sequence[str]) -> "Tokenizer":
+    """Return the tokenizer of the setting `tokenizer`, else that of `init`, else one built from the texts."""
     from student.models.single_stream.loading import init_tokenizer
     from student.models.single_stream.tokenizer import load_tokenizer, vocabulary_tokenizer
 
     if constants.tokenizer:
         return load_tokenizer(Path(constants.tokenizer))
-    if constants.init and not constants.model.startswith("clip-"):  # those have CLIP's
+    # Baselines named clip-* use CLIP's own tokenizer
+    if constants.init and not constants.model.startswith("clip-"):
         return init_tokenizer(constants.init)
     return vocabulary_tokenizer(texts)
 
 
 def teacher_fields(constants: Constants) -> tuple[str, ...]:
-    """Return the student's regions, and the fields of CLIP that the switches need."""
+    """Return the regions that the student reads, and the CLIP fields that the terms need."""
     _check(constants)
     if constants.model.startswith("clip-"):
         return () if constants.model == "clip-tuned" else ("image_emb", "text_emb")
     if constants.model.startswith("bert-"):
         if constants.distill_weight or constants.stage == "adapt":
             raise UserError(
-                f"--set model={constants.model} sees no picture: add --set distill_weight=0, and no stage=adapt"
+                f"--set model={constants.model} sees no picture: add --set distill_weight=0, and leave out "
+                "stage=adapt"
             )
         return ()
     fields = ["region_feature", "region_box"]
@@ -144,7 +161,7 @@ def teacher_fields(constants: Constants) -> tuple[str, ...]:
 
 
 def _check(constants: Constants) -> None:
-    """Refuse what no switch takes."""
+    """Raise a UserError for invalid or contradictory settings."""
     allowed = {
         "select": ("best", "random", "none"),
         "choices": ("all", "correct"),
@@ -156,21 +173,22 @@ def _check(constants: Constants) -> None:
             raise UserError(f"--set {name}={getattr(constants, name)}: choose from {', '.join(choices)}")
     if constants.model == "clip-transformer" and constants.fusion == "cosine":
         raise UserError(
-            "--set fusion=cosine: clip-transformer reads both side by side; choose a clip-...-linear"
+            "--set fusion=cosine: clip-transformer reads both side by side; choose clip-1-linear or "
+            "clip-3-linear"
         )
     if constants.num_words < 1 or constants.temperature <= 0 or constants.distill_weight < 0:
         raise UserError(
-            "--set num_words must be 1 or more, temperature above 0 and distill_weight not below 0"
+            "--set num_words must be at least 1, temperature above 0 and distill_weight at least 0"
         )
 
 
 def build(constants: Constants, setting: Setting) -> "Student":
-    """Build the student of a task."""
+    """Build the student for the setting's task."""
     task, shapes = setting.task, setting.shapes
     if constants.model.startswith("clip-"):
         from student.models.clip_baselines import build_adapter
 
-        widths = tuple(shapes.get(name, (0,))[-1] for name in ("image_emb", "text_emb"))
+        widths = shapes.get("image_emb", (0,))[-1], shapes.get("text_emb", (0,))[-1]
         return build_adapter(
             constants.model,
             constants.fusion,
@@ -185,31 +203,31 @@ def build(constants: Constants, setting: Setting) -> "Student":
 
     inputs = 1 if constants.stage == "adapt" else task.inputs
     width = shapes.get("region_feature", (0,))[-1]
-    face = parse_model(constants.model)[0]
-    shape = Shape(face, width, inputs, task.classes, task.several_right, constants.stage)
-    attack = Perturbation(constants.adv_steps, constants.adv_lr, constants.adv_max)
+    architecture = parse_model(constants.model)[0]
+    shape = Shape(architecture, width, inputs, task.classes, task.several_right, constants.stage)
+    perturbation = Perturbation(constants.adv_steps, constants.adv_lr, constants.adv_max)
     return open_student(
         constants.model,
         constants.init,
         shape,
         tokenizer=setting.tokenizer,
-        perturbation=attack,
+        perturbation=perturbation,
         max_text=constants.max_text,
     )
 
 
-def heads(constants: Constants, student: Any, shapes: Shapes) -> "nn.Module | None":
-    """Build maps to CLIP's width, if there is something to distill."""
+def heads(constants: Constants, student: "Student", shapes: Shapes) -> "nn.Module | None":
+    """Build the linear maps to CLIP's width, or return None if nothing is distilled."""
     from student.models.heads import TokenSpace
 
     if not constants.distill_weight or constants.model.startswith("clip-"):
         return None
     width = shapes.get("image_emb", shapes.get("text_emb", (0,)))[-1]
-    return TokenSpace(student.config.hidden_size, width)
+    return TokenSpace(cast("SingleStream", student).config.hidden_size, width)
 
 
 def loss(outputs: Outputs, fields: Batch, constants: Constants, progress: Progress) -> tuple[Terms, Notes]:
-    """Compute the terms of Eq. 8 or of Eq. 11, with VILLA's two if the student is perturbed."""
+    """Compute the terms of Eq. 8, or of Eq. 11 for stage=adapt; VILLA adds its two adversarial terms."""
     if constants.stage == "adapt":
         terms, notes = adapt_terms(outputs, fields)
     else:
@@ -222,39 +240,52 @@ def loss(outputs: Outputs, fields: Batch, constants: Constants, progress: Progre
 
 
 def task_terms(outputs: Outputs, fields: Batch, constants: Constants) -> tuple[Terms, Notes]:
-    """Compute L_task over the rows with a label, and the share of them that is right."""
+    """Compute L_task over the labeled rows, and VILLA's terms if the student was perturbed.
+
+    Returns:
+        The terms `task` and for VILLA `adv`, `adv_kl`; the note `right`, the accuracy on the labeled rows.
+    """
     from student.losses import answer_kl, answer_loss
 
     logits, target, labeled = outputs["logits"].float(), fields["target"], fields["labeled"]
-    many, num_labeled = bool(fields["several_right"].any()), labeled.sum().clamp(min=1)
+    many = bool(fields["several_right"].any())
+    num_labeled = labeled.sum().clamp(min=1)
     right = target.gather(1, logits.argmax(1, keepdim=True))[:, 0]
     terms = {"task": (answer_loss(logits, target, many=many) * labeled).sum() / num_labeled}
     if "adv_logits" in outputs:
-        attacked = outputs["adv_logits"].float()  # [n, K, classes]
-        each = [answer_loss(attacked[:, k], target, many=many) for k in range(attacked.shape[1])]
-        terms["adv"] = (sum(each) / len(each) * labeled).sum() / num_labeled
-        terms["adv_kl"] = constants.adv_kl * answer_kl(attacked, logits, many=many).mean()
+        adv_logits = outputs["adv_logits"].float()  # [n, K, classes]
+        per_step = [answer_loss(adv_logits[:, k], target, many=many) for k in range(adv_logits.shape[1])]
+        terms["adv"] = (sum(per_step) / len(per_step) * labeled).sum() / num_labeled
+        terms["adv_kl"] = constants.adv_kl * answer_kl(adv_logits, logits, many=many).mean()
     return terms, {"right": ((right * labeled).sum() / num_labeled).detach()}
 
 
 def adapt_terms(outputs: Outputs, fields: Batch) -> tuple[Terms, Notes]:
-    """Compute MLM on the matching rows and image-text matching on all (UNITER's pretraining tasks)."""
+    """Compute L_MLM on the matching rows and L_ITM on all rows (UNITER's pretraining tasks).
+
+    Returns:
+        The terms `mlm` and `itm`; the note `matched_right`, the accuracy of image-text matching.
+    """
     from torch.nn.functional import cross_entropy
 
     words = fields["masked_word"]  # [n, slots], -1 for an empty slot
-    predicted = outputs["word_logits"].float().mT
-    each = cross_entropy(predicted, words, ignore_index=-1, reduction="none")  # [n, slots]
-    of_rows = each.sum(1) / (words >= 0).sum(1)  # every row has one masked word at least
+    word_logits = outputs["word_logits"].float().mT
+    per_word = cross_entropy(word_logits, words, ignore_index=-1, reduction="none")  # [n, slots]
+    per_row = per_word.sum(1) / (words >= 0).sum(1)  # every row has at least one masked word
     matched = fields["matched"]
-    match = cross_entropy(outputs["match"].float(), matched.long())
+    itm = cross_entropy(outputs["match"].float(), matched.long())
     right = (outputs["match"].argmax(1) == matched.long()).float().mean()
-    # Half of the rows match on average: a sum over 0.5 n is the same in any number of processes
-    mlm = (of_rows * matched).sum() / (0.5 * len(words))
-    return {"mlm": mlm, "itm": match}, {"matched_right": right}
+    # Half of the rows match on average. Dividing by 0.5 n gives the same loss for any number of processes
+    mlm = (per_row * matched).sum() / (0.5 * len(words))
+    return {"mlm": mlm, "itm": itm}, {"matched_right": right}
 
 
 def distillation_weight(outputs: Outputs, fields: Batch, constants: Constants) -> "Tensor":
-    """Return w_r of each row and choice, float [n, C]; with choices=correct all weight is on the correct choice."""
+    """Return w_r of each row and choice (Eq. 9-10), float [n, C].
+
+    With choices=correct, labeled rows put all weight on the correct choice. For stage=adapt, only matching
+    rows have a weight.
+    """
     import torch
 
     from student.losses import confidence_weight
@@ -273,7 +304,16 @@ def distillation_weight(outputs: Outputs, fields: Batch, constants: Constants) -
 
 
 def distillation_terms(outputs: Outputs, fields: Batch, weight: "Tensor", constants: Constants) -> Terms:
-    """Compute w_r L_dv, w_r L_dt and w_r L'_dt, those that are switched on."""
+    """Compute the terms w_r L_dv, w_r L_dt and w_r L'_dt, as far as they are switched on.
+
+    Args:
+        outputs: `image_in_teacher_space` and `cls_in_teacher_space` [n, C, d]; with selected words
+            `words_in_teacher_space` [n, C, m, d].
+        fields: `image_emb` [n, d], `text_emb` [n, C, d]; with selected words `word_feature` [n, C, m, d] and
+            `word_valid` [n, C, m].
+        weight: w_r [n, C].
+        constants: The switches, and whether CLIP's rows are scaled.
+    """
     from torch.nn.functional import normalize
 
     from student.losses import token_l1
@@ -291,7 +331,9 @@ def distillation_terms(outputs: Outputs, fields: Batch, weight: "Tensor", consta
         text = scaled(fields["text_emb"])
         terms["dt"] = constants.text_term * token_l1(outputs["cls_in_teacher_space"], text, weight)
     if "words_in_teacher_space" in outputs:
-        valid = fields["word_valid"]  # [n, C, m]: 0 where a text has fewer words, or they were cut
+        valid = fields[
+            "word_valid"
+        ]  # [n, C, m]: 0 where a text has fewer than m words, or a word was cut off
         words = scaled(fields["word_feature"])
         terms["words"] = token_l1(outputs["words_in_teacher_space"], words, weight[..., None] * valid)
     return terms
@@ -300,7 +342,7 @@ def distillation_terms(outputs: Outputs, fields: Batch, weight: "Tensor", consta
 CLIP_TD = Recipe(
     name="clip_td",
     paper="CLIP-TD: CLIP Targeted Distillation for Vision-Language Tasks (2022)",
-    doc="CLIP's picture, text and best words into UNITER, VL-BERT, VILLA",
+    doc="CLIP's image, text and best-word embeddings distilled into UNITER, VL-BERT, VILLA",
     constants=Constants(),
     rows=rows,
     student=build,

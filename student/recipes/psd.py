@@ -1,25 +1,26 @@
-"""psd: progressive self-distillation (Andonian et al., CVPR 2022), for pairs that do not belong together as said.
+"""Train CLIP by progressive self-distillation on noisy pairs (PSD, Andonian et al., CVPR 2022).
 
-V, S embeddings, rows normalised, N pairs of the global batch, a their scale. The model itself is the teacher: SG stops
-the gradient, there is no second network and no second forward. A random share alpha of the pairs is called unaligned in
-each step, and alpha grows with training:
+V, S are the normalized image and text embeddings of the N pairs in the global batch, a is their logit scale.
+The model is its own teacher: SG stops the gradient, and there is no second network or forward pass. In each
+step, a random share alpha of the pairs is treated as unaligned, and alpha grows during training:
 
     Z = a V S^T,  T = SG(V S^T) / tau_T
-    R = the transpose of sm(T^T), rows renormalised: how the texts would share a picture, told by the texts themselves
+    R = the transpose of sm(T^T), rows renormalized: soft targets, from each text's softmax over pictures
     L_aligned    mean over aligned pairs of 1/2 [CE(Z, I) + CE(Z^T, I)]
     L_unaligned  mean over unaligned pairs of 1/2 [KL(R || sm(Z)) + KL(R' || sm(Z^T))],  R' the same of T^T
     L            (1 - alpha) L_aligned + alpha L_unaligned
-    alpha        cosine: start + (end - start) (1 - cos(pi t)) / 2,  linear: start + (end - start) t,  constant: end,
-                 t the share of the steps that are done
+    alpha        cosine: start + (end - start) (1 - cos(pi t)) / 2,  linear: start + (end - start) t,
+                 constant: end,  t the share of the steps that are done
 
-Negatives are shared over the whole batch. alpha N is rounded to whole pairs, so L is one mean over all of them. Free
-choices, where the paper is silent: the range of alpha, the swap of the directions, how L adds up.
+All pairs of the batch serve as negatives. alpha N is rounded to whole pairs, so L is one mean over all pairs.
+Free choices, where the paper gives no detail: the range of alpha, the swap of directions in R, and how L
+combines its terms.
 
     student train --recipe psd --data data/demo
     student train --recipe psd --set schedule=linear --set alpha_end=0.5
 
-With --set teacher=cache a frozen teacher's cached embeddings stand in the place of SG(V), SG(S): another method than
-the paper's, for comparison.
+With --set teacher=cache, the cached embeddings of a frozen teacher replace SG(V), SG(S). This is not the
+paper's method; it serves as a comparison.
 
     tc build --teacher clip-lite && student train --recipe psd --set teacher=cache
 """
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Constants:
-    """The paper's constants where it names them."""
+    """The paper's constants, with its values where it gives them, and the student model."""
 
     alpha_start: float = 0.0  # free choice
     alpha_end: float = 0.8  # free choice
@@ -52,14 +53,18 @@ class Constants:
 
 
 def teacher_fields(constants: Constants) -> tuple[str, ...]:
-    """Return no field, unless a cache replaces the model as its teacher, or the student trains on features."""
+    """Return the teacher's embeddings for teacher=cache, else the fields that the student itself reads."""
     if constants.teacher not in ("self", "cache"):
         raise UserError(f"--set teacher={constants.teacher}: choose self or cache")
-    return ("image_emb", "text_emb") if constants.teacher == "cache" else clip.student_fields(constants)
+    return ("image_emb", "text_emb") if constants.teacher == "cache" else clip.fields_by_name(constants.model)
 
 
 def build(constants: Constants, setting: Setting) -> "Student":
-    """Build the student by name, and refuse shares and temperatures that make no sense."""
+    """Build the student model.
+
+    Raises:
+        UserError: A setting is out of range.
+    """
     for name in ("alpha_start", "alpha_end"):
         if not 0 <= getattr(constants, name) <= 1:
             raise UserError(f"--set {name}={getattr(constants, name):g}: a share is expected, from 0 to 1")
@@ -70,7 +75,7 @@ def build(constants: Constants, setting: Setting) -> "Student":
 
 
 def alpha(constants: Constants, progress: Progress) -> float:
-    """Return the share of unaligned pairs in a step."""
+    """Return alpha, the share of unaligned pairs in a step."""
     done = progress.step / max(1, progress.steps - 1)
     ramps = {"cosine": (1 - math.cos(math.pi * done)) / 2, "linear": done, "constant": 1.0}
     if constants.schedule not in ramps:
@@ -79,7 +84,16 @@ def alpha(constants: Constants, progress: Progress) -> float:
 
 
 def draw_unaligned(rows: int, share: float, step: int) -> "Tensor":
-    """Draw which pairs count as unaligned in a step, bool [rows]: the same on every rank, and in a resumed run."""
+    """Draw the pairs that a step treats as unaligned: the same on every rank and in a resumed run.
+
+    Args:
+        rows: Number of pairs N in the global batch.
+        share: alpha.
+        step: Seed of the draw.
+
+    Returns:
+        Mask of the unaligned pairs, bool [rows].
+    """
     import torch
 
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(step))
@@ -87,7 +101,11 @@ def draw_unaligned(rows: int, share: float, step: int) -> "Tensor":
 
 
 def loss(outputs: Outputs, fields: Batch, constants: Constants, progress: Progress) -> tuple[Terms, Notes]:
-    """Compute one term over the global batch; the note `unaligned` is alpha as it was rounded."""
+    """Compute L over the global batch.
+
+    Returns:
+        The term `psd`; the notes `scale` and `unaligned`, which is alpha rounded to whole pairs.
+    """
     from torch.nn.functional import normalize
 
     from student.losses import psd_loss
@@ -104,7 +122,7 @@ def loss(outputs: Outputs, fields: Batch, constants: Constants, progress: Progre
 PSD = Recipe(
     name="psd",
     paper="Robust Cross-Modal Representation Learning with Progressive Self-Distillation (2022)",
-    doc="the model teaches itself, more with every step: for noisy pairs",
+    doc="self-distillation with a growing share of soft targets, for noisy pairs",
     constants=Constants(),
     student=build,
     loss=loss,

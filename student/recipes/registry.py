@@ -1,4 +1,4 @@
-"""Recipes by name: an ordinary dict; plus those of installed packages."""
+"""The table of recipes by name, and the recipes of installed packages."""
 
 import importlib.metadata
 from typing import Any
@@ -25,15 +25,18 @@ RECIPES: dict[str, Recipe[Any]] = {
 
 
 def installed() -> dict[str, importlib.metadata.EntryPoint]:
-    """Return the recipes of installed packages by name, not yet imported."""
+    """Return the recipes of installed packages by name, without importing them."""
     return {point.name: point for point in importlib.metadata.entry_points(group=GROUP)}
 
 
 def find(name: str) -> Recipe[Any]:
-    """Return the recipe of a name, of an installed package, or of `package.module:RECIPE`.
+    """Return a recipe.
+
+    Args:
+        name: A name in `RECIPES`, the name of an installed package's recipe, or `package.module:RECIPE`.
 
     Raises:
-        UserError: No such recipe; the message names those that exist.
+        UserError: There is no such recipe (the message lists those that exist), or it is no Recipe.
     """
     points = installed()
     recipe = (

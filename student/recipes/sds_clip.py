@@ -1,41 +1,55 @@
-"""sds_clip: SDS-CLIP, distilling a text-to-image diffusion model into CLIP's image encoder (2024).
+"""Distill a text-to-image diffusion model into CLIP's image encoder (SDS-CLIP, 2024).
 
-f, g the student's image and text encoder, x a picture, c its caption, v(x) its latent, eps_theta the UNet of the
-teacher, frozen; h_w a linear map without a bias from the image embedding to the UNet's input, 512 x 16,384 with
-ViT-B/16 and Stable Diffusion (the paper's "about 8M" parameters).
+f, g are the student's image and text encoders, x is a picture, c its caption, v(x) its latent, and eps_theta
+the frozen UNet of the teacher. h_w is a linear map without bias from the image embedding to the UNet's input:
+512 x 16,384 with ViT-B/16 and Stable Diffusion (the paper's "about 8M" parameters).
 
-    Eq. 1  d(x, c) = E_{t, eps} ||eps_theta(z_t, t, c) - eps||^2,  z_t = sqrt(abar_t) v(x) + sqrt(1 - abar_t) eps
-    Eq. 3  L_SDS = E_{t, eps} ||eps_theta(z_t, t, c) - eps||^2,    z_t = sqrt(abar_t) h_w(f(x)) + sqrt(1 - abar_t) eps
+    Eq. 1  d(x, c) = E_{t, eps} ||eps_theta(z_t, t, c) - eps||^2,
+           z_t = sqrt(abar_t) v(x) + sqrt(1 - abar_t) eps
+    Eq. 3  L_SDS   = E_{t, eps} ||eps_theta(z_t, t, c) - eps||^2,
+           z_t = sqrt(abar_t) h_w(f(x)) + sqrt(1 - abar_t) eps
     Eq. 4  L = L_CLIP + lambda L_SDS
-    Eq. 5  minimized over the LayerNorms of f and g, and w; the gradient passes through the UNet, which is frozen
-    Eq. 6  L = L_CLIP + lambda ||h_w(f(x)) - I(x, c)||^2,  I(x, c) the UNet's output for v(x)    (appendix A.2: no help)
+    Eq. 5  minimized over w and the LayerNorms of f and g; the gradient passes through the frozen UNet
+    Eq. 6  L = L_CLIP + lambda ||h_w(f(x)) - I(x, c)||^2,  I(x, c) the UNet's output for v(x)
+           (appendix A.2: no gain)
 
     sds_weight  lambda
-    objective   score: Eq. 3; features: Eq. 6, I from the cache; none: L_CLIP alone, a baseline. Vanilla CLIP is `init`
-    train       layernorm, or all: full fine-tuning, a baseline
-    grad        full: the paper's; sds: without the UNet's Jacobian, as DreamFusion does: 2 sqrt(abar_t) (eps_theta -
-                eps) replaces the gradient with respect to h_w(f(x)), under the same value
+    objective   score: Eq. 3; features: Eq. 6 with I from the cache; none: L_CLIP alone, a baseline.
+                The paper's vanilla CLIP is the model of `init`
+    train       layernorm; or all: full fine-tuning, a baseline
+    grad        full: the paper's gradient; sds: without the UNet's Jacobian, as in DreamFusion. The loss has
+                the same value, its gradient with respect to h_w(f(x)) is 2 sqrt(abar_t) (eps_theta - eps)
 
-Free choices, where the paper is silent. ||.||^2 is the mean over elements, with which lambda = 0.001; for the sum over
-4 x 64 x 64 elements that is 16.4. One t, uniform in t_min to t_max - 1, and one eps for each row and epoch. h_w reads
-the normalized embedding of CLIP's joint space (unit_embedding=false: raw), and starts as nn.Linear does
-(latent_init=zero, or unit: latents of unit variance). layernorm leaves logit_scale frozen, and includes BatchNorm's
-weights if a tower has no LayerNorm (RN50). AdamW without weight decay, warm-up and cosine. L_CLIP is the mean of the
-two directions, as in the appendix's Eq. 7.
+Free choices, where the paper gives no detail:
 
-The text states c are read from the cache; only the UNet is loaded. It computes in bfloat16 where the device does,
-`unet_rows` rows at a time: forward and backward of these, then of the next, so that their number bounds its memory and
-nothing is computed twice. checkpoint=true keeps less of each; --dry-run prints the memory it needs. --micro-batch cuts
-batches besides, which bounds the student's memory and costs another forward of both.
+- ||.||^2 is the mean over elements, with lambda = 0.001. If the paper's norm is the sum over 4 x 64 x 64
+  elements, its lambda is 16.4 here.
+- Each row draws one eps and one t per epoch, t uniform from t_min to t_max - 1.
+- h_w reads the normalized embedding of CLIP's joint space (unit_embedding=false: the raw one). It is
+  initialized like nn.Linear (latent_init=zero: with zeros; unit: so that latents have unit variance).
+- layernorm freezes logit_scale too, and trains BatchNorm's weights if a tower has no LayerNorm (RN50).
+- AdamW has no weight decay; its schedule is warm-up and cosine.
+- L_CLIP is the mean of the two directions, as in Eq. 7 of the appendix.
 
-    python -m scripts.datasets.scenes --out data/scene-pairs && tc build --teacher sd-tiny --data data/scene-pairs
-    student train --recipe sds_clip --set init=runs/NAME          # a run or an exported folder to fine-tune
+The text states c are read from the cache, and only the UNet is loaded. It computes in bfloat16 if the device
+supports it, and processes `unet_rows` rows at a time, forward and backward, before the next ones: this bounds
+its memory, and nothing is computed twice. checkpoint=true keeps fewer activations; --dry-run prints the
+memory that is needed. --micro-batch also bounds the student's memory, at the cost of another forward pass of
+both models.
+
+    python -m scripts.datasets.scenes --out data/scene-pairs
+    tc build --teacher sd-tiny --data data/scene-pairs
+    student train --recipe sds_clip --set init=runs/NAME          # the run or exported folder to fine-tune
     student train --recipe sds_clip --set init=FOLDER --set objective=none
-    tc build --teacher sd-tiny --outputs text_states,latents,unet_features:100+out --data data/scene-pairs    # Eq. 6
+
+Eq. 6 needs the UNet's outputs in the cache:
+
+    tc build --teacher sd-tiny --outputs text_states,latents,unet_features:100+out --data data/scene-pairs
+    student train --recipe sds_clip --set init=FOLDER --set objective=features
 """
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 from student.recipe import (
     Batch,
@@ -58,6 +72,7 @@ if TYPE_CHECKING:
 
     from student.contract import Student
     from teachercache.cache.store import Cache
+    from teachercache.teachers.diffusion.model import Diffusion
     from teachercache.teachers.teacher import Teacher
 
 CHOICES = {
@@ -70,25 +85,25 @@ CHOICES = {
 
 @dataclasses.dataclass(frozen=True)
 class Constants:
-    """The paper's constants, the switches of its tables, and how the UNet is run."""
+    """The paper's constants, the switches of its tables, how the UNet is run, and the student model."""
 
     sds_weight: float = 0.001  # lambda of Eq. 4 and 6
     objective: str = "score"  # or features, none
     train: str = "layernorm"  # or all
     grad: str = "full"  # or sds
     t_min: int = 0
-    t_max: int = 1000  # t is below it
-    latent_init: str = "default"  # start of h_w: or zero, unit; free choice
+    t_max: int = 1000  # exclusive
+    latent_init: str = "default"  # initialization of h_w; or zero, unit; free choice
     unit_embedding: bool = True  # h_w reads unit embeddings; free choice
-    unet_rows: int = 16  # rows that the UNet computes at a time, 0 for all
+    unet_rows: int = 16  # rows that the UNet processes at a time, 0 for all
     checkpoint: bool = False  # recompute the UNet's inner activations instead of keeping them
     unet_precision: str = "auto"  # or float32, bfloat16
     model: str = "vit-tiny-long"
-    init: str = ""  # a run or an exported folder to start from
+    init: str = ""  # a run folder or exported folder to start from
 
 
 def objective(constants: Constants) -> str:
-    """Return which term is added to L_CLIP; "none" if its weight is 0."""
+    """Return the objective whose term is added to L_CLIP; "none" if the weight is 0."""
     for name, choices in CHOICES.items():
         if getattr(constants, name) not in choices:
             raise UserError(f"--set {name}={getattr(constants, name)}: choose from {', '.join(choices)}")
@@ -96,12 +111,16 @@ def objective(constants: Constants) -> str:
 
 
 def teacher_fields(constants: Constants) -> tuple[str, ...]:
-    """Return text states for the UNet, or its outputs for the pictures' own latents."""
+    """Return the cached fields of the objective: text states (Eq. 3), or the UNet's outputs I (Eq. 6)."""
     return {"score": ("text_states",), "features": ("unet_feature",), "none": ()}[objective(constants)]
 
 
 def build(constants: Constants, setting: Setting) -> "Student":
-    """Build the student by name; parameters that do not train are frozen, and so in no optimizer."""
+    """Build the student model, and freeze the parameters that are not trained.
+
+    Raises:
+        UserError: A setting is out of range, or the model has no LayerNorm to train.
+    """
     from teachercache.core.progress import say
 
     if not 0 <= constants.t_min < constants.t_max:
@@ -112,16 +131,21 @@ def build(constants: Constants, setting: Setting) -> "Student":
         raise UserError(f"--set unet_rows={constants.unet_rows}: a number of rows is expected, 0 for all")
     student = clip.build_by_name(constants.model, constants.init)
     if constants.train == "layernorm":
-        freeze_all_but_norms(student)
+        freeze_all_but_norms(cast("nn.Module", student))
         if not constants.init:
             say(
-                "WARNING: only the LayerNorms of a random model will train: pass --set init=FOLDER, or train=all"
+                "WARNING: only the LayerNorms of a random model will be trained: pass --set init=FOLDER, or "
+                "--set train=all"
             )
     return student
 
 
-def freeze_all_but_norms(student: Any) -> None:
-    """Freeze all parameters except those of normalization layers."""
+def freeze_all_but_norms(student: "nn.Module") -> None:
+    """Freeze all parameters except those of LayerNorm and BatchNorm layers.
+
+    Raises:
+        UserError: There are no such layers.
+    """
     from torch import nn
 
     norms = [
@@ -138,8 +162,8 @@ def freeze_all_but_norms(student: Any) -> None:
         parameter.requires_grad_(id(parameter) in trained)
 
 
-def heads(constants: Constants, student: Any, shapes: Shapes) -> "nn.Module | None":
-    """Build h_w, to the UNet's input or to its outputs."""
+def heads(constants: Constants, student: "Student", shapes: Shapes) -> "nn.Module | None":
+    """Build h_w, which maps to the UNet's input (Eq. 3) or output (Eq. 6); None if neither is needed."""
     from student.models.heads import LatentSpace
 
     field = {"score": "latent", "features": "unet_feature", "none": ""}[objective(constants)]
@@ -147,16 +171,15 @@ def heads(constants: Constants, student: Any, shapes: Shapes) -> "nn.Module | No
         return None
     if field not in shapes:
         raise UserError(
-            f"the cache has no field {field}, whose shape h_w needs: build another with `tc build "
+            f"the cache has no field {field}, whose shape h_w needs: build another cache with `tc build "
             "--outputs text_states,latents`"
         )
-    return LatentSpace(
-        student.widths[0], shapes[field], start=constants.latent_init, unit=constants.unit_embedding
-    )
+    width, _ = cast(clip.PairStudent, student).widths
+    return LatentSpace(width, shapes[field], start=constants.latent_init, unit=constants.unit_embedding)
 
 
 def sample_noise(constants: Constants, shapes: Shapes) -> dict[str, Noise]:
-    """Return how a row's t and eps are drawn, if the UNet is asked for its score."""
+    """Return how a row's `t` and `noise` (eps) are drawn; {} without Eq. 3."""
     import numpy as np
 
     if objective(constants) != "score":
@@ -168,20 +191,30 @@ def sample_noise(constants: Constants, shapes: Shapes) -> dict[str, Noise]:
 
 
 def load(cache: "Cache", constants: Constants, device: str) -> "Teacher | None":
-    """Load the UNet, if its score is minimized."""
+    """Load the teacher's UNet onto the device, or return None without Eq. 3."""
     if objective(constants) != "score":
         return None
     from student.models.frozen_unet import load_unet
 
     teacher = load_unet(cache, device, precision=constants.unet_precision, checkpoint=constants.checkpoint)
-    num_steps = len(teacher.module.alphas_cumprod)
+    num_steps = len(cast("Diffusion", teacher.module).alphas_cumprod)
     if constants.t_max > num_steps:
         raise UserError(f"--set t_max={constants.t_max}: {teacher.spec.name} has {num_steps} time steps")
     return teacher
 
 
 def call(teacher: "Teacher", outputs: Outputs, fields: Batch, constants: Constants) -> Outputs:
-    """Compute Eq. 3 of each row, `error` [n], in the UNet's precision."""
+    """Compute Eq. 3 in the UNet's precision.
+
+    Args:
+        teacher: A diffusion model.
+        outputs: `latent`, h_w(f(x)) [n, channels, height, width].
+        fields: `noise` (eps) in the same shape, `t` [n], `text_states` (c) [n, length, dim].
+        constants: The kind of gradient, and the rows that the UNet processes at a time.
+
+    Returns:
+        `error` [n], the mean over elements of each row.
+    """
     import torch
 
     from student.models.frozen_unet import diffusion_errors
@@ -190,7 +223,7 @@ def call(teacher: "Teacher", outputs: Outputs, fields: Batch, constants: Constan
     latent = latent if latent.dtype == torch.float64 else latent.float()
     return {
         "error": diffusion_errors(
-            teacher.module,
+            cast("Diffusion", teacher.module),
             latent,
             noise.to(latent.dtype),
             fields["t"],
@@ -202,14 +235,19 @@ def call(teacher: "Teacher", outputs: Outputs, fields: Batch, constants: Constan
 
 
 def memory(teacher: "Teacher", rows: int, constants: Constants) -> str:
-    """Return a sentence about the UNet's memory in a step of so many rows."""
+    """Return a sentence about the UNet's memory in a step of `rows` rows."""
     from student.models.frozen_unet import memory_words
 
     return memory_words(teacher, min(rows, constants.unet_rows or rows))
 
 
 def loss(outputs: Outputs, fields: Batch, constants: Constants, progress: Progress) -> tuple[Terms, Notes]:
-    """Compute L_CLIP over the global batch and its regularizer."""
+    """Compute Eq. 4, or Eq. 6 for objective=features: L_CLIP over the global batch, plus the weighted term.
+
+    Returns:
+        The terms `task` and `sds` or `features`; the notes `scale` and for Eq. 3 `error`, the mean of its
+        errors.
+    """
     from student.losses import diffusion_loss
 
     terms, notes = clip.contrastive_loss(outputs)
@@ -224,9 +262,9 @@ def loss(outputs: Outputs, fields: Batch, constants: Constants, progress: Progre
 
 SDS_CLIP = Recipe(
     name="sds_clip",
-    paper="Distilling Knowledge from Text-to-Image Generative Models Improves Visio-Linguistic Reasoning in CLIP "
-    "(2024)",
-    doc="the score of a live diffusion UNet, for who stands where and which attribute is whose",
+    paper="Distilling Knowledge from Text-to-Image Generative Models Improves Visio-Linguistic Reasoning "
+    "in CLIP (2024)",
+    doc="score distillation from a diffusion UNet in the loop, for spatial relations and attribute binding",
     constants=Constants(),
     student=build,
     distill_heads=heads,

@@ -1,8 +1,9 @@
-"""vlkd: vision-language knowledge distillation into a BART that then captions and answers (VLKD, 2022).
+"""Distill CLIP into a BART that captions pictures and answers questions (VLKD, 2022).
 
-A pair of the batch is a picture and its text. CLIP is frozen and cached: v_cls, t_eos its picture and text embedding, V
-rows of its space; all normalized. E are the outputs of BART's encoder, e their mean over the text's tokens; W_e maps to
-CLIP's space, W'_e back (it starts as W_e's pseudo-inverse), W_i from CLIP's pictures.
+Each pair of the batch is a picture and its text. CLIP is frozen and cached: v_cls, t_eos are its image and
+text embeddings, V are rows of its embedding space, all normalized. E are the outputs of BART's encoder, e is
+their mean over the tokens of the text. W_e maps to CLIP's space; W'_e maps back and is initialized as the
+pseudo-inverse of W_e; W_i maps V to BART's space.
 
     e_norm  W_e e / |W_e e|
     TTDM    mean over pairs of | t_eos - e_norm |^2                                            section 3.2.1
@@ -10,34 +11,39 @@ CLIP's space, W'_e back (it starts as W_e's pseudo-inverse), W_i from CLIP's pic
     ICTI    mean over pairs of - sum_j log P(w_j | w_<j, C),  C = concat(W_i V, W'_e W_e E)    Eq. 1, 2
     L       1000 TTDM + ITCL + ICTI                                                            section 3.3
 
-E in C encodes the text with 15 % of its words in spans, of Poisson(3) words on average, replaced by one mask each
-(BART's text infilling); w is the whole text. visual=cls takes V = v_cls, as the paper does for ViT-B/16; visual=patches
-takes all patches, as for RN50x16. For a teacher without a [CLS] token (clip-lite), v_cls is its image embedding.
+E in C encodes a masked text: 15 % of its words are masked in spans with Poisson(3) lengths, and each span is
+replaced by a single mask (BART's text infilling). w is the whole text. visual=cls uses V = v_cls, as the
+paper does for ViT-B/16; visual=patches uses all patches, as for RN50x16. For a teacher without a [CLS] token
+(clip-lite), v_cls is its image embedding.
 
-As printed, TTDM is a sum over the dimensions and 1000 TTDM far above the other terms; the paper states that they are
-three magnitudes larger than TTDM, which holds for the mean over 512 dimensions: that would be ttdm=2.
+As printed, TTDM is a sum over the dimensions, and 1000 TTDM is far larger than the other terms. The paper
+states that the other terms are three orders of magnitude larger than TTDM, which holds for the mean over 512
+dimensions: that would be ttdm=2.
 
-Finetuning keeps the input of zero-shot use and minimizes the negative log-likelihood of the words that replace the
-masks:
+Finetuning has the same inputs as zero-shot use, and minimizes the negative log-likelihood of the words that
+replace the masks:
 
     stage=caption   "A picture of [MASK] x 6."           -> "A picture of <caption>."
     stage=vqa       "<question> Answer: [MASK] x 2."     -> "<question> Answer: <answer>."
     stage=scst      (CIDEr-D(greedy) - CIDEr-D(sampled)) log P(sampled), on captions, after stage=caption
 
-Free choices: the decoder is given the words before the first mask; W_i's start; an answer of VQA's ten is
-drawn as often as it was given. Table 10: batch 512, 200k steps, lr 5e-5 for BART-large; the defaults here are for the
-small BART on a laptop. Table 11: `--set optim.lr=6e-5 --set optim.eps=1e-8`, batch 40 and 20 epochs, or 32 and 10.
+Free choices: the words before the first mask are the decoder's prefix; the initialization of W_i; VQA's
+target is drawn from the ten answers of a question, in proportion to their counts.
+
+Table 10 uses batch 512, 200k steps and lr 5e-5 for BART-large; the defaults here fit the small BART on a
+laptop. Table 11 is `--set optim.lr=6e-5 --set optim.eps=1e-8` with batch 40 and 20 epochs (captions), or
+batch 32 and 10 (VQA).
 
     tc build --teacher clip-lite && student train --recipe vlkd
     student train --recipe vlkd --set model=bart-large --set optim.lr=5e-5 --batch-size 512 --steps 200000
     student train --recipe vlkd --set stage=caption --set init=runs/NAME --batch-size 40
-    student train --recipe vlkd --set stage=vqa --set init=runs/NAME --set data_share=0.01 --data vqa/ --batch-size 32
+    student train --recipe vlkd --set stage=vqa --set init=runs/NAME --set data_share=0.01 --data vqa/
     student generate runs/NAME --image cat.jpg
 """
 
 import dataclasses
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from student.recipe import Batch, Notes, Optim, Outputs, Progress, Recipe, Setting, Shapes, Terms
 from student.rows import Pairs
@@ -53,25 +59,25 @@ STAGES = ("distil", "caption", "vqa", "scst")
 
 @dataclasses.dataclass(frozen=True)
 class Constants:
-    """The paper's constants where it names them."""
+    """The paper's constants, with its values where it gives them, and the student model."""
 
-    ttdm: float = 1000.0  # gamma; table 7 switches by 0
-    itcl: float = 1.0
-    icti: float = 1.0
-    tau: float = 0.07  # where it starts
-    mask_share: float = 0.15  # of the words
+    ttdm: float = 1000.0  # weight gamma of TTDM; 0 switches a term off, as in table 7
+    itcl: float = 1.0  # weight of ITCL
+    icti: float = 1.0  # weight of ICTI
+    tau: float = 0.07  # initial value
+    mask_share: float = 0.15  # share of the words that are masked
     visual: str = "cls"  # or patches
     stage: str = "distil"  # or caption, vqa, scst
-    masks: int = 0  # of a prompt; 0: 6 for captions, 2 for answers
-    data_share: float = 1.0  # of the training rows: table 9, 1 %-shot VQA
+    masks: int = 0  # masks per prompt; 0: 6 for captions, 2 for answers
+    data_share: float = 1.0  # share of the training rows; 0.01 is table 9's 1 %-shot VQA
     model: str = "bart-tiny"  # or bart-base, bart-large, a name on the hub, a folder
-    scratch: bool = False  # the model's configuration and tokenizer without its weights
-    init: str = ""  # a run, or what `student export` made of one
-    max_text: int = 64  # sub-words
+    scratch: bool = False  # use the model's configuration and tokenizer with random weights
+    init: str = ""  # a run folder or exported folder to start from
+    max_text: int = 64  # sub-words per text
 
 
 def rows(constants: Constants) -> Pairs:
-    """Pairs that a stage can use, and the share of them that is asked for."""
+    """Return the kind of rows: the pairs that the stage can use, reduced to `data_share` of them."""
     from student.models.seq2seq.texts import choose_rows
 
     _check(constants)
@@ -81,24 +87,25 @@ def rows(constants: Constants) -> Pairs:
 
 
 def _check(constants: Constants) -> None:
-    """Refuse settings that make no sense."""
+    """Raise a UserError for invalid settings."""
     if constants.stage not in STAGES:
         raise UserError(f"--set stage={constants.stage}: choose from {', '.join(STAGES)}")
     if constants.visual not in ("cls", "patches"):
         raise UserError(f"--set visual={constants.visual}: choose from cls, patches")
     if not 0 < constants.mask_share <= 1 or not 0 < constants.data_share <= 1 or constants.masks < 0:
         raise UserError(
-            "--set mask_share and data_share are shares above 0, masks is a number or 0 for the paper's"
+            "--set mask_share and data_share are shares above 0 and up to 1; masks is a number of masks, "
+            "or 0 for the paper's"
         )
 
 
 def picture_field(constants: Constants) -> str:
-    """Return the cached field that V is."""
+    """Return the cached field that holds V."""
     return "patch_emb" if constants.visual == "patches" else "image_emb"
 
 
 def teacher_fields(constants: Constants) -> tuple[str, ...]:
-    """Return V, which the student reads, and the fields that the terms compare."""
+    """Return the field of V, which the student reads, and the fields that weighted terms compare."""
     fields = [picture_field(constants)]
     if constants.stage == "distil":
         fields += [
@@ -108,7 +115,11 @@ def teacher_fields(constants: Constants) -> tuple[str, ...]:
 
 
 def build(constants: Constants, setting: Setting) -> "Student":
-    """Build BART with its matrices into the cache's CLIP space, or start from `init`."""
+    """Build BART with W_i, W_e and W'_e for the cache's CLIP space, or load it from `init`.
+
+    Raises:
+        UserError: `init` was trained on a CLIP of another width.
+    """
     from student.models.seq2seq.loading import Reading, start_bart, start_from
     from student.models.seq2seq.self_critical import reward_of
     from student.models.seq2seq.texts import references
@@ -125,8 +136,8 @@ def build(constants: Constants, setting: Setting) -> "Student":
         )
     if student.text_out.out_features != width:
         raise UserError(
-            f"--set init={constants.init} was trained on a CLIP of width {student.text_out.out_features}, the cache's "
-            f"has {width}: pass a cache of the same teacher"
+            f"--set init={constants.init} was trained on a CLIP of width {student.text_out.out_features}, "
+            f"the cache is of one of width {width}: pass a cache of the same teacher"
         )
     student.aligned = bool(constants.ttdm or constants.itcl)
     if constants.stage == "scst":
@@ -135,15 +146,20 @@ def build(constants: Constants, setting: Setting) -> "Student":
     return student
 
 
-def heads(constants: Constants, student: Any, shapes: Shapes) -> "nn.Module | None":
-    """Build ITCL's temperature."""
+def heads(constants: Constants, student: "Student", shapes: Shapes) -> "nn.Module | None":
+    """Build ITCL's learnable temperature, or return None without ITCL."""
     from student.models.heads import Temperature
 
     return Temperature(constants.tau) if constants.stage == "distil" and constants.itcl else None
 
 
 def loss(outputs: Outputs, fields: Batch, constants: Constants, progress: Progress) -> tuple[Terms, Notes]:
-    """Compute every term that has a weight; in a finetuning stage its single term."""
+    """Compute the weighted terms of L, or in a finetuning stage its single term.
+
+    Returns:
+        The terms `ttdm`, `itcl`, `icti` (stage distil), `nll` (caption, vqa) or `scst`; and notes, among them
+        `nll_token`, the negative log-likelihood per token.
+    """
     from student.losses import scst_loss
 
     nll = outputs["nll"]
@@ -153,14 +169,18 @@ def loss(outputs: Outputs, fields: Batch, constants: Constants, progress: Progre
         return {"scst": scst_loss(nll, outputs["reward"], outputs["baseline"])}, notes
     if constants.stage != "distil":
         return {"nll": nll.float().mean()}, notes
-    terms, more = align_terms(outputs, fields, constants)
+    terms, align_notes = align_terms(outputs, fields, constants)
     if constants.icti:
         terms["icti"] = constants.icti * nll.float().mean()
-    return terms, notes | more
+    return terms, notes | align_notes
 
 
 def align_terms(outputs: Outputs, fields: Batch, constants: Constants) -> tuple[Terms, Notes]:
-    """Compute TTDM and ITCL, those that are switched on."""
+    """Compute TTDM and ITCL, as far as they have a weight.
+
+    Returns:
+        The terms `ttdm` and `itcl`; the notes `cos_text`, the mean cosine of t_eos and e_norm, and `tau`.
+    """
     from torch.nn.functional import normalize
 
     from student.losses import clip_loss, ttdm_loss
@@ -183,7 +203,7 @@ def align_terms(outputs: Outputs, fields: Batch, constants: Constants) -> tuple[
 VLKD = Recipe(
     name="vlkd",
     paper="Enabling Multimodal Generation on CLIP via Vision-Language Knowledge Distillation (2022)",
-    doc="a cached CLIP into a BART, which then captions and answers",
+    doc="a cached CLIP distilled into a BART that captions pictures and answers questions",
     constants=Constants(),
     rows=rows,
     student=build,
