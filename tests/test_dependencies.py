@@ -9,7 +9,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("teachercache", "evaluation", "student")
-OURS = {*PACKAGES, "scripts", "tests", *(path.stem for path in (ROOT / "tests" / "helpers").glob("*.py"))}
+# Names of our packages, and of all modules and folders below tests/ (helpers, packages that tests install)
+OURS = {*PACKAGES, "scripts", "tests", *(path.stem for path in (ROOT / "tests").rglob("*"))}
 
 # Distributions whose name differs from the module's
 DISTRIBUTIONS = {

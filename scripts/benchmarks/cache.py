@@ -7,17 +7,16 @@ import argparse
 import dataclasses
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from scripts.benchmarks.memory import DIM, empty_cache, put_block, vectors
 from scripts.benchmarks.report import HEAD, Figures, Line, alternate, compare, cores, middle, number
-from teachercache.build.decode import WorkItem, decoded
+from teachercache.build.decode import Batch, WorkItem, decoded
 from teachercache.build.forward import rows_for
 from teachercache.build.loop import BuildOptions, build, plan
 from teachercache.cache import store
@@ -28,7 +27,7 @@ from teachercache.core.progress import say
 from teachercache.data.manifest import Manifest
 from teachercache.data.read import read_manifest
 from teachercache.teachers.registry import load
-from teachercache.teachers.teacher import Teacher
+from teachercache.teachers.teacher import Inputs, Teacher
 
 SCATTERED = 1024
 BAR = 0.95  # relative to the bare forward pass, if the teacher is the bottleneck
@@ -214,7 +213,7 @@ def rates(
     began: list[float] = []
     starts: list[float] = []
 
-    def encode(module: torch.nn.Module, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def encode(module: torch.nn.Module, inputs: Inputs) -> dict[str, torch.Tensor]:
         began.append(time.perf_counter())
         return teacher.encode(module, inputs)
 
@@ -260,9 +259,9 @@ def pieces(manifest: Manifest, batch_size: int) -> Iterator[WorkItem]:
         yield WorkItem(tuple(rows), texts=range(manifest.texts))
 
 
-def on_device(batch: dict[str, Any], device: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def on_device(batch: Batch, device: str, dtype: torch.dtype) -> Inputs:
     """Move the tensors of a decoded batch to the device, as the build does."""
-    inputs = {}
+    inputs: Inputs = {}
     if "image" in batch:
         inputs["image"] = batch["image"][0].to(device, dtype, memory_format=torch.channels_last)
     if "text" in batch:

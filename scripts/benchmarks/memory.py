@@ -42,7 +42,7 @@ BAR = "<= 16"  # growth of a job in bytes per row; a vector has 1,024 bytes
 BARS = {"manifest": "-", "join": "<= 128"}
 Start = Callable[[], None]  # a job calls it when counting starts
 FIELD = Field("text_emb", (DIM,), "text", "float16", "random")
-SPEC = TeacherSpec("bench", "random:0", "0" * 64, ("embeddings",), (FIELD,), {"size": [1, 1]}, {}, {})
+SPEC = TeacherSpec("bench", "random:0", "0" * 64, ("embeddings",), (FIELD,), {}, {}, {}, inputs=("text",))
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -101,7 +101,7 @@ def cheap_teacher() -> Teacher:
         SPEC,
         Table(),
         lambda module, inputs: {"text_emb": module(inputs["text"])},
-        lambda picture: picture,
+        None,
         lambda texts: torch.tensor([[int(text.rpartition(" ")[2] or 0) % 256] for text in texts]),
     )
 
@@ -127,8 +127,8 @@ def job_write(folder: Path, rows: int, start: Start) -> None:
     store.finish(cache)
 
 
-def job_build(folder: Path, rows: int, start) -> None:
-    """The real build loop with a teacher that costs nothing, one decoding process."""
+def job_build(folder: Path, rows: int, start: Start) -> None:
+    """Run the build loop with the minimal teacher and one decoding process."""
     from teachercache.build.loop import BuildOptions, build
 
     manifest = load_manifest(folder / "manifest.parquet")

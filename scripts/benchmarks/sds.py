@@ -48,10 +48,10 @@ def make_diffusion() -> Diffusion:
     return Diffusion(unet, None, torch.nn.Identity(), alphas_cumprod=alphas, prediction="epsilon").to(DEVICE)
 
 
-def make_step(module: Diffusion, **constants: Any) -> tuple[TrainStep, dict[str, torch.Tensor]]:
+def make_step(module: Diffusion, **changes: Any) -> tuple[TrainStep, dict[str, torch.Tensor]]:
     """Build the step of `student train` and a random batch."""
     TINY["bench"] = copy.deepcopy(TINY["vit-tiny"])
-    constants = dataclasses.replace(SDS_CLIP.constants, model="bench", **constants)
+    constants = dataclasses.replace(SDS_CLIP.constants, model="bench", **changes)
     recipe = dataclasses.replace(SDS_CLIP, constants=constants)
     torch.manual_seed(2)
     shapes = {"latent": LATENT}
@@ -158,7 +158,10 @@ def bench_sds(options: argparse.Namespace) -> list[str]:
         compare("grad=sds", times, "sds", "bare", **bare),
         compare("L_CLIP alone", times, "none", "bare", **bare),
     ]
-    sizes = num_weights(module.unet) / 1e6, num_weights(make_step(module)[0].student) / 1e6
+    sizes = (
+        num_weights(module.unet) / 1e6,
+        sum(map(torch.numel, make_step(module)[0].student.parameters())) / 1e6,
+    )
     note = (
         f"A UNet of {sizes[0]:.1f}M parameters on latents of {LATENT}, a student of {sizes[1]:.1f}M, batch {BATCH}: "
         "seconds per step. Memory is an estimate of the weights and of all tensors at the peak of the UNet's forward and "

@@ -50,7 +50,7 @@ def set_up(name: str, data: str, *, live: bool = False) -> Setup:
         recipe, batch=BATCH, steps=4, constants=dataclasses.replace(recipe.constants, model="bench")
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    run = Run(data=data, cache=CACHE, out="unused", device=device, live=live)
+    run = Run(data=data, cache=CACHE, out="unused", device=device, online_teacher=live)
     prepared = prepare(recipe, run)
     batch = {key: value.to(device) for key, value in prepared.batches[0].items()}
     return Setup(recipe, run, prepared.step.to(device), batch)

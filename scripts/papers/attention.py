@@ -14,7 +14,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from evaluation.studies.modality_importance import (
 )
 from student.inference.answerer import RowsOfRun, TaskModel, is_task_run, load_task_model
 from student.inputs.questions import read_question
+from student.models.single_stream.model import SingleStream
 from student.models.single_stream.tokenizer import SPECIAL, encode_pairs, load_tokenizer
 from teachercache.cache import store
 from teachercache.core.device import pick_device
@@ -50,11 +51,10 @@ class AttentionReader:
         if "region_box" not in self.model.student.row_inputs.fields:
             raise UserError(f"{run} does not read words and regions: pass runs of uniter, vl-bert or villa")
         self.tokenizer, self.device = load_tokenizer(run), device
-        self.model.student.bert.config._attn_implementation = (
-            "eager"  # only "eager" returns attention weights
-        )
+        bert = cast(SingleStream, self.model.student).bert
+        bert.config._attn_implementation = "eager"  # only "eager" returns attention weights
         self.weights: list[torch.Tensor] = []
-        for layer in self.model.student.bert.encoder.layer:
+        for layer in bert.encoder.layer:
             layer.attention.self.register_forward_hook(
                 lambda _, inputs, output: self.weights.append(output[1][:, :, :1])
             )

@@ -39,7 +39,7 @@ def of_json(text: str) -> str:
 
 
 def of_tensors(path: Path) -> dict[str, str]:
-    """Return a digest of a safetensors file's tensors by sorted name, and one that knows no names."""
+    """Return a digest of the tensors in a safetensors file sorted by name, and a digest without the names."""
     import torch
     from safetensors.torch import load_file
 
@@ -136,7 +136,7 @@ def of_output(text: str) -> Any:
 
 
 def facts_of(name: str, path: Path, output: Path) -> Any:
-    """Return what the record says of a command's result, or of its output."""
+    """Return the facts about the result of a command or about its output."""
     if name.startswith("prints/"):
         return of_output(output.read_text())
     if name.startswith("runs/"):

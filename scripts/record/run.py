@@ -83,7 +83,7 @@ def attempt(function: Callable[..., None], *words: Any) -> int:
 
 
 def write_facts(name: str, place: Path, out: Path) -> None:
-    """Write what the record says of a result beside its log."""
+    """Write the facts about a result next to its log."""
     place.with_suffix(".json").write_text(json.dumps(facts_of(name, out, place.with_suffix(".out"))))
 
 
