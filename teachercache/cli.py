@@ -5,6 +5,7 @@ from pathlib import Path
 
 import click
 
+from teachercache.cli_output import print_info, print_manifest
 from teachercache.core.command import run_command
 from teachercache.core.errors import UserError
 from teachercache.core.paths import as_path
@@ -109,25 +110,7 @@ def manifest(
     if as_json:
         print(jsonlib.dumps(facts))
         return
-    low, high = facts["texts"]
-    for path, kind in facts["formats"].items():
-        print(f"format     {kind}  ({path})")
-    print(
-        f"rows       {facts['rows']:,}, {facts['pictures']:,} with a picture, {facts['tasks']:,} with task columns"
-    )
-    print(f"texts      {low if low == high else f'{low} to {high}'} a row")
-    for name in ("splits", "labels"):
-        counts = [f"{value or '(none)'} {count:,}" for value, count in facts[name].items()]
-        print(
-            f"{name:10} {', '.join(counts[:10]) or '(none)'}{f', ... {len(counts):,} in all' * (len(counts) > 10)}"
-        )
-    for row in facts["first"]:
-        print(f"  {row['key']}  {row['image'] or '(no picture)'}  {' | '.join(row['texts'])[:200]}")
-        if row["task"]:
-            print(f"    {row['task'][:200]}")
-    print(f"problems   {facts['unusable']:,} rows" if facts["unusable"] else "problems   none found")
-    for problem, count in facts["problems"].items():
-        print(f"  {count:,}: {problem}")
+    print_manifest(facts)
 
 
 @tc.command()
@@ -209,7 +192,9 @@ def build(
     device = devices.pick_device(device)
     dtype = devices.pick_precision(precision, device)
     manifest = read_manifest(data, limit=limit)
-    if weights.startswith("random:"):
+    from teachercache.teachers.weights import random_seed
+
+    if random_seed(weights) is not None:
         say(
             f"WARNING: --weights {weights}: the true architecture of {name} with random weights; it knows nothing"
         )
@@ -265,22 +250,7 @@ def info(cache: str, as_json: bool) -> None:
         }
         print(jsonlib.dumps({**to_dict(meta), **facts}))
         return
-    print(
-        f"teacher    {meta.spec.name} ({meta.spec.weights}), weights {meta.spec.digest[:12]}, {meta.precision}"
-    )
-    print(
-        f"data       {meta.data}, {meta.rows:,} rows, {meta.texts} texts a row"
-        + (f", {meta.views} augmented views a picture" if meta.views else "")
-    )
-    print(
-        f"blocks     {len(done)} of {meta.num_blocks} done, {meta.block_rows:,} rows each, {size / 1e6:,.1f} MB"
-    )
-    print(f"unusable   {len(invalid)}")
-    for field in opened.fields.values():
-        shape = "x".join(map(str, field.array_shape(meta.rows, meta.texts, meta.views)))
-        print(f"  {field.name:18} {shape:>18} {field.dtype:8} {field.doc}")
-    for name, value in meta.spec.constants.items():
-        print(f"  {name:12} {value:.6g}")
+    print_info(opened, blocks_done=len(done), unusable=len(invalid), size=size)
 
 
 @tc.command()
@@ -410,7 +380,7 @@ def analyze(cache, against, out, kind, points, as_json) -> None:
         as_path(cache), against=against and as_path(against), out=out, kind=kind, points=points
     )
     if as_json:
-        from teachercache.analysis.report.one_cache import as_json as json_of
+        from teachercache.analysis.report.as_json import as_json as json_of
 
         print(json_of(found))
         return

@@ -1,18 +1,19 @@
 """An index on disk: facts beside it, whole writes, mapped reads, whether it is of this cache. Not for building one."""
 
-import contextlib
 import dataclasses
 import json
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, TYPE_CHECKING, Any
 
 from teachercache.cache import store
 from teachercache.cache.spec import fingerprint
 from teachercache.core.errors import UserError
-from teachercache.core.paths import is_url, write_whole
+from teachercache.core.paths import is_url, stream_whole, write_whole
 from teachercache.data.manifest import digest_rows, load_manifest
+
+if TYPE_CHECKING:
+    import faiss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,27 +111,19 @@ def check_index(cache: store.Cache, field: str) -> IndexRecord:
     return facts
 
 
-def write_index(index: Any, path: Path) -> int:
-    """Write an index so that it is whole or not there, without a second copy in memory; its bytes."""
-    faiss = faiss_module()
-    with _replacing(path) as file:
-        faiss.write_index(index, faiss.PyCallbackIOWriter(file.write))
-    return path.stat().st_size
+def write_index(index: "faiss.Index", path: Path) -> int:
+    """Write an index atomically and without a second copy in memory; return its bytes."""
 
+    def write(file: IO[bytes]) -> None:
+        module.write_index(index, module.PyCallbackIOWriter(file.write))
 
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Any]:
-    """A file to write that takes its place when it is whole; an upload to a URL appears when it is closed."""
-    if is_url(path):
+    module = faiss_module()
+    if is_url(path):  # streamed: the upload appears when it is closed
         with path.open("wb") as file:
-            yield file
-        return
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+            write(file)
+    else:
+        stream_whole(path, write)
+    return path.stat().st_size
 
 
 def read_index(cache: store.Cache, facts: IndexRecord, *, write: bool = False) -> Any:

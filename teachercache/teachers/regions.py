@@ -20,7 +20,7 @@ from teachercache.core.errors import UserError
 from teachercache.data.views import describe_view, image_view
 from teachercache.teachers.clip.lite import vision_trunk
 from teachercache.teachers.teacher import Inputs, Teacher
-from teachercache.teachers.weights import digest_weights
+from teachercache.teachers.weights import digest_weights, random_seed
 
 NUM_REGIONS = {"regions": 37, "regions-lite": 10}  # the whole picture and so many boxes more, less one
 # Squashed to a square of fixed size: boxes are shares of the picture, so they need not know. 608 is the multiple of 32
@@ -152,13 +152,11 @@ def _detector(weights: str) -> nn.Module:
     from torchvision.models.detection import FasterRCNN
     from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
-    seed = weights.removeprefix("random:")
-    if seed != weights and not seed.isdigit():
-        raise UserError(f"--weights {weights}: write random:SEED, for example random:0")
+    seed = random_seed(weights)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(seed) if seed != weights else 0)
+        torch.manual_seed(seed or 0)
         module = FasterRCNN(resnet_fpn_backbone(backbone_name="resnet50", weights=None), num_classes=CLASSES)
-    if seed != weights:
+    if seed is not None:
         return module
     state = _state(weights)
     if not any(name.endswith("num_batches_tracked") for name in state):

@@ -150,7 +150,7 @@ def test_examples_keep_their_lines(capsys):
         (["--device", "abacus"], "--device abacus: not a device; try cpu"),
         (["--device", "mps"], "--device mps"),
         (["--precision", "fp64"], "--precision fp64: choose from auto, fp32, bf16, fp16"),
-        (["--precision", "fp16"], "--precision fp16 is not for the CPU"),
+        (["--precision", "fp16"], "--precision fp16 does not work on the CPU"),
         (["--batch-size", "0"], "--batch-size"),
         (["--limit", "many"], "--limit"),
         (["--wieghts", "random:0"], "--weights"),
@@ -254,7 +254,7 @@ def test_interrupt_is_one_line_and_130(teacher_folder, photos, tmp_path, capsys,
     monkeypatch.setattr("teachercache.build.loop.build", interrupt)
     words = ["--teacher", teacher_folder, "--data", photos, "--out", tmp_path / "c.zarr", *HERE]
     assert run("build", *words) == 130
-    assert capsys.readouterr().err.splitlines()[-1] == "stopped; the same command goes on where it left off"
+    assert capsys.readouterr().err.splitlines()[-1] == "stopped; run the same command to resume"
 
 
 def test_no_command_and_unknown_commands(capsys):

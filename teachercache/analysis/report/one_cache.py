@@ -4,7 +4,6 @@ A row in it is always under `row`, `rows` or `neighbours`, so that whoever shows
 """
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -336,66 +335,3 @@ def groups_of_rows(subject: Subject, known: PerRow, centres: np.ndarray) -> list
                 }
             )
     return found
-
-
-# ----------------------------------------------------------------------------------------------------
-# Slices
-
-
-def slices(
-    subject: Subject, columns: dict[str, np.ndarray], most: int = 60
-) -> dict[str, list[dict[str, Any]]]:
-    """Means of per-row numbers by label, split and folder, largest slices first."""
-    table = subject.manifest.table.select(["key", "label", "split"])
-    names = {kind: table[kind].to_numpy()[subject.rows] for kind in ("label", "split")}
-    if len(np.unique(names["label"])) < 2:
-        keys = table["key"].to_pylist()
-        names["folder"] = np.array(
-            [keys[row].rpartition("/")[0] for row in subject.rows.tolist()], dtype=object
-        )
-    said = {}
-    for kind, values in names.items():
-        found, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-        if 2 <= len(found) < max(3, len(values) / 2):
-            order = np.argsort(-counts, kind="stable")[:most]
-            said[kind] = [
-                {
-                    "name": found[i] or "(none)",
-                    "num_rows": int(counts[i]),
-                    **{name: _mean(column[inverse == i]) for name, column in columns.items()},
-                }
-                for i in order
-            ]
-    return said
-
-
-def _mean(values: np.ndarray) -> float | None:
-    kept = values[~np.isnan(values)]
-    return float(kept.mean()) if len(kept) else None
-
-
-def slice_columns(known: PerRow) -> dict[str, np.ndarray]:
-    """What slices are compared by."""
-    found = np.where(np.isnan(known.found), np.nan, known.found <= 1)
-    columns = {
-        "cosine to text": known.similarity,
-        "surprise": known.surprise,
-        "text->image R@1": found,
-        "distance to neighbours": known.lonely,
-    }
-    return {name: values for name, values in columns.items() if not np.isnan(values).all()}
-
-
-def as_json(report: Any) -> str:
-    """JSON that any reader takes: nan as null."""
-    return json.dumps(_plain(report), indent=1, allow_nan=False)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(name): _plain(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    return None if isinstance(value, float) and not np.isfinite(value) else value

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from teachercache.analysis.report.one_cache import as_json
+from teachercache.analysis.report.as_json import as_json
 from teachercache.analysis.report.rows import Shown, as_category
 from teachercache.analysis.report.thumbnails import ACROSS, Thumbnails
 from teachercache.core.errors import UserError

@@ -14,10 +14,11 @@ import numpy as np
 
 from teachercache.analysis import clusters
 from teachercache.analysis.maps import KINDS
-from teachercache.analysis.report import maps, thumbnails
+from teachercache.analysis.report import maps, slices, thumbnails
 from teachercache.analysis.report import one_cache as describe
 from teachercache.analysis.report import rows as shown
 from teachercache.analysis.report import two_caches as compare
+from teachercache.analysis.report.as_json import as_json
 from teachercache.analysis.report.atlas import write_points
 from teachercache.analysis.report.figures import draw_figures
 from teachercache.analysis.report.opened import MAPPED, Subject, open_subject
@@ -54,8 +55,8 @@ def analyze(
         with _section("two caches"):
             said["against"], overlap = compare.against(first, second, joined)
         said["against"]["cache"] = describe.head(second)
-    columns = {**describe.slice_columns(known), **({} if second is None else {"neighbours kept": overlap})}
-    said["slices"] = describe.slices(first, columns)
+    columns = {**slices.slice_columns(known), **({} if second is None else {"neighbours kept": overlap})}
+    said["slices"] = slices.slices(first, columns)
     with _section("map"):
         rows = shown.rows_to_show(first, said, points)
         part = _shown(first, second, rows, said, known, columns, moments, kind)
@@ -171,7 +172,7 @@ def _write(
 ) -> list[str]:
     """All files of the folder, report.json first."""
     out.mkdir(parents=True, exist_ok=True)
-    write_whole(out / "report.json", describe.as_json(said) + "\n")
+    write_whole(out / "report.json", as_json(said) + "\n")
     how = "PCA of all rows" if kind == "pca" else "UMAP of the rows that are shown"
     note = f"{how}; {len(part.rows):,} of {len(first.main):,} rows. Neighbours are among these."
     with _section("page"):

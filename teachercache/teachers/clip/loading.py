@@ -35,7 +35,7 @@ from teachercache.teachers.clip.layers import (
 from teachercache.teachers.clip.towers import describe
 from teachercache.teachers.clip.word_selection import Words, WordSelection
 from teachercache.teachers.teacher import Inputs, Teacher
-from teachercache.teachers.weights import digest_weights, hub_answers
+from teachercache.teachers.weights import digest_weights, hub_answers, random_seed
 
 
 def load_clip(name: str, *, architecture: str, tag: str, weights: str, outputs: tuple[str, ...]) -> Teacher:
@@ -47,8 +47,8 @@ def load_clip(name: str, *, architecture: str, tag: str, weights: str, outputs: 
         )
     if source.startswith("local-dir:"):
         module, preprocess = open_folder(source.removeprefix("local-dir:"))
-    elif weights.startswith("random:"):
-        module, preprocess = _random(architecture, weights)
+    elif (seed := random_seed(weights)) is not None:
+        module, preprocess = _random(architecture, seed)
     else:
         module, preprocess = _pretrained(name, architecture, tag, weights)
     tokenizer = _tokenizer(source)
@@ -209,13 +209,10 @@ def build_module(
     return module, {**preprocess, "size": module.visual.image_size}
 
 
-def _random(architecture: str, weights: str) -> tuple[Any, dict[str, Any]]:
-    seed = weights.removeprefix("random:")
-    if not seed.isdigit():
-        raise UserError(f"--weights {weights}: write random:SEED, for example random:0")
+def _random(architecture: str, seed: int) -> tuple[Any, dict[str, Any]]:
     if architecture.startswith("hf-hub:"):
         raise UserError(
-            f"--weights {weights} needs an architecture that is known here: try --teacher clip-vit-b16"
+            f"--weights random:{seed} needs an architecture without download: try --teacher clip-vit-b16"
         )
     model_cfg = open_clip.get_model_config(architecture)
     if model_cfg is None:
@@ -223,7 +220,7 @@ def _random(architecture: str, weights: str) -> tuple[Any, dict[str, Any]]:
             f"open_clip knows no model '{architecture}': {closest(architecture, open_clip.list_models())}"
         )
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(seed))
+        torch.manual_seed(seed)
         return build_module(model_cfg, {})
 
 
@@ -265,7 +262,7 @@ def _fields(module: Any, view: Any, tokenizer: Any, taps: Taps) -> tuple[Field, 
     """What the taps give, by asking the module once."""
     from PIL import Image
 
-    inputs = {"image": view(Image.new("RGB", (32, 32)))[None], "text": tokenizer(["a"])}
+    inputs: Inputs = {"image": view(Image.new("RGB", (32, 32)))[None], "text": tokenizer(["a"])}
     with torch.inference_mode():
         fields = encode(module, inputs, taps=taps)
     return tuple(

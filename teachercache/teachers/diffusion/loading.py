@@ -28,7 +28,7 @@ from teachercache.teachers.diffusion.outputs import (
     parse_outputs,
 )
 from teachercache.teachers.teacher import Teacher
-from teachercache.teachers.weights import digest_weights, hub_answers
+from teachercache.teachers.weights import digest_weights, hub_answers, random_seed
 
 HOME = Path(__file__).with_name("sd_tiny")
 SD_V1_4 = "CompVis/stable-diffusion-v1-4"
@@ -56,7 +56,7 @@ Tokenize = Callable[[list[str]], Int[Tensor, "texts length"]]
 
 def load_diffusion(name: str, *, source: str, weights: str, outputs: tuple[str, ...]) -> Teacher:
     """A diffusion teacher of `hub:ORG/NAME` or `folder:PATH`; `random:SEED`, or another folder, as --weights."""
-    seed = _seed(weights)
+    seed = random_seed(weights)
     if seed is not None and source == f"hub:{SD_V1_4}":
         module, tokenize, tokenizer = random_sd_v1(seed)
     else:
@@ -129,19 +129,10 @@ def _tokenize(tokenizer: Any, length: int, texts: list[str]) -> Int[Tensor, "tex
 # Where it comes from
 
 
-def _seed(weights: str) -> int | None:
-    seed = weights.removeprefix("random:")
-    if seed == weights:
-        return None
-    if not seed.isdigit():
-        raise UserError(f"--weights {weights}: write random:SEED, for example random:0")
-    return int(seed)
-
-
 def _folder(name: str, source: str, weights: str) -> Path:
     """The folder of a teacher; from the hub the first time."""
     kind, _, place = source.partition(":")
-    if weights != "pretrained" and _seed(weights) is None:
+    if weights != "pretrained" and random_seed(weights) is None:
         if kind == "folder" and place:
             raise UserError(
                 f"--weights {weights}: the folder {name} brings its own weights; leave --weights away"

@@ -21,6 +21,7 @@ from teachercache.analysis.report import opened as subject
 from teachercache.analysis.report import thumbnails
 from teachercache.analysis.report import two_caches as compare
 from teachercache.analysis.report import write as report
+from teachercache.analysis.report.as_json import as_json
 from teachercache.analysis.report.write import analyze
 from teachercache.cache import store
 from teachercache.data.manifest import make_manifest, write_manifest
@@ -132,7 +133,7 @@ def test_every_file_is_there_and_agrees(planted):
         "matrix.png",
         "spectrum.png",
     }
-    assert json.loads((out / "report.json").read_text()) == json.loads(describe.as_json(found))
+    assert json.loads((out / "report.json").read_text()) == json.loads(as_json(found))
     assert page_data(out, "report") == json.loads((out / "report.json").read_text())
     for name in ("map.png", "similarity.png"):
         assert np.asarray(Image.open(out / name).convert("L")).std() > 5

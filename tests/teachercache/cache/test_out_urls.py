@@ -24,6 +24,7 @@ from student.inputs.caches import training_rows
 from student.inputs.pairs import Batches
 from teachercache.cache import store
 from teachercache.cache.lease import is_lease, lease
+from teachercache.cache.repair import damaged_blocks
 from teachercache.cli import main
 from teachercache.core.errors import UserError
 from teachercache.core.paths import as_path
@@ -114,7 +115,7 @@ def test_a_killed_build_goes_on_and_is_what_a_local_one_is(write: int, url, teac
     run_build(teacher, data, tmp_path / "local.zarr")
     assert_same(url, tmp_path / "local.zarr")
     cache = store.open_complete(url)
-    assert store.damaged_blocks(cache) == {}
+    assert damaged_blocks(cache) == {}
     assert run_build(teacher, data, url).rows_written == 0
 
 
@@ -244,7 +245,7 @@ def test_what_cannot_be_written_is_one_line(s3, teacher_folder, tmp_path, capsys
     )
     other = as_path(s3())
     (other / "c.zarr" / "notes.txt").write_bytes(b"mine")
-    assert "is there and is no cache: pass another --out" in error_of(capsys, *words, other / "c.zarr")
+    assert "exists and is not a cache: pass another --out" in error_of(capsys, *words, other / "c.zarr")
     assert objects(other / "c.zarr") == {"notes.txt": b"mine"}
 
 
