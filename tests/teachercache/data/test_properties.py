@@ -53,9 +53,9 @@ def test_a_manifest_has_every_key_once_or_is_refused_by_the_key_that_comes_twice
         assert manifest.column("key") == keys
         assert digest_rows(manifest.table) == digest_rows(manifest.table.take(np.arange(len(keys))[::-1]))
         return
-    with pytest.raises(UserError, match="comes twice") as error:
+    with pytest.raises(UserError, match="is repeated") as error:
         make_manifest("d", Path("d"), samples)
-    named = str(error.value).removeprefix("key '").rpartition("' comes twice")[0]
+    named = str(error.value).removeprefix("key '").rpartition("' is repeated")[0]
     assert keys.count(named) > 1
 
 

@@ -363,7 +363,7 @@ def test_digest_does_not_depend_on_how_arrow_chunks_the_table():
 
 
 def test_key_that_comes_twice_is_refused():
-    with pytest.raises(UserError, match=r"key 'a' comes twice in some/data"):
+    with pytest.raises(UserError, match=r"key 'a' is repeated in some/data"):
         manifest_of([Sample("a", "1.png"), Sample("a", "2.png")])
 
 
