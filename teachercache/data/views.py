@@ -107,12 +107,12 @@ def draw_params(augment: Augment, key: str, view: int, *, width: int, height: in
     crop_height = min(max(round(math.sqrt(area / ratio)), 1), height)
     top, left = int(draw[2] * (height - crop_height + 1)), int(draw[3] * (width - crop_width + 1))
     spread = (2 * draw[5:9] - 1) * (draw[9] < augment.jitter)
-    colours = [
+    colors = [
         1 + spread[i] * getattr(augment, name)
         for i, name in enumerate(("brightness", "contrast", "saturation"))
     ]
     flip, gray = draw[4] < augment.flip, draw[10] < augment.gray
-    values = [top, left, crop_height, crop_width, flip, *colours, spread[3] * augment.hue, gray]
+    values = [top, left, crop_height, crop_width, flip, *colors, spread[3] * augment.hue, gray]
     return np.array(values, np.float32)
 
 

@@ -374,8 +374,8 @@ def test_verify_on_changed_data(photos, teacher_folder, tmp_path, capsys):
 def test_verify_on_pictures_that_changed_without_a_trace(teacher_folder, tmp_path, capsys):
     data = tmp_path / "data"
     data.mkdir()
-    for name, colour in (("a", "black"), ("b", "red")):
-        Image.new("RGB", (8, 8), colour).save(data / f"{name}.bmp")
+    for name, color in (("a", "black"), ("b", "red")):
+        Image.new("RGB", (8, 8), color).save(data / f"{name}.bmp")
     assert run("build", "--teacher", teacher_folder, "--data", data, "--out", tmp_path / "c.zarr", *HERE) == 0
     Image.new("RGB", (8, 8), "white").save(data / "a.bmp")
     assert "the live teacher says something else" in error_of(capsys, "verify", tmp_path / "c.zarr")

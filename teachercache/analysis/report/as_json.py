@@ -7,7 +7,7 @@ import numpy as np
 
 
 def as_json(report: Any) -> str:
-    """JSON that any reader takes: nan as null."""
+    """Return a report as strict JSON, with null for nan."""
     return json.dumps(_plain(report), indent=1, allow_nan=False)
 
 

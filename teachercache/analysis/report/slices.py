@@ -11,7 +11,7 @@ from teachercache.analysis.report.opened import Subject
 def slices(
     subject: Subject, columns: dict[str, np.ndarray], most: int = 60
 ) -> dict[str, list[dict[str, Any]]]:
-    """Means of per-row numbers by label, split and folder, largest slices first."""
+    """Return means of per-row numbers by label, split and folder, largest slices first."""
     table = subject.manifest.table.select(["key", "label", "split"])
     names = {kind: table[kind].to_numpy()[subject.rows] for kind in ("label", "split")}
     if len(np.unique(names["label"])) < 2:
@@ -19,20 +19,20 @@ def slices(
         names["folder"] = np.array(
             [keys[row].rpartition("/")[0] for row in subject.rows.tolist()], dtype=object
         )
-    said = {}
+    result = {}
     for kind, values in names.items():
-        found, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-        if 2 <= len(found) < max(3, len(values) / 2):
+        names_found, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+        if 2 <= len(names_found) < max(3, len(values) / 2):
             order = np.argsort(-counts, kind="stable")[:most]
-            said[kind] = [
+            result[kind] = [
                 {
-                    "name": found[i] or "(none)",
+                    "name": names_found[i] or "(none)",
                     "num_rows": int(counts[i]),
                     **{name: _mean(column[inverse == i]) for name, column in columns.items()},
                 }
                 for i in order
             ]
-    return said
+    return result
 
 
 def _mean(values: np.ndarray) -> float | None:
@@ -40,13 +40,13 @@ def _mean(values: np.ndarray) -> float | None:
     return float(kept.mean()) if len(kept) else None
 
 
-def slice_columns(known: PerRow) -> dict[str, np.ndarray]:
-    """What slices are compared by."""
-    found = np.where(np.isnan(known.found), np.nan, known.found <= 1)
+def slice_columns(per_row: PerRow) -> dict[str, np.ndarray]:
+    """Return the numbers that slices are compared by."""
+    hits = np.where(np.isnan(per_row.rank), np.nan, per_row.rank <= 1)
     columns = {
-        "cosine to text": known.similarity,
-        "surprise": known.surprise,
-        "text->image R@1": found,
-        "distance to neighbours": known.lonely,
+        "cosine to text": per_row.similarity,
+        "surprise": per_row.surprise,
+        "text->image R@1": hits,
+        "distance to neighbours": per_row.lonely,
     }
     return {name: values for name, values in columns.items() if not np.isnan(values).all()}

@@ -1,6 +1,6 @@
-"""`tc analyze`: one cache, or two beside each other, into a folder with a page, numbers, figures and a table.
+"""`tc analyze`: write a report of one cache, or of two, into a folder: page, numbers, figures and a table.
 
-report.json holds every number and is written first. Not for computing: see `describe.py`.
+report.json holds every number and is written first.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ from teachercache.core.progress import say
 
 
 def default_out(cache: Any, against: Any = None) -> Path:
-    """Beside the cache, <name>.report; in this folder where the cache is at a URL."""
+    """Return <name>.report beside the cache, or in the current folder for a cache at a URL."""
     name = Path(str(cache)).name.removesuffix(".zarr")
     more = f"-{Path(str(against)).name.removesuffix('.zarr')}" if against else ""
     return (Path() if is_url(cache) else Path(cache).parent) / f"{name}{more}.report"
@@ -40,10 +40,10 @@ def default_out(cache: Any, against: Any = None) -> Path:
 def analyze(
     cache: Any, *, against: Any = None, out: Path, kind: str = "pca", points: int = MAPPED
 ) -> tuple[dict[str, Any], list[str]]:
-    """Write the report of a cache; its numbers, and what was written, a line each."""
+    """Write the report of a cache; return its numbers, and a line about each file."""
     if kind not in KINDS:
         raise UserError(f"--map {kind}: choose from {', '.join(KINDS)}")
-    plotly_source()  # its absence is told before anything is computed
+    plotly_source()  # raises before anything is computed if it is missing
     if out.exists() and not (out.is_dir() and ((out / "report.json").exists() or not any(out.iterdir()))):
         raise UserError(f"{out} exists and is no report: pass another --out")
     first = open_subject(cache)
@@ -70,7 +70,7 @@ def analyze(
 
 @contextlib.contextmanager
 def _section(name: str) -> Iterator[None]:
-    """Say how long a part took where that was long."""
+    """Print the duration of a section if it was long."""
     start = time.monotonic()
     yield
     if time.monotonic() - start > 2:
@@ -78,7 +78,7 @@ def _section(name: str) -> Iterator[None]:
 
 
 def _one(subject: Subject) -> tuple[dict[str, Any], describe.PerRow, dict[str, Any]]:
-    """All sections of one cache; what was known of each row; the moments."""
+    """Compute all sections of one cache; also return the numbers of each row and the moments."""
     known = describe.empty_per_row(len(subject.main))
     head = describe.head(subject)
     said: dict[str, Any] = {
@@ -91,11 +91,11 @@ def _one(subject: Subject) -> tuple[dict[str, Any], describe.PerRow, dict[str, A
     }
     with _section("the space"):
         said["space"], moments = describe.space(subject)
-    centres = None
+    centers = None
     try:
         with _section("clusters"):
-            centres = clusters.fit_centres(subject.main)
-            said["clusters"] = describe.groups_of_rows(subject, known, centres)
+            centers = clusters.fit_centers(subject.main)
+            said["clusters"] = describe.groups_of_rows(subject, known, centers)
     except UserError as error:
         said["left_out"]["clusters"] = str(error)
     sections: dict[str, Callable[[], Any]] = {"duplicates": lambda: describe.duplicates(subject)}
@@ -106,7 +106,7 @@ def _one(subject: Subject) -> tuple[dict[str, Any], describe.PerRow, dict[str, A
             "matrix": lambda: describe.matrix(subject, known),
         }
     with _section("neighbours"):
-        said["outliers"], said["hubness"] = describe.crowd(subject, known, centres)
+        said["outliers"], said["hubness"] = describe.crowd(subject, known, centers)
     for name, make in sections.items():
         with _section(name):
             said[name] = make()
@@ -123,7 +123,7 @@ def _shown(
     moments: dict[str, Any],
     kind: str,
 ) -> Shown:
-    """The rows of the page, with all that it shows of them."""
+    """Collect the data of the rows on the page."""
     placed = maps.make_maps(first, rows, moments, kind=kind)
     found: list[dict[str, Any]] = [
         {"title": name, "parts": [{"what": name.removesuffix("s"), "xy": placed[name]}]}
@@ -140,7 +140,7 @@ def _shown(
                 ],
             }
         )
-    lists = shown.neighbour_lists(first, rows)
+    lists = shown.neighbor_lists(first, rows)
     if second is not None:
         at = store.join(second.cache, first.manifest.table["key"].take(rows))
         alike = (first.pictures is None) == (second.pictures is None)
@@ -152,29 +152,29 @@ def _shown(
                     "parts": [{"what": found[0]["parts"][0]["what"], "xy": xy}],
                 }
             )
-            lists = shown.neighbour_lists(first, rows, second.main, at)
-    colours: dict[str, list[str] | np.ndarray] = {}
+            lists = shown.neighbor_lists(first, rows, second.main, at)
+    colors: dict[str, list[str] | np.ndarray] = {}
     for name in ("label", "split"):
         values = shown.names_of(first, rows, name)
         if len(set(values)) > 1:
-            colours[name] = values
+            colors[name] = values
     if "clusters" in said:
         words = {one["number"]: ", ".join(one["keywords"]) or str(one["number"]) for one in said["clusters"]}
         number = shown.at_rows(first, known.cluster.astype(float), rows)
-        colours["group"] = [words.get(int(i), "(none)") if i == i else "(none)" for i in number]
-    colours |= {name: shown.at_rows(first, values, rows) for name, values in columns.items()}
-    colours = colours or {"all": ["all"] * len(rows)}
-    return Shown(rows, shown.names_of(first, rows, "key"), shown.texts_of(first, rows), colours, found, lists)
+        colors["group"] = [words.get(int(i), "(none)") if i == i else "(none)" for i in number]
+    colors |= {name: shown.at_rows(first, values, rows) for name, values in columns.items()}
+    colors = colors or {"all": ["all"] * len(rows)}
+    return Shown(rows, shown.names_of(first, rows, "key"), shown.texts_of(first, rows), colors, found, lists)
 
 
 def _write(
     said: dict[str, Any], part: Shown, small: thumbnails.Thumbnails, first: Subject, kind: str, out: Path
 ) -> list[str]:
-    """All files of the folder, report.json first."""
+    """Write all files of the folder, report.json first."""
     out.mkdir(parents=True, exist_ok=True)
     write_whole(out / "report.json", as_json(said) + "\n")
     how = "PCA of all rows" if kind == "pca" else "UMAP of the rows that are shown"
-    note = f"{how}; {len(part.rows):,} of {len(first.main):,} rows. Neighbours are among these."
+    note = f"{how}; {len(part.rows):,} of {len(first.main):,} rows. Neighbors are among these."
     with _section("page"):
         write_whole(out / "report.html", make_page(said, part, small, thumbnails.sheets(small), note=note))
     figures = draw_figures(said, part, out)

@@ -231,7 +231,7 @@ def test_prune_is_for_local_caches(url, teacher, tmp_path):
     sorted(data.rglob("*.png"))[0].unlink()
     before = objects(url)
     with pytest.raises(
-        UserError, match=r"--prune works on local caches: build s3://.*/c\.zarr anew into another --out"
+        UserError, match=r"--prune works on local caches: build s3://.*/c\.zarr again into another --out"
     ):
         run_build(teacher, data, url, prune=True)
     assert objects(url) == before

@@ -78,8 +78,8 @@ def vectors(rows: int, dim: int = 16, seed: int = 0) -> np.ndarray:
 def clusters(rows: int, spread: float = 0.4) -> np.ndarray:
     """Vectors in clusters, as embeddings are."""
     random = np.random.default_rng(4)
-    centres = random.standard_normal((60, 32))
-    return (centres[random.integers(60, size=rows)] + spread * random.standard_normal((rows, 32))).astype(
+    centers = random.standard_normal((60, 32))
+    return (centers[random.integers(60, size=rows)] + spread * random.standard_normal((rows, 32))).astype(
         np.float16
     )
 
