@@ -1,10 +1,33 @@
-"""Print the results of `tc manifest` and `tc info` for a person."""
+"""Print the results of commands for a person."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from teachercache.cache.store import Cache
+    from teachercache.teachers.teacher import Entry
+
+
+def print_teachers(ours: "Mapping[str, Entry]", installed: Mapping[str, str]) -> None:
+    """Print the names that `--teacher` takes: ours, those of installed packages by name and origin, and other forms."""
+    for name, entry in ours.items():
+        print(f"{name:18} {entry.doc}  [{', '.join(entry.outputs)}]")
+    for name, doc in installed.items():
+        print(f"{name:18} {doc}")
+    print(
+        "and open_clip:MODEL/TAG, hf:ORG/NAME, diffusers:ORG/NAME, a folder of open_clip or diffusers, a run of "
+        "`student train`, package.module:entry"
+    )
+
+
+def print_report(report: Mapping[str, Any]) -> None:
+    """Print what `verify_cache` returned."""
+    for block, reason in report["damaged"].items():
+        print(f"block {block}: {reason}")
+    for name, reason in report["files"].items():
+        print(f"{name}: {reason}")
+    for name, values in report["cosine"].items():
+        print(f"{name}: cosine to the recomputed values min {values['min']:.6f}, mean {values['mean']:.6f}")
 
 
 def print_manifest(facts: Mapping[str, Any]) -> None:

@@ -300,7 +300,7 @@ def test_what_cannot_be_analyzed(tmp_path, planted, capsys):
     cache = planted["cache"].path
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("")
-    assert "is no report: pass another --out" in error_of(
+    assert "is not a report: pass another --out" in error_of(
         capsys, "analyze", cache, "--out", tmp_path / "other"
     )
     assert "choose from pca, umap" in error_of(
