@@ -8,7 +8,7 @@ import io
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from teachercache.core.errors import UserError
 
@@ -18,7 +18,7 @@ def is_url(path: object) -> bool:
     return "://" in str(path)
 
 
-def as_path(text: Any) -> Any:
+def as_path(text: str | Path) -> Path:
     """Return a Path, or a UPath if the text is a URL. Listings of a URL are not cached."""
     if not is_url(text) or not isinstance(text, str):
         return Path(text) if isinstance(text, str) else text
@@ -29,7 +29,7 @@ def as_path(text: Any) -> Any:
         assert path.fs is not None  # imports its driver, which may be missing
     except (ImportError, ValueError) as error:
         raise UserError(f"{text}: {error}; for s3:// run pip install 'teachercache[s3]'") from error
-    return path
+    return cast(Path, path)  # has the methods of a Path, and is declared as one throughout
 
 
 def write_whole(path: Path, content: bytes | str, *, tag: str = "") -> None:

@@ -10,10 +10,14 @@ import posixpath
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, TYPE_CHECKING, TypeVar, cast
 
 from teachercache.core.errors import UserError
 from teachercache.core.paths import as_path, is_url
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
+    from upath import UPath
 
 # Headers of a tar file are read in blocks of this size, which skips larger images. Smaller images are read along: one
 # request takes as long as the transfer of about a megabyte.
@@ -41,14 +45,14 @@ Result = TypeVar("Result")
 # Paths
 
 
-def here(path: Any) -> Any:
+def here(path: Path) -> Path:
     """Return the path with a driver of this process: fsspec's event loops and connections do not survive a
     fork.
     """
     return as_path(str(path)) if is_url(path) else path
 
 
-def below(root: Any, name: str) -> Any:
+def below(root: Path, name: str) -> Path:
     """Join a name to a root. A URL replaces the root; `..` goes up inside the bucket of a URL."""
     if is_url(name):
         return as_path(name)
@@ -66,7 +70,7 @@ def join_relative(folder: str, name: str) -> str:
     return f"{folder.rstrip('/')}/{name}" if is_url(folder) else os.path.normpath(os.path.join(folder, name))
 
 
-def common_root(roots: list[Any]) -> Any:
+def common_root(roots: list[Path]) -> Path:
     """Return the common parent of several roots. Local paths beside URLs, and URLs of two buckets, have the
     parent of the local ones.
     """
@@ -82,7 +86,7 @@ def common_root(roots: list[Any]) -> Any:
     return Path(os.path.commonpath(local)) if local else Path()
 
 
-def seen_from(root: Any, own: Any) -> str:
+def seen_from(root: Path, own: Path) -> str:
     """Return a root relative to a common root, or its URL if it lies elsewhere."""
     if not is_url(own):
         return os.path.relpath(own, root)
@@ -103,7 +107,7 @@ def last_part(url: str) -> str:
     return url.split("://")[-1].rstrip("/").split("/")[-1]
 
 
-def _split(url: Any) -> tuple[str, str, str]:
+def _split(url: Path | str) -> tuple[str, str, str]:
     """Return scheme, bucket and the rest of a URL; the scheme of a local path is empty."""
     scheme, _, rest = str(url).rpartition("://")
     bucket, _, folder = rest.partition("/")
@@ -114,48 +118,48 @@ def _split(url: Any) -> tuple[str, str, str]:
 # Listings
 
 
-def kind(path: Any) -> str:
+def kind(path: Path) -> str:
     """Return `file`, `directory`, or an empty string if nothing exists at a URL."""
     try:
-        return path.fs.info(path.path)["type"]
+        return _fs(path).info(_key(path))["type"]
     except FileNotFoundError as error:
         if isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, FileNotFoundError):
             raise error.__cause__ from error  # fsspec's http wraps a broken connection in it
         return ""
 
 
-def glob_url(pattern: str) -> list[tuple[Any, bool]]:
+def glob_url(pattern: str) -> list[tuple[Path, bool]]:
     """Return the sorted paths that match a pattern, and whether each is a folder, with one listing."""
     path = as_path(pattern)
-    found = path.fs.glob(path.path, detail=True)
+    found = _fs(path).glob(_key(path), detail=True)
     return [
-        (as_path(path.fs.unstrip_protocol(name)), found[name]["type"] == "directory")
+        (as_path(_fs(path).unstrip_protocol(name)), found[name]["type"] == "directory")
         for name in sorted(found)
     ]
 
 
-def children(folder: Any) -> list[tuple[Any, bool]]:
+def children(folder: Path) -> list[tuple[Path, bool]]:
     """Return the sorted entries of a folder, and whether each is a folder, with one listing."""
     if not is_url(folder):
         return sorted((Path(entry.path), entry.is_dir()) for entry in os.scandir(folder))
     return [(folder / name, size is None) for name, size in sorted(_listing(folder).items())]
 
 
-def _listing(folder: Any) -> dict[str, int | None]:
+def _listing(folder: Path) -> dict[str, int | None]:
     """Return the names in a folder at a URL with their bytes, None for folders; {} if the folder does not
     exist.
     """
     _refuse_http(folder)
     try:
-        found = folder.fs.ls(folder.path, detail=True)
+        found = _fs(folder).ls(_key(folder), detail=True)
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    own = folder.path.strip("/")  # object stores may hold an empty object with the name of the folder
+    own = _key(folder).strip("/")  # object stores may hold an empty object with the name of the folder
     sizes = {info["name"].strip("/"): None if info["type"] == "directory" else info["size"] for info in found}
     return {posixpath.basename(name): size for name, size in sizes.items() if name != own}
 
 
-def walk(root: Any) -> Iterator[tuple[str, dict[str, int | None]]]:
+def walk(root: Path) -> Iterator[tuple[str, dict[str, int | None]]]:
     """Yield the folders below a root in sorted order, each with its files and, if a listing has them, their
     bytes.
     """
@@ -166,9 +170,9 @@ def walk(root: Any) -> Iterator[tuple[str, dict[str, int | None]]]:
             yield "" if relative == "." else relative, dict.fromkeys(files)
         return
     _refuse_http(root)
-    start = len(root.path.rstrip("/")) + 1
+    start = len(_key(root).rstrip("/")) + 1
     folders: dict[tuple[str, ...], dict[str, int | None]] = {}
-    for name, info in root.fs.find(root.path, detail=True).items():
+    for name, info in _fs(root).find(_key(root), detail=True).items():
         *above, last = name[start:].split("/")
         if last and info["type"] == "file":
             folders.setdefault(tuple(above), {})[last] = info["size"]
@@ -176,22 +180,22 @@ def walk(root: Any) -> Iterator[tuple[str, dict[str, int | None]]]:
         yield "/".join(parts), folders[parts]
 
 
-def is_http(path: Any) -> bool:
+def is_http(path: Path | str) -> bool:
     """Return whether a path lies on a web server, which cannot list folders."""
     return str(path).startswith(("http://", "https://"))
 
 
-def _refuse_http(path: Any) -> None:
+def _refuse_http(path: Path) -> None:
     if is_http(path):
         raise UserError(
             f"{path}: folders cannot be listed over http: pass a .tar, .parquet, .csv, .json or .txt file"
         )
 
 
-def file_size(path: Any) -> int:
+def file_size(path: Path) -> int:
     """Return the bytes of a file, 0 if it does not exist: the build then quarantines its row."""
     try:
-        return path.fs.info(path.path)["size"] or 0 if is_url(path) else path.stat().st_size
+        return _fs(path).info(_key(path))["size"] or 0 if is_url(path) else path.stat().st_size
     except FileNotFoundError:
         return 0
     except OSError:
@@ -200,7 +204,7 @@ def file_size(path: Any) -> int:
         return 0
 
 
-def sizes_below(root: Any) -> Callable[[str], int | None]:
+def sizes_below(root: Path) -> Callable[[str], int | None]:
     """Return a function from a path below a root to its bytes, None if it does not exist.
 
     A folder at a URL is listed when its first file is looked up, a thousand files per request.
@@ -225,11 +229,11 @@ def sizes_below(root: Any) -> Callable[[str], int | None]:
 # Contents
 
 
-def open_file(path: Any, block: int) -> Any:
+def open_file(path: Path, block: int) -> IO[bytes]:
     """Open a binary file for random access; at a URL `block` bytes are read ahead."""
     if not is_url(path):
         return open(path, "rb")
-    file = path.fs.open(path.path, "rb", block_size=block, cache_type="readahead" if block else "none")
+    file = _fs(path).open(_key(path), "rb", block_size=block, cache_type="readahead" if block else "none")
     if getattr(file, "size", 0) is None:
         raise UserError(
             f"the server of {path} does not support byte ranges: download the file and pass its path"
@@ -237,7 +241,7 @@ def open_file(path: Any, block: int) -> Any:
     return file
 
 
-def read_small(root: Any, files: list[tuple[str, int | None]]) -> Iterator[bytes]:
+def read_small(root: Path, files: list[tuple[str, int | None]]) -> Iterator[bytes]:
     """Yield the contents of small files below a root; at a URL many requests run at once.
 
     Args:
@@ -249,9 +253,9 @@ def read_small(root: Any, files: list[tuple[str, int | None]]) -> Iterator[bytes
         return
     for start in range(0, len(files), SMALL_FILES_AT_ONCE):
         part = files[start : start + SMALL_FILES_AT_ONCE]
-        wanted = [(below(root, name).path, size) for name, size in part if size]
+        wanted = [(_key(below(root, name)), size) for name, size in part if size]
         paths, ends = [path for path, _ in wanted], [size for _, size in wanted]
-        found = iter(root.fs.cat_ranges(paths, [0] * len(paths), ends, on_error="raise") if paths else ())
+        found = iter(_fs(root).cat_ranges(paths, [0] * len(paths), ends, on_error="raise") if paths else ())
         yield from (next(found) if size else b"" for _, size in part)
 
 
@@ -271,13 +275,13 @@ def in_order(function: Callable[[Item], Result], items: list[Item]) -> Iterator[
         pool.shutdown(cancel_futures=True)
 
 
-def read_range(path: Any, offset: int = 0, size: int | None = None) -> bytes:
+def read_range(path: Path, offset: int = 0, size: int | None = None) -> bytes:
     """Return bytes of a file at a URL with one request; raise FileNotFoundError if it does not exist."""
     end = None if size is None else offset + size
     if size == 0:
         return b""
     # with a start, even for a whole file: otherwise s3fs requests the size first
-    content = persistently(lambda: path.fs.cat_file(path.path, start=offset, end=end), path)
+    content = persistently(lambda: _fs(path).cat_file(_key(path), start=offset, end=end), path)
     whole = size is not None and len(content) > size  # from a web server without byte ranges
     return content[offset:end] if whole else content
 
@@ -286,7 +290,7 @@ def read_range(path: Any, offset: int = 0, size: int | None = None) -> bytes:
 # Errors
 
 
-def persistently(read: Callable[[], bytes], path: Any) -> bytes:
+def persistently(read: Callable[[], bytes], path: Path) -> bytes:
     """Return the result of a read, retried after a broken connection.
 
     A file that does not exist (FileNotFoundError) or is too short (b"") makes a row unusable. Other errors of
@@ -313,7 +317,7 @@ def persistently(read: Callable[[], bytes], path: Any) -> bytes:
 
 
 @contextlib.contextmanager
-def explain_errors(path: Any, *, action: str = "read") -> Iterator[None]:
+def explain_errors(path: Path | str, *, action: str = "read") -> Iterator[None]:
     """Turn a broken connection, missing rights and a missing bucket into a UserError that lists what to
     check.
     """
@@ -333,6 +337,16 @@ def explain_errors(path: Any, *, action: str = "read") -> Iterator[None]:
         raise UserError(f"cannot {action} {path}: {_reason(error)}; {_advice(path)}") from error
 
 
+def _fs(path: Path) -> "AbstractFileSystem":
+    """Return the file system of a UPath; paths that are not URLs never get here."""
+    return cast("UPath", path).fs
+
+
+def _key(path: Path) -> str:
+    """Return the path of a UPath inside its file system."""
+    return cast("UPath", path).path
+
+
 def _from_network(error: Exception) -> bool:
     return isinstance(error, OSError) or type(error).__module__.split(".")[0] in DRIVERS
 
@@ -349,7 +363,7 @@ def _reason(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _advice(path: Any) -> str:
+def _advice(path: Path | str) -> str:
     if str(path).startswith(("s3://", "s3a://")):
         return (
             "check the bucket's name, the credentials (AWS_PROFILE, AWS_ACCESS_KEY_ID) and AWS_ENDPOINT_URL"

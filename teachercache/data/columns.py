@@ -43,7 +43,7 @@ def _holds_bytes(kind: "pa.DataType") -> bool:
     return types.is_binary(kind) or types.is_large_binary(kind)
 
 
-def picture_in_row(path: Any, row: int) -> bytes:
+def picture_in_row(path: Path, row: int) -> bytes:
     """Return the bytes of the image of a row; raise OSError or LookupError with a reason if there are
     none.
     """
@@ -66,7 +66,7 @@ def picture_in_row(path: Any, row: int) -> bytes:
     return value
 
 
-def _beside(path: Any, name: str) -> bytes:
+def _beside(path: Path, name: str) -> bytes:
     """Read an image that a cell refers to by path; the path must lie in the folder of the file."""
     folder = path.parent if is_url(path) else path.parent.resolve()
     beside = below(folder, name) if is_url(path) else (folder / name).resolve()
@@ -76,7 +76,7 @@ def _beside(path: Any, name: str) -> bytes:
 
 
 @functools.lru_cache(maxsize=2)
-def _open_parquet(path: Any, process: int, changed: int, size: int) -> "ParquetPictures":
+def _open_parquet(path: Path, process: int, changed: int, size: int) -> "ParquetPictures":
     return ParquetPictures(path)
 
 
@@ -88,7 +88,7 @@ def _open_arrow(path: Path, process: int, changed: int, size: int) -> "ArrowPict
 class ParquetPictures:
     """The image column of a Parquet file, with one row group, or a part of a large one, in memory."""
 
-    def __init__(self, path: Any):
+    def __init__(self, path: Path):
         self.file = open_parquet(path)
         self.column = picture_column(self.file.schema_arrow)
         groups = range(self.file.metadata.num_row_groups)
@@ -134,7 +134,7 @@ class ArrowPictures:
         return self.values[row].as_py()
 
 
-def open_parquet(path: Any) -> Any:
+def open_parquet(path: Path) -> Any:
     """Open a ParquetFile: memory-mapped, or at a URL with ranged reads and no read-ahead."""
     import pyarrow.parquet as pq
 

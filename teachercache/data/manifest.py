@@ -10,6 +10,7 @@ import itertools
 import json
 import zlib
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from teachercache.core.errors import UserError
@@ -40,7 +41,7 @@ class Manifest:
     """
 
     data: str
-    root: Any
+    root: Path
     table: "pa.Table"
     digest: str
 
@@ -110,7 +111,7 @@ def schema() -> "pa.Schema":
     )
 
 
-def make_manifest(data: str, root: Any, samples: Iterable[Sample], *, limit: int | None = None) -> Manifest:
+def make_manifest(data: str, root: Path, samples: Iterable[Sample], *, limit: int | None = None) -> Manifest:
     """Collect rows into a Manifest; raise UserError if there are none or a key is repeated."""
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -157,7 +158,7 @@ def row_digests(table: "pa.Table") -> "np.ndarray":
     return np.frombuffer(digests, "S16")
 
 
-def write_manifest(manifest: Manifest, path: Any) -> None:
+def write_manifest(manifest: Manifest, path: Path) -> None:
     """Write a Parquet file that `--data` accepts, atomically."""
     import pyarrow.parquet as pq
 
@@ -166,7 +167,7 @@ def write_manifest(manifest: Manifest, path: Any) -> None:
     stream_whole(path, lambda file: pq.write_table(table, file, write_page_checksum=True))
 
 
-def load_manifest(path: Any) -> Manifest:
+def load_manifest(path: Path) -> Manifest:
     """Load a manifest that `write_manifest` wrote."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -193,7 +194,7 @@ def load_manifest(path: Any) -> Manifest:
     return Manifest(stored["data"], as_path(stored["root"]), table, stored["digest"])
 
 
-def manifest_keys(path: Any) -> Iterator["pa.Array"]:
+def manifest_keys(path: Path) -> Iterator["pa.Array"]:
     """Yield the keys of a stored manifest in order, in chunks: the table is never in memory as a whole."""
     import pyarrow as pa
     import pyarrow.parquet as pq

@@ -2,7 +2,8 @@
 
 import functools
 import io
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from teachercache.core.paths import is_url
 from teachercache.core.urls import below, here, persistently, read_range
@@ -38,7 +39,7 @@ def read_bytes(manifest: Manifest, sample: Sample) -> bytes:
         raise BadSample(str(error.args[0])) from error
 
 
-def _content(path: Any, sample: Sample) -> bytes:
+def _content(path: Path, sample: Sample) -> bytes:
     """Read the bytes of an image: a file, a part of a file, or a cell of a column."""
     if sample.offset >= 0 and path.suffix.lower() in COLUMN_FILES:
         read = functools.partial(picture_in_row, path, sample.offset)

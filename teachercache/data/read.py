@@ -31,9 +31,9 @@ FORMATS = "a folder of pictures, .tar, .parquet, .csv, .tsv, .txt, .arrow, .json
 class Source:
     """One source of `--data`: its recognized format, the root of its paths, and the reader of its rows."""
 
-    path: Any  # a Path or UPath
+    path: Path  # a Path or UPath
     kind: str
-    root: Any
+    root: Path
     rows: Callable[[], Iterator[Sample]]
 
 
@@ -62,7 +62,7 @@ def _rows(source: Source) -> Iterator[Sample]:
         yield from source.rows()
 
 
-def _joined(sources: list[Source], root: Any) -> Iterator[Sample]:
+def _joined(sources: list[Source], root: Path) -> Iterator[Sample]:
     """Yield the rows of all sources, keys prefixed by the name of the source, images relative to the
     common root.
     """
@@ -90,7 +90,7 @@ def _at_url(url: str) -> str:
         return remote.kind(as_path(url))
 
 
-def _found(part: str) -> list[tuple[Any, bool]]:
+def _found(part: str) -> list[tuple[Path, bool]]:
     """Return the paths that one part of `--data` names, and whether each is a folder."""
     if not is_url(part):
         paths = [part] if os.path.exists(part) else sorted(glob.glob(part, recursive=True))
@@ -125,7 +125,7 @@ def find_sources(data: str) -> list[Source]:
     return [_source(paths, is_folder=paths[0] in folders) for paths in groups.values()]
 
 
-def _annotations(path: Any, is_folder: bool) -> list[tuple[Any, bool]]:
+def _annotations(path: Path, is_folder: bool) -> list[tuple[Path, bool]]:
     """Replace a folder of VCR, SNLI-VE or VQA by its annotation files; return any other path unchanged.
 
     A file whose name extends that of another (val_rule_singular beside val) is a variant with changed
@@ -165,13 +165,13 @@ def cache_folder(data: str) -> Path:
 # Formats
 
 
-def _source(paths: list[Any], *, is_folder: bool) -> Source:
+def _source(paths: list[Path], *, is_folder: bool) -> Source:
     """Return the source of one path, or of the shards of one folder."""
     with remote.explain_errors(paths[0]):
         return _folder(paths[0]) if is_folder else _file(paths)
 
 
-def _file(paths: list[Any]) -> Source:
+def _file(paths: list[Path]) -> Source:
     path, suffix = paths[0], paths[0].suffix.split("?")[0].lower()
     whole = path if len(paths) == 1 else path.parent
     if suffix == ".tar":
@@ -200,7 +200,7 @@ def _file(paths: list[Any]) -> Source:
     raise UserError(f"cannot read {path}: {FORMATS} is expected")
 
 
-def _folder(path: Any) -> Source:
+def _folder(path: Path) -> Source:
     entries = [
         (entry, is_folder) for entry, is_folder in remote.children(path) if not entry.name.startswith(".")
     ]
@@ -227,11 +227,11 @@ def _folder(path: Any) -> Source:
     return Source(path, "folder of pictures", path, lambda: files.read_folder(path))
 
 
-def _parquet_in(entries: list[tuple[Any, bool]]) -> list[Any]:
+def _parquet_in(entries: list[tuple[Path, bool]]) -> list[Any]:
     return [entry for entry, _ in entries if entry.name.endswith(".parquet")]
 
 
-def _json(path: Any) -> Source:
+def _json(path: Path) -> Source:
     """Detect COCO captions, Karpathy's splits, a list of captions, or VQA questions by their content."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -255,7 +255,7 @@ def _json(path: Any) -> Source:
     return Source(path, "COCO captions", path.parent, lambda: captions.read_coco(path, values))
 
 
-def _json_lines(path: Any) -> Source:
+def _json_lines(path: Path) -> Source:
     """Detect VCR or SNLI-VE by the fields of the first line."""
     lines = tasks.json_lines(path)
     first = lines[0] if lines else {}
@@ -309,7 +309,7 @@ def describe(sources: list[Source], manifest: Manifest) -> dict[str, Any]:
     }
 
 
-def save(manifest: Manifest, out: Any) -> None:
+def save(manifest: Manifest, out: Path) -> None:
     """Write a manifest for `--data`, with an absolute root, so that it can be used from any folder."""
     if out.suffix != ".parquet":
         raise UserError(f"--out {out}: name it {out.with_suffix('.parquet').name}, so that --data takes it")

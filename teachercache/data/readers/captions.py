@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from teachercache.core.errors import UserError
@@ -10,7 +11,7 @@ from teachercache.data.readers.files import picture_folder, split_in_name
 from teachercache.data.sample import Sample, task_columns
 
 
-def read_coco(path: Any, values: Any) -> Iterator[Sample]:
+def read_coco(path: Path, values: Any) -> Iterator[Sample]:
     """Read COCO captions: rows in the order of `images`, captions in the order of their ids, images near the
     JSON file.
 
@@ -40,7 +41,7 @@ def read_coco(path: Any, values: Any) -> Iterator[Sample]:
         yield Sample(key=str(number), image=name, texts=texts, size=size(name) or 0, task=task)
 
 
-def read_karpathy(path: Any, values: Any) -> Iterator[Sample]:
+def read_karpathy(path: Path, values: Any) -> Iterator[Sample]:
     """Read `dataset_coco.json` or `dataset_flickr30k.json`. The key is the COCO id or the file name.
 
     restval counts as train: training on Karpathy's COCO means both together (113,287 images).
@@ -66,7 +67,7 @@ def read_karpathy(path: Any, values: Any) -> Iterator[Sample]:
         yield Sample(key, where, texts, split=split, size=size(where) or 0)
 
 
-def read_caption_list(path: Any, values: list[Any]) -> Iterator[Sample]:
+def read_caption_list(path: Path, values: list[Any]) -> Iterator[Sample]:
     """Read a list of {"image", "caption"}, such as `coco_karpathy_test.json`; entries of one image are its
     captions.
     """

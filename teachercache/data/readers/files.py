@@ -13,7 +13,7 @@ import json
 import os
 import tarfile
 from collections.abc import Callable, Container, Iterator
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
 from teachercache.core.errors import UserError
@@ -47,7 +47,7 @@ def split_in_name(name: str) -> str:
     return next((named.get(word, word) for word in words if named.get(word, word) in SPLITS), "")
 
 
-def picture_folder(root: Any, names: list[str], folders: list[str], *, advice: Any, size: Sizes) -> str:
+def picture_folder(root: Path, names: list[str], folders: list[str], *, advice: Any, size: Sizes) -> str:
     """Return the first of `folders` (relative to `root`) that holds one of the images; raise UserError if
     none does.
     """
@@ -63,7 +63,7 @@ def picture_folder(root: Any, names: list[str], folders: list[str], *, advice: A
 # A folder of pictures, captions in a .txt or .json of the same name
 
 
-def read_folder(root: Any) -> Iterator[Sample]:
+def read_folder(root: Path) -> Iterator[Sample]:
     """Yield the images below `root` in sorted order; the folders above an image are its split and its
     label.
     """
@@ -131,7 +131,7 @@ def captions_of_json(content: bytes) -> tuple[tuple[str, ...], str]:
 # webdataset tars: members <key>.jpg, <key>.txt, <key>.json, <key>.cls; offsets are recorded
 
 
-def read_tars(root: Any, tars: list[Any]) -> Iterator[Sample]:
+def read_tars(root: Path, tars: list[Path]) -> Iterator[Sample]:
     """Yield rows in the order of the tar members; the name of a member is a key and never a path to write
     to.
     """
@@ -142,7 +142,7 @@ def read_tars(root: Any, tars: list[Any]) -> Iterator[Sample]:
             yield _tar_sample(shard, stem, {suffix: entry for _, suffix, entry in group})
 
 
-def _members(tar: Any) -> Iterator[tuple[str, str, Entry]]:
+def _members(tar: Path) -> Iterator[tuple[str, str, Entry]]:
     try:
         with open_file(tar, TAR_BLOCK) as file, tarfile.open(fileobj=file, mode="r:") as archive:
             for member in archive:
@@ -185,7 +185,7 @@ def _tar_sample(shard: str, stem: str, group: dict[str, Entry]) -> Sample:
 # CSV and TSV with a header, and JSON lines with the same names
 
 
-def read_table(path: Any) -> Iterator[Sample]:
+def read_table(path: Path) -> Iterator[Sample]:
     """Yield one row per image; lines that name the same image are its captions."""
     columns, lines = _table_lines(path)
     image_column = next((name for name in PATH_COLUMNS if name in columns), None)
@@ -221,7 +221,7 @@ def read_table(path: Any) -> Iterator[Sample]:
         )
 
 
-def _table_lines(path: Any) -> tuple[list[str], list[dict[str, str | None]]]:
+def _table_lines(path: Path) -> tuple[list[str], list[dict[str, str | None]]]:
     """Return header and lines; a byte order mark (Excel) is skipped, a tab in the header means TSV."""
     try:
         with io.TextIOWrapper(io.BytesIO(path.read_bytes()), newline="", encoding="utf-8-sig") as file:
@@ -237,7 +237,7 @@ def _table_lines(path: Any) -> tuple[list[str], list[dict[str, str | None]]]:
 # CC3M: Train_GCC-training.tsv, `caption<TAB>url` without a header, and the downloaded images
 
 
-def is_cc3m(path: Any) -> bool:
+def is_cc3m(path: Path) -> bool:
     """Return whether the first line, after an optional header `caption url`, is a caption and a URL."""
     with path.open(encoding="utf-8", errors="replace") as file:
         lines = [line.rstrip("\r\n").split("\t") for line in itertools.islice(file, 2)]
@@ -246,7 +246,7 @@ def is_cc3m(path: Any) -> bool:
     return bool(lines) and len(lines[0]) == 2 and lines[0][1].startswith(("http://", "https://"))
 
 
-def read_cc3m(path: Any) -> Iterator[Sample]:
+def read_cc3m(path: Path) -> Iterator[Sample]:
     """Yield rows in file order with the row number as the key.
 
     Images are found by row number, as img2dataset names them, or by the name in the url: in a folder named
@@ -281,7 +281,7 @@ def read_cc3m(path: Any) -> Iterator[Sample]:
         yield Sample(number, image, (line[0],), split=split_in_name(path.stem), size=size, problem=problem)
 
 
-def _downloaded(root: Any, folder: str) -> tuple[dict[str, str], dict[str, str], dict[str, int | None]]:
+def _downloaded(root: Path, folder: str) -> tuple[dict[str, str], dict[str, str], dict[str, int | None]]:
     """Return the images below a folder of `root`, by nine digits and by name, and their bytes."""
     by_number, by_name, sizes = {}, {}, {}
     for above, files in walk(root / folder if folder else root):
@@ -300,7 +300,7 @@ def _downloaded(root: Any, folder: str) -> tuple[dict[str, str], dict[str, str],
 # Texts only: class names, answer lists
 
 
-def read_texts(path: Any) -> Iterator[Sample]:
+def read_texts(path: Path) -> Iterator[Sample]:
     """Yield a row without an image per line. The key is the text, so that a sorted list still joins with its
     caches.
 

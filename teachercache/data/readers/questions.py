@@ -9,6 +9,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from teachercache.core.errors import UserError
@@ -22,7 +23,7 @@ NUM_CHOICES = 4  # of answers, and of rationales, in VCR
 VCR_FIELDS = ("question", "answer_choices", "objects", "img_fn", "annot_id")
 
 
-def json_lines(path: Any) -> list[dict[str, Any]]:
+def json_lines(path: Path) -> list[dict[str, Any]]:
     """Return the objects of a .jsonl file; raise UserError with the number of an invalid line."""
     objects = []
     with path.open(encoding="utf-8", errors="replace") as file:
@@ -42,7 +43,7 @@ def json_lines(path: Any) -> list[dict[str, Any]]:
 # VQA v2 and OK-VQA: a file of questions, and beside it (or in ../Annotations) the file of answers
 
 
-def read_vqa(path: Any, values: Any) -> Iterator[Sample]:
+def read_vqa(path: Path, values: Any) -> Iterator[Sample]:
     """Yield a row per question. Texts are the question and the most common answer, which is the label, too;
     the key is question_id.
 
@@ -95,7 +96,7 @@ def read_vqa(path: Any, values: Any) -> Iterator[Sample]:
         )
 
 
-def _vqa_answers(path: Any) -> dict[int, dict[str, Any]]:
+def _vqa_answers(path: Path) -> dict[int, dict[str, Any]]:
     """Return the annotations by question, or {} without an annotation file, as for the test split."""
     name = path.name.replace("OpenEnded_", "").replace("questions", "annotations")
     places = [below(path.parent, f"{folder}{name}") for folder in ("", "../Annotations/", "../annotations/")]
@@ -115,7 +116,7 @@ def _vqa_answers(path: Any) -> dict[int, dict[str, Any]]:
 # SNLI-VE: snli_ve_{train,dev,test}.jsonl and flickr30k-images
 
 
-def read_snli_ve(path: Any, lines: list[dict[str, Any]]) -> Iterator[Sample]:
+def read_snli_ve(path: Path, lines: list[dict[str, Any]]) -> Iterator[Sample]:
     """Yield a row per hypothesis (sentence2), with label gold_label and key pairID; `dev` becomes the
     split val.
     """
@@ -158,7 +159,7 @@ def read_snli_ve(path: Any, lines: list[dict[str, Any]]) -> Iterator[Sample]:
 # VCR: {train,val,test}.jsonl, vcr1images/<movie>/<file>.jpg with a .json of boxes beside each
 
 
-def read_vcr(path: Any, lines: list[dict[str, Any]]) -> Iterator[Sample]:
+def read_vcr(path: Path, lines: list[dict[str, Any]]) -> Iterator[Sample]:
     """Yield a row per question. In its texts a person is `person 3`, its position in `objects` from 1: see
     `_vcr_texts`.
 
@@ -183,7 +184,7 @@ def read_vcr(path: Any, lines: list[dict[str, Any]]) -> Iterator[Sample]:
         yield Sample(key, where, texts, split=split, size=size_of_image, task=task)
 
 
-def _vcr_row(line: dict[str, Any], images: Any) -> tuple[tuple[str, ...], str]:
+def _vcr_row(line: dict[str, Any], images: Path) -> tuple[tuple[str, ...], str]:
     objects = line["objects"]
     sentences = [line["question"], *line["answer_choices"], *line.get("rationale_choices", [])]
     question, *others = [render_tokens(tokens, objects) for tokens in sentences]
@@ -232,7 +233,7 @@ def _vcr_texts(
 
 
 @functools.lru_cache(maxsize=64)  # the questions of an image are consecutive
-def _vcr_boxes(path: Any) -> list[list[float]] | None:
+def _vcr_boxes(path: Path) -> list[list[float]] | None:
     """Return the boxes of the objects of an image without their scores, or None without a file."""
     try:
         content = path.read_text(encoding="utf-8")

@@ -7,7 +7,7 @@ classes.
 
 import json
 from collections.abc import Iterator
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from teachercache.core.errors import UserError
@@ -39,12 +39,12 @@ TASK_COLUMNS = (
 )  # VQA sets on the hub
 
 
-def is_manifest(path: Any) -> bool:
+def is_manifest(path: Path) -> bool:
     """Return whether `tc manifest --out` wrote a Parquet file."""
     return b"root" in (_parquet(path).schema_arrow.metadata or {})
 
 
-def read_parquet(root: Any, files: list[Any]) -> Iterator[Sample]:
+def read_parquet(root: Path, files: list[Path]) -> Iterator[Sample]:
     """Yield the rows of Parquet files in order, without reading the bytes of the images."""
     for path in files:
         file = _parquet(path)
@@ -61,7 +61,7 @@ def read_parquet(root: Any, files: list[Any]) -> Iterator[Sample]:
                 first += len(batch)
 
 
-def read_saved(root: Any) -> Iterator[Sample]:
+def read_saved(root: Path) -> Iterator[Sample]:
     """Yield the rows that `save_to_disk` of a Dataset or DatasetDict wrote; the key is split/row."""
     splits = _json(root / "dataset_dict.json")["splits"] if (root / "dataset_dict.json").exists() else [""]
     for split in splits:
@@ -74,7 +74,7 @@ def read_saved(root: Any) -> Iterator[Sample]:
         yield from read_arrow(root, files, split=split, name=split or "row")
 
 
-def read_arrow(root: Any, files: list[Any], *, split: str = "", name: str = "") -> Iterator[Sample]:
+def read_arrow(root: Path, files: list[Path], *, split: str = "", name: str = "") -> Iterator[Sample]:
     """Yield the rows of Arrow files; without `name`, keys are the name of the file and the row in it."""
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -106,7 +106,7 @@ def read_arrow(root: Any, files: list[Any], *, split: str = "", name: str = "") 
 class Columns:
     """The roles of the columns of a schema; converts rows to Samples."""
 
-    def __init__(self, root: Any, path: Any, schema: "pa.Schema") -> None:
+    def __init__(self, root: Path, path: Path, schema: "pa.Schema") -> None:
         self.path, names = path, schema.names
         self.picture = picture_column(schema)
         self.where = "" if self.picture else self._first(schema, PATH_COLUMNS, strings=True)
@@ -135,7 +135,7 @@ class Columns:
 
     def samples(
         self,
-        root: Any,
+        root: Path,
         start: int,
         lines: list[dict[str, Any]],
         sizes: list[int],
@@ -207,7 +207,7 @@ def _names(kind: "pa.DataType") -> list[str]:
     return [field.name for field in kind] if hasattr(kind, "get_field_index") else []
 
 
-def _json(path: Any) -> Any:
+def _json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -216,7 +216,7 @@ def _json(path: Any) -> Any:
         ) from error
 
 
-def _parquet(path: Any) -> Any:
+def _parquet(path: Path) -> Any:
     import pyarrow as pa
 
     try:
