@@ -1,3 +1,3 @@
-"""Phase 1: run a frozen vision-language teacher once and keep what it said. Not for training: see `student`."""
+"""Phase 1 of distillation: run a frozen vision-language teacher once and store its outputs."""
 
 __version__ = "0.1.0"

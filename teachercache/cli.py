@@ -1,10 +1,13 @@
-"""The command `tc`: reads options, calls one function, prints. It computes nothing; imports wait until needed."""
+"""The command line `tc`: read options, call one function, print. Heavy imports wait until a command needs
+them.
+"""
 
 import json as jsonlib
 from pathlib import Path
 
 import click
 
+from teachercache.cli_output import print_info, print_manifest, print_report, print_teachers
 from teachercache.core.command import run_command
 from teachercache.core.errors import UserError
 from teachercache.core.paths import as_path
@@ -19,7 +22,7 @@ teacher_option = click.option(
 
 
 def default_cache(data: str, teacher: str, views: int = 0) -> Path:
-    """caches/<data>/<teacher>.zarr, of augmented views <teacher>-views.zarr"""
+    """Return caches/<data>/<teacher>.zarr, for augmented views <teacher>-views.zarr."""
     from teachercache.data.read import cache_folder
 
     name = Path(teacher).name if Path(teacher).is_dir() else teacher.replace("/", "-").replace(":", "-")
@@ -28,7 +31,7 @@ def default_cache(data: str, teacher: str, views: int = 0) -> Path:
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 def tc() -> None:
-    """Run a frozen vision-language teacher once and keep what it said.
+    """Run a frozen vision-language teacher once and store its outputs.
 
     \u0008
     tc build --teacher clip-lite          embeddings of data/demo into caches/demo/clip-lite.zarr
@@ -51,14 +54,7 @@ def teachers(as_json: bool) -> None:
         ours = {name: {"doc": entry.doc, "outputs": entry.outputs} for name, entry in TEACHERS.items()}
         print(jsonlib.dumps({**{name: {"doc": doc} for name, doc in installed.items()}, **ours}))
         return
-    for name, entry in TEACHERS.items():
-        print(f"{name:18} {entry.doc}  [{', '.join(entry.outputs)}]")
-    for name, doc in installed.items():
-        print(f"{name:18} {doc}")
-    print(
-        "and open_clip:MODEL/TAG, hf:ORG/NAME, diffusers:ORG/NAME, a folder of open_clip or diffusers, a run of "
-        "`student train`, package.module:entry"
-    )
+    print_teachers(TEACHERS, installed)
 
 
 @tc.command()
@@ -75,59 +71,41 @@ def teachers(as_json: bool) -> None:
 def manifest(
     data: str, out: str | None, limit: int | None, noise: str | None, noise_seed: int, as_json: bool
 ) -> None:
-    """Show what data is understood as, before a teacher runs over it; write it down with --out.
+    """Show how data is read, before a teacher runs over it; save the manifest with --out.
 
     \u0008
-    DATA is one of these, or several with commas between them, each may be a quoted glob or a URL:
-      folder/          pictures, captions in a .txt or .json of the same name; folders are classes and splits
-      shards/ x.tar    webdataset and img2dataset shards, read where they lie
-      x.parquet x/     pictures as bytes or paths; a folder that Hugging Face's save_to_disk wrote
+    DATA is one of these, or several separated by commas; each may be a quoted glob or a URL:
+      folder/          images, captions in a .txt or .json of the same name; folders are classes and splits
+      shards/ x.tar    webdataset and img2dataset shards, read in place
+      x.parquet x/     images as bytes or paths; a folder written by Hugging Face's save_to_disk
       x.arrow          one file of such a folder
       x.json           COCO captions, Karpathy's dataset_coco.json, lists of {image, caption}, VQA v2 questions
       x.jsonl          VCR, SNLI-VE
-      x.csv x.tsv      a table with a header, or CC3M's captions and urls beside a folder of what was downloaded
-      x.txt            texts alone, one a line: class names, answers
+      x.csv x.tsv      a table with a header, or CC3M's captions and urls beside a folder of downloaded images
+      x.txt            texts without images, one per line: class names, answers
     """
     from teachercache.data.read import describe, find_sources, join_sources, save
 
     sources = find_sources(data)
-    found = join_sources(data, sources, limit=limit)
+    rows_read = join_sources(data, sources, limit=limit)
     if noise is not None:
         from teachercache.data.noise import corrupt, parse
 
         kind, share = parse(noise)
-        clean, found = found, corrupt(found, kind, share, seed=noise_seed)
-        rows = clean.rows_of_split("train")
-        count = int(clean.has_text()[rows].sum())
+        original, rows_read = rows_read, corrupt(rows_read, kind, share, seed=noise_seed)
+        rows = original.rows_of_split("train")
+        count = int(original.has_text()[rows].sum())
         say(
-            f"{kind}: {round(share * count)} of {count} training rows have other texts; their task columns say which"
+            f"{kind}: {round(share * count)} of {count} training rows have other texts, recorded in their task columns"
         )
-    facts = describe(sources, found)
+    facts = describe(sources, rows_read)
     if out is not None:
-        save(found, as_path(out))
+        save(rows_read, as_path(out))
         say(f"wrote {out}: pass it as --data {out}")
     if as_json:
         print(jsonlib.dumps(facts))
         return
-    low, high = facts["texts"]
-    for path, kind in facts["formats"].items():
-        print(f"format     {kind}  ({path})")
-    print(
-        f"rows       {facts['rows']:,}, {facts['pictures']:,} with a picture, {facts['tasks']:,} with task columns"
-    )
-    print(f"texts      {low if low == high else f'{low} to {high}'} a row")
-    for name in ("splits", "labels"):
-        counts = [f"{value or '(none)'} {count:,}" for value, count in facts[name].items()]
-        print(
-            f"{name:10} {', '.join(counts[:10]) or '(none)'}{f', ... {len(counts):,} in all' * (len(counts) > 10)}"
-        )
-    for row in facts["first"]:
-        print(f"  {row['key']}  {row['image'] or '(no picture)'}  {' | '.join(row['texts'])[:200]}")
-        if row["task"]:
-            print(f"    {row['task'][:200]}")
-    print(f"problems   {facts['unusable']:,} rows" if facts["unusable"] else "problems   none found")
-    for problem, count in facts["problems"].items():
-        print(f"  {count:,}: {problem}")
+    print_manifest(facts)
 
 
 @tc.command()
@@ -136,8 +114,8 @@ def manifest(
     "--data",
     default=DEMO_DATA,
     show_default=True,
-    help="A folder of pictures, .tar shards, Parquet, captions, questions, texts, ...: see `tc manifest "
-    "--help`. Several with commas between them, each may be a quoted glob or a URL: "
+    help="A folder of images, .tar shards, Parquet, captions, questions, texts, ...: see `tc manifest "
+    "--help`. Several are separated by commas; each may be a quoted glob or a URL: "
     "s3://bucket/shards/*.tar",
 )
 @click.option(
@@ -147,7 +125,7 @@ def manifest(
 )
 @click.option(
     "--outputs",
-    help="What to keep, comma-separated: embeddings, patches, hidden, hidden:3+7, tokens, random_tokens; regions of a "
+    help="What to store, comma-separated: embeddings, patches, hidden, hidden:3+7, tokens, random_tokens; regions of a "
     "regions teacher; text_states, latents, unet_features, scores of a diffusion teacher (tc teachers). Default: a "
     "teacher's first, embeddings or regions; text_states,latents.",
 )
@@ -155,14 +133,14 @@ def manifest(
     "--weights",
     default="pretrained",
     show_default=True,
-    help="pretrained, a checkpoint file or open_clip folder, or random:SEED (knows nothing).",
+    help="pretrained, a checkpoint file or open_clip folder, or random:SEED (untrained).",
 )
 @click.option(
     "--views",
     default=0,
     show_default=True,
     type=click.IntRange(0),
-    help="Augmented views of every picture, stored with their parameters; 0 for the plain picture. "
+    help="Augmented views of every image, stored with their parameters; 0 for the unaugmented image. "
     "A larger number later adds views.",
 )
 @click.option(
@@ -179,14 +157,28 @@ def manifest(
 @click.option("--device", default="auto", show_default=True)
 @click.option("--limit", type=click.IntRange(1), help="Only the first N rows.")
 @click.option(
-    "--prune", is_flag=True, help="Follow data that lost or changed rows; the others are not computed again."
+    "--prune",
+    is_flag=True,
+    help="Follow data that lost or changed rows; unchanged rows are not computed again.",
 )
 def build(
-    name, data, out, outputs, weights, views, augment, batch_size, workers, precision, device, limit, prune
+    name: str,
+    data: str,
+    out: str | None,
+    outputs: str | None,
+    weights: str,
+    views: int,
+    augment: tuple[str, ...],
+    batch_size: int,
+    workers: int | None,
+    precision: str,
+    device: str,
+    limit: int | None,
+    prune: bool,
 ) -> None:
-    """Run a teacher over data and write a cache. Killed at any time, the same command goes on.
+    """Run a teacher over data and write a cache. A build that is killed resumes with the same command.
 
-    Data that gained rows or texts, or a larger --views, extend the cache that is there.
+    Data that gained rows or texts, or a larger --views, extends an existing cache.
 
     \u0008
     tc build --teacher clip-lite
@@ -210,9 +202,7 @@ def build(
     dtype = devices.pick_precision(precision, device)
     manifest = read_manifest(data, limit=limit)
     if weights.startswith("random:"):
-        say(
-            f"WARNING: --weights {weights}: the true architecture of {name} with random weights; it knows nothing"
-        )
+        say(f"WARNING: --weights {weights}: the architecture of {name} with random weights, untrained")
 
     from teachercache.build.loop import BuildOptions, announce
     from teachercache.build.loop import build as run
@@ -221,12 +211,12 @@ def build(
     teacher = load(name, weights=weights, outputs=wanted)
     say(f"{name} on {device} in {dtype.dtype} ({dtype.reason}); {len(manifest):,} rows of {manifest.data}")
     workers = default_workers() if workers is None else workers
-    out = as_path(out) if out else default_cache(data, name, views)
+    folder = as_path(out) if out else default_cache(data, name, views)
     announce(
         run(
             teacher,
             manifest,
-            out,
+            folder,
             BuildOptions(
                 batch_size=batch_size,
                 workers=workers,
@@ -245,7 +235,7 @@ def build(
 @click.argument("cache")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def info(cache: str, as_json: bool) -> None:
-    """Say what a cache holds: teacher, fields, rows, how much of it is done."""
+    """Show what a cache holds: teacher, fields, rows, finished blocks."""
     from teachercache.cache import store
     from teachercache.cache.spec import to_dict
 
@@ -265,22 +255,7 @@ def info(cache: str, as_json: bool) -> None:
         }
         print(jsonlib.dumps({**to_dict(meta), **facts}))
         return
-    print(
-        f"teacher    {meta.spec.name} ({meta.spec.weights}), weights {meta.spec.digest[:12]}, {meta.precision}"
-    )
-    print(
-        f"data       {meta.data}, {meta.rows:,} rows, {meta.texts} texts a row"
-        + (f", {meta.views} augmented views a picture" if meta.views else "")
-    )
-    print(
-        f"blocks     {len(done)} of {meta.num_blocks} done, {meta.block_rows:,} rows each, {size / 1e6:,.1f} MB"
-    )
-    print(f"unusable   {len(invalid)}")
-    for field in opened.fields.values():
-        shape = "x".join(map(str, field.array_shape(meta.rows, meta.texts, meta.views)))
-        print(f"  {field.name:18} {shape:>18} {field.dtype:8} {field.doc}")
-    for name, value in meta.spec.constants.items():
-        print(f"  {name:12} {value:.6g}")
+    print_info(opened, blocks_done=len(done), unusable=len(invalid), size=size)
 
 
 @tc.command()
@@ -290,14 +265,14 @@ def info(cache: str, as_json: bool) -> None:
     default=64,
     show_default=True,
     type=click.IntRange(0),
-    help="Rows to compute again with the live teacher; 0 checks the files alone.",
+    help="Rows to compute again with the teacher; 0 checks the files only.",
 )
 @teacher_option
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def verify(cache: str, samples: int, teacher: str | None, as_json: bool) -> None:
-    """Check every file's checksum, and some rows against the live teacher (cosine at least 0.999).
+    """Check the checksum of every file, and recompute some rows with the teacher (cosine at least 0.999).
 
-    A damaged block is named and forgotten, so that the next `tc build` writes it again; so is what follows from others.
+    A damaged block is listed and its record removed, so that the next `tc build` writes it again.
     """
     from teachercache.build.verify import verify_cache
 
@@ -305,21 +280,16 @@ def verify(cache: str, samples: int, teacher: str | None, as_json: bool) -> None
     if as_json:
         print(jsonlib.dumps(report))
     else:
-        for block, reason in report["damaged"].items():
-            print(f"block {block}: {reason}")
-        for name, reason in report["files"].items():
-            print(f"{name}: {reason}")
-        for name, values in report["cosine"].items():
-            print(f"{name}: cosine to the live teacher min {values['min']:.6f}, mean {values['mean']:.6f}")
+        print_report(report)
     if report["damaged"]:
         raise UserError(
-            f"{len(report['damaged'])} damaged blocks, forgotten now: run `{report['command']}` to mend them"
+            f"{len(report['damaged'])} damaged blocks, their records are removed: run `{report['command']}` to repair them"
         )
     if report["files"]:
-        raise UserError(f"{' and '.join(report['files'])}: damaged, run `{report['command']}` to mend that")
+        raise UserError(f"{' and '.join(report['files'])}: damaged, run `{report['command']}` to repair")
     if not report["ok"]:
-        raise UserError("the live teacher says something else: was the data or the teacher changed?")
-    say(f"{cache} is whole")
+        raise UserError("the teacher computes different values: was the data or the teacher changed?")
+    say(f"{cache} is complete and undamaged")
 
 
 @tc.command()
@@ -332,53 +302,58 @@ def verify(cache: str, samples: int, teacher: str | None, as_json: bool) -> None
     help="flat (exact), ivf, hnsw, or auto: flat up to 50,000 vectors, ivf above.",
 )
 def index(cache: str, field: str | None, kind: str) -> None:
-    """Build a FAISS index over a field, beside the cache; of a cache that gained rows, add those rows to it.
+    """Build a FAISS index over a field, beside the cache; add the new rows of a cache that grew.
 
     Prints the measured recall@10 against exact search; nprobe or efSearch is raised until it is 0.95.
     """
     from teachercache.cache.store import open_complete
     from teachercache.search.index import describe, update_index
 
-    path, facts, done = update_index(open_complete(cache), field=field, kind=kind)
-    say(f"{path} {done}: {describe(facts)}")
+    path, record, done = update_index(open_complete(cache), field=field, kind=kind)
+    say(f"{path} {done}: {describe(record)}")
 
 
 @tc.command()
 @click.argument("cache")
 @click.argument("text", required=False)
-@click.option(
-    "--image", "images", type=Path, multiple=True, help="Search by a picture; may be given several times."
-)
-@click.option(
-    "--key", "keys", multiple=True, help="Search by a row of the cache; may be given several times."
-)
+@click.option("--image", "images", type=Path, multiple=True, help="Search by an image; may be repeated.")
+@click.option("--key", "keys", multiple=True, help="Search by a row of the cache; may be repeated.")
 @click.option("--field", help="The vector field; default: the one per image, else the one per text.")
 @click.option("--top", default=10, show_default=True, type=click.IntRange(1))
 @teacher_option
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
-def search(cache, text, images, keys, field, top, teacher, as_json) -> None:
-    """Find the pictures nearest to a text, a picture, a row, or all of them together.
+def search(
+    cache: str,
+    text: str | None,
+    images: tuple[Path, ...],
+    keys: tuple[str, ...],
+    field: str | None,
+    top: int,
+    teacher: str | None,
+    as_json: bool,
+) -> None:
+    """Find the images nearest to a text, an image, a row, or all of them together.
 
     \u0008
     tc search caches/demo/clip-lite.zarr "a bird"
     tc search caches/demo/clip-lite.zarr --image cat.jpg --top 5
-    tc search caches/demo/clip-lite.zarr --key train/cat/0012 "in the snow"   # this picture, but snowy
+    tc search caches/demo/clip-lite.zarr --key train/cat/0012 "in the snow"   # this image, but snowy
     """
     from teachercache.search.query import search_cache
 
-    found = search_cache(cache, text=text, images=images, keys=keys, field=field, top=top, teacher=teacher)
+    results = search_cache(cache, text=text, images=images, keys=keys, field=field, top=top, teacher=teacher)
     if as_json:
         query = " + ".join([*filter(None, [text]), *map(str, images), *keys])
-        print(jsonlib.dumps({"query": query, "results": found}))
+        print(jsonlib.dumps({"query": query, "results": results}))
         return
-    for result in found:
+    for result in results:
         print(f"{result['score']:.3f}  {result['image'] or result['key']}  {'; '.join(result['texts'])}")
 
 
 @tc.command()
 @click.argument("cache")
 @click.option(
-    "--against", metavar="CACHE", help="A second cache of the same rows: a student's, another teacher's."
+    "--against", metavar="CACHE", help="A second cache of the same rows, of a student or another teacher."
 )
 @click.option(
     "--out", type=click.Path(path_type=Path), help="A folder; default <cache>.report beside the cache."
@@ -391,33 +366,35 @@ def search(cache, text, images, keys, field, top, teacher, as_json) -> None:
     default=20_000,
     show_default=True,
     type=click.IntRange(10),
-    help="Rows on the map, drawn by chance where there are more; numbers are of all rows.",
+    help="Rows on the map, a random sample of larger caches; numbers are of all rows.",
 )
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout: what report.json holds.")
-def analyze(cache, against, out, kind, points, as_json) -> None:
-    """Look into a cache: a page with map, likely wrong captions, duplicates, outliers, groups; and all numbers.
+@click.option(
+    "--json", "as_json", is_flag=True, help="One JSON object on stdout: the content of report.json."
+)
+def analyze(cache: str, against: str | None, out: Path | None, kind: str, points: int, as_json: bool) -> None:
+    """Analyze a cache: a page with map, likely wrong captions, duplicates, outliers, groups; and all numbers.
 
     \u0008
     tc analyze caches/demo/clip-lite.zarr
-    tc build --teacher runs/mine --out caches/demo/mine.zarr       # a student says what it sees in the same rows
+    tc build --teacher runs/mine --out caches/demo/mine.zarr       # a student over the same rows
     tc analyze caches/demo/clip-lite.zarr --against caches/demo/mine.zarr --out report
     """
     from teachercache.analysis.report.write import analyze as run
     from teachercache.analysis.report.write import default_out
 
     out = out or default_out(as_path(cache), against)
-    found, written = run(
-        as_path(cache), against=against and as_path(against), out=out, kind=kind, points=points
+    report, written = run(
+        as_path(cache), against=as_path(against) if against else None, out=out, kind=kind, points=points
     )
     if as_json:
-        from teachercache.analysis.report.one_cache import as_json as json_of
+        from teachercache.analysis.report.as_json import as_json as json_of
 
-        print(json_of(found))
+        print(json_of(report))
         return
     for line in written:
         print(line)
 
 
 def main(args: list[str] | None = None) -> int:
-    """Entry point: exit code 0, or 2 with one `error:` line."""
+    """Run the command line; return 0, or 2 after one `error:` line."""
     return run_command(tc, args)

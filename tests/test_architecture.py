@@ -19,7 +19,7 @@ from teachercache.teachers.registry import TEACHERS
 ROOT = Path(__file__).parent.parent
 TOWER = ("teachercache", "evaluation", "student", "scripts")  # a package imports only those left of it
 FLOORS = {  # within a package, a folder or module imports only those before it in the list
-    "teachercache": ("core", "data", "cache", "teachers", "search", "build", "analysis", "cli"),
+    "teachercache": ("core", "data", "cache", "teachers", "search", "build", "analysis", "cli_output", "cli"),
     "evaluation": ("metrics", "data", "models", "probes", "tasks", "studies", "results"),
     "student": (
         ("losses", "streams", "rows", "contract", "recipe", "settings", "distributed", "ensemble"),

@@ -1,10 +1,10 @@
-"""Look into a cache, and at what a student kept of its teacher. Not for training.
+"""Analyze the embeddings of a cache, and what a student preserves of its teacher's.
 
-The functions below take arrays; `Vectors` of a cache (`teachercache.search.vectors.usable_vectors`) do as well where rows are
-many. docs/analysis.md shows them at work.
+The functions take arrays; most also take the `Vectors` of a cache
+(`teachercache.search.vectors.usable_vectors`), for many rows. docs/analysis.md has examples.
 """
 
-from teachercache.analysis.clusters import fit_centres, keywords
+from teachercache.analysis.clusters import fit_centers, keywords
 from teachercache.analysis.maps import flatten
 from teachercache.analysis.matching import pair_cosines, recalls, strict_ranks, surprise
 from teachercache.analysis.measures import (
@@ -16,7 +16,7 @@ from teachercache.analysis.measures import (
     mean_cosine,
     modality_gap,
     moments,
-    neighbour_overlap,
+    neighbor_overlap,
     occurrences,
     principal_axes,
     procrustes,
@@ -27,7 +27,7 @@ from teachercache.analysis.measures import (
     turn_onto,
     uniformity,
 )
-from teachercache.analysis.neighbours import exact_groups, grouped, near_pairs, nearest, outlier_scores
+from teachercache.analysis.neighbors import exact_groups, grouped, near_pairs, nearest, outlier_scores
 from teachercache.search.vectors import unit
 
 __all__ = [
@@ -36,7 +36,7 @@ __all__ = [
     "cross_moments",
     "effective_rank",
     "exact_groups",
-    "fit_centres",
+    "fit_centers",
     "flatten",
     "grouped",
     "keywords",
@@ -46,7 +46,7 @@ __all__ = [
     "moments",
     "near_pairs",
     "nearest",
-    "neighbour_overlap",
+    "neighbor_overlap",
     "occurrences",
     "outlier_scores",
     "pair_cosines",

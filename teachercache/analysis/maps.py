@@ -1,4 +1,4 @@
-"""Where rows lie on a map of two axes: PCA, or UMAP where it is installed. Draws nothing."""
+"""Project vectors to two dimensions by PCA, or by UMAP if it is installed."""
 
 import numpy as np
 from jaxtyping import Float
@@ -13,12 +13,14 @@ KINDS = ("pca", "umap")
 def flatten(
     x: Float[np.ndarray, "n dim"], moments: Moments | None = None, *, kind: str = "pca"
 ) -> Float[np.ndarray, "n 2"]:
-    """Two coordinates of unit vectors; PCA's axes are of `moments` (of all rows), where x are some of them."""
+    """Return two coordinates of unit vectors. For a sample of rows, `moments` of all rows define the axes
+    of PCA.
+    """
     if kind == "umap":
         return _umap(x)
-    known = measures.moments([x]) if moments is None else moments
-    axes = measures.principal_axes(known)
-    placed = (x - known.total / known.count) @ axes
+    statistics = measures.moments([x]) if moments is None else moments
+    axes = measures.principal_axes(statistics)
+    placed = (x - statistics.total / statistics.count) @ axes
     return np.pad(placed, ((0, 0), (0, 2 - placed.shape[1])))
 
 
@@ -32,6 +34,6 @@ def _umap(x: np.ndarray) -> np.ndarray:
     import warnings
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it says that a seed means one thread
+        warnings.simplefilter("ignore")  # UMAP warns that a seed implies one thread
         near = min(15, len(x) - 1)
         return umap.UMAP(n_neighbors=near, metric="cosine", random_state=0).fit_transform(x)

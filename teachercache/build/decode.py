@@ -291,5 +291,5 @@ def _ignore_closed_connections(
         sys.__excepthook__(kind, error, trace)
 
 
-def _unchanged(batch: Batch) -> Batch:
+def _unchanged(batch: Any) -> Any:
     return batch

@@ -12,7 +12,7 @@ from teachercache.build.decode import VIEWS_AT_ONCE, WorkItem
 from teachercache.build.forward import encode_batch, rows_for
 from teachercache.build.target import compare
 from teachercache.cache import store
-from teachercache.cache.repair import damaged_files
+from teachercache.cache.repair import damaged_blocks, damaged_files
 from teachercache.cache.spec import Field
 from teachercache.core.errors import UserError
 from teachercache.data.manifest import Manifest
@@ -40,7 +40,7 @@ def verify_cache(path: str | Path, *, samples: int, teacher: str | None = None) 
         `command` that repairs the cache, and whether all is `ok`.
     """
     cache = store.open_cache(path)
-    damaged = store.damaged_blocks(cache)
+    damaged = damaged_blocks(cache)
     files = damaged_files(cache)
     for block in damaged:
         store.forget_block(cache, block)

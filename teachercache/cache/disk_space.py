@@ -11,7 +11,7 @@ from teachercache.core.progress import say
 
 def check_space(cache: store.Cache) -> None:
     """Print the final size of a cache; raise UserError if the disk is too small for the missing part."""
-    total, written = expected_bytes(cache.meta), store.bytes_written(cache)
+    total, written = expected_bytes(cache.meta), bytes_written(cache)
     say(f"{cache.path}: {size(total)} in total" + (f", {size(written)} of them written" if written else ""))
     if is_url(cache.path):
         return
@@ -22,6 +22,14 @@ def check_space(cache: store.Cache) -> None:
             f"{cache.path} needs {size(missing)} more and its disk has {size(free)} left: pass --out on another disk, "
             "or fewer --outputs, --views or rows (--limit)"
         )
+
+
+def bytes_written(cache: store.Cache) -> int:
+    """Return the bytes of the chunk files in the done records, without keys, as `expected_bytes` counts them."""
+    records = filter(None, (store.done_record(cache, block) for block in store.listed_blocks(cache)))
+    return sum(
+        size for record in records for name, (size, _) in record["files"].items() if name[:4] != "key/"
+    )
 
 
 def size(count: int) -> str:

@@ -1,7 +1,7 @@
-"""Where a cache's values lie and how they are encoded: shapes, chunk files, metadata. Reads and writes no file.
+"""The layout of a cache: shapes, chunk files, their encoding and the metadata. Reads and writes no file.
 
-One chunk is one block of rows of one field, and of one text or one view where a row has several: so texts and views can
-be added without touching what is there.
+A chunk holds one block of rows of one field, of one text or one view if a row has several, so that texts and
+views can be added without rewriting existing chunks.
 """
 
 import dataclasses
@@ -31,16 +31,18 @@ class Cache:
 
     @property
     def fields(self) -> dict[str, Field]:
-        """Every array but `key`: the teacher's fields, the masks of usable rows and texts, the views' parameters."""
-        own = [Field("valid", (), "row", "bool", "whether the row can be used")]
+        """Every array but `key`: the fields of the teacher, the masks of usable rows and texts, the
+        parameters of views.
+        """
+        masks = [Field("valid", (), "row", "bool", "whether the row can be used")]
         if self.meta.texts:
-            own.append(Field("text_valid", (), "text", "bool", "whether the text can be used"))
+            masks.append(Field("text_valid", (), "text", "bool", "whether the text can be used"))
         if self.meta.views:
-            own.append(Field("view_params", (len(PARAMS),), "image", "float32", ", ".join(PARAMS)))
-        return {field.name: field for field in (*own, *self.meta.spec.fields)}
+            masks.append(Field("view_params", (len(PARAMS),), "image", "float32", ", ".join(PARAMS)))
+        return {field.name: field for field in (*masks, *self.meta.spec.fields)}
 
     def copies(self, name: str) -> int:
-        """Chunk files of a field's block: its texts or its views, 1 where it has no such axis."""
+        """Return the number of chunk files of a block of a field: its texts, its views, or 1."""
         return 1 if name == "key" else self.fields[name].copies(self.meta.texts, self.meta.views) or 1
 
     def command(self, *, data: str | None = None) -> str:
@@ -83,36 +85,36 @@ def build_command(attributes: Mapping[str, Any], path: Path, *, data: str | None
 
 
 def block_rows_for(fields: tuple[Field, ...], rows: int) -> int:
-    """Rows per block: a power of two, about 64 blocks, no chunk above 64 MiB."""
-    widest = max(int(np.prod(f.shape, dtype=int)) * np.dtype(f.dtype).itemsize for f in fields)
+    """Return the number of rows per block: a power of two for about 64 blocks, with chunks of at most 64 MiB."""
+    largest = max(int(np.prod(f.shape, dtype=int)) * np.dtype(f.dtype).itemsize for f in fields)
     size = MIN_BLOCK_ROWS
-    while size < rows / 64 and 2 * size * widest <= MAX_BLOCK_BYTES:
+    while size < rows / 64 and 2 * size * largest <= MAX_BLOCK_BYTES:
         size *= 2
-    while size > 1 and size * widest > MAX_BLOCK_BYTES:
+    while size > 1 and size * largest > MAX_BLOCK_BYTES:
         size //= 2
     return size
 
 
 def expected_bytes(meta: CacheMeta) -> int:
-    """Bytes of all chunk files of a whole cache, keys and the manifest left out."""
+    """Return the bytes of all chunk files of a complete cache, without keys and manifest."""
     cache = Cache(Path(), meta)
     return sum(cache.copies(name) * meta.num_blocks * chunk_bytes(cache, name) for name in cache.fields)
 
 
 def chunk_shape(cache: Cache, name: str) -> tuple[int, ...]:
-    """[block rows, *shape], [block rows, 1, *shape] with texts or views."""
+    """Return [block rows, *shape], or [block rows, 1, *shape] for a field with texts or views."""
     field = cache.fields[name]
     inner = (1, *field.shape) if field.copies(cache.meta.texts, cache.meta.views) else field.shape
     return (cache.meta.block_rows, *inner)
 
 
 def chunk_bytes(cache: Cache, name: str) -> int:
-    """Bytes of a chunk's values."""
+    """Return the bytes of the values of a chunk."""
     return int(np.prod(chunk_shape(cache, name))) * np.dtype(cache.fields[name].dtype).itemsize
 
 
 def metadata(meta: CacheMeta) -> dict[str, bytes]:
-    """Every zarr.json of a cache by its path below the cache, the group's own last: zarr itself writes them."""
+    """Return every zarr.json of a cache by its relative path, written by zarr, the one of the group last."""
     files: dict[str, Buffer] = {}
     memory, cache = MemoryStore(files), Cache(Path(), meta)
     group = zarr.create_group(memory, zarr_format=3, attributes={**to_dict(meta), "checksum": checksum(meta)})
@@ -130,15 +132,17 @@ def metadata(meta: CacheMeta) -> dict[str, bytes]:
     group.create_array(
         "key", shape=(meta.rows,), chunks=(meta.block_rows,), dtype=str, dimension_names=("row",)
     )
-    found = {name: buffer.to_bytes() for name, buffer in sorted(files.items()) if name.endswith("zarr.json")}
+    contents = {
+        name: buffer.to_bytes() for name, buffer in sorted(files.items()) if name.endswith("zarr.json")
+    }
     return {
-        **{name: content for name, content in found.items() if "/" in name},
-        "zarr.json": found["zarr.json"],
+        **{name: content for name, content in contents.items() if "/" in name},
+        "zarr.json": contents["zarr.json"],
     }
 
 
 def chunk_path(cache: Cache, name: str, block: int, copy: int = 0) -> Path:
-    """The chunk file of a field's block, of one text or view where it has several."""
+    """Return the chunk file of a block of a field, and of one text or view if it has several."""
     if name == "key":
         return cache.path.joinpath("key", "c", str(block))
     field = cache.fields[name]
@@ -147,7 +151,7 @@ def chunk_path(cache: Cache, name: str, block: int, copy: int = 0) -> Path:
 
 
 def encode(cache: Cache, name: str, values: np.ndarray, rows: int) -> bytes:
-    """A chunk's bytes as zarr writes them, rows of a last block filled up with zeros."""
+    """Encode a chunk as zarr does; the rows that a last block lacks are zeros."""
     if len(values) != rows:
         raise ValueError(f"{name} has {len(values)} rows, its block {rows}")
     if name != "key" and (values.shape[1:], values.dtype) != (

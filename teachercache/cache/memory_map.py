@@ -1,8 +1,9 @@
-"""Many raw chunk files as one numpy array, through the page cache alone. Not for compressed chunks or remote stores.
+"""Map many uncompressed chunk files as one numpy array, read through the page cache.
 
-Address space for the whole array is reserved once, then every chunk file is mapped at its place in it
-(MAP_FIXED), so scattered rows cost what they cost in one np.memmap (LOG.md, "mapped chunks"). A chunk whose bytes
-are not a multiple of the page size cannot be laid end to end; `can_map` says so and the caller reads through zarr.
+The address space of the whole array is reserved once, and every chunk file is mapped into its place
+(MAP_FIXED), so that scattered rows cost what they cost in one np.memmap (LOG.md, "mapped chunks"). A chunk
+whose bytes are not a multiple of the page size cannot be mapped: `can_map` returns False, and the caller
+reads through zarr.
 """
 
 import ctypes
@@ -21,7 +22,7 @@ MAP_FAILED = ctypes.c_void_p(-1).value
 
 
 def can_map(chunk_bytes: int) -> bool:
-    """Whether chunk files of that size can be mapped side by side here."""
+    """Return whether chunk files of that size can be mapped next to each other on this platform."""
     return sys.platform == "linux" and sys.byteorder == "little" and chunk_bytes % mmap.PAGESIZE == 0
 
 
@@ -43,15 +44,17 @@ def _libc() -> ctypes.CDLL:
 
 def _mmap(address: int | None, size: int, flags: int, descriptor: int) -> int:
     protection = mmap.PROT_READ if descriptor >= 0 else 0
-    found = _libc().mmap(address, size, protection, flags, descriptor, 0)
-    if found == MAP_FAILED:
+    start = _libc().mmap(address, size, protection, flags, descriptor, 0)
+    if start == MAP_FAILED:
         number = ctypes.get_errno()
         raise OSError(number, f"mmap of a cache: {os.strerror(number)}")
-    return found
+    return start
 
 
 def map_chunks(files: Sequence[Path], *, chunk_shape: tuple[int, ...], dtype: str) -> np.ndarray:
-    """A read-only array [rows, ...] over chunk files of `chunk_shape`, in order; each may have bytes behind it."""
+    """Return a read-only array [rows, ...] over chunk files in their order. A file may have more bytes than
+    its values.
+    """
     chunk_bytes = int(np.prod(chunk_shape)) * np.dtype(dtype).itemsize
     total = chunk_bytes * len(files)
     base = _mmap(None, total, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1)

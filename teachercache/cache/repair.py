@@ -1,11 +1,13 @@
-"""Files of a cache that follow from others: metadata, manifest.parquet, quarantine.jsonl. Are they what they must be?
+"""Check and repair the files of a cache that follow from others: metadata, manifest.parquet,
+quarantine.jsonl.
 
-What is damaged here is written again without the teacher. Not for blocks: see `store.damaged_blocks`.
+They are written again without the teacher. Damaged blocks are found here, too; the next build writes them again.
 """
 
 import dataclasses
 import json
-from typing import Any
+import zlib
+from pathlib import Path
 
 import numpy as np
 import zarr
@@ -15,13 +17,35 @@ from zarr.storage import MemoryStore
 from teachercache.cache import store
 from teachercache.cache.layout import metadata
 from teachercache.core.errors import UserError
-from teachercache.core.paths import write_whole
+from teachercache.core.paths import is_url, write_whole
 from teachercache.core.progress import say
 from teachercache.data.manifest import Manifest, digest_rows, write_manifest
 
 
+def damaged_blocks(cache: store.Cache) -> dict[int, str]:
+    """Return the blocks with a file that is missing or damaged, with the reason."""
+    damaged = {}
+    for block in store.listed_blocks(cache):
+        record = store.done_record(cache, block)
+        if record is None:
+            damaged[block] = "its done record is damaged"
+            continue
+        for name, (size, checksum) in record["files"].items():
+            try:
+                content = (cache.path / name).read_bytes()
+            except OSError as error:
+                if is_url(cache.path) and not isinstance(error, FileNotFoundError):
+                    raise  # an error of the connection
+                damaged[block] = f"{name}: {error.strerror or 'missing'}"
+                break
+            if (len(content), zlib.crc32(content)) != (size, checksum):
+                damaged[block] = f"{name}: checksum differs"
+                break
+    return damaged
+
+
 def damaged_files(cache: store.Cache) -> dict[str, str]:
-    """Files that are missing or not what they must be, with the reason."""
+    """Return the files that are missing or wrong, with the reason."""
     damaged = {name: "is not the metadata of this cache" for name in _wrong_metadata(cache)}
     try:
         manifest = store.cached_manifest(cache)
@@ -35,26 +59,26 @@ def damaged_files(cache: store.Cache) -> dict[str, str]:
         except FileNotFoundError:
             content = b"?"
         if content != store.json_lines(store.quarantined(cache)).encode():
-            damaged["quarantine.jsonl"] = "is not what the done records say"
+            damaged["quarantine.jsonl"] = "does not match the done records"
     return damaged
 
 
 def mend_files(cache: store.Cache, manifest: Manifest) -> None:
-    """Write metadata that is wrong again, and a manifest that cannot be read, from the data as it is now."""
+    """Rewrite wrong metadata, and a manifest that cannot be read from the present data."""
     with store.growing(cache):
-        cache = store.open_cache(cache.path)  # another builder may just have made it grow
+        cache = store.open_cache(cache.path)  # another builder may just have extended it
         for name in _wrong_metadata(cache):
-            say(f"{cache.path / name} is damaged: it is written again")
+            say(f"{cache.path / name} is damaged: writing it again")
             write_whole(cache.path / name, metadata(cache.meta)[name])
         try:
             store.cached_manifest(cache)
         except UserError:
-            say(f"{cache.path / 'manifest.parquet'} is damaged: it is made again from {manifest.data}")
+            say(f"{cache.path / 'manifest.parquet'} is damaged: making it again from {manifest.data}")
             write_manifest(_in_order_of_keys(cache, manifest), cache.path / "manifest.parquet")
 
 
 def _wrong_metadata(cache: store.Cache) -> list[str]:
-    """Every zarr.json that says something else than it must; that of the group, read just now, where parts do."""
+    """Return every zarr.json with a wrong content."""
     return [
         name
         for name, content in metadata(cache.meta).items()
@@ -62,7 +86,7 @@ def _wrong_metadata(cache: store.Cache) -> list[str]:
     ]
 
 
-def _json(path: Any) -> Any:
+def _json(path: Path) -> object:
     try:
         return json.loads(path.read_bytes())
     except (FileNotFoundError, ValueError):
@@ -70,7 +94,7 @@ def _json(path: Any) -> Any:
 
 
 def _in_order_of_keys(cache: store.Cache, manifest: Manifest) -> Manifest:
-    """The rows of a cache by its own array of keys; blocks that are not written hold no order that mattered."""
+    """Return the rows in the order of the cache's array of keys; rows of unwritten blocks have no order."""
     place = {key: row for row, key in enumerate(manifest.column("key"))}
     names = ["key/zarr.json", *(f"key/c/{block}" for block in store.done_blocks(cache))]
     files: dict[str, Buffer] = {
@@ -85,5 +109,5 @@ def _in_order_of_keys(cache: store.Cache, manifest: Manifest) -> Manifest:
         if digest_rows(table) == cache.meta.manifest:
             return dataclasses.replace(manifest, table=table, digest=cache.meta.manifest)
     raise UserError(
-        f"{cache.path / 'manifest.parquet'} is damaged and {manifest.data} has other rows now: pass another --out"
+        f"{cache.path / 'manifest.parquet'} is damaged and {manifest.data} has different rows: pass another --out"
     )

@@ -1,9 +1,10 @@
-"""A cache on disk: create, open, write a block, read fields, join by key. Format version 2; not for computing.
+"""A cache on disk: create, open, write a block, read fields, join by key. Format version 2.
 
-<cache>/zarr.json                 attributes: CacheMeta; rewritten last when a cache grows, so it says what counts
-<cache>/<field>/c/<block>/...     one chunk file per block and copy (text or view): raw bytes, then their crc32c
-<cache>/done/<block>.json         the block's rows, file checksums and unusable rows; written last
-<cache>/manifest.parquet          keys, texts, labels: a cache explains itself without the data
+<cache>/zarr.json                 the attributes, CacheMeta; rewritten last when a cache grows
+<cache>/<field>/c/<block>/...     one chunk file per block and copy (text or view): raw bytes, then their
+crc32c
+<cache>/done/<block>.json         rows, file checksums and unusable rows of the block; written last
+<cache>/manifest.parquet          keys, texts, labels: makes a cache readable without the data
 <cache>/quarantine.jsonl          every unusable row with its reason, once all blocks are done
 """
 
@@ -19,7 +20,7 @@ import uuid
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import google_crc32c
 import numpy as np
@@ -41,8 +42,11 @@ from teachercache.core.paths import as_path, is_url, write_whole
 from teachercache.core.process import is_alive
 from teachercache.data.manifest import Manifest, load_manifest, manifest_keys, write_manifest
 
-LOCK = ".lock"  # empty; a builder holds the byte of each block that it writes
-GROW_BYTE = 1 << 40  # of the lock file: held while a cache's own files are rewritten
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+LOCK = ".lock"  # an empty file; a builder locks the byte of each block that it writes
+GROW_BYTE = 1 << 40  # of the lock file: locked while the metadata of a cache is rewritten
 Chunks = Mapping[tuple[str, int], np.ndarray]  # field and copy (text or view, otherwise 0) -> [rows, ...]
 Problem = dict[str, Any]  # an entry of quarantine.jsonl: row, key, reason and, if it has one, text or view
 Record = dict[str, Any]  # a done record
@@ -53,22 +57,21 @@ Record = dict[str, Any]  # a done record
 
 
 def is_there(path: Path) -> bool:
-    """Whether there is a cache at `path`; UserError where there is something else."""
+    """Return whether there is a cache at a path; raise UserError if there is something else."""
     if (path / "zarr.json").exists():
         return True
     if not path.exists():
         return False
     names = {entry.name for entry in path.iterdir() if not is_lease(entry)} if path.is_dir() else {path.name}
-    if names and not (
-        is_url(path) and "manifest.parquet" in names
-    ):  # a builder was killed while it created this cache
-        raise UserError(f"{path} is there and is no cache: pass another --out")
+    half_created = is_url(path) and "manifest.parquet" in names  # by a builder that was killed
+    if names and not half_created:
+        raise UserError(f"{path} exists and is not a cache: pass another --out")
     return False
 
 
 def create(path: Path, meta: CacheMeta, manifest: Manifest) -> Cache:
-    """An empty cache; the one that is there, whatever it is of, if another builder was first."""
-    if is_url(path):  # no rename there: the group's own zarr.json comes last
+    """Create an empty cache. If another builder was first, return its cache, whatever it holds."""
+    if is_url(path):  # without a rename the zarr.json of the group comes last
         write_manifest(manifest, path / "manifest.parquet")
         for name, content in metadata(meta).items():
             write_whole(path / name, content)
@@ -79,7 +82,7 @@ def create(path: Path, meta: CacheMeta, manifest: Manifest) -> Cache:
     try:
         (partial / "done").mkdir(parents=True)
     except OSError as error:
-        raise UserError(f"cannot make {path}: {error.strerror}; pass another --out") from error
+        raise UserError(f"cannot create {path}: {error.strerror}; pass another --out") from error
     for name, content in metadata(meta).items():
         write_whole(partial / name, content)
     write_manifest(manifest, partial / "manifest.parquet")
@@ -93,7 +96,9 @@ def create(path: Path, meta: CacheMeta, manifest: Manifest) -> Cache:
 
 
 def _remove_abandoned(path: Path) -> None:
-    """Remove the half-made folders of builders of this machine that were killed while they created this cache."""
+    """Remove the temporary folders of builders of this machine that were killed while they created this
+    cache.
+    """
     for folder in path.parent.glob(f"{glob.escape(path.name)}.{socket.gethostname()}-*.partial"):
         process = folder.name.split("-")[-1].removesuffix(".partial")
         if process.isdecimal() and not is_alive(int(process)):
@@ -101,7 +106,7 @@ def _remove_abandoned(path: Path) -> None:
 
 
 def open_cache(where: str | Path) -> Cache:
-    """The cache at a path or URL; UserError where there is none or its format is not ours."""
+    """Open the cache at a path or URL; raise UserError if there is none, or if its format is not supported."""
     path = as_path(where)
     try:
         attributes = json.loads((path / "zarr.json").read_text())["attributes"]
@@ -125,7 +130,7 @@ def open_cache(where: str | Path) -> Cache:
 
 
 def open_complete(path: str | Path) -> Cache:
-    """The cache at `path` with all blocks written; UserError ends in the command that finishes it."""
+    """Open a complete cache; raise UserError with the command that completes it."""
     cache = open_cache(path)
     missing = cache.meta.num_blocks - len(done_blocks(cache))
     if missing:
@@ -137,7 +142,7 @@ def open_complete(path: str | Path) -> Cache:
 
 @contextlib.contextmanager
 def _manifest_errors(cache: Cache) -> Iterator[None]:
-    """What cannot be read of the manifest ends in the command that mends it."""
+    """Add the command that repairs the manifest to errors about it."""
     try:
         yield
     except FileNotFoundError as error:
@@ -149,7 +154,7 @@ def _manifest_errors(cache: Cache) -> Iterator[None]:
 
 
 def cached_manifest(cache: Cache) -> Manifest:
-    """The rows of a cache in its order: the first ones, where a killed builder had begun to add more."""
+    """Return the rows of a cache in its order, without rows that a killed builder had begun to add."""
     with _manifest_errors(cache):
         manifest = load_manifest(cache.path / "manifest.parquet")
     return dataclasses.replace(
@@ -166,32 +171,32 @@ def _record_path(cache: Cache, block: int) -> Path:
 
 
 def listed_blocks(cache: Cache) -> list[int]:
-    """Blocks that have a done record, whatever it covers."""
+    """Return the blocks that have a done record, whatever it covers."""
     return sorted(block for path in (cache.path / "done").glob("*.json") if (block := int(path.stem)) >= 0)
 
 
 def done_blocks(cache: Cache) -> set[int]:
-    """Blocks that are finished: their done record covers all rows, texts and views that the cache has now."""
+    """Return the finished blocks: those whose done record covers all rows, texts and views of the cache."""
     listed = [block for block in listed_blocks(cache) if block < cache.meta.num_blocks]
     return {block for block in listed if covers(cache, done_record(cache, block))}
 
 
-def covers(cache: Cache, record: Mapping[str, Any] | None) -> bool:
-    """Whether a done record is of the whole block as it is now, or as a builder of more data left it."""
+def covers(cache: Cache, record: Record | None) -> bool:
+    """Return whether a done record covers every row, text and view that its block has now."""
     if record is None:
         return False
     meta, last = cache.meta, cache.meta.block(record["block"]).stop
     return record["rows"][1] >= last and record["texts"] >= meta.texts and record["views"] >= meta.views
 
 
-def _record_checksum(record: Mapping[str, Any]) -> int:
+def _record_checksum(record: Record) -> int:
     return zlib.crc32(
         json.dumps({name: value for name, value in record.items() if name != "checksum"}).encode()
     )
 
 
-def done_record(cache: Cache, block: int) -> dict[str, Any] | None:
-    """The done record of a block, None where there is none or it is damaged: the block is then built again."""
+def done_record(cache: Cache, block: int) -> Record | None:
+    """Return the done record of a block, or None if it is missing or damaged: the block is then built again."""
     try:
         record = json.loads(_record_path(cache, block).read_text())
         return record if record["checksum"] == _record_checksum(record) else None
@@ -199,8 +204,10 @@ def done_record(cache: Cache, block: int) -> dict[str, Any] | None:
         return None
 
 
-def write_block(cache: Cache, block: int, chunks: Chunks, invalid: list[dict[str, Any]]) -> None:
-    """Write chunks of a block, then its done record, which also names the chunks of an earlier one that stay."""
+def write_block(cache: Cache, block: int, chunks: Chunks, invalid: list[Problem]) -> None:
+    """Write chunks of a block, then its done record, which also lists the unchanged chunks of an earlier
+    record.
+    """
     rows, earlier = cache.meta.block(block), done_record(cache, block)
     files = dict(earlier["files"]) if earlier else {}
     contents = {
@@ -216,10 +223,10 @@ def write_block(cache: Cache, block: int, chunks: Chunks, invalid: list[dict[str
     }
     if set(files) != needed:
         raise ValueError(
-            f"block {block} lacks {sorted(needed - set(files))}, has {sorted(set(files) - needed)} besides"
+            f"block {block} lacks {sorted(needed - set(files))} and has extra {sorted(set(files) - needed)}"
         )
-    # From here on a killed builder leaves an unfinished block, never a wrong one. The record of a block that grows
-    # stays until the new one is there: its fewer rows or texts are the same in the new files as in the old.
+    # From here on a killed builder leaves an unfinished block, never a wrong one. A block that grows keeps its record
+    # until the new one is written: its rows and texts have the same bytes in the new files.
     if covers(cache, earlier):
         forget_block(cache, block)
     for path, content in contents.items():
@@ -237,7 +244,7 @@ def write_block(cache: Cache, block: int, chunks: Chunks, invalid: list[dict[str
 
 
 def flush(path: Path) -> None:
-    """Wait until a file's bytes are on the disk."""
+    """Wait until the bytes of a file are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -245,61 +252,33 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def finish(cache: Cache) -> list[dict[str, Any]]:
-    """Write quarantine.jsonl from the done records of a whole cache; its entries."""
+def finish(cache: Cache) -> list[Problem]:
+    """Write quarantine.jsonl from the done records of a complete cache, and return its entries."""
     entries = quarantined(cache)
     with contextlib.suppress(FileNotFoundError):  # another builder finished first, with the same bytes
         write_whole(cache.path / "quarantine.jsonl", json_lines(entries), tag=f".{uuid.uuid4().hex}")
     if not is_url(cache.path):
-        for left in cache.path.glob("quarantine.jsonl.*.partial"):  # of a builder that was killed here
+        for left in cache.path.glob(
+            "quarantine.jsonl.*.partial"
+        ):  # of a builder that was killed in this function
             left.unlink(missing_ok=True)
     return entries
 
 
-def quarantined(cache: Cache) -> list[dict[str, Any]]:
-    """What the done records say of rows and texts that cannot be used."""
+def quarantined(cache: Cache) -> list[Problem]:
+    """Return the entries about unusable rows and texts in the done records."""
     records = [done_record(cache, block) for block in range(cache.meta.num_blocks)]
     return [entry for record in records if record for entry in record["invalid"]]
 
 
-def json_lines(entries: list[dict[str, Any]]) -> str:
-    """The content of quarantine.jsonl."""
+def json_lines(entries: list[Problem]) -> str:
+    """Return the content of quarantine.jsonl."""
     return "".join(json.dumps(entry) + "\n" for entry in entries)
-
-
-def damaged_blocks(cache: Cache) -> dict[int, str]:
-    """Blocks with a file that is missing or not what was written, with the reason."""
-    damaged = {}
-    for block in listed_blocks(cache):
-        record = done_record(cache, block)
-        if record is None:
-            damaged[block] = "its done record is damaged"
-            continue
-        for name, (size, checksum) in record["files"].items():
-            try:
-                content = (cache.path / name).read_bytes()
-            except OSError as error:
-                if is_url(cache.path) and not isinstance(error, FileNotFoundError):
-                    raise  # the connection, not the file
-                damaged[block] = f"{name}: {error.strerror or 'missing'}"
-                break
-            if (len(content), zlib.crc32(content)) != (size, checksum):
-                damaged[block] = f"{name}: checksum differs"
-                break
-    return damaged
-
-
-def bytes_written(cache: Cache) -> int:
-    """Bytes of the chunk files that done records name, keys left out as in `expected_bytes`."""
-    records = filter(None, (done_record(cache, block) for block in listed_blocks(cache)))
-    return sum(
-        size for record in records for name, (size, _) in record["files"].items() if name[:4] != "key/"
-    )
 
 
 @contextlib.contextmanager
 def growing(cache: Cache) -> Iterator[None]:
-    """One process at a time rewrites a cache's own files; at a URL there is one builder at a time (`lease.py`)."""
+    """Let one process at a time rewrite the metadata of a cache. At a URL the lease does that (`lease.py`)."""
     if is_url(cache.path):
         yield
         return
@@ -312,12 +291,12 @@ def growing(cache: Cache) -> Iterator[None]:
 
 
 def open_lock(cache: Cache) -> int:
-    """A descriptor of the lock file, which a copy of a cache may lack."""
+    """Return a descriptor of the lock file, which a copied cache may lack."""
     return os.open(cache.path / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
 
 
 def forget_block(cache: Cache, block: int) -> None:
-    """Remove a block's done record, so that the next build writes the block again."""
+    """Remove the done record of a block, so that the next build writes the block again."""
     _record_path(cache, block).unlink(missing_ok=True)
 
 
@@ -326,7 +305,7 @@ def forget_block(cache: Cache, block: int) -> None:
 
 
 def read_field(cache: Cache, name: str) -> np.ndarray:
-    """A whole field [rows, ...], [rows, texts, ...] or [rows, views, ...]: mapped where it can be, else in memory."""
+    """Return a whole field [rows, ...], [rows, texts, ...] or [rows, views, ...], memory-mapped if possible."""
     if name not in cache.fields:
         raise UserError(f"{cache.path} has no field '{name}': choose from {', '.join(cache.fields)}")
     meta, field, copies = cache.meta, cache.fields[name], cache.copies(name)
@@ -344,19 +323,21 @@ def read_field(cache: Cache, name: str) -> np.ndarray:
 
 
 def read_rows(cache: Cache, name: str, copy: int, rows: np.ndarray) -> np.ndarray:
-    """Values [n, *shape] of some rows and one text or view, from those blocks alone; checksums are looked at."""
+    """Return the values [n, *shape] of some rows and one text or view. Only their blocks are read, with
+    checksums.
+    """
     field, size = cache.fields[name], cache.meta.block_rows
     values = np.empty((len(rows), *field.shape), field.dtype)
     for block in np.unique(rows // size).tolist():
-        mine = rows // size == block
+        in_block = rows // size == block
         path = chunk_path(cache, name, block, copy)
         chunk = _read_chunk(path, (size, *field.shape), field.dtype, check=True)
-        values[mine] = chunk[rows[mine] - block * size]
+        values[in_block] = chunk[rows[in_block] - block * size]
     return values
 
 
 def _read_chunk(path: Path, shape: Sequence[int], dtype: str, *, check: bool = False) -> np.ndarray:
-    """One chunk file as an array; without `check` the checksum behind the values is `tc verify`'s to look at."""
+    """Return a chunk file as an array; `check` verifies the checksum after the values."""
     count = int(np.prod(shape))
     content, size = path.read_bytes(), count * np.dtype(dtype).itemsize
     if len(content) < size:
@@ -367,38 +348,44 @@ def _read_chunk(path: Path, shape: Sequence[int], dtype: str, *, check: bool = F
 
 
 def read_keys(cache: Cache) -> np.ndarray:
-    """All keys in row order."""
+    """Return all keys in row order."""
     return np.array(cached_manifest(cache).column("key"), dtype=np.dtypes.StringDType())
 
 
-def join(cache: Cache, keys: Any) -> np.ndarray:
-    """The cache's row for each key (a list or an Arrow array), -1 where it lacks it: by key, never by position."""
+def join(cache: Cache, keys: "Sequence[str] | pa.Array | pa.ChunkedArray") -> np.ndarray:
+    """Return the row of each key in the cache, -1 if there is none.
+
+    Args:
+        cache: The cache.
+        keys: A list or an Arrow array of keys.
+    """
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    asked = keys if isinstance(keys, pa.Array | pa.ChunkedArray) else pa.array(keys, pa.string())
-    at = np.full(len(asked), -1, np.int64)
-    if len(asked) and not _join_in_order(cache, asked, at):
-        found = pc.index_in(asked, value_set=cached_manifest(cache).table["key"].combine_chunks())
-        at[:] = found.fill_null(-1).to_numpy()
-    return at
+    wanted = keys if isinstance(keys, pa.Array | pa.ChunkedArray) else pa.array(keys, pa.string())
+    rows = np.full(len(wanted), -1, np.int64)
+    if len(wanted) and not _join_in_order(cache, wanted, rows):
+        places = pc.index_in(wanted, value_set=cached_manifest(cache).table["key"].combine_chunks())
+        rows[:] = places.fill_null(-1).to_numpy()
+    return rows
 
 
-def _join_in_order(cache: Cache, asked: Any, at: np.ndarray) -> bool:
-    """Fill `at` where the keys stand in the cache's order, as they do unless the data changed; else False.
+def _join_in_order(cache: Cache, wanted: "pa.Array | pa.ChunkedArray", rows: np.ndarray) -> bool:
+    """Fill `rows` if the keys are in the order of the cache, as they are unless the data changed; else return
+    False.
 
-    A part of the cache's keys is looked at beside as many of those asked: no table of all keys is made.
+    Keys are compared in chunks, without a table of all keys in memory.
     """
     import pyarrow.compute as pc
 
     done = start = 0
     with _manifest_errors(cache):
-        for part in manifest_keys(cache.path / "manifest.parquet"):
-            part = part[: cache.meta.rows - start]  # where a killed builder had begun to add more
-            found = pc.index_in(asked[done : done + len(part)], value_set=part).fill_null(-1).to_numpy()
-            count = len(found) if (found >= 0).all() else int(np.argmax(found < 0))
-            at[done : done + count] = start + found[:count]
-            done, start = done + count, start + len(part)
-            if done == len(asked):
+        for chunk in manifest_keys(cache.path / "manifest.parquet"):
+            chunk = chunk[: cache.meta.rows - start]  # without rows that a killed builder had begun to add
+            places = pc.index_in(wanted[done : done + len(chunk)], value_set=chunk).fill_null(-1).to_numpy()
+            count = len(places) if (places >= 0).all() else int(np.argmax(places < 0))
+            rows[done : done + count] = start + places[:count]
+            done, start = done + count, start + len(chunk)
+            if done == len(wanted):
                 return True
     return False

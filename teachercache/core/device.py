@@ -7,19 +7,19 @@ from teachercache.core.process import local_rank
 
 
 class Precision(NamedTuple):
-    """A dtype name and why it was chosen."""
+    """The name of a dtype and the reason for choosing it."""
 
     dtype: str
     reason: str
 
 
 def pick_device(name: str = "auto") -> str:
-    """A torch device: the one named, else cuda, else cpu."""
+    """Return a torch device: the named one, or cuda if there is one, or cpu."""
     import torch
 
     if name != "auto":
         if name.startswith("cuda") and not torch.cuda.is_available():
-            raise UserError(f"--device {name}: no CUDA device here; try --device cpu")
+            raise UserError(f"--device {name}: this machine has no CUDA device; try --device cpu")
         try:
             torch.empty(1, device=name)
         except (RuntimeError, AssertionError) as error:
@@ -29,14 +29,14 @@ def pick_device(name: str = "auto") -> str:
 
 
 def pick_precision(name: str, device: str) -> Precision:
-    """The compute dtype: as named, or by the device, with the reason to print."""
+    """Return the dtype of the forward pass: the named one, or the best one for the device."""
     import torch
 
     named = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
     if name in named:
         if name == "fp16" and device == "cpu":
-            raise UserError("--precision fp16 is not for the CPU: try fp32 or bf16")
-        return Precision(named[name], "asked for")
+            raise UserError("--precision fp16 does not work on the CPU: try fp32 or bf16")
+        return Precision(named[name], "requested")
     if name != "auto":
         raise UserError(f"--precision {name}: choose from auto, fp32, bf16, fp16")
     if device.startswith("cuda"):

@@ -1,4 +1,4 @@
-"""Names to objects, and the one error that users see. Not for anything that needs torch."""
+"""The error class for users, and names of objects that users type."""
 
 import difflib
 import importlib
@@ -7,17 +7,23 @@ from typing import Any
 
 
 class UserError(ValueError):
-    """What a user did wrong, in one line that ends in what to type next; the commands print it and exit 2."""
+    """A mistake of the user. The message is one line that ends with what to type; commands print it and exit
+    with 2.
+    """
 
 
 def closest(name: str, choices: Iterable[str]) -> str:
-    """`did you mean 'x'? ` for the nearest choice, or an empty string."""
-    found = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.5)
-    return f"did you mean '{found[0]}'? " if found else ""
+    """Return "did you mean 'x'? " with the choice most similar to a name, or an empty string."""
+    matches = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.5)
+    return f"did you mean '{matches[0]}'? " if matches else ""
 
 
 def resolve(name: str, table: Mapping[str, Any], *, kind: str) -> Any:
-    """The entry of `table`, or the object at "package.module:attr"; UserError names the choices."""
+    """Return the entry of a table, or import the object at "package.module:attr".
+
+    Raises:
+        UserError: There is no such entry or object; the message contains the choices.
+    """
     if name in table:
         return table[name]
     module_name, colon, attribute = name.partition(":")

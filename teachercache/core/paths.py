@@ -1,47 +1,54 @@
-"""Paths and URLs alike: a local Path, or universal_pathlib's UPath for s3://, gs://, memory:// and the rest of fsspec.
+"""Local paths and URLs behind one interface, and atomic writes.
 
-Writes are whole or not there. Not for reading pictures: see `samples.py`.
+A path is a `pathlib.Path`, or a `UPath` of universal_pathlib for s3://, gs://, memory:// and the other file
+systems of fsspec.
 """
 
 import io
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from teachercache.core.errors import UserError
 
 
-def is_url(path: Any) -> bool:
-    """Whether a path, or what a user typed, names a place that is not a local file."""
+def is_url(path: object) -> bool:
+    """Return whether a path or the text of a user names a place outside the local file system."""
     return "://" in str(path)
 
 
-def as_path(text: Any) -> Any:
-    """A Path, or a UPath with the same methods where the text is a URL; listings of a URL are never remembered."""
+def as_path(text: str | Path) -> Path:
+    """Return a Path, or a UPath if the text is a URL. Listings of a URL are not cached."""
     if not is_url(text) or not isinstance(text, str):
         return Path(text) if isinstance(text, str) else text
     try:
         from upath import UPath
 
         path = UPath(text, use_listings_cache=False)
-        assert path.fs is not None  # its driver is imported now, so that its absence is told here
+        assert path.fs is not None  # imports its driver, which may be missing
     except (ImportError, ValueError) as error:
         raise UserError(f"{text}: {error}; for s3:// run pip install 'teachercache[s3]'") from error
-    return path
+    return cast(Path, path)  # has the methods of a Path, and is declared as one throughout
 
 
 def write_whole(path: Path, content: bytes | str, *, tag: str = "") -> None:
-    """Write a file so that it is whole or not there: aside, flushed and renamed, or in one PUT.
+    """Write a file atomically: to a temporary file that is flushed and renamed, or in one PUT.
 
-    A `tag` where several processes may write the same local file at once.
+    Args:
+        path: The file.
+        content: Its content; text is encoded as UTF-8.
+        tag: Makes the name of the temporary file unique if several processes may write the same file.
     """
     content = content.encode() if isinstance(content, str) else content
     stream_whole(path, lambda file: file.write(content), tag=tag)
 
 
 def stream_whole(path: Path, write: Callable[[IO[bytes]], Any], *, tag: str = "") -> None:
-    """As `write_whole`, by a function that writes into an open file: locally nothing is whole in memory."""
+    """Write a file as `write_whole` does, with a function that writes into an open file.
+
+    Locally the content is never in memory as a whole.
+    """
     if is_url(path):
         content = io.BytesIO()
         write(content)
@@ -54,6 +61,6 @@ def stream_whole(path: Path, write: Callable[[IO[bytes]], Any], *, tag: str = ""
             write(file)
             file.flush()
             os.fsync(file.fileno())
-    except OSError as error:  # write() and fsync() do not say which file it was
+    except OSError as error:  # write() and fsync() do not name the file
         raise OSError(error.errno, error.strerror, str(path)) from error
     os.replace(partial, path)

@@ -1,4 +1,4 @@
-"""Lines and progress bars for a person, on stderr."""
+"""Messages and progress bars on stderr."""
 
 import contextlib
 import sys
@@ -9,23 +9,23 @@ from typing import Any
 from teachercache.core.process import rank
 
 
-def say(*words: Any) -> None:
-    """A line for the person, on stderr and from rank 0 alone, so that stdout stays for machines."""
+def say(*words: object) -> None:
+    """Print a line to stderr on rank 0; stdout stays reserved for the output of a command."""
     if rank() == 0:
         print(*words, file=sys.stderr, flush=True)
 
 
 class Ticker:
-    """Progress with a rate and an ETA: a rich bar on a terminal, a plain line every few seconds otherwise."""
+    """Progress with a rate and an ETA: a rich bar on a terminal, otherwise a plain line every few seconds."""
 
-    def __init__(self, total: int, unit: str, *, every: float = 10.0):
+    def __init__(self, total: int, unit: str, *, every: float = 10.0) -> None:
         self.total, self.unit, self.every = total, unit, every
         self.done, self.start, self.last = 0, time.monotonic(), time.monotonic()
         self.bar: Any = None  # a rich Progress on a terminal
         self.task: Any = None
 
     def step(self, count: int, note: str = "") -> None:
-        """Count `count` more units done; `note` is shown behind the rate."""
+        """Count `count` more units; show `note` after the rate."""
         self.done += count
         now = time.monotonic()
         rate = self.done / max(now - self.start, 1e-9)
@@ -43,7 +43,7 @@ class Ticker:
 
 @contextlib.contextmanager
 def ticker(total: int, unit: str, title: str) -> Iterator[Ticker]:
-    """A Ticker that shows itself on rank 0."""
+    """Yield a Ticker that is shown on rank 0."""
     tick = Ticker(total, unit)
     if rank() == 0 and sys.stderr.isatty():
         from rich.console import Console
@@ -51,7 +51,7 @@ def ticker(total: int, unit: str, title: str) -> Iterator[Ticker]:
         from rich.table import Column
 
         def whole(width: int = 0) -> Column:
-            return Column(no_wrap=True, min_width=width)  # the note gives way on a narrow terminal, not these
+            return Column(no_wrap=True, min_width=width)  # a narrow terminal shortens the note, not these
 
         columns = (
             TextColumn("{task.description}", table_column=whole(len(title))),

@@ -1,6 +1,6 @@
-"""Reading at URLs through fsspec: listings, byte ranges, many small files at once, and errors that say what to check.
+"""Read from URLs through fsspec: listings, byte ranges, many small files at once, and helpful error messages.
 
-The same calls work on local paths, so that readers need not ask. Not for writing: see `paths.py`.
+The functions accept local paths as well, so that readers treat both alike. `paths.py` writes.
 """
 
 import concurrent.futures
@@ -10,17 +10,21 @@ import posixpath
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, TYPE_CHECKING, TypeVar, cast
 
 from teachercache.core.errors import UserError
 from teachercache.core.paths import as_path, is_url
 
-# Headers of a tar are read in blocks of this size: beyond a larger picture nothing is read but the next header. Smaller
-# pictures come along, because one request costs as long as about a megabyte of transfer.
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
+    from upath import UPath
+
+# Headers of a tar file are read in blocks of this size, which skips larger images. Smaller images are read along: one
+# request takes as long as the transfer of about a megabyte.
 TAR_BLOCK = 256 << 10
-TARS_AT_ONCE = 8  # each header waits for the one before it: several tars hide that
+TARS_AT_ONCE = 8  # each header waits for the previous one; several files in parallel hide that
 SMALL_FILES_AT_ONCE = 256
-PAUSES = (1.0, 4.0, 16.0)  # seconds before each new try at a picture, beyond the tries of the driver itself
+PAUSES = (1.0, 4.0, 16.0)  # seconds before each retry of a read, on top of the driver's own retries
 DRIVERS = (
     "aiobotocore",
     "botocore",
@@ -38,16 +42,18 @@ Result = TypeVar("Result")
 
 
 # ----------------------------------------------------------------------------------------------------
-# Places
+# Paths
 
 
-def here(path: Any) -> Any:
-    """The same place through a driver of this process: fsspec's loops and connections do not survive a fork."""
+def here(path: Path) -> Path:
+    """Return the path with a driver of this process: fsspec's event loops and connections do not survive a
+    fork.
+    """
     return as_path(str(path)) if is_url(path) else path
 
 
-def below(root: Any, name: str) -> Any:
-    """A name seen from a root: one that is a URL stands alone; `..` goes up a URL too, never out of its bucket."""
+def below(root: Path, name: str) -> Path:
+    """Join a name to a root. A URL replaces the root; `..` goes up inside the bucket of a URL."""
     if is_url(name):
         return as_path(name)
     if not is_url(root) or not {"", ".", ".."} & set(name.split("/")):
@@ -58,14 +64,16 @@ def below(root: Any, name: str) -> Any:
 
 
 def join_relative(folder: str, name: str) -> str:
-    """A path below a manifest's root from a folder and a name in it; a name that is a URL stands alone."""
+    """Return a name of a folder relative to a manifest's root; a name that is a URL stays as it is."""
     if is_url(name):
         return name
     return f"{folder.rstrip('/')}/{name}" if is_url(folder) else os.path.normpath(os.path.join(folder, name))
 
 
-def common_root(roots: list[Any]) -> Any:
-    """The folder above all of them; of local paths and URLs, or URLs of two buckets, the folder of the local ones."""
+def common_root(roots: list[Path]) -> Path:
+    """Return the common parent of several roots. Local paths beside URLs, and URLs of two buckets, have the
+    parent of the local ones.
+    """
     local = [root for root in roots if not is_url(root)]
     splits = [_split(root) for root in roots if is_url(root)]
     if not local and len({split[:2] for split in splits}) == 1:
@@ -78,8 +86,8 @@ def common_root(roots: list[Any]) -> Any:
     return Path(os.path.commonpath(local)) if local else Path()
 
 
-def seen_from(root: Any, own: Any) -> str:
-    """How a source's own root is written below the common one: relative where it lies there, else its URL."""
+def seen_from(root: Path, own: Path) -> str:
+    """Return a root relative to a common root, or its URL if it lies elsewhere."""
     if not is_url(own):
         return os.path.relpath(own, root)
     *place, folder = _split(own)
@@ -88,69 +96,73 @@ def seen_from(root: Any, own: Any) -> str:
 
 
 def tidy(data: str) -> str:
-    """What a user typed as it is recorded: os.path.normpath would make s3:/ of s3://."""
+    """Normalize a path as it is recorded; os.path.normpath would turn s3:// into s3:/."""
     if not is_url(data):
         return os.path.normpath(data)
     return data if data.endswith("://") else data.rstrip("/")
 
 
 def last_part(url: str) -> str:
-    """The name that a URL ends in, its bucket where there is no more."""
+    """Return the last name of a URL, or its bucket."""
     return url.split("://")[-1].rstrip("/").split("/")[-1]
 
 
-def _split(url: Any) -> tuple[str, str, str]:
-    """Scheme, bucket and the rest of a URL; the scheme of a local path is empty."""
+def _split(url: Path | str) -> tuple[str, str, str]:
+    """Return scheme, bucket and the rest of a URL; the scheme of a local path is empty."""
     scheme, _, rest = str(url).rpartition("://")
     bucket, _, folder = rest.partition("/")
     return scheme, bucket, folder.strip("/")
 
 
 # ----------------------------------------------------------------------------------------------------
-# What there is
+# Listings
 
 
-def kind(path: Any) -> str:
-    """`file`, `directory`, or an empty string where there is nothing."""
+def kind(path: Path) -> str:
+    """Return `file`, `directory`, or an empty string if nothing exists at a URL."""
     try:
-        return path.fs.info(path.path)["type"]
+        return _fs(path).info(_key(path))["type"]
     except FileNotFoundError as error:
         if isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, FileNotFoundError):
-            raise error.__cause__ from error  # http hides a broken connection in it
+            raise error.__cause__ from error  # fsspec's http wraps a broken connection in it
         return ""
 
 
-def glob_url(pattern: str) -> list[tuple[Any, bool]]:
-    """Places that a pattern names and whether each is a folder, sorted, with one listing."""
+def glob_url(pattern: str) -> list[tuple[Path, bool]]:
+    """Return the sorted paths that match a pattern, and whether each is a folder, with one listing."""
     path = as_path(pattern)
-    found = path.fs.glob(path.path, detail=True)
+    found = _fs(path).glob(_key(path), detail=True)
     return [
-        (as_path(path.fs.unstrip_protocol(name)), found[name]["type"] == "directory")
+        (as_path(_fs(path).unstrip_protocol(name)), found[name]["type"] == "directory")
         for name in sorted(found)
     ]
 
 
-def children(folder: Any) -> list[tuple[Any, bool]]:
-    """What lies in a folder and whether it is a folder itself, sorted, with one listing."""
+def children(folder: Path) -> list[tuple[Path, bool]]:
+    """Return the sorted entries of a folder, and whether each is a folder, with one listing."""
     if not is_url(folder):
         return sorted((Path(entry.path), entry.is_dir()) for entry in os.scandir(folder))
     return [(folder / name, size is None) for name, size in sorted(_listing(folder).items())]
 
 
-def _listing(folder: Any) -> dict[str, int | None]:
-    """Names in a folder at a URL with their bytes, None for folders; nothing where there is no such folder."""
+def _listing(folder: Path) -> dict[str, int | None]:
+    """Return the names in a folder at a URL with their bytes, None for folders; {} if the folder does not
+    exist.
+    """
     _refuse_http(folder)
     try:
-        found = folder.fs.ls(folder.path, detail=True)
+        found = _fs(folder).ls(_key(folder), detail=True)
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    own = folder.path.strip("/")  # object stores may hold an empty object in the folder's place
+    own = _key(folder).strip("/")  # object stores may hold an empty object with the name of the folder
     sizes = {info["name"].strip("/"): None if info["type"] == "directory" else info["size"] for info in found}
     return {posixpath.basename(name): size for name, size in sizes.items() if name != own}
 
 
-def walk(root: Any) -> Iterator[tuple[str, dict[str, int | None]]]:
-    """Folders below a root in sorted order, with their files and, where a listing tells them, their bytes."""
+def walk(root: Path) -> Iterator[tuple[str, dict[str, int | None]]]:
+    """Yield the folders below a root in sorted order, each with its files and, if a listing has them, their
+    bytes.
+    """
     if not is_url(root):
         for folder, names, files in os.walk(root):
             names.sort()
@@ -158,9 +170,9 @@ def walk(root: Any) -> Iterator[tuple[str, dict[str, int | None]]]:
             yield "" if relative == "." else relative, dict.fromkeys(files)
         return
     _refuse_http(root)
-    start = len(root.path.rstrip("/")) + 1
+    start = len(_key(root).rstrip("/")) + 1
     folders: dict[tuple[str, ...], dict[str, int | None]] = {}
-    for name, info in root.fs.find(root.path, detail=True).items():
+    for name, info in _fs(root).find(_key(root), detail=True).items():
         *above, last = name[start:].split("/")
         if last and info["type"] == "file":
             folders.setdefault(tuple(above), {})[last] = info["size"]
@@ -168,22 +180,22 @@ def walk(root: Any) -> Iterator[tuple[str, dict[str, int | None]]]:
         yield "/".join(parts), folders[parts]
 
 
-def is_http(path: Any) -> bool:
-    """Whether a place is at a web server, which gives files and lists none."""
+def is_http(path: Path | str) -> bool:
+    """Return whether a path lies on a web server, which cannot list folders."""
     return str(path).startswith(("http://", "https://"))
 
 
-def _refuse_http(path: Any) -> None:
+def _refuse_http(path: Path) -> None:
     if is_http(path):
         raise UserError(
             f"{path}: folders cannot be listed over http: pass a .tar, .parquet, .csv, .json or .txt file"
         )
 
 
-def file_size(path: Any) -> int:
-    """Bytes of a file, 0 where there is none: the build quarantines the row with its reason."""
+def file_size(path: Path) -> int:
+    """Return the bytes of a file, 0 if it does not exist: the build then quarantines its row."""
     try:
-        return path.fs.info(path.path)["size"] or 0 if is_url(path) else path.stat().st_size
+        return _fs(path).info(_key(path))["size"] or 0 if is_url(path) else path.stat().st_size
     except FileNotFoundError:
         return 0
     except OSError:
@@ -192,10 +204,10 @@ def file_size(path: Any) -> int:
         return 0
 
 
-def sizes_below(root: Any) -> Callable[[str], int | None]:
-    """A function from a file's path below a root to its bytes, None where there is none.
+def sizes_below(root: Path) -> Callable[[str], int | None]:
+    """Return a function from a path below a root to its bytes, None if it does not exist.
 
-    At a URL a folder is listed when it is first asked about, a thousand files a request, instead of asking for each.
+    A folder at a URL is listed when its first file is looked up, a thousand files per request.
     """
     listings: dict[str, dict[str, int | None]] = {}
 
@@ -203,7 +215,7 @@ def sizes_below(root: Any) -> Callable[[str], int | None]:
         if not is_url(root) and not is_url(name):
             path = root / name
             return file_size(path) if path.exists() else None
-        if is_http(root) or is_http(name):  # no listings: one question each
+        if is_http(root) or is_http(name):  # no listings: one request per file
             return file_size(below(root, name)) or None
         folder, _, last = name.rpartition("/")
         if folder not in listings:
@@ -214,34 +226,41 @@ def sizes_below(root: Any) -> Callable[[str], int | None]:
 
 
 # ----------------------------------------------------------------------------------------------------
-# What it holds
+# Contents
 
 
-def open_file(path: Any, block: int) -> Any:
-    """A binary file that can be sought in; at a URL `block` bytes are read ahead."""
+def open_file(path: Path, block: int) -> IO[bytes]:
+    """Open a binary file for random access; at a URL `block` bytes are read ahead."""
     if not is_url(path):
         return open(path, "rb")
-    file = path.fs.open(path.path, "rb", block_size=block, cache_type="readahead" if block else "none")
+    file = _fs(path).open(_key(path), "rb", block_size=block, cache_type="readahead" if block else "none")
     if getattr(file, "size", 0) is None:
-        raise UserError(f"the server of {path} gives no byte ranges: download the file and pass its path")
+        raise UserError(
+            f"the server of {path} does not support byte ranges: download the file and pass its path"
+        )
     return file
 
 
-def read_small(root: Any, files: list[tuple[str, int | None]]) -> Iterator[bytes]:
-    """Contents of small files below a root, given with their bytes; at a URL many are on their way at once."""
+def read_small(root: Path, files: list[tuple[str, int | None]]) -> Iterator[bytes]:
+    """Yield the contents of small files below a root; at a URL many requests run at once.
+
+    Args:
+        root: The folder.
+        files: Names and sizes in bytes.
+    """
     if not is_url(root):
         yield from ((root / name).read_bytes() for name, _ in files)
         return
     for start in range(0, len(files), SMALL_FILES_AT_ONCE):
         part = files[start : start + SMALL_FILES_AT_ONCE]
-        wanted = [(below(root, name).path, size) for name, size in part if size]
+        wanted = [(_key(below(root, name)), size) for name, size in part if size]
         paths, ends = [path for path, _ in wanted], [size for _, size in wanted]
-        found = iter(root.fs.cat_ranges(paths, [0] * len(paths), ends, on_error="raise") if paths else ())
+        found = iter(_fs(root).cat_ranges(paths, [0] * len(paths), ends, on_error="raise") if paths else ())
         yield from (next(found) if size else b"" for _, size in part)
 
 
 def in_order(function: Callable[[Item], Result], items: list[Item]) -> Iterator[Result]:
-    """map() for functions that wait for a network: the next few items are worked on meanwhile, in threads."""
+    """Map a function that waits for the network over items, with a few items ahead in threads."""
     if not items or not is_url(items[0]):
         yield from map(function, items)
         return
@@ -256,25 +275,26 @@ def in_order(function: Callable[[Item], Result], items: list[Item]) -> Iterator[
         pool.shutdown(cancel_futures=True)
 
 
-def read_range(path: Any, offset: int = 0, size: int | None = None) -> bytes:
-    """Bytes of a file at a URL with one request; FileNotFoundError where there is no such file."""
+def read_range(path: Path, offset: int = 0, size: int | None = None) -> bytes:
+    """Return bytes of a file at a URL with one request; raise FileNotFoundError if it does not exist."""
     end = None if size is None else offset + size
     if size == 0:
         return b""
-    # a start even for a whole file: without one s3fs first asks for the size
-    content = persistently(lambda: path.fs.cat_file(path.path, start=offset, end=end), path)
-    whole = size is not None and len(content) > size  # from a web server that gives no ranges
+    # with a start, even for a whole file: otherwise s3fs requests the size first
+    content = persistently(lambda: _fs(path).cat_file(_key(path), start=offset, end=end), path)
+    whole = size is not None and len(content) > size  # from a web server without byte ranges
     return content[offset:end] if whole else content
 
 
 # ----------------------------------------------------------------------------------------------------
-# What goes wrong
+# Errors
 
 
-def persistently(read: Callable[[], bytes], path: Any) -> bytes:
-    """What a read gives, tried again after a broken connection, then a UserError that stops the build.
+def persistently(read: Callable[[], bytes], path: Path) -> bytes:
+    """Return the result of a read, retried after a broken connection.
 
-    A row is bad only where the server says that its file is not there (FileNotFoundError) or is too short (b"").
+    A file that does not exist (FileNotFoundError) or is too short (b"") makes a row unusable. Other errors of
+    the network stop the build with a UserError.
     """
     for pause in (*PAUSES, None):
         try:
@@ -290,15 +310,17 @@ def persistently(read: Callable[[], bytes], path: Any) -> bytes:
             if isinstance(error, FileNotFoundError) and code != "NoSuchBucket":
                 raise
             if pause is None or isinstance(error, PermissionError | FileNotFoundError):
-                again = "the same command goes on where it left off"
+                again = "run the same command to resume"
                 raise UserError(f"cannot read {path}: {_reason(error)}; {_advice(path)}; {again}") from error
             time.sleep(pause)
     raise AssertionError("the last try returns or raises")
 
 
 @contextlib.contextmanager
-def explain_errors(path: Any, *, action: str = "read") -> Iterator[None]:
-    """Tell a broken connection, missing rights and a missing place in one line that says what to check."""
+def explain_errors(path: Path | str, *, action: str = "read") -> Iterator[None]:
+    """Turn a broken connection, missing rights and a missing bucket into a UserError that lists what to
+    check.
+    """
     try:
         yield
     except UserError:
@@ -306,7 +328,7 @@ def explain_errors(path: Any, *, action: str = "read") -> Iterator[None]:
     except Exception as error:
         no_ranges = is_http(path) and isinstance(
             error, ValueError
-        )  # fsspec's word for a server that gives none
+        )  # fsspec's error for a server without byte ranges
         local = isinstance(error, OSError) and (
             not is_url(path) or isinstance(error.filename, str | os.PathLike)
         )
@@ -315,12 +337,22 @@ def explain_errors(path: Any, *, action: str = "read") -> Iterator[None]:
         raise UserError(f"cannot {action} {path}: {_reason(error)}; {_advice(path)}") from error
 
 
+def _fs(path: Path) -> "AbstractFileSystem":
+    """Return the file system of a UPath; paths that are not URLs never get here."""
+    return cast("UPath", path).fs
+
+
+def _key(path: Path) -> str:
+    """Return the path of a UPath inside its file system."""
+    return cast("UPath", path).path
+
+
 def _from_network(error: Exception) -> bool:
     return isinstance(error, OSError) or type(error).__module__.split(".")[0] in DRIVERS
 
 
 def _code(error: Exception) -> str:
-    """The server's own word for an error: S3's code, else the HTTP status."""
+    """Return the error code of the server: of S3, otherwise the HTTP status."""
     response = getattr(error.__cause__ or error, "response", None)
     if isinstance(response, dict):
         return str(response.get("Error", {}).get("Code", ""))
@@ -331,7 +363,7 @@ def _reason(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _advice(path: Any) -> str:
+def _advice(path: Path | str) -> str:
     if str(path).startswith(("s3://", "s3a://")):
         return (
             "check the bucket's name, the credentials (AWS_PROFILE, AWS_ACCESS_KEY_ID) and AWS_ENDPOINT_URL"

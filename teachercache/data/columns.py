@@ -1,8 +1,8 @@
-"""Pictures inside Parquet and Arrow files, one row at a time, safe in forked workers. Not for texts: see `readers/`.
+"""Read images from Parquet and Arrow files, one row at a time, safely in forked workers. `readers/` reads the
+texts.
 
-A Parquet file is read one row group at a time; an Arrow file, as Hugging Face `datasets` saves them, is mapped into
-memory and only the bytes of the row are touched. Both are read with pyarrow alone and without its threads. At a URL
-a column of a Parquet row group is one request.
+A Parquet file is read one row group at a time. An Arrow file, as Hugging Face `datasets` saves it, is
+memory-mapped. Both use pyarrow without its threads. At a URL a column of a Parquet row group is one request.
 """
 
 import functools
@@ -20,11 +20,15 @@ if TYPE_CHECKING:
 COLUMN_FILES = (".parquet", ".arrow")
 PICTURE_COLUMNS = ("image", "img", "picture", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes")
 PATH_COLUMNS = ("image", "image_path", "filepath", "file_name", "filename", "path", "img_path")
-WHOLE_GROUP_BYTES = 256 << 20  # of a row group that is kept whole; a larger one is read 64 rows at a time
+WHOLE_GROUP_BYTES = (
+    256 << 20
+)  # a row group up to this size is kept in memory; a larger one is read 64 rows at a time
 
 
 def picture_column(schema: "pa.Schema") -> str:
-    """The column that holds pictures as bytes, or as Hugging Face's struct of `bytes` and `path`; "" if none does."""
+    """Return the column that holds images, as bytes or as Hugging Face's struct of `bytes` and `path`, or
+    "".
+    """
     return next(
         (name for name in PICTURE_COLUMNS if name in schema.names and _holds_bytes(schema.field(name).type)),
         "",
@@ -39,13 +43,15 @@ def _holds_bytes(kind: "pa.DataType") -> bool:
     return types.is_binary(kind) or types.is_large_binary(kind)
 
 
-def picture_in_row(path: Any, row: int) -> bytes:
-    """The bytes of a row's picture; OSError or LookupError with a reason where there are none."""
+def picture_in_row(path: Path, row: int) -> bytes:
+    """Return the bytes of the image of a row; raise OSError or LookupError with a reason if there are
+    none.
+    """
     import pyarrow as pa
 
     opened = _open_parquet if path.suffix.lower() == ".parquet" else _open_arrow
-    # by process: a forked worker must not share a reader's place; by time and size: the file may be written again.
-    # At a URL that question would cost a request for each picture.
+    # The process is part of the key because a forked worker must not share a reader's position; time and size because the
+    # file may be rewritten. At a URL checking that would cost a request per image.
     written = (0, 0) if is_url(path) else ((facts := path.stat()).st_mtime_ns, facts.st_size)
     try:
         value = opened(path, os.getpid(), *written).cell(row)
@@ -60,17 +66,17 @@ def picture_in_row(path: Any, row: int) -> bytes:
     return value
 
 
-def _beside(path: Any, name: str) -> bytes:
-    """A picture that a cell names instead of holding it; only from the folder of the file itself."""
+def _beside(path: Path, name: str) -> bytes:
+    """Read an image that a cell refers to by path; the path must lie in the folder of the file."""
     folder = path.parent if is_url(path) else path.parent.resolve()
     beside = below(folder, name) if is_url(path) else (folder / name).resolve()
     if not beside.is_relative_to(folder):
-        raise LookupError(f"the picture's path leads out of the folder of {path.name}")
+        raise LookupError(f"the picture's path leaves the folder of {path.name}")
     return read_range(beside) if is_url(beside) else beside.read_bytes()
 
 
 @functools.lru_cache(maxsize=2)
-def _open_parquet(path: Any, process: int, changed: int, size: int) -> "ParquetPictures":
+def _open_parquet(path: Path, process: int, changed: int, size: int) -> "ParquetPictures":
     return ParquetPictures(path)
 
 
@@ -80,9 +86,9 @@ def _open_arrow(path: Path, process: int, changed: int, size: int) -> "ArrowPict
 
 
 class ParquetPictures:
-    """The picture column of a Parquet file with one row group, or a piece of a large one, in memory."""
+    """The image column of a Parquet file, with one row group, or a part of a large one, in memory."""
 
-    def __init__(self, path: Any):
+    def __init__(self, path: Path):
         self.file = open_parquet(path)
         self.column = picture_column(self.file.schema_arrow)
         groups = range(self.file.metadata.num_row_groups)
@@ -91,7 +97,7 @@ class ParquetPictures:
         self.pieces: Iterator[Any] = iter(())
 
     def cell(self, row: int) -> Any:
-        """What the column holds in a row."""
+        """Return the value of the column in a row."""
         group, start = 0, 0
         while group < len(self.rows) and row >= start + self.rows[group]:
             start, group = start + self.rows[group], group + 1
@@ -109,34 +115,34 @@ class ParquetPictures:
             try:
                 self.values = next(self.pieces).column(0)
             except BaseException:
-                self.group = -1  # what was interrupted begins anew
+                self.group = -1  # an interrupted read starts again
                 raise
         return self.values[row - self.first].as_py()
 
 
 class ArrowPictures:
-    """The picture column of an Arrow file (stream or random access), mapped."""
+    """The image column of an Arrow file (stream or random access), memory-mapped."""
 
     def __init__(self, path: Path):
         table = open_arrow(path)
         self.values = table.column(picture_column(table.schema))
 
     def cell(self, row: int) -> Any:
-        """What the column holds in a row."""
+        """Return the value of the column in a row."""
         if row >= len(self.values):
             raise LookupError(f"the file has {len(self.values)} rows, not {row + 1}")
         return self.values[row].as_py()
 
 
-def open_parquet(path: Any) -> Any:
-    """A ParquetFile: mapped, or at a URL read by ranges, without reading ahead of what is asked for."""
+def open_parquet(path: Path) -> Any:
+    """Open a ParquetFile: memory-mapped, or at a URL with ranged reads and no read-ahead."""
     import pyarrow.parquet as pq
 
     return pq.ParquetFile(open_file(path, 0)) if is_url(path) else pq.ParquetFile(path, memory_map=True)
 
 
 def open_arrow(path: Path) -> "pa.Table":
-    """A mapped table: nothing is copied, pages come in as they are touched."""
+    """Return a memory-mapped table."""
     import pyarrow as pa
 
     source = pa.memory_map(str(path))
@@ -147,7 +153,9 @@ def open_arrow(path: Path) -> "pa.Table":
 
 
 def group_bytes(metadata: Any, group: int, column: str, *, stored: bool) -> int:
-    """Bytes of a column in one row group, from the footer: as stored (compressed) or as read."""
+    """Return the bytes of a column in one row group, stored (compressed) or in memory, from the footer."""
     chunks = [metadata.row_group(group).column(i) for i in range(metadata.num_columns)]
-    own = [chunk for chunk in chunks if chunk.path_in_schema.split(".")[0] == column]
-    return sum(chunk.total_compressed_size if stored else chunk.total_uncompressed_size for chunk in own)
+    column_chunks = [chunk for chunk in chunks if chunk.path_in_schema.split(".")[0] == column]
+    return sum(
+        chunk.total_compressed_size if stored else chunk.total_uncompressed_size for chunk in column_chunks
+    )

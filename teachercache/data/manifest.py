@@ -1,6 +1,6 @@
-"""The manifest: one row per picture with a stable key, its texts and its labels; and how a row's picture is read.
+"""The manifest: one row per image or text with a stable key, texts and labels.
 
-Readers for each input format are in `readers/`. Not for tensors: see `views.py`.
+`readers/` reads each format; `views.py` makes tensors.
 """
 
 import dataclasses
@@ -10,6 +10,7 @@ import itertools
 import json
 import zlib
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from teachercache.core.errors import UserError
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
 
-ROWS_AT_ONCE = 8192  # rows that are Python objects at one time, on their way into the Arrow table
-# What str.strip() leaves nothing of; Arrow's own trimming spares the separators 1c to 1f
+ROWS_AT_ONCE = 8192  # rows held as Python objects before they are converted to Arrow
+# The characters that str.strip() removes; Arrow's trimming keeps the separators 1c to 1f
 SPACES = (
     r"\x{09}-\x{0d}\x{1c}-\x{20}\x{85}\x{a0}\x{1680}\x{2000}-\x{200a}\x{2028}\x{2029}\x{202f}\x{205f}\x{3000}"
 )
@@ -30,10 +31,17 @@ SPACES = (
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """All rows of a data set, in an Arrow table; `root` is where their paths start."""
+    """All rows of a dataset in an Arrow table.
 
-    data: str  # what `--data` was
-    root: Any  # a Path, or a UPath
+    Attributes:
+        data: The value of `--data`.
+        root: The Path or UPath that the paths of images are relative to.
+        table: The rows, with the columns of `schema`.
+        digest: The digest of keys, image files, texts and tasks.
+    """
+
+    data: str
+    root: Path
     table: "pa.Table"
     digest: str
 
@@ -42,29 +50,29 @@ class Manifest:
 
     @property
     def texts(self) -> int:
-        """Texts per row: the most that any row has."""
+        """The largest number of texts of a row."""
         import pyarrow.compute as pc
 
         return pc.max(pc.list_value_length(self.table["texts"])).as_py() or 0
 
     @property
     def has_images(self) -> bool:
-        """Whether any row names a picture."""
+        """Whether any row has an image."""
         import pyarrow.compute as pc
 
         return pc.any(pc.not_equal(self.table["image"], "")).as_py()
 
     def row(self, index: int) -> Sample:
-        """One row as a record."""
+        """Return one row as a record."""
         values = {name: self.table[name][index].as_py() for name in self.table.column_names}
         return Sample(**{**values, "texts": tuple(values["texts"])})
 
     def column(self, name: str) -> list[Any]:
-        """One column as a Python list."""
+        """Return one column as a list."""
         return self.table[name].to_pylist()
 
     def rows_of_split(self, split: str) -> "np.ndarray":
-        """Rows of a split [n], all rows where the data has no splits at all."""
+        """Return the rows of a split [n], or all rows if the data has no splits."""
         import numpy as np
         import pyarrow.compute as pc
 
@@ -73,19 +81,19 @@ class Manifest:
         return np.flatnonzero(pc.equal(self.table["split"], split).to_numpy())
 
     def has_text(self) -> "np.ndarray":
-        """Whether each row has a text that is not empty, bool [rows]."""
+        """Return whether each row has a text that is not blank, bool [rows]."""
         import numpy as np
         import pyarrow.compute as pc
 
         texts = self.table["texts"]
         filled = ~pc.match_substring_regex(pc.list_flatten(texts), rf"\A[{SPACES}]*\z").to_numpy()
-        found = np.zeros(len(self), bool)
-        found[pc.list_parent_indices(texts).to_numpy()[filled]] = True
-        return found
+        mask = np.zeros(len(self), bool)
+        mask[pc.list_parent_indices(texts).to_numpy()[filled]] = True
+        return mask
 
 
 def schema() -> "pa.Schema":
-    """Columns of a manifest."""
+    """Return the schema of the table."""
     import pyarrow as pa
 
     return pa.schema(
@@ -103,8 +111,8 @@ def schema() -> "pa.Schema":
     )
 
 
-def make_manifest(data: str, root: Any, samples: Iterable[Sample], *, limit: int | None = None) -> Manifest:
-    """Rows into a Manifest; UserError where there are none or a key comes twice."""
+def make_manifest(data: str, root: Path, samples: Iterable[Sample], *, limit: int | None = None) -> Manifest:
+    """Collect rows into a Manifest; raise UserError if there are none or a key is repeated."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -121,22 +129,24 @@ def make_manifest(data: str, root: Any, samples: Iterable[Sample], *, limit: int
             f"no pictures or texts found in {data}: see `tc build --help` for the formats that are read"
         )
     table = pa.Table.from_batches(batches)
-    if pc.count_distinct(table["key"]).as_py() < len(table):  # counted in Arrow: Python strings are larger
+    if pc.count_distinct(table["key"]).as_py() < len(table):  # counted in Arrow, where strings are smaller
         counts = pc.value_counts(table["key"])
         key = counts.field("values")[pc.index(pc.greater(counts.field("counts"), 1), value=True).as_py()]
-        raise UserError(f"key '{key}' comes twice in {data}: give every row its own key or file name")
+        raise UserError(f"key '{key}' is repeated in {data}: give every row its own key or file name")
     return Manifest(tidy(data), root, table, digest_rows(table))
 
 
 def digest_rows(table: "pa.Table") -> str:
-    """sha256 over every row's key, picture reference, picture size, texts and task; neither root nor order matter."""
+    """Return the sha256 over the key, image reference, image size, texts and task of every row, in any
+    order.
+    """
     import numpy as np
 
     return hashlib.sha256(np.sort(row_digests(table)).tobytes()).hexdigest()
 
 
 def row_digests(table: "pa.Table") -> "np.ndarray":
-    """What `digest_rows` knows of each row: sixteen bytes, dtype S16 [rows]."""
+    """Return the contribution of each row to `digest_rows`: sixteen bytes, dtype S16 [rows]."""
     import numpy as np
 
     digests = bytearray()
@@ -148,8 +158,8 @@ def row_digests(table: "pa.Table") -> "np.ndarray":
     return np.frombuffer(digests, "S16")
 
 
-def write_manifest(manifest: Manifest, path: Any) -> None:
-    """Parquet that `--data` takes; written aside and renamed, or in one request."""
+def write_manifest(manifest: Manifest, path: Path) -> None:
+    """Write a Parquet file that `--data` accepts, atomically."""
     import pyarrow.parquet as pq
 
     meta = {"data": manifest.data, "root": str(manifest.root), "digest": manifest.digest}
@@ -157,15 +167,17 @@ def write_manifest(manifest: Manifest, path: Any) -> None:
     stream_whole(path, lambda file: pq.write_table(table, file, write_page_checksum=True))
 
 
-def load_manifest(path: Any) -> Manifest:
-    """The manifest that `write_manifest` wrote."""
+def load_manifest(path: Path) -> Manifest:
+    """Load a manifest that `write_manifest` wrote."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    source = io.BytesIO(path.read_bytes()) if is_url(path) else path  # a lost connection is told as that
+    source = (
+        io.BytesIO(path.read_bytes()) if is_url(path) else path
+    )  # read first, so that a lost connection is reported as such
     try:
         table = pq.read_table(source, page_checksum_verification=True)
-        if "task" not in table.column_names:  # written before there were task columns
+        if "task" not in table.column_names:  # written by a version without task columns
             table = table.append_column("task", pa.array([""] * len(table), pa.string()))
         missing = [name for name in schema().names if name not in table.column_names]
         meta = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
@@ -176,14 +188,14 @@ def load_manifest(path: Any) -> Manifest:
         raise UserError(f"{path} is not a readable Parquet file: {error}") from error
     if missing or "root" not in meta:
         raise UserError(f"{path} is not a manifest (no {', '.join(missing) or 'root'})")
-    known = {name: meta.get(name, "") for name in ("data", "root", "digest")}
-    if meta.get("checksum", _checksum(known)) != _checksum(known):
-        raise UserError(f"{path} is damaged: the checksum of where its pictures lie differs")
-    return Manifest(known["data"], as_path(known["root"]), table, known["digest"])
+    stored = {name: meta.get(name, "") for name in ("data", "root", "digest")}
+    if meta.get("checksum", _checksum(stored)) != _checksum(stored):
+        raise UserError(f"{path} is damaged: the checksum of its root differs")
+    return Manifest(stored["data"], as_path(stored["root"]), table, stored["digest"])
 
 
-def manifest_keys(path: Any) -> Iterator["pa.Array"]:
-    """The keys of a manifest that `write_manifest` wrote, in order, some at a time: never the whole table in memory."""
+def manifest_keys(path: Path) -> Iterator["pa.Array"]:
+    """Yield the keys of a stored manifest in order, in chunks: the table is never in memory as a whole."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

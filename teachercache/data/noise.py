@@ -1,8 +1,8 @@
-"""Pairs made wrong on purpose: a seeded share of a manifest's training rows get other texts, and say so.
+"""Corrupt a share of the training pairs on purpose, to measure the robustness of recipes such as PSD.
 
-What robust recipes (PSD) are measured by. Each changed row's task columns hold `noise`: its kind, the row whose texts
-it has now, and the texts that it had. Pictures, keys and other splits stay as they are.
-Not for augmentation: see `views`.
+A seeded share of the training rows receives wrong texts. The task column `noise` of a changed row records the
+kind of noise, the row that the new texts come from, and the original texts. Images, keys and other splits do
+not change.
 """
 
 import collections
@@ -18,11 +18,11 @@ from teachercache.data.manifest import Manifest, digest_rows, schema
 from teachercache.data.sample import task_columns
 
 Texts = list[list[str]]
-COMMON = 1000  # a word of more rows than this says little of which are near
+COMMON = 1000  # a word of more rows than this is too common to find similar rows
 
 
 def parse(text: str) -> tuple[str, float]:
-    """KIND=SHARE, as the command line has it."""
+    """Parse KIND=SHARE of the command line."""
     kind, equals, share = text.partition("=")
     if kind not in KINDS:
         raise UserError(
@@ -33,12 +33,16 @@ def parse(text: str) -> tuple[str, float]:
     except ValueError:
         value = -1.0
     if not equals or not 0 < value <= 1:
-        raise UserError(f"--noise {text}: write a share behind {kind}=, above 0 and up to 1")
+        raise UserError(f"--noise {text}: write a share after {kind}=, above 0 and up to 1")
     return kind, value
 
 
 def corrupt(manifest: Manifest, kind: str, share: float, *, seed: int = 0) -> Manifest:
-    """The same rows; a share of the training rows that have texts get wrong ones. UserError where there are too few."""
+    """Return a manifest in which a share of the training rows with texts has wrong ones.
+
+    Raises:
+        UserError: There are too few such rows.
+    """
     rows = manifest.rows_of_split("train")
     rows = rows[manifest.has_text()[rows]]
     count = round(share * len(rows))
@@ -65,14 +69,18 @@ def corrupt(manifest: Manifest, kind: str, share: float, *, seed: int = 0) -> Ma
     return dataclasses.replace(manifest, table=table, digest=digest_rows(table))
 
 
-def _shuffled(texts: Texts, chosen: np.ndarray, rows: np.ndarray, random: np.random.Generator):
-    """Each chosen row has the texts of the one before it in a random circle: none keeps its own."""
+def _shuffled(
+    texts: Texts, chosen: np.ndarray, rows: np.ndarray, random: np.random.Generator
+) -> tuple[Sequence[int | None], Texts]:
+    """Give each chosen row the texts of the previous one in a random cycle: no row keeps its own."""
     sources = np.roll(chosen, 1).tolist()
     return sources, [texts[row] for row in sources]
 
 
-def _partial(texts: Texts, chosen: np.ndarray, rows: np.ndarray, random: np.random.Generator):
-    """Half of the words of each text, that stand together."""
+def _partial(
+    texts: Texts, chosen: np.ndarray, rows: np.ndarray, random: np.random.Generator
+) -> tuple[Sequence[int | None], Texts]:
+    """Keep half of the words of each text, a contiguous part."""
 
     def part(text: str) -> str:
         words = text.split()
@@ -83,26 +91,30 @@ def _partial(texts: Texts, chosen: np.ndarray, rows: np.ndarray, random: np.rand
     return [None] * len(chosen), [[part(text) for text in texts[row]] for row in chosen.tolist()]
 
 
-def _near(texts: Texts, chosen: np.ndarray, rows: np.ndarray, random: np.random.Generator):
-    """The texts of the row that shares most of its words (Jaccard) but not all; of a random one where none does."""
+def _near(
+    texts: Texts, chosen: np.ndarray, rows: np.ndarray, random: np.random.Generator
+) -> tuple[Sequence[int | None], Texts]:
+    """Give each row the texts of the row that shares the most, but not all, of its words (Jaccard); else
+    of a random row.
+    """
     words = {row: frozenset(" ".join(texts[row]).lower().split()) for row in rows.tolist()}
     holders = collections.defaultdict(list)
-    for row, own in words.items():
-        for word in own:
+    for row, mine in words.items():
+        for word in mine:
             holders[word].append(row)
 
     def nearest(row: int) -> int:
-        own = words[row]
+        mine = words[row]
         shared = collections.Counter(
             other
-            for word in sorted(own)
+            for word in sorted(mine)
             if len(holders[word]) <= COMMON
             for other in holders[word]
-            if words[other] != own
+            if words[other] != mine
         )
         if not shared:
             return int(random.choice(rows[rows != row]))
-        return max(shared, key=lambda other: (len(own & words[other]) / len(own | words[other]), -other))
+        return max(shared, key=lambda other: (len(mine & words[other]) / len(mine | words[other]), -other))
 
     sources = [nearest(row) for row in chosen.tolist()]
     return sources, [texts[source] for source in sources]

@@ -1,8 +1,9 @@
-"""Decode a row's picture: EXIF orientation, alpha, 16-bit depth, size limits."""
+"""Decode the image of a row: EXIF orientation, alpha channel, 16-bit depth, limits of size."""
 
 import functools
 import io
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from teachercache.core.paths import is_url
 from teachercache.core.urls import below, here, persistently, read_range
@@ -13,19 +14,19 @@ from teachercache.data.sample import BadSample, Sample
 if TYPE_CHECKING:
     from PIL import Image
 
-MAX_PIXELS = 89_478_485  # PIL's own warning level: about 256 MB of RGB
+MAX_PIXELS = 89_478_485  # the warning level of PIL: about 256 MB of RGB
 
 
 def read_image(manifest: Manifest, sample: Sample, at_least: int = 0) -> "Image.Image":
-    """The row's picture as a person sees it, RGB; BadSample with the reason where it cannot be read.
+    """Return the upright RGB image of a row; raise BadSample with the reason if it cannot be read.
 
-    At a URL a broken connection is a UserError, never a bad row: the build stops and can be resumed.
+    At a URL a broken connection raises UserError instead: the build stops and can be resumed.
     """
     return decode_image(read_bytes(manifest, sample), at_least)
 
 
 def read_bytes(manifest: Manifest, sample: Sample) -> bytes:
-    """The bytes of a row's picture as they are stored; BadSample where there are none."""
+    """Return the stored bytes of the image of a row; raise BadSample if there are none."""
     path = below(here(manifest.root), sample.image)
     try:
         return _content(path, sample)
@@ -38,8 +39,8 @@ def read_bytes(manifest: Manifest, sample: Sample) -> bytes:
         raise BadSample(str(error.args[0])) from error
 
 
-def _content(path: Any, sample: Sample) -> bytes:
-    """The bytes of a row's picture: a whole file, a part of one, or a cell of a column."""
+def _content(path: Path, sample: Sample) -> bytes:
+    """Read the bytes of an image: a file, a part of a file, or a cell of a column."""
     if sample.offset >= 0 and path.suffix.lower() in COLUMN_FILES:
         read = functools.partial(picture_in_row, path, sample.offset)
         return persistently(read, path) if is_url(path) else read()
@@ -53,10 +54,16 @@ def _content(path: Any, sample: Sample) -> bytes:
 
 
 def decode_image(content: bytes, at_least: int = 0) -> "Image.Image":
-    """Bytes to RGB: EXIF turned, alpha on white, 16 bit scaled, first frame; BadSample where not a picture.
+    """Decode an image to RGB: EXIF rotation applied, alpha on white, 16 bit scaled, first frame.
 
-    With `at_least` a larger JPEG is decoded at 1/2, 1/4 or 1/8 of its size, the smallest whose shorter side has still
-    as many pixels: its decoder leaves out the finest cosines instead of computing pixels that a resize averages away.
+    Args:
+        content: The bytes of the file.
+        at_least: A larger JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, as long as its shorter side
+            keeps this many pixels. The decoder then skips the finest frequencies, which a resize would
+            average away.
+
+    Raises:
+        BadSample: The bytes are not an image.
     """
     import warnings
 
@@ -68,9 +75,9 @@ def decode_image(content: bytes, at_least: int = 0) -> "Image.Image":
         with warnings.catch_warnings():
             warnings.simplefilter(
                 "ignore"
-            )  # PIL warns of every odd tag; what cannot be read gets its reason below
+            )  # PIL warns about every odd tag; unreadable images get their reason below
             image = Image.open(io.BytesIO(content))
-            if image.format == "EPS":  # PIL runs Ghostscript for it: a program, not a picture
+            if image.format == "EPS":  # PIL runs Ghostscript for it: a program, not an image
                 raise BadSample("EPS is not read")
             if image.width * image.height > MAX_PIXELS:
                 raise BadSample(
@@ -79,8 +86,8 @@ def decode_image(content: bytes, at_least: int = 0) -> "Image.Image":
             if at_least > 0 and image.format in (
                 "JPEG",
                 "MPO",
-            ):  # MPO: a phone's JPEG with a second one behind it
-                # PIL takes the largest of its scales that keeps both sides above what is asked for
+            ):  # MPO: a phone's JPEG followed by a second one
+                # PIL chooses the largest reduction that keeps both sides above the requested size
                 image.draft(None, (at_least, at_least))
             image.load()
             return _flatten(ImageOps.exif_transpose(image))
@@ -95,7 +102,7 @@ def decode_image(content: bytes, at_least: int = 0) -> "Image.Image":
 
 
 def seen_size(content: bytes) -> tuple[int, int]:
-    """Width and height of a picture that can be decoded, as a person sees it at full size: EXIF turned, not reduced."""
+    """Return width and height of an image at full size, with its EXIF rotation applied."""
     import warnings
 
     from PIL import ExifTags, Image
@@ -108,10 +115,10 @@ def seen_size(content: bytes) -> tuple[int, int]:
 
 
 def _flatten(image: "Image.Image") -> "Image.Image":
-    """Any mode to RGB, the way a viewer on a white page shows it."""
+    """Convert any mode to RGB, on a white background."""
     from PIL import Image
 
-    if image.mode.startswith(("I", "F")):  # 16 or 32 bit grey: PIL's own convert clips at 255
+    if image.mode.startswith(("I", "F")):  # 16 or 32 bit gray: PIL's convert() clips at 255
         import numpy as np
 
         values = np.asarray(image, dtype=np.float64)

@@ -1,6 +1,6 @@
-"""From what lies on disk to a manifest: `read_manifest` looks at the path, and one function per format reads it.
+"""Build a manifest from files on disk or at URLs: choose a reader by the form of each path.
 
-`--data` may be several sources, separated by commas, each a path or a glob. Not for decoding: see `samples.py`.
+`--data` may name several sources, separated by commas, each a path or a glob.
 """
 
 import collections
@@ -23,27 +23,27 @@ from teachercache.data.readers import questions as tasks
 from teachercache.data.sample import Sample
 
 MAPPED = "Arrow files are mapped into memory: download them, or write them as Parquet (Dataset.to_parquet)"
-GROUPED = (".tar", *COLUMN_FILES)  # shards: those of one folder are one source
+GROUPED = (".tar", *COLUMN_FILES)  # shards of one folder are one source
 FORMATS = "a folder of pictures, .tar, .parquet, .csv, .tsv, .txt, .arrow, .jsonl or a COCO captions .json"
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """One source of `--data`: what it was understood as, where its paths start, how its rows are read."""
+    """One source of `--data`: its recognized format, the root of its paths, and the reader of its rows."""
 
-    path: Any  # a Path, or a UPath
+    path: Path  # a Path or UPath
     kind: str
-    root: Any
+    root: Path
     rows: Callable[[], Iterator[Sample]]
 
 
 def read_manifest(data: str, *, limit: int | None = None) -> Manifest:
-    """The manifest of one or several folders and files, by their forms; UserError says which forms there are."""
+    """Read the manifest of one or several folders and files; raise UserError with the supported formats."""
     return join_sources(data, find_sources(data), limit=limit)
 
 
 def join_sources(data: str, sources: list[Source], *, limit: int | None = None) -> Manifest:
-    """One manifest of what `find_sources` found."""
+    """Join the sources that `find_sources` returned into one manifest."""
     name = ",".join(remote.tidy(part) for part in _parts(data))
     if len(sources) == 1:
         source = sources[0]
@@ -62,8 +62,10 @@ def _rows(source: Source) -> Iterator[Sample]:
         yield from source.rows()
 
 
-def _joined(sources: list[Source], root: Any) -> Iterator[Sample]:
-    """Rows of all sources, keys behind the source's name, pictures seen from the common root."""
+def _joined(sources: list[Source], root: Path) -> Iterator[Sample]:
+    """Yield the rows of all sources, keys prefixed by the name of the source, images relative to the
+    common root.
+    """
     short = [remote.last_part(str(source.path)).split(".")[0] for source in sources]
     names = short if len(set(short)) == len(short) else [str(source.path) for source in sources]
     for source, name in zip(sources, names, strict=True):
@@ -74,7 +76,7 @@ def _joined(sources: list[Source], root: Any) -> Iterator[Sample]:
 
 
 def _parts(data: str) -> list[str]:
-    """The sources that a user named; a path or URL that has a comma in it and is there is one source."""
+    """Split `--data` at commas; an existing path or URL that contains a comma is one source."""
     parts = [part.strip() for part in data.split(",") if part.strip()]
     one_url = len(parts) > 1 and is_url(parts[0]) and not any(map(is_url, parts[1:]))
     if os.path.exists(data) or (one_url and _at_url(data)):
@@ -83,38 +85,38 @@ def _parts(data: str) -> list[str]:
 
 
 def _at_url(url: str) -> str:
-    """`file` or `directory`, or an empty string where there is nothing."""
+    """Return `file` or `directory`, or an empty string if nothing exists at a URL."""
     with remote.explain_errors(url):
         return remote.kind(as_path(url))
 
 
-def _found(part: str) -> list[tuple[Any, bool]]:
-    """Paths that one part of `--data` names, and whether each is a folder."""
+def _found(part: str) -> list[tuple[Path, bool]]:
+    """Return the paths that one part of `--data` names, and whether each is a folder."""
     if not is_url(part):
         paths = [part] if os.path.exists(part) else sorted(glob.glob(part, recursive=True))
         return [(Path(path), os.path.isdir(path)) for path in paths]
-    if there := _at_url(part):
-        folder = there == "directory" or (remote.is_http(part) and part.endswith("/"))
+    if kind := _at_url(part):
+        folder = kind == "directory" or (remote.is_http(part) and part.endswith("/"))
         return [(as_path(part), folder)]
     with remote.explain_errors(part):
         return remote.glob_url(part) if glob.has_magic(part) else []
 
 
 def find_sources(data: str) -> list[Source]:
-    """What `--data` names, in its order."""
+    """Return the sources that `--data` names, in order."""
     groups: dict[Any, list[Any]] = {}
     folders = set()
     for part in _parts(data):
-        found = _found(part)
-        if not found and is_url(part):
+        paths = _found(part)
+        if not paths and is_url(part):
             raise UserError(
                 f"no data at {part}: check its spelling with `tc manifest {part}`, and AWS_ENDPOINT_URL"
             )
-        if not found:
+        if not paths:
             raise UserError(
                 f"no data at {part}: pass --data FOLDER, or make the demo data with `bash scripts/demo`"
             )
-        for path, is_folder in (one for place, whole in found for one in _annotations(place, whole)):
+        for path, is_folder in (path for entry in paths for path in _annotations(*entry)):
             with remote.explain_errors(path):
                 grouped = path.suffix.lower() in GROUPED and not is_folder
                 alone = not grouped or (path.suffix.lower() == ".parquet" and tables.is_manifest(path))
@@ -123,27 +125,29 @@ def find_sources(data: str) -> list[Source]:
     return [_source(paths, is_folder=paths[0] in folders) for paths in groups.values()]
 
 
-def _annotations(path: Any, is_folder: bool) -> list[tuple[Any, bool]]:
-    """A folder of VCR, SNLI-VE or VQA as the files in it that say what is asked; anything else as it is.
+def _annotations(path: Path, is_folder: bool) -> list[tuple[Path, bool]]:
+    """Replace a folder of VCR, SNLI-VE or VQA by its annotation files; return any other path unchanged.
 
-    A file named after another one (val_rule_singular beside val) is a variant of it, the same questions changed: who
-    wants it names it.
+    A file whose name extends that of another (val_rule_singular beside val) is a variant with changed
+    questions. It is read only if the user names it.
     """
     if not is_folder:
         return [(path, is_folder)]
     with remote.explain_errors(path):
         names = [entry for entry, inner in remote.children(path) if not inner]
-        found = [entry for entry in names if entry.name.endswith((".jsonl", "_questions.json"))]
-    stems = [entry.name.removesuffix(".jsonl") for entry in found]
-    variants = [entry for entry in found if any(entry.name.startswith(f"{stem}_") for stem in stems)]
+        entries = [entry for entry in names if entry.name.endswith((".jsonl", "_questions.json"))]
+    stems = [entry.name.removesuffix(".jsonl") for entry in entries]
+    variants = [entry for entry in entries if any(entry.name.startswith(f"{stem}_") for stem in stems)]
     if variants:
         left_out = ", ".join(sorted(entry.name for entry in variants))
         say(f"{path}: left out {left_out}, named after files beside them; to read one, pass it as --data")
-    return [(entry, False) for entry in sorted(set(found) - set(variants), key=str)] or [(path, is_folder)]
+    return [(entry, False) for entry in sorted(set(entries) - set(variants), key=str)] or [(path, is_folder)]
 
 
 def cache_folder(data: str) -> Path:
-    """caches/<name of the data>, with how many more sources there are; of a glob the folder that holds it."""
+    """Return caches/<name of the data>, plus the number of further sources; for a glob the name of its
+    folder.
+    """
     parts = _parts(data)
     more = f"+{len(parts) - 1}" if len(parts) > 1 else ""
     if is_url(parts[0]):
@@ -158,16 +162,16 @@ def cache_folder(data: str) -> Path:
 
 
 # ----------------------------------------------------------------------------------------------------
-# Which form a path has
+# Formats
 
 
-def _source(paths: list[Any], *, is_folder: bool) -> Source:
-    """The source of one path, or of the shards of one folder."""
+def _source(paths: list[Path], *, is_folder: bool) -> Source:
+    """Return the source of one path, or of the shards of one folder."""
     with remote.explain_errors(paths[0]):
         return _folder(paths[0]) if is_folder else _file(paths)
 
 
-def _file(paths: list[Any]) -> Source:
+def _file(paths: list[Path]) -> Source:
     path, suffix = paths[0], paths[0].suffix.split("?")[0].lower()
     whole = path if len(paths) == 1 else path.parent
     if suffix == ".tar":
@@ -196,39 +200,39 @@ def _file(paths: list[Any]) -> Source:
     raise UserError(f"cannot read {path}: {FORMATS} is expected")
 
 
-def _folder(path: Any) -> Source:
-    found = [
+def _folder(path: Path) -> Source:
+    entries = [
         (entry, is_folder) for entry, is_folder in remote.children(path) if not entry.name.startswith(".")
     ]
-    names = {entry.name for entry, _ in found}
+    names = {entry.name for entry, _ in entries}
     if names & {"dataset_dict.json", "state.json"}:
         if is_url(path):
             raise UserError(f"{path}: {MAPPED}")
         return Source(path, "Hugging Face dataset saved on disk", path, lambda: tables.read_saved(path))
-    tars = [entry for entry, _ in found if entry.name.endswith(".tar")]
-    if tars and any(entry.suffix.lower() in files.IMAGE_SUFFIXES for entry, _ in found):
+    tars = [entry for entry, _ in entries if entry.name.endswith(".tar")]
+    if tars and any(entry.suffix.lower() in files.IMAGE_SUFFIXES for entry, _ in entries):
         raise UserError(
             f"{path} holds both .tar files and loose pictures: move one kind into a folder of its own"
         )
     if tars:
         return Source(path, "webdataset tars", path, lambda: files.read_tars(path, tars))
-    # beside pictures Parquet files are about them (img2dataset's 00000.parquet, a manifest); alone they are the data
-    inside = [(entry, is_folder) for entry, is_folder in found if entry.name != "data"]
+    # Parquet files beside images describe them (img2dataset's 00000.parquet, a manifest); alone they are the data
+    inside = [(entry, is_folder) for entry, is_folder in entries if entry.name != "data"]
     pictures = any(is_folder or entry.suffix.lower() in files.IMAGE_SUFFIXES for entry, is_folder in inside)
-    parquet = [] if pictures else _parquet_in(found)
-    if not parquet and not pictures and (path / "data", True) in found:
+    parquet = [] if pictures else _parquet_in(entries)
+    if not parquet and not pictures and (path / "data", True) in entries:
         parquet = _parquet_in(remote.children(path / "data"))
     if parquet:
         return Source(path, "Parquet", path, lambda: tables.read_parquet(path, parquet))
     return Source(path, "folder of pictures", path, lambda: files.read_folder(path))
 
 
-def _parquet_in(found: list[tuple[Any, bool]]) -> list[Any]:
-    return [entry for entry, _ in found if entry.name.endswith(".parquet")]
+def _parquet_in(entries: list[tuple[Path, bool]]) -> list[Any]:
+    return [entry for entry, _ in entries if entry.name.endswith(".parquet")]
 
 
-def _json(path: Any) -> Source:
-    """COCO captions, Karpathy's splits, a list of captions, or VQA questions, by what is inside."""
+def _json(path: Path) -> Source:
+    """Detect COCO captions, Karpathy's splits, a list of captions, or VQA questions by their content."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -237,22 +241,22 @@ def _json(path: Any) -> Source:
         ) from error
     if isinstance(values, list) and values and isinstance(values[0], dict) and "caption" in values[0]:
         return Source(path, "list of captions", path.parent, lambda: captions.read_caption_list(path, values))
-    found = values if isinstance(values, dict) else {}
-    if "questions" in found:
+    content = values if isinstance(values, dict) else {}
+    if "questions" in content:
         return Source(path, "VQA questions", path.parent, lambda: tasks.read_vqa(path, values))
-    first: Any = next(iter(found.get("images") or [{}]), {})
+    first: Any = next(iter(content.get("images") or [{}]), {})
     if isinstance(first, dict) and "sentences" in first:
         return Source(path, "Karpathy split", path.parent, lambda: captions.read_karpathy(path, values))
-    first = next(iter(found.get("annotations") or [{}]), {})
-    if "images" not in found and isinstance(first, dict) and "question_id" in first:
+    first = next(iter(content.get("annotations") or [{}]), {})
+    if "images" not in content and isinstance(first, dict) and "question_id" in first:
         raise UserError(
             f"{path} holds VQA's answers: pass the file of questions, answers are found beside it"
         )
     return Source(path, "COCO captions", path.parent, lambda: captions.read_coco(path, values))
 
 
-def _json_lines(path: Any) -> Source:
-    """VCR or SNLI-VE, by the fields of the first line."""
+def _json_lines(path: Path) -> Source:
+    """Detect VCR or SNLI-VE by the fields of the first line."""
     lines = tasks.json_lines(path)
     first = lines[0] if lines else {}
     if "answer_choices" in first:
@@ -265,11 +269,13 @@ def _json_lines(path: Any) -> Source:
 
 
 # ----------------------------------------------------------------------------------------------------
-# What was understood
+# Summaries
 
 
 def describe(sources: list[Source], manifest: Manifest) -> dict[str, Any]:
-    """Formats, rows, texts per row, splits, labels, the first rows and what is wrong, for `tc manifest`."""
+    """Summarize for `tc manifest`: formats, rows, texts per row, splits, labels, the first rows and
+    problems.
+    """
     table = manifest.table
     texts = [len(row) for row in manifest.column("texts")]
     problems = collections.Counter(name for name in manifest.column("problem") if name)
@@ -303,8 +309,8 @@ def describe(sources: list[Source], manifest: Manifest) -> dict[str, Any]:
     }
 
 
-def save(manifest: Manifest, out: Any) -> None:
-    """Write a manifest for `--data`, with an absolute root: it may be used from any folder."""
+def save(manifest: Manifest, out: Path) -> None:
+    """Write a manifest for `--data`, with an absolute root, so that it can be used from any folder."""
     if out.suffix != ".parquet":
         raise UserError(f"--out {out}: name it {out.with_suffix('.parquet').name}, so that --data takes it")
     if not is_url(out):

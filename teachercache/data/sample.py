@@ -1,4 +1,4 @@
-"""One row of a manifest: its key, picture and texts."""
+"""One row of a manifest: its key, its image and its texts."""
 
 import dataclasses
 import json
@@ -7,36 +7,45 @@ from typing import Any
 
 
 class BadSample(Exception):
-    """One row cannot be used; the message is the reason, for quarantine.jsonl."""
+    """A row is unusable; the message is the reason in quarantine.jsonl."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One row. `offset` is -1 where `image` is a whole file, else the picture lies inside it.
+    """One row.
 
-    In a tar `offset` is its first byte and `size` its bytes; in a Parquet or Arrow file `offset` is its row.
+    Attributes:
+        key: The stable key of the row.
+        image: The path of the image file below the root of the manifest; empty without an image.
+        texts: The texts.
+        label: The label.
+        split: The split.
+        offset: -1 if `image` is an image file. Otherwise where the image lies in it: the first byte in a
+            tar file, the row in a Parquet or Arrow file.
+        size: The bytes of the image; in Parquet the bytes of its row group, as those of the cell are not
+            known without reading.
+        problem: Why the row is unusable, if the reader found a problem.
+        task: JSON of `task_columns` (question, choices, answers, label, boxes), or an empty string.
     """
 
     key: str
-    image: str  # path below the manifest's root, "" where the row has no picture
+    image: str
     texts: tuple[str, ...] = ()
     label: str = ""
     split: str = ""
     offset: int = -1
-    size: int = (
-        0  # bytes of the picture; in Parquet of its row group, where its own would mean reading everything
-    )
-    problem: str = ""  # why the row cannot be used, where its reader found out
-    task: str = ""  # canonical JSON of `task_columns`: question, choices, answers, label, boxes; "" where there is none
+    size: int = 0
+    problem: str = ""
+    task: str = ""
 
 
 def task_columns(**columns: Any) -> str:
-    """What `Sample.task` holds: one JSON object, keys sorted, columns that are None left out."""
+    """Return the value of `Sample.task`: one JSON object with sorted keys, without columns that are None."""
     kept = {name: value for name, value in columns.items() if value is not None}
     return json.dumps(kept, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str)
 
 
 def clean_texts(sample: Sample) -> Iterator[tuple[str, bool]]:
-    """Each text of a row with whether it can be used."""
+    """Yield each text of a row, and whether it is usable."""
     for text in sample.texts:
         yield text, bool(text.strip())

@@ -1,7 +1,9 @@
-"""From a picture to a tensor, by a recorded description; augmented views by recorded parameters. Reads no files.
+"""Map images to tensors by a recorded description, and augmented views by recorded parameters. Reads no
+files.
 
-A view is replayed from its parameters and never from a seed: crop box, flip and colours are stored with what the
-teacher said, and a student that decodes the same picture sees the same pixels, at its own size.
+A view is replayed from its parameters, not from a seed. The cache stores crop box, flip and colors of each
+view with the teacher's outputs, and a student that decodes the same image sees the same pixels, at its own
+size.
 """
 
 import dataclasses
@@ -25,21 +27,35 @@ FACTORS = ("brightness", "contrast", "saturation")
 
 @dataclasses.dataclass(frozen=True)
 class Augment:
-    """How augmented views are drawn: a random resized crop, a flip, colours, grey; the same for every picture."""
+    """How augmented views are drawn: a random resized crop, a flip, color jitter, grayscale.
 
-    scale_min: float = 0.4  # share of the picture's area that a crop keeps, at least and at most
+    Attributes:
+        scale_min: The smallest fraction of the area that a crop keeps.
+        scale_max: The largest fraction of the area that a crop keeps.
+        ratio: The largest aspect ratio of a crop, in either direction.
+        flip: Probability of a horizontal flip.
+        jitter: Probability that brightness, contrast, saturation and hue change.
+        brightness: Brightness changes by a factor between 1 - x and 1 + x.
+        contrast: As `brightness`.
+        saturation: As `brightness`.
+        hue: Hue shifts by -x to x turns of the color circle.
+        gray: Probability of grayscale.
+        seed: The seed of all draws.
+    """
+
+    scale_min: float = 0.4
     scale_max: float = 1.0
-    ratio: float = 4 / 3  # a crop is at most this much wider, or higher, than it is high, or wide
-    flip: float = 0.5  # chance
-    jitter: float = 0.8  # chance that brightness, contrast, saturation and hue change
-    brightness: float = 0.4  # factors are within 1 - x and 1 + x
+    ratio: float = 4 / 3
+    flip: float = 0.5
+    jitter: float = 0.8
+    brightness: float = 0.4
     contrast: float = 0.4
     saturation: float = 0.4
-    hue: float = 0.1  # turn of the colour circle within -x and x
-    gray: float = 0.1  # chance
+    hue: float = 0.1
+    gray: float = 0.1
     seed: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         chances = {
             name: getattr(self, name)
             for name in ("flip", "jitter", "gray", "brightness", "contrast", "saturation")
@@ -57,7 +73,7 @@ RANGES = "0 < scale_min <= scale_max <= 1, ratio >= 1, hue up to 0.5, the others
 
 
 def parse_augment(settings: tuple[str, ...]) -> Augment:
-    """`KEY=VALUE` settings over the defaults; UserError names the keys."""
+    """Apply `KEY=VALUE` settings to the defaults; raise UserError with the valid keys."""
     kinds = {field.name: field.type for field in dataclasses.fields(Augment)}
     values: dict[str, Any] = {}
     for setting in settings:
@@ -72,9 +88,16 @@ def parse_augment(settings: tuple[str, ...]) -> Augment:
 
 
 def draw_params(augment: Augment, key: str, view: int, *, width: int, height: int) -> np.ndarray:
-    """PARAMS of one view of a picture of that many pixels, float32 [P]: a pure function of the key and the view.
+    """Draw the parameters of one view, float32 [P]: a pure function of the key and the number of the view.
 
-    Every view draws the same number of random numbers, so that a setting changes what it names and nothing else.
+    Every view consumes the same number of random numbers, so that a setting changes only what it names.
+
+    Args:
+        augment: How views are drawn.
+        key: The key of the row.
+        view: The number of the view.
+        width: Of the image, in pixels.
+        height: Of the image, in pixels.
     """
     digest = hashlib.sha256(f"{augment.seed} {view} {key}".encode("utf-8", "surrogatepass")).digest()
     draw = np.random.default_rng(np.frombuffer(digest, np.uint32)).random(12)
@@ -84,20 +107,20 @@ def draw_params(augment: Augment, key: str, view: int, *, width: int, height: in
     crop_height = min(max(round(math.sqrt(area / ratio)), 1), height)
     top, left = int(draw[2] * (height - crop_height + 1)), int(draw[3] * (width - crop_width + 1))
     spread = (2 * draw[5:9] - 1) * (draw[9] < augment.jitter)
-    colours = [
+    colors = [
         1 + spread[i] * getattr(augment, name)
         for i, name in enumerate(("brightness", "contrast", "saturation"))
     ]
     flip, gray = draw[4] < augment.flip, draw[10] < augment.gray
-    values = [top, left, crop_height, crop_width, flip, *colours, spread[3] * augment.hue, gray]
+    values = [top, left, crop_height, crop_width, flip, *colors, spread[3] * augment.hue, gray]
     return np.array(values, np.float32)
 
 
 def describe_view(preprocess_cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of an open_clip preprocess_cfg that decides the pixels, in JSON types.
+    """Return the entries of an open_clip preprocess_cfg that determine the pixels, as JSON types.
 
-    `at_least`: a JPEG may be decoded at a reduced size as long as its shorter side keeps that many pixels, three
-    times what the view shows (`samples.decode_image`).
+    `at_least` is added: a JPEG may be decoded at a reduced size as long as its shorter side keeps this many
+    pixels, three times the size of the view (`pictures.decode_image`).
     """
     size = preprocess_cfg["size"]
     size = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
@@ -112,7 +135,7 @@ def describe_view(preprocess_cfg: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def image_view(view: Mapping[str, Any]) -> "Callable[[Image.Image], Tensor]":
-    """RGB picture to float32 [3, height, width]; open_clip's own evaluation transform."""
+    """Return a function from an RGB image to float32 [3, height, width]: open_clip's evaluation transform."""
     from open_clip.transform import PreprocessCfg, image_transform_v2
 
     values = {name: view[name] for name in VIEW_KEYS if view.get(name) is not None}
@@ -121,7 +144,9 @@ def image_view(view: Mapping[str, Any]) -> "Callable[[Image.Image], Tensor]":
 
 
 def replay_view(view: Mapping[str, Any]) -> "Callable[[Image.Image, np.ndarray], Tensor]":
-    """RGB picture and PARAMS [P] to float32 [3, height, width]: crop, resize, flip, colours, normalise."""
+    """Return a function from an RGB image and PARAMS [P] to float32 [3, height, width]: crop, resize,
+    flip, colors.
+    """
     import torchvision.transforms.functional as F
     from torchvision.transforms import InterpolationMode
 

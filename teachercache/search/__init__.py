@@ -1,1 +1,1 @@
-"""Nearest-neighbour search over cached vectors with FAISS."""
+"""Nearest-neighbor search over cached vectors with FAISS."""

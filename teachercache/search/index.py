@@ -1,7 +1,8 @@
-"""FAISS beside a cache: build, extend, measure, search. Not for queries' meaning: see `search.py`.
+"""FAISS indexes beside a cache: build, extend, measure the recall, search.
 
-Ids are the cache's rows (row * texts + k for texts), so they keep their meaning when the cache grows. Rows that cannot
-be used are left out. A row with several stored views has one vector, the normalised mean of its normalised views.
+Ids are row numbers of the cache (row * texts + k for texts), so that they stay valid when the cache grows.
+Unusable rows are left out. A row with several stored views has one vector, the normalized mean of its
+normalized views.
 """
 
 import contextlib
@@ -39,25 +40,27 @@ from teachercache.search.vectors import (
 )
 
 KINDS = ("auto", "flat", "ivf", "hnsw")
-FLAT_UP_TO = 50_000  # FEASIBILITY: above it exact search drops under some hundred queries a second
-EFFORT = {"ivf": "nprobe", "hnsw": "efSearch"}  # what is raised until the recall is reached
+FLAT_UP_TO = 50_000  # above it exact search is slower than a few hundred queries per second
+EFFORT = {"ivf": "nprobe", "hnsw": "efSearch"}  # the setting that is raised until the recall is reached
 LEAST_EFFORT = {"ivf": 4, "hnsw": 16}
-RECALL, NEIGHBOURS, QUERIES = 0.95, 10, 200
-POINTS_PER_LIST = 64  # to train on; faiss warns below 39
-MAX_GROWTH = 4  # an IVF index of more times the vectors that its lists were made for is built again
+RECALL, NEIGHBORS, QUERIES = 0.95, 10, 200
+POINTS_PER_LIST = 64  # training points; faiss warns below 39
+MAX_GROWTH = (
+    4  # an IVF index is rebuilt when it has this many times the vectors that its lists were trained for
+)
 
 
-def describe(facts: IndexRecord) -> str:
-    """One line: how many vectors, and how well their neighbours are found."""
-    start = f"{facts.vectors:,} vectors, {facts.kind}"
-    if not facts.effort:
+def describe(record: IndexRecord) -> str:
+    """Return one line about an index: the number of vectors and the recall."""
+    start = f"{record.vectors:,} vectors, {record.kind}"
+    if not record.effort:
         return f"{start}, exact"
-    effort = ", ".join(f"{name} {value}" for name, value in facts.effort.items())
+    effort = ", ".join(f"{name} {value}" for name, value in record.effort.items())
     recall = " and ".join(
-        f"{value:.3f} for queries from {name}" for name, value in facts.recall_at_10.items()
+        f"{value:.3f} for queries from {name}" for name, value in record.recall_at_10.items()
     )
     return (
-        f"{start}, {effort}: recall@{NEIGHBOURS} {recall}, against exact search on {facts.queries:,} vectors"
+        f"{start}, {effort}: recall@{NEIGHBORS} {recall}, against exact search on {record.queries:,} vectors"
     )
 
 
@@ -79,23 +82,23 @@ def update_index(
         The path of the index, its record, and "current", "extended" or "built".
     """
     field = field or default_field(cache)
-    path, facts = index_path(cache, field), read_record(cache, field)
-    state = status(cache, facts) if facts is not None and facts.asked == kind else "other"
-    if facts is not None and state != "other":
-        with contextlib.suppress(UserError):  # damaged: build it again
-            index = read_index(cache, facts, write=state == "grown")
+    path, record = index_path(cache, field), read_record(cache, field)
+    state = status(cache, record) if record is not None and record.asked == kind else "other"
+    if record is not None and state != "other":
+        with contextlib.suppress(UserError):  # damaged: rebuild it
+            index = read_index(cache, record, write=state == "grown")
             if state == "current":
-                return path, write_record(cache, facts), state
-            extended = _extend(cache, index, facts)
+                return path, write_record(cache, record), state
+            extended = _extend(cache, index, record)
             if extended is not None:
                 return path, extended, "extended"
     return *build_index(cache, field=field, kind=kind), "built"
 
 
 def extend_indexes(cache: store.Cache) -> list[Path]:
-    """Bring every index that lies beside a cache up to its rows, and say what was done; those that were changed.
+    """Extend every index beside a cache to its rows, print what was done, and return the changed indexes.
 
-    For the end of `tc build`, by rank 0 alone: the cache is whole, so what hinders here is said and never raised.
+    `tc build` calls it on rank 0 when the cache is complete; problems are printed, not raised.
     """
     changed = []
     for field in vector_fields(cache):
@@ -104,13 +107,13 @@ def extend_indexes(cache: store.Cache) -> list[Path]:
             continue
         old = read_record(cache, field)
         try:
-            _, facts, done = update_index(cache, field=field, kind=old.asked if old else "auto")
+            _, record, done = update_index(cache, field=field, kind=old.asked if old else "auto")
         except UserError as error:
-            say(f"{path} was left as it is: {error}")
+            say(f"{path} was not changed: {error}")
             continue
         if done != "current":
-            more = f" by {facts.vectors - old.vectors:,}" if old and done == "extended" else ""
-            say(f"{path} {done}{more}: {describe(facts)}")
+            more = f" by {record.vectors - old.vectors:,}" if old and done == "extended" else ""
+            say(f"{path} {done}{more}: {describe(record)}")
             changed.append(path)
     return changed
 
@@ -135,12 +138,14 @@ def build_index(
 
 
 def _pick(num_vectors: int) -> str:
-    """The kind for `auto`. HNSW is for those who ask: at 100,000 x 512 it took 25 s and 130 MB, IVF 6 s and 104 MB."""
+    """Return the kind for `auto`. HNSW is never chosen: for 100,000 x 512 it took 25 s and 130 MB, IVF 6 s
+    and 104 MB.
+    """
     return "flat" if num_vectors <= FLAT_UP_TO else "ivf"
 
 
 def _empty(faiss: Any, vectors: Vectors, kind: str) -> Any:
-    """A trained index without vectors; trained on a sample, the coarse centroids on GPUs where faiss has them."""
+    """Return a trained index without vectors. Its coarse centroids are trained on GPUs if faiss has them."""
     lists = max(1, min(int(2 * np.sqrt(len(vectors))), len(vectors) // 39, 1 << 14))
     factory = {"flat": "IDMap,Flat", "ivf": f"IVF{lists},SQfp16", "hnsw": "IDMap,HNSW32_SQfp16"}[kind]
     index = faiss.index_factory(vectors.dim, factory, faiss.METRIC_INNER_PRODUCT)
@@ -158,7 +163,7 @@ def _empty(faiss: Any, vectors: Vectors, kind: str) -> Any:
 def _add(faiss: Any, index: Any, vectors: Vectors, *, start: int = 0) -> None:
     """Add unit vectors chunk by chunk, from the `start`-th usable one on.
 
-    Where faiss has GPUs they find each vector's list; the lists stay in main memory, so no GPU has to hold them.
+    If faiss has GPUs, they assign vectors to lists; the lists stay in main memory.
     """
     coarse = getattr(index, "quantizer", None)
     if coarse is not None and faiss.get_num_gpus():
@@ -170,10 +175,10 @@ def _add(faiss: Any, index: Any, vectors: Vectors, *, start: int = 0) -> None:
 
 
 def _extend(cache: store.Cache, index: Any, old: IndexRecord) -> IndexRecord | None:
-    """Add the rows that a cache gained; None where the index should be built again instead."""
+    """Add the rows that a cache gained, or return None if the index should be built again."""
     vectors = usable_vectors(cache, old.field)
     start = int(np.searchsorted(vectors.ids, old.rows * vectors.per_row))
-    if start != old.vectors:  # an old row was mended or quarantined since
+    if start != old.vectors:  # an old row was repaired or quarantined since
         return None
     if old.asked == "auto" and _pick(len(vectors)) != old.kind:
         return None
@@ -188,14 +193,14 @@ def _extend(cache: store.Cache, index: Any, old: IndexRecord) -> IndexRecord | N
 def _finish(
     cache: store.Cache, index: Any, vectors: Vectors, *, field: str, kind: str, asked: str, trained: int
 ) -> IndexRecord:
-    """Measure a filled index, write it and its facts."""
+    """Measure a filled index, and write it and its record."""
     effort, recall = _tune(cache, index, vectors, field=field, kind=kind)
     path = index_path(cache, field)
     record_path(path).unlink(
         missing_ok=True
-    )  # killed between the two files, the new index must not have old facts
+    )  # if killed between the two files, a new index must not have an old record
     size = write_index(index, path)
-    facts = IndexRecord(
+    record = IndexRecord(
         field=field,
         kind=kind,
         asked=asked,
@@ -210,7 +215,7 @@ def _finish(
         identity=identity(cache),
         manifest=cache.meta.manifest,
     )
-    return write_record(cache, facts)
+    return write_record(cache, record)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -220,20 +225,22 @@ def _finish(
 def _tune(
     cache: store.Cache, index: Any, vectors: Vectors, *, field: str, kind: str
 ) -> tuple[dict[str, int], dict[str, float]]:
-    """Double nprobe or efSearch until recall@10 against exact search is enough; both are left in the index."""
+    """Double nprobe or efSearch until the recall@10 is high enough. The index keeps the final value."""
     if kind == "flat":
         return {}, {}
     samples = _sample(cache, vectors, field)
     queries = np.concatenate([sample for sample, _ in samples.values()])
-    own = np.concatenate([ids for _, ids in samples.values()])
-    keep = min(NEIGHBOURS, len(vectors) - 1)
+    own_ids = np.concatenate([ids for _, ids in samples.values()])
+    keep = min(NEIGHBORS, len(vectors) - 1)
     scores, ids = exact_search(vectors, queries, keep + 1)
-    bars = np.take_along_axis(scores, _others(ids, own, keep), 1).min(axis=1, keepdims=True, initial=1)
+    least_scores = np.take_along_axis(scores, _others(ids, own_ids, keep), 1).min(
+        axis=1, keepdims=True, initial=1
+    )
     most = index.nlist if kind == "ivf" else len(vectors)
     effort = min(LEAST_EFFORT[kind], most)
     while True:
         set_effort(index, {EFFORT[kind]: effort})
-        hits = _hits(index, vectors, queries, own, keep, bars)
+        hits = _hits(index, vectors, queries, own_ids, keep, least_scores)
         ends = np.cumsum([len(sample) for sample, _ in samples.values()])[:-1]
         recall = {name: float(part.mean()) for name, part in zip(samples, np.split(hits, ends), strict=True)}
         if min(recall.values()) >= RECALL or effort >= most:
@@ -242,10 +249,10 @@ def _tune(
 
 
 def _sample(cache: store.Cache, vectors: Vectors, field: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Queries [q, dim] by field, each with its own id to leave out (-1: none).
+    """Return queries [q, dim] by field, each with its own id to leave out (-1: none).
 
-    People search pictures by texts, and texts lie away from pictures (CLIP's modality gap), where lists are cut
-    otherwise: so queries come from the other side too, where the cache has it.
+    Users search images by texts, and texts lie apart from images (the modality gap of CLIP), where lists are
+    cut differently. So queries are also drawn from the other modality if the cache has it.
     """
     image_vector, text_vector = cache.meta.spec.image_vector, cache.meta.spec.text_vector
     other = {image_vector: text_vector, text_vector: image_vector}.get(field, "")
@@ -260,22 +267,27 @@ def _sample(cache: store.Cache, vectors: Vectors, field: str) -> dict[str, tuple
     return {name: sample for name, sample in samples.items() if len(sample[0])}
 
 
-def _others(ids: np.ndarray, own: np.ndarray, keep: int) -> np.ndarray:
-    """Columns [q, keep] of the first ids that are not the query's own."""
-    return np.argsort(ids == own[:, None], axis=1, kind="stable")[:, :keep]
+def _others(ids: np.ndarray, own_ids: np.ndarray, keep: int) -> np.ndarray:
+    """Return the columns [q, keep] of the first ids that are not the query's own id."""
+    return np.argsort(ids == own_ids[:, None], axis=1, kind="stable")[:, :keep]
 
 
 def _hits(
-    index: Any, vectors: Vectors, queries: np.ndarray, own: np.ndarray, keep: int, bars: np.ndarray
+    index: Any,
+    vectors: Vectors,
+    queries: np.ndarray,
+    own_ids: np.ndarray,
+    keep: int,
+    least_scores: np.ndarray,
 ) -> np.ndarray:
-    """Share of found neighbours that are as near as the last exact one [q]: of equal pictures either counts."""
+    """Return the share of neighbors that are as near as the last exact one [q]: ties count as hits."""
     if not keep:
         return np.ones(len(queries))
     _, ids = index.search(queries, keep + 1)
-    ids = np.take_along_axis(ids, _others(ids, own, keep), 1)
+    ids = np.take_along_axis(ids, _others(ids, own_ids, keep), 1)
     near = vectors.take(np.maximum(ids, 0).reshape(-1)).reshape(*ids.shape, -1)
     scores = np.einsum("qd,qkd->qk", queries, near)
-    return ((scores >= bars - 1e-6) & (ids >= 0)).mean(axis=1)
+    return ((scores >= least_scores - 1e-6) & (ids >= 0)).mean(axis=1)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -283,13 +295,14 @@ def _hits(
 
 
 def open_index(cache: store.Cache, field: str) -> Any:
-    """The index beside a cache; its Vectors themselves, to be searched exactly, where they are few and it is of no use.
+    """Open the index of a field. Without a usable index, return the Vectors for exact search if they are few.
 
-    UserError where they are many.
+    Raises:
+        UserError: There are too many vectors for exact search.
     """
     try:
-        facts = check_index(cache, field)
-        return read_index(cache, facts)
+        record = check_index(cache, field)
+        return read_index(cache, record)
     except UserError as error:
         vectors = usable_vectors(cache, field)
         if len(vectors) > FLAT_UP_TO:
@@ -300,7 +313,7 @@ def open_index(cache: store.Cache, field: str) -> Any:
 
 
 def search(opened: Any, query: Float[np.ndarray, " dim"], *, top: int = 10) -> list[tuple[int, float]]:
-    """The `top` nearest ids by cosine, best first, in what `open_index` gave."""
+    """Return the `top` nearest ids by cosine, best first, in an index that `open_index` returned."""
     unit_query = unit(np.asarray(query)[None])
     if isinstance(opened, Vectors):
         scores, ids = exact_search(opened, unit_query, top)

@@ -1,4 +1,4 @@
-"""Search a cache by a text, a picture, a row's key, or several of them together. Not for indexes: see `index.py`."""
+"""Search a cache by a text, an image, the key of a row, or several of them together."""
 
 import json
 from pathlib import Path
@@ -25,11 +25,21 @@ def search_cache(
     top: int = 10,
     teacher: str | None = None,
 ) -> list[dict[str, Any]]:
-    """The rows whose pictures (texts, where there are no pictures or `field` says so) are nearest, best first.
+    """Return the rows with the nearest images, or texts if there are no images or `field` is a field per
+    text.
 
-    The query is the sum of the unit vectors of text, pictures and rows: "this picture, but snowy". No weights: over the
-    demo, cosines to a text and to a picture spread alike (standard deviation .117 and .116 with clip-lite). Rows given
-    by key are left out of their own results, and no teacher is loaded for them.
+    The query is the unweighted sum of the unit vectors of text, images and rows: "this picture, but snowy".
+    On the demo data cosines to a text and to an image have the same spread (standard deviation .117 and .116
+    with clip-lite). Rows given by key are left out of the results, and need no teacher.
+
+    Args:
+        path: The cache.
+        text: A text to search by.
+        images: Image files to search by.
+        keys: Keys of rows to search by.
+        field: The vector field; None for `default_field`.
+        top: The number of results.
+        teacher: The teacher that the user names, see `load_teacher`.
     """
     if text is None and not images and not keys:
         raise UserError('give a text, --image FILE or --key KEY: tc search CACHE "a red bird"')
@@ -37,15 +47,15 @@ def search_cache(
     field = field or default_field(cache)
     opened = open_index(cache, field)
     rows = _rows(cache, keys)
-    parts = [_row_vector(cache, _picture_field(cache, field), row, key) for key, row in rows.items()]
+    vectors = [_row_vector(cache, _picture_field(cache, field), row, key) for key, row in rows.items()]
     if text is not None or images:
-        parts += _live_vectors(cache, field, text, images, teacher)
+        vectors += _live_vectors(cache, field, text, images, teacher)
     alone = "a text" if cache.fields[field].per_text else "--image FILE or --key KEY"
-    if any(len(part) != cache.fields[field].shape[0] for part in parts):
+    if any(len(vector) != cache.fields[field].shape[0] for vector in vectors):
         raise UserError(
             f"{cache.meta.spec.name} has texts and pictures in different spaces: search '{field}' by {alone} alone"
         )
-    query = np.sum([unit(part[None])[0] for part in parts], axis=0)
+    query = np.sum([unit(vector[None])[0] for vector in vectors], axis=0)
     return _results(cache, field, search(opened, query, top=top + _per_row(cache, field) * len(rows)), rows)[
         :top
     ]
@@ -56,18 +66,20 @@ def _per_row(cache: store.Cache, field: str) -> int:
 
 
 def _picture_field(cache: store.Cache, field: str) -> str:
-    """What a row stands for when `field` is searched: its picture, or its texts where the cache has no pictures."""
+    """Return the field that represents a row of the query: its image, or its texts in a cache without
+    images.
+    """
     return (cache.meta.spec.image_vector if cache.fields[field].per_text else "") or field
 
 
 def _rows(cache: store.Cache, keys: tuple[str, ...]) -> dict[str, int]:
-    """The row of each key; UserError with the nearest key where there is none."""
+    """Return the row of each key; raise UserError with the most similar key if there is none."""
     if not keys:
         return {}
     rows = dict(zip(keys, store.join(cache, list(keys)).tolist(), strict=True))
     for key, row in rows.items():
         if row < 0:
-            hint = closest(key, store.read_keys(cache)[:100_000])  # difflib takes seconds for more
+            hint = closest(key, store.read_keys(cache)[:100_000])  # difflib would take seconds with more keys
             raise UserError(
                 f"{cache.path} has no key '{key}': {hint or 'pass one that `tc search --json` shows'}"
             )
@@ -75,7 +87,9 @@ def _rows(cache: store.Cache, keys: tuple[str, ...]) -> dict[str, int]:
 
 
 def _row_vector(cache: store.Cache, field: str, row: int, key: str) -> Float[np.ndarray, " dim"]:
-    """A row's vector as the index has it, of texts their unit vectors' mean; UserError where it is quarantined."""
+    """Return the vector of a row; the mean of the unit vectors of its texts. Raise UserError if it is
+    quarantined.
+    """
     vectors = usable_vectors(cache, field)
     low, high = np.searchsorted(vectors.ids, [row * vectors.per_row, (row + 1) * vectors.per_row])
     if low < high:
@@ -83,7 +97,7 @@ def _row_vector(cache: store.Cache, field: str, row: int, key: str) -> Float[np.
     entries = map(json.loads, (cache.path / "quarantine.jsonl").read_text().splitlines())
     reason = next((entry["reason"] for entry in entries if entry["key"] == key), "quarantined")
     raise UserError(
-        f"row '{key}' of {cache.path} cannot be used ({reason}): pass another --key, or --image FILE"
+        f"row '{key}' of {cache.path} is unusable ({reason}): pass another --key, or --image FILE"
     )
 
 
@@ -124,13 +138,13 @@ def _live_vectors(
 
 
 def _results(
-    cache: store.Cache, field: str, found: list[tuple[int, float]], rows: dict[str, int]
+    cache: store.Cache, field: str, hits: list[tuple[int, float]], rows: dict[str, int]
 ) -> list[dict[str, Any]]:
-    """Key, score, picture and texts of what was found, without the rows that were asked by."""
+    """Return key, score, image and texts of the results, without the rows of the query."""
     manifest = store.cached_manifest(cache)
     asked = set(rows.values())
     results = []
-    for number, score in found:
+    for number, score in hits:
         row, text_number = divmod(number, _per_row(cache, field))
         if row in asked:
             continue

@@ -1,4 +1,4 @@
-"""Unit vectors of a cache's field, a chunk at a time, and exact search over them. Not for FAISS: see `index.py`."""
+"""Iterate over the unit vectors of a field in chunks, and search them exactly."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -9,33 +9,40 @@ from jaxtyping import Float, Int
 from teachercache.cache import store
 from teachercache.core.errors import UserError
 
-CHUNK_BYTES = 1 << 27  # of float32 at once: 65,536 rows of 512
+CHUNK_BYTES = 1 << 27  # of float32 in memory at once: 65,536 rows of width 512
 
 
 @dataclasses.dataclass(frozen=True)
 class Vectors:
-    """The usable vectors of a field. `stored` [rows, dim], [rows, texts, dim] or [rows, views, dim] is no copy."""
+    """The usable vectors of a field.
+
+    Attributes:
+        stored: The array [rows, dim], [rows, texts, dim] or [rows, views, dim], not copied.
+        ids: The usable ids in order: a row, or row * texts + k for the k-th text.
+        per_row: The number of ids of a row: its texts, or 1.
+        texts: Whether the second axis holds texts, each with an id of its own.
+    """
 
     stored: np.ndarray
-    ids: Int[np.ndarray, " n"]  # which can be used, in order: a row, or row * texts + k
-    per_row: int  # ids that a row has: its texts, else 1
-    texts: bool = False  # whether the second axis is of texts, each with an id of its own
+    ids: Int[np.ndarray, " n"]
+    per_row: int
+    texts: bool = False
 
     def __len__(self) -> int:
         return len(self.ids)
 
     @property
     def dim(self) -> int:
-        """How wide a vector is."""
+        """The width of a vector."""
         return self.stored.shape[-1]
 
     def take(self, ids: Int[np.ndarray, " n"]) -> Float[np.ndarray, "n dim"]:
-        """Unit vectors of some ids."""
+        """Return the unit vectors of some ids."""
         return unit(self.stored[np.divmod(ids, self.per_row)] if self.texts else self.stored[ids])
 
 
 def vector_fields(cache: store.Cache) -> list[str]:
-    """Fields of a cache that hold one vector a row, view or text."""
+    """Return the fields of a cache with one vector per row, view or text."""
     return [field.name for field in cache.meta.spec.fields if field.is_vector]
 
 
@@ -50,7 +57,9 @@ def default_field(cache: store.Cache) -> str:
 
 
 def usable_vectors(cache: store.Cache, name: str) -> Vectors:
-    """The vectors of a field without rows and texts that cannot be used; UserError where it holds no vectors."""
+    """Return the vectors of a field without unusable rows and texts; raise UserError if it holds no
+    vectors.
+    """
     names = vector_fields(cache)
     if name not in names:
         what = (
@@ -71,7 +80,9 @@ def usable_vectors(cache: store.Cache, name: str) -> Vectors:
 
 
 def unit(stored: np.ndarray) -> Float[np.ndarray, "n dim"]:
-    """Vectors [n, dim] in float32 and of length one; of [n, views, dim] the normalised mean of the normalised views."""
+    """Normalize vectors [n, dim] to unit length in float32; for [n, views, dim] return the normalized mean
+    of the normalized views.
+    """
     vectors = stored.astype(np.float32)
     vectors /= np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
     return vectors if vectors.ndim == 2 else unit(vectors.mean(axis=1))
@@ -80,7 +91,7 @@ def unit(stored: np.ndarray) -> Float[np.ndarray, "n dim"]:
 def chunks(
     vectors: Vectors, *, start: int = 0
 ) -> Iterator[tuple[Int[np.ndarray, " n"], Float[np.ndarray, "n dim"]]]:
-    """Ids and unit vectors, some CHUNK_BYTES at a time, from the `start`-th usable one on."""
+    """Yield ids and unit vectors, about CHUNK_BYTES at a time, from the `start`-th usable vector on."""
     views = 1 if vectors.texts else int(np.prod(vectors.stored.shape[1:-1]))
     size = max(1, CHUNK_BYTES // (4 * views * vectors.dim))
     for first in range(start, len(vectors), size):
@@ -91,27 +102,27 @@ def chunks(
 def exact_search(
     vectors: Vectors, queries: Float[np.ndarray, "q dim"], top: int
 ) -> tuple[Float[np.ndarray, "q top"], Int[np.ndarray, "q top"]]:
-    """Cosine to unit queries, best first, and ids; as many as there are where `top` is more.
+    """Return the `top` highest cosines to unit queries, best first, and their ids; fewer if there are fewer.
 
-    Any number of queries: the scores of some CHUNK_BYTES are in memory at once.
+    The scores of about CHUNK_BYTES are in memory at once, for any number of queries.
     """
     best = np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
     for ids, chunk in chunks(vectors):
         size = max(1, CHUNK_BYTES // (4 * len(ids)))
-        found = [
+        merged = [
             _better(best[0][i : i + size], best[1][i : i + size], queries[i : i + size] @ chunk.T, ids, top)
             for i in range(0, max(1, len(queries)), size)
         ]
-        best = np.concatenate([scores for scores, _ in found]), np.concatenate([ids for _, ids in found])
+        best = np.concatenate([scores for scores, _ in merged]), np.concatenate([ids for _, ids in merged])
     return best
 
 
 def _better(
     old_scores: np.ndarray, old_ids: np.ndarray, scores: np.ndarray, ids: np.ndarray, top: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The best of what was found before and of a chunk's scores."""
+    """Merge the best scores so far with those of a chunk."""
     columns = np.argpartition(scores, -min(top, len(ids)), axis=1)[:, -top:]
     scores = np.concatenate([old_scores, np.take_along_axis(scores, columns, 1)], 1)
-    found = np.concatenate([old_ids, ids[columns]], 1)
+    candidates = np.concatenate([old_ids, ids[columns]], 1)
     order = np.argsort(-scores, axis=1, kind="stable")[:, :top]
-    return np.take_along_axis(scores, order, 1), np.take_along_axis(found, order, 1)
+    return np.take_along_axis(scores, order, 1), np.take_along_axis(candidates, order, 1)

@@ -1,1 +1,1 @@
-"""Frozen teachers: the contract, the registry, and one file or folder per kind."""
+"""Frozen teachers: the contract, the registry, and one file or folder per kind of teacher."""

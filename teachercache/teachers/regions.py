@@ -1,8 +1,7 @@
-"""Features of regions of a picture, for single-stream students: torchvision's Faster R-CNN, and a small stand-in.
+"""Region features for single-stream students: torchvision's Faster R-CNN, and a small stand-in.
 
-A row's boxes (task column `boxes`) are taken as given, those above the number of regions left out; without them Faster
-R-CNN detects its own, `regions-lite` takes the quarters of the picture. Region 0 is the whole picture. Not for training
-a detector, nor for its masks.
+The boxes of a row (task column `boxes`) are used if there are any, up to the number of regions. Otherwise
+Faster R-CNN detects boxes, and `regions-lite` uses the quarters of the image. Region 0 is the whole image.
 """
 
 from collections.abc import Callable
@@ -20,11 +19,11 @@ from teachercache.core.errors import UserError
 from teachercache.data.views import describe_view, image_view
 from teachercache.teachers.clip.lite import vision_trunk
 from teachercache.teachers.teacher import Inputs, Teacher
-from teachercache.teachers.weights import digest_weights
+from teachercache.teachers.weights import digest_weights, random_seed
 
-NUM_REGIONS = {"regions": 37, "regions-lite": 10}  # the whole picture and so many boxes more, less one
-# Squashed to a square of fixed size: boxes are shares of the picture, so they need not know. 608 is the multiple of 32
-# nearest to the 600 pixels of Faster R-CNN's paper.
+NUM_REGIONS = {"regions": 37, "regions-lite": 10}  # regions, the whole image included
+# Images are squashed to a square of fixed size; boxes are fractions of the image and do not change. 608 is the multiple
+# of 32 nearest to the 600 pixels of Faster R-CNN's paper.
 VIEWS = {
     "regions": {
         "size": 608,
@@ -35,13 +34,13 @@ VIEWS = {
     "regions-lite": {"size": 160, "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic"},
 }
 QUARTERS = ((0.0, 0.0, 0.5, 0.5), (0.5, 0.0, 1.0, 0.5), (0.0, 0.5, 0.5, 1.0), (0.5, 0.5, 1.0, 1.0))
-SAMPLES = 4  # of roi_align, across and down a region
-CLASSES = 91  # COCO's, as torchvision numbers them: 0 is none
+SAMPLES = 4  # sampling points of roi_align per direction
+CLASSES = 91  # of COCO, as torchvision numbers them: 0 is the background
 Fields = dict[str, Shaped[Tensor, "pictures regions ..."]]
 
 
 def load_regions(name: str, *, weights: str, outputs: tuple[str, ...]) -> Teacher:
-    """The teacher `regions` or `regions-lite`; `outputs` is `regions`, or `regions:N` for N of them."""
+    """Load the teacher `regions` or `regions-lite`; `outputs` is `regions`, or `regions:N` for N regions."""
     num_regions = _num_regions(name, outputs)
     lite = name == "regions-lite"
     if lite and weights != "pretrained":
@@ -52,13 +51,13 @@ def load_regions(name: str, *, weights: str, outputs: tuple[str, ...]) -> Teache
     }
     encode: Callable[..., Fields] = partial(lite_fields if lite else detector_fields, num_regions=num_regions)
     with torch.inference_mode():
-        said = encode(module, _inputs(torch.zeros(1, 3, *view["size"]), num_regions - 1))
+        example = encode(module, _inputs(torch.zeros(1, 3, *view["size"]), num_regions - 1))
     spec = TeacherSpec(
         name=name,
         weights=weights,
         digest=digest_weights(module),
         outputs=("regions" if num_regions == NUM_REGIONS[name] else f"regions:{num_regions}",),
-        fields=tuple(_field(field, tuple(tensor.shape[1:])) for field, tensor in said.items()),
+        fields=tuple(_field(field, tuple(tensor.shape[1:])) for field, tensor in example.items()),
         view=view,
         tokenizer={},
         constants={},
@@ -96,7 +95,7 @@ def _field(name: str, shape: tuple[int, ...]) -> Field:
 
 
 def _inputs(images: Tensor, num_boxes: int) -> Inputs:
-    """Pictures without boxes of their own."""
+    """Return the inputs for images without boxes."""
     return {
         "image": images,
         "boxes": torch.zeros(len(images), num_boxes, 4),
@@ -111,16 +110,18 @@ def _inputs(images: Tensor, num_boxes: int) -> Inputs:
 def with_whole(
     boxes: Float[Tensor, "pictures boxes 4"], num_boxes: Int[Tensor, " pictures"]
 ) -> tuple[Float[Tensor, "pictures regions 4"], Int[Tensor, "pictures regions"]]:
-    """The whole picture before the boxes, and which of the regions there are (1) or not (0)."""
+    """Prepend the whole image to the boxes, and return which of the regions exist (1) or not (0)."""
     whole = boxes.new_tensor([0.0, 0.0, 1.0, 1.0]).expand(len(boxes), 1, 4)
-    known = torch.arange(boxes.shape[1] + 1, device=boxes.device) <= num_boxes[:, None]
-    return torch.cat([whole, boxes], 1) * known[..., None], known.long()
+    valid = torch.arange(boxes.shape[1] + 1, device=boxes.device) <= num_boxes[:, None]
+    return torch.cat([whole, boxes], 1) * valid[..., None], valid.long()
 
 
 def pool(
     features: Float[Tensor, "pictures width down across"], boxes: Float[Tensor, "pictures regions 4"]
 ) -> Float[Tensor, "pictures regions width"]:
-    """The mean of a feature map over each region: RoIAlign with one cell, in float32 (it knows no bfloat16)."""
+    """Average a feature map over each region by RoIAlign with one cell, in float32 (roi_align has no
+    bfloat16 kernel).
+    """
     down, across = features.shape[2:]
     cells = boxes * boxes.new_tensor([across, down, across, down])
     pooled = roi_align(features.float(), [*cells], output_size=1, sampling_ratio=SAMPLES, aligned=True)
@@ -132,15 +133,17 @@ def pool(
 
 
 def lite_fields(module: Any, inputs: Inputs, *, num_regions: int) -> Fields:
-    """EfficientNet-Lite0's maps at strides 8, 16 and 32, pooled over each region and joined: 40 + 112 + 320 values."""
+    """Pool the EfficientNet-Lite0 maps at strides 8, 16 and 32 over each region and concatenate them: 40 +
+    112 + 320 values.
+    """
     boxes, num_boxes = inputs["boxes"].clone(), inputs["num_boxes"].clone()
     quarters = boxes.new_tensor(QUARTERS)[: num_regions - 1]
     boxes[num_boxes == 0, : len(quarters)] = quarters
     num_boxes[num_boxes == 0] = len(quarters)
-    regions, known = with_whole(boxes, num_boxes)
+    regions, valid = with_whole(boxes, num_boxes)
     maps = module.forward_intermediates(inputs["image"], indices=[2, 3, 4], intermediates_only=True)
     features = torch.cat([pool(level, regions) for level in maps], 2)
-    return {"region_feature": features * known[..., None], "region_box": regions}
+    return {"region_feature": features * valid[..., None], "region_box": regions}
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -148,23 +151,21 @@ def lite_fields(module: Any, inputs: Inputs, *, num_regions: int) -> Fields:
 
 
 def _detector(weights: str) -> nn.Module:
-    """Faster R-CNN as torchvision has it: ResNet-50 with a feature pyramid, COCO's classes."""
+    """Return torchvision's Faster R-CNN: ResNet-50 with a feature pyramid, the classes of COCO."""
     from torchvision.models.detection import FasterRCNN
     from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
-    seed = weights.removeprefix("random:")
-    if seed != weights and not seed.isdigit():
-        raise UserError(f"--weights {weights}: write random:SEED, for example random:0")
+    seed = random_seed(weights)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(seed) if seed != weights else 0)
+        torch.manual_seed(seed or 0)
         module = FasterRCNN(resnet_fpn_backbone(backbone_name="resnet50", weights=None), num_classes=CLASSES)
-    if seed != weights:
+    if seed is not None:
         return module
     state = _state(weights)
     if not any(name.endswith("num_batches_tracked") for name in state):
-        for part in module.modules():
-            if hasattr(part, "running_var"):
-                part.eps = 0.0  # what torchvision's own checkpoint was trained with
+        for layer in module.modules():
+            if hasattr(layer, "running_var"):
+                layer.eps = 0.0  # as in the training of torchvision's checkpoint
     try:
         module.load_state_dict(state)
     except RuntimeError as error:
@@ -176,7 +177,7 @@ def _detector(weights: str) -> nn.Module:
 
 
 def _state(weights: str) -> dict[str, Tensor]:
-    """A state dict from a file, or torchvision's by download (the first time)."""
+    """Return a state dict from a file, or torchvision's, which is downloaded the first time."""
     from safetensors.torch import load_file
     from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
@@ -187,7 +188,7 @@ def _state(weights: str) -> dict[str, Tensor]:
         except Exception as error:
             raise UserError(
                 f"cannot get the weights of regions ({type(error).__name__}: {str(error).splitlines()[0][:120]}). Pass "
-                "--weights FILE (fasterrcnn_resnet50_fpn as .pth or .safetensors), --weights random:0 (knows nothing), "
+                "--weights FILE (fasterrcnn_resnet50_fpn as .pth or .safetensors), --weights random:0 (untrained), "
                 "or --teacher regions-lite"
             ) from error
     if not Path(weights).is_file():
@@ -203,31 +204,32 @@ def _state(weights: str) -> dict[str, Tensor]:
 
 
 def detector_fields(module: Any, inputs: Inputs, *, num_regions: int) -> Fields:
-    """What the box head says at given or at detected boxes (best first): 1024 values, a category and its probability.
+    """Run the box head at the boxes of the data, or at detected boxes (best first).
 
-    Boxes are computed in float32 whatever the module's dtype is: bfloat16 knows pixels above 256 by twos.
+    The fields are 1024 values, a category and its probability per region. Boxes are computed in float32 for
+    any dtype of the module: bfloat16 represents only every second pixel above 256.
     """
     images, boxes, num_boxes = inputs["image"], inputs["boxes"].clone(), inputs["num_boxes"].clone()
     levels = module.backbone(images)
     exact = {name: level.float() for name, level in levels.items()}
-    alone = (num_boxes == 0).nonzero().flatten()
-    found = (
-        _detect(module, images[alone], {name: level[alone] for name, level in exact.items()})
-        if len(alone)
+    without_boxes = (num_boxes == 0).nonzero().flatten()
+    detections = (
+        _detect(module, images[without_boxes], {name: level[without_boxes] for name, level in exact.items()})
+        if len(without_boxes)
         else []
     )
-    for i, detected in zip(alone.tolist(), found, strict=True):
+    for i, detected in zip(without_boxes.tolist(), detections, strict=True):
         best = detected["boxes"][: num_regions - 1]
         boxes[i, : len(best)], num_boxes[i] = best, len(best)
-    regions, known = with_whole(boxes, num_boxes)
+    regions, valid = with_whole(boxes, num_boxes)
     pixels = [*(regions * _pixels(images))]
     features, classes, _ = _box_head(module, exact, pixels, images)
     features, classes = (
-        values.unflatten(0, known.shape) * known[..., None] for values in (features, classes)
+        values.unflatten(0, valid.shape) * valid[..., None] for values in (features, classes)
     )
-    score, label = classes.float().softmax(2)[..., 1:].max(2)  # class 0 is none of them
-    score, label = score * known, (label + 1) * known
-    for i, detected in zip(alone.tolist(), found, strict=True):
+    score, label = classes.float().softmax(2)[..., 1:].max(2)  # class 0 is the background
+    score, label = score * valid, (label + 1) * valid
+    for i, detected in zip(without_boxes.tolist(), detections, strict=True):
         score[i, 1 : num_boxes[i] + 1] = detected["scores"][: num_regions - 1]
         label[i, 1 : num_boxes[i] + 1] = detected["labels"][: num_regions - 1]
     score[:, 0], label[:, 0] = 0, 0
@@ -247,7 +249,7 @@ def _pixels(images: Tensor) -> Float[Tensor, "4"]:
 def _box_head(
     module: Any, levels: dict[str, Tensor], boxes: list[Tensor], images: Tensor
 ) -> tuple[Tensor, ...]:
-    """Features [boxes, 1024], class logits and shifts of boxes in pixels, those of all pictures one after another."""
+    """Return features [boxes, 1024], class logits and box deltas, concatenated over the images."""
     heads = module.roi_heads
     pooled = heads.box_roi_pool(levels, boxes, _sizes(images))
     features = heads.box_head(pooled.to(heads.box_head.fc6.weight.dtype))
@@ -259,7 +261,9 @@ def _sizes(images: Tensor) -> list[tuple[int, int]]:
 
 
 def _detect(module: Any, images: Tensor, levels: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-    """Boxes as shares with scores and labels, best first, after torchvision's thresholds and suppression."""
+    """Return boxes as fractions of the image with scores and labels, best first, after torchvision's
+    thresholds and NMS.
+    """
     from torchvision.models.detection.image_list import ImageList
     from torchvision.models.detection.rpn import concat_box_prediction_layers
 
@@ -274,8 +278,8 @@ def _detect(module: Any, images: Tensor, levels: dict[str, Tensor]) -> list[dict
     candidates = rpn.box_coder.decode(moves, anchors).view(len(images), -1, 4)
     proposals, _ = rpn.filter_proposals(candidates, logits, sizes, counts)
     _, classes, shifts = _box_head(module, levels, proposals, images)
-    found = heads.postprocess_detections(classes.float(), shifts.float(), proposals, sizes)
+    results = heads.postprocess_detections(classes.float(), shifts.float(), proposals, sizes)
     return [
         {"boxes": boxes / _pixels(images), "scores": scores, "labels": labels}
-        for boxes, scores, labels in zip(*found, strict=True)
+        for boxes, scores, labels in zip(*results, strict=True)
     ]

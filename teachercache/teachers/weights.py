@@ -1,4 +1,4 @@
-"""Digest weights, and check whether the hub can be reached."""
+"""Digest weights, parse `--weights`, and check whether the hub can be reached."""
 
 import hashlib
 
@@ -6,9 +6,11 @@ import huggingface_hub
 import torch
 from torch import nn
 
+from teachercache.core.errors import UserError
+
 
 def digest_weights(module: nn.Module) -> str:
-    """sha256 over the names, shapes and bytes of the state dict."""
+    """Return the sha256 over the names, shapes and bytes of the state dict."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
@@ -16,8 +18,18 @@ def digest_weights(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def random_seed(weights: str) -> int | None:
+    """Return the seed of `--weights random:SEED`, or None for other weights."""
+    prefix, colon, seed = weights.partition(":")
+    if prefix != "random" or not colon:
+        return None
+    if not seed.isdigit():
+        raise UserError(f"--weights {weights}: write random:SEED, for example random:0")
+    return int(seed)
+
+
 def hub_answers() -> bool:
-    """Whether the hub can be reached: asked once, since its client would retry for a minute."""
+    """Return whether the hub can be reached, with one short request: its client would retry for a minute."""
     try:
         huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=5)
     except Exception:

@@ -1,4 +1,4 @@
-"""points.parquet: the shown rows as Embedding Atlas reads them. Not for the page."""
+"""Write points.parquet, the shown rows as a table for Embedding Atlas."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from teachercache.core.paths import stream_whole
 
 
 def write_points(shown: Shown, thumbnails: Thumbnails, path: Path) -> str:
-    """Write the table; the command that opens it."""
+    """Write the table, and return the command that opens it."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -1,4 +1,4 @@
-"""The main figures as PNGs, for papers and slides. Not for the page: it draws its own."""
+"""Draw the main figures as PNG files for papers and slides; the page draws its own."""
 
 import io
 from pathlib import Path
@@ -26,10 +26,10 @@ PALETTE = (
 
 
 def draw_figures(report: dict[str, Any], shown: Shown, folder: Path) -> list[Path]:
-    """Every figure that the report has numbers for; the files."""
+    """Draw every figure that the report has numbers for, and return the files."""
     from matplotlib.figure import Figure
 
-    made = []
+    files = []
     for name, (draw, needed) in FIGURES.items():
         if needed and needed not in report:
             continue
@@ -38,12 +38,12 @@ def draw_figures(report: dict[str, Any], shown: Shown, folder: Path) -> list[Pat
         content = io.BytesIO()
         figure.savefig(content, format="png", dpi=130)
         write_whole(folder / name, content.getvalue())
-        made.append(folder / name)
-    return made
+        files.append(folder / name)
+    return files
 
 
 def _map(axis: Any, report: dict[str, Any], shown: Shown) -> None:
-    """The first map by its first column of names."""
+    """Draw the first map, colored by its first column of names."""
     xy = shown.maps[0]["parts"][0]["xy"]
     column = next((name for name, values in shown.columns.items() if isinstance(values, list)), "")
     names, which, rest = (
@@ -51,15 +51,15 @@ def _map(axis: Any, report: dict[str, Any], shown: Shown) -> None:
     )
     for number, name in enumerate(names):
         mine = which == number
-        colour = "0.7" if rest and number == len(names) - 1 else PALETTE[number % len(PALETTE)]
+        color = "0.7" if rest and number == len(names) - 1 else PALETTE[number % len(PALETTE)]
         axis.scatter(
             *xy[mine].T,
             s=40_000 / (2000 + len(xy)),
-            color=colour,
+            color=color,
             alpha=0.7,
             linewidths=0,
             label=name[:24].replace("$", r"\$"),
-            zorder=1 if colour == "0.7" else 2,
+            zorder=1 if color == "0.7" else 2,
         )
     if len(names) > 1:
         axis.legend(frameon=False, fontsize=7, markerscale=1.5, loc="center left", bbox_to_anchor=(1, 0.5))
@@ -67,7 +67,7 @@ def _map(axis: Any, report: dict[str, Any], shown: Shown) -> None:
 
 
 def _similarity(axis: Any, report: dict[str, Any], shown: Shown) -> None:
-    """Cosines of pictures to their own texts and to others'."""
+    """Draw the cosines of images to their own texts and to those of others."""
     histogram = report["pairs"]["histogram"]
     for name, label in (("own", "own text"), ("others", "another row's text")):
         axis.stairs(histogram[name], histogram["edges"], fill=True, alpha=0.6, label=label)
@@ -76,19 +76,20 @@ def _similarity(axis: Any, report: dict[str, Any], shown: Shown) -> None:
 
 
 def _matrix(axis: Any, report: dict[str, Any], shown: Shown) -> None:
-    """Some pictures by their texts."""
+    """Draw the similarity matrix of some images and texts."""
     drawn = axis.imshow(report["matrix"]["values"], cmap="viridis")
     axis.figure.colorbar(drawn, label="cosine")
     axis.set(xlabel="texts", ylabel="pictures", xticks=[], yticks=[])
 
 
 def _spectrum(axis: Any, report: dict[str, Any], shown: Shown) -> None:
-    """Share of the variance along each principal axis."""
+    """Draw the share of the variance along each principal axis."""
     for name in ("pictures", "texts"):
         if name in report["space"]:
-            one = report["space"][name]
+            values = report["space"][name]
             axis.semilogy(
-                np.maximum(one["spectrum"], 1e-9), label=f"{name}, effective rank {one['effective_rank']:.1f}"
+                np.maximum(values["spectrum"], 1e-9),
+                label=f"{name}, effective rank {values['effective_rank']:.1f}",
             )
     axis.legend(frameon=False)
     axis.grid(alpha=0.2)
@@ -96,20 +97,20 @@ def _spectrum(axis: Any, report: dict[str, Any], shown: Shown) -> None:
 
 
 def _overlap(axis: Any, report: dict[str, Any], shown: Shown) -> None:
-    """Share of the k nearest that both caches find."""
-    found = report["against"].get("neighbourhoods")
-    if found is None:
+    """Draw the share of the k nearest neighbors that both caches agree on."""
+    values = report["against"].get("neighbourhoods")
+    if values is None:
         axis.set_axis_off()
         return
-    names = [f"@{k}" for k in found["overlap"]]
+    names = [f"@{k}" for k in values["overlap"]]
     places = np.arange(len(names))
-    axis.bar(places - 0.2, found["overlap"].values(), 0.4, label="both caches")
-    axis.bar(places + 0.2, found["by_chance"].values(), 0.4, label="by chance")
+    axis.bar(places - 0.2, values["overlap"].values(), 0.4, label="both caches")
+    axis.bar(places + 0.2, values["by_chance"].values(), 0.4, label="by chance")
     axis.legend(frameon=False)
     axis.set(xticks=places, xticklabels=names, ylim=(0, 1), ylabel="nearest in common")
 
 
-FIGURES: dict[str, tuple[Any, str]] = {  # file -> how it is drawn, and the section that it needs
+FIGURES: dict[str, tuple[Any, str]] = {  # file -> the function that draws it, and the section that it needs
     "map.png": (_map, ""),
     "similarity.png": (_similarity, "pairs"),
     "matrix.png": (_matrix, "matrix"),

@@ -1,49 +1,56 @@
-"""Everything that is said of one cache, as a dict of plain numbers and short lists of rows. Draws nothing.
+"""Compute the sections of a report about one cache: numbers and short lists of rows.
 
-A row in it is always under `row`, `rows` or `neighbours`, so that whoever shows the lists knows which pictures to read.
+Rows in it are always under `row`, `rows` or `neighbours`, so that `rows.mentioned` finds the images to show.
 """
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from teachercache.analysis import clusters, matching, measures, neighbours
+from teachercache.analysis import clusters, matching, measures, neighbors
 from teachercache.analysis.report.opened import ALL_PAIRS, Subject, asked, draw, rows_of
 from teachercache.cache import store
 from teachercache.core.errors import UserError
 from teachercache.search import index
 from teachercache.search.vectors import Vectors, chunks
 
-NEAR = 0.95  # cosine from which two rows are near duplicates
-NEIGHBOURS = 10
-LISTED = 50  # rows of a list
-GROUPS = 200  # groups of duplicates that are listed
-REFERENCE = 4096  # pairs that a caption is weighed against
-MATRIX = 100  # rows of the similarity matrix
+NEAR = 0.95  # the least cosine of near duplicates
+NEIGHBORS = 10
+LISTED = 50  # the length of a list
+GROUPS = 200  # the number of groups of duplicates in the list
+REFERENCE = 4096  # pairs that a caption is compared with
+MATRIX = 100  # the rows of the similarity matrix
 
 
 @dataclasses.dataclass
 class PerRow:
-    """What is known of each row of `Subject.main`, for the map and for slices; nan or -1 where it was not asked."""
+    """Numbers of each row of `Subject.main`, for the map and for slices; nan or -1 if not computed.
 
-    similarity: np.ndarray  # cosine to its worst text
+    Attributes:
+        similarity: The lowest cosine to a text of the row.
+        surprise: The highest surprise of a text of the row.
+        lonely: 1 - the mean cosine to its nearest neighbors.
+        cluster: The number of its cluster.
+        rank: The rank of its image for its first text.
+    """
+
+    similarity: np.ndarray
     surprise: np.ndarray
-    lonely: np.ndarray  # 1 - mean cosine to its neighbours
+    lonely: np.ndarray
     cluster: np.ndarray
-    found: np.ndarray  # rank of its picture for its first text
+    rank: np.ndarray
 
 
 def empty_per_row(count: int) -> PerRow:
-    """Nothing is known yet."""
+    """Return a PerRow without values."""
     unknown = [np.full(count, np.nan, np.float32) for _ in range(4)]
     return PerRow(unknown[0], unknown[1], unknown[2], np.full(count, -1, np.int32), unknown[3])
 
 
 def head(subject: Subject) -> dict[str, Any]:
-    """Which cache it is and how much of it can be used."""
+    """Return the identity of the cache and the number of usable rows."""
     cache, meta = subject.cache, subject.cache.meta
     return {
         "path": str(cache.path),
@@ -59,7 +66,7 @@ def head(subject: Subject) -> dict[str, Any]:
 
 
 def quarantine(subject: Subject) -> dict[str, Any]:
-    """Rows and texts that cannot be used, by reason; the first of them."""
+    """Return the unusable rows and texts by reason, and the first ones."""
     entries = store.quarantined(subject.cache)
     reasons: dict[str, int] = {}
     for entry in entries:
@@ -74,33 +81,35 @@ def quarantine(subject: Subject) -> dict[str, Any]:
 
 
 def space(subject: Subject) -> tuple[dict[str, Any], dict[str, measures.Moments]]:
-    """Shape of the space of pictures and of that of texts; the moments, for maps."""
-    found = {
+    """Return the shape of the spaces of images and texts, and their moments for maps."""
+    statistics = {
         name: measures.moments(part for _, part in chunks(vectors))
         for name, vectors in (("pictures", subject.pictures), ("texts", subject.texts))
         if vectors
     }
-    said: dict[str, Any] = {}
-    for name, values in found.items():
+    sections: dict[str, Any] = {}
+    for name, values in statistics.items():
         vectors = subject.pictures if name == "pictures" else subject.texts
         assert vectors is not None
         variances = measures.spectrum(values)
         shares = variances / max(float(variances.sum()), 1e-12)
-        said[name] = {
+        sections[name] = {
             "dim": len(variances),
             "effective_rank": measures.effective_rank(variances),
             "dims_for_90_percent": int(np.searchsorted(np.cumsum(shares), 0.9) + 1),
             "mean_cosine": measures.mean_cosine(values),
-            "uniformity": measures.uniformity(neighbours.take(vectors, draw(len(vectors), 4000))),
+            "uniformity": measures.uniformity(neighbors.take(vectors, draw(len(vectors), 4000))),
             "spectrum": shares.tolist(),
         }
     if subject.both:
-        said["modality_gap"] = measures.modality_gap(found["pictures"], found["texts"])
-    return said, found
+        sections["modality_gap"] = measures.modality_gap(statistics["pictures"], statistics["texts"])
+    return sections, statistics
 
 
-def pairs(subject: Subject, known: PerRow) -> dict[str, Any]:
-    """Cosines of pictures to their texts and to others', and the worst pairs, at most one a row."""
+def pairs(subject: Subject, per_row: PerRow) -> dict[str, Any]:
+    """Return the cosines of images to their texts and to others', and the worst pairs, at most one per
+    row.
+    """
     pictures, texts = subject.pictures, subject.texts
     assert pictures is not None
     assert texts is not None
@@ -112,8 +121,8 @@ def pairs(subject: Subject, known: PerRow) -> dict[str, Any]:
     surprise = matching.surprise(pictures, texts, owner, reference)
     low, high = np.min([matched.min(), unmatched.min()]), np.max([matched.max(), unmatched.max()])
     edges = np.linspace(low, high + 1e-6, 61)
-    np.fmin.at(known.similarity, owner, matched)
-    np.fmax.at(known.surprise, owner, surprise)
+    np.fmin.at(per_row.similarity, owner, matched)
+    np.fmax.at(per_row.surprise, owner, surprise)
     worst = _worst(subject, owner, matched, surprise)
     return {
         "mean": float(matched.mean()),
@@ -153,45 +162,49 @@ def _worst(
 
 
 def _auc(high: np.ndarray, low: np.ndarray) -> float:
-    """Share of (own, other) pairs of cosines in which the own is higher; equal ones count half."""
+    """Return the share of (own, other) pairs of cosines in which the own cosine is higher; ties count
+    half.
+    """
     low = np.sort(low)
     below = np.searchsorted(low, high, "left") + np.searchsorted(low, high, "right")
     return float(below.mean() / (2 * len(low)))
 
 
-def retrieval(subject: Subject, known: PerRow) -> dict[str, Any]:
-    """Recalls in both directions among all rows, by strict ranks."""
+def retrieval(subject: Subject, per_row: PerRow) -> dict[str, Any]:
+    """Return the recalls in both directions among all rows, by strict ranks."""
     pictures, texts = subject.pictures, subject.texts
     assert pictures is not None
     assert texts is not None
     owner = np.searchsorted(pictures.ids, rows_of(texts))
-    at = asked(len(texts), len(pictures))
-    by_text = matching.strict_ranks(neighbours.take(texts, at), owner[at], pictures, np.arange(len(pictures)))
-    first = np.unique(owner[at], return_index=True)
-    known.found[first[0]] = by_text[first[1]]
+    queries = asked(len(texts), len(pictures))
+    by_text = matching.strict_ranks(
+        neighbors.take(texts, queries), owner[queries], pictures, np.arange(len(pictures))
+    )
+    first = np.unique(owner[queries], return_index=True)
+    per_row.rank[first[0]] = by_text[first[1]]
     with_text = np.unique(owner)
     back = with_text[asked(len(with_text), len(texts))]
-    by_picture = matching.strict_ranks(neighbours.take(pictures, back), back, texts, owner)
+    by_picture = matching.strict_ranks(neighbors.take(pictures, back), back, texts, owner)
     return {
-        "text_to_image": {**matching.recalls(by_text), "queries": len(at), "candidates": len(pictures)},
+        "text_to_image": {**matching.recalls(by_text), "queries": len(queries), "candidates": len(pictures)},
         "image_to_text": {**matching.recalls(by_picture), "queries": len(back), "candidates": len(texts)},
     }
 
 
-def matrix(subject: Subject, known: PerRow) -> dict[str, Any]:
-    """Cosines of some pictures (rows) to their first texts (columns), clusters together; diagonal against the rest."""
+def matrix(subject: Subject, per_row: PerRow) -> dict[str, Any]:
+    """Return the cosines of some images (rows) to their first texts (columns), sorted by cluster."""
     pictures, firsts = subject.pictures, subject.firsts
     assert pictures is not None
     assert firsts is not None
-    at = draw(len(firsts), MATRIX)
-    place = np.searchsorted(pictures.ids, rows_of(firsts)[at])
-    order = np.argsort(known.cluster[place], kind="stable")
-    at, place = at[order], place[order]
-    values = neighbours.take(pictures, place) @ neighbours.take(firsts, at).T
+    sample = draw(len(firsts), MATRIX)
+    place = np.searchsorted(pictures.ids, rows_of(firsts)[sample])
+    order = np.argsort(per_row.cluster[place], kind="stable")
+    sample, place = sample[order], place[order]
+    values = neighbors.take(pictures, place) @ neighbors.take(firsts, sample).T
     diagonal, total, n = float(np.trace(values)), float(values.sum()), len(values)
     rest = (total - diagonal) / (n * (n - 1)) if n > 1 else float("nan")
     return {
-        "rows": rows_of(firsts)[at].tolist(),
+        "rows": rows_of(firsts)[sample].tolist(),
         "values": np.round(values, 3).tolist(),
         "diagonal": diagonal / n,
         "rest": rest,
@@ -204,28 +217,30 @@ def matrix(subject: Subject, known: PerRow) -> dict[str, Any]:
 
 
 def crowd(
-    subject: Subject, known: PerRow, centres: np.ndarray | None
+    subject: Subject, per_row: PerRow, centers: np.ndarray | None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Outliers and hubness, from each row's nearest others: of rows by chance and of those far from all centres."""
+    """Return outliers and hubness, from the nearest neighbors of randomly chosen rows and of those far
+    from all centroids.
+    """
     main, rows = subject.main, subject.rows
-    by_chance = at = asked(len(main), len(main))
-    if len(at) < len(main) and centres is not None:
-        far = neighbours.far_from_centres(main, centres)[1]
-        at = np.union1d(at, np.argsort(-far, kind="stable")[: len(at)])
-    cosines, found = neighbours.nearest(main, NEIGHBOURS, at)
-    known.lonely[at] = neighbours.outlier_scores(cosines)
-    worst = at[np.argsort(-known.lonely[at], kind="stable")[:LISTED]]
+    by_chance = queries = asked(len(main), len(main))
+    if len(queries) < len(main) and centers is not None:
+        far = neighbors.far_from_centers(main, centers)[1]
+        queries = np.union1d(queries, np.argsort(-far, kind="stable")[: len(queries)])
+    cosines, nearest = neighbors.nearest(main, NEIGHBORS, queries)
+    per_row.lonely[queries] = neighbors.outlier_scores(cosines)
+    worst = queries[np.argsort(-per_row.lonely[queries], kind="stable")[:LISTED]]
     outliers = {
-        "asked": len(at),
+        "asked": len(queries),
         "num_rows": len(main),
-        "neighbours": found.shape[1],
-        "worst": [{"row": int(rows[i]), "distance": float(known.lonely[i])} for i in worst],
+        "neighbours": nearest.shape[1],
+        "worst": [{"row": int(rows[i]), "distance": float(per_row.lonely[i])} for i in worst],
     }
-    counts = measures.occurrences(found[np.isin(at, by_chance)], len(main))
+    counts = measures.occurrences(nearest[np.isin(queries, by_chance)], len(main))
     hubs = np.argsort(-counts, kind="stable")[:20]
     hubness = {
         "asked": len(by_chance),
-        "neighbours": found.shape[1],
+        "neighbours": nearest.shape[1],
         "skewness": measures.skewness(counts),
         "most": int(counts.max()),
         "never": float((counts == 0).mean()),
@@ -235,34 +250,38 @@ def crowd(
 
 
 def duplicates(subject: Subject, threshold: float = NEAR) -> dict[str, Any]:
-    """Rows that are the same or nearly so, in groups, most alike first; those across splits are leaks."""
+    """Return groups of identical or nearly identical rows, most similar first; groups across splits are
+    leaks.
+    """
     main, rows = subject.main, subject.rows
-    exact = neighbours.exact_groups(main)
-    indexed, at = _indexed_pairs(subject, threshold), asked(len(main), len(main))
+    exact = neighbors.exact_groups(main)
+    indexed, queries = _indexed_pairs(subject, threshold), asked(len(main), len(main))
     if indexed is None:
-        near, cosines, count = neighbours.near_pairs(main, threshold, None if len(at) == len(main) else at)
+        near, cosines, count = neighbors.near_pairs(
+            main, threshold, None if len(queries) == len(main) else queries
+        )
     else:
-        (near, cosines), at = indexed, np.arange(len(main))
+        (near, cosines), queries = indexed, np.arange(len(main))
         count = len(near)
     splits = subject.manifest.table["split"]
     same = {i: number for number, group in enumerate(exact) for i in group}
     chain = [(group[0], i) for group in exact for i in group[1:]]
-    groups = neighbours.grouped([*chain, *near.tolist()])
+    groups = neighbors.grouped([*chain, *near.tolist()])
     lowest = _lowest(groups, near, cosines)
     leaks = 0
     listed: list[dict[str, Any]] = []
     for number, group in enumerate(groups):
-        found = sorted({splits[int(rows[i])].as_py() for i in group})
-        leaks += len(found) > 1
-        if len(listed) < GROUPS or (len(found) > 1 and len(listed) < 2 * GROUPS):
+        group_splits = sorted({splits[int(rows[i])].as_py() for i in group})
+        leaks += len(group_splits) > 1
+        if len(listed) < GROUPS or (len(group_splits) > 1 and len(listed) < 2 * GROUPS):
             numbers = {same.get(i, -1) for i in group}
             listed.append(
                 {
                     "rows": rows[group].tolist(),
                     "cosine": lowest[number],
-                    "splits": found,
+                    "splits": group_splits,
                     "exact": len(numbers) == 1 and -1 not in numbers,
-                    "leak": len(found) > 1,
+                    "leak": len(group_splits) > 1,
                 }
             )
     return {
@@ -271,7 +290,7 @@ def duplicates(subject: Subject, threshold: float = NEAR) -> dict[str, Any]:
         "exact_groups": len(exact),
         "near_groups": len(groups),
         "leaks": leaks,
-        "asked": len(at),
+        "asked": len(queries),
         "num_rows": len(main),
         "approximate": indexed is not None,
         "groups": listed,
@@ -279,7 +298,7 @@ def duplicates(subject: Subject, threshold: float = NEAR) -> dict[str, Any]:
 
 
 def _lowest(groups: Sequence[Sequence[int]], near: np.ndarray, cosines: np.ndarray) -> list[float]:
-    """The lowest cosine by which each group hangs together."""
+    """Return the lowest cosine that connects each group."""
     number = {i: n for n, group in enumerate(groups) for i in group}
     lowest = [1.0] * len(groups)
     for (i, _), cosine in zip(near.tolist(), cosines.tolist(), strict=True):
@@ -288,7 +307,7 @@ def _lowest(groups: Sequence[Sequence[int]], near: np.ndarray, cosines: np.ndarr
 
 
 def _indexed_pairs(subject: Subject, threshold: float) -> tuple[np.ndarray, np.ndarray] | None:
-    """Near pairs of all rows by the FAISS index beside a cache that is too large to compare all with all."""
+    """Return near pairs by the FAISS index, for a cache that is too large to compare all pairs."""
     main = subject.main
     if len(asked(len(main), len(main))) == len(main) or main.texts:
         return None
@@ -299,103 +318,40 @@ def _indexed_pairs(subject: Subject, threshold: float) -> tuple[np.ndarray, np.n
     if isinstance(opened, Vectors):
         return None
     kept, cosines = [np.empty((0, 2), np.int64)], [np.empty(0, np.float32)]
-    for first, part in neighbours.parts(main):
-        scores, ids = opened.search(part, NEIGHBOURS + 1)
+    for first, chunk in neighbors.parts(main):
+        scores, ids = opened.search(chunk, NEIGHBORS + 1)
         i, k = np.nonzero((scores >= threshold) & (ids >= 0))
-        other = neighbours.positions(main.ids, ids[i, k])
+        other = neighbors.positions(main.ids, ids[i, k])
         once = first + i < other
         kept.append(np.stack([first + i, other], 1)[once])
         cosines.append(scores[i, k][once])
-    pairs_found, found = np.concatenate(kept), np.concatenate(cosines)
-    order = np.argsort(-found, kind="stable")
-    return pairs_found[order], found[order]
+    pairs_found, all_cosines = np.concatenate(kept), np.concatenate(cosines)
+    order = np.argsort(-all_cosines, kind="stable")
+    return pairs_found[order], all_cosines[order]
 
 
-def groups_of_rows(subject: Subject, known: PerRow, centres: np.ndarray) -> list[dict[str, Any]]:
-    """Clusters with the words of their texts and the rows at their middle, largest first."""
+def groups_of_rows(subject: Subject, per_row: PerRow, centers: np.ndarray) -> list[dict[str, Any]]:
+    """Return clusters with keywords of their texts and their most central rows, largest first."""
     main, rows = subject.main, subject.rows
-    known.cluster[:], distance = neighbours.far_from_centres(main, centres)
-    order = np.argsort(-np.bincount(known.cluster, minlength=len(centres)), kind="stable")
-    known.cluster[:] = np.argsort(order)[known.cluster]
-    found = []
-    for number in range(len(centres)):
-        mine = np.flatnonzero(known.cluster == number)
-        if len(mine):
-            mine = mine[np.argsort(distance[mine], kind="stable")]
+    per_row.cluster[:], distance = neighbors.far_from_centers(main, centers)
+    order = np.argsort(-np.bincount(per_row.cluster, minlength=len(centers)), kind="stable")
+    per_row.cluster[:] = np.argsort(order)[per_row.cluster]
+    groups = []
+    for number in range(len(centers)):
+        members = np.flatnonzero(per_row.cluster == number)
+        if len(members):
+            members = members[np.argsort(distance[members], kind="stable")]
             texts = [
                 text
-                for i in rows[mine[: clusters.KEYWORD_TEXTS]].tolist()
+                for i in rows[members[: clusters.KEYWORD_TEXTS]].tolist()
                 for text in subject.manifest.row(i).texts[:1]
             ]
-            found.append(
+            groups.append(
                 {
                     "number": number,
-                    "size": len(mine),
+                    "size": len(members),
                     "keywords": clusters.keywords(texts),
-                    "rows": rows[mine[:8]].tolist(),
+                    "rows": rows[members[:8]].tolist(),
                 }
             )
-    return found
-
-
-# ----------------------------------------------------------------------------------------------------
-# Slices
-
-
-def slices(
-    subject: Subject, columns: dict[str, np.ndarray], most: int = 60
-) -> dict[str, list[dict[str, Any]]]:
-    """Means of per-row numbers by label, split and folder, largest slices first."""
-    table = subject.manifest.table.select(["key", "label", "split"])
-    names = {kind: table[kind].to_numpy()[subject.rows] for kind in ("label", "split")}
-    if len(np.unique(names["label"])) < 2:
-        keys = table["key"].to_pylist()
-        names["folder"] = np.array(
-            [keys[row].rpartition("/")[0] for row in subject.rows.tolist()], dtype=object
-        )
-    said = {}
-    for kind, values in names.items():
-        found, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-        if 2 <= len(found) < max(3, len(values) / 2):
-            order = np.argsort(-counts, kind="stable")[:most]
-            said[kind] = [
-                {
-                    "name": found[i] or "(none)",
-                    "num_rows": int(counts[i]),
-                    **{name: _mean(column[inverse == i]) for name, column in columns.items()},
-                }
-                for i in order
-            ]
-    return said
-
-
-def _mean(values: np.ndarray) -> float | None:
-    kept = values[~np.isnan(values)]
-    return float(kept.mean()) if len(kept) else None
-
-
-def slice_columns(known: PerRow) -> dict[str, np.ndarray]:
-    """What slices are compared by."""
-    found = np.where(np.isnan(known.found), np.nan, known.found <= 1)
-    columns = {
-        "cosine to text": known.similarity,
-        "surprise": known.surprise,
-        "text->image R@1": found,
-        "distance to neighbours": known.lonely,
-    }
-    return {name: values for name, values in columns.items() if not np.isnan(values).all()}
-
-
-def as_json(report: Any) -> str:
-    """JSON that any reader takes: nan as null."""
-    return json.dumps(_plain(report), indent=1, allow_nan=False)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(name): _plain(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    return None if isinstance(value, float) and not np.isfinite(value) else value
+    return groups

@@ -1,4 +1,4 @@
-"""What is looked at: the usable vectors of a cache, which rows they are of, and what it lacks. Measures nothing."""
+"""Open a cache for analysis: its usable vectors, their rows, and the sections that it cannot have."""
 
 import dataclasses
 from typing import Any
@@ -6,33 +6,42 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from teachercache.analysis.neighbours import take
+from teachercache.analysis.neighbors import take
 from teachercache.cache import store
 from teachercache.core.errors import UserError
 from teachercache.data.manifest import Manifest
 from teachercache.search.vectors import Vectors, usable_vectors
 
-ALL_PAIRS = 2_500_000_000  # cosines that one section may ask for: all pairs of 50,000 rows
+ALL_PAIRS = 2_500_000_000  # the cosines that one section may compute: all pairs of 50,000 rows
 MAPPED = 20_000  # rows on the map
 
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """A cache opened for looking at it. A row stands for its picture, or where there are none for its first text."""
+    """A cache opened for analysis. A row is represented by its image, or without images by its first text.
+
+    Attributes:
+        cache: The cache.
+        manifest: Its rows.
+        pictures: The usable image vectors.
+        texts: Every usable text vector.
+        firsts: The first usable text of each row.
+        left_out: Sections that are missing, with the reason.
+    """
 
     cache: store.Cache
     manifest: Manifest
     pictures: Vectors | None
-    texts: Vectors | None  # every usable text
-    firsts: Vectors | None  # the first usable text of each row
-    left_out: dict[str, str]  # section -> why it is not there
+    texts: Vectors | None
+    firsts: Vectors | None
+    left_out: dict[str, str]
 
     @property
     def main(self) -> Vectors:
-        """One vector a row."""
-        found = self.firsts if self.pictures is None else self.pictures
-        assert found is not None
-        return found
+        """One vector per row."""
+        vectors = self.firsts if self.pictures is None else self.pictures
+        assert vectors is not None
+        return vectors
 
     @property
     def rows(self) -> Int[np.ndarray, " n"]:
@@ -41,17 +50,17 @@ class Subject:
 
     @property
     def both(self) -> bool:
-        """Whether pictures and texts are there and in one space."""
+        """Whether there are images and texts in one space."""
         return self.pictures is not None and self.texts is not None and "pairs" not in self.left_out
 
 
 def rows_of(vectors: Vectors) -> Int[np.ndarray, " n"]:
-    """The row of each id."""
+    """Return the row of each id."""
     return vectors.ids // vectors.per_row
 
 
 def open_subject(path: Any) -> Subject:
-    """The cache at a path, whole; UserError where it holds nothing that can be looked at."""
+    """Open a complete cache; raise UserError if it holds nothing to analyze."""
     cache = store.open_complete(path)
     names = (cache.meta.spec.image_vector, cache.meta.spec.text_vector)
     if not any(names):
@@ -76,22 +85,24 @@ def open_subject(path: Any) -> Subject:
 
 
 def draw(count: int, most: int, *, seed: int = 0) -> Int[np.ndarray, " n"]:
-    """`most` positions of `count` by chance, in order; all where there are no more."""
+    """Return `most` random positions out of `count`, in order; all if there are fewer."""
     if count <= most:
         return np.arange(count)
     return np.sort(np.random.default_rng(seed).choice(count, most, replace=False))
 
 
 def asked(queries: int, candidates: int) -> Int[np.ndarray, " q"]:
-    """Positions of the queries that are asked of that many candidates: all, or as many as ALL_PAIRS allows."""
+    """Return the positions of the queries for a number of candidates: all, or as many as ALL_PAIRS allows."""
     return draw(queries, max(100, ALL_PAIRS // max(1, candidates)))
 
 
 def vectors_at(
     vectors: Vectors, rows: Int[np.ndarray, " q"]
 ) -> tuple[np.ndarray, Float[np.ndarray, "n dim"]]:
-    """Which of some rows have a vector, and their unit vectors; one vector a row, rows ascending."""
-    mine = rows_of(vectors)
-    at = np.minimum(np.searchsorted(mine, rows), len(mine) - 1)
-    there = np.flatnonzero(mine[at] == rows)
-    return there, take(vectors, at[there])
+    """Return which of some rows have a vector, and their unit vectors. There is one vector per row; rows
+    ascend.
+    """
+    own_rows = rows_of(vectors)
+    places = np.minimum(np.searchsorted(own_rows, rows), len(own_rows) - 1)
+    present = np.flatnonzero(own_rows[places] == rows)
+    return present, take(vectors, places[present])

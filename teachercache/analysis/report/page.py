@@ -1,6 +1,7 @@
-"""The page report.html: one file that needs nothing else, opened from anywhere. Not for what is on it: see `report.py`.
+"""Write the page report.html: one self-contained file.
 
-Data goes into it as JSON without `<`, and its script writes words by textContent: a caption cannot become markup.
+Data is embedded as JSON without `<`, and the script sets texts by textContent: a caption cannot become
+markup.
 """
 
 import base64
@@ -13,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from teachercache.analysis.report.one_cache import as_json
+from teachercache.analysis.report.as_json import as_json
 from teachercache.analysis.report.rows import Shown, as_category
 from teachercache.analysis.report.thumbnails import ACROSS, Thumbnails
 from teachercache.core.errors import UserError
@@ -22,7 +23,7 @@ HOME = Path(__file__).parent
 
 
 def plotly_source() -> str:
-    """plotly.js, to be written into the page; UserError where it is not installed."""
+    """Return the source of plotly.js to embed; raise UserError if plotly is not installed."""
     try:
         from plotly.offline import get_plotlyjs
     except ImportError as error:
@@ -33,7 +34,7 @@ def plotly_source() -> str:
 def make_page(
     report: dict[str, Any], shown: Shown, thumbnails: Thumbnails, sheets: Sequence[bytes], *, note: str
 ) -> str:
-    """The whole page as text."""
+    """Return the page as text."""
     tags = [
         f'<script type="text/plain" id="sheet-{i}">{base64.b64encode(sheet).decode()}</script>'
         for i, sheet in enumerate(sheets)
@@ -52,18 +53,18 @@ def make_page(
 
 
 def _embedded(text: str) -> str:
-    """JSON that cannot end the script element it stands in."""
+    """Return JSON that cannot end the surrounding script element."""
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def _packed(values: np.ndarray, dtype: str) -> dict[str, Any]:
-    """An array for the page's script: little-endian bytes in base64."""
+    """Return an array for the script of the page: little-endian bytes in base64."""
     content = np.ascontiguousarray(values, np.dtype(dtype).newbyteorder("<")).tobytes()
     return {"dtype": dtype, "base64": base64.b64encode(content).decode()}
 
 
 def _points(shown: Shown, thumbnails: Thumbnails, note: str) -> dict[str, Any]:
-    """What the page knows of each row."""
+    """Return the data of each row for the page."""
     labels = shown.columns.get("label")
     number = "int16" if len(shown.rows) < 1 << 15 else "int32"
     return {

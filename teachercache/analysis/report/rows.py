@@ -1,4 +1,4 @@
-"""The rows that the page shows: their texts, colours, places and neighbours among themselves. Draws nothing."""
+"""Collect the rows that the page shows: texts, colors, coordinates and neighbors."""
 
 import dataclasses
 from typing import Any
@@ -6,69 +6,69 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from teachercache.analysis import neighbours
+from teachercache.analysis import neighbors
 from teachercache.analysis.report.opened import Subject, draw, rows_of
 from teachercache.search.vectors import Vectors
 
 NEAREST = 6
 ROW_NAMES = ("row", "rows", "neighbours", "neighbours_against")
-COLOURS = 11  # values with a colour of their own; the rest share one
-TEXTS, LETTERS = 3, 300  # of a row that the page holds, at most
+COLORS = 11  # values with their own color; the rest share one
+TEXTS, LETTERS = 3, 300  # the most that the page holds of a row
 ALL_LETTERS = 2_500_000  # of all rows together
 
 
 @dataclasses.dataclass(frozen=True)
 class Shown:
-    """Some rows, ascending, with all that the page knows of each."""
+    """The shown rows, ascending, with their data."""
 
     rows: Int[np.ndarray, " n"]
     keys: list[str]
     texts: list[list[str]]
-    columns: dict[str, list[str] | np.ndarray]  # what they can be coloured by: names or numbers
+    columns: dict[str, list[str] | np.ndarray]  # values to color rows by: names or numbers
     maps: list[dict[str, Any]]  # title and parts, each with `what` and `xy` [n, 2]
     lists: list[dict[str, Any]]  # title, `at` [n, k] positions or -1, `cosine` [n, k]
 
 
 def mentioned(report: Any) -> set[int]:
-    """Every row that a report names."""
-    found: set[int] = set()
+    """Return every row that a report mentions."""
+    rows: set[int] = set()
     if isinstance(report, dict):
         for name, value in report.items():
             if name in ROW_NAMES and isinstance(value, int | list):
-                found |= set(value if isinstance(value, list) else [value])
+                rows |= set(value if isinstance(value, list) else [value])
             else:
-                found |= mentioned(value)
+                rows |= mentioned(value)
     elif isinstance(report, list) and report and isinstance(report[0], dict):
         for item in report:
-            found |= mentioned(item)
-    return found
+            rows |= mentioned(item)
+    return rows
 
 
 def name_rows(report: Any, keys: dict[int, str]) -> Any:
-    """The report with `key` or `keys` beside the rows that it names."""
+    """Return the report with `key` or `keys` beside the rows that it mentions."""
     if isinstance(report, list):
         return (
             [name_rows(item, keys) for item in report] if report and isinstance(report[0], dict) else report
         )
     if not isinstance(report, dict):
         return report
-    found = {name: name_rows(value, keys) for name, value in report.items()}
+    named = {name: name_rows(value, keys) for name, value in report.items()}
     for name in set(ROW_NAMES) & set(report):
         value = report[name]
-        found[name.replace("row", "key") if "row" in name else f"{name}_keys"] = (
+        named[name.replace("row", "key") if "row" in name else f"{name}_keys"] = (
             [keys[row] for row in value] if isinstance(value, list) else keys[value]
         )
-    return found
+    return named
 
 
 def rows_to_show(subject: Subject, report: dict[str, Any], most: int) -> Int[np.ndarray, " n"]:
-    """Rows by chance, `most` of them, and all that the report names."""
+    """Return `most` random rows and all that the report mentions."""
     drawn = subject.rows[draw(len(subject.main), most)]
     return np.union1d(drawn, np.array(sorted(mentioned(report)), np.int64))
 
 
 def texts_of(subject: Subject, rows: np.ndarray) -> list[list[str]]:
-    """Some texts of each row, cut where they are long."""
+    """Return some texts of each row, shortened if they are long."""
     column = subject.manifest.table["texts"].take(rows).to_pylist()
     most = min(LETTERS, max(60, ALL_LETTERS // max(1, sum(min(TEXTS, len(texts)) for texts in column))))
     return [
@@ -78,21 +78,23 @@ def texts_of(subject: Subject, rows: np.ndarray) -> list[list[str]]:
 
 
 def names_of(subject: Subject, rows: np.ndarray, column: str) -> list[str]:
-    """A column of the manifest at some rows."""
+    """Return a column of the manifest at some rows."""
     return subject.manifest.table[column].take(rows).to_pylist()
 
 
 def at_rows(subject: Subject, values: np.ndarray, rows: np.ndarray) -> Float[np.ndarray, " n"]:
-    """What is known of `subject.main`'s rows, at some rows; nan where a row has no vector."""
-    mine = subject.rows
-    at = np.minimum(np.searchsorted(mine, rows), len(mine) - 1)
-    return np.where(mine[at] == rows, values[at], np.nan)
+    """Return values of the rows of `subject.main` at some rows; nan for rows without a vector."""
+    own_rows = subject.rows
+    places = np.minimum(np.searchsorted(own_rows, rows), len(own_rows) - 1)
+    return np.where(own_rows[places] == rows, values[places], np.nan)
 
 
-def neighbour_lists(
+def neighbor_lists(
     subject: Subject, rows: np.ndarray, second: Vectors | None = None, second_rows: np.ndarray | None = None
 ) -> list[dict[str, Any]]:
-    """Each shown row's nearest others among those shown, of its kind, across kinds, and in a second cache."""
+    """Return the nearest shown neighbors of each shown row: within and across modalities, and in a second
+    cache.
+    """
     what = "pictures" if subject.pictures is not None else "texts"
     lists = [_list(f"{what} like it", subject.main, subject.main, rows, rows)]
     if subject.both:
@@ -105,35 +107,44 @@ def neighbour_lists(
 
 
 def _list(title: str, asking: Vectors, asked: Vectors, own: np.ndarray, rows: np.ndarray) -> dict[str, Any]:
-    """The nearest of `asked` to each of `asking` at some rows (-1: nowhere), as positions in `rows`."""
-    at, cosine = np.full((len(rows), NEAREST), -1, np.int32), np.zeros((len(rows), NEAREST), np.float32)
+    """Return the nearest candidates of the queries at some rows (-1: none), as positions in `rows`."""
+    positions, cosine = (
+        np.full((len(rows), NEAREST), -1, np.int32),
+        np.zeros((len(rows), NEAREST), np.float32),
+    )
     (queries, own_ids), (candidates, ids) = _at(asking, own), _at(asked, rows)
     if len(queries) and len(candidates) > 1:
         narrowed = dataclasses.replace(asked, ids=ids)
         k = min(NEAREST + 1, len(ids))
-        scores, found = neighbours.exact_search(narrowed, asking.take(own_ids), k)
-        place = candidates[neighbours.positions(ids, found)]  # in `rows`
+        scores, nearest_ids = neighbors.exact_search(narrowed, asking.take(own_ids), k)
+        place = candidates[neighbors.positions(ids, nearest_ids)]  # in `rows`
         same = place == queries[:, None] if asking is asked else np.zeros(place.shape, bool)
         order = np.argsort(same, axis=1, kind="stable")[:, : min(NEAREST, k - (asking is asked))]
-        at[queries, : order.shape[1]] = np.take_along_axis(place, order, 1)
+        positions[queries, : order.shape[1]] = np.take_along_axis(place, order, 1)
         cosine[queries, : order.shape[1]] = np.take_along_axis(scores, order, 1)
-    return {"title": title, "at": at, "cosine": cosine}
+    return {"title": title, "at": positions, "cosine": cosine}
 
 
 def _at(vectors: Vectors, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Positions in `rows` that have a vector, and their ids; one vector a row, rows ascending."""
+    """Return positions in `rows` that have a vector, and their ids. There is one vector per row; rows
+    ascend.
+    """
     mine = rows_of(vectors)
     at = np.minimum(np.searchsorted(mine, rows), len(mine) - 1)
-    there = np.flatnonzero(mine[at] == rows)
-    return there, vectors.ids[at[there]]
+    present = np.flatnonzero(mine[at] == rows)
+    return present, vectors.ids[at[present]]
 
 
 def as_category(names: list[str]) -> tuple[list[str], Int[np.ndarray, " n"], bool]:
-    """The commonest names, the last for all others; which of them each row has; whether there are others."""
-    found, inverse, counts = np.unique(np.array(names, dtype=object), return_inverse=True, return_counts=True)
+    """Return the most common names (the last one for all others), the name of each row, and whether there
+    are others.
+    """
+    distinct, inverse, counts = np.unique(
+        np.array(names, dtype=object), return_inverse=True, return_counts=True
+    )
     order = np.argsort(-counts, kind="stable")
     place = np.empty(len(order), np.int32)
     place[order] = np.arange(len(order))
-    values = [found[i] or "(none)" for i in order]
-    rest = len(values) > COLOURS + 1
-    return ([*values[:COLOURS], "others"] if rest else values), np.minimum(place, COLOURS)[inverse], rest
+    values = [distinct[i] or "(none)" for i in order]
+    rest = len(values) > COLORS + 1
+    return ([*values[:COLORS], "others"] if rest else values), np.minimum(place, COLORS)[inverse], rest

@@ -1,6 +1,6 @@
-"""Small pictures of rows, drawn anew from their pixels: sheets of them for a page, single ones for a table.
+"""Make thumbnails of rows: sheets of them for a page, single ones for a table.
 
-Never a file's own bytes: what a picture carries besides pixels stays where it is. Not for pictures at their size.
+They are encoded from pixels, so that no other content of an image file is copied.
 """
 
 import dataclasses
@@ -22,52 +22,54 @@ from teachercache.data.sample import BadSample
 if TYPE_CHECKING:
     from PIL import Image
 
-SHEET_BYTES = 8_000_000  # of all sheets together: a third more in the page
+SHEET_BYTES = 8_000_000  # of all sheets together; base64 adds a third
 EDGES = {
     4_000: 112,
     8_000: 72,
     12_000: 56,
-}  # pixels by how many thumbnails there are; below LEAST_EDGE for more
+}  # edge in pixels by the number of thumbnails; LEAST_EDGE for more
 LEAST_EDGE = 48
-ACROSS = 24  # thumbnails in a row of a sheet, and rows in a sheet
+ACROSS = 24  # thumbnails per row and per column of a sheet
 QUALITIES = (70, 50, 35, 20)
-GIVE_UP_AFTER = 20  # rows in a row that cannot be read: the data has gone
+GIVE_UP_AFTER = 20  # consecutive unreadable rows: the data is gone
 
 
 @dataclasses.dataclass(frozen=True)
 class Thumbnails:
-    """Square pictures on white, by position; `number` is -1 where there is none."""
+    """Square images on white, by position; `number` is -1 without one."""
 
     edge: int
-    number: Int[np.ndarray, " n"]  # which thumbnail each row has
+    number: Int[np.ndarray, " n"]  # the thumbnail of each row
     pictures: "list[Image.Image]"
-    missing: str  # why some or all are missing, "" where none is
+    missing: str  # why some or all are missing, or an empty string
 
     def get(self, at: int) -> "Image.Image | None":
-        """The thumbnail of the row at a position."""
+        """Return the thumbnail of the row at a position."""
         return self.pictures[self.number[at]] if self.number[at] >= 0 else None
 
 
 def make_thumbnails(manifest: Manifest, rows: Int[np.ndarray, " n"]) -> Thumbnails:
-    """Thumbnails of some rows; where none of the first can be read, no more are tried."""
+    """Make the thumbnails of some rows; give up if none of the first ones can be read."""
     edge = next((size for most, size in EDGES.items() if len(rows) <= most), LEAST_EDGE)
     number, failed, reason = np.full(len(rows), -1), 0, ""
     pictures: list[Image.Image] = []
-    for at, found in enumerate(_read_all(manifest, rows, edge)):
-        if isinstance(found, str):
-            failed, reason = failed + 1, reason or found
+    for at, image in enumerate(_read_all(manifest, rows, edge)):
+        if isinstance(image, str):
+            failed, reason = failed + 1, reason or image
             if not pictures and failed >= GIVE_UP_AFTER:
                 return Thumbnails(edge, number, [], f"no picture can be read ({reason})")
             continue
         number[at] = len(pictures)
-        pictures.append(found)
+        pictures.append(image)
     return Thumbnails(
         edge, number, pictures, f"{failed:,} pictures cannot be read ({reason})" if failed else ""
     )
 
 
 def _read_all(manifest: Manifest, rows: np.ndarray, edge: int) -> "Iterator[Image.Image | str]":
-    """A thumbnail or the reason why there is none, in the order of rows; PIL decodes outside Python's lock."""
+    """Yield a thumbnail, or the reason why there is none, in the order of rows; PIL decodes outside
+    Python's lock.
+    """
     pool = ThreadPoolExecutor(16 if is_url(manifest.root) else 2)
     try:
         with ticker(len(rows), "pictures", "thumbnails") as tick:
@@ -87,7 +89,7 @@ def _thumbnail(manifest: Manifest, row: int, edge: int) -> "Image.Image | str":
         return "the row has no picture"
     try:
         picture = read_image(manifest, sample, edge)
-    except (BadSample, UserError, OSError) as error:  # UserError: a place on the net that does not answer
+    except (BadSample, UserError, OSError) as error:  # UserError: a URL that does not respond
         return " ".join(str(error).split())[:160]
     return ImageOps.pad(picture, (edge, edge), Image.Resampling.BICUBIC, color="white")
 
@@ -97,29 +99,31 @@ def _thumbnail(manifest: Manifest, row: int, edge: int) -> "Image.Image | str":
 
 
 def sheets(thumbnails: Thumbnails) -> list[bytes]:
-    """All thumbnails as WebP sheets of ACROSS x ACROSS, as good as SHEET_BYTES allow."""
+    """Encode all thumbnails as WebP sheets of ACROSS x ACROSS, with the highest quality that fits into
+    SHEET_BYTES.
+    """
     from PIL import Image
 
     each, edge = ACROSS * ACROSS, thumbnails.edge
-    made = []
+    canvases = []
     for first in range(0, len(thumbnails.pictures), each):
         part = thumbnails.pictures[first : first + each]
         sheet = Image.new("RGB", (ACROSS * edge, -(-len(part) // ACROSS) * edge), "white")
         for i, picture in enumerate(part):
             sheet.paste(picture, (i % ACROSS * edge, i // ACROSS * edge))
-        made.append(sheet)
+        canvases.append(sheet)
     for quality in QUALITIES:
-        encoded = [_encode(sheet, "WEBP", quality=quality, method=2) for sheet in made[:1]]
-        if sum(map(len, encoded)) * len(made) > SHEET_BYTES and quality != QUALITIES[-1]:
+        encoded = [_encode(sheet, "WEBP", quality=quality, method=2) for sheet in canvases[:1]]
+        if sum(map(len, encoded)) * len(canvases) > SHEET_BYTES and quality != QUALITIES[-1]:
             continue
-        encoded += [_encode(sheet, "WEBP", quality=quality, method=2) for sheet in made[1:]]
+        encoded += [_encode(sheet, "WEBP", quality=quality, method=2) for sheet in canvases[1:]]
         if sum(map(len, encoded)) <= SHEET_BYTES:
             break
-    return encoded if made else []
+    return encoded if canvases else []
 
 
 def jpeg(picture: "Image.Image") -> bytes:
-    """One thumbnail as a JPEG file."""
+    """Encode one thumbnail as a JPEG file."""
     return _encode(picture, "JPEG", quality=85)
 
 

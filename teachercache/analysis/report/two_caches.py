@@ -1,4 +1,4 @@
-"""Two caches over the same rows, joined by key: what the second keeps of the first. Not for one alone."""
+"""Compare two caches over the same rows, joined by key: what the second preserves of the first."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -6,38 +6,38 @@ from typing import Any
 
 import numpy as np
 
-from teachercache.analysis import matching, measures, neighbours
+from teachercache.analysis import matching, measures, neighbors
 from teachercache.analysis.report.opened import Subject, asked, draw, rows_of
 from teachercache.cache import store
 from teachercache.core.errors import UserError
 from teachercache.search.vectors import Vectors
 
-AT = (1, 5, 10, 50)  # neighbours of which the overlap is said
+AT = (1, 5, 10, 50)  # the k of the overlap @k
 CHANGED_AT, FOUND_AT = 10, 10
-SHOWN_NEIGHBOURS, LISTED = 6, 50
+SHOWN_NEIGHBORS, LISTED = 6, 50
 RANKED = 1500  # rows whose pairs are ranked
 
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """The vectors of two caches at the same rows, in the first one's order."""
+    """The vectors of two caches at the same rows, in the order of the first."""
 
     first: Vectors
     second: Vectors
-    owner: np.ndarray  # the row, in the first cache, of each vector
+    owner: np.ndarray  # the row of each vector in the first cache
 
     def __len__(self) -> int:
         return len(self.owner)
 
     def parts(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Unit vectors of both, some rows at a time."""
-        for (_, x), (_, y) in zip(neighbours.parts(self.first), neighbours.parts(self.second), strict=True):
+        """Yield the unit vectors of both, some rows at a time."""
+        for (_, x), (_, y) in zip(neighbors.parts(self.first), neighbors.parts(self.second), strict=True):
             yield x, y
 
 
 @dataclasses.dataclass(frozen=True)
 class Joined:
-    """Pictures that two caches have, texts that both have and that are the same (None: too few), and row counts."""
+    """The images of both caches, the texts that are equal in both (None: too few), and numbers of rows."""
 
     pictures: Pair | None
     texts: Pair | None
@@ -45,7 +45,7 @@ class Joined:
 
 
 def join(first: Subject, second: Subject) -> Joined:
-    """What two caches have in common; UserError where that is no key at all."""
+    """Join two caches by key; raise UserError if they have no key in common."""
     at = store.join(second.cache, first.manifest.table["key"])
     rows = {
         "both": int((at >= 0).sum()),
@@ -73,7 +73,7 @@ def join(first: Subject, second: Subject) -> Joined:
 def _pair(
     first: Vectors, second: Vectors, ids: np.ndarray, other: np.ndarray, owner: np.ndarray
 ) -> Pair | None:
-    """None where there is nothing to compare."""
+    """Return the common vectors, or None if there are too few."""
     if len(ids) < 4:
         return None
     return Pair(dataclasses.replace(first, ids=ids), dataclasses.replace(second, ids=other), owner)
@@ -82,7 +82,7 @@ def _pair(
 def _same_texts(
     first: Subject, second: Subject, mine: np.ndarray, theirs: np.ndarray, number: np.ndarray
 ) -> np.ndarray:
-    """Whether text `number` of a row is the same in both caches."""
+    """Return whether text `number` of a row is equal in both caches."""
     if first.cache.meta.manifest == second.cache.meta.manifest:
         return np.ones(len(mine), bool)
     same = np.zeros(len(mine), bool)
@@ -101,7 +101,7 @@ def _same_texts(
 
 
 def spaces(pair: Pair) -> dict[str, Any]:
-    """CKA, Procrustes and rank correlation of one kind of vectors."""
+    """Return CKA, Procrustes and rank correlation of one kind of vectors."""
     moments = measures.cross_moments(pair.parts())
     drawn = draw(len(pair), RANKED)
     return {
@@ -109,24 +109,26 @@ def spaces(pair: Pair) -> dict[str, Any]:
         "cka": measures.cka(moments),
         "procrustes": measures.procrustes(moments),
         "rank_correlation": measures.rank_correlation(
-            neighbours.take(pair.first, drawn), neighbours.take(pair.second, drawn)
+            neighbors.take(pair.first, drawn), neighbors.take(pair.second, drawn)
         ),
         "effective_rank": [measures.effective_rank(measures.spectrum(m)) for m in (moments.x, moments.y)],
         "mean_cosine": [measures.mean_cosine(m) for m in (moments.x, moments.y)],
     }
 
 
-def neighbourhoods(pair: Pair) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
-    """Overlap @k and the rows whose neighbours changed most; rows that were asked and their overlap @10."""
+def neighborhoods(pair: Pair) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
+    """Return the overlap @k and the rows whose neighbors changed most; the queried rows and their overlap
+    @10.
+    """
     at = asked(len(pair), len(pair))
     most = min(max(AT), len(pair) - 1)
-    _, a = neighbours.nearest(pair.first, most, at)
-    _, b = neighbours.nearest(pair.second, most, at)
-    overlap = {str(k): float(measures.neighbour_overlap(a[:, :k], b[:, :k]).mean()) for k in AT if k <= most}
+    _, a = neighbors.nearest(pair.first, most, at)
+    _, b = neighbors.nearest(pair.second, most, at)
+    overlap = {str(k): float(measures.neighbor_overlap(a[:, :k], b[:, :k]).mean()) for k in AT if k <= most}
     by_chance = {k: int(k) / (len(pair) - 1) for k in overlap}
     k = min(CHANGED_AT, most)
     share, regret = (
-        measures.neighbour_overlap(a[:, :k], b[:, :k]),
+        measures.neighbor_overlap(a[:, :k], b[:, :k]),
         _regret(pair.first, at, a[:, :k], b[:, :k]),
     )
     order = np.lexsort((-regret, share))[:LISTED]
@@ -135,8 +137,8 @@ def neighbourhoods(pair: Pair) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
             "row": int(pair.owner[at[i]]),
             "overlap": float(share[i]),
             "regret": float(regret[i]),
-            "neighbours": pair.owner[a[i, :SHOWN_NEIGHBOURS]].tolist(),
-            "neighbours_against": pair.owner[b[i, :SHOWN_NEIGHBOURS]].tolist(),
+            "neighbours": pair.owner[a[i, :SHOWN_NEIGHBORS]].tolist(),
+            "neighbours_against": pair.owner[b[i, :SHOWN_NEIGHBORS]].tolist(),
         }
         for i in order
     ]
@@ -152,13 +154,13 @@ def neighbourhoods(pair: Pair) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
 
 
 def _regret(first: Vectors, at: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """How much further away, for the first cache, the neighbours are that the second one finds: in mean cosine."""
+    """Return how much farther the neighbors of the second cache are in the first one: a mean cosine."""
     found = np.empty(len(at), np.float32)
     for start in range(0, len(at), 1024):
         span = slice(start, start + 1024)
-        own = neighbours.take(first, at[span])
+        own = neighbors.take(first, at[span])
         near = [
-            neighbours.take(first, part[span].reshape(-1)).reshape(*part[span].shape, -1) for part in (a, b)
+            neighbors.take(first, part[span].reshape(-1)).reshape(*part[span].shape, -1) for part in (a, b)
         ]
         left, right = (np.einsum("qd,qkd->qk", own, part).mean(1) for part in near)
         found[span] = left - right
@@ -170,19 +172,21 @@ def _regret(first: Vectors, at: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.
 
 
 def retrieval(pictures: Pair, texts: Pair, manifest: Any) -> dict[str, Any]:
-    """Recalls of both caches on the same queries, and texts whose picture was gained or lost among the first ten."""
+    """Return the recalls of both caches on the same queries, and texts whose image entered or left the top
+    ten.
+    """
     kept = np.flatnonzero(np.isin(texts.owner, pictures.owner))
     owner = np.searchsorted(pictures.owner, texts.owner[kept])
     at = asked(len(kept), len(pictures))
     candidates = np.arange(len(pictures))
     ranks = [
-        matching.strict_ranks(neighbours.take(t, kept[at]), owner[at], p, candidates)
+        matching.strict_ranks(neighbors.take(t, kept[at]), owner[at], p, candidates)
         for t, p in ((texts.first, pictures.first), (texts.second, pictures.second))
     ]
     with_text = np.unique(owner)
     back = with_text[asked(len(with_text), len(kept))]
     back_ranks = [
-        matching.strict_ranks(neighbours.take(p, back), back, dataclasses.replace(t, ids=t.ids[kept]), owner)
+        matching.strict_ranks(neighbors.take(p, back), back, dataclasses.replace(t, ids=t.ids[kept]), owner)
         for t, p in ((texts.first, pictures.first), (texts.second, pictures.second))
     ]
     rows, numbers = texts.owner[kept[at]], texts.first.ids[kept[at]] % texts.first.per_row
@@ -210,7 +214,9 @@ def retrieval(pictures: Pair, texts: Pair, manifest: Any) -> dict[str, Any]:
 
 
 def against(first: Subject, second: Subject, joined: Joined) -> tuple[dict[str, Any], np.ndarray]:
-    """All that is said of two caches, and the neighbour overlap of each row of `first.main` (nan: not asked)."""
+    """Return the whole comparison, and the neighbor overlap of each row of `first.main` (nan: not
+    computed).
+    """
     pictures, texts = joined.pictures, joined.texts
     said: dict[str, Any] = {"joined": joined.counts, "left_out": {}}
     overlap = np.full(len(first.main), np.nan, np.float32)
@@ -221,7 +227,7 @@ def against(first: Subject, second: Subject, joined: Joined) -> tuple[dict[str, 
         said[name] = spaces(pair)
     shown = pictures or (texts and _one_a_row(texts))
     if shown is not None:
-        said["neighbourhoods"], found, share = neighbourhoods(shown)
+        said["neighbourhoods"], found, share = neighborhoods(shown)
         mine = np.flatnonzero(np.isin(first.rows, found))
         overlap[mine] = share[np.searchsorted(found, first.rows[mine])]
     both = pictures is not None and texts is not None and bool(np.isin(texts.owner, pictures.owner).any())
@@ -234,7 +240,7 @@ def against(first: Subject, second: Subject, joined: Joined) -> tuple[dict[str, 
 
 
 def _one_a_row(texts: Pair) -> Pair | None:
-    """The first text of each row."""
+    """Return the first text of each row."""
     first = np.unique(texts.owner, return_index=True)[1]
     return _pair(
         texts.first,

@@ -1,6 +1,6 @@
-"""`tc analyze`: one cache, or two beside each other, into a folder with a page, numbers, figures and a table.
+"""`tc analyze`: write a report of one cache, or of two, into a folder: page, numbers, figures and a table.
 
-report.json holds every number and is written first. Not for computing: see `describe.py`.
+report.json holds every number and is written first.
 """
 
 import contextlib
@@ -14,10 +14,11 @@ import numpy as np
 
 from teachercache.analysis import clusters
 from teachercache.analysis.maps import KINDS
-from teachercache.analysis.report import maps, thumbnails
+from teachercache.analysis.report import maps, slices, thumbnails
 from teachercache.analysis.report import one_cache as describe
 from teachercache.analysis.report import rows as shown
 from teachercache.analysis.report import two_caches as compare
+from teachercache.analysis.report.as_json import as_json
 from teachercache.analysis.report.atlas import write_points
 from teachercache.analysis.report.figures import draw_figures
 from teachercache.analysis.report.opened import MAPPED, Subject, open_subject
@@ -29,47 +30,47 @@ from teachercache.core.paths import is_url, write_whole
 from teachercache.core.progress import say
 
 
-def default_out(cache: Any, against: Any = None) -> Path:
-    """Beside the cache, <name>.report; in this folder where the cache is at a URL."""
+def default_out(cache: Path | str, against: Path | str | None = None) -> Path:
+    """Return <name>.report beside the cache, or in the current folder for a cache at a URL."""
     name = Path(str(cache)).name.removesuffix(".zarr")
     more = f"-{Path(str(against)).name.removesuffix('.zarr')}" if against else ""
     return (Path() if is_url(cache) else Path(cache).parent) / f"{name}{more}.report"
 
 
 def analyze(
-    cache: Any, *, against: Any = None, out: Path, kind: str = "pca", points: int = MAPPED
+    cache: Path, *, against: Path | None = None, out: Path, kind: str = "pca", points: int = MAPPED
 ) -> tuple[dict[str, Any], list[str]]:
-    """Write the report of a cache; its numbers, and what was written, a line each."""
+    """Write the report of a cache; return its numbers, and a line about each file."""
     if kind not in KINDS:
         raise UserError(f"--map {kind}: choose from {', '.join(KINDS)}")
-    plotly_source()  # its absence is told before anything is computed
+    plotly_source()  # raises before anything is computed if it is missing
     if out.exists() and not (out.is_dir() and ((out / "report.json").exists() or not any(out.iterdir()))):
-        raise UserError(f"{out} exists and is no report: pass another --out")
+        raise UserError(f"{out} exists and is not a report: pass another --out")
     first = open_subject(cache)
     second = None if against is None else open_subject(against)
     joined = None if second is None else compare.join(first, second)
-    said, known, moments = _one(first)
+    report, per_row, moments = _one(first)
     overlap = np.full(len(first.main), np.nan)
     if second is not None and joined is not None:
         with _section("two caches"):
-            said["against"], overlap = compare.against(first, second, joined)
-        said["against"]["cache"] = describe.head(second)
-    columns = {**describe.slice_columns(known), **({} if second is None else {"neighbours kept": overlap})}
-    said["slices"] = describe.slices(first, columns)
+            report["against"], overlap = compare.against(first, second, joined)
+        report["against"]["cache"] = describe.head(second)
+    columns = {**slices.slice_columns(per_row), **({} if second is None else {"neighbours kept": overlap})}
+    report["slices"] = slices.slices(first, columns)
     with _section("map"):
-        rows = shown.rows_to_show(first, said, points)
-        part = _shown(first, second, rows, said, known, columns, moments, kind)
+        rows = shown.rows_to_show(first, report, points)
+        page = _shown(first, second, rows, report, per_row, columns, moments, kind)
     with _section("pictures"):
         small = thumbnails.make_thumbnails(first.manifest, rows)
     if small.missing:
-        said["left_out"]["thumbnails"] = small.missing
-    said = shown.name_rows(said, dict(zip(rows.tolist(), part.keys, strict=True)))
-    return said, _write(said, part, small, first, kind, out)
+        report["left_out"]["thumbnails"] = small.missing
+    report = shown.name_rows(report, dict(zip(rows.tolist(), page.keys, strict=True)))
+    return report, _write(report, page, small, first, kind, out)
 
 
 @contextlib.contextmanager
 def _section(name: str) -> Iterator[None]:
-    """Say how long a part took where that was long."""
+    """Print the duration of a section if it was long."""
     start = time.monotonic()
     yield
     if time.monotonic() - start > 2:
@@ -77,10 +78,10 @@ def _section(name: str) -> Iterator[None]:
 
 
 def _one(subject: Subject) -> tuple[dict[str, Any], describe.PerRow, dict[str, Any]]:
-    """All sections of one cache; what was known of each row; the moments."""
-    known = describe.empty_per_row(len(subject.main))
+    """Compute all sections of one cache; also return the numbers of each row and the moments."""
+    per_row = describe.empty_per_row(len(subject.main))
     head = describe.head(subject)
-    said: dict[str, Any] = {
+    report: dict[str, Any] = {
         "format": 1,
         "title": f"{head['teacher']} over {head['data']}",
         "cache": head,
@@ -89,48 +90,48 @@ def _one(subject: Subject) -> tuple[dict[str, Any], describe.PerRow, dict[str, A
         "quarantine": describe.quarantine(subject),
     }
     with _section("the space"):
-        said["space"], moments = describe.space(subject)
-    centres = None
+        report["space"], moments = describe.space(subject)
+    centers = None
     try:
         with _section("clusters"):
-            centres = clusters.fit_centres(subject.main)
-            said["clusters"] = describe.groups_of_rows(subject, known, centres)
+            centers = clusters.fit_centers(subject.main)
+            report["clusters"] = describe.groups_of_rows(subject, per_row, centers)
     except UserError as error:
-        said["left_out"]["clusters"] = str(error)
+        report["left_out"]["clusters"] = str(error)
     sections: dict[str, Callable[[], Any]] = {"duplicates": lambda: describe.duplicates(subject)}
     if subject.both:
         sections |= {
-            "pairs": lambda: describe.pairs(subject, known),
-            "retrieval": lambda: describe.retrieval(subject, known),
-            "matrix": lambda: describe.matrix(subject, known),
+            "pairs": lambda: describe.pairs(subject, per_row),
+            "retrieval": lambda: describe.retrieval(subject, per_row),
+            "matrix": lambda: describe.matrix(subject, per_row),
         }
     with _section("neighbours"):
-        said["outliers"], said["hubness"] = describe.crowd(subject, known, centres)
+        report["outliers"], report["hubness"] = describe.crowd(subject, per_row, centers)
     for name, make in sections.items():
         with _section(name):
-            said[name] = make()
-    return said, known, moments
+            report[name] = make()
+    return report, per_row, moments
 
 
 def _shown(
     first: Subject,
     second: Subject | None,
     rows: np.ndarray,
-    said: dict[str, Any],
-    known: describe.PerRow,
+    report: dict[str, Any],
+    per_row: describe.PerRow,
     columns: dict[str, np.ndarray],
     moments: dict[str, Any],
     kind: str,
 ) -> Shown:
-    """The rows of the page, with all that it shows of them."""
+    """Collect the data of the rows on the page."""
     placed = maps.make_maps(first, rows, moments, kind=kind)
-    found: list[dict[str, Any]] = [
+    drawn: list[dict[str, Any]] = [
         {"title": name, "parts": [{"what": name.removesuffix("s"), "xy": placed[name]}]}
         for name in ("pictures", "texts")
         if name in placed
     ]
     if "both" in placed:
-        found.append(
+        drawn.append(
             {
                 "title": "pictures and texts",
                 "parts": [
@@ -139,50 +140,53 @@ def _shown(
                 ],
             }
         )
-    lists = shown.neighbour_lists(first, rows)
+    lists = shown.neighbor_lists(first, rows)
     if second is not None:
-        at = store.join(second.cache, first.manifest.table["key"].take(rows))
+        second_rows = store.join(second.cache, first.manifest.table["key"].take(rows))
         alike = (first.pictures is None) == (second.pictures is None)
         if alike:
-            xy = maps.second_map(found[0]["parts"][0]["xy"], second, at, kind=kind)
-            found.append(
+            xy = maps.second_map(drawn[0]["parts"][0]["xy"], second, second_rows, kind=kind)
+            drawn.append(
                 {
-                    "title": f"{found[0]['title']}, second cache",
-                    "parts": [{"what": found[0]["parts"][0]["what"], "xy": xy}],
+                    "title": f"{drawn[0]['title']}, second cache",
+                    "parts": [{"what": drawn[0]["parts"][0]["what"], "xy": xy}],
                 }
             )
-            lists = shown.neighbour_lists(first, rows, second.main, at)
-    colours: dict[str, list[str] | np.ndarray] = {}
+            lists = shown.neighbor_lists(first, rows, second.main, second_rows)
+    colors: dict[str, list[str] | np.ndarray] = {}
     for name in ("label", "split"):
         values = shown.names_of(first, rows, name)
         if len(set(values)) > 1:
-            colours[name] = values
-    if "clusters" in said:
-        words = {one["number"]: ", ".join(one["keywords"]) or str(one["number"]) for one in said["clusters"]}
-        number = shown.at_rows(first, known.cluster.astype(float), rows)
-        colours["group"] = [words.get(int(i), "(none)") if i == i else "(none)" for i in number]
-    colours |= {name: shown.at_rows(first, values, rows) for name, values in columns.items()}
-    colours = colours or {"all": ["all"] * len(rows)}
-    return Shown(rows, shown.names_of(first, rows, "key"), shown.texts_of(first, rows), colours, found, lists)
+            colors[name] = values
+    if "clusters" in report:
+        words = {
+            cluster["number"]: ", ".join(cluster["keywords"]) or str(cluster["number"])
+            for cluster in report["clusters"]
+        }
+        number = shown.at_rows(first, per_row.cluster.astype(float), rows)
+        colors["group"] = [words.get(int(i), "(none)") if i == i else "(none)" for i in number]
+    colors |= {name: shown.at_rows(first, values, rows) for name, values in columns.items()}
+    colors = colors or {"all": ["all"] * len(rows)}
+    return Shown(rows, shown.names_of(first, rows, "key"), shown.texts_of(first, rows), colors, drawn, lists)
 
 
 def _write(
-    said: dict[str, Any], part: Shown, small: thumbnails.Thumbnails, first: Subject, kind: str, out: Path
+    report: dict[str, Any], page: Shown, small: thumbnails.Thumbnails, first: Subject, kind: str, out: Path
 ) -> list[str]:
-    """All files of the folder, report.json first."""
+    """Write all files of the folder, report.json first."""
     out.mkdir(parents=True, exist_ok=True)
-    write_whole(out / "report.json", describe.as_json(said) + "\n")
+    write_whole(out / "report.json", as_json(report) + "\n")
     how = "PCA of all rows" if kind == "pca" else "UMAP of the rows that are shown"
-    note = f"{how}; {len(part.rows):,} of {len(first.main):,} rows. Neighbours are among these."
+    note = f"{how}; {len(page.rows):,} of {len(first.main):,} rows. Neighbors are among these."
     with _section("page"):
-        write_whole(out / "report.html", make_page(said, part, small, thumbnails.sheets(small), note=note))
-    figures = draw_figures(said, part, out)
-    command = write_points(part, small, out / "points.parquet")
+        write_whole(out / "report.html", make_page(report, page, small, thumbnails.sheets(small), note=note))
+    figures = draw_figures(report, page, out)
+    command = write_points(page, small, out / "points.parquet")
     size = (out / "report.html").stat().st_size
     return [
-        f"{out / 'report.html'}  {size / 1e6:.1f} MB, {len(part.rows):,} points: open it in a browser",
+        f"{out / 'report.html'}  {size / 1e6:.1f} MB, {len(page.rows):,} points: open it in a browser",
         f"{out / 'report.json'}  every number",
         f"{', '.join(path.name for path in figures)}  figures",
         f"{out / 'points.parquet'}  for Embedding Atlas: {command}",
-        *(f"left out: {name}: {reason}" for name, reason in said["left_out"].items()),
+        *(f"left out: {name}: {reason}" for name, reason in report["left_out"].items()),
     ]

@@ -1,7 +1,8 @@
-"""Captions in JSON: COCO's own, Karpathy's splits, and the lists that BLIP and ARO use. Not for questions."""
+"""Read captions in JSON: COCO's format, Karpathy's splits, and the lists of BLIP and ARO."""
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from teachercache.core.errors import UserError
@@ -10,10 +11,11 @@ from teachercache.data.readers.files import picture_folder, split_in_name
 from teachercache.data.sample import Sample, task_columns
 
 
-def read_coco(path: Any, values: Any) -> Iterator[Sample]:
-    """COCO captions: rows in the order of `images`, captions in the order of their ids; pictures near the JSON.
+def read_coco(path: Path, values: Any) -> Iterator[Sample]:
+    """Read COCO captions: rows in the order of `images`, captions in the order of their ids, images near the
+    JSON file.
 
-    NoCaps' file has this form too; its `domain` of a picture is a task column.
+    NoCaps has the same format; its `domain` of an image becomes a task column.
     """
     try:
         images = [(image["id"], image["file_name"], image.get("domain")) for image in values["images"]]
@@ -39,10 +41,10 @@ def read_coco(path: Any, values: Any) -> Iterator[Sample]:
         yield Sample(key=str(number), image=name, texts=texts, size=size(name) or 0, task=task)
 
 
-def read_karpathy(path: Any, values: Any) -> Iterator[Sample]:
-    """`dataset_coco.json`, `dataset_flickr30k.json`: key is the COCO id or the file name; restval counts as train.
+def read_karpathy(path: Path, values: Any) -> Iterator[Sample]:
+    """Read `dataset_coco.json` or `dataset_flickr30k.json`. The key is the COCO id or the file name.
 
-    Training on Karpathy's COCO means train and restval together (113,287 pictures).
+    restval counts as train: training on Karpathy's COCO means both together (113,287 images).
     """
     try:
         rows = [
@@ -65,8 +67,10 @@ def read_karpathy(path: Any, values: Any) -> Iterator[Sample]:
         yield Sample(key, where, texts, split=split, size=size(where) or 0)
 
 
-def read_caption_list(path: Any, values: list[Any]) -> Iterator[Sample]:
-    """`coco_karpathy_test.json`: a list of {"image", "caption"}; entries of one picture are its captions."""
+def read_caption_list(path: Path, values: list[Any]) -> Iterator[Sample]:
+    """Read a list of {"image", "caption"}, such as `coco_karpathy_test.json`; entries of one image are its
+    captions.
+    """
     texts: dict[str, list[str]] = {}
     for i, entry in enumerate(values):
         try:

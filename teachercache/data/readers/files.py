@@ -1,6 +1,8 @@
-"""Folders, webdataset tars, CSV and TSV, CC3M's TSV, plain texts: one function per format yields Samples.
+"""Read folders, webdataset tars, CSV and TSV, CC3M's TSV and plain texts: one function per format yields
+Samples.
 
-Nothing is unpacked or copied. JSON formats are in `captions.py` and `tasks.py`, Parquet and Arrow in `tables.py`.
+Nothing is unpacked or copied. `captions.py` and `questions.py` read JSON formats, `tables.py` Parquet and
+Arrow.
 """
 
 import collections
@@ -11,7 +13,7 @@ import json
 import os
 import tarfile
 from collections.abc import Callable, Container, Iterator
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
 from teachercache.core.errors import UserError
@@ -33,24 +35,26 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".ti
 Sizes = Callable[[str], int | None]
 Entry = tuple[
     int, int, bytes
-]  # a tar member: where its bytes start, how many they are, and they themselves if text
+]  # a tar member: the offset and number of its bytes, and the bytes themselves of a text
 SPLITS = ("train", "val", "validation", "test")
 TEXT_COLUMNS = ("text", "caption", "title", "texts", "captions")
 
 
 def split_in_name(name: str) -> str:
-    """train, val or test where a file's name says so (captions_val2014, Train_GCC-training, snli_ve_dev), else ""."""
+    """Return the split in the name of a file (captions_val2014, Train_GCC-training, snli_ve_dev), or ""."""
     words = "".join(letter if letter.isalpha() else " " for letter in name.lower()).split()
     named = {"training": "train", "validation": "val", "valid": "val", "dev": "val"}
     return next((named.get(word, word) for word in words if named.get(word, word) in SPLITS), "")
 
 
-def picture_folder(root: Any, names: list[str], folders: list[str], *, advice: Any, size: Sizes) -> str:
-    """The first of `folders` (seen from `root`) that holds one of the pictures; UserError where none does."""
-    asked = names[:3] if is_http(root) else names  # each is a question to the server
+def picture_folder(root: Path, names: list[str], folders: list[str], *, advice: Any, size: Sizes) -> str:
+    """Return the first of `folders` (relative to `root`) that holds one of the images; raise UserError if
+    none does.
+    """
+    asked = names[:3] if is_http(root) else names  # each one costs a request
     for folder in folders:
-        there = is_url(root) or (root / folder).is_dir()
-        if there and any(size(os.path.join(folder, name)) is not None for name in asked):
+        exists = is_url(root) or (root / folder).is_dir()
+        if exists and any(size(os.path.join(folder, name)) is not None for name in asked):
             return folder
     raise UserError(f"no picture {names[0]} near {root}: put the pictures into {advice}")
 
@@ -59,8 +63,10 @@ def picture_folder(root: Any, names: list[str], folders: list[str], *, advice: A
 # A folder of pictures, captions in a .txt or .json of the same name
 
 
-def read_folder(root: Any) -> Iterator[Sample]:
-    """Pictures below `root` in sorted order; the folders above a picture are its split and its label."""
+def read_folder(root: Path) -> Iterator[Sample]:
+    """Yield the images below `root` in sorted order; the folders above an image are its split and its
+    label.
+    """
     for folder, files in walk(root):
         pictures = [PurePath(folder, name) for name in sorted(files) if name.lower().endswith(IMAGE_SUFFIXES)]
         beside = [_caption_file(path, files) for path in pictures]
@@ -83,54 +89,60 @@ def read_folder(root: Any) -> Iterator[Sample]:
 
 
 def _caption_file(picture: PurePath, present: Container[str]) -> PurePath | None:
-    """The .txt or .json beside a picture."""
+    """Return the .txt or .json file beside an image."""
     names = (f"{picture.stem}{suffix}" for suffix in (".txt", ".json"))
     return next((picture.with_name(name) for name in names if name in present), None)
 
 
 def _captions(path: PurePath, content: bytes) -> tuple[tuple[str, ...], str]:
-    """Lines of a .txt, or `caption` / `captions` of a .json; and what is wrong with them."""
+    """Return the lines of a .txt, or `caption` / `captions` of a .json, and a problem if there is one."""
     return (lines_of(content), "") if path.suffix == ".txt" else captions_of_json(content)
 
 
 def lines_of(content: bytes) -> tuple[str, ...]:
-    """Lines of a caption file; str.splitlines would cut at U+2028 and form feeds, which captions hold."""
+    """Split a caption file into lines; str.splitlines would also split at U+2028 and form feeds inside
+    captions.
+    """
     text = content.decode("utf-8", "replace").replace("\r\n", "\n").removesuffix("\n")
     return tuple(text.split("\n")) if text else ()
 
 
 def captions_of_json(content: bytes) -> tuple[tuple[str, ...], str]:
-    """`captions` (a list) or `caption` / `text` (a string) of a JSON object; and what is wrong with it."""
+    """Return `captions` (a list) or `caption` / `text` (a string) of a JSON object, and a problem if there
+    is one.
+    """
     try:
         values = json.loads(content)
     except ValueError as error:
         return (), f"the caption file is not JSON: {error}"
-    found = (
+    captions = (
         (values.get("captions") or values.get("caption") or values.get("text") or ())
         if isinstance(values, dict)
         else 0
     )
-    if isinstance(found, str):
-        return (found,), ""
-    if not isinstance(found, (list, tuple)):
+    if isinstance(captions, str):
+        return (captions,), ""
+    if not isinstance(captions, (list, tuple)):
         return (), "the caption file is not a JSON object with `caption` (a string) or `captions` (a list)"
-    return tuple(str(text) for text in found), ""
+    return tuple(str(text) for text in captions), ""
 
 
 # ----------------------------------------------------------------------------------------------------
 # webdataset tars: members <key>.jpg, <key>.txt, <key>.json, <key>.cls; offsets are recorded
 
 
-def read_tars(root: Any, tars: list[Any]) -> Iterator[Sample]:
-    """Rows in the order of the members; a member's name is a key and never a path to write to."""
+def read_tars(root: Path, tars: list[Path]) -> Iterator[Sample]:
+    """Yield rows in the order of the tar members; the name of a member is a key and never a path to write
+    to.
+    """
     members = in_order(lambda tar: list(_members(tar)), tars) if is_url(root) else map(_members, tars)
-    for tar, found in zip(tars, members, strict=True):
+    for tar, entries in zip(tars, members, strict=True):
         shard = str(tar.relative_to(root))
-        for stem, group in itertools.groupby(found, key=lambda member: member[0]):
+        for stem, group in itertools.groupby(entries, key=lambda member: member[0]):
             yield _tar_sample(shard, stem, {suffix: entry for _, suffix, entry in group})
 
 
-def _members(tar: Any) -> Iterator[tuple[str, str, Entry]]:
+def _members(tar: Path) -> Iterator[tuple[str, str, Entry]]:
     try:
         with open_file(tar, TAR_BLOCK) as file, tarfile.open(fileobj=file, mode="r:") as archive:
             for member in archive:
@@ -160,7 +172,7 @@ def _tar_sample(shard: str, stem: str, group: dict[str, Entry]) -> Sample:
         texts, problem = captions_of_json(group[".json"][2])
     if ".txt" in group and texts != (
         group[".txt"][2].decode("utf-8", "replace"),
-    ):  # img2dataset: both say the same
+    ):  # img2dataset writes both with the same caption
         texts, problem = lines_of(group[".txt"][2]), ""
     label = group[".cls"][2].decode("utf-8", "replace").strip() if ".cls" in group else ""
     offset, size, _ = group[image] if image else (-1, 0, b"")
@@ -173,8 +185,8 @@ def _tar_sample(shard: str, stem: str, group: dict[str, Entry]) -> Sample:
 # CSV and TSV with a header, and JSON lines with the same names
 
 
-def read_table(path: Any) -> Iterator[Sample]:
-    """One row per picture; lines that name the same picture are its several captions."""
+def read_table(path: Path) -> Iterator[Sample]:
+    """Yield one row per image; lines that name the same image are its captions."""
     columns, lines = _table_lines(path)
     image_column = next((name for name in PATH_COLUMNS if name in columns), None)
     text_column = next((name for name in TEXT_COLUMNS if name in columns), None)
@@ -192,7 +204,7 @@ def read_table(path: Any) -> Iterator[Sample]:
             raise UserError(f"row {number} of {path} has neither a picture nor a key: add a column `key`")
         other = first.setdefault(key, line)[image_column] or ""
         if other != name and line.get("key"):
-            raise UserError(f"key '{key}' stands for two pictures in {path}: {other} and {name}")
+            raise UserError(f"key '{key}' refers to two pictures in {path}: {other} and {name}")
         if other != name:  # a.jpg and a.png
             key = name
             first.setdefault(key, line)
@@ -209,8 +221,8 @@ def read_table(path: Any) -> Iterator[Sample]:
         )
 
 
-def _table_lines(path: Any) -> tuple[list[str], list[dict[str, str | None]]]:
-    """Header and lines; a byte order mark (Excel) is skipped, a tab in the header means TSV."""
+def _table_lines(path: Path) -> tuple[list[str], list[dict[str, str | None]]]:
+    """Return header and lines; a byte order mark (Excel) is skipped, a tab in the header means TSV."""
     try:
         with io.TextIOWrapper(io.BytesIO(path.read_bytes()), newline="", encoding="utf-8-sig") as file:
             delimiter = "\t" if "\t" in file.readline() else ","
@@ -222,11 +234,11 @@ def _table_lines(path: Any) -> tuple[list[str], list[dict[str, str | None]]]:
 
 
 # ----------------------------------------------------------------------------------------------------
-# CC3M: Train_GCC-training.tsv, `caption<TAB>url` without a header, and what was downloaded of it
+# CC3M: Train_GCC-training.tsv, `caption<TAB>url` without a header, and the downloaded images
 
 
-def is_cc3m(path: Any) -> bool:
-    """Whether the first line behind a header `caption url` is a caption and an address."""
+def is_cc3m(path: Path) -> bool:
+    """Return whether the first line, after an optional header `caption url`, is a caption and a URL."""
     with path.open(encoding="utf-8", errors="replace") as file:
         lines = [line.rstrip("\r\n").split("\t") for line in itertools.islice(file, 2)]
     if lines and lines[0] == ["caption", "url"]:
@@ -234,11 +246,12 @@ def is_cc3m(path: Any) -> bool:
     return bool(lines) and len(lines[0]) == 2 and lines[0][1].startswith(("http://", "https://"))
 
 
-def read_cc3m(path: Any) -> Iterator[Sample]:
-    """Rows in file order, key = row number; pictures by row number as img2dataset names them, or by the url's name.
+def read_cc3m(path: Path) -> Iterator[Sample]:
+    """Yield rows in file order with the row number as the key.
 
-    They lie in a folder named as the .tsv, in `images`, or beside it, at any depth: 00000/000000012.jpg or 12_ab.jpg.
-    A row whose picture was not downloaded is kept with its problem.
+    Images are found by row number, as img2dataset names them, or by the name in the url: in a folder named
+    after the .tsv, in `images`, or beside it, at any depth (00000/000000012.jpg or 12_ab.jpg). A row without
+    a downloaded image is kept with a problem.
     """
     with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
         lines = [line.rstrip("\r\n").split("\t") for line in file]
@@ -268,8 +281,8 @@ def read_cc3m(path: Any) -> Iterator[Sample]:
         yield Sample(number, image, (line[0],), split=split_in_name(path.stem), size=size, problem=problem)
 
 
-def _downloaded(root: Any, folder: str) -> tuple[dict[str, str], dict[str, str], dict[str, int | None]]:
-    """Pictures below a folder of `root`, as paths below `root`: by nine digits and by name; their bytes."""
+def _downloaded(root: Path, folder: str) -> tuple[dict[str, str], dict[str, str], dict[str, int | None]]:
+    """Return the images below a folder of `root`, by nine digits and by name, and their bytes."""
     by_number, by_name, sizes = {}, {}, {}
     for above, files in walk(root / folder if folder else root):
         for name in files:
@@ -287,10 +300,11 @@ def _downloaded(root: Any, folder: str) -> tuple[dict[str, str], dict[str, str],
 # Texts only: class names, answer lists
 
 
-def read_texts(path: Any) -> Iterator[Sample]:
-    """A row without a picture per line; its key is the text, so that a list sorted anew still joins with its caches.
+def read_texts(path: Path) -> Iterator[Sample]:
+    """Yield a row without an image per line. The key is the text, so that a sorted list still joins with its
+    caches.
 
-    A text that comes again gets #2, #3, ... behind it; a blank line goes by its number.
+    A repeated text gets the suffix #2, #3, ...; the key of a blank line is its number.
     """
     seen: set[str] = set()
     for number, text in enumerate(lines_of(path.read_bytes().removeprefix(b"\xef\xbb\xbf")), start=1):

@@ -1,7 +1,7 @@
-"""VQA v2 (and OK-VQA), SNLI-VE, VCR: questions, choices, answers and boxes as task columns. Metrics are elsewhere.
+"""Read VQA v2 (and OK-VQA), SNLI-VE and VCR: questions, choices, answers and boxes become task columns.
 
-`texts` of a row are what a teacher encodes; the task column `texts` says what each is. VQA: question, answer. SNLI-VE:
-hypothesis. VCR: question, 4 choice, 4 pair, 4 rationale, 4 rationale_pair, each kind after the one before.
+`texts` of a row are encoded by a teacher; the task column `texts` names the kind of each. VQA: question,
+answer. SNLI-VE: hypothesis. VCR: question, 4 choice, 4 pair, 4 rationale, 4 rationale_pair, kind after kind.
 """
 
 import functools
@@ -9,6 +9,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from teachercache.core.errors import UserError
@@ -17,14 +18,14 @@ from teachercache.data.readers.files import picture_folder, split_in_name
 from teachercache.data.sample import Sample, task_columns
 
 LABELS = ("entailment", "neutral", "contradiction")
-FLICKR_IDS = ("Flickr30K_ID", "Flikr30kID", "Flickr30kID")  # all three are about
+FLICKR_IDS = ("Flickr30K_ID", "Flikr30kID", "Flickr30kID")  # all three spellings exist
 NUM_CHOICES = 4  # of answers, and of rationales, in VCR
 VCR_FIELDS = ("question", "answer_choices", "objects", "img_fn", "annot_id")
 
 
-def json_lines(path: Any) -> list[dict[str, Any]]:
-    """The objects of a .jsonl file; UserError names the line that is none."""
-    found = []
+def json_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the objects of a .jsonl file; raise UserError with the number of an invalid line."""
+    objects = []
     with path.open(encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
@@ -34,24 +35,26 @@ def json_lines(path: Any) -> list[dict[str, Any]]:
                     raise UserError(f"line {number} of {path} is not JSON: {error}") from error
                 if not isinstance(value, dict):
                     raise UserError(f"line {number} of {path} is not a JSON object")
-                found.append(value)
-    return found
+                objects.append(value)
+    return objects
 
 
 # ----------------------------------------------------------------------------------------------------
 # VQA v2 and OK-VQA: a file of questions, and beside it (or in ../Annotations) the file of answers
 
 
-def read_vqa(path: Any, values: Any) -> Iterator[Sample]:
-    """Texts = the question and the most common answer (the label too), key = question_id; pictures near the JSON.
+def read_vqa(path: Path, values: Any) -> Iterator[Sample]:
+    """Yield a row per question. Texts are the question and the most common answer, which is the label, too;
+    the key is question_id.
 
-    The answer is a text so that every answer of the data has an embedding in a cache; the test split has none.
+    The answer is a text so that a cache holds an embedding of every answer in the data; the test split has
+    none.
     """
     try:
         subset = values["data_subtype"].replace("test-dev", "test")
         questions = [(q["question_id"], q["image_id"], q["question"]) for q in values["questions"]]
     except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not a VQA questions file: {error!r} in it is missing or odd") from error
+        raise UserError(f"{path} is not a VQA questions file: {error!r} is missing or invalid") from error
     answers = _vqa_answers(path)
     images = [f"COCO_{subset}_{image:012d}.jpg" for _, image, _ in questions]
     folders = [
@@ -68,7 +71,7 @@ def read_vqa(path: Any, values: Any) -> Iterator[Sample]:
     for (number, image_id, question), name in zip(questions, images, strict=True):
         where = os.path.normpath(os.path.join(folder, name))
         facts = answers.get(number, {})
-        given, common = facts.get("answers"), facts.get("multiple_choice_answer") or ""
+        stored, common = facts.get("answers"), facts.get("multiple_choice_answer") or ""
         texts = {"question": question} | ({"answer": common} if common else {})
         task = task_columns(
             task="vqa",
@@ -76,8 +79,8 @@ def read_vqa(path: Any, values: Any) -> Iterator[Sample]:
             image_id=image_id,
             question=question,
             texts=[*texts],
-            answers=None if given is None else [answer["answer"] for answer in given],
-            raw_answers=[a["raw_answer"] for a in given] if given and "raw_answer" in given[0] else None,
+            answers=None if stored is None else [answer["answer"] for answer in stored],
+            raw_answers=[a["raw_answer"] for a in stored] if stored and "raw_answer" in stored[0] else None,
             answer=facts.get("multiple_choice_answer"),
             answer_type=facts.get("answer_type"),
             question_type=facts.get("question_type"),
@@ -93,28 +96,30 @@ def read_vqa(path: Any, values: Any) -> Iterator[Sample]:
         )
 
 
-def _vqa_answers(path: Any) -> dict[int, dict[str, Any]]:
-    """Annotations by question, empty where the file is not there (the test split has none)."""
+def _vqa_answers(path: Path) -> dict[int, dict[str, Any]]:
+    """Return the annotations by question, or {} without an annotation file, as for the test split."""
     name = path.name.replace("OpenEnded_", "").replace("questions", "annotations")
     places = [below(path.parent, f"{folder}{name}") for folder in ("", "../Annotations/", "../annotations/")]
-    found = next((place for place in places if name != path.name and place.exists()), None)
-    if found is None:
+    file = next((place for place in places if name != path.name and place.exists()), None)
+    if file is None:
         return {}
     try:
-        values = json.loads(found.read_text(encoding="utf-8"))
+        values = json.loads(file.read_text(encoding="utf-8"))
         return {
             entry["question_id"]: entry for entry in values["annotations"] if entry["answers"] is not None
         }
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{found} is not a VQA annotations file: {error!r}") from error
+        raise UserError(f"{file} is not a VQA annotations file: {error!r}") from error
 
 
 # ----------------------------------------------------------------------------------------------------
 # SNLI-VE: snli_ve_{train,dev,test}.jsonl and flickr30k-images
 
 
-def read_snli_ve(path: Any, lines: list[dict[str, Any]]) -> Iterator[Sample]:
-    """Text = the hypothesis (sentence2), label = gold_label, key = pairID; `dev` is the split val."""
+def read_snli_ve(path: Path, lines: list[dict[str, Any]]) -> Iterator[Sample]:
+    """Yield a row per hypothesis (sentence2), with label gold_label and key pairID; `dev` becomes the
+    split val.
+    """
     ids = [next((str(line[name]) for name in FLICKR_IDS if name in line), "") for line in lines]
     images = [f"{number.removesuffix('.jpg')}.jpg" if number else "" for number in ids]
     if not any(images):
@@ -154,11 +159,12 @@ def read_snli_ve(path: Any, lines: list[dict[str, Any]]) -> Iterator[Sample]:
 # VCR: {train,val,test}.jsonl, vcr1images/<movie>/<file>.jpg with a .json of boxes beside each
 
 
-def read_vcr(path: Any, lines: list[dict[str, Any]]) -> Iterator[Sample]:
-    """Texts in which a person is `person 3` (its place in `objects`, from 1): see `_vcr_texts`.
+def read_vcr(path: Path, lines: list[dict[str, Any]]) -> Iterator[Sample]:
+    """Yield a row per question. In its texts a person is `person 3`, its position in `objects` from 1: see
+    `_vcr_texts`.
 
-    Boxes (x1, y1, x2, y2 of each object) and labels are task columns; the test split has no labels.
-    The files of the shortcut study (val_rule_singular, val_adv_...) have the same form and are read unchanged.
+    Boxes (x1, y1, x2, y2 of each object) and labels are task columns; the test split has no labels. The files
+    of the shortcut study (val_rule_singular, val_adv_...) have the same format.
     """
     images = [str(line.get("img_fn", "")) for line in lines]
     folders = ["vcr1images", "../vcr1images", "images", "../images", ""]
@@ -167,19 +173,21 @@ def read_vcr(path: Any, lines: list[dict[str, Any]]) -> Iterator[Sample]:
     for number, (line, image) in enumerate(zip(lines, images, strict=True), start=1):
         where = os.path.normpath(os.path.join(folder, image)) if image else ""
         key, split = str(line.get("annot_id", f"line {number}")), split_in_name(path.stem)
-        found = (size(where) or 0) if where else 0
+        size_of_image = (size(where) or 0) if where else 0
         try:
             texts, task = _vcr_row(line, below(path.parent, folder) if folder else path.parent)
         except (KeyError, TypeError, IndexError, ValueError) as error:
-            yield Sample(key, where, split=split, size=found, problem=f"the line is not VCR's: {error!r}")
+            yield Sample(
+                key, where, split=split, size=size_of_image, problem=f"the line is not VCR's: {error!r}"
+            )
             continue
-        yield Sample(key, where, texts, split=split, size=found, task=task)
+        yield Sample(key, where, texts, split=split, size=size_of_image, task=task)
 
 
-def _vcr_row(line: dict[str, Any], images: Any) -> tuple[tuple[str, ...], str]:
+def _vcr_row(line: dict[str, Any], images: Path) -> tuple[tuple[str, ...], str]:
     objects = line["objects"]
-    said = [line["question"], *line["answer_choices"], *line.get("rationale_choices", [])]
-    question, *others = [render_tokens(tokens, objects) for tokens in said]
+    sentences = [line["question"], *line["answer_choices"], *line.get("rationale_choices", [])]
+    question, *others = [render_tokens(tokens, objects) for tokens in sentences]
     num = len(line["answer_choices"])
     choices, rationales = others[:num], others[num:]
     boxes = _vcr_boxes(images / line["metadata_fn"]) if line.get("metadata_fn") else None
@@ -204,7 +212,7 @@ def _vcr_row(line: dict[str, Any], images: Any) -> tuple[tuple[str, ...], str]:
         category=line.get("category"),
         boxes=boxes,
         texts=[kind for kind, _ in texts],
-        mentions=[mentions_of(tokens, objects) for tokens in said],
+        mentions=[mentions_of(tokens, objects) for tokens in sentences],
     )
     return tuple(text for _, text in texts), task
 
@@ -212,7 +220,9 @@ def _vcr_row(line: dict[str, Any], images: Any) -> tuple[tuple[str, ...], str]:
 def _vcr_texts(
     question: str, choices: list[str], rationales: list[str], answer: str
 ) -> list[tuple[str, str]]:
-    """Kind and text: question, choices, question with choice, rationales, question with answer with rationale."""
+    """Return kind and text: question, choices, question with choice, rationales, question with answer and
+    rationale.
+    """
     return [
         ("question", question),
         *(("choice", choice) for choice in choices),
@@ -222,9 +232,9 @@ def _vcr_texts(
     ]
 
 
-@functools.lru_cache(maxsize=64)  # the questions of a picture stand together
-def _vcr_boxes(path: Any) -> list[list[float]] | None:
-    """Boxes of a picture's objects without their scores, None where the file is not there."""
+@functools.lru_cache(maxsize=64)  # the questions of an image are consecutive
+def _vcr_boxes(path: Path) -> list[list[float]] | None:
+    """Return the boxes of the objects of an image without their scores, or None without a file."""
     try:
         content = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -233,7 +243,7 @@ def _vcr_boxes(path: Any) -> list[list[float]] | None:
 
 
 def render_tokens(tokens: list[Any], objects: list[str]) -> str:
-    """VCR's tokens as a sentence: [0, 2] is `person 1 and person 3`, other objects go by their class."""
+    """Render VCR's tokens as a sentence: [0, 2] is `person 1 and person 3`, other objects appear by class."""
     words = [token if isinstance(token, str) else _mention(token, objects) for token in tokens]
     text = " ".join(words)
     text = re.sub(r" (?=[,.?!;:%)\]}])", "", text)
@@ -242,18 +252,20 @@ def render_tokens(tokens: list[Any], objects: list[str]) -> str:
 
 
 def mentions_of(tokens: list[Any], objects: list[str]) -> list[list[int]]:
-    """Where the sentence of `render_tokens` speaks of objects: first character, the one behind the last, which."""
-    found = []
+    """Return the spans in the sentence of `render_tokens` that mention objects: first character, end,
+    object.
+    """
+    spans = []
     for k, token in enumerate(tokens):
         if isinstance(token, str):
             continue
-        text = render_tokens(tokens[: k + 1], objects)  # what follows moves nothing
+        text = render_tokens(tokens[: k + 1], objects)  # later tokens do not move it
         at = len(text) - len(_mention(token, objects))
         for place, name in zip(token, _names(token, objects), strict=True):
             at = text.index(name, at)
-            found.append([at, at + len(name), place])
+            spans.append([at, at + len(name), place])
             at += len(name)
-    return found
+    return spans
 
 
 def _mention(places: list[int], objects: list[str]) -> str:

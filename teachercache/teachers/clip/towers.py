@@ -1,7 +1,7 @@
-"""The towers of open_clip, told apart: where their blocks, patches and poolings are. Knows nothing of teachers.
+"""Locate blocks, patches and poolings in the towers of open_clip.
 
-Pictures: VisionTransformer, ModifiedResNet, timm. Texts: open_clip's transformer, Hugging Face encoders. Not for
-running a tower: see `clip_layers`.
+Images: VisionTransformer, ModifiedResNet, timm. Texts: open_clip's transformer, encoders of Hugging Face.
+`layers.py` runs the towers.
 """
 
 from collections.abc import Sequence
@@ -26,13 +26,15 @@ def image_tower(module: nn.Module) -> nn.Module | None:
 
 
 def patches(tower: Any, last: Float[Tensor, "rows ..."]) -> dict[str, Tensor]:
-    """`patch_token` and, where it has a meaning, `patch_emb`, of a tower's last tokens or feature map."""
+    """Return `patch_token` and, if the tower projects patches, `patch_emb`, from its last tokens or
+    feature map.
+    """
     of_kind = {"vit": _vit_patches, "resnet": _resnet_patches, "timm": _timm_patches}
     return of_kind[tower_kind(tower)](tower, last)
 
 
 def _vit_patches(tower: Any, last: Float[Tensor, "rows positions width"]) -> dict[str, Tensor]:
-    """Every patch treated as the class token is: final LayerNorm, projection."""
+    """Treat every patch as the class token: final LayerNorm, projection."""
     tokens = last[:, 1:]
     if not _projects(tower):
         return {"patch_token": tokens}
@@ -41,7 +43,7 @@ def _vit_patches(tower: Any, last: Float[Tensor, "rows positions width"]) -> dic
 
 
 def _resnet_patches(tower: Any, last: Float[Tensor, "rows width down across"]) -> dict[str, Tensor]:
-    """The last feature map by position, before and behind the attention pool."""
+    """Return the last feature map by position, before and after the attention pool."""
     tokens = last.flatten(2).transpose(1, 2)
     return {"patch_token": tokens, "patch_emb": pool_positions(tower.attnpool, tokens)[:, 1:]}
 
@@ -49,9 +51,10 @@ def _resnet_patches(tower: Any, last: Float[Tensor, "rows width down across"]) -
 def pool_positions(
     pool: Any, tokens: Float[Tensor, "rows positions width"]
 ) -> Float[Tensor, "rows queries dim"]:
-    """ModifiedResNet's attention pool with every position as a query, their mean first: positions + 1 answers.
+    """Apply ModifiedResNet's attention pool with every position as a query, their mean first: positions + 1
+    outputs.
 
-    CLIP keeps the first alone, as image_emb; VLKD's V = [v_cls, v_1 .. v_n] (section 3.2) is all of them.
+    CLIP keeps the first one, image_emb; VLKD's V = [v_cls, v_1 .. v_n] (section 3.2) is all of them.
     """
     tokens = torch.cat([tokens.mean(1, keepdim=True), tokens], 1) + pool.positional_embedding.to(tokens.dtype)
     query, key, value = (
@@ -62,7 +65,9 @@ def pool_positions(
 
 
 def _timm_patches(tower: Any, last: Float[Tensor, "rows ..."]) -> dict[str, Tensor]:
-    """The last features by position, and each alone through pooling and head, as if it were the whole picture."""
+    """Return the last features by position, and each one passed through pooling and head as if it were the
+    whole image.
+    """
     trunk = tower.trunk
     prefix = getattr(trunk, "num_prefix_tokens", 0) if last.ndim == 3 else 0
     tokens = _positions(trunk, last)[:, prefix:]
@@ -70,7 +75,7 @@ def _timm_patches(tower: Any, last: Float[Tensor, "rows ..."]) -> dict[str, Tens
         return {"patch_token": tokens}
     each = tokens.flatten(0, 1)  # [rows * patches, width]
     if last.ndim == 3:
-        each = each[:, None].expand(-1, prefix + 1, -1)  # in the place of the class token too
+        each = each[:, None].expand(-1, prefix + 1, -1)  # also in place of the class token
     else:
         each = each[:, None, None] if _channels_last(trunk) else each[..., None, None]
     projected = tower.head(trunk.forward_head(each))
@@ -78,18 +83,20 @@ def _timm_patches(tower: Any, last: Float[Tensor, "rows ..."]) -> dict[str, Tens
 
 
 def _projects(tower: Any) -> bool:
-    """Whether a patch can go the way of the pooled token to image_emb: not where a learned query pools by attention."""
+    """Return whether patches can be projected like the pooled token: not if a learned query pools by
+    attention.
+    """
     if tower_kind(tower) == "timm":
         return getattr(tower.trunk, "attn_pool", None) is None and not hasattr(tower.head, "pool")
     return tower_kind(tower) == "resnet" or tower.attn_pool is None
 
 
 # ----------------------------------------------------------------------------------------------------
-# Hidden layers: one vector of a block's output, pooled as the tower pools its last
+# Hidden layers: one vector of the output of a block, pooled as the tower pools the last one
 
 
 def picture_vector(tower: Any, output: Any) -> Float[Tensor, "rows width"]:
-    """The class token where the tower ends on it, else the mean over patches or positions."""
+    """Return the class token if the tower ends on it, otherwise the mean over patches or positions."""
     trunk = getattr(tower, "trunk", tower)
     last = output_tensor(output)
     tokens = _positions(trunk, last)
@@ -102,7 +109,9 @@ def picture_vector(tower: Any, output: Any) -> Float[Tensor, "rows width"]:
 
 
 def text_vector(tower: Any, ids: Int[Tensor, "texts length"], output: Any) -> Float[Tensor, "texts width"]:
-    """The token at which the tower reads its embedding (open_clip's text_global_pool), or its Hugging Face pooler."""
+    """Return the token that the embedding is read from (open_clip's text_global_pool), or the output of a
+    Hugging Face pooler.
+    """
     tokens = output_tensor(output)  # [texts, positions, width]
     pooling = _text_pooling(tower)
     if pooling == "pooler":
@@ -119,11 +128,11 @@ def text_vector(tower: Any, ids: Int[Tensor, "texts length"], output: Any) -> Fl
 
 
 # ----------------------------------------------------------------------------------------------------
-# What kinds of towers there are
+# Kinds of towers
 
 
 def tower_kind(tower: Any) -> str:
-    """`timm`, `resnet`, `vit`, or nothing where patches are not known."""
+    """Return `timm`, `resnet`, `vit`, or an empty string for an unsupported tower."""
     if hasattr(tower, "trunk"):
         return "timm"
     if hasattr(tower, "attnpool") and hasattr(tower, "layer4"):
@@ -132,7 +141,9 @@ def tower_kind(tower: Any) -> str:
 
 
 def image_blocks(tower: Any) -> Sequence[nn.Module]:
-    """Transformer blocks, or the stages of a convolutional tower, first to last; [] where they are not known."""
+    """Return transformer blocks, or the stages of a convolutional tower, first to last; [] for an
+    unsupported tower.
+    """
     trunk = getattr(tower, "trunk", tower)
     found = [getattr(getattr(trunk, "transformer", None), "resblocks", None)]
     found += [getattr(trunk, name, None) for name in ("blocks", "stages", "layers")]
@@ -143,16 +154,18 @@ def image_blocks(tower: Any) -> Sequence[nn.Module]:
 
 
 def text_tower(module: Any) -> Any:
-    """The text tower, which open_clip's CLIP unpacks into itself."""
+    """Return the text tower; open_clip's CLIP is its own."""
     return getattr(module, "text", module)
 
 
 def text_blocks(tower: Any) -> Sequence[nn.Module]:
-    """Transformer blocks of open_clip's text tower or of a Hugging Face encoder; [] where they are not known."""
+    """Return the transformer blocks of open_clip's or Hugging Face's text tower; [] for an unsupported
+    tower.
+    """
     transformer = getattr(tower, "transformer", None)
     encoder = getattr(transformer, "encoder", transformer)
-    found = [getattr(encoder, name, None) for name in ("resblocks", "layer", "layers", "block")]
-    return next((list(blocks) for blocks in found if isinstance(blocks, nn.ModuleList)), [])
+    candidates = [getattr(encoder, name, None) for name in ("resblocks", "layer", "layers", "block")]
+    return next((list(blocks) for blocks in candidates if isinstance(blocks, nn.ModuleList)), [])
 
 
 def _ends_on_class_token(tower: Any) -> bool:
@@ -162,11 +175,11 @@ def _ends_on_class_token(tower: Any) -> bool:
 
 
 def _text_pooling(tower: Any) -> str:
-    """`pooler` (Hugging Face), or open_clip's argmax, eos, first, last."""
+    """Return `pooler` (Hugging Face), or open_clip's argmax, eos, first, last."""
     if hasattr(tower, "pooler"):
         return "pooler"
     if getattr(tower, "cls_emb", None) is not None:
-        return "last"  # CoCa appends a class token, whatever pool_type says
+        return "last"  # CoCa appends a class token for any pool_type
     return tower.text_pool_type if hasattr(tower, "text_pool_type") else tower.pool_type
 
 
@@ -175,20 +188,20 @@ def _channels_last(trunk: Any) -> bool:
 
 
 def _positions(trunk: Any, output: Float[Tensor, "rows ..."]) -> Float[Tensor, "rows positions width"]:
-    """Tokens as they are; a feature map row by row."""
+    """Return tokens unchanged, and a feature map row by row."""
     if output.ndim == 3:
         return output
     return output.flatten(1, 2) if _channels_last(trunk) else output.flatten(2).transpose(1, 2)
 
 
 # ----------------------------------------------------------------------------------------------------
-# In words
+# Descriptions
 
 
 def describe(module: Any, field: str) -> str:
-    """What a field of this module is, for Field.doc."""
+    """Return the `doc` of a field of this module."""
     if field in ("image_emb", "text_emb"):
-        return f"{field.removesuffix('_emb')} embedding, not normalised"
+        return f"{field.removesuffix('_emb')} embedding, not normalized"
     if field.startswith("patch"):
         token, emb = _describe_patches(module.visual)
         return f"patches row by row, no class token: {token if field == 'patch_token' else emb}"
@@ -203,7 +216,7 @@ def describe(module: Any, field: str) -> str:
 
 
 def _describe_patches(tower: Any) -> tuple[str, str]:
-    """Where `patch_token` is taken, and what `patch_emb` makes of it."""
+    """Return where `patch_token` is taken, and how `patch_emb` is computed from it."""
     if tower_kind(tower) == "resnet":
         return "last feature map", "attention pool with each position as the query, in the space of image_emb"
     if tower_kind(tower) == "timm":

@@ -1,12 +1,14 @@
-"""Which words of a text matter to its picture: CLIP-TD's token selection (Eq. 5 and 6), and words drawn at random.
+"""Select the words of a text that matter for its image: CLIP-TD's token selection (Eq. 5 and 6), and random
+words.
 
-    S = S_vr / |S_vr|_1 + S_si / |S_si|_1        per word of the text; a vector of zeros stays one
+    S = S_vr / |S_vr|_1 + S_si / |S_si|_1        per word of the text; a zero vector stays zero
     S_vr   cosine of the image embedding and the text embedding of the word alone
-    S_si   1 / (1 + the lowest YAKE score of the n-grams, n <= 3, that contain the word), 0 where none does
+    S_si   1 / (1 + the lowest YAKE score of the n-grams, n <= 3, that contain the word), 0 without such
+        an n-gram
 
-The paper says neither how YAKE's scores, small for what is important, become weights, nor what a word is: both are free
-choices. Words are found in the decoding processes (`find_words`), weighed beside the teacher (`WordSelection`). Not for a
-student's sub-words: it has the words' places in the text.
+The paper specifies neither how YAKE's scores, which are low for important words, become weights, nor what a
+word is: both are our choices. The decoding processes find words (`find_words`), and `WordSelection` scores
+them with the teacher. A student maps the spans of words to its own sub-words.
 """
 
 import dataclasses
@@ -28,22 +30,31 @@ from teachercache.cache.spec import Field
 from teachercache.core.errors import UserError
 
 WORD = re.compile(r"\w+(?:['-]\w+)*")
-MAX_WORDS, MAX_PLACE = 64, np.iinfo(np.int16).max  # CLIP's own context ends there or before
-DEFAULT = 3  # words kept of a text
-KEPT_TEXTS = 4096  # whose words a decoding process remembers: questions and answers come again
-WORDS_AT_ONCE = {"cpu": 1, "": 64}  # of one forward; see `WordSelection.features_of`
+MAX_WORDS, MAX_PLACE = 64, np.iinfo(np.int16).max  # CLIP's context is not longer
+DEFAULT = 3  # words kept per text
+KEPT_TEXTS = 4096  # texts whose words a decoding process caches: questions and answers are repeated
+WORDS_AT_ONCE = {"cpu": 1, "": 64}  # words per forward pass; see `WordSelection.features_of`
 
 
 @dataclasses.dataclass(frozen=True)
 class Words:
-    """The words of some texts."""
+    """The words of some texts.
+
+    Attributes:
+        distinct: The distinct words.
+        place: The index into `distinct`, -1 without a word: int64 [texts, MAX_WORDS].
+        span: Start and end in the text: int16 [texts, MAX_WORDS, 2].
+        first: Whether it is the first occurrence of the word in the text: bool [texts, MAX_WORDS].
+        importance: S_si / |S_si|_1: float32 [texts, MAX_WORDS].
+        drawn: Positions of randomly drawn words, -1 if there are fewer: int16 [texts, m].
+    """
 
     distinct: tuple[str, ...]
-    place: np.ndarray  # int64 [texts, MAX_WORDS]: which of `distinct`, -1 where there is no word
-    span: np.ndarray  # int16 [texts, MAX_WORDS, 2]
-    first: np.ndarray  # bool [texts, MAX_WORDS]: the text has not had this word before
-    importance: np.ndarray  # float32 [texts, MAX_WORDS]: S_si / |S_si|_1
-    drawn: np.ndarray  # int16 [texts, m]: places of words drawn at random, -1 where there are fewer
+    place: np.ndarray
+    span: np.ndarray
+    first: np.ndarray
+    importance: np.ndarray
+    drawn: np.ndarray
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -51,10 +62,10 @@ class Words:
 
 
 def find_words(texts: Sequence[str], *, weighed: bool, num_drawn: int) -> Words:
-    """The words of each text without the spaces around it; YAKE runs where they are `weighed`."""
-    found = [_words_of(text.strip(), weighed, num_drawn) for text in texts]
+    """Find the words of each stripped text; `weighed` runs YAKE."""
+    parsed = [_words_of(text.strip(), weighed, num_drawn) for text in texts]
     distinct = {
-        word: i for i, word in enumerate(dict.fromkeys(word for words, *_ in found for word in words))
+        word: i for i, word in enumerate(dict.fromkeys(word for words, *_ in parsed for word in words))
     }
     place = np.full((len(texts), MAX_WORDS), -1)
     span, first = np.zeros((len(texts), MAX_WORDS, 2), np.int16), np.zeros((len(texts), MAX_WORDS), bool)
@@ -62,7 +73,7 @@ def find_words(texts: Sequence[str], *, weighed: bool, num_drawn: int) -> Words:
         np.zeros((len(texts), MAX_WORDS), np.float32),
         np.full((len(texts), num_drawn), -1, np.int16),
     )
-    for i, (words, spans, firsts, weights, picked) in enumerate(found):
+    for i, (words, spans, firsts, weights, picked) in enumerate(parsed):
         count = len(words)
         place[i, :count] = [distinct[word] for word in words]
         span[i, :count] = np.array(spans, np.int16).reshape(-1, 2)
@@ -74,7 +85,7 @@ def find_words(texts: Sequence[str], *, weighed: bool, num_drawn: int) -> Words:
 
 @functools.lru_cache(maxsize=KEPT_TEXTS)
 def _words_of(text: str, weighed: bool, num_drawn: int) -> tuple[tuple[Any, ...], ...]:
-    """Words, their spans, the places of those that are new, S_si / |S_si|_1, the places of those that are drawn."""
+    """Return words, spans, the positions of new words, S_si / |S_si|_1, and the positions of drawn words."""
     matches = [match for match in WORD.finditer(text) if match.end() <= MAX_PLACE][:MAX_WORDS]
     words = tuple(match.group() for match in matches)
     new: dict[str, int] = {}
@@ -94,27 +105,23 @@ def _words_of(text: str, weighed: bool, num_drawn: int) -> tuple[tuple[Any, ...]
 
 
 def importance(text: str, words: Sequence[str]) -> Float[np.ndarray, " words"]:
-    """S_si / |S_si|_1 of each word of a text.
+    """Return S_si / |S_si|_1 of each word of a text.
 
-    YAKE cuts `dog's` into `dog` and `'s`: a word is known by what stands before its apostrophe.
+    YAKE splits `dog's` into `dog` and `'s`: a word is looked up by the part before its apostrophe.
     """
     lowest: dict[str, float] = {}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # numpy's, of statistics over a single word
-        found = _extractor().extract_keywords(text)
-    for ngram, score in found:
-        for part in WORD.findall(ngram):
-            # rounded, since YAKE adds up over sets, whose order is another in each process
-            lowest[_known_by(part)] = min(
-                round(max(float(score), 0.0), 9), lowest.get(_known_by(part), np.inf)
-            )
-    weights = np.array(
-        [1 / (1 + lowest[_known_by(word)]) if _known_by(word) in lowest else 0.0 for word in words]
-    )
+        warnings.simplefilter("ignore")  # numpy warns about statistics over a single word
+        ngrams = _extractor().extract_keywords(text)
+    for ngram, score in ngrams:
+        for word in WORD.findall(ngram):
+            # rounded: YAKE sums over sets, whose order differs between processes
+            lowest[_stem(word)] = min(round(max(float(score), 0.0), 9), lowest.get(_stem(word), np.inf))
+    weights = np.array([1 / (1 + lowest[_stem(word)]) if _stem(word) in lowest else 0.0 for word in words])
     return weights / max(weights.sum(), 1e-12)
 
 
-def _known_by(word: str) -> str:
+def _stem(word: str) -> str:
     return word.lower().partition("'")[0]
 
 
@@ -122,7 +129,9 @@ def _known_by(word: str) -> str:
 def _extractor() -> Any:
     import yake
 
-    return yake.KeywordExtractor(lan="en", n=3, dedup_lim=1.0, top=10**6)  # all of them, similar ones too
+    return yake.KeywordExtractor(
+        lan="en", n=3, dedup_lim=1.0, top=10**6
+    )  # all n-grams, including similar ones
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -130,14 +139,16 @@ def _extractor() -> Any:
 
 
 class WordSelection:
-    """What `tokens:M` and `random_tokens:M` add to a CLIP teacher; remembers the embedding of every word it met."""
+    """The fields that `tokens:M` and `random_tokens:M` add to a CLIP teacher; caches the embedding of
+    every word.
+    """
 
-    def __init__(self, tokenize: Callable[[list[str]], Tensor], *, num_best: int, num_drawn: int):
+    def __init__(self, tokenize: Callable[[list[str]], Tensor], *, num_best: int, num_drawn: int) -> None:
         if num_best and importlib.util.find_spec("yake") is None:
             raise UserError("--outputs tokens needs the package yake: pip install 'teachercache[tokens]'")
         self.tokenize, self.num_best, self.num_drawn = tokenize, num_best, num_drawn
         self.find = functools.partial(find_words, weighed=num_best > 0, num_drawn=num_drawn)
-        self.embeddings: dict[tuple[str, torch.dtype], dict[str, Tensor]] = {}  # of each device and precision
+        self.embeddings: dict[tuple[str, torch.dtype], dict[str, Tensor]] = {}  # by device and precision
 
     def fields(self, dim: int) -> tuple[Field, ...]:
         """Return the fields of `weigh` for text embeddings of width `dim`."""
@@ -192,7 +203,14 @@ class WordSelection:
     def weigh(
         self, module: Any, words: Words, images: Float[Tensor, "texts dim"] | None
     ) -> dict[str, Tensor]:
-        """The fields of texts beside their pictures' embeddings, zeros where there is no picture that can be used."""
+        """Compute the fields of texts.
+
+        Args:
+            module: The CLIP.
+            words: The words of the texts.
+            images: The image embedding of each text [texts, dim], zeros if its image is unusable; None
+                for data without images.
+        """
         device = next(module.parameters()).device
         features = self.features_of(module, words.distinct)
         place = torch.from_numpy(words.place).to(device)
@@ -208,22 +226,22 @@ class WordSelection:
         return fields
 
     def features_of(self, module: Any, words: Sequence[str]) -> Float[Tensor, "words dim"]:
-        """Text embeddings in float32; a word that was met before is not encoded again.
+        """Return text embeddings in float32; a cached word is not encoded again.
 
-        Which words are new depends on what came before, and a resumed build has to write the same bytes: on the CPU,
-        where a batch saves little, each word goes alone; elsewhere batches have one size, so that one kernel computes
-        them all in the same way.
+        Which words are new depends on earlier batches, and a resumed build has to write the same bytes. So on
+        the CPU, where a batch saves little, each word is encoded alone; elsewhere all batches have one size,
+        so that the same kernel computes them.
         """
         parameter = next(module.parameters())
-        known = self.embeddings.setdefault((str(parameter.device), parameter.dtype), {})
-        new = [word for word in words if word not in known]
+        cached = self.embeddings.setdefault((str(parameter.device), parameter.dtype), {})
+        new = [word for word in words if word not in cached]
         size = WORDS_AT_ONCE.get(parameter.device.type, WORDS_AT_ONCE[""])
         for start in range(0, len(new), size):
-            part = new[start : start + size]
-            ids = self.tokenize(part + [""] * (size - len(part))).to(parameter.device)
-            known |= zip(part, module.encode_text(ids, normalize=False), strict=False)
+            batch = new[start : start + size]
+            ids = self.tokenize(batch + [""] * (size - len(batch))).to(parameter.device)
+            cached |= zip(batch, module.encode_text(ids, normalize=False), strict=False)
         none = torch.zeros(0, 1, device=parameter.device)
-        return torch.stack([known[word] for word in words]).float() if words else none
+        return torch.stack([cached[word] for word in words]).float() if words else none
 
 
 def score(
@@ -232,7 +250,7 @@ def score(
     place: Int[Tensor, "texts length"],
     importance: Float[Tensor, "texts length"],
 ) -> Float[Tensor, "texts length"]:
-    """Eq. 5; `importance` has its L1 norm already."""
+    """Compute Eq. 5; `importance` is already normalized by its L1 norm."""
     if images is None or not len(features):
         return importance
     cosines = F.normalize(images.float(), dim=1) @ F.normalize(features, dim=1).T  # [texts, words]
@@ -243,7 +261,9 @@ def score(
 def best_words(
     scores: Float[Tensor, "texts length"], first: Shaped[Tensor, "texts length"], num_best: int
 ) -> Int[Tensor, "texts best"]:
-    """Eq. 6: places of the highest scores, best first, of equals the first; a word that comes twice is one word."""
+    """Compute Eq. 6: the positions of the highest scores, best first, ties in order; a repeated word
+    counts once.
+    """
     ranked, index = scores.masked_fill(~first, -torch.inf).sort(dim=1, descending=True, stable=True)
     return index.masked_fill(ranked == -torch.inf, -1)[:, :num_best]
 
@@ -251,7 +271,7 @@ def best_words(
 def chosen(
     features: Float[Tensor, "words dim"], place: Int[Tensor, "texts length"], index: Int[Tensor, "texts best"]
 ) -> Float[Tensor, "texts best dim"]:
-    """The words' embeddings, zeros where the index is -1."""
+    """Return the embeddings of words, zeros if the index is -1."""
     if not len(features):
         return features.new_zeros(*index.shape, features.shape[1])
     words = place.gather(1, index.clamp(min=0)).clamp(min=0)

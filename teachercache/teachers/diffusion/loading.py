@@ -1,7 +1,7 @@
-"""Diffusion teachers from diffusers' folders, from the hub, or at random. Only safetensors; no sampling of pictures.
+"""Load diffusion teachers from folders of diffusers, from the hub, or with random weights; only safetensors.
 
-A folder is what `StableDiffusionPipeline.save_pretrained` writes: model_index.json, unet, vae, text_encoder, tokenizer,
-scheduler. Without a VAE the UNet works on pixels.
+A folder is written by `StableDiffusionPipeline.save_pretrained`: model_index.json, unet, vae, text_encoder,
+tokenizer, scheduler. Without a VAE the UNet works on pixels.
 """
 
 import contextlib
@@ -28,12 +28,12 @@ from teachercache.teachers.diffusion.outputs import (
     parse_outputs,
 )
 from teachercache.teachers.teacher import Teacher
-from teachercache.teachers.weights import digest_weights, hub_answers
+from teachercache.teachers.weights import digest_weights, hub_answers, random_seed
 
 HOME = Path(__file__).with_name("sd_tiny")
 SD_V1_4 = "CompVis/stable-diffusion-v1-4"
 NEEDED = {"unet": "UNet2DConditionModel", "text_encoder": "CLIPTextModel", "vae": "AutoencoderKL"}
-SD_V1: dict[str, dict[str, Any]] = {  # where it differs from the classes' defaults
+SD_V1: dict[str, dict[str, Any]] = {  # values that differ from the defaults of the classes
     "unet": {"sample_size": 64, "cross_attention_dim": 768},
     "vae": {
         "sample_size": 512,
@@ -55,8 +55,10 @@ Tokenize = Callable[[list[str]], Int[Tensor, "texts length"]]
 
 
 def load_diffusion(name: str, *, source: str, weights: str, outputs: tuple[str, ...]) -> Teacher:
-    """A diffusion teacher of `hub:ORG/NAME` or `folder:PATH`; `random:SEED`, or another folder, as --weights."""
-    seed = _seed(weights)
+    """Load a diffusion teacher from `hub:ORG/NAME` or `folder:PATH`; --weights may be `random:SEED` or
+    another folder.
+    """
+    seed = random_seed(weights)
     if seed is not None and source == f"hub:{SD_V1_4}":
         module, tokenize, tokenizer = random_sd_v1(seed)
     else:
@@ -76,7 +78,9 @@ def make_teacher(
     weights: str,
     outputs: tuple[str, ...],
 ) -> Teacher:
-    """A Teacher around any Diffusion. Pictures are resized and cut to the square that the UNet was trained on."""
+    """Make a Teacher from a Diffusion. Images are resized and cropped to the square that the UNet was
+    trained on.
+    """
     timesteps = len(module.alphas_cumprod)
     plan = parse_outputs(outputs, timesteps)
     check_block(name, module, plan)
@@ -112,39 +116,30 @@ def make_teacher(
 
 
 def _pixels(module: Diffusion) -> tuple[int, int]:
-    """Height and width of the pictures whose latents the UNet was trained on."""
+    """Return height and width of the images whose latents the UNet was trained on."""
     _, height, width = latent_shape(module)
     factor = 1 if module.vae is None else 2 ** (len(module.vae.config.block_out_channels) - 1)
     return height * factor, width * factor
 
 
 def _tokenize(tokenizer: Any, length: int, texts: list[str]) -> Int[Tensor, "texts length"]:
-    """Token ids, cut or filled up to `length`, as a pipeline's `encode_prompt` makes them."""
+    """Return token ids, truncated or padded to `length`, as `encode_prompt` of a pipeline does."""
     return tokenizer(
         texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
     ).input_ids
 
 
 # ----------------------------------------------------------------------------------------------------
-# Where it comes from
-
-
-def _seed(weights: str) -> int | None:
-    seed = weights.removeprefix("random:")
-    if seed == weights:
-        return None
-    if not seed.isdigit():
-        raise UserError(f"--weights {weights}: write random:SEED, for example random:0")
-    return int(seed)
+# Sources
 
 
 def _folder(name: str, source: str, weights: str) -> Path:
-    """The folder of a teacher; from the hub the first time."""
+    """Return the folder of a teacher; from the hub it is downloaded the first time."""
     kind, _, place = source.partition(":")
-    if weights != "pretrained" and _seed(weights) is None:
+    if weights != "pretrained" and random_seed(weights) is None:
         if kind == "folder" and place:
             raise UserError(
-                f"--weights {weights}: the folder {name} brings its own weights; leave --weights away"
+                f"--weights {weights}: the folder {name} has its own weights; leave --weights away"
             )
         if not Path(weights, "model_index.json").is_file():
             raise UserError(
@@ -168,7 +163,9 @@ def _folder(name: str, source: str, weights: str) -> Path:
 
 
 def _download(name: str, repository: str) -> Path:
-    """A snapshot in the hub's cache, without what is not read here: halves, checkers, other formats."""
+    """Download a snapshot into the hub's cache, without half-precision weights, safety checkers and other
+    formats.
+    """
     import huggingface_hub
 
     patterns = ["model_index.json", "tokenizer/*", "*/*config.json"]
@@ -184,17 +181,19 @@ def _download(name: str, repository: str) -> Path:
     except Exception as error:
         raise UserError(
             f"cannot get the weights of {name} ({type(error).__name__}: {str(error).splitlines()[0][:120]}). Pass "
-            "--weights FOLDER (of diffusers, one you have), --weights random:0 (the true architecture that knows "
-            "nothing), or --teacher sd-tiny"
+            "--weights FOLDER (of diffusers, one you have), --weights random:0 (the same architecture, "
+            "untrained), or --teacher sd-tiny"
         ) from error
 
 
 # ----------------------------------------------------------------------------------------------------
-# What it is made of
+# Components
 
 
 def open_folder(folder: Path, *, seed: int | None = None) -> tuple[Diffusion, Any]:
-    """The module and the tokenizer of a diffusers folder; its architecture at random where a seed is given."""
+    """Return the module and the tokenizer of a diffusers folder; with a seed the same architecture with
+    random weights.
+    """
     import transformers
 
     try:
@@ -207,43 +206,45 @@ def open_folder(folder: Path, *, seed: int | None = None) -> tuple[Diffusion, An
             raise UserError(
                 f"{folder} has {parts[part] or 'nothing'} as its {part}: a diffusion teacher has {needed}"
             )
-    with _told(folder), torch.random.fork_rng(devices=[]):
+    with _explain_errors(folder), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed or 0)
-        made = {part: _part(folder, part, seed) for part, kind in parts.items() if kind}
+        components = {part: _part(folder, part, seed) for part, kind in parts.items() if kind}
         scheduler = _scheduler(json.loads(Path(folder, "scheduler", "scheduler_config.json").read_text()))
         kind = (index.get("tokenizer") or [None, ""])[1]
         tokenizer = getattr(transformers, kind, transformers.AutoTokenizer).from_pretrained(
             Path(folder, "tokenizer")
         )
-    return _join(str(folder), made, scheduler), tokenizer
+    return _join(str(folder), components, scheduler), tokenizer
 
 
 def random_sd_v1(seed: int) -> tuple[Diffusion, Tokenize, Any]:
-    """Stable Diffusion v1's architecture at random, with the tokenizer that CLIP brings: no download."""
+    """Return Stable Diffusion v1's architecture with random weights, with CLIP's tokenizer: no download."""
     import open_clip
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        made = {
+        components = {
             "unet": UNet2DConditionModel(**SD_V1["unet"]),
             "text_encoder": CLIPTextModel(CLIPTextConfig(**SD_V1["text_encoder"])),
             "vae": AutoencoderKL(**SD_V1["vae"]),
         }
     tokenizer = open_clip.SimpleTokenizer()
-    return _join("sd-v1-4", made, _scheduler(SD_V1["scheduler"])), partial(_as_sd, tokenizer), tokenizer
+    return _join("sd-v1-4", components, _scheduler(SD_V1["scheduler"])), partial(_as_sd, tokenizer), tokenizer
 
 
 def _as_sd(tokenizer: Any, texts: list[str]) -> Int[Tensor, "texts length"]:
-    """open_clip's ids filled up with the end of text, as Stable Diffusion's are, instead of zeros."""
+    """Return open_clip's ids padded with the end-of-text token, as those of Stable Diffusion are, instead
+    of zeros.
+    """
     ids = tokenizer(texts)
     behind = torch.arange(ids.shape[1]) > ids.argmax(1, keepdim=True)
     return ids.masked_fill(behind, tokenizer.eot_token_id)
 
 
 def _part(folder: Path, part: str, seed: int | None) -> Any:
-    """The UNet, VAE or text encoder of a folder in float32."""
+    """Load the UNet, VAE or text encoder of a folder in float32."""
     import diffusers
     import transformers
 
@@ -262,10 +263,10 @@ def _part(folder: Path, part: str, seed: int | None) -> Any:
 
 
 def _scheduler(config: dict[str, Any]) -> Any:
-    """The noise schedule of any scheduler's configuration, as DDPM has it."""
+    """Return the noise schedule of any scheduler's configuration as a DDPMScheduler."""
     from diffusers import DDPMScheduler
 
-    known = (
+    names = (
         "num_train_timesteps",
         "beta_start",
         "beta_end",
@@ -274,12 +275,12 @@ def _scheduler(config: dict[str, Any]) -> Any:
         "prediction_type",
         "rescale_betas_zero_snr",
     )
-    return DDPMScheduler(**{name: config[name] for name in known if config.get(name) is not None})
+    return DDPMScheduler(**{name: config[name] for name in names if config.get(name) is not None})
 
 
-def _join(name: str, made: dict[str, Any], scheduler: Any) -> Diffusion:
-    """The parts as one module; UserError where they do not go together."""
-    unet, vae, text_encoder = made["unet"], made.get("vae"), made["text_encoder"]
+def _join(name: str, components: dict[str, Any], scheduler: Any) -> Diffusion:
+    """Join the parts to one module; raise UserError if they do not fit together."""
+    unet, vae, text_encoder = components["unet"], components.get("vae"), components["text_encoder"]
     prediction, channels = scheduler.config.prediction_type, unet.config.in_channels
     latents = 3 if vae is None else vae.config.latent_channels
     wrong = ""
@@ -299,8 +300,10 @@ def _join(name: str, made: dict[str, Any], scheduler: Any) -> Diffusion:
 
 
 @contextlib.contextmanager
-def _told(folder: Path) -> Iterator[None]:
-    """What a library says of a folder that it cannot read, in one line, and no bars of its own."""
+def _explain_errors(folder: Path) -> Iterator[None]:
+    """Turn the exceptions of libraries about an unreadable folder into a UserError, and hide their
+    progress bars.
+    """
     from transformers.utils import logging
 
     bars = logging.is_progress_bar_enabled()

@@ -1,9 +1,10 @@
-"""A text-to-image diffusion model as a teacher: latents, text states, noise, and the error of Eq. 1 of SDS-CLIP.
+"""A text-to-image diffusion model as a teacher: latents, text states, noise, and the error of Eq. 1 of
+SDS-CLIP.
 
-    d(x, c) = E_{t, eps} || eps_theta(z_t, t, c) - eps ||^2,    z_t = sqrt(abar_t) v(x) + sqrt(1 - abar_t) eps
+    d(x, c) = E_{t, eps} || eps_theta(z_t, t, c) - eps ||^2,    z_t = sqrt(abar_t) v(x) + sqrt(1 - abar_t)
+        eps
 
-Plain functions of a frozen module; none decides about gradients: the caller does. Not for sampling pictures, nor for
-reading folders: see `diffusion_folders.py`.
+Plain functions of a frozen module; the caller decides about gradients. `loading.py` reads folders.
 """
 
 from collections.abc import Callable
@@ -16,13 +17,13 @@ from torch import Tensor, nn
 from teachercache.teachers.teacher import Teacher
 
 PREDICTIONS = ("epsilon", "v_prediction")
-PAIRS_AT_ONCE = (
-    64  # of one pass through the UNet: what it needs of memory does not depend on the number of texts
-)
+PAIRS_AT_ONCE = 64  # per pass through the UNet, so that its memory does not depend on the number of texts
 
 
 class Diffusion(nn.Module):
-    """UNet, text encoder and, unless it works on pixels, VAE of a Stable-Diffusion-style pipeline; frozen."""
+    """The frozen UNet, text encoder and VAE (none for a model on pixels) of a Stable-Diffusion-style
+    pipeline.
+    """
 
     alphas_cumprod: Float[Tensor, " timesteps"]
 
@@ -44,7 +45,7 @@ class Diffusion(nn.Module):
         self.eval().requires_grad_(False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Diffusion":
-        """Moves as any module does; the noise schedule stays float32, half precision would spoil it."""
+        """Move the module; the noise schedule stays in float32, as half precision is too coarse for it."""
         exact = self.alphas_cumprod
         super()._apply(fn, recurse)
         self.alphas_cumprod = exact.to(self.alphas_cumprod.device)
@@ -57,7 +58,7 @@ def diffusion_of(teacher: Teacher) -> Diffusion | None:
 
 
 def latent_shape(module: Diffusion) -> tuple[int, int, int]:
-    """Channels, height and width of what the UNet was trained on."""
+    """Return channels, height and width of the latents that the UNet was trained on."""
     size = module.unet.config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
     return int(module.unet.config.in_channels), int(height), int(width)
@@ -66,19 +67,21 @@ def latent_shape(module: Diffusion) -> tuple[int, int, int]:
 def encode_latent(
     module: Diffusion, images: Float[Tensor, "rows 3 height width"]
 ) -> Float[Tensor, "rows channels down across"]:
-    """Pictures in [-1, 1] to the mean of the VAE's posterior times `scaling`; in pixel space they are the latents."""
+    """Map images in [-1, 1] to the mean of the VAE's posterior times `scaling`; without a VAE they are the
+    latents.
+    """
     if module.vae is None:
         return images
     return module.vae.encode(images.to(module.vae.dtype)).latent_dist.mode() * module.scaling
 
 
 def encode_states(module: Diffusion, ids: Int[Tensor, "texts length"]) -> Float[Tensor, "texts length dim"]:
-    """What the UNet reads of texts: the text encoder's last hidden states, padding included, final norm applied."""
+    """Return the text states that the UNet reads: the last hidden states, with padding and final norm."""
     return module.text_encoder(ids)[0]
 
 
 def _shares(module: Diffusion, t: Int[Tensor, " rows"], like: Tensor) -> tuple[Tensor, Tensor]:
-    """sqrt(abar_t) and sqrt(1 - abar_t) in float32, with a one for every other axis of `like`."""
+    """Return sqrt(abar_t) and sqrt(1 - abar_t) in float32, broadcastable to `like`."""
     abar = module.alphas_cumprod[t.to(module.alphas_cumprod.device)].to(like.device)
     abar = abar.view(-1, *[1] * (like.ndim - 1))
     return abar.sqrt(), (1 - abar).sqrt()
@@ -90,7 +93,9 @@ def add_noise(
     noise: Float[Tensor, "rows channels down across"],
     t: Int[Tensor, " rows"],
 ) -> Float[Tensor, "rows channels down across"]:
-    """z_t = sqrt(abar_t) z + sqrt(1 - abar_t) eps, computed in float32, in the dtype of `latents`."""
+    """Compute z_t = sqrt(abar_t) z + sqrt(1 - abar_t) eps in float32, and return it in the dtype of
+    `latents`.
+    """
     signal, rest = _shares(module, t, latents)
     return (signal * latents + rest * noise).to(latents.dtype)
 
@@ -101,22 +106,30 @@ def predict_noise(
     t: Int[Tensor, " rows"],
     states: Float[Tensor, "rows length dim"],
 ) -> Float[Tensor, "rows channels down across"]:
-    """eps_theta(z_t, t, c) in the dtype of `noised`, the UNet in its own; v becomes sqrt(abar) v + sqrt(1 - abar) z."""
+    """Return eps_theta(z_t, t, c) in the dtype of `noised`. A v prediction becomes sqrt(abar) v + sqrt(1 -
+    abar) z.
+    """
     dtype = module.unet.dtype
-    said = module.unet(noised.to(dtype), t.to(noised.device), encoder_hidden_states=states.to(dtype)).sample
+    output = module.unet(noised.to(dtype), t.to(noised.device), encoder_hidden_states=states.to(dtype)).sample
     if module.prediction == "v_prediction":
         signal, rest = _shares(module, t, noised)
-        said = signal * said + rest * noised
-    return said.to(noised.dtype)
+        output = signal * output + rest * noised
+    return output.to(noised.dtype)
 
 
 def draw_noise(
     module: Diffusion, num: int, *, seed: int = 0, t_range: tuple[int, int] | None = None
 ) -> tuple[Int[Tensor, " draws"], Float[Tensor, "draws channels down across"]]:
-    """`num` draws of (t, eps), the same for everything that is compared: on any device, of any batch, for any length.
+    """Draw `num` pairs of (t, eps) that are equal on every device and for every batch.
 
-    t_range is [first, last + 1), all timesteps unless given; each of `num` equal parts of it gives one t, so that the
-    mean over draws is that over all t with less variance than free draws. A CPU generator draws, in float32.
+    Each of `num` equal parts of the range gives one t: their mean has less variance than free draws. A CPU
+    generator draws in float32.
+
+    Args:
+        module: The diffusion model.
+        num: The number of draws.
+        seed: The seed.
+        t_range: [first, last + 1); all timesteps by default.
     """
     first, last = t_range or (0, len(module.alphas_cumprod))
     if not 0 <= first < last <= len(module.alphas_cumprod) or num < 1:
@@ -138,16 +151,18 @@ def pair_errors(
     t: Int[Tensor, " draws"],
     noise: Float[Tensor, "draws channels down across"],
 ) -> Float[Tensor, "rows texts"]:
-    """d(x, c) of Eq. 1 for every text of every row: the mean over draws and elements, in float32."""
+    """Compute d(x, c) of Eq. 1 for every text of every row: the mean over draws and elements, in float32."""
     rows, texts = states.shape[:2]
     owners = torch.arange(rows, device=latents.device).repeat_interleave(texts)
     pairs = zip(owners.split(PAIRS_AT_ONCE), states.flatten(0, 1).split(PAIRS_AT_ONCE), strict=True)
     errors = []
-    for places, said in pairs:
+    for places, text_states in pairs:
         total = torch.zeros(len(places), device=latents.device)
         for draw, eps in zip(t, noise.float(), strict=True):
-            at, eps = draw.expand(len(places)), eps.expand(len(places), *eps.shape)
-            noised = add_noise(module, latents[places].float(), eps, at)
-            total = total + (predict_noise(module, noised, at, said) - eps).square().flatten(1).mean(1)
+            timesteps, eps = draw.expand(len(places)), eps.expand(len(places), *eps.shape)
+            noised = add_noise(module, latents[places].float(), eps, timesteps)
+            total = total + (predict_noise(module, noised, timesteps, text_states) - eps).square().flatten(
+                1
+            ).mean(1)
         errors.append(total / len(t))
     return torch.cat(errors).view(rows, texts)

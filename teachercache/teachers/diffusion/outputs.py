@@ -1,7 +1,7 @@
-"""What `--outputs` keeps of a diffusion teacher: text states, latents, features inside the UNet, scores of Eq. 1.
+"""The outputs of a diffusion teacher: text states, latents, features inside the UNet, scores of Eq. 1.
 
-Scores and UNet features are of a text beside its row's picture (`pair`), the others of a text or a picture alone
-(`encode`). Each (t, eps) is drawn once for all rows and texts, from a seed that stands in the cache. Not for training.
+Scores and UNet features belong to a text with its image, the others to a text or an image alone. Each (t,
+eps) is drawn once for all rows and texts, from a seed that the cache records.
 """
 
 import dataclasses
@@ -31,22 +31,24 @@ from teachercache.teachers.teacher import DIFFUSION_OUTPUTS, Inputs
 
 SAMPLES = re.compile(r"(?P<samples>\d+)|seed=(?P<seed>\d+)|t=(?P<first>\d+)-(?P<last>\d+)")
 PLACE = re.compile(r"(?P<t>\d+)|seed=(?P<seed>\d+)|(?P<block>mid_block|(down|up)_blocks\.\d+|out)")
-OUT = "out"  # no block: what the UNet predicts
+OUT = "out"  # the prediction of the UNet instead of a block
 
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """How Eq. 1 is estimated: draws, their seed, the first and the last timestep."""
+    """How Eq. 1 is estimated: the number of draws, their seed, the first and the last timestep (-1: the
+    last one).
+    """
 
     samples: int = 10
     seed: int = 0
     first: int = 0
-    last: int = -1  # the last there is
+    last: int = -1  # the last one
 
 
 @dataclasses.dataclass(frozen=True)
 class Features:
-    """Where inside the UNet, at which noise."""
+    """The block of the UNet, the timestep and the seed of the noise of `unet_features`."""
 
     t: int = 100
     block: str = "mid_block"
@@ -55,7 +57,7 @@ class Features:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What is kept."""
+    """The outputs to compute."""
 
     text_states: bool = False
     latents: bool = False
@@ -69,12 +71,16 @@ class Plan:
 
 
 # ----------------------------------------------------------------------------------------------------
-# What was asked for
+# Outputs
 
 
 def parse_outputs(outputs: Sequence[str], timesteps: int) -> Plan:
-    """`("latents", "scores:16+seed=1+t=200-800", "unet_features:100+up_blocks.1")`; UserError says how to write it."""
-    asked: dict[str, Any] = {}
+    """Parse `("latents", "scores:16+seed=1+t=200-800", "unet_features:100+up_blocks.1")`.
+
+    Raises:
+        UserError: An output is wrong; the message contains the right form.
+    """
+    requested: dict[str, Any] = {}
     for output in outputs:
         kind, colon, rest = output.partition(":")
         if kind not in DIFFUSION_OUTPUTS or (colon and kind in ("text_states", "latents")):
@@ -82,11 +88,11 @@ def parse_outputs(outputs: Sequence[str], timesteps: int) -> Plan:
                 f"--outputs {output}: choose from {', '.join(DIFFUSION_OUTPUTS)}; scores takes how often, "
                 "scores:16+seed=1, unet_features where, unet_features:100+mid_block"
             )
-        if kind in asked:
+        if kind in requested:
             raise UserError(f"--outputs names {kind} twice: write it once")
         parts = rest.split("+") if colon else []
         if kind == "scores":
-            asked[kind] = _scores(
+            requested[kind] = _scores(
                 output, _read(output, parts, SAMPLES, "scores:16+seed=1+t=200-800"), timesteps
             )
         elif kind == "unet_features":
@@ -96,24 +102,24 @@ def parse_outputs(outputs: Sequence[str], timesteps: int) -> Plan:
                 PLACE,
                 "unet_features:100+mid_block+seed=1, the block mid_block, down_blocks.0, up_blocks.1 or out",
             )
-            asked[kind] = Features(**values)
-            _check_timesteps(output, asked[kind].t, asked[kind].t, timesteps)
+            requested[kind] = Features(**values)
+            _check_timesteps(output, requested[kind].t, requested[kind].t, timesteps)
         else:
-            asked[kind] = True
-    return Plan(**asked)
+            requested[kind] = True
+    return Plan(**requested)
 
 
 def _read(output: str, parts: Sequence[str], pattern: re.Pattern, example: str) -> dict[str, Any]:
-    """The named groups of all parts; numbers are int."""
+    """Return the named groups of all parts, with numbers as int."""
     values: dict[str, Any] = {}
     for part in parts:
         match = pattern.fullmatch(part)
-        found = {
+        groups = {
             name: text for name, text in (match.groupdict() if match else {}).items() if text is not None
         }
-        if not found or found.keys() & values.keys():
+        if not groups or groups.keys() & values.keys():
             raise UserError(f"--outputs {output}: write {example}")
-        values |= {name: int(text) if text.isdecimal() else text for name, text in found.items()}
+        values |= {name: int(text) if text.isdecimal() else text for name, text in groups.items()}
     return values
 
 
@@ -131,7 +137,7 @@ def _check_timesteps(output: str, first: int, last: int, timesteps: int) -> None
 
 
 def join_outputs(plan: Plan, timesteps: int) -> tuple[str, ...]:
-    """What `parse_outputs` read, written in the one way: equal requests are equal in a cache's metadata."""
+    """Write parsed outputs in one canonical form, so that equal requests have equal metadata."""
     written = [name for name in ("text_states", "latents") if getattr(plan, name)]
     if plan.unet_features is not None:
         place = plan.unet_features
@@ -151,7 +157,7 @@ def _seed(seed: int) -> str:
 
 
 def constants(plan: Plan, module: Diffusion) -> dict[str, float]:
-    """What a recipe has to know of the teacher, and what was drawn, as a cache holds it: numbers."""
+    """Return the numbers about the teacher and its draws that recipes need, as a cache stores them."""
     values: dict[str, float] = {
         "timesteps": len(module.alphas_cumprod),
         "latent_scaling": module.scaling,
@@ -165,13 +171,15 @@ def constants(plan: Plan, module: Diffusion) -> dict[str, float]:
 
 
 def fields_of(plan: Plan, module: Diffusion, *, length: int, empty: Tensor) -> tuple[Field, ...]:
-    """The fields of a plan; the UNet runs once where its features are asked for."""
+    """Return the fields of a plan; the UNet runs once if its features are requested."""
     shape = latent_shape(module)
     fields = []
     if plan.text_states:
         dim = int(module.text_encoder.config.hidden_size)
         fields.append(
-            Field("text_states", (length, dim), "text", "float16", "last hidden states, what the UNet reads")
+            Field(
+                "text_states", (length, dim), "text", "float16", "last hidden states, the input of the UNet"
+            )
         )
     if plan.latents:
         doc = (
@@ -181,10 +189,12 @@ def fields_of(plan: Plan, module: Diffusion, *, length: int, empty: Tensor) -> t
         )
         fields.append(Field("latent", shape, "image", "float16", doc))
     if (place := plan.unet_features) is not None:
-        said = unet_features(module, torch.zeros(1, *shape), encode_states(module, empty)[None], place=place)
-        where = "what the UNet predicts" if place.block == OUT else f"{place.block} of the UNet"
+        example = unet_features(
+            module, torch.zeros(1, *shape), encode_states(module, empty)[None], place=place
+        )
+        where = "the prediction of the UNet" if place.block == OUT else f"{place.block} of the UNet"
         doc = f"{where} at t={place.t}, one noise for all rows (seed {place.seed})"
-        fields.append(Field("unet_feature", tuple(said.shape[2:]), "pair", "float16", doc))
+        fields.append(Field("unet_feature", tuple(example.shape[2:]), "pair", "float16", doc))
     if (scores := plan.scores) is not None:
         drawn = (
             f"{scores.samples} draws of t from {scores.first} to {scores.last}, shared (seed {scores.seed})"
@@ -202,7 +212,7 @@ def _score_field(name: str, doc: str) -> Field:
 
 
 def check_block(name: str, module: Diffusion, plan: Plan) -> None:
-    """UserError where the UNet lacks the block."""
+    """Raise UserError if the UNet lacks the block."""
     blocks = [
         f"{side}_blocks.{i}"
         for side in ("down", "up")
@@ -276,20 +286,24 @@ def unet_features(
     *,
     place: Features,
 ) -> Float[Tensor, "rows texts ..."]:
-    """A block's output, or the predicted noise, at z_t of one (t, eps), for every text of every row."""
+    """Return a block's output, or the predicted noise, at z_t of one (t, eps), for every text of every
+    row.
+    """
     rows, texts = states.shape[:2]
     t, noise = draw_noise(module, 1, seed=place.seed, t_range=(place.t, place.t + 1))
     owners = torch.arange(rows, device=latents.device).repeat_interleave(texts)
     kept = []
-    for places, said in zip(
+    for places, text_states in zip(
         owners.split(PAIRS_AT_ONCE), states.flatten(0, 1).split(PAIRS_AT_ONCE), strict=True
     ):
-        at = t.expand(len(places))
-        noised = add_noise(module, latents[places].float(), noise.expand(len(places), *noise.shape[1:]), at)
+        timesteps = t.expand(len(places))
+        noised = add_noise(
+            module, latents[places].float(), noise.expand(len(places), *noise.shape[1:]), timesteps
+        )
         if place.block == OUT:
-            kept.append(predict_noise(module, noised, at, said))
+            kept.append(predict_noise(module, noised, timesteps, text_states))
             continue
         with watch({"block": (module.unet.get_submodule(place.block), output_tensor)}) as seen:
-            predict_noise(module, noised, at, said)
+            predict_noise(module, noised, timesteps, text_states)
         kept.append(seen["block"])
     return torch.cat(kept).unflatten(0, (rows, texts))

@@ -11,7 +11,7 @@ from sklearn.metrics import roc_auc_score
 from sklearn.neighbors import LocalOutlierFactor, NearestNeighbors
 
 from teachercache import analysis
-from teachercache.analysis import matching, measures, neighbours
+from teachercache.analysis import matching, measures, neighbors
 from teachercache.analysis.report import one_cache as describe
 from teachercache.search import vectors as vectors_module
 from teachercache.search.vectors import Vectors
@@ -139,7 +139,7 @@ def test_procrustes_is_scipys():
 
 def test_overlap_and_rank_correlation():
     a, b = np.array([[1, 2, 3], [0, 2, 3]]), np.array([[3, 9, 1], [7, 8, 9]])
-    assert analysis.neighbour_overlap(a, b).tolist() == pytest.approx([2 / 3, 0])
+    assert analysis.neighbor_overlap(a, b).tolist() == pytest.approx([2 / 3, 0])
     x, y = points(40, 6), points(40, 4, seed=2)
     cosines = [1 - spatial.distance.pdist(z, "cosine") for z in (x, y)]
     assert analysis.rank_correlation(x, y) == pytest.approx(stats.spearmanr(*cosines).statistic, abs=1e-3)
@@ -179,7 +179,7 @@ def test_a_row_is_never_its_own_neighbour_however_many_are_the_same():
 
 @pytest.mark.parametrize("at", [None, [3, 50, 199]])
 def test_near_pairs_are_all_of_them(monkeypatch, at):
-    monkeypatch.setattr(neighbours, "BLOCK_SCORES", 900)
+    monkeypatch.setattr(neighbors, "BLOCK_SCORES", 900)
     x = points(200, 3)
     cosines = x @ x.T
     asked = set(range(200) if at is None else at)
@@ -280,8 +280,8 @@ def test_auc_is_scikit_learns():
 
 def test_clusters_and_their_words():
     x = np.concatenate([analysis.unit(np.eye(6)[i] + 0.05 * points(40, 6, seed=i)) for i in range(3)])
-    centres = analysis.fit_centres(x, 3)
-    number, distance = neighbours.far_from_centres(x, centres)
+    centers = analysis.fit_centers(x, 3)
+    number, distance = neighbors.far_from_centers(x, centers)
     assert [len(set(number[i : i + 40].tolist())) for i in (0, 40, 80)] == [1, 1, 1]
     assert len(set(number.tolist())) == 3
     assert distance.max() < 0.1

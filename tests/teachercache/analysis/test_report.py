@@ -15,12 +15,13 @@ from PIL import Image
 from small import build_cache, error_of, make_folder, run, save_teacher
 
 from teachercache import analysis
-from teachercache.analysis import matching, neighbours
+from teachercache.analysis import matching, neighbors
 from teachercache.analysis.report import one_cache as describe
 from teachercache.analysis.report import opened as subject
 from teachercache.analysis.report import thumbnails
 from teachercache.analysis.report import two_caches as compare
 from teachercache.analysis.report import write as report
+from teachercache.analysis.report.as_json import as_json
 from teachercache.analysis.report.write import analyze
 from teachercache.cache import store
 from teachercache.data.manifest import make_manifest, write_manifest
@@ -34,8 +35,8 @@ WIDTH = 24
 def embeddings(rows: int, *, seed: int = 0, dim: int = WIDTH) -> tuple[np.ndarray, np.ndarray]:
     """Pictures in clusters and texts near them, one a row."""
     random = np.random.default_rng(seed)
-    centres = random.standard_normal((8, dim))
-    pictures = centres[random.integers(8, size=rows)] + 0.6 * random.standard_normal((rows, dim))
+    centers = random.standard_normal((8, dim))
+    pictures = centers[random.integers(8, size=rows)] + 0.6 * random.standard_normal((rows, dim))
     texts = pictures + 0.5 * random.standard_normal((rows, dim))
     return pictures.astype(np.float16), texts.astype(np.float16)[:, None]
 
@@ -132,7 +133,7 @@ def test_every_file_is_there_and_agrees(planted):
         "matrix.png",
         "spectrum.png",
     }
-    assert json.loads((out / "report.json").read_text()) == json.loads(describe.as_json(found))
+    assert json.loads((out / "report.json").read_text()) == json.loads(as_json(found))
     assert page_data(out, "report") == json.loads((out / "report.json").read_text())
     for name in ("map.png", "similarity.png"):
         assert np.asarray(Image.open(out / name).convert("L")).std() > 5
@@ -299,7 +300,7 @@ def test_what_cannot_be_analyzed(tmp_path, planted, capsys):
     cache = planted["cache"].path
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("")
-    assert "is no report: pass another --out" in error_of(
+    assert "is not a report: pass another --out" in error_of(
         capsys, "analyze", cache, "--out", tmp_path / "other"
     )
     assert "choose from pca, umap" in error_of(
@@ -370,7 +371,7 @@ def test_rows_join_by_key_and_a_turned_space_is_the_same(two):
     y = y[[place[row] for row in common.tolist()]]
     assert found["pictures"]["cka"] == pytest.approx(analysis.linear_cka(x[common], y), abs=1e-4)
     a, b = analysis.nearest(x[common], 10)[1], analysis.nearest(y, 10)[1]
-    share = analysis.neighbour_overlap(a, b)
+    share = analysis.neighbor_overlap(a, b)
     assert found["neighbourhoods"]["overlap"]["10"] == pytest.approx(share.mean())
     first = found["neighbourhoods"]["changed"][0]
     assert first["neighbours"] == common[a[common.tolist().index(first["row"])]][:6].tolist()
@@ -455,7 +456,7 @@ def test_memory_does_not_grow_with_the_rows(tmp_path, monkeypatch):
     for module, name, value in (
         (subject, "ALL_PAIRS", 3_000_000),
         (describe, "ALL_PAIRS", 3_000_000),
-        (neighbours, "BLOCK_SCORES", 1 << 20),
+        (neighbors, "BLOCK_SCORES", 1 << 20),
         (matching, "BLOCK_SCORES", 1 << 20),
         (vectors_module, "CHUNK_BYTES", 1 << 18),
     ):
@@ -471,10 +472,10 @@ def test_memory_does_not_grow_with_the_rows(tmp_path, monkeypatch):
         opened, known = subject.open_subject(cache.path), describe.empty_per_row(rows)
         tracemalloc.start()
         describe.space(opened)
-        centres = analysis.fit_centres(opened.main, 8)
+        centers = analysis.fit_centers(opened.main, 8)
         describe.pairs(opened, known)
         describe.retrieval(opened, known)
-        outliers, hubness = describe.crowd(opened, known, centres)
+        outliers, hubness = describe.crowd(opened, known, centers)
         found = describe.duplicates(opened)
         peaks[rows] = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()

@@ -23,6 +23,7 @@ from PIL import Image
 from small import make_folder, tree
 
 from teachercache.cache import store
+from teachercache.cache.repair import damaged_blocks
 from teachercache.core.errors import UserError
 from teachercache.teachers.registry import load
 from teachercache.teachers.teacher import Teacher
@@ -297,7 +298,7 @@ def test_forgotten_block_is_built_again_from_damaged_files(disturbed):
         for name in ("image_emb", "key"):
             path = store.chunk_path(cache, name, block)
             path.write_bytes(path.read_bytes()[::-1])
-    for block in store.damaged_blocks(cache):
+    for block in damaged_blocks(cache):
         store.forget_block(cache, block)
     assert disturbed.finish(out).rows_written == BLOCK + ROWS % BLOCK
 

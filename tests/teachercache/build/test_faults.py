@@ -20,7 +20,7 @@ from small import counting, error_of, make_folder, run, tree
 
 from teachercache.build.decode import Rows, _is_death
 from teachercache.cache import store
-from teachercache.cache.repair import damaged_files
+from teachercache.cache.repair import damaged_blocks, damaged_files
 from teachercache.core.errors import UserError
 from teachercache.data.manifest import digest_rows, load_manifest, write_manifest
 from teachercache.data.read import read_manifest
@@ -228,7 +228,7 @@ def test_ctrl_c_and_sigterm_are_one_line_and_leave_no_process(
     (os.killpg if to_all else os.kill)(slow_command.process.pid, number)
     _, err = slow_command.process.communicate(timeout=60)
     assert slow_command.process.returncode == code, err
-    assert err.splitlines()[-1] == "stopped; the same command goes on where it left off"
+    assert err.splitlines()[-1] == "stopped; run the same command to resume"
     assert "Traceback" not in err
     wait_for(lambda: not slow_command.children(), 10)
     assert not (slow_command.out / "quarantine.jsonl").exists()
@@ -303,7 +303,7 @@ def test_read_only_folder(teacher_folder, data, tmp_path):
     codes, lines = json.loads(said)
     assert codes == [0, 2, 2, 0, 0]
     assert lines[0].startswith(
-        f"error: cannot make {tmp_path}/disk/new.zarr: Read-only file system; pass another --out"
+        f"error: cannot create {tmp_path}/disk/new.zarr: Read-only file system; pass another --out"
     )
     assert "Read-only file system" in lines[1]
     assert len(lines) == 2
@@ -313,10 +313,10 @@ def test_out_below_a_file_and_over_a_file(teacher_folder, data, tmp_path, capsys
     (tmp_path / "file").write_text("x")
     words = ("build", "--teacher", teacher_folder, "--data", data, *HERE, "--out")
     assert "Not a directory; pass another --out" in error_of(capsys, *words, tmp_path / "file/c.zarr")
-    assert "is there and is no cache: pass another --out" in error_of(capsys, *words, tmp_path / "file")
+    assert "exists and is not a cache: pass another --out" in error_of(capsys, *words, tmp_path / "file")
     (tmp_path / "full").mkdir()
     (tmp_path / "full/x").touch()
-    assert "is there and is no cache: pass another --out" in error_of(capsys, *words, tmp_path / "full")
+    assert "exists and is not a cache: pass another --out" in error_of(capsys, *words, tmp_path / "full")
 
 
 def room(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
@@ -422,7 +422,7 @@ def test_a_flipped_bit_in_any_file_is_named_and_mended_by_building_its_block_alo
     for name in names:
         flip(cache / name, int(random.integers(8 * len(whole[name]))))
         opened = store.open_cache(cache)
-        damaged, files = store.damaged_blocks(opened), damaged_files(opened)
+        damaged, files = damaged_blocks(opened), damaged_files(opened)
         if not damaged and not files:
             assert is_harmless(name, whole[name], (cache / name).read_bytes()), name
             (cache / name).write_bytes(whole[name])
@@ -536,7 +536,7 @@ def test_a_manifest_is_mended_in_the_order_of_the_cache_and_only_from_its_own_ro
     assert tree(tmp_path / "c.zarr") == whole
     path.write_bytes(b"gone")
     next(data.rglob("*.txt")).write_text("another caption\n")
-    with pytest.raises(UserError, match="has other rows now: pass another --out"):
+    with pytest.raises(UserError, match="has different rows: pass another --out"):
         run_build(teacher, data, tmp_path / "c.zarr")
 
 
@@ -552,10 +552,10 @@ def test_damage_is_never_taken_over_into_new_files(change: str, teacher, tmp_pat
     with pytest.raises(OSError, match="a chunk file is damaged; run `tc verify`"):
         run_build(teacher, data, tmp_path / "c.zarr", prune=change == "prune")
     cache = store.open_cache(tmp_path / "c.zarr")
-    assert list(store.damaged_blocks(cache)) == [2]
+    assert list(damaged_blocks(cache)) == [2]
     store.forget_block(cache, 2)
     run_build(teacher, data, tmp_path / "c.zarr", prune=change == "prune")
-    assert store.damaged_blocks(store.open_complete(tmp_path / "c.zarr")) == {}
+    assert damaged_blocks(store.open_complete(tmp_path / "c.zarr")) == {}
 
 
 # ----------------------------------------------------------------------------------------------------

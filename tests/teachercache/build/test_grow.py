@@ -17,6 +17,7 @@ from small import counting, make_folder, tree
 from teachercache.build.loop import BuildOptions, Summary, build
 from teachercache.build.target import open_target, replace_pruned
 from teachercache.cache import store
+from teachercache.cache.repair import damaged_blocks
 from teachercache.core.device import Precision
 from teachercache.core.errors import UserError
 from teachercache.data.manifest import Manifest
@@ -157,7 +158,7 @@ def test_rows_that_were_added_come_behind_and_nothing_is_computed_twice(teacher,
     whole = fields_of(tmp_path / "whole.zarr")
     for name, values in after.items():
         np.testing.assert_allclose(values.astype(float), whole[name][place].astype(float), atol=2e-3)
-    assert store.damaged_blocks(cache) == {}
+    assert damaged_blocks(cache) == {}
     assert np.array_equal(zarr.open(cache.path, mode="r")["key"][:], store.read_keys(cache))
 
 
@@ -304,7 +305,7 @@ def test_lost_and_changed_rows_are_named_and_prune_follows(teacher, tmp_path, vi
     whole = fields_of(tmp_path / "whole.zarr")
     for name, values in fields_of(tmp_path / "c.zarr").items():
         np.testing.assert_allclose(values.astype(float), whole[name][place].astype(float), atol=2e-3)
-    assert store.damaged_blocks(cache) == {}
+    assert damaged_blocks(cache) == {}
     assert run_build(teacher, data, tmp_path / "c.zarr", views=views).rows_written == 0
 
 

@@ -25,6 +25,7 @@ from student.inputs.order import StepPlan
 from student.inputs.pairs import PairBatches, TeacherFields
 from teachercache.cache import store
 from teachercache.cache.lease import is_lease, lease
+from teachercache.cache.repair import damaged_blocks
 from teachercache.cli import main
 from teachercache.core.errors import UserError
 from teachercache.core.paths import as_path
@@ -115,7 +116,7 @@ def test_a_killed_build_goes_on_and_is_what_a_local_one_is(write: int, url, teac
     run_build(teacher, data, tmp_path / "local.zarr")
     assert_same(url, tmp_path / "local.zarr")
     cache = store.open_complete(url)
-    assert store.damaged_blocks(cache) == {}
+    assert damaged_blocks(cache) == {}
     assert run_build(teacher, data, url).rows_written == 0
 
 
@@ -230,7 +231,7 @@ def test_prune_is_for_local_caches(url, teacher, tmp_path):
     sorted(data.rglob("*.png"))[0].unlink()
     before = objects(url)
     with pytest.raises(
-        UserError, match=r"--prune is for local caches: build s3://.*/c\.zarr anew into another --out"
+        UserError, match=r"--prune works on local caches: build s3://.*/c\.zarr again into another --out"
     ):
         run_build(teacher, data, url, prune=True)
     assert objects(url) == before
@@ -244,7 +245,7 @@ def test_what_cannot_be_written_is_one_line(s3, teacher_folder, tmp_path, capsys
     )
     other = as_path(s3())
     (other / "c.zarr" / "notes.txt").write_bytes(b"mine")
-    assert "is there and is no cache: pass another --out" in error_of(capsys, *words, other / "c.zarr")
+    assert "exists and is not a cache: pass another --out" in error_of(capsys, *words, other / "c.zarr")
     assert objects(other / "c.zarr") == {"notes.txt": b"mine"}
 
 

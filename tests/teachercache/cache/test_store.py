@@ -22,6 +22,7 @@ from teachercache.build.target import open_target
 from teachercache.cache import store
 from teachercache.cache.layout import block_rows_for
 from teachercache.cache.memory_map import can_map
+from teachercache.cache.repair import damaged_blocks
 from teachercache.cache.spec import CacheMeta, Field, TeacherSpec
 from teachercache.core.errors import UserError
 from teachercache.data import manifest as samples
@@ -315,7 +316,7 @@ def test_write_block_wants_exactly_the_fields(tmp_path, arrays):
         store.write_block(cache, 0, few, [])
     with pytest.raises(KeyError, match="extra"):
         store.write_block(cache, 0, {**chunks, ("extra", 0): chunks["odd", 0]}, [])
-    with pytest.raises(ValueError, match=r"has \['text_emb/c/0/2/0'\]"):
+    with pytest.raises(ValueError, match=r"has extra \['text_emb/c/0/2/0'\]"):
         store.write_block(cache, 0, {**chunks, ("text_emb", 2): chunks["text_emb", 0]}, [])
     with pytest.raises(ValueError, match="odd is float64"):
         store.write_block(cache, 0, {**chunks, ("odd", 0): chunks["odd", 0].astype(float)}, [])
@@ -379,7 +380,7 @@ def test_record_names_every_file_of_the_block(whole):
 
 
 def test_no_damage_where_there_is_none(whole):
-    assert store.damaged_blocks(whole) == {}
+    assert damaged_blocks(whole) == {}
 
 
 @pytest.mark.parametrize("block", [1, 5])  # a whole block, and the one that is filled in part
@@ -391,7 +392,7 @@ def test_flipped_bit_is_found_and_mended(copy, whole, arrays, name: str, block: 
         content = bytearray(path.read_bytes())
         content[place] ^= 1 << int(random.integers(8))
         path.write_bytes(content)
-        assert store.damaged_blocks(copy) == {block: f"{path.relative_to(copy.path)}: checksum differs"}
+        assert damaged_blocks(copy) == {block: f"{path.relative_to(copy.path)}: checksum differs"}
         store.forget_block(copy, block)
         write(copy, block, arrays)
         assert tree(copy.path) == tree(whole.path)
@@ -401,7 +402,7 @@ def test_missing_and_short_files_are_found(copy, whole, arrays):
     store.chunk_path(copy, "image_emb", 0).unlink()
     short = store.chunk_path(copy, "key", 4)
     short.write_bytes(short.read_bytes()[:-1])
-    damaged = store.damaged_blocks(copy)
+    damaged = damaged_blocks(copy)
     assert damaged == {0: "image_emb/c/0/0: No such file or directory", 4: "key/c/4: checksum differs"}
     for block in damaged:
         store.forget_block(copy, block)
@@ -414,10 +415,10 @@ def test_damaged_done_record_is_found(copy):
     whole = path.read_bytes()
     for place in range(0, len(whole), 7):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x80]) + whole[place + 1 :])
-        assert list(store.damaged_blocks(copy)) == [2]
+        assert list(damaged_blocks(copy)) == [2]
     for content in (b"", whole[:50], b"{}", b"[]"):
         path.write_bytes(content)
-        assert list(store.damaged_blocks(copy)) == [2]
+        assert list(damaged_blocks(copy)) == [2]
 
 
 # ----------------------------------------------------------------------------------------------------

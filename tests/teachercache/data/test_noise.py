@@ -113,8 +113,8 @@ def test_the_command_writes_what_can_be_read_again(tmp_path, capsys):
     ("noise", "said"),
     [
         ("shuffel=0.4", "did you mean 'shuffle'"),
-        ("shuffle", "write a share behind shuffle="),
-        ("shuffle=much", "write a share behind"),
+        ("shuffle", "write a share after shuffle="),
+        ("shuffle=much", "write a share after"),
         ("near=1.5", "above 0 and up to 1"),
         ("partial=0.01", "are too few"),
     ],

@@ -16,7 +16,7 @@ from small import chunks_of, make_folder
 
 from teachercache.build.target import open_target, plan_blocks
 from teachercache.cache import store
-from teachercache.cache.repair import damaged_files
+from teachercache.cache.repair import damaged_blocks, damaged_files
 from teachercache.cache.spec import CacheMeta, Field, TeacherSpec
 from teachercache.core.errors import UserError
 from teachercache.data.manifest import digest_rows, load_manifest, make_manifest
@@ -53,9 +53,9 @@ def test_a_manifest_has_every_key_once_or_is_refused_by_the_key_that_comes_twice
         assert manifest.column("key") == keys
         assert digest_rows(manifest.table) == digest_rows(manifest.table.take(np.arange(len(keys))[::-1]))
         return
-    with pytest.raises(UserError, match="comes twice") as error:
+    with pytest.raises(UserError, match="is repeated") as error:
         make_manifest("d", Path("d"), samples)
-    named = str(error.value).removeprefix("key '").rpartition("' comes twice")[0]
+    named = str(error.value).removeprefix("key '").rpartition("' is repeated")[0]
     assert keys.count(named) > 1
 
 
@@ -179,7 +179,7 @@ def assert_holds(cache: store.Cache) -> None:
             assert np.array_equal(
                 store.read_rows(cache, name, copy, rows), some, equal_nan=some.dtype.kind == "f"
             )
-    assert store.damaged_blocks(cache) == {}
+    assert damaged_blocks(cache) == {}
     assert damaged_files(cache) == {}
 
 
@@ -224,7 +224,7 @@ def test_a_changed_byte_of_a_block_is_found_and_is_of_that_block(specs, size, bl
             content = bytearray(path.read_bytes())
             content[change // 7 % len(content)] ^= 1 << change % 8
             path.write_bytes(content)
-        damaged = store.damaged_blocks(cache)
+        damaged = damaged_blocks(cache)
         hit = {
             int(path.relative_to(cache.path).parts[2])
             for path in {files[change % len(files)] for change in changes}

@@ -315,7 +315,7 @@ def test_members_that_are_no_samples_are_left_out(tmp_path):
 
 def test_tar_with_one_key_twice_is_refused(tmp_path):
     path = make_tar(tmp_path / "s.tar", [("a.png", png(1)), ("b.png", png(2)), ("a.png", png(3))])
-    with pytest.raises(UserError, match="key 's/a' comes twice"):
+    with pytest.raises(UserError, match="key 's/a' is repeated"):
         read_manifest(str(path))
 
 
@@ -380,7 +380,7 @@ def test_csv_errors_name_the_file(tmp_path):
     for content, message in (
         ("picture,text\na.png,b\n", r"l.csv has no column for the picture: name one of image"),
         ("", r"l.csv has no column for the picture"),
-        ("key,image\nk,a.png\nk,b.png\n", r"key 'k' stands for two pictures in .*l.csv: a.png and b.png"),
+        ("key,image\nk,a.png\nk,b.png\n", r"key 'k' refers to two pictures in .*l.csv: a.png and b.png"),
         ("image,text\n", "no pictures or texts found"),
         ("image,text\na.png,\u00e9\n".encode("latin-1"), r"l\.csv"),
         ("image,text\na.png," + "x" * 200_000 + "\n", r"l\.csv"),

@@ -141,8 +141,8 @@ def test_palette_with_an_alpha_table_lies_on_white():
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])
 def test_alpha_lies_on_white(mode: str):
     values = noise(channels=len(mode))
-    colour, alpha = values[..., :-1].astype(float), values[..., -1:] / 255
-    expected = np.broadcast_to(colour * alpha + 255 * (1 - alpha), (*values.shape[:2], 3))
+    color, alpha = values[..., :-1].astype(float), values[..., -1:] / 255
+    expected = np.broadcast_to(color * alpha + 255 * (1 - alpha), (*values.shape[:2], 3))
     assert np.abs(pixels(encoded(Image.fromarray(values))) - expected).max() <= 1
 
 
@@ -363,7 +363,7 @@ def test_digest_does_not_depend_on_how_arrow_chunks_the_table():
 
 
 def test_key_that_comes_twice_is_refused():
-    with pytest.raises(UserError, match=r"key 'a' comes twice in some/data"):
+    with pytest.raises(UserError, match=r"key 'a' is repeated in some/data"):
         manifest_of([Sample("a", "1.png"), Sample("a", "2.png")])
 
 

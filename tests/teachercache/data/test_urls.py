@@ -508,7 +508,7 @@ def test_build_from_s3_stops_without_a_connection_and_goes_on(
     as_path(f"{url}/class1/022.png").unlink()
     monkeypatch.setattr("teachercache.data.read.read_manifest", lambda data: manifest)
     broken()
-    with pytest.raises(UserError, match=r"cannot read s3://.*goes on where it left off") as stopped:
+    with pytest.raises(UserError, match=r"cannot read s3://.*run the same command to resume") as stopped:
         build_cache(url, teacher_folder, out, block_rows=8, workers=workers)
     traceback.clear_frames(
         stopped.tb

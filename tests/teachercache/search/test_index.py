@@ -78,8 +78,8 @@ def vectors(rows: int, dim: int = 16, seed: int = 0) -> np.ndarray:
 def clusters(rows: int, spread: float = 0.4) -> np.ndarray:
     """Vectors in clusters, as embeddings are."""
     random = np.random.default_rng(4)
-    centres = random.standard_normal((60, 32))
-    return (centres[random.integers(60, size=rows)] + spread * random.standard_normal((rows, 32))).astype(
+    centers = random.standard_normal((60, 32))
+    return (centers[random.integers(60, size=rows)] + spread * random.standard_normal((rows, 32))).astype(
         np.float16
     )
 
@@ -421,7 +421,7 @@ def test_extend_indexes_does_what_each_needs_and_says_so(tmp_path, capsys, monke
     assert index.extend_indexes(grown) == []
     monkeypatch.setattr("teachercache.search.index.faiss_module", index_without_faiss)
     assert index.extend_indexes(make_cache(tmp_path / "c.zarr", vectors(310))) == []
-    assert f"{image_path} was left as it is: search needs FAISS" in capsys.readouterr().err
+    assert f"{image_path} was not changed: search needs FAISS" in capsys.readouterr().err
 
 
 def index_without_faiss() -> None:

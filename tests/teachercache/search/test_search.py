@@ -99,7 +99,7 @@ def test_unusable_and_unknown_keys(tmp_path, capsys):
     cache = make_cache(tmp_path / "c.zarr", vectors(50), valid=np.arange(50) != 4)
     line = error_of(capsys, cache.path, "--key", "k4")
     assert "row 'k4' of" in line
-    assert "cannot be used (not a picture): pass another --key" in line
+    assert "is unusable (not a picture): pass another --key" in line
     assert "has no key 'k499': did you mean 'k49'?" in error_of(
         capsys, cache.path, "--key", "k3", "--key", "k499"
     )

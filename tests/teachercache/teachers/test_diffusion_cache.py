@@ -331,7 +331,7 @@ def test_at_the_command_line(diffusion_folder, data, tmp_path, capsys, monkeypat
     assert path.name == "small.zarr"
     assert [field.name for field in store.open_complete(path).meta.spec.fields] == ["text_states", "latent"]
     assert run("verify", path, "--samples", 3) == 0
-    assert "latent: cosine to the live teacher min 1.0000" in capsys.readouterr().out
+    assert "latent: cosine to the recomputed values min 1.0000" in capsys.readouterr().out
     assert run("info", path) == 0
     assert "mean of the VAE's posterior" in capsys.readouterr().out
     for command in (["index", path], ["search", path, "a cube"]):

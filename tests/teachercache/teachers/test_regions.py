@@ -344,7 +344,7 @@ def test_regions_at_the_command_line(tmp_path, capsys):
     assert (
         run("build", "--teacher", "regions-lite", *where, "--out", tmp_path / "e.zarr") == 0
     )  # --outputs is regions
-    assert "has no field 'image_emb'" in error_of(capsys, "index", tmp_path / "e.zarr")
+    assert "holds vectors: build another with" in error_of(capsys, "index", tmp_path / "e.zarr")
     from student.cli import main
 
     assert main(["eval", "regions-lite", "--task", "retrieval", "--data", str(data)]) == 2

@@ -1,7 +1,6 @@
-"""Who lies next to whom: neighbours, duplicates, outliers. Exact, and in memory that does not grow with the rows.
+"""Nearest neighbors, duplicates and outliers: exact, in memory that does not grow with the number of rows.
 
-Every function takes an array [n, dim] or the Vectors of a cache, and speaks of positions 0 .. n-1 in it. Not for pairs
-of a picture and a text: see `matching.py`.
+Every function takes an array [n, dim] or the Vectors of a cache, and returns positions 0 .. n-1 in it.
 """
 
 import hashlib
@@ -17,19 +16,19 @@ Rows = np.ndarray | Vectors
 
 
 def as_vectors(rows: Rows) -> Vectors:
-    """An array's rows as Vectors; Vectors as they are."""
+    """Wrap the rows of an array as Vectors; return Vectors unchanged."""
     return rows if isinstance(rows, Vectors) else Vectors(np.asarray(rows), np.arange(len(rows)), 1)
 
 
 def parts(rows: Rows, size: int = 8192) -> Iterator[tuple[int, Float[np.ndarray, "n dim"]]]:
-    """First position and unit vectors of `size` rows at a time."""
+    """Yield the first position and the unit vectors of `size` rows at a time."""
     vectors = as_vectors(rows)
     for first in range(0, len(vectors), size):
         yield first, vectors.take(vectors.ids[first : first + size])
 
 
 def take(rows: Rows, at: Int[np.ndarray, " q"]) -> Float[np.ndarray, "q dim"]:
-    """Unit vectors at some positions."""
+    """Return the unit vectors at some positions."""
     vectors = as_vectors(rows)
     return vectors.take(vectors.ids[at])
 
@@ -37,19 +36,21 @@ def take(rows: Rows, at: Int[np.ndarray, " q"]) -> Float[np.ndarray, "q dim"]:
 def nearest(
     rows: Rows, k: int, at: Int[np.ndarray, " q"] | None = None
 ) -> tuple[Float[np.ndarray, "q k"], Int[np.ndarray, "q k"]]:
-    """Cosines and positions of the k nearest others of the rows at some positions (all), best first."""
+    """Return cosines and positions of the k nearest other rows, best first, of the rows at some positions
+    (default: all).
+    """
     vectors = as_vectors(rows)
     at = np.arange(len(vectors)) if at is None else at
     scores, ids = exact_search(vectors, take(vectors, at), min(k + 1, len(vectors)))
-    found = positions(vectors.ids, ids)
-    others = np.argsort(found == at[:, None], axis=1, kind="stable")[:, : min(k, len(vectors) - 1)]
-    return np.take_along_axis(scores, others, 1), np.take_along_axis(found, others, 1)
+    neighbors_at = positions(vectors.ids, ids)
+    others = np.argsort(neighbors_at == at[:, None], axis=1, kind="stable")[:, : min(k, len(vectors) - 1)]
+    return np.take_along_axis(scores, others, 1), np.take_along_axis(neighbors_at, others, 1)
 
 
-def positions(ids: Int[np.ndarray, " n"], found: Int[np.ndarray, "..."]) -> Int[np.ndarray, "..."]:
-    """Where each found id stands in `ids`, which need not be sorted."""
+def positions(ids: Int[np.ndarray, " n"], wanted: Int[np.ndarray, "..."]) -> Int[np.ndarray, "..."]:
+    """Return the position of each id in `ids`, which need not be sorted."""
     order = np.argsort(ids, kind="stable")
-    return order[np.searchsorted(ids[order], found)]
+    return order[np.searchsorted(ids[order], wanted)]
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -59,9 +60,14 @@ def positions(ids: Int[np.ndarray, " n"], found: Int[np.ndarray, "..."]) -> Int[
 def near_pairs(
     rows: Rows, threshold: float, at: Int[np.ndarray, " q"] | None = None, *, limit: int = 100_000
 ) -> tuple[Int[np.ndarray, "pairs 2"], Float[np.ndarray, " pairs"], int]:
-    """Pairs i < j with a cosine of at least `threshold`, most alike first, their cosines, and how many there are.
+    """Return pairs i < j with a cosine of at least `threshold`, their cosines, and their number, most similar
+    first.
 
-    Of rows at some positions (all) with every row. No more than `limit` pairs are kept, then of the highest cosines.
+    Args:
+        rows: The rows.
+        threshold: The least cosine.
+        at: The positions to compare with every row; all by default.
+        limit: The number of pairs to keep, those with the highest cosines.
     """
     vectors = as_vectors(rows)
     whole = at is None
@@ -69,15 +75,15 @@ def near_pairs(
     asked = np.zeros(len(vectors), bool)
     asked[at] = True
     pairs, cosines, count = np.empty((0, 2), np.int64), np.empty(0, np.float32), 0
-    for first, part in parts(vectors):
-        size = max(1, BLOCK_SCORES // len(part))
+    for first, chunk in parts(vectors):
+        size = max(1, BLOCK_SCORES // len(chunk))
         for start in range(0, len(at), size):
-            mine = at[start : start + size]
-            if whole and mine[0] >= first + len(part):
-                break  # each pair is met once, by its first row
-            scores = take(vectors, mine) @ part.T
+            block = at[start : start + size]
+            if whole and block[0] >= first + len(chunk):
+                break  # each pair is visited once, from its first row
+            scores = take(vectors, block) @ chunk.T
             i, j = np.nonzero(scores >= threshold)
-            left, right = mine[i], first + j
+            left, right = block[i], first + j
             kept = (left < right) | ((left > right) & ~asked[right])
             count += int(kept.sum())
             pairs = np.concatenate([pairs, np.stack([left, right], 1)[kept]])
@@ -90,7 +96,7 @@ def near_pairs(
 
 
 def exact_groups(rows: Rows) -> list[list[int]]:
-    """Positions whose vectors are the same to the last bit, groups of two and more in the order of their first."""
+    """Return groups of two or more positions with identical vectors, in the order of their first position."""
     vectors = as_vectors(rows)
     digests = np.empty(len(vectors), np.uint64)
     for first in range(0, len(vectors), 8192):
@@ -109,7 +115,7 @@ def _stored(vectors: Vectors, ids: np.ndarray) -> np.ndarray:
 
 
 def grouped(pairs: Int[np.ndarray, "pairs 2"] | Sequence[Sequence[int]]) -> list[list[int]]:
-    """Pairs that share a row joined into groups, each sorted, in the order of their first pair."""
+    """Join pairs that share a row into groups, each sorted, in the order of their first pair."""
     parent: dict[int, int] = {}
 
     def root(i: int) -> int:
@@ -132,18 +138,18 @@ def grouped(pairs: Int[np.ndarray, "pairs 2"] | Sequence[Sequence[int]]) -> list
 
 
 def outlier_scores(cosines: Float[np.ndarray, "q k"]) -> Float[np.ndarray, " q"]:
-    """1 - the mean cosine to the k nearest: how alone a row is."""
+    """Return 1 - the mean cosine to the k nearest neighbors."""
     return 1 - cosines.mean(1)
 
 
-def far_from_centres(
-    rows: Rows, centres: Float[np.ndarray, "c dim"]
+def far_from_centers(
+    rows: Rows, centers: Float[np.ndarray, "c dim"]
 ) -> tuple[Int[np.ndarray, " n"], Float[np.ndarray, " n"]]:
-    """The nearest centre of each row and 1 - the cosine to it."""
-    vectors, towards = as_vectors(rows), unit(centres)
+    """Return the nearest centroid of each row, and 1 - the cosine to it."""
+    vectors, towards = as_vectors(rows), unit(centers)
     number, distance = np.empty(len(vectors), np.int32), np.empty(len(vectors), np.float32)
-    for first, part in parts(vectors):
-        scores = part @ towards.T
-        number[first : first + len(part)] = scores.argmax(1)
-        distance[first : first + len(part)] = 1 - scores.max(1)
+    for first, chunk in parts(vectors):
+        scores = chunk @ towards.T
+        number[first : first + len(chunk)] = scores.argmax(1)
+        distance[first : first + len(chunk)] = 1 - scores.max(1)
     return number, distance
