@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
-CLEAN = ("scripts",)  # folders whose Python files must pass
+CLEAN = ("teachercache", "evaluation", "student", "scripts")  # folders whose Python files must pass
 PAGES = (
     "README.md",
     "CONTRIBUTING.md",

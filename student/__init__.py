@@ -1,1 +1,1 @@
-"""Phase 2: train students on what a teacher said, one recipe per paper. For teachers see `teachercache`."""
+"""Phase 2 of distillation: train students on cached teacher outputs, one recipe per paper."""

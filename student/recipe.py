@@ -134,6 +134,7 @@ class Recipe(Generic[Constants]):
             are not gathered; the losses of the ranks are averaged instead.
         data: Default of --data.
         teacher: The teacher that hints suggest to build a cache with.
+        teacher_outputs: Outputs that hints spell with an argument, such as {"hidden": "hidden:3"}.
         optim: Settings of the optimizer.
         steps: Number of training steps.
         batch: Rows per step, over all ranks.
@@ -154,6 +155,7 @@ class Recipe(Generic[Constants]):
     per_row: frozenset[str] = frozenset()
     data: str = DEMO_DATA
     teacher: str = "clip-lite"
+    teacher_outputs: Mapping[str, str] = dataclasses.field(default_factory=dict)
     optim: Optim = Optim()
     steps: int = 500
     batch: int = 128

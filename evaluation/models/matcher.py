@@ -104,6 +104,9 @@ def of_diffusion(
         raise UserError(f"{teacher.spec.name} reads no texts: name a text-to-image model (`tc teachers`)")
     t, noise = diffusion.draw_noise(module, samples, seed=seed, t_range=t_range)
 
+    view = teacher.view
+    assert view is not None, f"{teacher.spec.name} is a diffusion model, which reads images"
+
     def score(
         images: Sequence[Image.Image], texts: Sequence[Sequence[str]], *, normalize: bool = False
     ) -> Scores:
@@ -111,7 +114,7 @@ def of_diffusion(
         column_of, unique = unique_texts(conditions)
         pairs = [(i, column_of[text]) for i, group in enumerate(conditions) for text in group]
         with torch.inference_mode():
-            views = torch.stack([teacher.view(image) for image in images]).to(device)
+            views = torch.stack([view(image) for image in images]).to(device)
             latents = torch.cat([diffusion.encode_latent(module, chunk) for chunk in views.split(VIEWS)])
             states = torch.cat(
                 [

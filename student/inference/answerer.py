@@ -12,7 +12,8 @@ from evaluation.models.answerer import Answerer
 from evaluation.models.cache_answerer import answerers
 from student.contract import Capability, Student, require
 from student.inference.load import load_run
-from student.inputs.caches import Wanted, find_by_field, open_source
+from student.inputs.caches import find_by_field, open_source
+from student.inputs.hints import Wanted
 from student.inputs.question_rows import QuestionReader
 from student.inputs.questions import Task, read_question
 from student.models.run_file import is_run, read_run

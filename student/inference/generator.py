@@ -48,6 +48,8 @@ def load_generator(folder: Path, *, device: str = "cpu") -> Generator:
     writer = cast(Generates, student)
     teacher = picture_teacher(folder, student.row_inputs.fields)
     teacher.module.to(device)
+    view = teacher.view
+    assert view is not None, f"{teacher.spec.name} outputs fields of pictures"
 
     def generate(
         pictures: Sequence[Image.Image],
@@ -60,7 +62,7 @@ def load_generator(folder: Path, *, device: str = "cpu") -> Generator:
         texts: list[str] = []
         for start in range(0, len(prompts), BATCH):
             rows = slice(start, start + BATCH)
-            images = torch.stack([teacher.view(picture) for picture in pictures[rows]]).to(device)
+            images = torch.stack([view(picture) for picture in pictures[rows]]).to(device)
             with torch.inference_mode():
                 fields = teacher.encode(teacher.module, {"image": images})
             texts += writer.generate_texts(

@@ -3,7 +3,6 @@
 Caches are joined to the data by key. Batches are made in `pairs` and `question_batches`.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -11,7 +10,7 @@ import numpy as np
 
 from student.distributed import from_all_ranks
 from student.ensemble import concat_shapes, named
-from student.inputs.hints import build_command, field_groups
+from student.inputs.hints import Wanted, build_command, field_groups
 from teachercache.cache import store
 from teachercache.core.errors import UserError
 from teachercache.core.paths import as_path
@@ -25,31 +24,12 @@ from teachercache.data.sample import BadSample
 # Which caches
 
 
-@dataclasses.dataclass(frozen=True)
-class Wanted:
-    """A request for cached fields.
-
-    Args:
-        cache: Value of `--cache`: a cache, a folder of caches, or several separated by commas.
-        data: Value of `--data`, for hints.
-        fields: Names of the cached fields that recipe and student read.
-        teacher: The teacher that hints suggest, if it writes the fields.
-    """
-
-    cache: str
-    data: str
-    fields: tuple[str, ...]
-    teacher: str
-
-    def hint(self, fields: tuple[str, ...], cache: str) -> str:
-        """Return a `tc build` command that writes `fields` into `cache`, one of the paths of --cache."""
-        return build_command(self.data, fields, self.teacher, cache)
-
-
 def find_ensemble(wanted: Wanted) -> list[store.Cache]:
     """Return the caches of several teachers, each with all fields; return [] if no field is read."""
     folders = parts_of(wanted.cache) if wanted.fields else []
-    caches = [find_cache(folder, wanted.fields, wanted.hint(wanted.fields, folder)) for folder in folders]
+    caches = [
+        find_cache(folder, wanted.fields, build_command(wanted, wanted.fields, folder)) for folder in folders
+    ]
     if len({cache.meta.spec.digest for cache in caches}) < len(caches):
         raise UserError(
             f"--cache {wanted.cache} names one teacher twice: several caches are for several teachers"
@@ -67,7 +47,7 @@ def _find_among(wanted: Wanted, fields: tuple[str, ...]) -> store.Cache:
     folders = parts_of(wanted.cache)
     for i, folder in enumerate(folders):
         try:
-            return find_cache(folder, fields, wanted.hint(fields, folder))
+            return find_cache(folder, fields, build_command(wanted, fields, folder))
         except SeveralCaches:
             raise
         except UserError:

@@ -1,9 +1,30 @@
 """Find the teacher that writes a field, and the `tc build` command for a missing cache."""
 
+import dataclasses
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 
 from teachercache.teachers.registry import find_stored, outputs_for, teacher_for
+
+
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """A request for cached fields.
+
+    Args:
+        cache: Value of `--cache`: a cache, a folder of caches, or several separated by commas.
+        data: Value of `--data`, for hints.
+        fields: Names of the cached fields that recipe and student read.
+        teacher: The teacher that hints suggest, if it writes the fields.
+        outputs: Outputs that hints spell differently, such as {"hidden": "hidden:3"}.
+    """
+
+    cache: str
+    data: str
+    fields: tuple[str, ...]
+    teacher: str
+    outputs: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def field_groups(fields: tuple[str, ...], preferred: str) -> list[tuple[str, ...]]:
@@ -19,19 +40,21 @@ def field_groups(fields: tuple[str, ...], preferred: str) -> list[tuple[str, ...
     return [tuple(names) for names in groups.values()]
 
 
-def build_command(data: str, fields: tuple[str, ...], preferred: str, cache: str) -> str:
+def build_command(wanted: Wanted, fields: tuple[str, ...], cache: str) -> str:
     """Return the `tc build` command that writes the fields.
 
     Args:
-        data: Value of --data.
-        fields: Names of cached fields.
-        preferred: The recipe's teacher.
+        wanted: The request: data, teacher, and how its outputs are spelled.
+        fields: Names of cached fields, some or all of those requested.
         cache: A .zarr folder or a folder of caches to write into.
     """
-    teacher = teacher_for(fields, preferred)
+    teacher = teacher_for(fields, wanted.teacher)
     entry = find_stored(teacher)
     outputs = outputs_for(entry, fields)
-    options = [] if set(outputs) <= set(entry.outputs[: entry.default]) else ["--outputs", ",".join(outputs)]
+    spelled = [wanted.outputs.get(output, output) for output in outputs]
+    options = [] if set(outputs) <= set(entry.outputs[: entry.default]) else ["--outputs", ",".join(spelled)]
     path = Path(cache)
     out = path if path.suffix == ".zarr" else path / f"{teacher}.zarr"
-    return shlex.join(["tc", "build", "--teacher", teacher, *options, "--data", data, "--out", str(out)])
+    return shlex.join(
+        ["tc", "build", "--teacher", teacher, *options, "--data", wanted.data, "--out", str(out)]
+    )

@@ -10,7 +10,6 @@ import numpy as np
 from student.contract import RowInputs
 from student.ensemble import check_ensemble
 from student.inputs.caches import (
-    Wanted,
     field_shapes,
     find_by_field,
     find_ensemble,
@@ -21,6 +20,7 @@ from student.inputs.caches import (
     training_rows,
 )
 from student.inputs.clip_logits import clip_scorer
+from student.inputs.hints import Wanted
 from student.inputs.loader import Batches
 from student.inputs.order import Order, StepPlan
 from student.inputs.pairs import PairBatches, TeacherFields

@@ -274,6 +274,7 @@ SDS_CLIP = Recipe(
     per_row=frozenset({"latent", "text_states", "unet_feature", "t", "noise"}),
     data="data/scene-pairs",
     teacher="sd-tiny",
+    teacher_outputs={"unet_features": "text_states,latents,unet_features:100+out"},
     gradient_teacher=GradientTeacher(load, call, memory),
     sample_noise=sample_noise,
     optim=Optim(lr=5e-5, weight_decay=0.0),

@@ -22,7 +22,7 @@ from teachercache.core.paths import write_whole
 from teachercache.core.process import rank
 from teachercache.core.progress import say
 
-STUDENT_FILES = ("run.json", "tokenizer.json")  # files that a student needs besides its weights
+RUN_FILES = ("run.json", "tokenizer.json")  # besides the files that the student itself names
 Evaluate = Callable[[Path], tuple[float, dict[str, float]]]  # run folder -> score, metrics
 
 
@@ -41,7 +41,7 @@ def keep_best(student: Student, run: Path, step: int, evaluate: Evaluate) -> Non
     folder = run / "candidate"
     if rank() == 0:
         folder.mkdir(exist_ok=True)
-        for name in STUDENT_FILES:
+        for name in (*RUN_FILES, *student.spec.files):
             if (run / name).exists():
                 shutil.copy(run / name, folder)
     save_student(student, folder / "model.safetensors")
@@ -65,9 +65,9 @@ def _compare(run: Path, step: int, evaluate: Evaluate) -> None:
     highest = best_score(run)
     if highest is None or score > highest:
         best.mkdir(exist_ok=True)
-        for name in STUDENT_FILES:
-            if (run / name).exists():
-                write_whole(best / name, (run / name).read_text())
+        for path in folder.iterdir():
+            if path.name != "model.safetensors":
+                write_whole(best / path.name, path.read_text())
         facts = {"step": str(step), "score": repr(score), "metrics": json.dumps(metrics)}
         write_tensors(load_file(folder / "model.safetensors"), best / "model.safetensors", facts)
     shutil.rmtree(folder)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from student.contract import Capability, StudentSpec, require
-from student.inputs.caches import Wanted
+from student.inputs.hints import Wanted
 from student.inputs.loader import Batches
 from student.inputs.open_rows import Feed, OpenedRows, open_rows
 from student.inputs.order import StepPlan
@@ -49,7 +49,7 @@ def prepare(recipe: Recipe[Any], run: Run) -> Prepared:
         UserError: The run cannot be trained; the message names the command or option that fixes it.
     """
     constants, fields = recipe.constants, recipe.fields
-    wanted = Wanted(run.cache, run.data, fields, recipe.teacher)
+    wanted = Wanted(run.cache, run.data, fields, recipe.teacher, recipe.teacher_outputs)
     opened = open_rows(recipe.rows(constants), wanted, name=recipe.name)
     warn_of_random_teachers(opened.caches)
     torch.manual_seed(run.seed)  # so that student and heads are equal on all ranks

@@ -26,19 +26,19 @@ def test_every_row_is_a_command_and_stages_belong_together(name):
         assert recipe.fields
         assert constants.regime == names["size"]
         assert constants.subset == 1
-        assert (constants.w == 0) == (row.label in ("baseline", "2nd-stage pretraining"))
+        assert (constants.distill_weight == 0) == (row.label in ("baseline", "2nd-stage pretraining"))
         assert any(value.startswith("init=") for value in settings_of(words)) == (
             row.label not in paper.LAYERS
         )
         adapted = [value for value in settings_of(words) if "adapted" in value]
         assert bool(adapted) == any(method in row.label for method in ("AF", "2nd-stage"))
         if adapted:
-            weight = "0" if constants.w == 0 else paper.W
+            weight = "0" if constants.distill_weight == 0 else paper.W
             key = (names["task"], names["face"], names["size"], weight, 1)
             assert adapted == [f"init={paper.adapted(*key)}"]
             first, _ = override(find("clip_td"), Run("", "", ""), settings_of(paper.adapt_argv(*key)))
             assert first.constants.stage == "adapt"
-            assert first.constants.w == float(weight)
+            assert first.constants.distill_weight == float(weight)
             assert first.constants.regime.partition(":")[0] in ("semi", "full")  # all pictures, no label more
         task, data = paper.evaluations(words)[0][1::2]
         assert paper.DATA[task] == data

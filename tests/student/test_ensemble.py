@@ -11,7 +11,8 @@ from small import TINY_CFG, build_cache, make_folder, read_lines, save_teacher, 
 from student import losses
 from student.cli import main
 from student.ensemble import concat_shapes, concat_teachers, named, num_teachers, of_teacher
-from student.inputs.caches import Wanted, field_shapes, find_ensemble, training_rows
+from student.inputs.caches import field_shapes, find_ensemble, training_rows
+from student.inputs.hints import Wanted
 from student.inputs.order import StepPlan
 from student.inputs.pairs import PairBatches, TeacherFields
 from student.models.heads import PerTeacher
@@ -283,7 +284,7 @@ def test_the_order_of_teachers_does_not_change_their_mean(squares, cache, second
 @pytest.mark.parametrize(
     ("recipe", "words", "said"),
     [
-        ("clip_kd", ["--live"], "--live runs one teacher: pass one --cache, or leave --live away"),
+        ("clip_kd", ["--live"], "--live runs one teacher: pass one --cache, or drop --live"),
         ("clip_kd", ["--set", "ensemble=sum"], "--set ensemble=sum: choose from average, concat"),
         ("clip_kd", ["--set", "hidden=1", "--set", "hidden_image=0:0"], "has no field image_hidden_0"),
     ],

@@ -99,8 +99,8 @@ def test_recipes_lists_every_name_and_paper(capsys):
 
     assert main(["recipes"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == list(RECIPES)
-    for line, recipe in zip(lines, RECIPES.values(), strict=True):
+    assert [line.split()[0] for line in lines[: len(RECIPES)]] == list(RECIPES)
+    for line, recipe in zip(lines, RECIPES.values(), strict=False):  # then those of installed packages
         assert recipe.doc in line
         assert recipe.paper in line
 
@@ -275,7 +275,7 @@ def test_an_existing_run(home, capsys):
 
 def test_resume_finds_the_newest_run_of_the_recipe(home, capsys):
     assert error_of(capsys, "train", "--recipe", "clip", "--resume") == (
-        "error: no run of clip in runs/: pass --out RUN, or leave --resume away"
+        "error: no run of clip in runs/: pass --out RUN, or drop --resume"
     )
     for age, name in ((30, "clip-1"), (10, "clip-3"), (20, "clip-2"), (0, "clip_kd-9")):
         path = Path("runs", name, "run.json")

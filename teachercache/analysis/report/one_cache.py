@@ -1,6 +1,6 @@
 """Compute the sections of a report about one cache: numbers and short lists of rows.
 
-Rows in it are always under `row`, `rows` or `neighbours`, so that `rows.mentioned` finds the images to show.
+Rows are always under the keys in `rows.ROW_NAMES`, so that `rows.mentioned` finds the images to show.
 """
 
 import dataclasses

@@ -12,7 +12,7 @@ function tiles() {
   if (report.quarantine.count) said.push(["quarantined", report.quarantine.count]);
   const other = report.against;
   if (other && other.pictures) said.push(["CKA of pictures", other.pictures.cka]);
-  if (other && other.neighbourhoods) said.push(["neighbours kept @10", other.neighbourhoods.overlap["10"]]);
+  if (other && other.neighbourhoods) said.push(["neighbors kept @10", other.neighbourhoods.overlap["10"]]);
   byId("numbers").append(...said.map(([name, value]) => el("div", { class: "tile" }, el("b", null, figure(value)), el("span", null, name))));
 }
 

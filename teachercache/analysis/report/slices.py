@@ -47,6 +47,6 @@ def slice_columns(per_row: PerRow) -> dict[str, np.ndarray]:
         "cosine to text": per_row.similarity,
         "surprise": per_row.surprise,
         "text->image R@1": hits,
-        "distance to neighbours": per_row.lonely,
+        "distance to neighbors": per_row.lonely,
     }
     return {name: values for name, values in columns.items() if not np.isnan(values).all()}

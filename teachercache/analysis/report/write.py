@@ -55,7 +55,7 @@ def analyze(
         with _section("two caches"):
             report["against"], overlap = compare.against(first, second, joined)
         report["against"]["cache"] = describe.head(second)
-    columns = {**slices.slice_columns(per_row), **({} if second is None else {"neighbours kept": overlap})}
+    columns = {**slices.slice_columns(per_row), **({} if second is None else {"neighbors kept": overlap})}
     report["slices"] = slices.slices(first, columns)
     with _section("map"):
         rows = shown.rows_to_show(first, report, points)

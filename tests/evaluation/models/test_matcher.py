@@ -128,7 +128,7 @@ def test_a_run_keeps_its_result(finished_run, tmp_path, capfd):
     [
         (["--task", "retrieval"], "has no embeddings to evaluate"),
         (["--task", "retrieval", "--samples", "2"], "only winoground, aro, sugar_crepe take one"),
-        (["--task", "winoground", "--figures", "f"], "--figures draws what encoders retrieve, not answers"),
+        (["--task", "winoground", "--figures", "f"], "--figures draws what encoders predict: leave it out"),
         (
             ["--task", "winoground", "--data", "nowhere"],
             "no folder nowhere: --task winoground needs the folder",

@@ -255,7 +255,7 @@ def test_a_wrong_conversion_is_caught_before_anyone_sees_it(finished_run, tmp_pa
 
     fake_run(tmp_path / "run", finished_run, micro())
     monkeypatch.setattr(export_hf, "renamed", wrong)
-    assert "would give other image embeddings (by " in refused(capsys, tmp_path / "run", tmp_path / "out")
+    assert "would compute other image embeddings (by " in refused(capsys, tmp_path / "run", tmp_path / "out")
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -319,7 +319,9 @@ def test_square_pictures_become_the_same_pixels(exported, run):
 def test_other_pictures_are_said_to_be_stretched_and_how_not_to(exported, run, tmp_path, capsys):
     from transformers import AutoProcessor
 
-    said = "The processor stretches pictures to 32 x 32, the student saw them whole on a square: "
+    said = (
+        "The processor stretches pictures to 32 x 32, the student was trained on pictures padded to squares: "
+    )
     assert said in (exported / "README.md").read_text()
     assert main(["export", str(run), "--format", "hf", "--out", str(tmp_path / "out")]) == 0
     assert said in capsys.readouterr().err

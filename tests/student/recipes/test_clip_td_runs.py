@@ -492,7 +492,7 @@ def test_training_reads_no_picture_and_loads_no_teacher(home, tmp_path, monkeypa
     ("words", "said"),
     [
         (("--set", "regime=low"), "choose full, zero, low:N or semi:N"),
-        (("--live",), "leave --live away"),
+        (("--live",), "drop --live"),
         (("--set", "model=lxmert-tiny"), "choose from uniter-base"),
         (("--set", "model=bert-tiny"), "add --set distill_weight=0"),
         (("--set", "init=/nowhere"), "is not there"),

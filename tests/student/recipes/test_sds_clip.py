@@ -463,7 +463,7 @@ def test_a_dry_run_says_what_the_unet_needs(squares, states, tmp_path, capsys):
         (("--set", "t_min=7", "--set", "t_max=7"), "t_min < t_max"),
         (("--set", "unet_rows=-1"), "0 for all"),
         (("--set", "unet_precision=int8"), "choose from auto, float32, bfloat16"),
-        (("--live",), "leave --live away"),
+        (("--live",), "drop --live"),
         (("--cache", "/nowhere"), "tc build --teacher sd-tiny --data"),
     ],
 )

@@ -136,7 +136,7 @@ def test_an_evaluation_that_fails_loses_no_step(squares, cache, tmp_path, monkey
     assert capsys.readouterr().err.splitlines()[-1] == "error: no pictures today"
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000002.safetensors"]
     assert train_here(squares, cache, run, *words, "--resume") == 0
-    assert "going on from step 2" in capsys.readouterr().err
+    assert "resuming from step 2" in capsys.readouterr().err
     assert len(read_lines(run)) == 4
     assert not (run / "candidate").exists()
 

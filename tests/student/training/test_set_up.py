@@ -70,7 +70,7 @@ def test_why_checkpointing_is_off(capsys):
     student = build_two_tower("vit-micro")
     add_block_outputs(student, ["image_block_0"])
     set_up_student(student, run_of(grad_checkpointing=True))
-    assert capsys.readouterr().err == "run.grad_checkpointing is off: hidden looks into the blocks by hooks\n"
+    assert capsys.readouterr().err == "run.grad_checkpointing is off: hidden uses hooks on the blocks\n"
     assert not student.model.visual.transformer.grad_checkpointing
 
 

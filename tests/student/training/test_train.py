@@ -127,7 +127,7 @@ def test_sigterm_and_resume_give_the_same_losses(undisturbed, squares, cache, tm
     assert f"stopped after step {done};" in error
     assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step-{done:08d}.safetensors"]
     assert train_here(squares, cache, run, "--steps", STEPS, "--resume") == 0
-    assert f"going on from step {done}" in capsys.readouterr().err
+    assert f"resuming from step {done}" in capsys.readouterr().err
     assert lines_of(run) == lines_of(undisturbed)
     compare_weights(run, undisturbed)
 
@@ -337,7 +337,10 @@ def test_a_resume_says_what_it_starts_from(undisturbed, squares, cache, tmp_path
     saved.unlink()
     (run / "checkpoints" / "step-00000004").mkdir()  # as versions before this one saved
     assert train_here(squares, cache, run, "--steps", STEPS, "--resume") == 2
-    assert "is an older version's, which alone can resume it: pass another --out" in capsys.readouterr().err
+    assert (
+        "was written by an older version, which alone can resume it: pass another --out"
+        in capsys.readouterr().err
+    )
     shutil.rmtree(run / "checkpoints")
     assert train_here(squares, cache, run, "--steps", STEPS, "--resume") == 0
     assert "there is no checkpoint yet: starting at step 0" in capsys.readouterr().err
@@ -442,7 +445,7 @@ def test_live_refuses_a_teacher_that_changed(squares, tmp_path, capsys):
 
 def test_live_without_a_teacher_is_refused(squares, cache, tmp_path, capsys):
     assert train_here(squares, cache, tmp_path / "run", "--live", recipe="clip") == 2
-    assert "leave --live away" in capsys.readouterr().err
+    assert "drop --live" in capsys.readouterr().err
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -388,7 +388,7 @@ def test_rows_whose_neighbours_changed_and_what_retrieval_lost(two):
     assert first["R@1"] > second["R@1"]
     points = page_data(two["out"], "points")
     assert [each["title"] for each in points["maps"]][-1] == "pictures, second cache"
-    assert "neighbours kept" in {column["name"] for column in points["columns"]}
+    assert "neighbors kept" in {column["name"] for column in points["columns"]}
 
 
 def test_texts_that_differ_are_not_compared(two, tmp_path):
