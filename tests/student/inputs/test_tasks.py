@@ -180,7 +180,7 @@ def test_data_that_asks_nothing_and_rows_of_another_task_are_told(data, scenes):
     manifest = read_manifest(str(data))
     with pytest.raises(UserError, match="has no questions"):
         find_task(manifest, np.arange(2), "q2a")
-    with pytest.raises(UserError, match="is no vcr row"):
+    with pytest.raises(UserError, match="is not a row of vcr"):
         read_question(VCR, read_manifest(str(scenes / "snli_ve")).row(0))
     with pytest.raises(UserError, match="choose q2a"):
         find_task(read_manifest(str(scenes / "vcr1")), np.arange(2), "both")

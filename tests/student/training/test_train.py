@@ -670,7 +670,12 @@ def test_a_head_that_nothing_trains_is_no_trouble(squares, tmp_path):
 def test_workers_change_nothing(undisturbed, squares, cache, tmp_path):
     words = ("--steps", STEPS, "--set", "run.workers=2", "--set", "run.save_every=7")
     assert train_here(squares, cache, tmp_path / "run", *words) == 0
-    assert lines_of(tmp_path / "run") == lines_of(undisturbed)
+    ours, theirs = read_lines(tmp_path / "run"), read_lines(undisturbed)
+    # A note, on which nothing depends: the last bits of its sum depend on where the allocator puts its tensors
+    notes = [[line.pop("cos_image") for line in lines] for lines in (ours, theirs)]
+    assert ours == theirs
+    np.testing.assert_allclose(*notes, rtol=1e-5)
+    compare_weights(tmp_path / "run", undisturbed)
 
 
 def test_a_run_leaves_a_picture_of_its_losses(undisturbed, tmp_path):
