@@ -4,6 +4,7 @@ them.
 
 import json as jsonlib
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -167,14 +168,8 @@ def build(
     out: str | None,
     outputs: str | None,
     weights: str,
-    views: int,
-    augment: tuple[str, ...],
-    batch_size: int,
-    workers: int | None,
-    precision: str,
-    device: str,
     limit: int | None,
-    prune: bool,
+    **options: Any,
 ) -> None:
     """Run a teacher over data and write a cache. A build that is killed resumes with the same command.
 
@@ -187,48 +182,28 @@ def build(
     tc build --teacher clip-vit-b16 --weights random:0 --limit 100
     torchrun --nproc-per-node 8 -m teachercache build --teacher clip-vit-l14 --data shards/
     """
-    from teachercache.core import device as devices
-    from teachercache.core.process import default_workers
+    from teachercache.build.options import choose_options
     from teachercache.data.read import read_manifest
-    from teachercache.data.views import parse_augment
     from teachercache.teachers.registry import find
 
     wanted = None if outputs is None else tuple(part.strip() for part in outputs.split(",") if part.strip())
     find(name)
-    drawn = parse_augment(augment)
-    if augment and not views:
-        raise UserError("--augment is for stored views: add --views 4, or leave --augment away")
-    device = devices.pick_device(device)
-    dtype = devices.pick_precision(precision, device)
+    how = choose_options(limit=limit or 0, **options)
     manifest = read_manifest(data, limit=limit)
     if weights.startswith("random:"):
         say(f"WARNING: --weights {weights}: the architecture of {name} with random weights, untrained")
 
-    from teachercache.build.loop import BuildOptions, announce
+    from teachercache.build.loop import announce
     from teachercache.build.loop import build as run
     from teachercache.teachers.registry import load
 
     teacher = load(name, weights=weights, outputs=wanted)
-    say(f"{name} on {device} in {dtype.dtype} ({dtype.reason}); {len(manifest):,} rows of {manifest.data}")
-    workers = default_workers() if workers is None else workers
-    folder = as_path(out) if out else default_cache(data, name, views)
-    announce(
-        run(
-            teacher,
-            manifest,
-            folder,
-            BuildOptions(
-                batch_size=batch_size,
-                workers=workers,
-                device=device,
-                precision=dtype,
-                views=views,
-                augment=drawn,
-                prune=prune,
-                limit=limit or 0,
-            ),
-        )
+    dtype = how.precision
+    say(
+        f"{name} on {how.device} in {dtype.dtype} ({dtype.reason}); {len(manifest):,} rows of {manifest.data}"
     )
+    folder = as_path(out) if out else default_cache(data, name, how.views)
+    announce(run(teacher, manifest, folder, how))
 
 
 @tc.command()

@@ -37,7 +37,7 @@ PACKAGES = TOWER[:3]
 SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 SCRIPTS = sorted((ROOT / "scripts").rglob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("test_*.py"))
-MAX_FILE, MAX_FUNCTION, MAX_NOQA, MAX_SIBLINGS = 400, 80, 3, 12
+MAX_FILE, MAX_FUNCTION, MAX_NOQA, MAX_SIBLINGS, MAX_PARAMETERS = 400, 80, 3, 12, 8
 
 
 @functools.cache
@@ -324,6 +324,22 @@ def test_files_and_functions_are_short(path):
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             assert node.end_lineno - node.lineno + 1 <= MAX_FUNCTION, node.name
+
+
+def parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """How many parameters a function has, besides self, cls and an autograd context."""
+    names = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
+    return len([name for name in names if name.arg not in ("self", "cls", "ctx")])
+
+
+@pytest.mark.parametrize("path", [*SOURCES, *SCRIPTS], ids=lambda path: str(path.relative_to(ROOT)))
+def test_signatures_are_narrow(path):
+    wide = [
+        node.name
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and parameters(node) > MAX_PARAMETERS
+    ]
+    assert wide == []
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -196,8 +196,11 @@ def needed_by(name: str, table: Mapping[str, str]) -> set[str]:
     """Return the commands whose results, or a folder of them, the words of this one name."""
     words = [word.rstrip("/") + "/" for word in re.split(r"[\s,=']+", table[name]) if "/" in word]
     others = {other: other + "/" for other in table if other != name and "@" not in other}
-    return {other for other, path in others.items()
-            if any(word.startswith(path) or path.startswith(word) for word in words)}  # fmt: skip
+    return {
+        other
+        for other, path in others.items()
+        if any(word.startswith(path) or path.startswith(word) for word in words)
+    }
 
 
 def with_needed(chosen: Iterable[str], table: Mapping[str, str]) -> list[str]:

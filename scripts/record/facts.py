@@ -1,7 +1,7 @@
-"""What the record (`record.py`) keeps of a cache, a run, an export, what a command printed; and what differs.
+"""Digest what the record keeps of a cache, a run, an export or printed output, and list differences.
 
-Of bits digests, 16 hex digits of a sha256; of a run each loss as it is. Wording (`doc`), versions, numbers of
-formats, times and checksums of those are left out. Not for making anything.
+A digest is the first 16 hex digits of a sha256. Losses of runs are kept as they are. Documentation strings, versions,
+format numbers, times and checksums are left out.
 """
 
 import hashlib
@@ -193,8 +193,10 @@ def compare(path: Path, made: Mapping[str, Any], names: set[str]) -> int:
         print(f"WARNING: the record is of {record['machine']}, this is {machine()}: bits may differ")
     found = differences({name: facts for name, facts in record["made"].items() if name in names}, made)
     print(*found, sep="\n", end="\n" if found else "")
-    count = {kind: sum(name.startswith(kind) and not name.endswith(".faiss") for name in made)
-             for kind in ("runs/", "caches/", "exports/")}  # fmt: skip
+    count = {
+        kind: sum(name.startswith(kind) and not name.endswith(".faiss") for name in made)
+        for kind in ("runs/", "caches/", "exports/")
+    }
     words = f"{count['runs/']} runs, {count['caches/']} caches, {count['exports/']} exports"
     print(f"{words} compared: {len(found)} differences" if found else f"{words} equal")
     return int(bool(found))
