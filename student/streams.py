@@ -3,23 +3,38 @@
 A draw depends only on the name of its stream and a key: the seed and a position such as epoch and row.
 """
 
+import zlib
+
 import numpy as np
 
-# Name -> numbers appended to the key, which separate streams that share a key. The comment names the key.
-STREAMS: dict[str, tuple[int, ...]] = {
-    "row_order": (),  # seed, epoch
-    "text_choice": (),  # seed, epoch, row
-    "first_view": (),  # seed, row
-    "mask_noise": (1,),  # seed, epoch, row
-    "sample_noise": (2,),  # seed, epoch, row
-    "text_masking": (3,),  # seed, epoch, row
-    "masked_words": (2,),  # seed, step, row
-    "labels": (5,),  # subset
-    "data_share": (),  # 0
-    "anchor_rows": (),  # 0
+# Name of a stream -> the key of one draw
+STREAMS = {
+    "row_order": "seed, epoch",
+    "text_choice": "seed, epoch, row",
+    "first_view": "seed, row",
+    "mask_noise": "seed, epoch, row",
+    "sample_noise": "seed, epoch, row",  # one stream per array of a recipe: sample_noise.NAME
+    "text_masking": "seed, epoch, row",
+    "masked_words": "seed, step, row",
+    "unlabeled_order": "seed, epoch",
+    "labels": "subset",
+    "data_share": "",
+    "anchor_rows": "",
 }
 
 
 def stream(name: str, *key: int) -> np.random.Generator:
-    """Return the random generator of a named stream for a key such as (seed, epoch, row)."""
-    return np.random.default_rng([*key, *STREAMS[name]])
+    """Return the random generator of a named stream for a key.
+
+    Args:
+        name: A name of STREAMS, optionally followed by a dot and the name of one of several streams of this kind.
+        key: Numbers that identify the draw, such as (seed, epoch, row).
+
+    Raises:
+        KeyError: There is no such stream.
+        ValueError: The key has the wrong number of entries.
+    """
+    kind = name.partition(".")[0]
+    if len(key) != len([part for part in STREAMS[kind].split(", ") if part]):
+        raise ValueError(f"stream {kind} takes ({STREAMS[kind]}), not {key}")
+    return np.random.default_rng([zlib.crc32(name.encode()), *key])

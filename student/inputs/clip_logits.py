@@ -44,7 +44,7 @@ class ClipScorer:
         self.scale = float(np.exp(source.constants.get("logit_scale", float(np.log(100)))))
         self.anchors, self.answers = np.empty(0), np.empty(0)
         if self.scoring == "anchors":
-            some = np.sort(stream("anchor_rows", 0).permutation(rows)[:MOST])
+            some = np.sort(stream("anchor_rows").permutation(rows)[:MOST])
             self.anchors = find_anchors(self.cosines(some, np.zeros((len(some), 1), int))[:, 0])
         elif self.scoring == "answers":
             labels = manifest.column("label")

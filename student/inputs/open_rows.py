@@ -221,7 +221,9 @@ def question_order(
     first = Order(first_rows, batch=size, seed=steps.seed, block_rows=block_rows)
     unlabeled = None
     if halves:
-        unlabeled = Order(rows[~labeled], batch=size, seed=steps.seed + 1, block_rows=block_rows)
+        unlabeled = Order(
+            rows[~labeled], batch=size, seed=steps.seed, block_rows=block_rows, draws="unlabeled_order"
+        )
     return QuestionOrder(first, unlabeled, usable)
 
 

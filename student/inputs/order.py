@@ -50,7 +50,13 @@ class StepPlan:
 
 
 def epoch_order(
-    rows: np.ndarray, *, seed: int, epoch: int, block_rows: int, window: int = WINDOW_BLOCKS
+    rows: np.ndarray,
+    *,
+    seed: int,
+    epoch: int,
+    block_rows: int,
+    window: int = WINDOW_BLOCKS,
+    draws: str = "row_order",
 ) -> np.ndarray:
     """Return the rows in the order of an epoch: shuffle the blocks, then the rows within windows of blocks.
 
@@ -63,8 +69,9 @@ def epoch_order(
         epoch: Index of the epoch.
         block_rows: Rows of a cache block.
         window: Blocks per window.
+        draws: Name of the random stream.
     """
-    random = stream("row_order", seed, epoch)
+    random = stream(draws, seed, epoch)
     rows = rows[random.permutation(len(rows))]
     window_of_block = random.permutation(int(rows.max()) // block_rows + 1) // window
     return rows[np.argsort(window_of_block.astype(np.int32)[rows // block_rows], kind="stable")]
@@ -78,10 +85,12 @@ class Order:
         batch: Rows per step, over all ranks.
         seed: Seed of the run.
         block_rows: Rows of a cache block.
+        draws: Name of the random stream.
     """
 
-    def __init__(self, rows: np.ndarray, *, batch: int, seed: int, block_rows: int):
+    def __init__(self, rows: np.ndarray, *, batch: int, seed: int, block_rows: int, draws: str = "row_order"):
         self.rows, self.batch, self.seed, self.block_rows = rows, batch, seed, block_rows
+        self.draws = draws
         self.per_epoch = len(rows) // batch
         if not self.per_epoch:
             raise UserError(f"{len(rows)} usable training rows are fewer than --batch-size {batch}")
@@ -95,6 +104,8 @@ class Order:
         """Return the rows of a step's global batch, as indices of the manifest."""
         epoch, index = divmod(step, self.per_epoch)
         if self.shuffled[0] != epoch:
-            rows = epoch_order(self.rows, seed=self.seed, epoch=epoch, block_rows=self.block_rows)
+            rows = epoch_order(
+                self.rows, seed=self.seed, epoch=epoch, block_rows=self.block_rows, draws=self.draws
+            )
             self.shuffled = (epoch, rows)
         return self.shuffled[1][index * self.batch : (index + 1) * self.batch]

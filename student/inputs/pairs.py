@@ -164,11 +164,11 @@ class PairBatches(Dataset[dict[str, Tensor]]):
 
     def _sample_noise(self, rows: np.ndarray, epoch: int) -> dict[str, Tensor]:
         """Draw the recipe's random arrays for each row."""
-        drawn = []
-        for row in rows.tolist():
-            random = stream("sample_noise", self.plan.seed, epoch, row)
-            drawn.append({name: noise(random) for name, noise in self.noise.items()})
-        return {name: torch.from_numpy(np.stack([arrays[name] for arrays in drawn])) for name in self.noise}
+        arrays = {
+            name: [noise(stream(f"sample_noise.{name}", self.plan.seed, epoch, row)) for row in rows.tolist()]
+            for name, noise in self.noise.items()
+        }
+        return {name: torch.from_numpy(np.stack(of_rows)) for name, of_rows in arrays.items()}
 
     def _view(self, row: int, epoch: int) -> int:
         """Return the index of the stored view that a row shows in an epoch.

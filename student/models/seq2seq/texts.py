@@ -182,5 +182,5 @@ def choose_rows(manifest: Manifest, rows: np.ndarray, stage: str, share: float) 
         rows = rows[np.array(['"vqa"' in task and bool(label) for task, label in columns])[rows]]
         if not len(rows):
             raise UserError(f"{manifest.data} asks nothing: stage=vqa takes VQA's questions .json as --data")
-    order = stream("data_share", 0).permutation(len(rows))
+    order = stream("data_share").permutation(len(rows))
     return np.sort(rows[order[: max(1, round(share * len(rows)))]])
