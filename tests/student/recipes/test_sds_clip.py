@@ -355,7 +355,8 @@ def test_resumed_runs_micro_batches_and_a_regulariser_of_weight_zero(squares, st
     lines = read_lines(tmp_path / "none")  # the same rows and captions, no regulariser, no teacher
     assert "sds" not in lines[0]
     assert lines[0]["task"] == pytest.approx(whole[0]["task"], rel=1e-6)
-    assert lines[-1]["task"] != pytest.approx(whole[-1]["task"], rel=1e-6)
+    with_it, without = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "none"))
+    assert any(not torch.equal(with_it[name], without[name]) for name in with_it)
     assert SDS_CLIP.teacher_fields(dataclasses.replace(SDS_CLIP.constants, objective="none")) == ()
 
 
