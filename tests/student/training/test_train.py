@@ -668,7 +668,7 @@ def test_a_head_that_nothing_trains_is_no_trouble(squares, tmp_path):
 
 
 def test_workers_change_nothing(undisturbed, squares, cache, tmp_path):
-    """Batches are equal to the bit; losses to a few ulp, as MKL rounds by where in memory its operands lie."""
+    """Batches are equal to the bit, losses to 1e-4: in one process two trainings can differ by ulps (LOG.md)."""
     from student.inputs.loader import loader
     from student.recipe import Run as RunRecord
     from student.recipes.registry import find
