@@ -11,11 +11,17 @@ if TYPE_CHECKING:
     import click
 
 
+# Exit codes
+OURS, MISTAKE, UNFINISHED, MACHINE = 1, 2, 3, 75  # 75 is EX_TEMPFAIL of sysexits.h: try again later
+
+
 def run_command(group: "click.Group", args: list[str] | None = None) -> int:
     """Run a click group and return its exit code.
 
-    A UserError, an OSError or a wrong option prints one `error:` line and returns 2. Ctrl-C returns 130,
-    SIGTERM 143.
+    One `error:` line and 2 for a mistake of the user (a UserError, a wrong option, a path that does not exist), 75
+    for an error of the machine (a full disk, a mount that is away, too little memory), after which the same command
+    goes on, and 1 for any other error, which is ours: --debug anywhere in the command shows its traceback. Ctrl-C
+    returns 130, SIGTERM 143.
     """
     import click
 

@@ -1,6 +1,16 @@
-"""The error class for users, and names of objects that users type."""
+"""Errors by kind, and names of objects that users type.
+
+- data: a row that cannot be used is quarantined with its reason (`BadSample` in `data/sample.py`).
+- machine: a full disk, a mount that is away, too little memory (`MachineError`, or an OSError of `is_machine`): the
+  command stops with one line that names the file, and the same command goes on.
+- mistake: `UserError`; one line says what to type.
+- ours: every other exception is a fault of this program: one line, and the traceback with --debug.
+
+`command.py` turns them into exit codes.
+"""
 
 import difflib
+import errno
 import importlib
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -10,6 +20,52 @@ class UserError(ValueError):
     """A mistake of the user. The message is one line that ends with what to type; commands print it and exit
     with 2.
     """
+
+
+class MachineError(OSError):
+    """The machine failed, not the data and not the user: the message names the file. The same command goes on."""
+
+
+# Errors that say nothing about the file itself: it may be whole, and reachable in a minute
+MACHINE = frozenset(
+    getattr(errno, name)
+    for name in (
+        "EIO",
+        "ENOSPC",
+        "EDQUOT",
+        "EFBIG",
+        "EROFS",
+        "ESTALE",
+        "ETIMEDOUT",
+        "EMFILE",
+        "ENFILE",
+        "ENOMEM",
+        "EAGAIN",
+        "EINTR",
+        "EBUSY",
+        "ENOLCK",
+        "ENODEV",
+        "ENXIO",
+        "EREMOTEIO",
+        "ENOTCONN",
+        "ECONNABORTED",
+        "ECONNREFUSED",
+        "ECONNRESET",
+        "EHOSTDOWN",
+        "EHOSTUNREACH",
+        "ENETDOWN",
+        "ENETUNREACH",
+        "ESHUTDOWN",
+    )
+    if hasattr(errno, name)
+)
+
+
+def is_machine(error: BaseException) -> bool:
+    """Return whether an error is one of the machine, so that the same command may succeed later."""
+    if isinstance(error, MachineError | MemoryError):
+        return True
+    return isinstance(error, OSError) and error.errno in MACHINE
 
 
 def closest(name: str, choices: Iterable[str]) -> str:

@@ -17,6 +17,7 @@ from teachercache.core.errors import UserError
 from teachercache.core.paths import as_path, is_url, stream_whole
 from teachercache.core.urls import tidy
 from teachercache.data.sample import Sample
+from teachercache.data.unused import Unused, from_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,12 +39,14 @@ class Manifest:
         root: The Path or UPath that the paths of images are relative to.
         table: The rows, with the columns of `schema`.
         digest: The digest of keys, image files, texts and tasks.
+        unused: What the readers saw and did not use.
     """
 
     data: str
     root: Path
     table: "pa.Table"
     digest: str
+    unused: Unused = dataclasses.field(default_factory=Unused)
 
     def __len__(self) -> int:
         return self.table.num_rows
@@ -111,8 +114,23 @@ def schema() -> "pa.Schema":
     )
 
 
-def make_manifest(data: str, root: Path, samples: Iterable[Sample], *, limit: int | None = None) -> Manifest:
-    """Collect rows into a Manifest; raise UserError if there are none or a key is repeated."""
+def make_manifest(
+    data: str,
+    root: Path,
+    samples: Iterable[Sample],
+    *,
+    unused: Unused | None = None,
+    limit: int | None = None,
+) -> Manifest:
+    """Collect rows into a Manifest; raise UserError if there are none or a key is repeated.
+
+    Args:
+        data: The value of `--data`.
+        root: What the paths of images are relative to.
+        samples: The rows.
+        unused: The counts that the reader of the rows adds to.
+        limit: The largest number of rows; None for all.
+    """
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -133,7 +151,7 @@ def make_manifest(data: str, root: Path, samples: Iterable[Sample], *, limit: in
         counts = pc.value_counts(table["key"])
         key = counts.field("values")[pc.index(pc.greater(counts.field("counts"), 1), value=True).as_py()]
         raise UserError(f"key '{key}' is repeated in {data}: give every row its own key or file name")
-    return Manifest(tidy(data), root, table, digest_rows(table))
+    return Manifest(tidy(data), root, table, digest_rows(table), unused or Unused())
 
 
 def digest_rows(table: "pa.Table") -> str:
@@ -163,7 +181,8 @@ def write_manifest(manifest: Manifest, path: Path) -> None:
     import pyarrow.parquet as pq
 
     meta = {"data": manifest.data, "root": str(manifest.root), "digest": manifest.digest}
-    table = manifest.table.replace_schema_metadata({**meta, "checksum": _checksum(meta)})
+    more = {"checksum": _checksum(meta), "unused": json.dumps(manifest.unused.as_json())}
+    table = manifest.table.replace_schema_metadata({**meta, **more})
     stream_whole(path, lambda file: pq.write_table(table, file, write_page_checksum=True))
 
 
@@ -191,7 +210,8 @@ def load_manifest(path: Path) -> Manifest:
     stored = {name: meta.get(name, "") for name in ("data", "root", "digest")}
     if meta.get("checksum", _checksum(stored)) != _checksum(stored):
         raise UserError(f"{path} is damaged: the checksum of its root differs")
-    return Manifest(stored["data"], as_path(stored["root"]), table, stored["digest"])
+    unused = from_json(json.loads(meta.get("unused", "{}")))
+    return Manifest(stored["data"], as_path(stored["root"]), table, stored["digest"], unused)
 
 
 def manifest_keys(path: Path) -> Iterator["pa.Array"]:

@@ -18,9 +18,10 @@ from teachercache.core.paths import as_path, is_url
 from teachercache.core.progress import say
 from teachercache.data.columns import COLUMN_FILES
 from teachercache.data.manifest import Manifest, load_manifest, make_manifest, write_manifest
-from teachercache.data.readers import captions, files, tables
+from teachercache.data.readers import captions, csv_files, files, tables
 from teachercache.data.readers import questions as tasks
 from teachercache.data.sample import Sample
+from teachercache.data.unused import Unused
 
 MAPPED = "Arrow files are mapped into memory: download them, or write them as Parquet (Dataset.to_parquet)"
 GROUPED = (".tar", *COLUMN_FILES)  # shards of one folder are one source
@@ -34,7 +35,7 @@ class Source:
     path: Path  # a Path or UPath
     kind: str
     root: Path
-    rows: Callable[[], Iterator[Sample]]
+    rows: Callable[[Unused], Iterator[Sample]]  # adds what it sees and does not use
 
 
 def read_manifest(data: str, *, limit: int | None = None) -> Manifest:
@@ -44,25 +45,32 @@ def read_manifest(data: str, *, limit: int | None = None) -> Manifest:
 
 def join_sources(data: str, sources: list[Source], *, limit: int | None = None) -> Manifest:
     """Join the sources that `find_sources` returned into one manifest."""
-    name = ",".join(remote.tidy(part) for part in _parts(data))
+    name, unused = ",".join(remote.tidy(part) for part in _parts(data)), Unused()
+    manifest = _join(name, sources, unused, limit=limit)
+    for line in manifest.unused.lines():
+        say(f"{name}: {line}")
+    return manifest
+
+
+def _join(name: str, sources: list[Source], unused: Unused, *, limit: int | None) -> Manifest:
     if len(sources) == 1:
         source = sources[0]
         if source.kind == "manifest":
             with remote.explain_errors(source.path):
                 manifest = load_manifest(source.path)
             whole = limit is None or limit >= len(manifest)
-            return manifest if whole else make_manifest(name, manifest.root, source.rows(), limit=limit)
-        return make_manifest(name, source.root, _rows(source), limit=limit)
+            return manifest if whole else make_manifest(name, manifest.root, source.rows(unused), limit=limit)
+        return make_manifest(name, source.root, _rows(source, unused), unused=unused, limit=limit)
     root = remote.common_root([source.root for source in sources])
-    return make_manifest(name, root, _joined(sources, root), limit=limit)
+    return make_manifest(name, root, _joined(sources, root, unused), unused=unused, limit=limit)
 
 
-def _rows(source: Source) -> Iterator[Sample]:
+def _rows(source: Source, unused: Unused) -> Iterator[Sample]:
     with remote.explain_errors(source.path):
-        yield from source.rows()
+        yield from source.rows(unused)
 
 
-def _joined(sources: list[Source], root: Path) -> Iterator[Sample]:
+def _joined(sources: list[Source], root: Path, unused: Unused) -> Iterator[Sample]:
     """Yield the rows of all sources, keys prefixed by the name of the source, images relative to the
     common root.
     """
@@ -70,7 +78,7 @@ def _joined(sources: list[Source], root: Path) -> Iterator[Sample]:
     names = short if len(set(short)) == len(short) else [str(source.path) for source in sources]
     for source, name in zip(sources, names, strict=True):
         folder = remote.seen_from(root, source.root)
-        for sample in _rows(source):
+        for sample in _rows(source, unused):
             image = remote.join_relative(folder, sample.image) if sample.image else ""
             yield dataclasses.replace(sample, key=f"{name}/{sample.key}", image=image)
 
@@ -175,24 +183,34 @@ def _file(paths: list[Path]) -> Source:
     path, suffix = paths[0], paths[0].suffix.split("?")[0].lower()
     whole = path if len(paths) == 1 else path.parent
     if suffix == ".tar":
-        return Source(whole, "webdataset tars", path.parent, lambda: files.read_tars(path.parent, paths))
+        return Source(
+            whole, "webdataset tars", path.parent, lambda unused: files.read_tars(path.parent, paths, unused)
+        )
     if suffix == ".parquet" and tables.is_manifest(path):
         manifest = load_manifest(path)
         return Source(
-            path, "manifest", manifest.root, lambda: (manifest.row(i) for i in range(len(manifest)))
+            path, "manifest", manifest.root, lambda unused: (manifest.row(i) for i in range(len(manifest)))
         )
     if suffix == ".parquet":
-        return Source(whole, "Parquet", path.parent, lambda: tables.read_parquet(path.parent, paths))
+        return Source(
+            whole, "Parquet", path.parent, lambda unused: tables.read_parquet(path.parent, paths, unused)
+        )
     if suffix == ".arrow" and is_url(path):
         raise UserError(f"{path}: {MAPPED}")
     if suffix == ".arrow":
-        return Source(whole, "Arrow", path.parent, lambda: tables.read_arrow(path.parent, paths))
+        return Source(
+            whole, "Arrow", path.parent, lambda unused: tables.read_arrow(path.parent, paths, unused)
+        )
     if suffix == ".txt":
-        return Source(path, "texts, one a line", path.parent, lambda: files.read_texts(path))
+        return Source(path, "texts, one a line", path.parent, lambda unused: files.read_texts(path, unused))
     if suffix == ".tsv" and files.is_cc3m(path):
-        return Source(path, "CC3M captions and urls", path.parent, lambda: files.read_cc3m(path))
+        return Source(
+            path, "CC3M captions and urls", path.parent, lambda unused: files.read_cc3m(path, unused)
+        )
     if suffix in (".csv", ".tsv"):
-        return Source(path, "table with a header", path.parent, lambda: files.read_table(path))
+        return Source(
+            path, "table with a header", path.parent, lambda unused: csv_files.read_table(path, unused)
+        )
     if suffix == ".json":
         return _json(path)
     if suffix == ".jsonl":
@@ -208,14 +226,16 @@ def _folder(path: Path) -> Source:
     if names & {"dataset_dict.json", "state.json"}:
         if is_url(path):
             raise UserError(f"{path}: {MAPPED}")
-        return Source(path, "Hugging Face dataset saved on disk", path, lambda: tables.read_saved(path))
+        return Source(
+            path, "Hugging Face dataset saved on disk", path, lambda unused: tables.read_saved(path, unused)
+        )
     tars = [entry for entry, _ in entries if entry.name.endswith(".tar")]
     if tars and any(entry.suffix.lower() in files.IMAGE_SUFFIXES for entry, _ in entries):
         raise UserError(
             f"{path} holds both .tar files and loose pictures: move one kind into a folder of its own"
         )
     if tars:
-        return Source(path, "webdataset tars", path, lambda: files.read_tars(path, tars))
+        return Source(path, "webdataset tars", path, lambda unused: files.read_tars(path, tars, unused))
     # Parquet files beside images describe them (img2dataset's 00000.parquet, a manifest); alone they are the data
     inside = [(entry, is_folder) for entry, is_folder in entries if entry.name != "data"]
     pictures = any(is_folder or entry.suffix.lower() in files.IMAGE_SUFFIXES for entry, is_folder in inside)
@@ -223,8 +243,8 @@ def _folder(path: Path) -> Source:
     if not parquet and not pictures and (path / "data", True) in entries:
         parquet = _parquet_in(remote.children(path / "data"))
     if parquet:
-        return Source(path, "Parquet", path, lambda: tables.read_parquet(path, parquet))
-    return Source(path, "folder of pictures", path, lambda: files.read_folder(path))
+        return Source(path, "Parquet", path, lambda unused: tables.read_parquet(path, parquet, unused))
+    return Source(path, "folder of pictures", path, lambda unused: files.read_folder(path, unused))
 
 
 def _parquet_in(entries: list[tuple[Path, bool]]) -> list[Any]:
@@ -240,19 +260,26 @@ def _json(path: Path) -> Source:
             f"{path} is not a COCO captions file (`images` and `annotations`): {error}"
         ) from error
     if isinstance(values, list) and values and isinstance(values[0], dict) and "caption" in values[0]:
-        return Source(path, "list of captions", path.parent, lambda: captions.read_caption_list(path, values))
+        return Source(
+            path,
+            "list of captions",
+            path.parent,
+            lambda unused: captions.read_caption_list(path, values, unused),
+        )
     content = values if isinstance(values, dict) else {}
     if "questions" in content:
-        return Source(path, "VQA questions", path.parent, lambda: tasks.read_vqa(path, values))
+        return Source(path, "VQA questions", path.parent, lambda unused: tasks.read_vqa(path, values, unused))
     first: Any = next(iter(content.get("images") or [{}]), {})
     if isinstance(first, dict) and "sentences" in first:
-        return Source(path, "Karpathy split", path.parent, lambda: captions.read_karpathy(path, values))
+        return Source(
+            path, "Karpathy split", path.parent, lambda unused: captions.read_karpathy(path, values, unused)
+        )
     first = next(iter(content.get("annotations") or [{}]), {})
     if "images" not in content and isinstance(first, dict) and "question_id" in first:
         raise UserError(
             f"{path} holds VQA's answers: pass the file of questions, answers are found beside it"
         )
-    return Source(path, "COCO captions", path.parent, lambda: captions.read_coco(path, values))
+    return Source(path, "COCO captions", path.parent, lambda unused: captions.read_coco(path, values, unused))
 
 
 def _json_lines(path: Path) -> Source:
@@ -260,9 +287,9 @@ def _json_lines(path: Path) -> Source:
     lines = tasks.json_lines(path)
     first = lines[0] if lines else {}
     if "answer_choices" in first:
-        return Source(path, "VCR", path.parent, lambda: tasks.read_vcr(path, lines))
+        return Source(path, "VCR", path.parent, lambda unused: tasks.read_vcr(path, lines, unused))
     if "sentence2" in first:
-        return Source(path, "SNLI-VE", path.parent, lambda: tasks.read_snli_ve(path, lines))
+        return Source(path, "SNLI-VE", path.parent, lambda unused: tasks.read_snli_ve(path, lines, unused))
     raise UserError(
         f"{path} is neither VCR (`answer_choices`) nor SNLI-VE (`sentence2`): write it as .csv or .json"
     )
@@ -304,6 +331,7 @@ def describe(sources: list[Source], manifest: Manifest) -> dict[str, Any]:
         "splits": dict(collections.Counter(manifest.column("split"))),
         "labels": dict(collections.Counter(name for name in manifest.column("label") if name).most_common()),
         "first": [dataclasses.asdict(manifest.row(i)) for i in range(min(3, len(manifest)))],
+        "unused": manifest.unused.as_json(),
         "unusable": problems.total(),
         "problems": dict(problems.most_common(5)),
     }

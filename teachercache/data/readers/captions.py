@@ -7,11 +7,13 @@ from typing import Any
 
 from teachercache.core.errors import UserError
 from teachercache.core.urls import sizes_below
-from teachercache.data.readers.files import picture_folder, split_in_name
+from teachercache.data.foreign import split_in_name
+from teachercache.data.readers.files import picture_folder
 from teachercache.data.sample import Sample, task_columns
+from teachercache.data.unused import Unused
 
 
-def read_coco(path: Path, values: Any) -> Iterator[Sample]:
+def read_coco(path: Path, values: Any, unused: Unused) -> Iterator[Sample]:
     """Read COCO captions: rows in the order of `images`, captions in the order of their ids, images near the
     JSON file.
 
@@ -41,7 +43,7 @@ def read_coco(path: Path, values: Any) -> Iterator[Sample]:
         yield Sample(key=str(number), image=name, texts=texts, size=size(name) or 0, task=task)
 
 
-def read_karpathy(path: Path, values: Any) -> Iterator[Sample]:
+def read_karpathy(path: Path, values: Any, unused: Unused) -> Iterator[Sample]:
     """Read `dataset_coco.json` or `dataset_flickr30k.json`. The key is the COCO id or the file name.
 
     restval counts as train: training on Karpathy's COCO means both together (113,287 images).
@@ -67,7 +69,7 @@ def read_karpathy(path: Path, values: Any) -> Iterator[Sample]:
         yield Sample(key, where, texts, split=split, size=size(where) or 0)
 
 
-def read_caption_list(path: Path, values: list[Any]) -> Iterator[Sample]:
+def read_caption_list(path: Path, values: list[Any], unused: Unused) -> Iterator[Sample]:
     """Read a list of {"image", "caption"}, such as `coco_karpathy_test.json`; entries of one image are its
     captions.
     """

@@ -6,8 +6,6 @@ Arrow.
 """
 
 import collections
-import csv
-import io
 import itertools
 import json
 import os
@@ -25,26 +23,18 @@ from teachercache.core.urls import (
     is_http,
     open_file,
     read_small,
-    sizes_below,
     walk,
 )
-from teachercache.data.columns import PATH_COLUMNS
+from teachercache.data.foreign import split_in_name, split_of
 from teachercache.data.sample import Sample
+from teachercache.data.unused import Unused
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 Sizes = Callable[[str], int | None]
 Entry = tuple[
     int, int, bytes
 ]  # a tar member: the offset and number of its bytes, and the bytes themselves of a text
-SPLITS = ("train", "val", "validation", "test")
 TEXT_COLUMNS = ("text", "caption", "title", "texts", "captions")
-
-
-def split_in_name(name: str) -> str:
-    """Return the split in the name of a file (captions_val2014, Train_GCC-training, snli_ve_dev), or ""."""
-    words = "".join(letter if letter.isalpha() else " " for letter in name.lower()).split()
-    named = {"training": "train", "validation": "val", "valid": "val", "dev": "val"}
-    return next((named.get(word, word) for word in words if named.get(word, word) in SPLITS), "")
 
 
 def picture_folder(root: Path, names: list[str], folders: list[str], *, advice: Any, size: Sizes) -> str:
@@ -63,7 +53,7 @@ def picture_folder(root: Path, names: list[str], folders: list[str], *, advice: 
 # A folder of pictures, captions in a .txt or .json of the same name
 
 
-def read_folder(root: Path) -> Iterator[Sample]:
+def read_folder(root: Path, unused: Unused) -> Iterator[Sample]:
     """Yield the images below `root` in sorted order; the folders above an image are its split and its
     label.
     """
@@ -72,7 +62,7 @@ def read_folder(root: Path) -> Iterator[Sample]:
         beside = [_caption_file(path, files) for path in pictures]
         contents = read_small(root, [(str(path), files[path.name]) for path in beside if path])
         parts, stems = PurePath(folder).parts, set()
-        split = parts[0] if parts and parts[0] in SPLITS else ""
+        split = split_of(parts[0]) if parts else ""
         for path, caption in zip(pictures, beside, strict=True):
             texts, problem = _captions(caption, next(contents)) if caption else ((), "")
             size = files[path.name]
@@ -131,7 +121,7 @@ def captions_of_json(content: bytes) -> tuple[tuple[str, ...], str]:
 # webdataset tars: members <key>.jpg, <key>.txt, <key>.json, <key>.cls; offsets are recorded
 
 
-def read_tars(root: Path, tars: list[Path]) -> Iterator[Sample]:
+def read_tars(root: Path, tars: list[Path], unused: Unused) -> Iterator[Sample]:
     """Yield rows in the order of the tar members; the name of a member is a key and never a path to write
     to.
     """
@@ -182,58 +172,6 @@ def _tar_sample(shard: str, stem: str, group: dict[str, Entry]) -> Sample:
 
 
 # ----------------------------------------------------------------------------------------------------
-# CSV and TSV with a header, and JSON lines with the same names
-
-
-def read_table(path: Path) -> Iterator[Sample]:
-    """Yield one row per image; lines that name the same image are its captions."""
-    columns, lines = _table_lines(path)
-    image_column = next((name for name in PATH_COLUMNS if name in columns), None)
-    text_column = next((name for name in TEXT_COLUMNS if name in columns), None)
-    if image_column is None:
-        raise UserError(
-            f"{path} has no column for the picture: name one of {', '.join(PATH_COLUMNS)} in its header"
-        )
-    size = sizes_below(path.parent)
-    first: dict[str, dict[str, str | None]] = {}
-    texts: dict[str, list[str]] = {}
-    for number, line in enumerate(lines, start=1):
-        name = line[image_column] or ""
-        key = line.get("key") or os.path.splitext(name)[0]
-        if not key:
-            raise UserError(f"row {number} of {path} has neither a picture nor a key: add a column `key`")
-        other = first.setdefault(key, line)[image_column] or ""
-        if other != name and line.get("key"):
-            raise UserError(f"key '{key}' refers to two pictures in {path}: {other} and {name}")
-        if other != name:  # a.jpg and a.png
-            key = name
-            first.setdefault(key, line)
-        texts.setdefault(key, []).extend([] if text_column is None else [line[text_column] or ""])
-    for key, line in first.items():
-        image = line[image_column] or ""
-        yield Sample(
-            key=key,
-            image=image,
-            texts=tuple(texts[key]),
-            label=line.get("label") or "",
-            split=line.get("split") or "",
-            size=(size(image) or 0) if image else 0,
-        )
-
-
-def _table_lines(path: Path) -> tuple[list[str], list[dict[str, str | None]]]:
-    """Return header and lines; a byte order mark (Excel) is skipped, a tab in the header means TSV."""
-    try:
-        with io.TextIOWrapper(io.BytesIO(path.read_bytes()), newline="", encoding="utf-8-sig") as file:
-            delimiter = "\t" if "\t" in file.readline() else ","
-            file.seek(0)
-            lines = csv.DictReader(file, delimiter=delimiter)
-            return list(lines.fieldnames or []), list(lines)
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path} is not a CSV or TSV file in UTF-8: {error}") from error
-
-
-# ----------------------------------------------------------------------------------------------------
 # CC3M: Train_GCC-training.tsv, `caption<TAB>url` without a header, and the downloaded images
 
 
@@ -246,7 +184,7 @@ def is_cc3m(path: Path) -> bool:
     return bool(lines) and len(lines[0]) == 2 and lines[0][1].startswith(("http://", "https://"))
 
 
-def read_cc3m(path: Path) -> Iterator[Sample]:
+def read_cc3m(path: Path, unused: Unused) -> Iterator[Sample]:
     """Yield rows in file order with the row number as the key.
 
     Images are found by row number, as img2dataset names them, or by the name in the url: in a folder named
@@ -300,7 +238,7 @@ def _downloaded(root: Path, folder: str) -> tuple[dict[str, str], dict[str, str]
 # Texts only: class names, answer lists
 
 
-def read_texts(path: Path) -> Iterator[Sample]:
+def read_texts(path: Path, unused: Unused) -> Iterator[Sample]:
     """Yield a row without an image per line. The key is the text, so that a sorted list still joins with its
     caches.
 

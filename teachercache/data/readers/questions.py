@@ -14,8 +14,10 @@ from typing import Any
 
 from teachercache.core.errors import UserError
 from teachercache.core.urls import below, sizes_below
-from teachercache.data.readers.files import picture_folder, split_in_name
+from teachercache.data.foreign import split_in_name
+from teachercache.data.readers.files import picture_folder
 from teachercache.data.sample import Sample, task_columns
+from teachercache.data.unused import Unused
 
 LABELS = ("entailment", "neutral", "contradiction")
 FLICKR_IDS = ("Flickr30K_ID", "Flikr30kID", "Flickr30kID")  # all three spellings exist
@@ -43,7 +45,7 @@ def json_lines(path: Path) -> list[dict[str, Any]]:
 # VQA v2 and OK-VQA: a file of questions, and beside it (or in ../Annotations) the file of answers
 
 
-def read_vqa(path: Path, values: Any) -> Iterator[Sample]:
+def read_vqa(path: Path, values: Any, unused: Unused) -> Iterator[Sample]:
     """Yield a row per question. Texts are the question and the most common answer, which is the label, too;
     the key is question_id.
 
@@ -116,7 +118,7 @@ def _vqa_answers(path: Path) -> dict[int, dict[str, Any]]:
 # SNLI-VE: snli_ve_{train,dev,test}.jsonl and flickr30k-images
 
 
-def read_snli_ve(path: Path, lines: list[dict[str, Any]]) -> Iterator[Sample]:
+def read_snli_ve(path: Path, lines: list[dict[str, Any]], unused: Unused) -> Iterator[Sample]:
     """Yield a row per hypothesis (sentence2), with label gold_label and key pairID; `dev` becomes the
     split val.
     """
@@ -159,7 +161,7 @@ def read_snli_ve(path: Path, lines: list[dict[str, Any]]) -> Iterator[Sample]:
 # VCR: {train,val,test}.jsonl, vcr1images/<movie>/<file>.jpg with a .json of boxes beside each
 
 
-def read_vcr(path: Path, lines: list[dict[str, Any]]) -> Iterator[Sample]:
+def read_vcr(path: Path, lines: list[dict[str, Any]], unused: Unused) -> Iterator[Sample]:
     """Yield a row per question. In its texts a person is `person 3`, its position in `objects` from 1: see
     `_vcr_texts`.
 

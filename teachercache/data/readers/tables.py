@@ -21,8 +21,10 @@ from teachercache.data.columns import (
     open_parquet,
     picture_column,
 )
-from teachercache.data.readers.files import TEXT_COLUMNS, split_in_name
+from teachercache.data.foreign import split_in_name
+from teachercache.data.readers.files import TEXT_COLUMNS
 from teachercache.data.sample import Sample, task_columns
+from teachercache.data.unused import Unused
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -44,7 +46,7 @@ def is_manifest(path: Path) -> bool:
     return b"root" in (_parquet(path).schema_arrow.metadata or {})
 
 
-def read_parquet(root: Path, files: list[Path]) -> Iterator[Sample]:
+def read_parquet(root: Path, files: list[Path], unused: Unused) -> Iterator[Sample]:
     """Yield the rows of Parquet files in order, without reading the bytes of the images."""
     for path in files:
         file = _parquet(path)
@@ -61,7 +63,7 @@ def read_parquet(root: Path, files: list[Path]) -> Iterator[Sample]:
                 first += len(batch)
 
 
-def read_saved(root: Path) -> Iterator[Sample]:
+def read_saved(root: Path, unused: Unused) -> Iterator[Sample]:
     """Yield the rows that `save_to_disk` of a Dataset or DatasetDict wrote; the key is split/row."""
     splits = _json(root / "dataset_dict.json")["splits"] if (root / "dataset_dict.json").exists() else [""]
     for split in splits:
@@ -71,10 +73,12 @@ def read_saved(root: Path) -> Iterator[Sample]:
                 f"{root / split} was saved with an index: call flatten_indices() before save_to_disk()"
             )
         files = [root / split / entry["filename"] for entry in state["_data_files"]]
-        yield from read_arrow(root, files, split=split, name=split or "row")
+        yield from read_arrow(root, files, unused, split=split, name=split or "row")
 
 
-def read_arrow(root: Path, files: list[Path], *, split: str = "", name: str = "") -> Iterator[Sample]:
+def read_arrow(
+    root: Path, files: list[Path], unused: Unused, *, split: str = "", name: str = ""
+) -> Iterator[Sample]:
     """Yield the rows of Arrow files; without `name`, keys are the name of the file and the row in it."""
     import pyarrow as pa
     import pyarrow.compute as pc
