@@ -88,7 +88,7 @@ def lines_of(text: str) -> list[str]:
 
 
 def parse_json(content: bytes, *, what: str = "the file") -> Any:
-    """Parse JSON in any encoding that `decode_whole` knows.
+    """Parse JSON in any encoding that `decode_whole` reads.
 
     Raises:
         Foreign: It is not JSON, or nested more than MAX_NESTING levels deep.
