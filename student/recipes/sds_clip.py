@@ -27,7 +27,8 @@ Free choices, where the paper gives no detail:
 - Each row draws one eps and one t per epoch, t uniform from t_min to t_max - 1.
 - h_w reads the normalized embedding of CLIP's joint space (unit_embedding=false: the raw one). It is
   initialized like nn.Linear (latent_init=zero: with zeros; unit: so that latents have unit variance).
-- layernorm freezes logit_scale too, and trains BatchNorm's weights if a tower has no LayerNorm (RN50).
+- layernorm freezes logit_scale too, and trains BatchNorm's weights if a tower has no LayerNorm (RN50);
+  BatchNorm's statistics stay those of the model that is tuned.
 - AdamW has no weight decay; its schedule is warm-up and cosine.
 - L_CLIP is the mean of the two directions, as in Eq. 7 of the appendix.
 

@@ -24,6 +24,7 @@ from student.contract import (
     reason_against,
 )
 from student.recipe import Optim, Run
+from student.training.batch_norm import has_trained_batch_norm
 from student.training.step import Engine, TrainStep
 from student.training.zero_state import is_sharded, set_sharded
 from teachercache.core.errors import UserError
@@ -102,7 +103,9 @@ def set_up_student(student: Student, run: Run) -> None:
     Where the student does not support one of them, print the reason.
     """
     if run.grad_checkpointing:
-        if Capability.CHECKPOINTS_ACTIVATIONS in student.capabilities():
+        if has_trained_batch_norm(cast(nn.Module, student)):
+            say("run.grad_checkpointing is off: BatchNorm's statistics would move twice a step")
+        elif Capability.CHECKPOINTS_ACTIVATIONS in student.capabilities():
             cast(CheckpointsActivations, student).checkpoint_activations()
         else:
             reason = reason_against(student, Capability.CHECKPOINTS_ACTIVATIONS)

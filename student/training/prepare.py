@@ -12,6 +12,7 @@ from student.inputs.loader import Batches
 from student.inputs.open_rows import Feed, OpenedRows, open_rows
 from student.inputs.order import StepPlan
 from student.recipe import Recipe, Run
+from student.training.batch_norm import set_up_batch_norm
 from student.training.step import TrainStep
 from teachercache.cache.store import Cache
 from teachercache.core.errors import UserError
@@ -77,6 +78,12 @@ def prepare(recipe: Recipe[Any], run: Run) -> Prepared:
         online_teacher=online,
         gradient_teacher=gradient_teacher,
         precision=run.precision,
+    )
+    set_up_batch_norm(
+        step,
+        micro_batches=0 < run.micro_batch < recipe.batch // world_size(),
+        ranks=world_size(),
+        device=run.device,
     )
     files = {**student.spec.files, **opened.files}
     return Prepared(step, batches, opened.caches, student.spec, opened.facts, files)

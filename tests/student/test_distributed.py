@@ -23,18 +23,21 @@ from small_bart import micro_bart
 from student.distributed import first_row, gather, mean_over_ranks, num_ranks
 from student.models.seq2seq.model import Seq2Seq
 from student.models.seq2seq.texts import Marks, Reader
-from student.models.two_tower.loading import build_two_tower
+from student.models.two_tower.loading import TINY, build_two_tower
+from student.models.two_tower.model import TwoTower
 from student.recipe import Optim, Progress, Run, Setting
 from student.recipes.clip import CLIP
 from student.recipes.clip_kd import CLIP_KD
 from student.recipes.psd import PSD
-from student.recipes.sds_clip import SDS_CLIP
+from student.recipes.sds_clip import SDS_CLIP, freeze_all_but_norms
 from student.recipes.vlkd import VLKD
 from student.training import checkpoint
+from student.training.batch_norm import set_up_batch_norm
 from student.training.engine import clamp_scales, learning_rate, start_engine
 from student.training.step import TrainStep
 from teachercache.data.manifest import make_manifest
 from teachercache.data.sample import Sample
+from teachercache.teachers.clip.loading import build_module
 
 WORLD, ROWS = 2, 8
 WIDTHS = {
@@ -45,6 +48,8 @@ WIDTHS = {
     "clip_kd-all": 16,
     "sds_clip": None,
     "vlkd": 16,
+    "rn50": None,
+    "rn50-norms": None,
 }  # vit-micro is 64 wide
 ENGINES = [(name, 0) for name in WIDTHS]
 ENGINES += [("vlkd", 2)]
@@ -79,11 +84,13 @@ HALF_PSD = dataclasses.replace(
 )
 
 
-def make_step(name: str) -> TrainStep:
+def make_step(name: str, world: int = 1) -> TrainStep:
     """The same step in every process, as `student train` makes it."""
     torch.manual_seed(3)
     if name == "sds_clip":
         return make_sds_step()
+    if name.startswith("rn50"):
+        return make_resnet_step(world, norms_only=name == "rn50-norms")
     if WIDTHS[name] is None:
         return TrainStep(CLIP if name == "clip" else HALF_PSD, build_two_tower("vit-micro"), None)
     if name == "vlkd":
@@ -101,6 +108,22 @@ def setting_of(shapes: dict[str, tuple[int, ...]]) -> Setting:
     """Of one row, which these students do not look at."""
     manifest = make_manifest("one", Path(), [Sample(key="0", image="", texts=("a",))])
     return Setting(shapes, manifest, np.zeros(1, int))
+
+
+def make_resnet_step(world: int, *, norms_only: bool) -> TrainStep:
+    """CLIP with a small ResNet, whose BatchNorm sees the rows of all processes, or is frozen where norms are tuned."""
+    cfg = {**TINY["vit-micro"], "vision_cfg": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 8}}
+    module, preprocess = build_module(cfg, {})
+    for layer in module.modules():
+        if isinstance(layer, torch.nn.BatchNorm2d):  # open_clip begins with zeros, which hide gradients
+            for values in (layer.weight, layer.bias, layer.running_mean, layer.running_var):
+                torch.nn.init.uniform_(values, 0.5, 1.5)
+    student = TwoTower(module, cfg, preprocess, None)
+    if norms_only:
+        freeze_all_but_norms(student)
+    step = TrainStep(CLIP, student, None)
+    set_up_batch_norm(step, micro_batches=False, ranks=world, device="cpu")
+    return step
 
 
 def make_sds_step() -> TrainStep:
@@ -137,7 +160,8 @@ def fields_of(name: str) -> dict[str, int]:
 def make_batch(name: str, number: int, rank: int, world: int) -> dict:
     """This rank's rows of a batch that is the same for all."""
     random = torch.Generator().manual_seed(100 + number)
-    batch = {"image": torch.randn(ROWS, 3, 32, 32, generator=random)}
+    size = 64 if name.startswith("rn50") else 32
+    batch = {"image": torch.randn(ROWS, 3, size, size, generator=random)}
     batch["text"] = torch.randint(1, 5000, (ROWS, 16), generator=random)
     for field, width in fields_of(name).items():
         batch[field] = torch.randn(ROWS, width, generator=random)
@@ -172,13 +196,14 @@ def trained(step: TrainStep) -> list:
 
 def gradients(name: str, rank: int, world: int) -> dict[str, torch.Tensor]:
     """What data-parallel engines do: backward on each rank, then the mean over ranks."""
-    step = make_step(name)
+    step = make_step(name, world)
     loss, terms, notes = step(make_batch(name, 0, rank, world), Progress(0, 1))
     loss.backward()
     found = {"loss": loss.detach(), **{key: value.detach() for key, value in (terms | notes).items()}}
     for key, parameter in trained(step):
         found[f"grad {key}"] = mean_over_ranks(parameter.grad)
-    return found
+    moved = {key: value for key, value in step.named_buffers() if "running" in key}
+    return found | {f"buffer {key}": value.clone() for key, value in moved.items()}
 
 
 def after_steps(name: str, stage: int, rank: int, world: int) -> dict[str, torch.Tensor]:
@@ -186,7 +211,7 @@ def after_steps(name: str, stage: int, rank: int, world: int) -> dict[str, torch
     from deepspeed.utils import safe_get_full_fp32_param
 
     run = Run(data="", cache="", out="", zero=stage)
-    engine = start_engine(make_step(name), OPTIM, run, ROWS // world)
+    engine = start_engine(make_step(name, world), OPTIM, run, ROWS // world)
     found = {}
     for number in range(STEPS):
         for group in engine.optimizer.param_groups:
@@ -347,7 +372,7 @@ def found(pair: Path, name: str, rank: int = 0) -> dict[str, torch.Tensor]:
 
 def unseen(key: str) -> bool:
     """A bias of attention's keys moves all of a softmax's logits alike: its gradient is rounding alone."""
-    return key.endswith("k_proj.bias")
+    return key.endswith("k_proj.bias")  # also of a ResNet's attention pool
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -393,20 +418,18 @@ def test_gradients_of_two_ranks_are_those_of_one(pair, name):
             if unseen(key):
                 continue
             assert value.norm() > 0, key
-            assert relative(two[key], value) < 1e-5, f"rank {rank}, {key}"
+            bar = 3e-5 if name == "rn50" else 1e-5  # nine BatchNorms of a few values magnify rounding
+            assert relative(two[key], value) < bar, f"rank {rank}, {key}"
     heads = {key for key in one if key.startswith("grad heads")}
-    assert (
-        len(heads)
-        == {
-            "clip": 0,
-            "psd": 0,
-            "clip_kd-equal": 1,
-            "clip_kd-differing": 5,
-            "clip_kd-all": 22,
-            "sds_clip": 1,
-            "vlkd": 1,
-        }[name]
-    )
+    assert len(heads) == {
+        "clip": 0,
+        "psd": 0,
+        "clip_kd-equal": 1,
+        "clip_kd-differing": 5,
+        "clip_kd-all": 22,
+        "sds_clip": 1,
+        "vlkd": 1,
+    }.get(name, 0)
 
 
 @pytest.mark.parametrize(("name", "stage"), ENGINES)
