@@ -16,6 +16,7 @@ from teachercache.core.command import run_command
 from teachercache.core.errors import UserError
 from teachercache.core.process import rank
 from teachercache.core.progress import say
+from teachercache.core.terminal import show
 
 MATCHERS = ", ".join(task.name for task in TASKS.values() if task.kind is Kind.MATCHER)
 SAMPLES_ERROR = f"--samples is a number of noise draws: only {MATCHERS} take one"
@@ -52,7 +53,7 @@ def recipes(name: str | None) -> None:
     recipe = find(name)
     print((sys.modules[recipe.loss.__module__].__doc__ or recipe.doc).strip(), end="\n\n")
     for setting, value in dataclasses.asdict(recipe.constants).items():
-        print(f"  --set {setting}={value}")
+        show(f"  --set {setting}={value}")
     for setting, value in dataclasses.asdict(recipe.optim).items():
         print(f"  --set optim.{setting}={value}")
     print(f"  --data {recipe.data} --steps {recipe.steps} --batch-size {recipe.batch}")
@@ -199,7 +200,7 @@ def evaluate(
             raise UserError(SAMPLES_ERROR)
         report = measure_suite(models, data, out or Path("evals", Path(data).name or "data"), figures)
         printed = {"results": report.results, "skipped": report.skipped}
-        print(json.dumps(printed) if as_json else suite_table(report))
+        print(json.dumps(printed)) if as_json else show(suite_table(report))
         return
     if out is not None:
         raise UserError(
@@ -215,7 +216,7 @@ def evaluate(
         # One line for each model and each way in which it answers
         print(*map(json.dumps, results), sep="\n")
     else:
-        print(table(results))
+        show(table(results))
 
 
 @student.command()
@@ -250,7 +251,7 @@ def generate(
         model, images, question=question.strip(), masks=masks or 0, beams=beams or 0, device=pick_device()
     )
     for image, text in zip(images, texts, strict=True):
-        print(f"{image}: {text}" if len(images) > 1 else text)
+        show(f"{image}: {text}" if len(images) > 1 else text)
 
 
 @student.command("export")
@@ -276,7 +277,7 @@ def write_export(run: Path, form: str, out: Path | None) -> None:
     for note in exported.notes:
         say(note)
     say(f"{out}: {exported.call.format(out)}")
-    print(out)
+    show(out)
 
 
 def main(args: list[str] | None = None) -> int:

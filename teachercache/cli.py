@@ -8,11 +8,12 @@ from typing import Any
 
 import click
 
-from teachercache.cli_output import print_info, print_manifest, print_report, print_teachers
+from teachercache.cli_output import print_info, print_manifest, print_report, print_results, print_teachers
 from teachercache.core.command import run_command
 from teachercache.core.errors import UserError
 from teachercache.core.paths import as_path
 from teachercache.core.progress import say
+from teachercache.core.terminal import show
 
 DEMO_DATA = "data/demo"
 teacher_option = click.option(
@@ -321,8 +322,7 @@ def search(
         query = " + ".join([*filter(None, [text]), *map(str, images), *keys])
         print(jsonlib.dumps({"query": query, "results": results}))
         return
-    for result in results:
-        print(f"{result['score']:.3f}  {result['image'] or result['key']}  {'; '.join(result['texts'])}")
+    print_results(results)
 
 
 @tc.command()
@@ -367,7 +367,7 @@ def analyze(cache: str, against: str | None, out: Path | None, kind: str, points
         print(json_of(report))
         return
     for line in written:
-        print(line)
+        show(line)
 
 
 def main(args: list[str] | None = None) -> int:

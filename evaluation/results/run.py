@@ -17,6 +17,7 @@ from evaluation.tasks.registry import TASKS
 from evaluation.tasks.task import Kind, Metric, Metrics, Task
 from teachercache.core.errors import UserError
 from teachercache.core.paths import write_whole
+from teachercache.core.terminal import printable
 from teachercache.data.read import read_manifest
 
 NamedModel = Encoder | Answerer | Matcher | Generator | LanguageModel
@@ -189,6 +190,7 @@ def table(results: Sequence[Result]) -> str:
     names = list(dict.fromkeys(name for result in results for name in result["metrics"]))
     header = ["metric", *(result["model"] for result in results)]
     lines = [header, *([name, *(_cell(result["metrics"].get(name)) for result in results)] for name in names)]
+    lines = [[printable(cell) for cell in line] for line in lines]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
