@@ -16,6 +16,7 @@ from teachercache.core.command import run_command
 from teachercache.core.errors import UserError
 from teachercache.core.process import rank
 from teachercache.core.progress import say
+from teachercache.core.ranges import MOST
 from teachercache.core.terminal import show
 
 MATCHERS = ", ".join(task.name for task in TASKS.values() if task.kind is Kind.MATCHER)
@@ -30,6 +31,8 @@ def student() -> None:
     student train --recipe clip_kd        # with the cache of data/demo
     student eval runs/NAME --task retrieval
     student export runs/NAME --format open_clip
+
+    --debug anywhere in a command shows the traceback of an error.
     """
 
 
@@ -72,16 +75,16 @@ def recipes(name: str | None) -> None:
     help="A cache or a folder of caches, separated by commas for several teachers; default: caches/<data>.",
 )
 @click.option("--out", help="The run folder; default: runs/<recipe>-<time>.")
-@click.option("--steps", type=click.IntRange(1), help="Number of training steps.")
-@click.option("--batch-size", "batch", type=click.IntRange(2), help="Rows per step, over all processes.")
+@click.option("--steps", type=click.IntRange(1, MOST), help="Number of training steps.")
+@click.option("--batch-size", "batch", type=click.IntRange(2, MOST), help="Rows per step, over all processes.")
 @click.option(
     "--micro-batch",
-    type=click.IntRange(2),
+    type=click.IntRange(2, MOST),
     help="Rows per forward pass of a device; the gradient stays that of the whole batch.",
 )
 @click.option(
     "--eval-every",
-    type=click.IntRange(1),
+    type=click.IntRange(1, MOST),
     help="Steps between evaluations; the best student so far is kept in OUT/best.",
 )
 @click.option("--report-to", default="", metavar="NAMES", help="tensorboard, wandb, or tensorboard,wandb.")
@@ -162,7 +165,7 @@ def train(
     "--figures", type=Path, metavar="DIR", help="Also draw the models' predictions for some rows, as PNG."
 )
 @click.option(
-    "--samples", type=click.IntRange(1), help="Noise draws per match of a diffusion MODEL; default: 16."
+    "--samples", type=click.IntRange(1, MOST), help="Noise draws per match of a diffusion MODEL; default: 16."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def evaluate(
@@ -232,9 +235,9 @@ def evaluate(
 )
 @click.option("--question", default="", help="Answer this question instead of writing a caption.")
 @click.option(
-    "--masks", type=click.IntRange(1), help="[MASK]s in the prompt; default: 6, or 2 with --question."
+    "--masks", type=click.IntRange(1, MOST), help="[MASK]s in the prompt; default: 6, or 2 with --question."
 )
-@click.option("--beams", type=click.IntRange(1), help="Beam size; default: 6, or 1 with --question.")
+@click.option("--beams", type=click.IntRange(1, MOST), help="Beam size; default: 6, or 1 with --question.")
 def generate(
     model: Path, images: tuple[Path, ...], question: str, masks: int | None, beams: int | None
 ) -> None:
