@@ -16,6 +16,8 @@ from teachercache.core.command import run_command
 from teachercache.core.errors import UserError
 from teachercache.core.process import rank
 from teachercache.core.progress import say
+from teachercache.core.ranges import MOST
+from teachercache.core.terminal import show
 
 MATCHERS = ", ".join(task.name for task in TASKS.values() if task.kind is Kind.MATCHER)
 SAMPLES_ERROR = f"--samples is a number of noise draws: only {MATCHERS} take one"
@@ -29,6 +31,8 @@ def student() -> None:
     student train --recipe clip_kd        # with the cache of data/demo
     student eval runs/NAME --task retrieval
     student export runs/NAME --format open_clip
+
+    --debug anywhere in a command shows the traceback of an error.
     """
 
 
@@ -52,7 +56,7 @@ def recipes(name: str | None) -> None:
     recipe = find(name)
     print((sys.modules[recipe.loss.__module__].__doc__ or recipe.doc).strip(), end="\n\n")
     for setting, value in dataclasses.asdict(recipe.constants).items():
-        print(f"  --set {setting}={value}")
+        show(f"  --set {setting}={value}")
     for setting, value in dataclasses.asdict(recipe.optim).items():
         print(f"  --set optim.{setting}={value}")
     print(f"  --data {recipe.data} --steps {recipe.steps} --batch-size {recipe.batch}")
@@ -71,16 +75,16 @@ def recipes(name: str | None) -> None:
     help="A cache or a folder of caches, separated by commas for several teachers; default: caches/<data>.",
 )
 @click.option("--out", help="The run folder; default: runs/<recipe>-<time>.")
-@click.option("--steps", type=click.IntRange(1), help="Number of training steps.")
-@click.option("--batch-size", "batch", type=click.IntRange(2), help="Rows per step, over all processes.")
+@click.option("--steps", type=click.IntRange(1, MOST), help="Number of training steps.")
+@click.option("--batch-size", "batch", type=click.IntRange(2, MOST), help="Rows per step, over all processes.")
 @click.option(
     "--micro-batch",
-    type=click.IntRange(2),
+    type=click.IntRange(2, MOST),
     help="Rows per forward pass of a device; the gradient stays that of the whole batch.",
 )
 @click.option(
     "--eval-every",
-    type=click.IntRange(1),
+    type=click.IntRange(1, MOST),
     help="Steps between evaluations; the best student so far is kept in OUT/best.",
 )
 @click.option("--report-to", default="", metavar="NAMES", help="tensorboard, wandb, or tensorboard,wandb.")
@@ -161,7 +165,7 @@ def train(
     "--figures", type=Path, metavar="DIR", help="Also draw the models' predictions for some rows, as PNG."
 )
 @click.option(
-    "--samples", type=click.IntRange(1), help="Noise draws per match of a diffusion MODEL; default: 16."
+    "--samples", type=click.IntRange(1, MOST), help="Noise draws per match of a diffusion MODEL; default: 16."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def evaluate(
@@ -199,7 +203,7 @@ def evaluate(
             raise UserError(SAMPLES_ERROR)
         report = measure_suite(models, data, out or Path("evals", Path(data).name or "data"), figures)
         printed = {"results": report.results, "skipped": report.skipped}
-        print(json.dumps(printed) if as_json else suite_table(report))
+        print(json.dumps(printed)) if as_json else show(suite_table(report))
         return
     if out is not None:
         raise UserError(
@@ -215,7 +219,7 @@ def evaluate(
         # One line for each model and each way in which it answers
         print(*map(json.dumps, results), sep="\n")
     else:
-        print(table(results))
+        show(table(results))
 
 
 @student.command()
@@ -231,9 +235,9 @@ def evaluate(
 )
 @click.option("--question", default="", help="Answer this question instead of writing a caption.")
 @click.option(
-    "--masks", type=click.IntRange(1), help="[MASK]s in the prompt; default: 6, or 2 with --question."
+    "--masks", type=click.IntRange(1, MOST), help="[MASK]s in the prompt; default: 6, or 2 with --question."
 )
-@click.option("--beams", type=click.IntRange(1), help="Beam size; default: 6, or 1 with --question.")
+@click.option("--beams", type=click.IntRange(1, MOST), help="Beam size; default: 6, or 1 with --question.")
 def generate(
     model: Path, images: tuple[Path, ...], question: str, masks: int | None, beams: int | None
 ) -> None:
@@ -250,7 +254,7 @@ def generate(
         model, images, question=question.strip(), masks=masks or 0, beams=beams or 0, device=pick_device()
     )
     for image, text in zip(images, texts, strict=True):
-        print(f"{image}: {text}" if len(images) > 1 else text)
+        show(f"{image}: {text}" if len(images) > 1 else text)
 
 
 @student.command("export")
@@ -276,7 +280,7 @@ def write_export(run: Path, form: str, out: Path | None) -> None:
     for note in exported.notes:
         say(note)
     say(f"{out}: {exported.call.format(out)}")
-    print(out)
+    show(out)
 
 
 def main(args: list[str] | None = None) -> int:

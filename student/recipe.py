@@ -5,9 +5,12 @@ Imports no torch.
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, NamedTuple, TypeVar
+
+from annotated_types import Interval
 
 from student.rows import Pairs, RowPlan
+from teachercache.core.ranges import Count, Form, Name, Number, Seed, Share, Weight
 from teachercache.data.manifest import Manifest
 
 if TYPE_CHECKING:
@@ -28,18 +31,29 @@ Notes = dict[str, "Tensor"]  # further numbers for the log, not minimized
 Noise = Callable[["np.random.Generator"], "np.ndarray"]  # draws the random array of one row
 
 
+Beta = Annotated[float, Interval(ge=0, lt=1)]
+Sinks = Annotated[  # one or both
+    str,
+    Form(
+        "|tensorboard( *, *wandb)?|wandb( *, *tensorboard)?",
+        "choose from tensorboard, wandb; metrics.jsonl is always written",
+    ),
+]
+Device = Annotated[str, Form(r"[a-z]+(:\d+)?", "not a device; try auto, cpu, cuda or cuda:0")]
+
+
 @dataclasses.dataclass(frozen=True)
 class Optim:
     """Settings of AdamW and its learning-rate schedule: linear warm-up, then decay to zero."""
 
-    lr: float = 1e-3
-    beta1: float = 0.9
-    beta2: float = 0.98
-    eps: float = 1e-6
-    weight_decay: float = 0.1  # for matrices only; biases, norms and scales are not decayed
-    warmup: float = 0.1  # fraction of the steps
-    max_grad_norm: float = 0.0  # gradient clipping; 0 turns it off
-    schedule: str = "cosine"  # or linear
+    lr: Weight = 1e-3
+    beta1: Beta = 0.9
+    beta2: Beta = 0.98
+    eps: Weight = 1e-6
+    weight_decay: Weight = 0.1  # for matrices only; biases, norms and scales are not decayed
+    warmup: Share = 0.1  # fraction of the steps
+    max_grad_norm: Weight = 0.0  # gradient clipping; 0 turns it off
+    schedule: Literal["cosine", "linear"] = "cosine"
 
 
 class Progress(NamedTuple):
@@ -117,7 +131,8 @@ class Recipe(Generic[Constants]):
         name: The value of `student train --recipe`.
         paper: Title and year.
         doc: One line for `student recipes`.
-        constants: A frozen dataclass of the paper's settings; `--set NAME=VALUE` changes its fields.
+        constants: A frozen dataclass of the paper's settings; `--set NAME=VALUE` changes its fields. The types of
+            the fields may declare ranges and choices (`teachercache.core.ranges`), which --set checks.
         student: Maps constants and a Setting to the student, with random weights or those of an `init`
             folder.
         loss: Maps outputs, loss fields, constants and progress to weighted terms and notes.
@@ -170,20 +185,21 @@ class Recipe(Generic[Constants]):
 class Run:
     """Settings of one training run that are not part of the paper: data, output folder, device, seed."""
 
-    data: str
-    cache: str  # a cache or a folder of caches; several are separated by commas
-    out: str
-    device: str = "auto"
-    precision: str = "float32"  # or bfloat16 autocast for student and heads; weights and losses stay float32
-    seed: int = 0
-    zero: int = 0  # ZeRO stage of DeepSpeed
-    workers: int = -1  # number of decoding processes; -1 for the free cores
+    data: Name
+    cache: Name  # a cache or a folder of caches; several are separated by commas
+    out: Name
+    device: Device = "auto"
+    # bfloat16 is autocast for student and heads; weights and losses stay float32
+    precision: Literal["float32", "bfloat16"] = "float32"
+    seed: Seed = 0
+    zero: Annotated[int, Interval(ge=0, le=3)] = 0  # ZeRO stage of DeepSpeed
+    workers: Annotated[int, Interval(ge=-1, le=256)] = -1  # number of decoding processes; -1 for the free cores
     online_teacher: bool = False  # --live: run the cache's teacher instead of reading its fields
-    save_every: int = 500
+    save_every: Number = 500
     # Rows per forward pass of a device; 0 for all rows of a step (`student.training.accumulate`)
-    micro_batch: int = 0
+    micro_batch: Count = 0
     grad_checkpointing: bool = False  # recompute inner activations in the backward pass
     compile: bool = False  # compile the student with torch.compile
-    eval_every: int = 0  # steps between evaluations; <out>/best keeps the best student; 0 for none
-    eval_task: str = "retrieval"  # or zeroshot; its score selects the best student
-    report_to: str = ""  # tensorboard, wandb, or both with a comma; metrics.jsonl is always written
+    eval_every: Count = 0  # steps between evaluations; <out>/best keeps the best student; 0 for none
+    eval_task: Name = "retrieval"  # or zeroshot; its score selects the best student
+    report_to: Sinks = ""  # tensorboard, wandb, or both with a comma; metrics.jsonl is always written

@@ -3,22 +3,89 @@
 Applies defaults, `--set key=value`, and the device and number of workers of this machine.
 """
 
-import ast
 import dataclasses
+import difflib
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
+from evaluation.tasks.registry import find as find_task
+from evaluation.tasks.registry import selection_of
 from student.recipe import Optim, Recipe, Run
 from teachercache.core.device import pick_device
 from teachercache.core.errors import UserError, closest
-from teachercache.core.process import default_workers
+from teachercache.core.process import check_workers, default_workers
+from teachercache.core.ranges import check, from_text, kinds_of
 from teachercache.data.read import cache_folder
 
 Record = TypeVar("Record", bound=Any)
 # Settings of a run that have an option of `student train`
-OPTIONS = ("data", "cache", "out", "seed", "online_teacher", "micro_batch", "eval_every", "report_to")
+OPTIONS = {
+    "data": "--data",
+    "cache": "--cache",
+    "out": "--out",
+    "seed": "--seed",
+    "online_teacher": "--live",
+    "micro_batch": "--micro-batch",
+    "eval_every": "--eval-every",
+    "report_to": "--report-to",
+}
+# What other programs call a setting -> its name here
+SYNONYMS = {
+    "learning_rate": "optim.lr",
+    "max_lr": "optim.lr",
+    "betas": "optim.beta1",
+    "adam_beta1": "optim.beta1",
+    "adam_beta2": "optim.beta2",
+    "adam_epsilon": "optim.eps",
+    "wd": "optim.weight_decay",
+    "decay": "optim.weight_decay",
+    "warmup_steps": "optim.warmup",
+    "warmup_ratio": "optim.warmup",
+    "grad_clip": "optim.max_grad_norm",
+    "clip_grad": "optim.max_grad_norm",
+    "grad_clip_norm": "optim.max_grad_norm",
+    "gradient_clipping": "optim.max_grad_norm",
+    "scheduler": "optim.schedule",
+    "lr_scheduler": "optim.schedule",
+    "lr_schedule": "optim.schedule",
+    "num_workers": "run.workers",
+    "dtype": "run.precision",
+    "amp": "run.precision",
+    "bf16": "run.precision",
+    "fp16": "run.precision",
+    "mixed_precision": "run.precision",
+    "gradient_checkpointing": "run.grad_checkpointing",
+    "torch_compile": "run.compile",
+    "torchcompile": "run.compile",
+    "zero_stage": "run.zero",
+    "save_steps": "run.save_every",
+    "save_frequency": "run.save_every",
+    "checkpoint_every": "run.save_every",
+    "eval_steps": "--eval-every",
+    "epochs": "--steps",
+    "num_epochs": "--steps",
+    "steps": "--steps",
+    "max_steps": "--steps",
+    "num_steps": "--steps",
+    "iterations": "--steps",
+    "batch": "--batch-size",
+    "batch_size": "--batch-size",
+    "global_batch_size": "--batch-size",
+    "gradient_accumulation_steps": "--micro-batch",
+    "accum_freq": "--micro-batch",
+    "output_dir": "--out",
+    "live": "--live",
+    "resume": "--resume",
+    "dry_run": "--dry-run",
+    "wandb": "--report-to",
+    "tensorboard": "--report-to",
+    "arch": "model",
+    "architecture": "model",
+    "model_name": "model",
+    "pretrained": "init",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,27 +116,37 @@ def resolve_run(
         resume: Whether a run is resumed; without --out, use the newest run folder of the recipe.
 
     Raises:
-        UserError: An unknown setting, a value of a wrong type, or no run to resume.
+        UserError: An unknown setting, a value of a wrong type or out of its range, or no run to resume.
     """
     recipe = dataclasses.replace(
         recipe, steps=options.steps or recipe.steps, batch=options.batch or recipe.batch
     )
-    data = options.data or recipe.data
+    data = recipe.data if options.data is None else options.data
     run = Run(
         data=data,
-        cache=options.cache or str(cache_folder(data)),
-        out=options.out or run_folder(recipe.name, resume=resume),
+        cache=str(cache_folder(data)) if options.cache is None else options.cache,
+        out=run_folder(recipe.name, resume=resume) if options.out is None else options.out,
         seed=options.seed,
         online_teacher=options.online_teacher,
         micro_batch=options.micro_batch or 0,
         eval_every=options.eval_every or 0,
         report_to=options.report_to,
     )
-    return override(recipe, run, settings)
+    kinds = kinds_of(Run)
+    for name, option in OPTIONS.items():
+        try:
+            check(getattr(run, name), kinds[name])
+        except ValueError as error:
+            raise UserError(f"{option} {getattr(run, name)}: {error}") from error
+    recipe, run = override(recipe, run, settings)
+    selection_of(find_task(run.eval_task))
+    return recipe, run
 
 
 def on_this_machine(run: Run) -> Run:
     """Return the run with device and number of decoding processes chosen for this machine."""
+    if run.workers > 0:
+        check_workers(run.workers, "--set run.workers=")
     workers = run.workers if run.workers >= 0 else default_workers()
     return dataclasses.replace(run, device=pick_device(run.device), workers=workers)
 
@@ -92,47 +169,37 @@ def as_json(recipe: Recipe[Any], run: Run) -> dict[str, Any]:
 
 
 def override(recipe: Recipe[Any], run: Run, settings: Iterable[str]) -> tuple[Recipe[Any], Run]:
-    """Apply `key=value` settings, where the key is a constant's name, `optim.NAME` or `run.NAME`."""
+    """Apply `key=value` settings, where the key is a constant's name, `optim.NAME` or `run.NAME`.
+
+    Raises:
+        UserError: An unknown setting, or a value of a wrong type or out of its range.
+    """
+    records = {"": recipe.constants, "optim": recipe.optim, "run": run}
+    chosen: dict[str, dict[str, Any]] = {group: {} for group in records}
     for setting in settings:
         key, equals, text = setting.partition("=")
+        group, dot, name = key.strip().rpartition(".")
         if not equals:
             raise UserError(f"--set {setting}: write KEY=VALUE")
-        group, dot, name = key.strip().rpartition(".")
-        if group == "optim":
-            recipe = dataclasses.replace(recipe, optim=_replace(recipe.optim, name, text, key, recipe))
-        elif group == "run":
-            run = _replace(run, name, text, key, recipe)
-        elif not dot:
-            recipe = dataclasses.replace(recipe, constants=_replace(recipe.constants, key, text, key, recipe))
-        else:
-            raise UserError(f"--set {key}: {_choices(key, recipe)}")
-    return recipe, run
+        kinds = kinds_of(type(records[group])) if group in records and bool(dot) == bool(group) else {}
+        if name not in kinds:
+            raise UserError(f"--set {key}: {_choices(key.strip(), recipe)}")
+        try:
+            chosen[group][name] = from_text(text.strip(), kinds[name])
+        except ValueError as error:
+            raise UserError(f"--set {key}={text}: {error}") from error
+    return (
+        dataclasses.replace(
+            recipe,
+            constants=_replace(recipe.constants, chosen[""]),
+            optim=_replace(recipe.optim, chosen["optim"]),
+        ),
+        _replace(run, chosen["run"]),
+    )
 
 
-def _replace(record: Record, name: str, text: str, key: str, recipe: Recipe[Any]) -> Record:
-    """Return a dataclass with one field replaced by the value that the text stands for."""
-    fields = {field.name: field.type for field in dataclasses.fields(record)}
-    if name not in fields:
-        raise UserError(f"--set {key}: {_choices(key, recipe)}")
-    kind = cast(type, fields[name])
-    try:
-        value = _parse(text.strip(), kind)
-    except (ValueError, SyntaxError) as error:
-        raise UserError(f"--set {key}={text}: a value of type {kind.__name__} is expected") from error
-    return dataclasses.replace(record, **{name: value})
-
-
-def _parse(text: str, kind: type) -> Any:
-    """Parse a Python literal, or true and false in any case; raise ValueError if its type is not `kind`."""
-    if kind is str:
-        return text
-    value: Any = {"true": True, "false": False}.get(text.lower())
-    value = ast.literal_eval(text) if value is None else value
-    if kind is float and type(value) is int:
-        value = float(value)
-    if type(value) is not kind:
-        raise ValueError(text)
-    return value
+def _replace(record: Record, values: Mapping[str, Any]) -> Record:
+    return dataclasses.replace(record, **values) if values else record
 
 
 def _choices(key: str, recipe: Recipe[Any]) -> str:
@@ -140,7 +207,15 @@ def _choices(key: str, recipe: Recipe[Any]) -> str:
     names = [field.name for field in dataclasses.fields(recipe.constants)]
     names += [f"optim.{field.name}" for field in dataclasses.fields(Optim)]
     names += [f"run.{field.name}" for field in dataclasses.fields(Run) if field.name not in OPTIONS]
-    return f"no such setting of {recipe.name}; {closest(key, names)}choose from {', '.join(names)}"
+    last = key.rpartition(".")[2].lower().replace("-", "_")
+    short = {name.rpartition(".")[2]: name for name in reversed(names)} | {
+        word: name for word, name in SYNONYMS.items() if name in names or name.startswith("--")
+    }
+    near = [last] if last in short else []
+    if not near and not closest(key, names):
+        near = difflib.get_close_matches(last, short, n=1, cutoff=0.75)
+    hint = f"did you mean '{short[near[0]]}'? " if near else closest(key, names)
+    return f"no such setting of {recipe.name}; {hint}choose from {', '.join(names)}"
 
 
 def run_folder(recipe: str, *, resume: bool) -> str:

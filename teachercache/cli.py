@@ -8,13 +8,16 @@ from typing import Any
 
 import click
 
-from teachercache.cli_output import print_info, print_manifest, print_report, print_teachers
+from teachercache.cli_output import print_info, print_manifest, print_report, print_results, print_teachers
 from teachercache.core.command import run_command
 from teachercache.core.errors import UserError
 from teachercache.core.paths import as_path
 from teachercache.core.progress import say
+from teachercache.core.ranges import MOST
+from teachercache.core.terminal import show
 
 DEMO_DATA = "data/demo"
+NUMBER, SEED = click.IntRange(1, MOST), click.IntRange(0, 2**63 - 1)
 teacher_option = click.option(
     "--teacher",
     metavar="MODULE:ENTRY",
@@ -38,6 +41,8 @@ def tc() -> None:
     tc build --teacher clip-lite          embeddings of data/demo into caches/demo/clip-lite.zarr
     tc index caches/demo/clip-lite.zarr   then search in them:
     tc search caches/demo/clip-lite.zarr "a red bird"
+
+    --debug anywhere in a command shows the traceback of an error.
     """
 
 
@@ -61,13 +66,13 @@ def teachers(as_json: bool) -> None:
 @tc.command()
 @click.argument("data")
 @click.option("--out", help="Write a manifest .parquet, which --data takes.")
-@click.option("--limit", type=click.IntRange(1), help="Only the first N rows.")
+@click.option("--limit", type=NUMBER, help="Only the first N rows.")
 @click.option(
     "--noise",
     metavar="KIND=SHARE",
     help="Give a share of the training rows wrong texts: shuffle, partial or near.",
 )
-@click.option("--noise-seed", default=0, show_default=True)
+@click.option("--noise-seed", default=0, show_default=True, type=SEED)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def manifest(
     data: str, out: str | None, limit: int | None, noise: str | None, noise_seed: int, as_json: bool
@@ -140,7 +145,7 @@ def manifest(
     "--views",
     default=0,
     show_default=True,
-    type=click.IntRange(0),
+    type=click.IntRange(0, 1000),
     help="Augmented views of every image, stored with their parameters; 0 for the unaugmented image. "
     "A larger number later adds views.",
 )
@@ -150,13 +155,13 @@ def manifest(
     metavar="KEY=VALUE",
     help="How views are drawn, for example flip=0, scale_min=0.9 (see README).",
 )
-@click.option("--batch-size", default=32, show_default=True, type=click.IntRange(1))
+@click.option("--batch-size", default=32, show_default=True, type=NUMBER)
 @click.option(
-    "--workers", type=click.IntRange(0), help="Decoding processes; default: spare cores, at most 8."
+    "--workers", type=click.IntRange(0, 256), help="Decoding processes; default: spare cores, at most 8."
 )
 @click.option("--precision", default="auto", show_default=True, help="auto, fp32, bf16 or fp16.")
 @click.option("--device", default="auto", show_default=True)
-@click.option("--limit", type=click.IntRange(1), help="Only the first N rows.")
+@click.option("--limit", type=NUMBER, help="Only the first N rows.")
 @click.option(
     "--prune",
     is_flag=True,
@@ -239,7 +244,7 @@ def info(cache: str, as_json: bool) -> None:
     "--samples",
     default=64,
     show_default=True,
-    type=click.IntRange(0),
+    type=click.IntRange(0, MOST),
     help="Rows to compute again with the teacher; 0 checks the files only.",
 )
 @teacher_option
@@ -294,7 +299,7 @@ def index(cache: str, field: str | None, kind: str) -> None:
 @click.option("--image", "images", type=Path, multiple=True, help="Search by an image; may be repeated.")
 @click.option("--key", "keys", multiple=True, help="Search by a row of the cache; may be repeated.")
 @click.option("--field", help="The vector field; default: the one per image, else the one per text.")
-@click.option("--top", default=10, show_default=True, type=click.IntRange(1))
+@click.option("--top", default=10, show_default=True, type=NUMBER)
 @teacher_option
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def search(
@@ -321,8 +326,7 @@ def search(
         query = " + ".join([*filter(None, [text]), *map(str, images), *keys])
         print(jsonlib.dumps({"query": query, "results": results}))
         return
-    for result in results:
-        print(f"{result['score']:.3f}  {result['image'] or result['key']}  {'; '.join(result['texts'])}")
+    print_results(results)
 
 
 @tc.command()
@@ -340,7 +344,7 @@ def search(
     "--points",
     default=20_000,
     show_default=True,
-    type=click.IntRange(10),
+    type=click.IntRange(10, MOST),
     help="Rows on the map, a random sample of larger caches; numbers are of all rows.",
 )
 @click.option(
@@ -367,7 +371,7 @@ def analyze(cache: str, against: str | None, out: Path | None, kind: str, points
         print(json_of(report))
         return
     for line in written:
-        print(line)
+        show(line)
 
 
 def main(args: list[str] | None = None) -> int:

@@ -13,10 +13,11 @@ from evaluation.models.encoder import Encoder
 from evaluation.models.generator import Generator
 from evaluation.models.language_model import LanguageModel
 from evaluation.models.matcher import Matcher
-from evaluation.tasks.registry import TASKS
+from evaluation.tasks.registry import selection_of
 from evaluation.tasks.task import Kind, Metric, Metrics, Task
 from teachercache.core.errors import UserError
-from teachercache.core.paths import write_whole
+from teachercache.core.paths import closest_path, write_whole
+from teachercache.core.terminal import printable
 from teachercache.data.read import read_manifest
 
 NamedModel = Encoder | Answerer | Matcher | Generator | LanguageModel
@@ -76,7 +77,7 @@ def _measure_answerers(task: Task, models: Sequence[Sequence[Answerer]], data: s
 
 def _measure_matchers(task: Task, models: Sequence[Matcher], data: str) -> Iterator[Result]:
     if not Path(data).is_dir():
-        raise UserError(f"no folder {data}: --task {task.name} needs the folder of the published data set")
+        raise UserError(f"no folder {data}: {closest_path(data)}--task {task.name} needs the folder of the published data set")
     for matcher in models:
         yield result_of(task.name, matcher, data, task.function(matcher, Path(data)))
 
@@ -113,10 +114,7 @@ def scorer(task: Task, data: str) -> tuple[Callable[[Encoder], tuple[float, dict
     Raises:
         UserError: If the task cannot choose checkpoints, or no split has usable rows.
     """
-    selection = task.selection
-    if selection is None:
-        choices = ", ".join(other.short or other.name for other in TASKS.values() if other.selection)
-        raise UserError(f"--set run.eval_task={task.name}: choose from {choices}")
+    selection = selection_of(task)
     manifest = read_manifest(data)
     usable = np.array(selection.usable(manifest), bool)
     present = set(manifest.column("split"))
@@ -189,6 +187,7 @@ def table(results: Sequence[Result]) -> str:
     names = list(dict.fromkeys(name for result in results for name in result["metrics"]))
     header = ["metric", *(result["model"] for result in results)]
     lines = [header, *([name, *(_cell(result["metrics"].get(name)) for result in results)] for name in names)]
+    lines = [[printable(cell) for cell in line] for line in lines]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()

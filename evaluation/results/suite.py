@@ -30,6 +30,7 @@ from evaluation.tasks.encoding.zeroshot import class_scores
 from evaluation.tasks.registry import TASKS
 from evaluation.tasks.task import Metrics
 from teachercache.core.errors import UserError
+from teachercache.core.paths import closest_path
 from teachercache.core.progress import say
 from teachercache.data.manifest import Manifest
 from teachercache.data.read import read_manifest
@@ -163,7 +164,7 @@ def run_suite(encoders: Sequence[Encoder], root: Path, *, seen: Seen | None = No
     report = Report()
     if not root.is_dir():
         raise UserError(
-            f"no folder {root}: --task all needs the folder that holds the data sets' own folders"
+            f"no folder {root}: {closest_path(root)}--task all needs the folder that holds the data sets' own folders"
         )
     _classification(report, encoders, root, seen)
     _retrieval(report, encoders, root, seen)

@@ -10,8 +10,8 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evaluation.tasks.task import Kind, Metrics, Option, Selection, Task
-from teachercache.core.errors import UserError, resolve
+from evaluation.tasks.task import Kind, Metrics, Option, Selection, Task, parse_options
+from teachercache.core.errors import UserError, closest, resolve
 
 if TYPE_CHECKING:
     from evaluation.models.answerer import Answerer
@@ -365,22 +365,10 @@ def _checked(value: Task, place: str) -> Task:
     return value
 
 
-def parse_options(task: Task, text: str) -> dict[str, float]:
-    """Parse `a=1,b=2` with the task's options.
-
-    Raises:
-        UserError: If the task has no such option, or the value is not a number that it allows.
-    """
-    values: dict[str, float] = {}
-    for pair in text.split(","):
-        key, _, value = pair.partition("=")
-        try:
-            values[key] = task.options[key].convert(value)
-        except (KeyError, ValueError) as error:
-            choices = ", ".join(f"{name}=NUMBER" for name in task.options)
-            reason = f"choose from {choices}" if choices else f"{task.name} has no options"
-            raise UserError(f"--task {task.name}:{pair}: {reason}") from error
-        if values[key] < 0 or (values[key] == 0 and not task.options[key].zero):
-            least = "of 0 or more" if task.options[key].zero else "above 0"
-            raise UserError(f"--task {task.name}:{pair}: give a number {least}")
-    return values
+def selection_of(task: Task) -> Selection:
+    """Return how a task chooses checkpoints; raise UserError with the tasks that do if it does not."""
+    if task.selection is None:
+        choices = [other.short or other.name for other in TASKS.values() if other.selection]
+        hint = closest(task.name, choices)
+        raise UserError(f"--set run.eval_task={task.name}: {hint}choose from {', '.join(choices)}")
+    return task.selection

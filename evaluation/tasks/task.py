@@ -12,6 +12,9 @@ import enum
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from teachercache.core.errors import UserError, closest
+from teachercache.core.ranges import MOST
+
 if TYPE_CHECKING:
     from teachercache.data.manifest import Manifest
 
@@ -35,6 +38,7 @@ class Option:
 
     convert: Callable[[str], float]  # int or float; raises ValueError if the text is not a number
     zero: bool = False  # whether 0 is allowed
+    most: float = MOST  # the largest number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,3 +82,30 @@ class Task:
     columns: tuple[tuple[str, str], ...] = ()
     selection: Selection | None = None
     class_names: Callable[["Manifest", Sequence[int]], Mapping[str, str]] | None = None
+
+
+def parse_options(task: Task, text: str) -> dict[str, float]:
+    """Parse `a=1,b=2` with the task's options.
+
+    Raises:
+        UserError: If the task has no such option, it is set twice, or the value is not a number that it allows.
+    """
+    values: dict[str, float] = {}
+    choices = ", ".join(f"{name}=NUMBER" for name in task.options)
+    choose = f"choose from {choices}" if choices else f"{task.name} has no options"
+    for pair in text.split(","):
+        key, _, value = (part.strip() for part in pair.partition("="))
+        where = f"--task {task.name}:{pair}"
+        if key not in task.options:
+            raise UserError(f"{where}: {closest(key, task.options)}{choose}")
+        if key in values:
+            raise UserError(f"{where}: {key} is set twice")
+        option = task.options[key]
+        try:
+            values[key] = option.convert(value)
+        except (ValueError, OverflowError) as error:
+            raise UserError(f"{where}: {choose}") from error
+        least = "of 0 or more" if option.zero else "above 0"
+        if not (0 < values[key] <= option.most or (option.zero and values[key] == 0)):
+            raise UserError(f"{where}: give a number {least} and up to {option.most:,}")
+    return values

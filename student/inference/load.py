@@ -10,6 +10,7 @@ from student.models.registry import load_student
 from student.models.run_file import is_run
 from teachercache.core.device import pick_device
 from teachercache.core.errors import UserError
+from teachercache.core.paths import closest_path
 from teachercache.teachers.diffusion.model import diffusion_of
 from teachercache.teachers.registry import load
 from teachercache.teachers.teacher import Teacher
@@ -26,7 +27,7 @@ def named_teacher(model: str) -> Teacher:
     """Load a teacher by its name, or from an exported folder."""
     if "/" in model and ":" not in model and not Path(model).is_dir():
         raise UserError(
-            f"no run or exported folder at {model}: pass one, or a teacher's name (`tc teachers`)"
+            f"no run or exported folder at {model}: {closest_path(model)}pass one, or a teacher's name (`tc teachers`)"
         )
     return load(model)
 

@@ -13,7 +13,7 @@ from student.ensemble import concat_shapes, named
 from student.inputs.hints import Wanted, build_command, field_groups
 from teachercache.cache import store
 from teachercache.core.errors import UserError
-from teachercache.core.paths import as_path
+from teachercache.core.paths import as_path, closest_path
 from teachercache.core.process import rank, world_size
 from teachercache.core.progress import say, ticker
 from teachercache.data.manifest import Manifest
@@ -64,7 +64,11 @@ def parts_of(folders: str) -> list[str]:
     """Split --cache at its commas. An existing path is not split, because its name may contain commas."""
     if "," not in folders or as_path(folders).exists():
         return [folders]
-    return [folder.strip() for folder in folders.split(",") if folder.strip()]
+    parts = [folder.strip() for folder in folders.split(",") if folder.strip()]
+    twice = next((part for i, part in enumerate(parts) if as_path(part) in map(as_path, parts[:i])), None)
+    if twice is not None:
+        raise UserError(f"--cache {folders} names {twice} twice: write it once")
+    return parts or [folders]
 
 
 def find_cache(folder: str, reads: tuple[str, ...], build_hint: str) -> store.Cache:
@@ -92,7 +96,8 @@ def find_cache(folder: str, reads: tuple[str, ...], build_hint: str) -> store.Ca
     if len({cache.meta.spec.digest for cache in fitting}) == 1:
         fitting = [cache for cache in fitting if cache.meta.views] or fitting
     if not fitting:
-        raise UserError(f"no cache with {', '.join(reads)} in {folder}: run `{build_hint}`")
+        near = "" if path.exists() else closest_path(folder)
+        raise UserError(f"no cache with {', '.join(reads)} in {folder}: {near}run `{build_hint}`")
     if len(fitting) > 1:
         names = ", ".join(str(cache.path) for cache in fitting)
         raise SeveralCaches(f"several caches fit, pass one as --cache: {names}")

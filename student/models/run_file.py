@@ -11,6 +11,7 @@ from torch import Tensor
 
 from teachercache.cache.store import flush
 from teachercache.core.errors import UserError
+from teachercache.core.paths import closest_path
 
 FORMAT = 2  # the version of run.json
 NAMES = ("run.json", "seq2seq.json")
@@ -29,7 +30,7 @@ def read_run(folder: Path) -> dict[str, Any]:
     """
     path = next((folder / name for name in NAMES if (folder / name).exists()), None)
     if path is None:
-        raise UserError(f"{folder} is not a run: pass a folder that `student train` wrote")
+        raise UserError(f"{folder} is not a run: {closest_path(folder)}pass a folder that `student train` wrote")
     try:
         record = json.loads(path.read_text())
         version = record.get("format")

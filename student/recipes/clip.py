@@ -14,6 +14,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Protocol
 
 from student.recipe import Batch, Notes, Outputs, Progress, Recipe, Setting, Terms
+from teachercache.core.ranges import Name
 
 if TYPE_CHECKING:
     from student.contract import Student
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 class Constants:
     """The student model: CLIP has no further constants."""
 
-    model: str = "vit-tiny"  # one of our tiny configurations, or any open_clip model
+    model: Name = "vit-tiny"  # one of our tiny configurations, or any open_clip model
     init: str = ""  # a run folder or exported folder to start from
 
 

@@ -46,13 +46,16 @@ text_hidden_<block>), so no teacher runs during training.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+
+from annotated_types import Interval
 
 from student.ensemble import num_teachers, of_teacher
 from student.recipe import Batch, Notes, Outputs, Progress, Recipe, Setting, Shapes, Terms
 from student.recipes import clip
 from student.rows import Pairs
 from teachercache.core.errors import UserError
+from teachercache.core.ranges import Form, Name, Weight
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -61,24 +64,30 @@ if TYPE_CHECKING:
     from student.models.two_tower.model import TwoTower
 
 
+MaskRatio = Annotated[float, Interval(ge=0, lt=1)]
+Blocks = Annotated[
+    str, Form(r"\s*|(\s*\d{1,4}\s*:\s*\d{1,4}\s*(,|$))+", "pairs of blocks STUDENT:TEACHER are expected, as 3:7")
+]
+
+
 @dataclasses.dataclass(frozen=True)
 class Constants:
     """Weights of the terms (section 3 and appendix of the paper), and the student model."""
 
-    task: float = 1.0
-    crd: float = 1.0
-    fd: float = 2000.0  # for a 512-d teacher, where 2000 FD = 7.8 (1 - cos) per modality
-    icl: float = 1.0
-    mfd: float = 0.0  # 2000 in the paper's ablation
-    gd: float = 0.0  # 1e8 in the paper's ablation
-    afd: float = 0.0  # 1 in the paper's ablation
-    cross: float = 0.0
-    hidden: float = 0.0
-    mask_ratio: float = 0.75
-    hidden_image: str = ""  # pairs of blocks STUDENT:TEACHER, separated by commas
-    hidden_text: str = ""
-    ensemble: str = "average"  # or concat; free choice
-    model: str = "vit-tiny"
+    task: Weight = 1.0
+    crd: Weight = 1.0
+    fd: Weight = 2000.0  # for a 512-d teacher, where 2000 FD = 7.8 (1 - cos) per modality
+    icl: Weight = 1.0
+    mfd: Weight = 0.0  # 2000 in the paper's ablation
+    gd: Weight = 0.0  # 1e8 in the paper's ablation
+    afd: Weight = 0.0  # 1 in the paper's ablation
+    cross: Weight = 0.0
+    hidden: Weight = 0.0
+    mask_ratio: MaskRatio = 0.75
+    hidden_image: Blocks = ""  # pairs of blocks STUDENT:TEACHER, separated by commas
+    hidden_text: Blocks = ""
+    ensemble: Literal["average", "concat"] = "average"  # free choice
+    model: Name = "vit-tiny"
     init: str = ""
 
 

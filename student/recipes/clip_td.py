@@ -51,11 +51,14 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Annotated, Literal, cast
+
+from annotated_types import Interval
 
 from student.recipe import Batch, Notes, Optim, Outputs, Progress, Recipe, Setting, Shapes, Terms
 from student.rows import Questions, TeacherLogits, Words
 from teachercache.core.errors import UserError
+from teachercache.core.ranges import MOST, Form, Name, Number, Positive, Seed, Weight
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -65,33 +68,39 @@ if TYPE_CHECKING:
     from student.models.single_stream.model import SingleStream
 
 
+Regime = Annotated[
+    str, Form(r"full|zero|(low|semi):0*[1-9]\d{0,8}", "choose full, zero, low:N or semi:N (N labels of each group)")
+]
+Length = Annotated[int, Interval(ge=4, le=MOST)]  # [CLS], [SEP] and something between and behind them
+
+
 @dataclasses.dataclass(frozen=True)
 class Constants:
     """The paper's constants and switches, with its values where it gives them, and the student model."""
 
-    distill_weight: float = 0.05  # w of Eq. 1 and 8; 0 for the baseline
-    image_term: float = 1.0  # factor of L_dv; 0 switches it off
-    text_term: float = 1.0  # factor of L_dt; 0 switches it off
-    select: str = "best"  # t': best, random or none
-    num_words: int = 2  # m, the number of selected words
+    distill_weight: Weight = 0.05  # w of Eq. 1 and 8; 0 for the baseline
+    image_term: Weight = 1.0  # factor of L_dv; 0 switches it off
+    text_term: Weight = 1.0  # factor of L_dt; 0 switches it off
+    select: Literal["best", "random", "none"] = "best"  # t'
+    num_words: Number = 2  # m, the number of selected words
     confidence: bool = True  # Eq. 9-10
-    temperature: float = 1.0  # T; free choice
-    choices: str = "all"  # VCR: distill all choices, or only the correct one
+    temperature: Positive = 1.0  # T; free choice
+    choices: Literal["all", "correct"] = "all"  # VCR: the choices that are distilled
     normalize: bool = True  # scale CLIP's rows to a root mean square of 1; free choice
-    stage: str = "task"  # or adapt, Eq. 11
-    mode: str = "q2a"  # VCR: or qa2r
-    regime: str = "full"  # or low:N, semi:N, zero
-    subset: int = 0  # seed that draws the N labels of low:N and semi:N
-    model: str = "vl-bert-tiny"
-    fusion: str = "concat"  # of the baselines on frozen CLIP; or cosine
+    stage: Literal["task", "adapt"] = "task"  # adapt: Eq. 11
+    mode: Literal["q2a", "qa2r"] = "q2a"  # VCR
+    regime: Regime = "full"  # or low:N, semi:N, zero
+    subset: Seed = 0  # seed that draws the N labels of low:N and semi:N
+    model: Name = "vl-bert-tiny"
+    fusion: Literal["concat", "cosine"] = "concat"  # of the baselines on frozen CLIP
     init: str = ""  # a BERT folder, a UNITER checkpoint, or a run
     # A folder with tokenizer.json or vocab.txt; by default that of init, else the words of the training rows
     tokenizer: str = ""
-    max_text: int = 96  # sub-words per input
-    adv_steps: int = 3  # VILLA: K, the number of perturbation steps
-    adv_lr: float = 0.1  # VILLA: step size of the perturbation
-    adv_max: float = 0.0  # VILLA: largest norm of a perturbation, 0 for no limit
-    adv_kl: float = 1.5  # VILLA: weight of the divergence from the clean prediction
+    max_text: Length = 96  # sub-words per input
+    adv_steps: Number = 3  # VILLA: K, the number of perturbation steps
+    adv_lr: Weight = 0.1  # VILLA: step size of the perturbation
+    adv_max: Weight = 0.0  # VILLA: largest norm of a perturbation, 0 for no limit
+    adv_kl: Weight = 1.5  # VILLA: weight of the divergence from the clean prediction
 
 
 WORD_FIELDS = {"best": ("word_index", "word_feature"), "random": ("random_index", "random_feature")}
@@ -161,24 +170,11 @@ def teacher_fields(constants: Constants) -> tuple[str, ...]:
 
 
 def _check(constants: Constants) -> None:
-    """Raise a UserError for invalid or contradictory settings."""
-    allowed = {
-        "select": ("best", "random", "none"),
-        "choices": ("all", "correct"),
-        "stage": ("task", "adapt"),
-        "fusion": ("concat", "cosine"),
-    }
-    for name, choices in allowed.items():
-        if getattr(constants, name) not in choices:
-            raise UserError(f"--set {name}={getattr(constants, name)}: choose from {', '.join(choices)}")
+    """Raise a UserError for contradictory settings."""
     if constants.model == "clip-transformer" and constants.fusion == "cosine":
         raise UserError(
             "--set fusion=cosine: clip-transformer reads both side by side; choose clip-1-linear or "
             "clip-3-linear"
-        )
-    if constants.num_words < 1 or constants.temperature <= 0 or constants.distill_weight < 0:
-        raise UserError(
-            "--set num_words must be at least 1, temperature above 0 and distill_weight at least 0"
         )
 
 

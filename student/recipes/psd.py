@@ -27,11 +27,11 @@ paper's method; it serves as a comparison.
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from student.recipe import Batch, Notes, Optim, Outputs, Progress, Recipe, Setting, Terms
 from student.recipes import clip
-from teachercache.core.errors import UserError
+from teachercache.core.ranges import Name, Positive, Share
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,34 +43,22 @@ if TYPE_CHECKING:
 class Constants:
     """The paper's constants, with its values where it gives them, and the student model."""
 
-    alpha_start: float = 0.0  # free choice
-    alpha_end: float = 0.8  # free choice
-    schedule: str = "cosine"  # or linear, constant
-    teacher_temperature: float = 0.1  # tau_T
-    teacher: str = "self"  # or cache
-    model: str = "vit-tiny"
+    alpha_start: Share = 0.0  # free choice
+    alpha_end: Share = 0.8  # free choice
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    teacher_temperature: Positive = 0.1  # tau_T
+    teacher: Literal["self", "cache"] = "self"
+    model: Name = "vit-tiny"
     init: str = ""
 
 
 def teacher_fields(constants: Constants) -> tuple[str, ...]:
     """Return the teacher's embeddings for teacher=cache, else the fields that the student itself reads."""
-    if constants.teacher not in ("self", "cache"):
-        raise UserError(f"--set teacher={constants.teacher}: choose self or cache")
     return ("image_emb", "text_emb") if constants.teacher == "cache" else clip.fields_by_name(constants.model)
 
 
 def build(constants: Constants, setting: Setting) -> "Student":
-    """Build the student model.
-
-    Raises:
-        UserError: A setting is out of range.
-    """
-    for name in ("alpha_start", "alpha_end"):
-        if not 0 <= getattr(constants, name) <= 1:
-            raise UserError(f"--set {name}={getattr(constants, name):g}: a share is expected, from 0 to 1")
-    if constants.teacher_temperature <= 0:
-        raise UserError(f"--set teacher_temperature={constants.teacher_temperature:g}: it must be above 0")
-    alpha(constants, Progress(0, 1))
+    """Build the student model."""
     return clip.build_by_name(constants.model, constants.init)
 
 
@@ -78,8 +66,6 @@ def alpha(constants: Constants, progress: Progress) -> float:
     """Return alpha, the share of unaligned pairs in a step."""
     done = progress.step / max(1, progress.steps - 1)
     ramps = {"cosine": (1 - math.cos(math.pi * done)) / 2, "linear": done, "constant": 1.0}
-    if constants.schedule not in ramps:
-        raise UserError(f"--set schedule={constants.schedule}: choose from {', '.join(ramps)}")
     return constants.alpha_start + (constants.alpha_end - constants.alpha_start) * ramps[constants.schedule]
 
 

@@ -50,7 +50,7 @@ Eq. 6 needs the UNet's outputs in the cache:
 """
 
 import dataclasses
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 from student.recipe import (
     Batch,
@@ -67,6 +67,7 @@ from student.recipe import (
 )
 from student.recipes import clip
 from teachercache.core.errors import UserError
+from teachercache.core.ranges import Count, Name, Number, Weight
 
 if TYPE_CHECKING:
     from torch import nn
@@ -76,38 +77,31 @@ if TYPE_CHECKING:
     from teachercache.teachers.diffusion.model import Diffusion
     from teachercache.teachers.teacher import Teacher
 
-CHOICES = {
-    "objective": ("score", "features", "none"),
-    "train": ("layernorm", "all"),
-    "grad": ("full", "sds"),
-    "latent_init": ("default", "zero", "unit"),
-}
-
-
 @dataclasses.dataclass(frozen=True)
 class Constants:
     """The paper's constants, the switches of its tables, how the UNet is run, and the student model."""
 
-    sds_weight: float = 0.001  # lambda of Eq. 4 and 6
-    objective: str = "score"  # or features, none
-    train: str = "layernorm"  # or all
-    grad: str = "full"  # or sds
-    t_min: int = 0
-    t_max: int = 1000  # exclusive
-    latent_init: str = "default"  # initialization of h_w; or zero, unit; free choice
+    sds_weight: Weight = 0.001  # lambda of Eq. 4 and 6
+    objective: Literal["score", "features", "none"] = "score"
+    train: Literal["layernorm", "all"] = "layernorm"
+    grad: Literal["full", "sds"] = "full"
+    t_min: Count = 0
+    t_max: Number = 1000  # exclusive
+    latent_init: Literal["default", "zero", "unit"] = "default"  # initialization of h_w; free choice
     unit_embedding: bool = True  # h_w reads unit embeddings; free choice
-    unet_rows: int = 16  # rows that the UNet processes at a time, 0 for all
+    unet_rows: Count = 16  # rows that the UNet processes at a time, 0 for all
     checkpoint: bool = False  # recompute the UNet's inner activations instead of keeping them
-    unet_precision: str = "auto"  # or float32, bfloat16
-    model: str = "vit-tiny-long"
+    unet_precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    model: Name = "vit-tiny-long"
     init: str = ""  # a run folder or exported folder to start from
+
+    def __post_init__(self) -> None:
+        if not self.t_min < self.t_max:
+            raise UserError(f"--set t_min={self.t_min} and t_max={self.t_max}: 0 <= t_min < t_max is expected")
 
 
 def objective(constants: Constants) -> str:
     """Return the objective whose term is added to L_CLIP; "none" if the weight is 0."""
-    for name, choices in CHOICES.items():
-        if getattr(constants, name) not in choices:
-            raise UserError(f"--set {name}={getattr(constants, name)}: choose from {', '.join(choices)}")
     return constants.objective if constants.sds_weight else "none"
 
 
@@ -120,16 +114,10 @@ def build(constants: Constants, setting: Setting) -> "Student":
     """Build the student model, and freeze the parameters that are not trained.
 
     Raises:
-        UserError: A setting is out of range, or the model has no LayerNorm to train.
+        UserError: The model has no LayerNorm to train.
     """
     from teachercache.core.progress import say
 
-    if not 0 <= constants.t_min < constants.t_max:
-        raise UserError(
-            f"--set t_min={constants.t_min} and t_max={constants.t_max}: 0 <= t_min < t_max is expected"
-        )
-    if constants.unet_rows < 0:
-        raise UserError(f"--set unet_rows={constants.unet_rows}: a number of rows is expected, 0 for all")
     student = clip.build_by_name(constants.model, constants.init)
     if constants.train == "layernorm":
         freeze_all_but_norms(cast("nn.Module", student))

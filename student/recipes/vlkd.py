@@ -43,60 +43,51 @@ batch 32 and 10 (VQA).
 
 import dataclasses
 import functools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from annotated_types import Interval
 
 from student.recipe import Batch, Notes, Optim, Outputs, Progress, Recipe, Setting, Shapes, Terms
 from student.rows import Pairs
 from teachercache.core.errors import UserError
+from teachercache.core.ranges import MOST, Count, Name, Part, Positive, Weight
 
 if TYPE_CHECKING:
     from torch import nn
 
     from student.contract import Student
 
-STAGES = ("distil", "caption", "vqa", "scst")
+
+
+Length = Annotated[int, Interval(ge=2, le=MOST)]  # the marks of begin and end
 
 
 @dataclasses.dataclass(frozen=True)
 class Constants:
     """The paper's constants, with its values where it gives them, and the student model."""
 
-    ttdm: float = 1000.0  # weight gamma of TTDM; 0 switches a term off, as in table 7
-    itcl: float = 1.0  # weight of ITCL
-    icti: float = 1.0  # weight of ICTI
-    tau: float = 0.07  # initial value
-    mask_share: float = 0.15  # share of the words that are masked
-    visual: str = "cls"  # or patches
-    stage: str = "distil"  # or caption, vqa, scst
-    masks: int = 0  # masks per prompt; 0: 6 for captions, 2 for answers
-    data_share: float = 1.0  # share of the training rows; 0.01 is table 9's 1 %-shot VQA
-    model: str = "bart-tiny"  # or bart-base, bart-large, a name on the hub, a folder
+    ttdm: Weight = 1000.0  # weight gamma of TTDM; 0 switches a term off, as in table 7
+    itcl: Weight = 1.0  # weight of ITCL
+    icti: Weight = 1.0  # weight of ICTI
+    tau: Positive = 0.07  # initial value
+    mask_share: Part = 0.15  # share of the words that are masked
+    visual: Literal["cls", "patches"] = "cls"
+    stage: Literal["distil", "caption", "vqa", "scst"] = "distil"
+    masks: Count = 0  # masks per prompt; 0: 6 for captions, 2 for answers
+    data_share: Part = 1.0  # share of the training rows; 0.01 is table 9's 1 %-shot VQA
+    model: Name = "bart-tiny"  # or bart-base, bart-large, a name on the hub, a folder
     scratch: bool = False  # use the model's configuration and tokenizer with random weights
     init: str = ""  # a run folder or exported folder to start from
-    max_text: int = 64  # sub-words per text
+    max_text: Length = 64  # sub-words per text
 
 
 def rows(constants: Constants) -> Pairs:
     """Return the kind of rows: the pairs that the stage can use, reduced to `data_share` of them."""
     from student.models.seq2seq.texts import choose_rows
 
-    _check(constants)
     return Pairs(
         choose_rows=functools.partial(choose_rows, stage=constants.stage, share=constants.data_share)
     )
-
-
-def _check(constants: Constants) -> None:
-    """Raise a UserError for invalid settings."""
-    if constants.stage not in STAGES:
-        raise UserError(f"--set stage={constants.stage}: choose from {', '.join(STAGES)}")
-    if constants.visual not in ("cls", "patches"):
-        raise UserError(f"--set visual={constants.visual}: choose from cls, patches")
-    if not 0 < constants.mask_share <= 1 or not 0 < constants.data_share <= 1 or constants.masks < 0:
-        raise UserError(
-            "--set mask_share and data_share are shares above 0 and up to 1; masks is a number of masks, "
-            "or 0 for the paper's"
-        )
 
 
 def picture_field(constants: Constants) -> str:

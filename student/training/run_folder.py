@@ -14,7 +14,7 @@ from student.recipe import Recipe, Run
 from student.training.prepare import Prepared
 from teachercache.cache.spec import fingerprint, to_dict
 from teachercache.core.errors import UserError
-from teachercache.core.paths import write_whole
+from teachercache.core.paths import closest_path, write_whole
 from teachercache.core.process import rank, world_size
 
 # Settings that a resume may change, because they affect the paths and the speed of a run but not its losses
@@ -94,7 +94,7 @@ def open_run(out: Path, record: dict[str, Any], resume: bool) -> None:
     if occupied:
         raise UserError(f"{out} exists and is not a run: pass another --out")
     if resume:
-        raise UserError(f"nothing to resume at {out}: run the same command without --resume")
+        raise UserError(f"nothing to resume at {out}: {closest_path(out)}run the same command without --resume")
     if rank() == 0:
         out.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(record, indent=1) + "\n")

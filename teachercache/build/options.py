@@ -3,7 +3,7 @@
 from teachercache.build.loop import BuildOptions
 from teachercache.core.device import pick_device, pick_precision
 from teachercache.core.errors import UserError
-from teachercache.core.process import default_workers
+from teachercache.core.process import check_workers, default_workers
 from teachercache.data.views import parse_augment
 
 
@@ -34,6 +34,7 @@ def choose_options(
         UserError: An option that this machine or the others do not allow.
     """
     drawn = parse_augment(augment)
+    check_workers(workers or 0, "--workers ")
     if augment and not views:
         raise UserError("--augment is for stored views: add --views 4, or leave --augment away")
     device = pick_device(device)

@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Mapping
 from typing import Any
 
-from teachercache.core.errors import UserError
+from teachercache.core.errors import UserError, closest
 
 FORMAT = 2
 DTYPES = ("float16", "float32", "int16", "int32", "int64", "bool")
@@ -135,7 +135,8 @@ class TeacherSpec:
             if field.name == name:
                 return field
         names = ", ".join(field.name for field in self.fields)
-        raise UserError(f"teacher {self.name} has no field '{name}': choose from {names}")
+        hint = closest(name, [field.name for field in self.fields])
+        raise UserError(f"teacher {self.name} has no field '{name}': {hint}choose from {names}")
 
     @property
     def image_vector(self) -> str:

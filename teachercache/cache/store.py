@@ -37,8 +37,8 @@ from teachercache.cache.layout import (
 from teachercache.cache.lease import is_lease
 from teachercache.cache.memory_map import can_map, map_chunks
 from teachercache.cache.spec import FORMAT, CacheMeta, meta_from_dict
-from teachercache.core.errors import UserError
-from teachercache.core.paths import as_path, is_url, write_whole
+from teachercache.core.errors import UserError, closest
+from teachercache.core.paths import as_path, closest_path, is_url, write_whole
 from teachercache.core.process import is_alive
 from teachercache.data.manifest import Manifest, load_manifest, manifest_keys, write_manifest
 
@@ -120,7 +120,7 @@ def open_cache(where: str | Path) -> Cache:
         raise UserError(f"{path}: {error}") from error
     except FileNotFoundError as error:
         raise UserError(
-            f"no cache at {path}: make one with `tc build --teacher NAME --out {path}`"
+            f"no cache at {path}: {closest_path(path)}make one with `tc build --teacher NAME --out {path}`"
         ) from error
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(
@@ -307,7 +307,8 @@ def forget_block(cache: Cache, block: int) -> None:
 def read_field(cache: Cache, name: str) -> np.ndarray:
     """Return a whole field [rows, ...], [rows, texts, ...] or [rows, views, ...], memory-mapped if possible."""
     if name not in cache.fields:
-        raise UserError(f"{cache.path} has no field '{name}': choose from {', '.join(cache.fields)}")
+        hint = closest(name, cache.fields)
+        raise UserError(f"{cache.path} has no field '{name}': {hint}choose from {', '.join(cache.fields)}")
     meta, field, copies = cache.meta, cache.fields[name], cache.copies(name)
     chunk = chunk_shape(cache, name)
     files = [

@@ -68,9 +68,9 @@ def is_machine(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in MACHINE
 
 
-def closest(name: str, choices: Iterable[str]) -> str:
+def closest(name: str, choices: Iterable[str], *, cutoff: float = 0.5) -> str:
     """Return "did you mean 'x'? " with the choice most similar to a name, or an empty string."""
-    matches = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.5)
+    matches = difflib.get_close_matches(name, list(choices), n=1, cutoff=cutoff)
     return f"did you mean '{matches[0]}'? " if matches else ""
 
 

@@ -4,7 +4,9 @@ A path is a `pathlib.Path`, or a `UPath` of universal_pathlib for s3://, gs://, 
 systems of fsspec.
 """
 
+import difflib
 import io
+import itertools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +32,29 @@ def as_path(text: str | Path) -> Path:
     except (ImportError, ValueError) as error:
         raise UserError(f"{text}: {error}; for s3:// run pip install 'teachercache[s3]'") from error
     return cast(Path, path)  # has the methods of a Path, and is declared as one throughout
+
+
+def closest_path(path: str | Path) -> str:
+    """Return "did you mean 'x'? " with the local path most similar to one that does not exist, or an empty string.
+
+    Every folder on the way is compared with its siblings, so that `caches/dmo/x.zarr` finds `caches/demo/x.zarr`.
+    """
+    if is_url(path):
+        return ""
+    found = Path(Path(path).anchor)
+    for part in Path(path).relative_to(found).parts:
+        try:
+            if not os.path.lexists(found / part):
+                with os.scandir(found) as entries:
+                    names = [entry.name for entry in itertools.islice(entries, 10_000)]
+                close = difflib.get_close_matches(part, names, n=1, cutoff=0.6)
+                if not close:
+                    return ""
+                part = close[0]
+        except (OSError, ValueError):
+            return ""
+        found = found / part
+    return f"did you mean '{found}'? " if found != Path(path) else ""
 
 
 def write_whole(path: Path, content: bytes | str, *, tag: str = "") -> None:

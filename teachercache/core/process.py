@@ -7,6 +7,8 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
+from teachercache.core.errors import UserError
+
 
 def rank() -> int:
     """Return the rank of this process; 0 without a launcher."""
@@ -27,6 +29,19 @@ def default_workers() -> int:
     """Return the number of decoding processes: the cores besides the computing process, at most 8."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(8, cores // max(1, world_size()) - 1))
+
+
+def check_workers(number: int, option: str) -> None:
+    """Raise a UserError if this machine cannot run that many decoding processes beside each other.
+
+    Args:
+        number: Decoding processes of this process.
+        option: What the user typed in front of the number, for the message.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    most = max(16, 4 * cores)  # more only wait for each other, and each takes the memory of a process
+    if number > most:
+        raise UserError(f"{option}{number}: this machine has {cores} cores: choose at most {most}")
 
 
 def is_alive(process: int) -> bool:

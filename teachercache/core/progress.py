@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from teachercache.core.process import rank
+from teachercache.core.terminal import printable, printable_lines
 
 
 def say(*words: object) -> None:
     """Print a line to stderr on rank 0; stdout stays reserved for the output of a command."""
     if rank() == 0:
-        print(*words, file=sys.stderr, flush=True)
+        print(printable_lines(" ".join(map(str, words))), file=sys.stderr, flush=True)
 
 
 class Ticker:
@@ -31,7 +32,7 @@ class Ticker:
         rate = self.done / max(now - self.start, 1e-9)
         left = (self.total - self.done) / max(rate, 1e-9)
         if self.bar is not None:
-            self.bar.update(self.task, completed=self.done, rate=f"{rate:,.1f} {self.unit}/s", note=note)
+            self.bar.update(self.task, completed=self.done, rate=f"{rate:,.1f} {self.unit}/s", note=printable(note))
         elif now - self.last >= self.every:
             self.last = now
             minutes, seconds = divmod(round(left), 60)
@@ -53,13 +54,18 @@ def ticker(total: int, unit: str, title: str) -> Iterator[Ticker]:
         def whole(width: int = 0) -> Column:
             return Column(no_wrap=True, min_width=width)  # a narrow terminal shortens the note, not these
 
-        columns = (
-            TextColumn("{task.description}", table_column=whole(len(title))),
+        title = printable(title)
+        columns = (  # titles and notes may have names of files, whose brackets are no markup
+            TextColumn("{task.description}", markup=False, table_column=whole(len(title))),
             BarColumn(20),
             MofNCompleteColumn(table_column=whole(2 * len(str(total)) + 1)),
-            TextColumn("{task.fields[rate]}", table_column=whole(len(unit) + 6)),
+            TextColumn("{task.fields[rate]}", markup=False, table_column=whole(len(unit) + 6)),
             TimeRemainingColumn(table_column=whole(7)),
-            TextColumn("{task.fields[note]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
+            TextColumn(
+                "{task.fields[note]}",
+                markup=False,
+                table_column=Column(no_wrap=True, overflow="ellipsis"),
+            ),
         )
         with Progress(*columns, console=Console(stderr=True)) as tick.bar:
             tick.task = tick.bar.add_task(title, total=total, rate="", note="")

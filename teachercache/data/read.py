@@ -14,7 +14,7 @@ from typing import Any
 
 from teachercache.core import urls as remote
 from teachercache.core.errors import UserError
-from teachercache.core.paths import as_path, is_url
+from teachercache.core.paths import as_path, closest_path, is_url
 from teachercache.core.progress import say
 from teachercache.data.columns import COLUMN_FILES
 from teachercache.data.manifest import Manifest, load_manifest, make_manifest, write_manifest
@@ -113,7 +113,7 @@ def _found(part: str) -> list[tuple[Path, bool]]:
 def find_sources(data: str) -> list[Source]:
     """Return the sources that `--data` names, in order."""
     groups: dict[Any, list[Any]] = {}
-    folders = set()
+    folders, seen = set(), set()
     for part in _parts(data):
         paths = _found(part)
         if not paths and is_url(part):
@@ -122,9 +122,13 @@ def find_sources(data: str) -> list[Source]:
             )
         if not paths:
             raise UserError(
-                f"no data at {part}: pass --data FOLDER, or make the demo data with `bash scripts/demo`"
+                f"no data at {part}: {closest_path(part)}pass --data FOLDER, or make the demo data with `bash scripts/demo`"
             )
         for path, is_folder in (path for entry in paths for path in _annotations(*entry)):
+            place = str(path) if is_url(path) else os.path.realpath(path)
+            if place in seen:
+                raise UserError(f"--data {data} names {path} twice: its rows would count twice; write it once")
+            seen.add(place)
             with remote.explain_errors(path):
                 grouped = path.suffix.lower() in GROUPED and not is_folder
                 alone = not grouped or (path.suffix.lower() == ".parquet" and tables.is_manifest(path))

@@ -10,11 +10,13 @@ import dataclasses
 import hashlib
 import math
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
+from annotated_types import Interval
 
-from teachercache.core.errors import UserError
+from teachercache.core.errors import UserError, closest
+from teachercache.core.ranges import Part, Seed, Share, check, from_text, kinds_of
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -43,47 +45,43 @@ class Augment:
         seed: The seed of all draws.
     """
 
-    scale_min: float = 0.4
-    scale_max: float = 1.0
-    ratio: float = 4 / 3
-    flip: float = 0.5
-    jitter: float = 0.8
-    brightness: float = 0.4
-    contrast: float = 0.4
-    saturation: float = 0.4
-    hue: float = 0.1
-    gray: float = 0.1
-    seed: int = 0
+    scale_min: Part = 0.4
+    scale_max: Part = 1.0
+    ratio: Annotated[float, Interval(ge=1, le=100)] = 4 / 3
+    flip: Share = 0.5
+    jitter: Share = 0.8
+    brightness: Share = 0.4
+    contrast: Share = 0.4
+    saturation: Share = 0.4
+    hue: Annotated[float, Interval(ge=0, le=0.5)] = 0.1
+    gray: Share = 0.1
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
-        chances = {
-            name: getattr(self, name)
-            for name in ("flip", "jitter", "gray", "brightness", "contrast", "saturation")
-        }
-        wrong = [name for name, value in chances.items() if not 0 <= value <= 1]
-        wrong += ["scale_min"] * (not 0 < self.scale_min <= self.scale_max <= 1) + ["ratio"] * (
-            self.ratio < 1
-        )
-        wrong += ["hue"] * (not 0 <= self.hue <= 0.5) + ["seed"] * (self.seed < 0)
-        if wrong:
-            raise UserError(f"--augment {wrong[0]}={getattr(self, wrong[0])}: {RANGES}")
-
-
-RANGES = "0 < scale_min <= scale_max <= 1, ratio >= 1, hue up to 0.5, the others are between 0 and 1"
+        for name, kind in kinds_of(Augment).items():
+            try:
+                check(getattr(self, name), kind)
+            except ValueError as error:
+                raise UserError(f"--augment {name}={getattr(self, name)}: {error}") from error
+        if self.scale_min > self.scale_max:
+            raise UserError(f"--augment scale_min={self.scale_min}: it is above scale_max={self.scale_max}")
 
 
 def parse_augment(settings: tuple[str, ...]) -> Augment:
-    """Apply `KEY=VALUE` settings to the defaults; raise UserError with the valid keys."""
-    kinds = {field.name: field.type for field in dataclasses.fields(Augment)}
+    """Apply `KEY=VALUE` settings to the defaults; raise UserError with the valid keys and ranges."""
+    kinds = kinds_of(Augment)
     values: dict[str, Any] = {}
     for setting in settings:
         key, _, text = setting.partition("=")
-        if key.strip() not in kinds:
-            raise UserError(f"--augment {setting}: write KEY=VALUE, KEY one of {', '.join(kinds)}")
+        key = key.strip()
+        if key not in kinds:
+            raise UserError(
+                f"--augment {setting}: {closest(key, kinds)}write KEY=VALUE, KEY one of {', '.join(kinds)}"
+            )
         try:
-            values[key.strip()] = int(text) if kinds[key.strip()] is int else float(text)
+            values[key] = from_text(text.strip(), kinds[key])
         except ValueError as error:
-            raise UserError(f"--augment {setting}: {text!r} is not a number") from error
+            raise UserError(f"--augment {setting}: {error}") from error
     return Augment(**values)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float
 
 from teachercache.cache import store
-from teachercache.core.errors import UserError
+from teachercache.core.errors import UserError, closest
 from teachercache.core.progress import say
 from teachercache.search.index_files import (
     IndexRecord,
@@ -125,7 +125,7 @@ def build_index(
     field = field or default_field(cache)
     faiss = faiss_module()
     if kind not in KINDS:
-        raise UserError(f"--kind {kind}: choose from {', '.join(KINDS)}")
+        raise UserError(f"--kind {kind}: {closest(kind, KINDS)}choose from {', '.join(KINDS)}")
     vectors = usable_vectors(cache, field)
     if not len(vectors):
         raise UserError(f"no usable row in {cache.path}: see {cache.path / 'quarantine.jsonl'}")

@@ -198,8 +198,9 @@ def load_entry(entry: Entry, name: str, *, weights: str, outputs: tuple[str, ...
         raise UserError(f"--outputs names nothing: choose from {', '.join(entry.outputs)}")
     for output in outputs:
         if output.partition(":")[0] not in entry.outputs:
+            near = closest(output, entry.outputs)
             raise UserError(
-                f"teacher {name} has no output '{output}': choose from {', '.join(entry.outputs)}"
+                f"teacher {name} has no output '{output}': {near}choose from {', '.join(entry.outputs)}"
             )
     return entry.load(name, weights=weights, outputs=outputs)
 

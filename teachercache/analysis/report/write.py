@@ -25,7 +25,7 @@ from teachercache.analysis.report.opened import MAPPED, Subject, open_subject
 from teachercache.analysis.report.page import make_page, plotly_source
 from teachercache.analysis.report.rows import Shown
 from teachercache.cache import store
-from teachercache.core.errors import UserError
+from teachercache.core.errors import UserError, closest
 from teachercache.core.paths import is_url, write_whole
 from teachercache.core.progress import say
 
@@ -42,7 +42,7 @@ def analyze(
 ) -> tuple[dict[str, Any], list[str]]:
     """Write the report of a cache; return its numbers, and a line about each file."""
     if kind not in KINDS:
-        raise UserError(f"--map {kind}: choose from {', '.join(KINDS)}")
+        raise UserError(f"--map {kind}: {closest(kind, KINDS)}choose from {', '.join(KINDS)}")
     plotly_source()  # raises before anything is computed if it is missing
     if out.exists() and not (out.is_dir() and ((out / "report.json").exists() or not any(out.iterdir()))):
         raise UserError(f"{out} exists and is not a report: pass another --out")
