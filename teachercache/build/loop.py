@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from teachercache.build.assemble import assemble_block
-from teachercache.build.decode import VIEWS_AT_ONCE, WorkItem, decoded, report_deaths
+from teachercache.build.decode import VIEWS_AT_ONCE, WorkItem, decoded
 from teachercache.build.forward import forward, rows_for
 from teachercache.build.target import BlockPlan, Target, open_target, plan_block, plan_blocks, replace_pruned
 from teachercache.build.timings import Stages
@@ -32,6 +32,7 @@ from teachercache.core.paths import is_url
 from teachercache.core.process import keep_memory, rank, terminable, world_size
 from teachercache.core.progress import say, ticker
 from teachercache.core.urls import explain_errors
+from teachercache.core.workers import report_deaths
 from teachercache.data.manifest import Manifest
 from teachercache.data.views import Augment
 from teachercache.search.index import extend_indexes
