@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from teachercache.core.errors import UserError
+from teachercache.core.errors import UserError, is_machine
 from teachercache.data.columns import open_parquet
-from teachercache.data.pictures import decode_image
+from teachercache.data.pictures import decode_image, read_regular
 from teachercache.data.sample import BadSample
 
 if TYPE_CHECKING:
@@ -148,6 +148,8 @@ def _members(path: Path) -> Callable[[str], bytes]:
         try:
             return archive.read(member)
         except (zipfile.BadZipFile, RuntimeError, NotImplementedError, OSError, EOFError) as error:
+            if is_machine(error):
+                raise
             raise BadSample(f"cannot read {member.filename} in {path}: {error}") from error
 
     return read
@@ -253,7 +255,7 @@ def _beside(folder: Path, name: str) -> bytes:
         if not path.is_relative_to(folder.resolve()):
             raise BadSample(f"the name {name!r} leads out of {folder}")
         if path.is_file():
-            return path.read_bytes()
+            return read_regular(path)
     raise BadSample(f"there is no {folder / name}")
 
 

@@ -25,10 +25,10 @@ from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastL
 
 from evaluation.data.coco_instances import Example, ObjectImages
 from evaluation.models.encoder import Encoder
-from teachercache.build.decode import ignore_interrupt
 from teachercache.core.errors import UserError
 from teachercache.core.process import default_workers
 from teachercache.core.progress import ticker
+from teachercache.core.workers import hand_over, ignore_interrupt, received
 from teachercache.teachers.clip.towers import image_blocks, tower_kind
 
 
@@ -199,15 +199,17 @@ def detect(
 
 def batches(examples: ObjectImages, order: list[int], size: int) -> Iterator[list[Example]]:
     """Yield batches of examples, decoded by worker processes; unreadable images are missing in their batch."""
-    yield from DataLoader(
+    workers = default_workers()
+    data = DataLoader(
         examples,
         batch_sampler=[order[i : i + size] for i in range(0, len(order), size)],
-        num_workers=default_workers(),
-        collate_fn=_readable,
+        num_workers=workers,
+        collate_fn=hand_over(workers, _readable),
         worker_init_fn=ignore_interrupt,
         # Otherwise it draws from the generator that samples boxes
         generator=torch.Generator(),
     )
+    yield from received(data)
 
 
 def _readable(batch: list[Example | None]) -> list[Example]:

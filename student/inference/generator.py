@@ -18,8 +18,8 @@ from evaluation.models.generator import (
 from student.contract import Capability, Generates, require
 from student.inference.load import load_run
 from student.models.run_file import read_run
-from teachercache.core.errors import UserError
-from teachercache.data.pictures import decode_image
+from teachercache.core.errors import UserError, is_machine
+from teachercache.data.pictures import decode_image, read_regular
 from teachercache.data.sample import BadSample
 from teachercache.teachers.registry import find_stored, load_stored, outputs_for
 from teachercache.teachers.teacher import Teacher
@@ -120,8 +120,10 @@ def describe_pictures(
     pictures = []
     for file in files:
         try:
-            pictures.append(decode_image(file.read_bytes()))
+            pictures.append(decode_image(read_regular(file)))
         except (OSError, BadSample) as error:
+            if is_machine(error):
+                raise
             raise UserError(f"--image {file} cannot be read as a picture: {error}") from error
     decoding = ANSWERING if question else CAPTIONING
     masks = masks or decoding.masks

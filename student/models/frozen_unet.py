@@ -52,7 +52,7 @@ def load_unet(cache: Cache, device: str, *, precision: str = "auto", checkpoint:
     module.vae = module.text_encoder = None  # their outputs are cached
     dtype, reason = precision, "as requested"
     if precision == "auto":
-        dtype, reason = pick_precision("auto", device)
+        dtype, reason, _ = pick_precision("auto", device)
         if dtype == "float16":
             dtype, reason = "float32", f"{reason}, and small gradients vanish in float16"
     module.eval().requires_grad_(False).to(device)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from teachercache.build.forward import NOT_FINITE, Computed
+from teachercache.build.forward import OF_TEACHER, Computed
 from teachercache.build.target import BlockPlan, Target
 from teachercache.cache import store
 from teachercache.cache.store import Problem
@@ -56,8 +56,10 @@ def assemble_block(
 
 
 def _stays(problem: Problem, has_images: bool) -> bool:
-    """Whether an earlier entry is kept: an unreadable image or a NaN. Entries about empty texts are made again."""
-    if problem["reason"].endswith(NOT_FINITE):
+    """Whether an earlier entry is kept: an unreadable image or a value that the teacher computed. Entries about empty
+    texts are made again.
+    """
+    if any(f" {reason}" in problem["reason"] for reason in OF_TEACHER):
         return True
     return has_images and "text" not in problem and problem["reason"] != NO_TEXT
 

@@ -4,16 +4,11 @@ An image or text that several rows of a batch share is decoded once; every row h
 be decoded has zeros and a reason.
 """
 
-import contextlib
 import dataclasses
 import json
 import math
-import multiprocessing
-import signal
-import sys
 import time
-from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Sequence
-from types import TracebackType
+from collections.abc import Callable, Generator, Hashable, Iterable, Sequence
 from typing import Any, TypedDict, TypeVar
 
 import numpy as np
@@ -21,7 +16,8 @@ import torch
 from PIL.Image import Image
 from torch.utils.data import DataLoader, Dataset
 
-from teachercache.core.errors import UserError
+from teachercache.core.errors import lacks_memory
+from teachercache.core.workers import hand_over, ignore_interrupt, limited, received
 from teachercache.data.manifest import Manifest
 from teachercache.data.pictures import decode_image, read_bytes, seen_size
 from teachercache.data.sample import BadSample, Sample, clean_texts
@@ -176,6 +172,10 @@ class Rows(Dataset):
                     pixels[v, i] = images.replay(image, params[i, v])
             except BadSample as error:
                 reasons[i] = str(error)
+            except (MemoryError, RuntimeError) as error:
+                if not lacks_memory(error):
+                    raise
+                reasons[i] = "the picture does not fit into memory"
         for i, (row, key, place) in enumerate(zip(item.rows, batch["key"], image_at.tolist(), strict=True)):
             if place in reasons:
                 batch["usable"][i] = False
@@ -235,61 +235,23 @@ def decoded(rows: Rows, items: Iterable[WorkItem], *, workers: int, pin: bool = 
         pin: Copy tensors to pinned memory.
 
     Raises:
-        UserError: A worker process died.
+        MachineError: A worker process died, or the machine failed in one.
+        Exception: What a worker raised, with its own message alone.
     """
+    workers = limited(workers)
     batches = iter(
         DataLoader(
             rows,
             batch_sampler=items,  # type: ignore[arg-type]
             num_workers=workers,
-            collate_fn=_unchanged,
+            collate_fn=hand_over(workers),
             prefetch_factor=2 if workers else None,
             worker_init_fn=ignore_interrupt,
             pin_memory=pin,
         )
     )
     try:
-        with report_deaths(RuntimeError, ConnectionError, EOFError):
-            yield from batches
+        yield from received(batches)
     finally:
         for process in getattr(batches, "_workers", []):
             process.terminate()  # torch's workers exit cleanly on it
-
-
-@contextlib.contextmanager
-def report_deaths(*kinds: type[Exception]) -> Iterator[None]:
-    """Turn the exceptions by which torch reports a dead worker process into a UserError."""
-    try:
-        yield
-    except kinds as error:
-        if not _is_death(error):
-            raise
-        raise UserError(
-            "a decoding process died (killed, or out of memory): run the same command again, the build resumes; "
-            "try fewer --workers"
-        ) from error
-
-
-def _is_death(error: Exception) -> bool:
-    """Whether the error means that a DataLoader worker died: torch's message, or a connection that broke off."""
-    if isinstance(error, RuntimeError):
-        return "DataLoader worker (pid" in str(error)
-    return "in DataLoader worker process" not in str(error)  # an exception that a living worker raised
-
-
-def ignore_interrupt(worker: int) -> None:
-    """Ignore Ctrl-C, which reaches the whole process group: the builder ends its workers itself."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    sys.excepthook = _ignore_closed_connections  # called by the thread that hands over tensors
-
-
-def _ignore_closed_connections(
-    kind: type[BaseException], error: BaseException, trace: TracebackType | None
-) -> None:
-    """Print nothing about connections that the builder closed when it was stopped."""
-    if not issubclass(kind, (OSError, EOFError, multiprocessing.AuthenticationError)):
-        sys.__excepthook__(kind, error, trace)
-
-
-def _unchanged(batch: Any) -> Any:
-    return batch

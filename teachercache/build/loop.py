@@ -18,8 +18,9 @@ from pathlib import Path
 import torch
 
 from teachercache.build.assemble import assemble_block
-from teachercache.build.decode import VIEWS_AT_ONCE, WorkItem, decoded, report_deaths
+from teachercache.build.decode import VIEWS_AT_ONCE, WorkItem, decoded
 from teachercache.build.forward import forward, rows_for
+from teachercache.build.probe import dtypes_of, probe_teacher, stored_meta, with_dtypes
 from teachercache.build.target import BlockPlan, Target, open_target, plan_block, plan_blocks, replace_pruned
 from teachercache.build.timings import Stages
 from teachercache.cache import store
@@ -32,6 +33,7 @@ from teachercache.core.paths import is_url
 from teachercache.core.process import keep_memory, rank, terminable, world_size
 from teachercache.core.progress import say, ticker
 from teachercache.core.urls import explain_errors
+from teachercache.core.workers import report_deaths
 from teachercache.data.manifest import Manifest
 from teachercache.data.views import Augment
 from teachercache.search.index import extend_indexes
@@ -85,9 +87,25 @@ class Summary:
 def build(teacher: Teacher, manifest: Manifest, out: Path, options: BuildOptions) -> Summary:
     """Run the teacher over every row that the cache at `out` lacks and that no other process writes."""
     with explain_errors(out, action="write"), terminable(), lease(out):
+        teacher, options = _fitted(teacher, manifest, out, options)
         target = open_target(out, plan(teacher, manifest, options), manifest, prune=options.prune)
         keep_memory()
         return _finish(target, _compute(target, teacher, options))
+
+
+def _fitted(
+    teacher: Teacher, manifest: Manifest, out: Path, options: BuildOptions
+) -> tuple[Teacher, BuildOptions]:
+    """Return the teacher and the options with dtypes that fit the data: those of the cache, or of a probe."""
+    meta = stored_meta(out)
+    if meta is None:
+        wanted = plan(teacher, manifest, options)
+        teacher, precision = probe_teacher(teacher, manifest, wanted, options.device, options.precision)
+    else:
+        teacher, precision = with_dtypes(teacher, dtypes_of(meta, teacher)), options.precision
+        if precision.proposed:
+            precision = Precision(meta.precision, "that of the cache")
+    return teacher, dataclasses.replace(options, precision=precision)
 
 
 def _compute(target: Target, teacher: Teacher, options: BuildOptions) -> int:

@@ -1,30 +1,24 @@
 """Check the files of a cache, and some of its values against a new computation by its teacher."""
 
 import dataclasses
-import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from teachercache.build.compare import BAR, field_cosines
 from teachercache.build.decode import VIEWS_AT_ONCE, WorkItem
 from teachercache.build.forward import encode_batch, rows_for
 from teachercache.build.target import compare
 from teachercache.cache import store
 from teachercache.cache.repair import damaged_blocks, damaged_files
-from teachercache.cache.spec import Field
 from teachercache.core.errors import UserError
 from teachercache.data.manifest import Manifest
 from teachercache.data.read import read_manifest
 from teachercache.data.views import Augment
 from teachercache.teachers.of_cache import load_teacher
 from teachercache.teachers.teacher import Teacher
-
-BAR = 0.999  # the least cosine of a stored float16 value to the recomputed one
-# A relative error of 0.01 has the cosine BAR: the vectors (0, 1) and (STEEP * 0.01, 1) enclose that angle
-STEEP = 100 * math.tan(math.acos(BAR))
-Values = dict[tuple[str, int], np.ndarray]  # field and copy (text or view) -> [rows, ...]
 
 
 def verify_cache(path: str | Path, *, samples: int, teacher: str | None = None) -> dict[str, Any]:
@@ -83,33 +77,7 @@ def _live_cosines(cache: store.Cache, teacher: Teacher, samples: int) -> dict[st
     rows = usable[np.linspace(0, len(usable) - 1, min(samples, len(usable))).round().astype(int)]
     item = WorkItem(tuple(rows.tolist()), range(min(meta.views, VIEWS_AT_ONCE) or 1), range(meta.texts))
     batch = rows_for(teacher, manifest, Augment(**meta.augment) if meta.views else None).__getitems__(item)
-    cosines: dict[str, list[np.ndarray]] = {}
     outputs = encode_batch(teacher, teacher.module, cache, batch, "cpu", torch.float32)
     live = {(name, copy): tensor.float().numpy() for name, copy, tensor in outputs}
     stored = {key: store.read_rows(cache, *key, rows).astype(np.float32) for key in live}
-    for name, copy in live:
-        pair = [
-            _comparable(values, cache.fields[name], copy, live, stored).reshape(len(rows), -1)
-            for values in (live, stored)
-        ]
-        valid = batch["text_valid"][:, copy] if cache.fields[name].per_text else batch["usable"]
-        norms = np.prod([np.linalg.norm(values, axis=1) for values in pair], axis=0)
-        cosine = (pair[0] * pair[1]).sum(1) / np.maximum(norms, 1e-12)
-        same = (pair[0] == pair[1]).all(1)  # also if both are zero, as feature maps after a ReLU can be
-        cosines.setdefault(name, []).append(np.where(same, 1.0, cosine)[valid])
-    return {name: np.concatenate(values) for name, values in cosines.items()}
-
-
-def _comparable(values: Values, field: Field, copy: int, live: Values, stored: Values) -> np.ndarray:
-    """Convert the live or the stored `values` of a field to vectors that a cosine compares: see `Field`."""
-    array = values[field.name, copy]
-    if field.compare == "relative_error":
-        scale = np.abs(stored[field.beside or field.name, copy])
-        return np.stack([STEEP * (array - stored[field.name, copy]), scale], -1)
-    if field.compare == "same_choice":
-        index, scores = array.astype(int), live[field.beside, copy]
-        return np.where(index >= 0, np.take_along_axis(scores, np.maximum(index, 0), -1), -1)
-    if field.beside:
-        same = live[field.beside, copy] == stored[field.beside, copy]
-        return array * same.reshape(*same.shape, *[1] * (array.ndim - same.ndim))
-    return array
+    return field_cosines(cache.fields, live, stored, batch)

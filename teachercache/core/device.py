@@ -7,10 +7,17 @@ from teachercache.core.process import local_rank
 
 
 class Precision(NamedTuple):
-    """The name of a dtype and the reason for choosing it."""
+    """The dtype of a forward pass.
+
+    Attributes:
+        dtype: Its name.
+        reason: Why it was chosen.
+        proposed: It is fast on this device, and is to be measured before it is used (`tc build`).
+    """
 
     dtype: str
     reason: str
+    proposed: bool = False
 
 
 def pick_device(name: str = "auto") -> str:
@@ -29,7 +36,7 @@ def pick_device(name: str = "auto") -> str:
 
 
 def pick_precision(name: str, device: str) -> Precision:
-    """Return the dtype of the forward pass: the named one, or the best one for the device."""
+    """Return the dtype of the forward pass: the named one, or the fastest one of the device as a proposal."""
     import torch
 
     named = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -41,6 +48,6 @@ def pick_precision(name: str, device: str) -> Precision:
         raise UserError(f"--precision {name}: choose from auto, fp32, bf16, fp16")
     if device.startswith("cuda"):
         if torch.cuda.get_device_capability(device)[0] >= 8:
-            return Precision("bfloat16", "the GPU computes bf16 natively")
-        return Precision("float16", "the GPU is older than Ampere")
+            return Precision("bfloat16", "the GPU computes bf16 natively", proposed=True)
+        return Precision("float16", "the GPU is older than Ampere", proposed=True)
     return Precision("float32", "the CPU is exact and not slower in fp32")

@@ -68,6 +68,13 @@ def is_machine(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in MACHINE
 
 
+def lacks_memory(error: BaseException) -> bool:
+    """Return whether an error means that an allocation failed: Python's and numpy's, or torch's on the CPU."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    )
+
+
 def closest(name: str, choices: Iterable[str], *, cutoff: float = 0.5) -> str:
     """Return "did you mean 'x'? " with the choice most similar to a name, or an empty string."""
     matches = difflib.get_close_matches(name, list(choices), n=1, cutoff=cutoff)

@@ -1,10 +1,14 @@
-"""Facts about the current process: its rank, its signals, its memory, and the number of decoding processes beside it."""
+"""Facts about the current process: its rank, its signals, its memory, its cores, and the number of decoding
+processes beside it.
+"""
 
 import contextlib
+import math
 import os
 import signal
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from types import FrameType
 
 from teachercache.core.errors import UserError
@@ -25,10 +29,66 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def local_world_size() -> int:
+    """Return the number of processes of this machine that work together; all of them without a launcher's word."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "") or world_size())
+
+
+def cores() -> int:
+    """Return the cores that this process and its neighbors may use: its affinity, within the quota of its cgroup."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, math.ceil(min(allowed, cpu_quota())))
+
+
 def default_workers() -> int:
-    """Return the number of decoding processes: the cores besides the computing process, at most 8."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(8, cores // max(1, world_size()) - 1))
+    """Return the number of decoding processes: the cores of this process's share besides its own, at most 8."""
+    return max(1, min(8, cores() // max(1, local_world_size()) - 1))
+
+
+def cpu_quota(groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> float:
+    """Return the smallest CPU quota of the cgroups of this process, in cores; inf if there is none.
+
+    Args:
+        groups: The file that lists the cgroups of the process, of version 1 or 2.
+        root: Where cgroups are mounted.
+    """
+    try:
+        lines = groups.read_text().splitlines()
+    except OSError:
+        return math.inf
+    quotas = [math.inf]
+    for line in lines:
+        number, _, rest = line.partition(":")
+        names, _, path = rest.partition(":")
+        if number == "0" and not names:
+            mounts, read = [root, root / "unified"], _quota_of_version_2
+        elif "cpu" in names.split(","):
+            mounts, read = [root / names, root / "cpu"], _quota_of_version_1
+        else:
+            continue
+        folder = Path(
+            path.lstrip("/")
+        )  # in a container it may be that of the host: then the root alone is there
+        quotas += [read(mount / part) for mount in mounts for part in (folder, *folder.parents)]
+    return min(quotas)
+
+
+def _quota_of_version_2(folder: Path) -> float:
+    """Return the cores of `cpu.max`, which holds microseconds or `max`, and the period."""
+    try:
+        quota, period = (folder / "cpu.max").read_text().split()
+        return math.inf if quota == "max" else int(quota) / int(period)
+    except (OSError, ValueError, ZeroDivisionError):
+        return math.inf
+
+
+def _quota_of_version_1(folder: Path) -> float:
+    """Return the cores of `cpu.cfs_quota_us`, which is -1 without a quota."""
+    try:
+        quota, period = (int((folder / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period"))
+        return quota / period if quota > 0 else math.inf
+    except (OSError, ValueError, ZeroDivisionError):
+        return math.inf
 
 
 def check_workers(number: int, option: str) -> None:

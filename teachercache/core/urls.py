@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, TypeVar, cast
 
-from teachercache.core.errors import UserError
+from teachercache.core.errors import MachineError, UserError, is_machine
 from teachercache.core.paths import as_path, is_url
 
 if TYPE_CHECKING:
@@ -198,8 +198,8 @@ def file_size(path: Path) -> int:
         return _fs(path).info(_key(path))["size"] or 0 if is_url(path) else path.stat().st_size
     except FileNotFoundError:
         return 0
-    except OSError:
-        if is_url(path):
+    except OSError as error:
+        if is_url(path) or is_machine(error):
             raise
         return 0
 
@@ -249,7 +249,7 @@ def read_small(root: Path, files: list[tuple[str, int | None]]) -> Iterator[byte
         files: Names and sizes in bytes.
     """
     if not is_url(root):
-        yield from ((root / name).read_bytes() for name, _ in files)
+        yield from (_still_there(root / name) for name, _ in files)
         return
     for start in range(0, len(files), SMALL_FILES_AT_ONCE):
         part = files[start : start + SMALL_FILES_AT_ONCE]
@@ -257,6 +257,17 @@ def read_small(root: Path, files: list[tuple[str, int | None]]) -> Iterator[byte
         paths, ends = [path for path, _ in wanted], [size for _, size in wanted]
         found = iter(_fs(root).cat_ranges(paths, [0] * len(paths), ends, on_error="raise") if paths else ())
         yield from (next(found) if size else b"" for _, size in part)
+
+
+def _still_there(path: Path) -> bytes:
+    """Return the bytes of a local file that a listing has just named."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise MachineError(
+            f"cannot read {path}: it was listed a moment ago: is a disk or a network mount away? run the same command "
+            "again when it is back"
+        ) from error
 
 
 def in_order(function: Callable[[Item], Result], items: list[Item]) -> Iterator[Result]:

@@ -45,7 +45,7 @@ def _holds_bytes(kind: "pa.DataType") -> bool:
 
 def picture_in_row(path: Path, row: int) -> bytes:
     """Return the bytes of the image of a row; raise OSError or LookupError with a reason if there are
-    none.
+    none, and MemoryError if they do not fit into memory.
     """
     import pyarrow as pa
 
@@ -55,6 +55,8 @@ def picture_in_row(path: Path, row: int) -> bytes:
     written = (0, 0) if is_url(path) else ((facts := path.stat()).st_mtime_ns, facts.st_size)
     try:
         value = opened(path, os.getpid(), *written).cell(row)
+    except MemoryError:  # pyarrow's is an ArrowException too
+        raise
     except pa.ArrowException as error:
         raise LookupError(f"{path.name} is damaged: {error}") from error
     if isinstance(value, dict):
@@ -72,7 +74,12 @@ def _beside(path: Path, name: str) -> bytes:
     beside = below(folder, name) if is_url(path) else (folder / name).resolve()
     if not beside.is_relative_to(folder):
         raise LookupError(f"the picture's path leaves the folder of {path.name}")
-    return read_range(beside) if is_url(beside) else beside.read_bytes()
+    if is_url(beside):
+        return read_range(beside)
+    try:
+        return beside.read_bytes()
+    except FileNotFoundError as error:  # the size of the row is that of its cell: nobody has listed this file
+        raise LookupError(f"cannot open the picture: there is no {name} beside {path.name}") from error
 
 
 @functools.lru_cache(maxsize=2)

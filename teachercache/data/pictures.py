@@ -1,10 +1,14 @@
 """Decode the image of a row: EXIF orientation, alpha channel, 16-bit depth, limits of size."""
 
+import errno
 import functools
 import io
+import os
+import stat
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from teachercache.core.errors import MachineError, is_machine
 from teachercache.core.paths import is_url
 from teachercache.core.urls import below, here, persistently, read_range
 from teachercache.data.columns import COLUMN_FILES, picture_in_row
@@ -14,29 +18,61 @@ from teachercache.data.sample import BadSample, Sample
 if TYPE_CHECKING:
     from PIL import Image
 
+AWAY = (errno.ENOENT, errno.ENOTDIR)  # what a file on a mount that is away answers
 MAX_PIXELS = 89_478_485  # the warning level of PIL: about 256 MB of RGB
 
 
 def read_image(manifest: Manifest, sample: Sample, at_least: int = 0) -> "Image.Image":
-    """Return the upright RGB image of a row; raise BadSample with the reason if it cannot be read.
+    """Return the upright RGB image of a row.
 
-    At a URL a broken connection raises UserError instead: the build stops and can be resumed.
+    Raises:
+        BadSample: The image cannot be read; the message is the reason.
+        MachineError: The machine failed, see `read_bytes`.
+        UserError: A connection broke.
     """
     return decode_image(read_bytes(manifest, sample), at_least)
 
 
 def read_bytes(manifest: Manifest, sample: Sample) -> bytes:
-    """Return the stored bytes of the image of a row; raise BadSample if there are none."""
+    """Return the stored bytes of the image of a row.
+
+    Raises:
+        BadSample: There are none: the row is unusable.
+        MachineError: The disk, the network mount or the memory failed, or a file is away that had bytes when it was
+            listed. The row may be whole; the same command can read it later. A file that is memory-mapped (.arrow) and
+            whose disk fails under it ends the process with SIGBUS instead.
+        UserError: A connection broke.
+    """
     path = below(here(manifest.root), sample.image)
     try:
         return _content(path, sample)
     except FileNotFoundError as error:
-        reason = f"there is no {path}" if is_url(path) else error.strerror or error
-        raise BadSample(f"cannot open the picture: {reason}") from error
+        if is_url(path):
+            raise BadSample(f"cannot open the picture: there is no {path}") from error
+        raise unreadable(error, path, size=sample.size) from error
     except OSError as error:
-        raise BadSample(f"cannot open the picture: {error.strerror or error}") from error
+        raise unreadable(error, path, size=sample.size) from error
     except LookupError as error:
         raise BadSample(str(error.args[0])) from error
+
+
+def unreadable(error: OSError, path: Path, *, size: int = 0) -> MachineError | BadSample:
+    """Return what an error means that a picture's file was read with: a fault of the machine, or a bad row.
+
+    Args:
+        error: The error.
+        path: The file.
+        size: Its bytes when it was listed; 0 if there were none.
+    """
+    reason = error.strerror or str(error)
+    if is_machine(error):
+        return MachineError(f"cannot read {path}: {reason}; run the same command again when it can be read")
+    if size > 0 and error.errno in AWAY:
+        return MachineError(
+            f"cannot read {path}: {reason}, and it had bytes when it was listed: is a disk or a network mount away? run "
+            "the same command again when it is back (a saved manifest of files that are gone: make it again)"
+        )
+    return BadSample(f"cannot open the picture: {reason}")
 
 
 def _content(path: Path, sample: Sample) -> bytes:
@@ -46,11 +82,27 @@ def _content(path: Path, sample: Sample) -> bytes:
         return persistently(read, path) if is_url(path) else read()
     if is_url(path):
         return read_range(path, sample.offset, sample.size) if sample.offset >= 0 else read_range(path)
+    if sample.offset >= 0:
+        return read_regular(path, sample.offset, sample.size)
+    content = read_regular(path)
+    if not content and sample.size > 0:
+        raise OSError(errno.EIO, "it has no bytes now, and had some when it was listed", str(path))
+    return content
+
+
+def read_regular(path: Path, offset: int = 0, size: int = -1) -> bytes:
+    """Return the bytes of a local file, or `size` of them from `offset` on.
+
+    Raises:
+        BadSample: It is a pipe, a socket or a device, whose reading may never end.
+        OSError: It cannot be read.
+    """
+    kind = os.stat(path).st_mode
+    if not stat.S_ISREG(kind) and not stat.S_ISDIR(kind):  # open() has words for a folder
+        raise BadSample("cannot open the picture: it is no file, but a pipe, a socket or a device")
     with open(path, "rb") as file:
-        if sample.offset >= 0:
-            file.seek(sample.offset)
-            return file.read(sample.size)
-        return file.read()
+        file.seek(offset)
+        return file.read(size)
 
 
 def decode_image(content: bytes, at_least: int = 0) -> "Image.Image":

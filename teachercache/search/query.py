@@ -9,7 +9,7 @@ from jaxtyping import Float
 
 from teachercache.cache import store
 from teachercache.core.errors import UserError, closest
-from teachercache.data.pictures import decode_image
+from teachercache.data.pictures import decode_image, read_regular
 from teachercache.data.sample import BadSample
 from teachercache.search.index import open_index, search
 from teachercache.search.vectors import default_field, unit, usable_vectors
@@ -113,7 +113,7 @@ def _live_vectors(
     pictures = []
     for image in images:
         try:
-            pictures.append(decode_image(image.read_bytes()))
+            pictures.append(decode_image(read_regular(image)))
         except BadSample as error:
             raise UserError(f"--image {image}: {error}") from error
     teacher, spec = load_teacher(cache, named), cache.meta.spec
