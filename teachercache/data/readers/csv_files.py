@@ -86,7 +86,9 @@ def read_table(path: Path, unused: Unused) -> Iterator[Sample]:
         image, own_key = line.cells[image_column], _cell(line, key_column)
         key = own_key or os.path.splitext(image)[0]
         if not key:
-            raise UserError(f"line {line.number} of {path} has neither a picture nor a key: add a column `key`")
+            raise UserError(
+                f"line {line.number} of {path} has neither a picture nor a key: add a column `key`"
+            )
         if key in rows and rows[key].image != image:
             if own_key:
                 other = rows[key].image
@@ -184,7 +186,9 @@ def _fitted(number: int, cells: list[str], length: int) -> Line:
         cells = cells[:-1]
     problem = ""
     if len(cells) != length:
-        advice = ": put a text that holds the delimiter between quotation marks" if len(cells) > length else ""
+        advice = (
+            ": put a text that holds the delimiter between quotation marks" if len(cells) > length else ""
+        )
         fields = "1 field" if len(cells) == 1 else f"{len(cells)} fields"
         problem = f"line {number} has {fields}, the header {length}{advice}"
     return Line(number, (cells + [""] * length)[:length], problem)
