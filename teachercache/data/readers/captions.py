@@ -25,7 +25,7 @@ def read_coco(path: Path, values: Any, unused: Unused) -> Iterator[Sample]:
     """
     images, captions = _coco_images(path, values), _coco_captions(path, values, unused)
     for key in images.keys() & captions.keys():
-        captions[key].sort(key=lambda entry: entry[0])
+        captions[key].sort()
     strays = [key for key in captions if key not in images]
     if strays:
         count = sum(len(captions[key]) for key in strays)
@@ -47,7 +47,15 @@ def read_coco(path: Path, values: Any, unused: Unused) -> Iterator[Sample]:
         texts = tuple(caption for _, caption in captions.get(key, []))
         task = task_columns(task="captions", domain=domain) if domain else ""
         bytes_of = (size(name) or 0) if name else 0
-        yield Sample(key=key, image=name, texts=texts, size=bytes_of, problem=problem, task=task)
+        yield Sample(
+            key=key,
+            image=name,
+            texts=texts,
+            split=split_in_name(path.stem),
+            size=bytes_of,
+            problem=problem,
+            task=task,
+        )
 
 
 def _coco_images(path: Path, values: Any) -> dict[str, tuple[str, str, str]]:
