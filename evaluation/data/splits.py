@@ -6,10 +6,49 @@ import numpy as np
 from jaxtyping import Int
 
 from teachercache.core.errors import UserError
+from teachercache.core.progress import say
+from teachercache.data.foreign import split_in_name, split_of
 from teachercache.data.manifest import Manifest
 
-VAL_FIRST = ("val", "validation", "test")  # sets whose test labels are not public
-TEST_FIRST = ("test", "val", "validation")
+VAL_FIRST = ("val", "test")  # sets whose test labels are not public, and the choice of checkpoints
+TEST_FIRST = ("test", "val")
+
+
+def known_splits(manifest: Manifest) -> list[str]:
+    """Return the split of each row: train, val or test for each word that names it (validation, Test), otherwise the
+    word itself.
+    """
+    words = manifest.column("split")
+    split = {word: split_of(word) or split_in_name(word) or word for word in set(words)}
+    return [split[word] for word in words]
+
+
+def rows_in(manifest: Manifest, split: str) -> Int[np.ndarray, " n"]:
+    """Return the rows of a split, or all rows if the data has no splits."""
+    splits = np.array(known_splits(manifest), object)
+    return np.flatnonzero((splits == split) | ~(splits != "").any())
+
+
+def rows_or_only_split(manifest: Manifest, split: str) -> Int[np.ndarray, " n"]:
+    """Return the rows of a split as `rows_in` does. If the data has one other split and no training rows, return that.
+
+    Raises:
+        UserError: The data has several splits without this one; the message names them.
+    """
+    rows = rows_in(manifest, split)
+    present = sorted(set(known_splits(manifest)) - {""})
+    if len(rows) or not present:
+        return rows
+    if len(present) == 1 and present != ["train"]:
+        say(f"{manifest.data} has no {split} rows: its only split, {present[0]}, is measured")
+        return rows_in(manifest, present[0])
+    return rows
+
+
+def others_than(manifest: Manifest, split: str) -> str:
+    """Return " (its splits are ...)" for an error about a missing split, "" if the data has that split or none."""
+    present = sorted(set(known_splits(manifest)) - {""})
+    return f" (its splits are {', '.join(present)})" if present and split not in present else ""
 
 
 def rows_to_measure(manifest: Manifest, splits: Sequence[str] = VAL_FIRST) -> Int[np.ndarray, " n"]:
@@ -18,14 +57,13 @@ def rows_to_measure(manifest: Manifest, splits: Sequence[str] = VAL_FIRST) -> In
     Raises:
         UserError: If none of the splits exists.
     """
-    present = set(manifest.column("split"))
+    present = set(known_splits(manifest))
     if len(present) == 1:
         return np.arange(len(manifest))
     split = next((split for split in splits if split in present), None)
     if split is None:
-        wanted = " nor ".join(split for split in splits if split != "validation")
         raise UserError(
-            f"{manifest.data} has the splits {', '.join(sorted(present))} but neither {wanted}: pass the "
+            f"{manifest.data} has the splits {', '.join(sorted(present))} but neither {' nor '.join(splits)}: pass the "
             "file of one split"
         )
-    return manifest.rows_of_split(split)
+    return rows_in(manifest, split)

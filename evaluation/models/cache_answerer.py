@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from evaluation.data.splits import rows_in
 from evaluation.metrics.vqa_answers import normalize_answer, vocabulary
 from evaluation.models.anchors import three_means
 from evaluation.models.answerer import Answerer
@@ -123,7 +124,7 @@ def answers_of(cache: store.Cache) -> tuple[list[str], Float[np.ndarray, "answer
         UserError: If the cache holds no answers.
     """
     manifest = store.cached_manifest(cache)
-    rows = manifest.rows_of_split("train")
+    rows = rows_in(manifest, "train")
     rows = rows if len(rows) else np.arange(len(manifest))
     valid = np.asarray(store.read_field(cache, "text_valid"))
     first: dict[str, tuple[int, int]] = {}  # row and column of the first occurrence

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from evaluation.data.prompts import fill
+from evaluation.data.splits import rows_or_only_split
 from evaluation.models.encoder import Encoder, embed_images, embed_texts
 from evaluation.results.suite import LABELED
 from evaluation.tasks.encoding.zeroshot import TEMPLATES, Fill, class_names, classifier
@@ -51,7 +52,7 @@ def draw_data(encoders: Sequence[Encoder], task: Task, data: str, out: Path) -> 
     """
     manifest = read_manifest(data)
     name = manifest.data.rstrip("/").rsplit("/", 1)[-1]
-    rows, labels = manifest.rows_of_split("test").tolist(), manifest.column("label")
+    rows, labels = rows_or_only_split(manifest, "test").tolist(), manifest.column("label")
     paths = []
     if manifest.has_text()[rows].sum() > 1:
         paths += draw_captions(encoders, manifest, rows, out, name)

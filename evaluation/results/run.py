@@ -8,6 +8,7 @@ from typing import NotRequired, TypedDict
 
 import numpy as np
 
+from evaluation.data.splits import VAL_FIRST, known_splits, rows_in
 from evaluation.models.answerer import Answerer, ensemble
 from evaluation.models.encoder import Encoder
 from evaluation.models.generator import Generator
@@ -22,7 +23,6 @@ from teachercache.data.read import read_manifest
 
 NamedModel = Encoder | Answerer | Matcher | Generator | LanguageModel
 Model = Encoder | Sequence[Answerer] | Matcher | Generator | LanguageModel
-SELECTION_SPLITS = ("val", "validation", "test")  # the first with usable rows chooses the best checkpoint
 
 
 class Result(TypedDict):
@@ -117,12 +117,8 @@ def scorer(task: Task, data: str) -> tuple[Callable[[Encoder], tuple[float, dict
     selection = selection_of(task)
     manifest = read_manifest(data)
     usable = np.array(selection.usable(manifest), bool)
-    present = set(manifest.column("split"))
-    splits = [
-        split
-        for split in SELECTION_SPLITS
-        if split in present and usable[manifest.rows_of_split(split)].any()
-    ]
+    present = set(known_splits(manifest))
+    splits = [split for split in VAL_FIRST if split in present and usable[rows_in(manifest, split)].any()]
     if not splits:
         raise UserError(f"{data} has no val or test rows with a {selection.needs}: leave --eval-every away")
 

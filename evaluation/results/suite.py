@@ -19,6 +19,7 @@ from torch import Tensor
 from evaluation.data import classification as datasets
 from evaluation.data.classification import LabeledSet
 from evaluation.data.prompts import CALTECH, CIFAR, IMAGENET_PLUS, fill
+from evaluation.data.splits import TEST_FIRST, known_splits, rows_in
 from evaluation.metrics.ranking import accuracies, average_precision
 from evaluation.metrics.robustness import effective_robustness, read_baselines
 from evaluation.models.encoder import Encoder
@@ -206,13 +207,13 @@ def _retrieval(report: Report, encoders: Sequence[Encoder], root: Path, seen: Se
     for name, captioned in CAPTIONED.items():
         with report.skipping(name, RETRIEVAL):
             manifest = read_manifest(str(locate(root, captioned.marker) / captioned.marker))
-            present = set(manifest.column("split"))
-            split = next((split for split in ("test", "val") if split in present), "test")
+            present = set(known_splits(manifest))
+            split = next((split for split in TEST_FIRST if split in present), "test")
             for encoder in encoders:
                 metrics = retrieve(encoder, manifest, split, captions=captioned.captions, fold=captioned.fold)
                 report.add(name, RETRIEVAL, encoder, metrics)
             if seen:
-                seen(encoders, name, manifest, manifest.rows_of_split(split).tolist(), {})
+                seen(encoders, name, manifest, rows_in(manifest, split).tolist(), {})
 
 
 def locate(root: Path, marker: str) -> Path:
@@ -245,7 +246,7 @@ def measured_rows(content: LabeledSet) -> list[int]:
     """Return the rows that zero-shot classification measures."""
     if content.whole:
         return list(range(len(content.manifest)))
-    return content.manifest.rows_of_split("test").tolist()
+    return rows_in(content.manifest, "test").tolist()
 
 
 def without_border(encoder: Encoder, border: int) -> Encoder:
@@ -350,7 +351,7 @@ def out_of_distribution(in_distribution: Tensor, unknown: Tensor, scale: float) 
 
 def _probe(report: Report, name: str, encoder: Encoder, content: LabeledSet) -> None:
     """A linear probe, if the set's training images are read."""
-    if "train" not in set(content.manifest.column("split")):
+    if "train" not in set(known_splits(content.manifest)):
         raise UserError(
             "its training images are not read here: `--task linear_probe --data FOLDER` takes any folder"
         )

@@ -145,7 +145,9 @@ def training_rows(manifest: Manifest, cache: store.Cache | None) -> np.ndarray:
     rows = manifest.rows_of_split("train")
     rows = rows[manifest.has_text()[rows]]
     if not len(rows):
-        raise UserError(f"{manifest.data} has no training rows with a text")
+        splits = sorted({name for name in manifest.column("split") if name} - {"train"})
+        others = f"; its rows are in the splits {', '.join(splits)}" if splits else ""
+        raise UserError(f"{manifest.data} has no training rows with a text{others}")
     if cache is None:
         return rows
     keys = manifest.table["key"].take(rows)

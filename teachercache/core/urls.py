@@ -5,6 +5,7 @@ The functions accept local paths as well, so that readers treat both alike. `pat
 
 import concurrent.futures
 import contextlib
+import errno
 import os
 import posixpath
 import time
@@ -214,7 +215,14 @@ def sizes_below(root: Path) -> Callable[[str], int | None]:
     def size(name: str) -> int | None:
         if not is_url(root) and not is_url(name):
             path = root / name
-            return file_size(path) if path.exists() else None
+            try:
+                return file_size(path) if path.exists() else None
+            except ValueError:  # a NUL in the name
+                return None
+            except OSError as error:
+                if error.errno != errno.ENAMETOOLONG:  # a caption in the place of a name
+                    raise
+                return None
         if is_http(root) or is_http(name):  # no listings: one request per file
             return file_size(below(root, name)) or None
         folder, _, last = name.rpartition("/")

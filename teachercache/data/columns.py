@@ -7,7 +7,7 @@ memory-mapped. Both use pyarrow without its threads. At a URL a column of a Parq
 
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,18 +29,44 @@ def picture_column(schema: "pa.Schema") -> str:
     """Return the column that holds images, as bytes or as Hugging Face's struct of `bytes` and `path`, or
     "".
     """
-    return next(
-        (name for name in PICTURE_COLUMNS if name in schema.names and _holds_bytes(schema.field(name).type)),
-        "",
-    )
+    named = columns_named(schema, PICTURE_COLUMNS)
+    return next((name for name in named if _holds_bytes(schema.field(name).type)), "")
+
+
+def columns_named(schema: "pa.Schema", names: Sequence[str]) -> list[str]:
+    """Return the columns that have one of some names, in the order of these names; case and spaces around a column's
+    name do not count. A name that two columns have is in none of them.
+    """
+    return [
+        column
+        for name in names
+        for column in schema.names
+        if column.strip().lower() == name and schema.names.count(column) == 1
+    ]
+
+
+def of_strings(kind: "pa.DataType") -> bool:
+    """Return whether a column holds strings, also as a dictionary (pandas' categories)."""
+    import pyarrow.types as types
+
+    kind = kind.value_type if types.is_dictionary(kind) else kind
+    return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
+
+
+def of_bytes(kind: "pa.DataType") -> bool:
+    """Return whether a column holds bytes, also as a dictionary."""
+    import pyarrow.types as types
+
+    kind = kind.value_type if types.is_dictionary(kind) else kind
+    return types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind)
 
 
 def _holds_bytes(kind: "pa.DataType") -> bool:
     import pyarrow.types as types
 
     if types.is_struct(kind):
-        return kind.get_field_index("bytes") >= 0 and _holds_bytes(kind.field("bytes").type)
-    return types.is_binary(kind) or types.is_large_binary(kind)
+        return kind.get_field_index("bytes") >= 0 and of_bytes(kind.field("bytes").type)
+    return of_bytes(kind)
 
 
 def picture_in_row(path: Path, row: int) -> bytes:

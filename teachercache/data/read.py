@@ -6,7 +6,6 @@
 import collections
 import dataclasses
 import glob
-import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,8 +16,9 @@ from teachercache.core.errors import UserError
 from teachercache.core.paths import as_path, closest_path, is_url
 from teachercache.core.progress import say
 from teachercache.data.columns import COLUMN_FILES
+from teachercache.data.foreign import Foreign, parse_json
 from teachercache.data.manifest import Manifest, load_manifest, make_manifest, write_manifest
-from teachercache.data.readers import captions, csv_files, files, tables
+from teachercache.data.readers import captions, csv_files, files, tables, vqa
 from teachercache.data.readers import questions as tasks
 from teachercache.data.sample import Sample
 from teachercache.data.unused import Unused
@@ -258,12 +258,14 @@ def _parquet_in(entries: list[tuple[Path, bool]]) -> list[Any]:
 def _json(path: Path) -> Source:
     """Detect COCO captions, Karpathy's splits, a list of captions, or VQA questions by their content."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        values = parse_json(path.read_bytes(), what="it")
+    except Foreign as error:
         raise UserError(
             f"{path} is not a COCO captions file (`images` and `annotations`): {error}"
         ) from error
-    if isinstance(values, list) and values and isinstance(values[0], dict) and "caption" in values[0]:
+    if isinstance(values, list) and any(
+        isinstance(entry, dict) and "caption" in entry for entry in values[:9]
+    ):
         return Source(
             path,
             "list of captions",
@@ -272,18 +274,25 @@ def _json(path: Path) -> Source:
         )
     content = values if isinstance(values, dict) else {}
     if "questions" in content:
-        return Source(path, "VQA questions", path.parent, lambda unused: tasks.read_vqa(path, values, unused))
-    first: Any = next(iter(content.get("images") or [{}]), {})
-    if isinstance(first, dict) and "sentences" in first:
+        return Source(path, "VQA questions", path.parent, lambda unused: vqa.read_vqa(path, values, unused))
+    first = _first_of(content, "images")
+    if "sentences" in first:
         return Source(
             path, "Karpathy split", path.parent, lambda unused: captions.read_karpathy(path, values, unused)
         )
-    first = next(iter(content.get("annotations") or [{}]), {})
-    if "images" not in content and isinstance(first, dict) and "question_id" in first:
+    if "images" not in content and "question_id" in _first_of(content, "annotations"):
         raise UserError(
             f"{path} holds VQA's answers: pass the file of questions, answers are found beside it"
         )
     return Source(path, "COCO captions", path.parent, lambda unused: captions.read_coco(path, values, unused))
+
+
+def _first_of(content: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return the first object of a list of objects, {} if there is none."""
+    entries = content.get(name)
+    return (
+        next((entry for entry in entries if isinstance(entry, dict)), {}) if isinstance(entries, list) else {}
+    )
 
 
 def _json_lines(path: Path) -> Source:

@@ -14,14 +14,13 @@ words (projectile, sunglass). For other folders see `zeroshot.py`.
 from collections.abc import Sequence
 
 from evaluation.data.imagenet_classes import class_places, class_words
+from evaluation.data.splits import VAL_FIRST, rows_in
 from evaluation.models.encoder import Encoder
 from evaluation.tasks.encoding.zeroshot import classify, names_beside_data
 from evaluation.tasks.task import Metrics
 from teachercache.core.errors import UserError
 from teachercache.core.progress import say
 from teachercache.data.manifest import Manifest
-
-SPLITS = ("val", "validation", "test")  # val first, because ImageNet's test images have no labels
 
 
 def evaluate(encoder: Encoder, manifest: Manifest) -> Metrics:
@@ -46,8 +45,8 @@ def evaluate(encoder: Encoder, manifest: Manifest) -> Metrics:
 
 def _labeled_rows(manifest: Manifest, labels: Sequence[str]) -> list[int]:
     """Labeled rows of the first split that has any."""
-    for split in SPLITS:
-        rows = [row for row in manifest.rows_of_split(split).tolist() if labels[row]]
+    for split in VAL_FIRST:  # ImageNet's test images have no labels
+        rows = [row for row in rows_in(manifest, split).tolist() if labels[row]]
         if rows:
             return rows
     raise UserError(

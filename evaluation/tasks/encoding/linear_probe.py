@@ -22,6 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.func import functional_call
 
+from evaluation.data.splits import known_splits
 from evaluation.metrics.ranking import accuracies
 from evaluation.models.encoder import Encoder, encode_rows
 from evaluation.tasks.task import Metrics
@@ -82,12 +83,11 @@ def labeled_splits(manifest: Manifest) -> dict[str, list[int]]:
     Raises:
         UserError: If train or test has no labeled rows.
     """
-    labels, split_of = manifest.column("label"), manifest.column("split")
-    renamed = {"validation": "val"}
+    labels = manifest.column("label")
     splits: dict[str, list[int]] = {"train": [], "val": [], "test": []}
-    for row, name in enumerate(split_of):
-        if labels[row] and renamed.get(name, name) in splits:
-            splits[renamed.get(name, name)].append(row)
+    for row, name in enumerate(known_splits(manifest)):
+        if labels[row] and name in splits:
+            splits[name].append(row)
     for name in ("train", "test"):
         if not splits[name]:
             raise UserError(

@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from evaluation.data.same_pictures import by_picture
+from evaluation.data.splits import others_than, rows_or_only_split
 from evaluation.metrics.ranking import recall_at, strict_ranks
 from evaluation.models.encoder import Encoder, embed_images, embed_texts
 from evaluation.tasks.task import Metrics
@@ -23,8 +25,9 @@ def evaluate(
 
     Args:
         encoder: The model.
-        manifest: Images with texts; empty texts and rows without texts are left out.
-        split: The split to measure.
+        manifest: Images with texts; empty texts and rows without texts are left out. Rows that show the same picture
+            count as one, with the texts of all.
+        split: The split to measure; if the data have one other split and no training rows, that one is measured.
         captions: Use only the first so many captions of each image.
         fold: Also average the recalls over folds of that many images in the data's order, with keys `<fold>/...`.
             Images after the last full fold are in none.
@@ -32,11 +35,17 @@ def evaluate(
     Raises:
         UserError: If the split has no rows with texts, or no image can be read.
     """
-    rows = manifest.rows_of_split(split).tolist()
-    texts = [[text for text in group if text.strip()][:captions] for group in manifest.column("texts")]
+    rows = rows_or_only_split(manifest, split).tolist()
+    texts = [[text for text in group if text.strip()] for group in manifest.column("texts")]
     rows = [row for row in rows if texts[row]]
     if not rows:
-        raise UserError(f"{manifest.data} has no {split} rows with texts: retrieval needs captions")
+        raise UserError(
+            f"{manifest.data} has no {split} rows with texts{others_than(manifest, split)}: retrieval needs captions"
+        )
+    groups = by_picture(manifest, rows)
+    rows = [group[0] for group in groups]
+    for group in groups:
+        texts[group[0]] = [text for row in group for text in texts[row]][:captions]
     images, kept, skipped = embed_images(encoder, manifest, rows)
     pairs = [(i, text) for i, row in enumerate(kept) for text in texts[row]]
     owner = torch.tensor([i for i, _ in pairs])

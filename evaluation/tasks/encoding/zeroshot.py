@@ -1,5 +1,6 @@
 """Zero-shot classification: each folder (or label) is a class, with an ensemble of prompts (CLIP, section 3.1)."""
 
+import unicodedata
 from collections.abc import Callable, Container, Mapping, Sequence
 
 import torch
@@ -7,10 +8,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from evaluation.data.files import file_lines
+from evaluation.data.splits import others_than, rows_or_only_split
 from evaluation.metrics.ranking import accuracies
 from evaluation.models.encoder import Encoder, embed_images, embed_texts
 from evaluation.tasks.task import Metrics
 from teachercache.core.errors import UserError
+from teachercache.core.progress import say
 from teachercache.data.manifest import Manifest
 
 Fill = Callable[[str, str], str]  # (template, class name) -> prompt
@@ -24,10 +28,11 @@ def evaluate(encoder: Encoder, manifest: Manifest, split: str = "test") -> Metri
         UserError: If the split has no rows or no labels.
     """
     labels = manifest.column("label")
-    split_rows = manifest.rows_of_split(split).tolist()
+    split_rows = rows_or_only_split(manifest, split).tolist()
     if not split_rows:
         raise UserError(
-            f"{manifest.data} has no {split} rows: give it a folder `{split}`, or pass other --data"
+            f"{manifest.data} has no {split} rows{others_than(manifest, split)}: give it a folder `{split}`, or pass "
+            "other --data"
         )
     rows = [row for row in split_rows if labels[row]]
     if not rows:
@@ -76,8 +81,30 @@ def class_scores(
     """
     labels, column_of = manifest.column("label"), {label: i for i, label in enumerate(names)}
     images, kept, skipped = embed_images(encoder, manifest, list(rows))
+    for line in shared_names(names):
+        say(f"WARNING: {manifest.data}: {line}")
     weights = classifier(encoder, list(names.values()), templates, fill)
     return images @ weights.T, torch.tensor([column_of[labels[row]] for row in kept]), len(skipped)
+
+
+def shared_names(names: Mapping[str, str]) -> list[str]:
+    """Return a line for each name that several classes share: they tie on every image, and ties count as misses.
+
+    Names are compared without case and repeated spaces, as most tokenizers read them.
+
+    Args:
+        names: label -> name.
+    """
+    labels: dict[str, list[str]] = {}
+    for label, name in names.items():
+        read = " ".join(unicodedata.normalize("NFKC", name).casefold().split())
+        labels.setdefault(read, []).append(label)
+    return [
+        f"the classes {', '.join(map(repr, same))} have the same name {name!r}, so no picture of them can be told apart "
+        "and every one is a miss: name them in classnames.txt, a line `label<TAB>name` each"
+        for name, same in labels.items()
+        if len(same) > 1
+    ]
 
 
 def classifier(
@@ -104,9 +131,13 @@ def names_beside_data(manifest: Manifest, labels: Container[str]) -> dict[str, s
     """
     names: dict[str, str] = {}
     path = manifest.root / "classnames.txt"
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        label, tab, name = line.partition("\t")
-        if label not in labels or not tab:
+    for line in file_lines(path) if path.exists() else ():
+        if not line.strip():
+            continue
+        label, _, name = (part.strip() for part in line.partition("\t"))
+        if label not in labels or not name:
             raise UserError(f"{path}: '{line}' is not `label<TAB>name` of a class that occurs")
+        if names.get(label, name) != name:
+            raise UserError(f"{path} names the class '{label}' twice: '{names[label]}' and '{name}'")
         names[label] = name
     return names

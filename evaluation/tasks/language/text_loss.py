@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from evaluation.data.splits import known_splits, rows_in
 from evaluation.probes.finetune_text import batches, load_text_model
 from evaluation.tasks.task import Metrics
 from teachercache.core.errors import UserError
@@ -34,8 +35,8 @@ def evaluate(folder: str, data: str) -> Metrics:
         UserError: If there are no texts or no model.
     """
     manifest = read_manifest(data)
-    has_test = "test" in set(manifest.column("split"))
-    rows = set(manifest.rows_of_split("test").tolist()) if has_test else set(range(len(manifest)))
+    has_test = "test" in set(known_splits(manifest))
+    rows = set(rows_in(manifest, "test").tolist()) if has_test else set(range(len(manifest)))
     groups = [texts for row, texts in enumerate(manifest.column("texts")) if row in rows]
     texts = list(dict.fromkeys(text.strip() for group in groups for text in group if text.strip()))
     if not texts:

@@ -6,6 +6,7 @@ For COCO's Karpathy test split, NoCaps (also by domain), and any images with tex
 import json
 from collections.abc import Sequence
 
+from evaluation.data.same_pictures import by_picture
 from evaluation.data.splits import TEST_FIRST, rows_to_measure
 from evaluation.metrics.captions import METRICS, score_captions
 from evaluation.models.generator import CAPTIONING, Generator, caption_prompt, generate_for_rows
@@ -43,6 +44,10 @@ def evaluate(
     rows = [row for row in rows_to_measure(manifest, TEST_FIRST).tolist() if references[row]]
     if not rows:
         raise UserError(f"{manifest.data} has no captions to compare with: pass a file that has some")
+    groups_of_rows = by_picture(manifest, rows)
+    rows = [group[0] for group in groups_of_rows]
+    for group in groups_of_rows:
+        references[group[0]] = [text for row in group for text in references[row]]
     generated = generate_for_rows(generator, manifest, rows, [caption_prompt(masks)] * len(rows), beams=beams)
     captions = generated.texts
     samples = [manifest.row(row) for row in generated.rows]

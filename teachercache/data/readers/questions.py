@@ -1,21 +1,30 @@
-"""Read VQA v2 (and OK-VQA), SNLI-VE and VCR: questions, choices, answers and boxes become task columns.
+"""Read SNLI-VE and VCR: questions, choices, answers and boxes become task columns; `vqa.py` reads VQA.
 
-`texts` of a row are encoded by a teacher; the task column `texts` names the kind of each. VQA: question,
-answer. SNLI-VE: hypothesis. VCR: question, 4 choice, 4 pair, 4 rationale, 4 rationale_pair, kind after kind.
+`texts` of a row are encoded by a teacher; the task column `texts` names the kind of each. SNLI-VE: hypothesis. VCR: question, 4 choice, 4 pair, 4 rationale, 4 rationale_pair, kind after kind.
 """
 
 import functools
-import json
 import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from teachercache.core.errors import UserError
+from teachercache.core.errors import UserError, is_machine
 from teachercache.core.urls import below, sizes_below
-from teachercache.data.foreign import split_in_name
+from teachercache.data.foreign import (
+    Foreign,
+    caption_of,
+    clean,
+    decode_whole,
+    kind_of,
+    label_of,
+    lines_of,
+    parse_json,
+    split_in_name,
+)
 from teachercache.data.readers.files import picture_folder
+from teachercache.data.readers.rows import boxes_of, file_named
 from teachercache.data.sample import Sample, task_columns
 from teachercache.data.unused import Unused
 
@@ -28,90 +37,20 @@ VCR_FIELDS = ("question", "answer_choices", "objects", "img_fn", "annot_id")
 def json_lines(path: Path) -> list[dict[str, Any]]:
     """Return the objects of a .jsonl file; raise UserError with the number of an invalid line."""
     objects = []
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                try:
-                    value = json.loads(line)
-                except ValueError as error:
-                    raise UserError(f"line {number} of {path} is not JSON: {error}") from error
-                if not isinstance(value, dict):
-                    raise UserError(f"line {number} of {path} is not a JSON object")
-                objects.append(value)
+    try:
+        text = decode_whole(path.read_bytes(), what="it")
+    except Foreign as error:
+        raise UserError(f"{path} is not a .jsonl file: {error}") from error
+    for number, line in enumerate(lines_of(text), start=1):
+        if line.strip():
+            try:
+                value = parse_json(line.encode(), what="it")
+            except Foreign as error:
+                raise UserError(f"line {number} of {path} is not JSON: {error}") from error
+            if not isinstance(value, dict):
+                raise UserError(f"line {number} of {path} is not a JSON object")
+            objects.append(value)
     return objects
-
-
-# ----------------------------------------------------------------------------------------------------
-# VQA v2 and OK-VQA: a file of questions, and beside it (or in ../Annotations) the file of answers
-
-
-def read_vqa(path: Path, values: Any, unused: Unused) -> Iterator[Sample]:
-    """Yield a row per question. Texts are the question and the most common answer, which is the label, too;
-    the key is question_id.
-
-    The answer is a text so that a cache holds an embedding of every answer in the data; the test split has
-    none.
-    """
-    try:
-        subset = values["data_subtype"].replace("test-dev", "test")
-        questions = [(q["question_id"], q["image_id"], q["question"]) for q in values["questions"]]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not a VQA questions file: {error!r} is missing or invalid") from error
-    answers = _vqa_answers(path)
-    images = [f"COCO_{subset}_{image:012d}.jpg" for _, image, _ in questions]
-    folders = [
-        subset,
-        f"../{subset}",
-        f"../Images/{subset}",
-        f"images/{subset}",
-        f"../images/{subset}",
-        "images",
-        "",
-    ]
-    size = sizes_below(path.parent)
-    folder = picture_folder(path.parent, images, folders, advice=path.parent / subset, size=size)
-    for (number, image_id, question), name in zip(questions, images, strict=True):
-        where = os.path.normpath(os.path.join(folder, name))
-        facts = answers.get(number, {})
-        stored, common = facts.get("answers"), facts.get("multiple_choice_answer") or ""
-        texts = {"question": question} | ({"answer": common} if common else {})
-        task = task_columns(
-            task="vqa",
-            id=number,
-            image_id=image_id,
-            question=question,
-            texts=[*texts],
-            answers=None if stored is None else [answer["answer"] for answer in stored],
-            raw_answers=[a["raw_answer"] for a in stored] if stored and "raw_answer" in stored[0] else None,
-            answer=facts.get("multiple_choice_answer"),
-            answer_type=facts.get("answer_type"),
-            question_type=facts.get("question_type"),
-        )
-        yield Sample(
-            str(number),
-            where,
-            tuple(texts.values()),
-            label=common,
-            split=split_in_name(subset),
-            size=size(where) or 0,
-            task=task,
-        )
-
-
-def _vqa_answers(path: Path) -> dict[int, dict[str, Any]]:
-    """Return the annotations by question, or {} without an annotation file, as for the test split."""
-    name = path.name.replace("OpenEnded_", "").replace("questions", "annotations")
-    places = [below(path.parent, f"{folder}{name}") for folder in ("", "../Annotations/", "../annotations/")]
-    file = next((place for place in places if name != path.name and place.exists()), None)
-    if file is None:
-        return {}
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-        return {
-            entry["question_id"]: entry for entry in values["annotations"] if entry["answers"] is not None
-        }
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} is not a VQA annotations file: {error!r}") from error
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -122,39 +61,59 @@ def read_snli_ve(path: Path, lines: list[dict[str, Any]], unused: Unused) -> Ite
     """Yield a row per hypothesis (sentence2), with label gold_label and key pairID; `dev` becomes the
     split val.
     """
-    ids = [next((str(line[name]) for name in FLICKR_IDS if name in line), "") for line in lines]
-    images = [f"{number.removesuffix('.jpg')}.jpg" if number else "" for number in ids]
-    if not any(images):
+    images = [_flickr_image(line) for line in lines]
+    names, size = [name for name, _ in images if name], sizes_below(path.parent)
+    if not names:
         raise UserError(f"{path} names no picture: one of {', '.join(FLICKR_IDS)} is expected in each line")
     near = ["flickr30k-images", "flickr30k_images", "images"]
     folders = [*near, *(f"../{name}" for name in near), ""]
-    names, size = [name for name in images if name], sizes_below(path.parent)
     folder = picture_folder(path.parent, names, folders, advice=path.parent / near[0], size=size)
-    for number, (line, image) in enumerate(zip(lines, images, strict=True), start=1):
+    for number, (line, (image, problem)) in enumerate(zip(lines, images, strict=True), start=1):
         where = os.path.normpath(os.path.join(folder, image)) if image else ""
-        gold = line.get("gold_label")
+        texts = {name: _text_or_none(line.get(name)) for name in ("sentence1", "sentence2", "pairID")}
+        missing = [name for name in ("sentence2", "pairID") if texts[name] is None]
+        if missing:
+            problem = f"the line has no {' and no '.join(missing)}"
+        gold = _text_or_none(line.get("gold_label")) or ""
         label = gold if gold in LABELS else ""
-        missing = [name for name in ("sentence2", "pairID") if not isinstance(line.get(name), str)]
+        noted = line.get("annotator_labels")
         task = task_columns(
             task="snli-ve",
-            id=line.get("pairID"),
-            premise=line.get("sentence1"),
-            hypothesis=line.get("sentence2"),
+            id=texts["pairID"],
+            premise=texts["sentence1"],
+            hypothesis=texts["sentence2"],
             choices=LABELS,
             label=LABELS.index(label) if label else None,
             texts=["hypothesis"],
-            annotator_labels=line.get("annotator_labels"),
+            annotator_labels=[_text_or_none(name) for name in noted] if isinstance(noted, list) else None,
         )
         yield Sample(
-            line["pairID"] if "pairID" not in missing else f"line {number}",
+            texts["pairID"] or f"line {number}",
             where,
-            () if "sentence2" in missing else (line["sentence2"],),
+            () if texts["sentence2"] is None else (texts["sentence2"],),
             label=label,
             split=split_in_name(path.stem),
             size=(size(where) or 0) if where else 0,
-            problem=f"the line has no {' and no '.join(missing)}" if missing else "",
+            problem=problem,
             task=task,
         )
+
+
+def _flickr_image(line: dict[str, Any]) -> tuple[str, str]:
+    """Return the file name of the picture of a line, and a problem if it names none."""
+    try:
+        names = (file_named(line.get(name), what=name) for name in FLICKR_IDS)
+        number = next(filter(None, names), "").removesuffix(".jpg")
+    except Foreign as error:
+        return "", str(error)
+    return (f"{number}.jpg", "") if number else ("", f"the line names no picture: no {FLICKR_IDS[0]}")
+
+
+def _text_or_none(value: Any) -> str | None:
+    try:
+        return caption_of(value)
+    except Foreign:
+        return None
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -168,17 +127,21 @@ def read_vcr(path: Path, lines: list[dict[str, Any]], unused: Unused) -> Iterato
     Boxes (x1, y1, x2, y2 of each object) and labels are task columns; the test split has no labels. The files
     of the shortcut study (val_rule_singular, val_adv_...) have the same format.
     """
-    images = [str(line.get("img_fn", "")) for line in lines]
+    images = [_vcr_image(line) for line in lines]
     folders = ["vcr1images", "../vcr1images", "images", "../images", ""]
     names, size = [name for name in images if name], sizes_below(path.parent)
+    if not names:
+        raise UserError(f"{path} names no picture: img_fn is expected in each line")
     folder = picture_folder(path.parent, names, folders, advice=path.parent / "vcr1images", size=size)
     for number, (line, image) in enumerate(zip(lines, images, strict=True), start=1):
         where = os.path.normpath(os.path.join(folder, image)) if image else ""
-        key, split = str(line.get("annot_id", f"line {number}")), split_in_name(path.stem)
+        key, split = _text_or_none(line.get("annot_id")) or f"line {number}", split_in_name(path.stem)
         size_of_image = (size(where) or 0) if where else 0
         try:
+            if not image:
+                raise Foreign("img_fn names no picture")
             texts, task = _vcr_row(line, below(path.parent, folder) if folder else path.parent)
-        except (KeyError, TypeError, IndexError, ValueError) as error:
+        except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
             yield Sample(
                 key, where, split=split, size=size_of_image, problem=f"the line is not VCR's: {error!r}"
             )
@@ -186,9 +149,38 @@ def read_vcr(path: Path, lines: list[dict[str, Any]], unused: Unused) -> Iterato
         yield Sample(key, where, texts, split=split, size=size_of_image, task=task)
 
 
+def _vcr_image(line: dict[str, Any]) -> str:
+    try:
+        return file_named(line.get("img_fn"), what="img_fn")
+    except Foreign:
+        return ""
+
+
+def check_tokens(line: dict[str, Any]) -> None:
+    """Check that the objects, the question and the choices of a line of VCR are lists of names and of tokens.
+
+    Raises:
+        ValueError: One is not.
+        KeyError: One is missing.
+    """
+    if not isinstance(line["objects"], list) or not all(isinstance(name, str) for name in line["objects"]):
+        raise ValueError("objects is not a list of names")
+    for name in ("answer_choices", "rationale_choices"):
+        if not isinstance(line[name] if name in VCR_FIELDS else line.get(name) or [], list):
+            raise ValueError(f"{name} is {kind_of(line[name])}, a list is expected")
+    for tokens in (line["question"], *line["answer_choices"], *(line.get("rationale_choices") or [])):
+        fits = isinstance(tokens, list) and all(
+            isinstance(token, str) or (isinstance(token, list) and all(type(place) is int for place in token))
+            for token in tokens
+        )
+        if not fits:
+            raise ValueError("a question or choice is not a list of words and of lists of numbers")
+
+
 def _vcr_row(line: dict[str, Any], images: Path) -> tuple[tuple[str, ...], str]:
-    objects = line["objects"]
-    sentences = [line["question"], *line["answer_choices"], *line.get("rationale_choices", [])]
+    check_tokens(line)
+    objects, rationale_choices = line["objects"], line.get("rationale_choices") or []
+    sentences = [line["question"], *line["answer_choices"], *rationale_choices]
     question, *others = [render_tokens(tokens, objects) for tokens in sentences]
     num = len(line["answer_choices"])
     choices, rationales = others[:num], others[num:]
@@ -199,19 +191,19 @@ def _vcr_row(line: dict[str, Any], images: Path) -> tuple[tuple[str, ...], str]:
             f"{len(choices)} answers and {len(rationales)} rationales, {NUM_CHOICES} of each are expected"
         )
     for name in ("answer_label", "rationale_label"):
-        if line.get(name) not in (None, *range(NUM_CHOICES)):
+        if line.get(name) not in (None, *range(NUM_CHOICES)) or isinstance(line.get(name), bool):
             raise ValueError(f"{name} is {line[name]}, 0 to {NUM_CHOICES - 1} is expected")
     texts = _vcr_texts(question, choices, rationales, "" if label is None else choices[label])
     task = task_columns(
         task="vcr",
-        id=line["annot_id"],
+        id=label_of(line["annot_id"], what="annot_id"),
         question=question,
         choices=choices,
         label=label,
         rationales=rationales or None,
         rationale_label=line.get("rationale_label"),
         objects=objects,
-        category=line.get("category"),
+        category=_text_or_none(line.get("category")),
         boxes=boxes,
         texts=[kind for kind, _ in texts],
         mentions=[mentions_of(tokens, objects) for tokens in sentences],
@@ -238,16 +230,20 @@ def _vcr_texts(
 def _vcr_boxes(path: Path) -> list[list[float]] | None:
     """Return the boxes of the objects of an image without their scores, or None without a file."""
     try:
-        content = path.read_text(encoding="utf-8")
+        content = path.read_bytes()
     except FileNotFoundError:
         return None
-    return [box[:4] for box in json.loads(content)["boxes"]]
+    except OSError as error:
+        if is_machine(error):
+            raise
+        raise Foreign(f"cannot read {path.name}: {error.strerror}") from error
+    return boxes_of([box[:4] for box in parse_json(content, what=path.name)["boxes"]])
 
 
 def render_tokens(tokens: list[Any], objects: list[str]) -> str:
     """Render VCR's tokens as a sentence: [0, 2] is `person 1 and person 3`, other objects appear by class."""
     words = [token if isinstance(token, str) else _mention(token, objects) for token in tokens]
-    text = " ".join(words)
+    text = clean(" ".join(words))
     text = re.sub(r" (?=[,.?!;:%)\]}])", "", text)
     text = re.sub(r" (?=(?:'(?:s|re|ve|ll|d|m)|n't)\b)", "", text, flags=re.IGNORECASE)
     return re.sub(r"(?<=[(\[{]) ", "", text)

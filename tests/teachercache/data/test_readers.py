@@ -383,7 +383,9 @@ def test_csv_errors_name_the_file(tmp_path):
         ("key,image\nk,a.png\nk,b.png\n", r"key 'k' refers to two pictures in .*l.csv: a.png and b.png"),
         ("image,text\n", "no pictures or texts found"),
         ("image,text\na.png,\u00e9\n".encode("latin-1"), r"l\.csv"),
-        ("image,text\na.png," + "x" * 200_000 + "\n", r"l\.csv"),
+        ('image,text\na.png,"x\n', r"l\.csv .*quotation mark of line 2 is not closed"),
+        ("image,image\na.png,b.png\n", r"l\.csv .*column 'image' comes 2 times"),
+        ("image,text\na.png,x\0\n", r"l\.csv .*NUL"),
     ):
         with pytest.raises(UserError, match=message):
             read_manifest(str(write(tmp_path / "l.csv", content)))
