@@ -14,6 +14,7 @@ from evaluation.tasks.task import Kind
 from student.recipe import DEMO_DATA
 from teachercache.core.command import run_command
 from teachercache.core.errors import UserError
+from teachercache.core.paths import local_path
 from teachercache.core.process import rank
 from teachercache.core.progress import say
 from teachercache.core.ranges import MOST
@@ -21,6 +22,11 @@ from teachercache.core.terminal import show
 
 MATCHERS = ", ".join(task.name for task in TASKS.values() if task.kind is Kind.MATCHER)
 SAMPLES_ERROR = f"--samples is a number of noise draws: only {MATCHERS} take one"
+
+
+def local(text: str | Path) -> Path:
+    """Return the path of an option that writes files; click reports a URL as a wrong value."""
+    return local_path(str(text), "the path")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -91,8 +97,10 @@ def recipes(name: str | None) -> None:
 @click.option("--seed", default=0, show_default=True, help="Seed of all random numbers.")
 @click.option(
     "--resume",
-    is_flag=True,
-    help="Resume from the last checkpoint of --out (default: the recipe's newest run).",
+    is_flag=False,
+    flag_value="yes",
+    type=click.Choice(["yes", "auto"]),
+    help="Resume from the last checkpoint of --out (default: the recipe's newest run); auto: if there is one.",
 )
 @click.option(
     "--live",
@@ -114,7 +122,12 @@ def recipes(name: str | None) -> None:
     help="Set a constant of the recipe, optim.NAME or run.NAME; repeatable.",
 )
 def train(
-    name: str, resume: bool, dry_run: bool, print_config: bool, settings: tuple[str, ...], **options: Any
+    name: str,
+    resume: str | None,
+    dry_run: bool,
+    print_config: bool,
+    settings: tuple[str, ...],
+    **options: Any,
 ) -> None:
     """Train a student with a recipe.
 
@@ -122,12 +135,15 @@ def train(
     student train --recipe clip_kd
     student train --recipe clip_kd --set fd=1000 --set model=ViT-S-16 --steps 10000
     student train --recipe clip_kd --resume --out runs/clip_kd-20260101-120000
-    torchrun --nproc-per-node 4 -m student train --recipe clip_kd --out runs/four
+    torchrun --nproc-per-node 4 -m student train --recipe clip_kd --out runs/four --resume auto
+
+    A checkpoint is saved every run.save_every steps and every run.save_minutes minutes, and the last run.keep ones
+    are kept. SIGUSR1 saves one and goes on. SIGTERM and SIGHUP save one and stop with exit code 143, Ctrl-C with 130.
     """
     from student.recipes.registry import find
     from student.settings import TrainOptions, as_json, on_this_machine, resolve_run
 
-    recipe, run = resolve_run(find(name), TrainOptions(**options), settings, resume=resume)
+    recipe, run = resolve_run(find(name), TrainOptions(**options), settings, resume=resume or "")
     if print_config:
         print(json.dumps(as_json(recipe, run), indent=1))
         return
@@ -137,8 +153,12 @@ def train(
     from student.training.loop import train as run_training
 
     run = on_this_machine(run)
+    resuming = resume == "yes" or (resume == "auto" and Path(run.out).exists())
     evaluate = score_while_training(recipe, run) if run.eval_every else None
-    trained = run_training(recipe, run, resume=resume, dry_run=dry_run, evaluate=evaluate)
+    new_name = options["out"] is None and not resuming
+    trained = run_training(
+        recipe, run, resume=resuming, dry_run=dry_run, evaluate=evaluate, new_name=new_name
+    )
     if rank() == 0 and not dry_run:
         say(next_command(trained, recipe, run))
 
@@ -158,11 +178,11 @@ def train(
 )
 @click.option(
     "--out",
-    type=Path,
+    type=local,
     help="The folder where --task all writes suite.json, .csv and .md; default: evals/<data>.",
 )
 @click.option(
-    "--figures", type=Path, metavar="DIR", help="Also draw the models' predictions for some rows, as PNG."
+    "--figures", type=local, metavar="DIR", help="Also draw the models' predictions for some rows, as PNG."
 )
 @click.option(
     "--samples", type=click.IntRange(1, MOST), help="Noise draws per match of a diffusion MODEL; default: 16."
@@ -266,7 +286,7 @@ def generate(
     type=click.Choice(["open_clip", "hf"]),
     help="The library that loads the folder: open_clip, or hf for transformers.",
 )
-@click.option("--out", type=Path, help="The folder to write; default: exports/<run>-<format>.")
+@click.option("--out", type=local, help="The folder to write; default: exports/<run>-<format>.")
 def write_export(run: Path, form: str, out: Path | None) -> None:
     """Export a trained student, without distillation heads, into a folder for open_clip or transformers.
 
@@ -281,6 +301,28 @@ def write_export(run: Path, form: str, out: Path | None) -> None:
         say(note)
     say(f"{out}: {exported.call.format(out)}")
     show(out)
+
+
+@student.command()
+@click.argument("folder", type=Path)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+def verify(folder: Path, as_json: bool) -> None:
+    """Check that every file of a run or an export holds the bytes that were written; exit code 2 if one does not.
+
+    \u0008
+    student verify runs/NAME
+    student verify exports/NAME-open_clip
+    """
+    from student.inference.verify import verify_folder
+
+    report = verify_folder(folder)
+    if as_json:
+        print(json.dumps(dataclasses.asdict(report)))
+    else:
+        print(*report.lines(), sep="\n")
+    if report.damaged:
+        names = ", ".join(problem.file for problem in report.damaged)
+        raise UserError(f"{len(report.damaged)} files of {folder} are damaged ({names}): {report.remedy}")
 
 
 def main(args: list[str] | None = None) -> int:

@@ -3,12 +3,16 @@
 In a run of a single process every function is the identity.
 """
 
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor
+
+from teachercache.core.errors import MachineError, UserError
+from teachercache.core.process import rank
 
 T = TypeVar("T")
 
@@ -62,11 +66,39 @@ def mean_over_ranks(value: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
 
 def any_rank(value: bool) -> bool:
     """Return whether `value` is true on any rank, for decisions that all ranks must make together."""
+    return any_of_ranks((value,))[0]
+
+
+def any_of_ranks(values: tuple[bool, ...]) -> list[bool]:
+    """Return for each value whether it is true on any rank, with one reduction."""
     if num_ranks() == 1:
-        return value
-    flag = torch.tensor(float(value), device="cuda" if dist.get_backend() == "nccl" else "cpu")
-    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-    return bool(flag)
+        return list(values)
+    flags = torch.tensor([float(v) for v in values], device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    return [bool(flag) for flag in flags.tolist()]
+
+
+def on_first_rank(work: Callable[[], Any]) -> None:
+    """Run a function on rank 0, and wait for it on the others; its error stops all ranks.
+
+    Raises:
+        UserError: Also on the other ranks, with the message of rank 0.
+        MachineError: On the other ranks, if rank 0 failed otherwise.
+    """
+    failure: Exception | None = None
+    if rank() == 0:
+        try:
+            work()
+        except Exception as error:  # the other ranks wait, so that all of them stop
+            failure = error
+    if num_ranks() == 1:
+        if failure is not None:
+            raise failure
+        return
+    mine = (failure is not None, str(failure or ""), isinstance(failure, UserError))
+    failed, message, mistake = from_all_ranks(mine)[0]
+    if failed:
+        raise failure or (UserError if mistake else MachineError)(message or "the first process failed")
 
 
 def from_all_ranks(value: T) -> list[T]:

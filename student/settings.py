@@ -105,7 +105,7 @@ class TrainOptions:
 
 
 def resolve_run(
-    recipe: Recipe[Any], options: TrainOptions, settings: Iterable[str], *, resume: bool
+    recipe: Recipe[Any], options: TrainOptions, settings: Iterable[str], *, resume: str
 ) -> tuple[Recipe[Any], Run]:
     """Return recipe and run with options and settings applied.
 
@@ -113,7 +113,7 @@ def resolve_run(
         recipe: A recipe with its defaults.
         options: Options of `student train`.
         settings: Values of --set, each `key=value`.
-        resume: Whether a run is resumed; without --out, use the newest run folder of the recipe.
+        resume: "yes", "auto" or "", the value of --resume.
 
     Raises:
         UserError: An unknown setting, a value of a wrong type or out of its range, or no run to resume.
@@ -218,11 +218,17 @@ def _choices(key: str, recipe: Recipe[Any]) -> str:
     return f"no such setting of {recipe.name}; {hint}choose from {', '.join(names)}"
 
 
-def run_folder(recipe: str, *, resume: bool) -> str:
-    """Return the recipe's newest run folder for a resume, otherwise a new folder name with the time."""
-    if not resume:
-        return str(Path("runs", f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}"))
+def run_folder(recipe: str, *, resume: str) -> str:
+    """Return the folder of a run without --out.
+
+    Args:
+        recipe: Name of the recipe.
+        resume: "yes" for the recipe's newest run, "auto" for the newest one or a new name, "" for a new name, which has
+            the time.
+    """
     runs = sorted(Path("runs").glob(f"{recipe}-*/run.json"), key=lambda path: path.stat().st_mtime)
-    if not runs:
+    if resume and runs:
+        return str(runs[-1].parent)
+    if resume == "yes":
         raise UserError(f"no run of {recipe} in runs/: pass --out RUN, or drop --resume")
-    return str(runs[-1].parent)
+    return str(Path("runs", f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}"))

@@ -16,8 +16,9 @@ from evaluation.models.language_model import LanguageModel
 from evaluation.models.matcher import Matcher
 from evaluation.tasks.registry import selection_of
 from evaluation.tasks.task import Kind, Metric, Metrics, Task
+from teachercache.core.digests import write_proved
 from teachercache.core.errors import UserError
-from teachercache.core.paths import closest_path, write_whole
+from teachercache.core.paths import closest_path
 from teachercache.core.terminal import printable
 from teachercache.data.read import read_manifest
 
@@ -175,7 +176,7 @@ def keep_result(result: Result, folder: Path | None) -> None:
         if content is not None:
             path = folder / inner / name
             path.parent.mkdir(exist_ok=True)
-            write_whole(path, json.dumps(content) + "\n")
+            write_proved(path, folder, json.dumps(content) + "\n")
 
 
 def table(results: Sequence[Result]) -> str:

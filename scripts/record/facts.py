@@ -17,6 +17,8 @@ DROPPED = re.compile(
     re.IGNORECASE,
 )
 
+CARDS = ("README.md", "digests.json")  # they follow from the other files
+
 
 def digest(*parts: bytes | str) -> str:
     """Return 16 hex digits of a sha256."""
@@ -69,9 +71,9 @@ def of_file(path: Path) -> Any:
 
 
 def of_folder(folder: Path) -> dict[str, Any]:
-    """Return the digest of each file but model cards, pages and figures of a report."""
+    """Return the digest of each file but model cards, digests.json, pages and figures of a report."""
     left_out = (".html", ".png") if folder.parent.name == "reports" else ()
-    paths = [path for path in files_of(folder) if path.name != "README.md" and path.suffix not in left_out]
+    paths = [path for path in files_of(folder) if path.name not in CARDS and path.suffix not in left_out]
     return {path.relative_to(folder).as_posix(): of_file(path) for path in paths}
 
 

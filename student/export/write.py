@@ -1,9 +1,9 @@
 """Export a trained student into a folder that another library loads.
 
-The student's family writes a temporary folder and checks it; the folder is then renamed.
+The student's family writes a temporary folder and checks it against the student, whose own files were checked when
+they were loaded. The folder gets a digest of each file and is then renamed.
 """
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -12,6 +12,8 @@ from student.contract import Capability, Exported, ExportRequest, require
 from student.export.model_card import model_card, read_results
 from student.inference.load import load_run
 from student.models.registry import find_family
+from student.models.run_file import read_run
+from teachercache.core.digests import seal
 from teachercache.core.errors import UserError
 from teachercache.core.paths import write_whole
 
@@ -37,7 +39,7 @@ def export(run: Path, out: Path, form: str) -> tuple[Path, Exported]:
         raise UserError(f"{out} exists: pass another --out, or remove it")
     student, results = load_run(run), read_results(run)
     require(student, FORMATS[form], f"{run} --format {form}")
-    facts = json.loads((run / "run.json").read_text())
+    facts = read_run(run)
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -46,6 +48,7 @@ def export(run: Path, out: Path, form: str) -> tuple[Path, Exported]:
         assert write is not None, f"the family {student.spec.family} has the capability but no export"
         exported = write(student, ExportRequest(form, partial, out.name, facts))
         write_whole(partial / "README.md", model_card(facts, results, exported))
+        seal(partial)
         os.replace(partial, out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -5,10 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from safetensors.torch import load_file
-
 from student.contract import Exported, ExportRequest, Family, Student
-from student.models.run_file import student_record, weights_of
+from student.models.run_file import load_weights, student_record
 from teachercache.core.errors import UserError
 
 GROUP = "student.models"  # entry-point group; each entry loads a Family
@@ -95,5 +93,5 @@ def load_student(folder: Path) -> Student:
     """Load the trained student of a run or exported folder on the CPU; no other file is read."""
     record = student_record(folder)
     student = find_family(record["family"]).build(record["config"], folder)
-    student.load_saved_state(load_file(weights_of(folder)))
+    student.load_saved_state(load_weights(folder))
     return student

@@ -8,18 +8,16 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from student.contract import Student
-from student.distributed import any_rank
-from student.models.run_file import write_tensors
+from student.distributed import on_first_rank
+from student.models.run_file import WEIGHTS, write_tensors
 from student.training.accumulate import random_state, set_random_state
 from student.training.checkpoint import save_student
 from student.training.telemetry.metrics import Metrics
-from teachercache.core.errors import UserError
-from teachercache.core.paths import write_whole
-from teachercache.core.process import rank
+from teachercache.core.digests import NAME, damage_of, write_proved
 from teachercache.core.progress import say
 
 RUN_FILES = ("run.json", "tokenizer.json")  # besides the files that the student itself names
@@ -39,20 +37,17 @@ def keep_best(student: Student, run: Path, step: int, evaluate: Evaluate) -> Non
         evaluate: Returns score and metrics of a run folder.
     """
     folder = run / "candidate"
-    if rank() == 0:
-        folder.mkdir(exist_ok=True)
+
+    def copy() -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
         for name in (*RUN_FILES, *student.spec.files):
             if (run / name).exists():
                 shutil.copy(run / name, folder)
-    save_student(student, folder / "model.safetensors")
-    failure: Exception | None = None
-    if rank() == 0:
-        try:
-            _compare(run, step, evaluate)
-        except Exception as error:  # the other ranks wait in any_rank, so that all of them stop
-            failure = error
-    if any_rank(failure is not None):
-        raise failure or UserError("the evaluation failed in the first process")
+
+    on_first_rank(copy)
+    save_student(student, folder)
+    on_first_rank(lambda: _compare(run, step, evaluate))
 
 
 def _compare(run: Path, step: int, evaluate: Evaluate) -> None:
@@ -64,21 +59,29 @@ def _compare(run: Path, step: int, evaluate: Evaluate) -> None:
     Metrics(run / "evals.jsonl", start=step).write({"step": step, "score": score, **metrics})
     highest = best_score(run)
     if highest is None or score > highest:
+        highest = score
         best.mkdir(exist_ok=True)
         for path in folder.iterdir():
-            if path.name != "model.safetensors":
-                write_whole(best / path.name, path.read_text())
+            if path.name not in (WEIGHTS, NAME):
+                write_proved(best / path.name, best, path.read_text())
         facts = {"step": str(step), "score": repr(score), "metrics": json.dumps(metrics)}
-        write_tensors(load_file(folder / "model.safetensors"), best / "model.safetensors", facts)
+        write_tensors(load_file(folder / WEIGHTS), best / WEIGHTS, best, facts)
     shutil.rmtree(folder)
     summary = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-    say(f"step {step}: {summary}; best so far {best_score(run):.4f}")
+    say(f"step {step}: {summary}; best so far {highest:.4f}")
 
 
 def best_score(run: Path) -> float | None:
-    """Return the score of <run>/best, stored in the metadata of its weights, or None without one."""
-    path = run / "best" / "model.safetensors"
+    """Return the score of <run>/best, stored in the metadata of its weights; None without one or if it is damaged."""
+    best = run / "best"
+    path = best / WEIGHTS
     if not path.exists():
         return None
-    with safe_open(path, "pt") as file:
-        return float(file.metadata()["score"])
+    try:
+        if not damage_of(best, WEIGHTS):
+            with safe_open(path, "pt") as file:
+                return float(file.metadata()["score"])
+    except (SafetensorError, ValueError, KeyError, TypeError):
+        pass
+    say(f"WARNING: {path} is damaged: the student of this evaluation replaces it")
+    return None

@@ -4,33 +4,36 @@
   ZeRO stage.
 - `<run>/model.safetensors`: the student alone, for `student eval` and `student export`.
 
-A file is written under another name and renamed, so that it is never incomplete.
+A file is written under another name and renamed, so that it is never incomplete. Its digest in digests.json tells
+whether it is whole; the last two checkpoints are kept, so that one of them may be damaged.
 """
 
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 
 from student.contract import Student
-from student.distributed import from_all_ranks
-from student.models.run_file import write_tensors
+from student.distributed import from_all_ranks, on_first_rank
+from student.models.run_file import WEIGHTS, first_line, write_tensors
 from student.training.step import Engine
-from student.training.zero_state import engine_state, load_engine_state
+from student.training.zero_state import check_engine_state, engine_state, load_engine_state
+from teachercache.core.digests import damage_of, remove_proved
 from teachercache.core.errors import UserError
 from teachercache.core.process import rank, world_size
 from teachercache.core.progress import say
 
 
-def save(engine: Engine, run: Path, step: int) -> None:
+def save(engine: Engine, run: Path, step: int, keep: int) -> None:
     """Save everything that the next step depends on, then delete older checkpoints.
 
     Args:
         engine: The engine of the run.
         run: The run folder.
         step: Number of steps taken.
+        keep: Number of checkpoints that remain.
     """
     state = engine_state(engine)
     random_states = {"cpu": torch.get_rng_state()}
@@ -38,15 +41,16 @@ def save(engine: Engine, run: Path, step: int) -> None:
         random_states["cuda"] = torch.cuda.get_rng_state()
     for number, states in enumerate(from_all_ranks(random_states)):
         state |= {f"random.{kind}.{number}": value for kind, value in states.items()}
-    if rank() == 0:
-        folder = run / "checkpoints"
+    folder = run / "checkpoints"
+
+    def write() -> None:
         folder.mkdir(exist_ok=True)
-        write_tensors(
-            state, folder / f"step-{step:08d}.safetensors", {"step": str(step), "world": str(world_size())}
-        )
-        for old in (*checkpoints_of(run)[:-1], *folder.glob("*.partial")):
-            old.unlink()
-    dist.barrier()
+        facts = {"step": str(step), "world": str(world_size())}
+        write_tensors(state, folder / f"step-{step:08d}.safetensors", run, facts)
+        for old in (*checkpoints_of(run)[: -max(1, keep)], *folder.glob("*.damaged")):
+            remove_proved(old, run)
+
+    on_first_rank(write)
 
 
 def checkpoints_of(run: Path) -> list[Path]:
@@ -54,31 +58,65 @@ def checkpoints_of(run: Path) -> list[Path]:
     return sorted((run / "checkpoints").glob("step-*.safetensors"))
 
 
-def last_checkpoint(run: Path) -> Path | None:
-    """Return the newest checkpoint of a run, or None; raise a UserError for the format of older versions."""
-    checkpoints = checkpoints_of(run)
+def resume_newest(engine: Engine, run: Path) -> int | None:
+    """Load the newest checkpoint of a run that is whole, and set damaged ones aside.
+
+    Returns:
+        The number of steps taken before it, or None if there is no checkpoint yet.
+
+    Raises:
+        UserError: All checkpoints are damaged, do not fit, or have the format of older versions.
+    """
+    checkpoints = checkpoints_of(run)[::-1]
     if not checkpoints and any((run / "checkpoints").glob("step-*/")):
         raise UserError(
             f"{run / 'checkpoints'} was written by an older version, which alone can resume it: pass "
             "another --out"
         )
-    return checkpoints[-1] if checkpoints else None
+    # Rank 0 alone reads the files for the check; the others take its answer
+    reasons = (reason_against(engine, path, run) if rank() == 0 else "" for path in checkpoints)
+    bad: list[Path] = []
+    for path, reason in zip(checkpoints, reasons, strict=True):
+        reason = from_all_ranks(reason)[0]
+        if not reason:
+            step = resume(engine, path)
+            on_first_rank(lambda: _set_aside(bad, run))
+            return step
+        bad.append(path)
+        if path == checkpoints[-1]:
+            raise UserError(f"{path} cannot be loaded ({reason}): remove {path.parent} to start over")
+        say(f"WARNING: {path} cannot be loaded ({reason}): going on from the checkpoint before it")
+    return None
+
+
+def reason_against(engine: Engine, checkpoint: Path, run: Path) -> str:
+    """Return why a checkpoint cannot be loaded into an engine, or "": nothing is loaded before that is known."""
+    if damage_of(run, checkpoint.relative_to(run).as_posix()):
+        return "it is damaged: its bytes are not those that were written"
+    try:
+        with safe_open(checkpoint, "pt") as file:
+            check_engine_state(engine, set(file.keys()), lambda name: file.get_slice(name).get_shape())
+            int(file.metadata()["step"]), int(file.metadata()["world"])
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        return first_line(error)
+    return ""
+
+
+def _set_aside(checkpoints: list[Path], run: Path) -> None:
+    """Rename damaged checkpoints, so that none counts as the newest; the next save removes them."""
+    for checkpoint in checkpoints:
+        os.replace(checkpoint, checkpoint.with_name(checkpoint.name + ".damaged"))
+        remove_proved(checkpoint, run)
 
 
 def resume(engine: Engine, checkpoint: Path) -> int:
     """Load a checkpoint into the engine, and return the number of steps that were taken before it."""
-    try:
-        with safe_open(checkpoint, "pt") as file:
-            facts, names = file.metadata(), set(file.keys())
-            load_engine_state(engine, names, file.get_tensor)
-            step, world = int(facts["step"]), int(facts["world"])
-            if world == world_size():
-                _set_random_state(file, names)
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
-        reason = (str(error).splitlines() or [""])[0][:120]
-        raise UserError(
-            f"{checkpoint} cannot be loaded ({reason}): remove {checkpoint.parent} to start over"
-        ) from error
+    with safe_open(checkpoint, "pt") as file:
+        facts, names = file.metadata(), set(file.keys())
+        load_engine_state(engine, names, file.get_tensor)
+        step, world = int(facts["step"]), int(facts["world"])
+        if world == world_size():
+            _set_random_state(file, names)
     if world != world_size():
         say(
             f"saved by {world} processes, resuming with {world_size()}: random numbers such as dropout masks "
@@ -95,12 +133,12 @@ def _set_random_state(file: Any, names: set[str]) -> None:
         torch.cuda.set_rng_state(file.get_tensor(f"random.cuda.{rank()}"))
 
 
-def save_student(student: Student, path: Path) -> None:
-    """Write the tensors of the student; under ZeRO 3 its shards are gathered first."""
+def save_student(student: Student, folder: Path) -> None:
+    """Write the tensors of the student into a folder; under ZeRO 3 its shards are gathered first."""
     import deepspeed
 
     sharded = [parameter for parameter in student.parameters() if hasattr(parameter, "ds_id")]
     with deepspeed.zero.GatheredParameters(sharded):
         state = student.saved_state()
-        if rank() == 0:
-            write_tensors({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, path)
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items() if rank() == 0}
+        on_first_rank(lambda: write_tensors(tensors, folder / WEIGHTS, folder))

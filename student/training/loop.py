@@ -1,10 +1,9 @@
 """Train a student: prepare the run, take its steps, save checkpoints and evaluate in between."""
 
-import contextlib
+import dataclasses
 import itertools
 import json
 import shlex
-import signal
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from student.contract import Capability, reason_against, require
-from student.distributed import any_rank, mean_over_ranks
+from student.distributed import from_all_ranks, mean_over_ranks, on_first_rank
 from student.inputs.loader import loader
 from student.recipe import Progress, Recipe, Run
 from student.training import checkpoint
@@ -28,16 +27,18 @@ from student.training.engine import (
     start_engine,
     take_optimizer_step,
 )
+from student.training.lock import only_trainer
+from student.training.pauses import Pauses
 from student.training.prepare import Prepared, prepare
-from student.training.run_folder import open_run, run_record
+from student.training.run_folder import new_folder, open_run, refuse_folder, run_record
 from student.training.step import Engine, Loss, TrainStep
 from student.training.telemetry.curve import draw_curve
 from student.training.telemetry.metrics import plain, refuse_nan, refuse_nan_weights
 from student.training.telemetry.reporting import Report, reporting, requested_sinks
 from student.training.telemetry.speed import Speed, peak_memory
+from teachercache.core.digests import write_proved
 from teachercache.core.errors import UserError
-from teachercache.core.paths import write_whole
-from teachercache.core.process import keep_memory, rank, world_size
+from teachercache.core.process import keep_memory, rank, terminable, world_size
 from teachercache.core.progress import say, ticker
 
 
@@ -49,7 +50,13 @@ class Trained(NamedTuple):
 
 
 def train(
-    recipe: Recipe[Any], run: Run, *, resume: bool, dry_run: bool = False, evaluate: Evaluate | None = None
+    recipe: Recipe[Any],
+    run: Run,
+    *,
+    resume: bool,
+    dry_run: bool = False,
+    evaluate: Evaluate | None = None,
+    new_name: bool = False,
 ) -> Trained:
     """Train a student.
 
@@ -59,58 +66,81 @@ def train(
         resume: Resume from the last checkpoint of the run folder.
         dry_run: Take two steps and print time and memory, without writing a run folder.
         evaluate: Scores a run folder every `run.eval_every` steps.
+        new_name: Add a number to the name of the run folder if it exists.
 
     Returns:
         The run folder and the prepared run with its trained student.
 
     Raises:
         UserError: The run cannot be trained, or its loss is not finite.
-        KeyboardInterrupt: The run was stopped by a signal, after a checkpoint.
+        KeyboardInterrupt: The run was stopped by a signal, after a checkpoint; Terminated for SIGTERM and SIGHUP.
     """
-    out = Path(run.out)
-    count_micro_batches(recipe.batch, run.micro_batch)
-    requested_sinks(run)
+    with terminable():
+        refuse_folder(run.out, resume=resume and not dry_run)
+        count_micro_batches(recipe.batch, run.micro_batch)
+        requested_sinks(run)
+        keep_memory()
+        start_distributed(run.device)
 
-    # ---- prepare the run; every rank does the same
-    keep_memory()
-    start_distributed(run.device)
-    prepared = prepare(recipe, run)
-    step_module = prepared.step.to(run.device)
-    if run.eval_every and Capability.ANSWERS not in step_module.student.capabilities():
-        require(step_module.student, Capability.ENCODES, "--eval-every")
-    facts = run_record(recipe, run, prepared)
-    if not dry_run:
-        open_run(out, facts, resume)
-        for name, text in prepared.files.items() if rank() == 0 else ():
-            write_whole(out / name, text)
+        # ---- prepare the run; every rank does the same
+        prepared = prepare(recipe, run)
+        step_module = prepared.step.to(run.device)
+        if run.eval_every and Capability.ANSWERS not in step_module.student.capabilities():
+            require(step_module.student, Capability.ENCODES, "--eval-every")
+        if dry_run:
+            rehearse(engine_of(recipe, run, prepared), prepared, recipe, Speed(run, recipe.batch))
+            return Trained(Path(run.out), prepared)
+        if new_name:
+            folders: list[Path] = []
+            on_first_rank(lambda: folders.append(new_folder(Path(run.out))))
+            run = dataclasses.replace(run, out=str(from_all_ranks(folders)[0][0]))
+
+        # ---- open the folder, take the steps and save the student
+        out, facts = Path(run.out), run_record(recipe, run, prepared)
+        with only_trainer(out):
+            on_first_rank(lambda: open_run(out, facts, prepared.files, resume=resume))
+            _train_in(recipe, run, prepared, facts, resume=resume, evaluate=evaluate)
+        return Trained(out, prepared)
+
+
+def _train_in(
+    recipe: Recipe[Any],
+    run: Run,
+    prepared: Prepared,
+    facts: dict[str, Any],
+    *,
+    resume: bool,
+    evaluate: Evaluate | None,
+) -> None:
+    """Take the steps of a run in its open folder, and save the student."""
+    out = Path(run.out)
+    engine = engine_of(recipe, run, prepared)
+    speed = Speed(run, recipe.batch)
+    last = checkpoint.resume_newest(engine, out) if resume else None
+    done = last or 0
+    if resume:
+        found = last is not None
+        say(f"resuming from step {done}" if found else "there is no checkpoint yet: starting at step 0")
+    pauses = Pauses(run, recipe.steps)
+    with reporting(run, facts, start=done) as report:
+        step, stopping = run_steps(engine, prepared, recipe, speed, done, report, evaluate, pauses)
+    if stopping:
+        raise pauses.stop_error(step, out)
+    checkpoint.save_student(prepared.step.student, out)
+    if speed.steps and rank() == 0:
+        write_proved(out / "speed.json", out, json.dumps(speed.facts()) + "\n")
+        say(f"{out}: {speed.facts()['seconds_per_step']:.3f} s per step, {speed.summary()}")
+
+
+def engine_of(recipe: Recipe[Any], run: Run, prepared: Prepared) -> Engine:
+    """Print the sizes of a run, and return its engine with the random state of the first step."""
+    step_module = prepared.step
     rows, sizes = len(prepared.batches.rows), parameter_counts(step_module)
     say(f"{recipe.name}: {sizes}; {rows:,} rows, {recipe.steps} steps of {recipe.batch}")
-
-    # ---- start the engine and load the last checkpoint
     set_up_student(step_module.student, run)
     engine = start_engine(step_module, recipe.optim, run, recipe.batch // world_size())
     torch.manual_seed(run.seed * world_size() + rank())  # so that dropout differs between ranks
-    speed = Speed(run, recipe.batch)
-    if dry_run:
-        rehearse(engine, prepared, recipe, speed)
-        return Trained(out, prepared)
-    last = checkpoint.last_checkpoint(out) if resume else None
-    done = checkpoint.resume(engine, last) if last else 0
-    if resume:
-        say(f"resuming from step {done}" if last else "there is no checkpoint yet: starting at step 0")
-
-    # ---- take the steps and save the student
-    with reporting(run, facts, start=done) as report:
-        step, stopping = run_steps(engine, prepared, recipe, speed, done, report, evaluate)
-    if stopping:
-        raise KeyboardInterrupt(
-            f"stopped after step {step}; continue with the same command and --resume --out {out}"
-        )
-    checkpoint.save_student(step_module.student, out / "model.safetensors")
-    if speed.steps and rank() == 0:
-        write_whole(out / "speed.json", json.dumps(speed.facts()) + "\n")
-        say(f"{out}: {speed.facts()['seconds_per_step']:.3f} s per step, {speed.summary()}")
-    return Trained(out, prepared)
+    return engine
 
 
 def next_command(trained: Trained, recipe: Recipe[Any], run: Run) -> str:
@@ -138,6 +168,7 @@ def run_steps(
     done: int,
     report: Report,
     evaluate: Evaluate | None,
+    pauses: Pauses,
 ) -> tuple[int, bool]:
     """Take all steps from `done` on, with checkpoints and evaluations.
 
@@ -149,36 +180,40 @@ def run_steps(
         done: Number of steps already taken.
         report: Logs the values of a step.
         evaluate: Scores a run folder, or None.
+        pauses: Decides when the run saves and stops.
 
     Returns:
         The number of steps taken in total, and whether a signal stopped the run.
     """
     run, out = speed.run, Path(speed.run.out)
     step, stopping = done, False
-    with catch_signals() as signals, ticker(recipe.steps - done, "steps", recipe.name) as tick:
+    with pauses.catching(), ticker(recipe.steps - done, "steps", recipe.name) as tick:
         for step, values, terms in steps_from(engine, prepared, recipe, speed, done):
             refuse_nan(values["loss"], step - 1)
             report(step - 1, values)
             shown = "  ".join(f"{name} {values[name]:.4g}" for name in ("loss", *terms))
             tick.step(1, f"{shown}  {speed.summary()}")
-            stopping = any_rank(bool(signals))
-            last = stopping or step == recipe.steps
+            saving, stopping = pauses.after(step)
             if evaluate and run.eval_every and (step % run.eval_every == 0 or step == recipe.steps):
                 refuse_nan_weights(engine.module, step - 1)
                 try:
                     keep_best(engine.module.student, out, step, evaluate)
                 except Exception:
-                    checkpoint.save(engine, out, step)
+                    checkpoint.save(engine, out, step, run.keep)
                     raise
-            if last or step % run.save_every == 0:
+            if saving:
                 refuse_nan_weights(engine.module, step - 1)
-                checkpoint.save(engine, out, step)
-            if last:
+                checkpoint.save(engine, out, step, run.keep)
+                pauses.have_saved()
+            if stopping or step == recipe.steps:
                 break
         else:
             return done, False  # no steps were left
     if rank() == 0 and not stopping:
-        draw_curve(out, terms)
+        try:
+            draw_curve(out, terms)
+        except Exception as error:  # a picture stops no run
+            say(f"WARNING: {out / 'curve.png'} was not drawn: {error}")
     return step, stopping
 
 
@@ -271,17 +306,3 @@ def parameter_counts(step: TrainStep) -> str:
     total = sum(parameter.numel() for parameter in step.student.parameters())
     heads = sum(parameter.numel() for parameter in step.heads.parameters()) if step.heads else 0
     return f"student of {total / 1e6:.1f}M parameters" + (f", heads {heads:,}" if heads else "")
-
-
-@contextlib.contextmanager
-def catch_signals() -> Iterator[list[int]]:
-    """Collect SIGTERM and SIGINT in a list, so that the loop can finish its step before it stops."""
-    received: list[int] = []
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        for number in handlers:
-            signal.signal(number, lambda number, frame: received.append(number))
-        yield received
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)

@@ -3,19 +3,22 @@
 import dataclasses
 import hashlib
 import importlib.metadata
+import itertools
 import json
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
-from student.models.run_file import FORMAT, read_run
+from student.models.run_file import FORMAT, WEIGHTS, read_run
 from student.recipe import Recipe, Run
+from student.training import lock
 from student.training.prepare import Prepared
 from teachercache.cache.spec import fingerprint, to_dict
+from teachercache.core.digests import NAME, write_proved
 from teachercache.core.errors import UserError
-from teachercache.core.paths import closest_path, write_whole
-from teachercache.core.process import rank, world_size
+from teachercache.core.paths import closest_path, local_path
+from teachercache.core.process import world_size
 
 # Settings that a resume may change, because they affect the paths and the speed of a run but not its losses
 RESUMABLE = (
@@ -25,6 +28,8 @@ RESUMABLE = (
     "device",
     "workers",
     "save_every",
+    "save_minutes",
+    "keep",
     "zero",
     "micro_batch",
     "grad_checkpointing",
@@ -64,25 +69,51 @@ def run_record(recipe: Recipe[Any], run: Run, prepared: Prepared) -> dict[str, A
     return json.loads(json.dumps(record))
 
 
-def open_run(out: Path, record: dict[str, Any], resume: bool) -> None:
-    """Write run.json into a new run folder, or check that a resumed run is the same.
+def refuse_folder(name: str, *, resume: bool) -> None:
+    """Raise a UserError if a folder cannot be a run folder, before anything is written or locked."""
+    out = local_path(name)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} exists and is not a run: pass another --out")
+    if resume and not out.exists():
+        raise UserError(f"nothing to resume at {out}: run the same command without --resume")
+
+
+def new_folder(out: Path) -> Path:
+    """Create a folder of a name that no run has yet: `out`, or `out` with -2, -3 and so on behind it."""
+    for number in itertools.count(1):
+        folder = out if number == 1 else out.with_name(f"{out.name}-{number}")
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            continue
+    raise AssertionError
+
+
+def open_run(out: Path, record: dict[str, Any], files: Mapping[str, str], *, resume: bool) -> None:
+    """Write run.json and further files into a new run folder, or check that a resumed run is the same.
+
+    A folder in which no step was taken is a new one, whatever a killed command left in it. The caller holds the
+    lock of the folder.
 
     Args:
         out: The run folder.
         record: The content of run.json.
+        files: Contents of further text files, by file name.
         resume: Whether the run is resumed.
 
     Raises:
-        UserError: The folder is in use, there is nothing to resume, or the settings differ; the message lists
-            them.
+        UserError: The folder is in use, or the settings differ; the message lists them.
     """
     path = out / "run.json"
-    exists, occupied = path.exists(), out.exists() and (not out.is_dir() or any(out.iterdir()))
-    dist.barrier()  # all ranks must have checked the folder before rank 0 writes
-    if exists:
-        if not resume:
-            raise UserError(f"{out} exists: go on with --resume, or pass another --out")
-        saved, current = flat(read_run(out)), flat(record)
+    if not path.exists() and not all(map(is_leftover, out.iterdir())):
+        raise UserError(f"{out} exists and is not a run: pass another --out")
+    begun = path.exists() and has_begun(out)
+    if begun and not resume:
+        raise UserError(f"{out} exists: go on with --resume, or pass another --out")
+    sweep_run(out)
+    if path.exists() and resume:
+        saved, current = flat(read_run(out, alone=True)), flat(record)
         changed = [
             f"{name}: {saved.get(name)} there, {value} asked"
             for name, value in current.items()
@@ -90,14 +121,32 @@ def open_run(out: Path, record: dict[str, Any], resume: bool) -> None:
         ]
         if changed:
             raise UserError(f"{out} is another run ({'; '.join(changed)}): pass another --out")
-        return
-    if occupied:
-        raise UserError(f"{out} exists and is not a run: pass another --out")
-    if resume:
-        raise UserError(f"nothing to resume at {out}: {closest_path(out)}run the same command without --resume")
-    if rank() == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps(record, indent=1) + "\n")
+    else:
+        write_proved(path, out, json.dumps(record, indent=1) + "\n")
+    for name, text in files.items():
+        write_proved(out / name, out, text)
+
+
+def is_leftover(path: Path) -> bool:
+    """Return whether a file in a run folder is no more than what a killed command leaves."""
+    if path.name in (NAME, lock.NAME) or path.suffix == ".partial":
+        return True
+    return path.name == "checkpoints" and path.is_dir() and all(map(is_leftover, path.iterdir()))
+
+
+def has_begun(out: Path) -> bool:
+    """Return whether a step of a run was saved or logged."""
+    logged = out / "metrics.jsonl"
+    saved = [out / WEIGHTS, *(out / "checkpoints").glob("step-*")]
+    return any(path.exists() for path in saved) or (logged.exists() and logged.stat().st_size > 0)
+
+
+def sweep_run(out: Path) -> None:
+    """Remove what killed commands left in a run folder: temporary files, and a student that was being evaluated."""
+    for folder in (out, out / "checkpoints", out / "best", out / "eval"):
+        for path in folder.glob("*.partial"):
+            path.unlink(missing_ok=True)
+    shutil.rmtree(out / "candidate", ignore_errors=True)
 
 
 def flat(record: dict[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ Adam's moments. All ranks must call these functions. Parameters are gathered one
 the tensors. `checkpoint` writes them to files.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, cast
 
@@ -41,6 +41,23 @@ def engine_state(engine: Engine) -> dict[str, Tensor]:
     return state
 
 
+def check_engine_state(engine: Engine, names: set[str], shape_of: Callable[[str], Sequence[int]]) -> None:
+    """Raise a ValueError or an error of `shape_of` unless the saved tensors have the shapes of an engine.
+
+    Args:
+        engine: The engine of the run.
+        names: Names of the saved tensors.
+        shape_of: Returns the shape of a saved tensor; raises an error if it is missing.
+    """
+    for name, parameter in engine.module.named_parameters():
+        _check_shape(parameter, shape_of(f"{MODEL}{name}"), name)
+        if parameter.requires_grad and f"{OPTIM}{name}{COUNT}" in names:
+            for moment in MOMENTS:
+                _check_shape(parameter, shape_of(f"{OPTIM}{name}.{moment}"), f"{name}.{moment}")
+    for name, _ in _buffers(engine.module):
+        shape_of(f"{MODEL}{name}")
+
+
 def load_engine_state(engine: Engine, names: set[str], read: Callable[[str], Tensor]) -> None:
     """Load the tensors of `engine_state` into an engine that has taken no step.
 
@@ -50,7 +67,7 @@ def load_engine_state(engine: Engine, names: set[str], read: Callable[[str], Ten
         read: Returns a saved tensor by name; raises an error if it is missing.
     """
     for name, parameter in engine.module.named_parameters():
-        value = _like(parameter, read(f"{MODEL}{name}"), name)
+        value = read(f"{MODEL}{name}")
         with _gathered(parameter, modifier_rank=0), torch.no_grad():
             if rank() == 0 or not hasattr(parameter, "ds_id"):
                 parameter.data.copy_(value)
@@ -84,12 +101,11 @@ def _buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     return ((name, buffer) for name, buffer in module.named_buffers() if name in state)
 
 
-def _like(parameter: nn.Parameter, value: Tensor, name: str) -> Tensor:
-    """Return the value; raise a ValueError if its shape is not the parameter's."""
-    shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
-    if tuple(value.shape) != shape:
-        raise ValueError(f"{name} has shape {tuple(value.shape)}, expected {shape}")
-    return value
+def _check_shape(parameter: nn.Parameter, shape: Sequence[int], name: str) -> None:
+    """Raise a ValueError if a shape is not the parameter's."""
+    expected = tuple(getattr(parameter, "ds_shape", parameter.shape))
+    if tuple(shape) != expected:
+        raise ValueError(f"{name} has shape {tuple(shape)}, expected {expected}")
 
 
 def is_sharded(parameter: nn.Parameter) -> bool:

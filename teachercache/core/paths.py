@@ -20,6 +20,13 @@ def is_url(path: object) -> bool:
     return "://" in str(path)
 
 
+def local_path(text: str, option: str = "--out") -> Path:
+    """Return the Path of a place that must be local; UserError for a URL, which would become a folder `s3:`."""
+    if is_url(text):
+        raise UserError(f"{option} {text} is a URL: write to a local folder, and copy it there afterwards")
+    return Path(text)
+
+
 def as_path(text: str | Path) -> Path:
     """Return a Path, or a UPath if the text is a URL. Listings of a URL are not cached."""
     if not is_url(text) or not isinstance(text, str):

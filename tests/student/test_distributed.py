@@ -357,7 +357,7 @@ def pair(tmp_path_factory, squares, cache):
         environment.setenv(own_recipes.STOP_VARIABLE, "2")
         for stage in (0, 3):
             half = out / f"halved-{stage}"
-            assert train_here(squares, cache, half, "--steps", 6, recipe="own_recipes:STOPPING") == 130
+            assert train_here(squares, cache, half, "--steps", 6, recipe="own_recipes:STOPPING") == 143
     stopping = train_words(squares, cache, out / "stopped", "--steps", 6, recipe="own_recipes:STOPPING")
     processes = start_two(work, out, words, stopping)
     join_all(processes)
@@ -537,7 +537,7 @@ def test_one_process_goes_on_where_two_stopped(pair, whole_run, stage, squares, 
 
 
 def test_a_stop_of_one_process_stops_all_at_the_same_step(pair, squares, cache, tmp_path):
-    assert [int(found(pair, "stopped", rank)) for rank in (0, 1)] == [130, 130]
+    assert [int(found(pair, "stopped", rank)) for rank in (0, 1)] == [143, 143]
     steps = [line["step"] for line in read_lines(pair / "stopped")]
     assert steps in ([0, 1], [0, 1, 2])
     names = [path.name for path in (pair / "stopped" / "checkpoints").iterdir()]

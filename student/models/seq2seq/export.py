@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from student.contract import Exported, ExportRequest
-from student.models.run_file import write_tensors
+from student.models.run_file import WEIGHTS, write_tensors
 from student.models.seq2seq.language_model import write_language_model
 from student.models.seq2seq.loading import load_seq2seq
 from student.models.seq2seq.model import Seq2Seq
@@ -43,7 +43,7 @@ def export(student: Seq2Seq, request: ExportRequest) -> Exported:
 def write_folder(student: Seq2Seq, run: Mapping[str, Any], folder: Path) -> None:
     """Write the files that `load_seq2seq` and `load_generator` read; `run` is the content of run.json."""
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in student.saved_state().items()}
-    write_tensors(state, folder / "model.safetensors")
+    write_tensors(state, folder / WEIGHTS, folder)
     for name, text in student.spec.files.items():
         write_whole(folder / name, text)
     record = {name: run[name] for name in ("format", "student", "teachers")}

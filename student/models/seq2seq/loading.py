@@ -8,11 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, BartConfig, BartForConditionalGeneration
 
-from student.models.run_file import is_run, student_record, weights_of
+from student.models.run_file import is_run, load_weights, student_record
 from student.models.seq2seq.model import Seq2Seq
 from student.models.seq2seq.texts import NUM_MASKS, Reader, marks_of, word_starts
 from teachercache.core.errors import UserError
@@ -48,7 +47,7 @@ def start_from(init: str, reading: Reading, *, visual: str) -> Seq2Seq:
             f"--set init={init} reads other features of a picture: add --set visual={record['visual']}"
         )
     student = rebuild(record, read_tokenizer(folder), reading)
-    student.load_saved_state(load_file(weights_of(folder)))
+    student.load_saved_state(load_weights(folder))
     return student
 
 
@@ -147,5 +146,5 @@ def rebuild(config: Mapping[str, Any], tokenizer: Tokenizer, reading: Reading | 
 def load_seq2seq(folder: Path) -> Seq2Seq:
     """Load the trained student of a run or exported folder in evaluation mode; no other file is read."""
     student = rebuild(seq2seq_record(folder), read_tokenizer(folder))
-    student.load_saved_state(load_file(weights_of(folder)))
+    student.load_saved_state(load_weights(folder))
     return student.eval()

@@ -12,10 +12,10 @@ from typing import NamedTuple
 import open_clip
 import torch
 from open_clip.tokenizer import HFTokenizer
-from safetensors.torch import save_file
 from torch import Tensor
 
 from student.contract import Exported, ExportRequest
+from student.models.run_file import write_tensors
 from student.models.two_tower import export_hf
 from student.models.two_tower.model import TwoTower, open_clip_state
 from teachercache.core.errors import UserError
@@ -78,7 +78,7 @@ def _compare(student: TwoTower, encode: Encode, form: str) -> None:
 
 def _write_open_clip(student: TwoTower, folder: Path) -> list[str]:
     """Write open_clip_config.json, open_clip_model.safetensors and the files of a Hugging Face text tower."""
-    save_file(open_clip_state(student), folder / "open_clip_model.safetensors")
+    write_tensors(open_clip_state(student), folder / "open_clip_model.safetensors", folder)
     if isinstance(student.tokenizer, HFTokenizer):
         # open_clip looks for both in the folder itself
         student.tokenizer.tokenizer.save_pretrained(folder)

@@ -1,10 +1,12 @@
 """Draw the loss curve of a run, with all terms and evaluation scores, from its metrics.jsonl."""
 
+import io
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from student.training.telemetry.metrics import read_metrics
+from teachercache.core.digests import write_proved
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,8 +36,10 @@ def draw_curve(run: Path, terms: Iterable[str]) -> Path | None:
         _draw_scores(axis.twinx(), read_metrics(run / "evals.jsonl"))
     figure.suptitle(run.name)
     figure.tight_layout()
-    figure.savefig(run / "curve.png", dpi=120)
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=120)
     plt.close(figure)
+    write_proved(run / "curve.png", run, content.getvalue())
     return run / "curve.png"
 
 

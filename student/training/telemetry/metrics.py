@@ -11,6 +11,7 @@ from student.distributed import any_rank
 from teachercache.core.errors import UserError
 from teachercache.core.paths import write_whole
 from teachercache.core.process import rank
+from teachercache.core.progress import say
 
 ADVICE = "try a smaller --set optim.lr or --set optim.max_grad_norm=1.0"
 
@@ -26,13 +27,8 @@ class Metrics:
     def __init__(self, path: Path, *, start: int) -> None:
         self.path = path
         if rank() == 0:
-            kept = [line for line in self._lines() if json.loads(line)["step"] < start]
-            write_whole(path, "".join(line + "\n" for line in kept))
-
-    def _lines(self) -> list[str]:
-        """Return the complete lines of the file; a killed run may leave an incomplete one at the end."""
-        text = self.path.read_text() if self.path.exists() else ""
-        return text.split("\n")[:-1]
+            kept = [line for line in read_metrics(path) if line["step"] < start]
+            write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def write(self, values: dict[str, Any]) -> None:
         """Append one line, on rank 0."""
@@ -42,8 +38,24 @@ class Metrics:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the complete lines of a metrics.jsonl, decoded."""
-    return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+    """Return the lines of a metrics.jsonl or evals.jsonl, decoded.
+
+    A log never stops a run: lines that cannot be read are skipped with a message. A killed run may leave an
+    incomplete one at the end, which is skipped in silence.
+    """
+    text = path.read_bytes().decode(errors="replace") if path.exists() else ""
+    lines, skipped = [], 0
+    for line in text.split("\n")[:-1]:
+        try:
+            values = json.loads(line)
+            if type(values["step"]) is not int or not all(type(v) in (int, float) for v in values.values()):
+                raise ValueError(line)
+            lines.append(values)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            skipped += 1
+    if skipped:
+        say(f"WARNING: {skipped} lines of {path} cannot be read and are skipped")
+    return lines
 
 
 def plain(values: dict[str, torch.Tensor]) -> dict[str, float]:

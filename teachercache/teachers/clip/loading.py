@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from teachercache.cache.spec import Field, TeacherSpec
+from teachercache.core.digests import names_to_load, refuse_damage
 from teachercache.core.errors import UserError, closest
 from teachercache.data.views import describe_view, image_view
 from teachercache.teachers.clip.layers import (
@@ -132,6 +133,8 @@ def open_folder(folder: str) -> tuple[Any, dict[str, Any]]:
     A text tower from transformers reads its config.json from the same folder, so that the folder can be
     moved.
     """
+    remedy = "copy the folder again from where it is whole, or train or export it again"
+    refuse_damage(Path(folder), names_to_load(Path(folder)), remedy)
     model_cfg, preprocess_cfg, weights_path = folder_parts(folder)
     try:
         state = load_file(weights_path)

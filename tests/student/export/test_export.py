@@ -86,6 +86,7 @@ def test_files_and_the_model_card(exported, finished_run):
         "open_clip_model.safetensors",
         "open_clip_config.json",
         "README.md",
+        "digests.json",
     }
     card = (exported / "README.md").read_text()
     assert "vit-micro trained by `clip_kd`" in card

@@ -299,7 +299,7 @@ def test_clip_itself_scores_the_answers_of_snli_ve_and_vqa(home, task):
 def test_a_run_answers_and_is_resumed_to_the_same_losses(home, tmp_path, monkeypatch, capsys):
     assert train(home, tmp_path / "whole", recipe="own_recipes:TD_STOPPING") == 0
     monkeypatch.setenv(own_recipes.STOP_VARIABLE, "1")
-    assert train(home, tmp_path / "run", recipe="own_recipes:TD_STOPPING") == 130
+    assert train(home, tmp_path / "run", recipe="own_recipes:TD_STOPPING") == 143
     monkeypatch.delenv(own_recipes.STOP_VARIABLE)
     assert train(home, tmp_path / "run", "--resume", recipe="own_recipes:TD_STOPPING") == 0
     assert read_lines(tmp_path / "run") == read_lines(tmp_path / "whole")

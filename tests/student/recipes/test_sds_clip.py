@@ -339,7 +339,7 @@ def test_resumed_runs_micro_batches_and_a_regulariser_of_weight_zero(squares, st
     words, name = ("--steps", 4), "own_recipes:SDS_STOPPING"
     assert train_here(squares, states, tmp_path / "whole", *words, recipe=name) == 0
     monkeypatch.setenv(own_recipes.STOP_VARIABLE, "2")
-    assert train_here(squares, states, tmp_path / "run", *words, recipe=name) == 130
+    assert train_here(squares, states, tmp_path / "run", *words, recipe=name) == 143
     monkeypatch.delenv(own_recipes.STOP_VARIABLE)
     assert train_here(squares, states, tmp_path / "run", *words, "--resume", recipe=name) == 0
     whole = read_lines(tmp_path / "whole")

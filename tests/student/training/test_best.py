@@ -104,7 +104,7 @@ def test_a_resume_writes_what_an_undisturbed_run_writes(evaluated, squares, cach
     run = tmp_path / "run"
     words = ("--steps", STEPS, "--eval-every", EVERY, "--set", "optim.lr=0.01")
     monkeypatch.setenv(own_recipes.STOP_VARIABLE, "2")
-    assert train_here(squares, cache, run, *words, recipe="own_recipes:DROPOUT") == 130
+    assert train_here(squares, cache, run, *words, recipe="own_recipes:DROPOUT") == 143
     monkeypatch.delenv(own_recipes.STOP_VARIABLE)
     with open(run / "evals.jsonl", "a") as file:  # a kill between an evaluation and its checkpoint
         file.write('{"step": 4, "score": 0.0, "image_ret')

@@ -50,6 +50,11 @@ def lines_of(run: Path) -> list[str]:
     return (run / "metrics.jsonl").read_text().splitlines()
 
 
+def checkpoints(run: Path) -> list[str]:
+    """The names of the files in a run's folder of checkpoints, oldest first."""
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
 def compare_weights(run: Path, other: Path) -> None:
     """Two students are the same to the last bit."""
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (run, other))
@@ -119,7 +124,7 @@ def test_sigterm_and_resume_give_the_same_losses(undisturbed, squares, cache, tm
     wait_for_lines(process, run, 8)
     process.send_signal(signal.SIGTERM)
     error = process.communicate(timeout=60)[1]
-    assert process.returncode == 130
+    assert process.returncode == 143
     assert "stopped after step" in error
     assert "Traceback" not in error
     done = len(lines_of(run))
@@ -136,7 +141,7 @@ def test_what_a_stop_says_to_type_works(squares, cache, tmp_path, monkeypatch, c
     """Everything that is said after a stop goes on: not only one of two sentences."""
     monkeypatch.setenv(own_recipes.STOP_VARIABLE, "2")
     name = "own_recipes:STOPPING"
-    assert train_here(squares, cache, tmp_path / "run", "--steps", 4, recipe=name) == 130
+    assert train_here(squares, cache, tmp_path / "run", "--steps", 4, recipe=name) == 143
     said = capsys.readouterr().err
     monkeypatch.delenv(own_recipes.STOP_VARIABLE)
     assert "--resume" in said
@@ -170,7 +175,7 @@ def test_what_a_kill_can_leave_is_mended(leftover, squares, cache, tmp_path, mon
     words, name = ("--steps", 6), "own_recipes:STOPPING"
     assert train_here(squares, cache, whole, *words, recipe=name) == 0
     monkeypatch.setenv(own_recipes.STOP_VARIABLE, "2")
-    assert train_here(squares, cache, run, *words, recipe=name) == 130
+    assert train_here(squares, cache, run, *words, recipe=name) == 143
     monkeypatch.delenv(own_recipes.STOP_VARIABLE)
     if leftover == "partial":
         (saved,) = (run / "checkpoints").iterdir()
@@ -182,7 +187,8 @@ def test_what_a_kill_can_leave_is_mended(leftover, squares, cache, tmp_path, mon
         shutil.rmtree(run / "checkpoints")
     assert train_here(squares, cache, run, *words, "--resume", recipe=name) == 0
     assert lines_of(run) == lines_of(whole)
-    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000006.safetensors"]
+    assert checkpoints(run)[-1] == "step-00000006.safetensors"
+    assert not [name for name in checkpoints(run) if not name.endswith(".safetensors")]
 
 
 def test_a_finished_run_resumes_to_nothing(undisturbed, squares, cache, tmp_path):
@@ -197,7 +203,7 @@ def test_random_numbers_of_a_model_go_on_where_they_were(recipe, squares, cache,
     name, words = f"own_recipes:{recipe}", ("--steps", 6)
     assert train_here(squares, cache, tmp_path / "whole", *words, recipe=name) == 0
     monkeypatch.setenv(own_recipes.STOP_VARIABLE, "2")
-    assert train_here(squares, cache, tmp_path / "run", *words, recipe=name) == 130
+    assert train_here(squares, cache, tmp_path / "run", *words, recipe=name) == 143
     monkeypatch.delenv(own_recipes.STOP_VARIABLE)
     assert train_here(squares, cache, tmp_path / "run", *words, "--resume", recipe=name) == 0
     assert lines_of(tmp_path / "run") == lines_of(tmp_path / "whole")
@@ -499,7 +505,7 @@ def test_every_zero_stage_resumes(stage, squares, cache, tmp_path, monkeypatch):
     words, name = ("--steps", 4, "--set", f"run.zero={stage}"), "own_recipes:STOPPING"
     assert train_here(squares, cache, tmp_path / "whole", *words, recipe=name) == 0
     monkeypatch.setenv(own_recipes.STOP_VARIABLE, "1")
-    assert train_here(squares, cache, tmp_path / "run", *words, recipe=name) == 130
+    assert train_here(squares, cache, tmp_path / "run", *words, recipe=name) == 143
     monkeypatch.delenv(own_recipes.STOP_VARIABLE)
     assert train_here(squares, cache, tmp_path / "run", *words, "--resume", recipe=name) == 0
     assert lines_of(tmp_path / "run") == lines_of(tmp_path / "whole")
