@@ -82,7 +82,9 @@ def recipes(name: str | None) -> None:
 )
 @click.option("--out", help="The run folder; default: runs/<recipe>-<time>.")
 @click.option("--steps", type=click.IntRange(1, MOST), help="Number of training steps.")
-@click.option("--batch-size", "batch", type=click.IntRange(2, MOST), help="Rows per step, over all processes.")
+@click.option(
+    "--batch-size", "batch", type=click.IntRange(2, MOST), help="Rows per step, over all processes."
+)
 @click.option(
     "--micro-batch",
     type=click.IntRange(2, MOST),

@@ -193,10 +193,14 @@ class Run:
     precision: Literal["float32", "bfloat16"] = "float32"
     seed: Seed = 0
     zero: Annotated[int, Interval(ge=0, le=3)] = 0  # ZeRO stage of DeepSpeed
-    workers: Annotated[int, Interval(ge=-1, le=256)] = -1  # number of decoding processes; -1 for the free cores
+    workers: Annotated[
+        int, Interval(ge=-1, le=256)
+    ] = -1  # number of decoding processes; -1 for the free cores
     online_teacher: bool = False  # --live: run the cache's teacher instead of reading its fields
     save_every: Count = 500  # steps between checkpoints; 0 for none
-    save_minutes: Annotated[float, Interval(ge=0)] = 15.0  # minutes after which a checkpoint is saved in any case; 0: none
+    save_minutes: Annotated[float, Interval(ge=0)] = (
+        15.0  # minutes after which a checkpoint is saved in any case; 0: none
+    )
     keep: Number = 2  # number of checkpoints that are kept; a damaged one is replaced by the one before
     # Rows per forward pass of a device; 0 for all rows of a step (`student.training.accumulate`)
     micro_batch: Count = 0

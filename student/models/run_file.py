@@ -37,7 +37,9 @@ def read_run(folder: Path, *, alone: bool = False) -> dict[str, Any]:
     """
     path = next((folder / name for name in NAMES if (folder / name).exists()), None)
     if path is None:
-        raise UserError(f"{folder} is not a run: {closest_path(folder)}pass a folder that `student train` wrote")
+        raise UserError(
+            f"{folder} is not a run: {closest_path(folder)}pass a folder that `student train` wrote"
+        )
     small = tuple(name for name in names_to_load(folder) if name != WEIGHTS)
     refuse_damage(folder, (path.name,) if alone else small, remedy_of(folder))
     try:

@@ -17,7 +17,7 @@ from student.training.prepare import Prepared
 from teachercache.cache.spec import fingerprint, to_dict
 from teachercache.core.digests import NAME, write_proved
 from teachercache.core.errors import UserError
-from teachercache.core.paths import closest_path, local_path
+from teachercache.core.paths import local_path
 from teachercache.core.process import world_size
 
 # Settings that a resume may change, because they affect the paths and the speed of a run but not its losses

@@ -32,8 +32,16 @@ _WORDS = tuple(
     for name in ("ENOSPC", "EIO", "EDQUOT", "EFBIG", "EROFS", "ESTALE", "ENOMEM", "EMFILE", "ENFILE")
     if hasattr(errno, name)
 )
-_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "std::bad_alloc", "CUDNN_STATUS_ALLOC_FAILED")
-_KILLED = re.compile(r"DataLoader worker \(pid.* (is killed by signal: (Bus error|Killed)|exited unexpectedly)")
+_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "not enough memory",
+    "std::bad_alloc",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
+_KILLED = re.compile(
+    r"DataLoader worker \(pid.* (is killed by signal: (Bus error|Killed)|exited unexpectedly)"
+)
 # torch raises the error of a worker process again as the same type, with the worker's traceback as its text
 _WORKER = re.compile(r"Caught (\w+) in [^\n]*\.\s+Original Traceback")
 
@@ -98,7 +106,11 @@ def _stopped(stop: BaseException) -> int:
 
 def _failed(error: Exception, debug: bool) -> int:
     """Print the line of an error, and its traceback with --debug; return the exit code."""
-    if isinstance(error, OSError) and error.errno in (errno.EPIPE, errno.ENOSPC, errno.EIO) and _stdout_is_gone():
+    if (
+        isinstance(error, OSError)
+        and error.errno in (errno.EPIPE, errno.ENOSPC, errno.EIO)
+        and _stdout_is_gone()
+    ):
         if error.errno == errno.EPIPE:
             return BROKEN_PIPE
         error = OSError(error.errno, error.strerror, error.filename or "standard output")
@@ -182,6 +194,7 @@ def _reads_as_machine(error: BaseException) -> bool:
     numbers = {int(number) for found in _NUMBER.findall(text) for number in found if number}
     if numbers & MACHINE_ERRNOS or _KILLED.search(text):
         return True
-    return isinstance(error, RuntimeError | OSError) and any(
-        words.lower() in text.lower() for words in (*_WORDS, *_MEMORY)
+    return (
+        isinstance(error, RuntimeError | OSError)
+        and any(words.lower() in text.lower() for words in (*_WORDS, *_MEMORY))
     ) or (type(error).__name__ == "SafetensorError" and any(words in text for words in _WORDS))

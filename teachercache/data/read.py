@@ -127,7 +127,9 @@ def find_sources(data: str) -> list[Source]:
         for path, is_folder in (path for entry in paths for path in _annotations(*entry)):
             place = str(path) if is_url(path) else os.path.realpath(path)
             if place in seen:
-                raise UserError(f"--data {data} names {path} twice: its rows would count twice; write it once")
+                raise UserError(
+                    f"--data {data} names {path} twice: its rows would count twice; write it once"
+                )
             seen.add(place)
             with remote.explain_errors(path):
                 grouped = path.suffix.lower() in GROUPED and not is_folder
