@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from teachercache.data.unused import from_json
+
 if TYPE_CHECKING:
     from teachercache.cache.store import Cache
     from teachercache.teachers.teacher import Entry
@@ -48,6 +50,8 @@ def print_manifest(facts: Mapping[str, Any]) -> None:
         print(f"  {row['key']}  {row['image'] or '(no picture)'}  {' | '.join(row['texts'])[:200]}")
         if row["task"]:
             print(f"    {row['task'][:200]}")
+    for line in from_json(facts["unused"]).lines():
+        print(f"unused     {line}")
     print(f"problems   {facts['unusable']:,} rows" if facts["unusable"] else "problems   none found")
     for problem, count in facts["problems"].items():
         print(f"  {count:,}: {problem}")

@@ -5,15 +5,18 @@ The functions accept local paths as well, so that readers treat both alike. `pat
 
 import concurrent.futures
 import contextlib
+import errno
 import os
 import posixpath
+import stat
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, TypeVar, cast
 
-from teachercache.core.errors import UserError
+from teachercache.core.errors import UserError, is_machine
 from teachercache.core.paths import as_path, is_url
+from teachercache.core.walk import Sizes, Tell, everything, no_word, walk_local
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -159,23 +162,26 @@ def _listing(folder: Path) -> dict[str, int | None]:
     return {posixpath.basename(name): size for name, size in sizes.items() if name != own}
 
 
-def walk(root: Path) -> Iterator[tuple[str, dict[str, int | None]]]:
-    """Yield the folders below a root in sorted order, each with its files and, if a listing has them, their
-    bytes.
-    """
+def walk(
+    root: Path, keep: Callable[[str], bool] = everything, tell: Tell = no_word
+) -> Iterator[tuple[str, Sizes]]:
+    """Yield the folders below a root in sorted order, each with its files and their bytes; see `walk_local`."""
     if not is_url(root):
-        for folder, names, files in os.walk(root):
-            names.sort()
-            relative = os.path.relpath(folder, root)
-            yield "" if relative == "." else relative, dict.fromkeys(files)
+        yield from walk_local(root, keep, tell)
         return
     _refuse_http(root)
     start = len(_key(root).rstrip("/")) + 1
-    folders: dict[tuple[str, ...], dict[str, int | None]] = {}
+    folders: dict[tuple[str, ...], Sizes] = {}
+    left_out = set()
     for name, info in _fs(root).find(_key(root), detail=True).items():
         *above, last = name[start:].split("/")
-        if last and info["type"] == "file":
+        no_data = next((i for i, part in enumerate(above) if not keep(part)), None)
+        if no_data is not None:
+            left_out.add("/".join(above[: no_data + 1]))
+        elif last and info["type"] == "file":
             folders.setdefault(tuple(above), {})[last] = info["size"]
+    for folder in sorted(left_out):
+        tell("folders are hidden or of an operating system", folder)
     for parts in sorted(folders):
         yield "/".join(parts), folders[parts]
 
@@ -198,8 +204,8 @@ def file_size(path: Path) -> int:
         return _fs(path).info(_key(path))["size"] or 0 if is_url(path) else path.stat().st_size
     except FileNotFoundError:
         return 0
-    except OSError:
-        if is_url(path):
+    except OSError as error:
+        if is_url(path) or is_machine(error):
             raise
         return 0
 
@@ -241,6 +247,18 @@ def open_file(path: Path, block: int) -> IO[bytes]:
     return file
 
 
+def read_regular(path: Path) -> bytes:
+    """Return the bytes of a local file. A pipe or a device is never waited for.
+
+    Raises:
+        OSError: It cannot be opened, or is no regular file.
+    """
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "is no regular file", str(path))
+        return file.read()
+
+
 def read_small(root: Path, files: list[tuple[str, int | None]]) -> Iterator[bytes]:
     """Yield the contents of small files below a root; at a URL many requests run at once.
 
@@ -249,7 +267,7 @@ def read_small(root: Path, files: list[tuple[str, int | None]]) -> Iterator[byte
         files: Names and sizes in bytes.
     """
     if not is_url(root):
-        yield from ((root / name).read_bytes() for name, _ in files)
+        yield from (read_regular(root / name) for name, _ in files)
         return
     for start in range(0, len(files), SMALL_FILES_AT_ONCE):
         part = files[start : start + SMALL_FILES_AT_ONCE]

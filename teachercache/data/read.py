@@ -17,9 +17,12 @@ from teachercache.core.errors import UserError
 from teachercache.core.paths import as_path, is_url
 from teachercache.core.progress import say
 from teachercache.data.columns import COLUMN_FILES
+from teachercache.data.foreign import SPLITS, is_data
 from teachercache.data.manifest import Manifest, load_manifest, make_manifest, write_manifest
-from teachercache.data.readers import captions, csv_files, files, tables
+from teachercache.data.readers import captions, csv_files, folders, tables, tars, texts
 from teachercache.data.readers import questions as tasks
+from teachercache.data.readers.caption_tables import TABLES
+from teachercache.data.readers.files import IMAGE_SUFFIXES, no_picture
 from teachercache.data.sample import Sample
 from teachercache.data.unused import Unused
 
@@ -49,7 +52,22 @@ def join_sources(data: str, sources: list[Source], *, limit: int | None = None) 
     manifest = _join(name, sources, unused, limit=limit)
     for line in manifest.unused.lines():
         say(f"{name}: {line}")
+    for line in _rows_without_split(manifest):
+        say(f"{name}: {line}")
     return manifest
+
+
+def _rows_without_split(manifest: Manifest) -> list[str]:
+    """Return a line for each word that names no split, and for rows without one, beside rows of known splits."""
+    counts = collections.Counter(manifest.column("split"))
+    known = [split for split in SPLITS if counts[split]]
+    others = {word: count for word, count in counts.items() if word not in SPLITS} if known else {}
+    beside = f"beside {', '.join(f'{counts[split]:,} of {split}' for split in known)}"
+    return [
+        f"{count:,} rows {f'are of the unknown split {word!r}' if word else 'have no split'} {beside}: "
+        "they are part of no split"
+        for word, count in others.items()
+    ]
 
 
 def _join(name: str, sources: list[Source], unused: Unused, *, limit: int | None) -> Manifest:
@@ -125,6 +143,10 @@ def find_sources(data: str) -> list[Source]:
                 f"no data at {part}: pass --data FOLDER, or make the demo data with `bash scripts/demo`"
             )
         for path, is_folder in (path for entry in paths for path in _annotations(*entry)):
+            if not is_url(path) and not is_folder and path.exists() and not path.is_file():
+                raise UserError(
+                    f"{path} is no regular file (a pipe, a socket or a device): {FORMATS} is expected"
+                )
             with remote.explain_errors(path):
                 grouped = path.suffix.lower() in GROUPED and not is_folder
                 alone = not grouped or (path.suffix.lower() == ".parquet" and tables.is_manifest(path))
@@ -144,6 +166,7 @@ def _annotations(path: Path, is_folder: bool) -> list[tuple[Path, bool]]:
     with remote.explain_errors(path):
         names = [entry for entry, inner in remote.children(path) if not inner]
         entries = [entry for entry in names if entry.name.endswith((".jsonl", "_questions.json"))]
+        entries = [entry for entry in entries if is_data(entry.name) and entry.name.lower() not in TABLES]
     stems = [entry.name.removesuffix(".jsonl") for entry in entries]
     variants = [entry for entry in entries if any(entry.name.startswith(f"{stem}_") for stem in stems)]
     if variants:
@@ -184,7 +207,7 @@ def _file(paths: list[Path]) -> Source:
     whole = path if len(paths) == 1 else path.parent
     if suffix == ".tar":
         return Source(
-            whole, "webdataset tars", path.parent, lambda unused: files.read_tars(path.parent, paths, unused)
+            whole, "webdataset tars", path.parent, lambda unused: tars.read_tars(path.parent, paths, unused)
         )
     if suffix == ".parquet" and tables.is_manifest(path):
         manifest = load_manifest(path)
@@ -202,10 +225,10 @@ def _file(paths: list[Path]) -> Source:
             whole, "Arrow", path.parent, lambda unused: tables.read_arrow(path.parent, paths, unused)
         )
     if suffix == ".txt":
-        return Source(path, "texts, one a line", path.parent, lambda unused: files.read_texts(path, unused))
-    if suffix == ".tsv" and files.is_cc3m(path):
+        return Source(path, "texts, one a line", path.parent, lambda unused: texts.read_texts(path, unused))
+    if suffix == ".tsv" and texts.is_cc3m(path):
         return Source(
-            path, "CC3M captions and urls", path.parent, lambda unused: files.read_cc3m(path, unused)
+            path, "CC3M captions and urls", path.parent, lambda unused: texts.read_cc3m(path, unused)
         )
     if suffix in (".csv", ".tsv"):
         return Source(
@@ -215,13 +238,12 @@ def _file(paths: list[Path]) -> Source:
         return _json(path)
     if suffix == ".jsonl":
         return _json_lines(path)
-    raise UserError(f"cannot read {path}: {FORMATS} is expected")
+    advice = ": uncompress it first" if tars.is_packed(path.name) else ""
+    raise UserError(f"cannot read {path}: {FORMATS} is expected{advice}")
 
 
 def _folder(path: Path) -> Source:
-    entries = [
-        (entry, is_folder) for entry, is_folder in remote.children(path) if not entry.name.startswith(".")
-    ]
+    entries = [entry for entry in remote.children(path) if is_data(entry[0].name)]
     names = {entry.name for entry, _ in entries}
     if names & {"dataset_dict.json", "state.json"}:
         if is_url(path):
@@ -229,26 +251,47 @@ def _folder(path: Path) -> Source:
         return Source(
             path, "Hugging Face dataset saved on disk", path, lambda unused: tables.read_saved(path, unused)
         )
-    tars = [entry for entry, _ in entries if entry.name.endswith(".tar")]
-    if tars and any(entry.suffix.lower() in files.IMAGE_SUFFIXES for entry, _ in entries):
+    found = [entry for entry, is_folder in entries if entry.name.lower().endswith(".tar") and not is_folder]
+    pictures = any(entry.suffix.lower() in IMAGE_SUFFIXES for entry, _ in entries)
+    if found and pictures:
         raise UserError(
             f"{path} holds both .tar files and loose pictures: move one kind into a folder of its own"
         )
-    if tars:
-        return Source(path, "webdataset tars", path, lambda unused: files.read_tars(path, tars, unused))
+    packed = [entry.name for entry, _ in entries if tars.is_packed(entry.name)]
+    if packed and not found and len(packed) == len(entries):
+        raise UserError(
+            f"{path} holds compressed tars only ({packed[0]}): uncompress them, offsets lie in plain ones"
+        )
+    if found:
+        return Source(
+            path, "webdataset tars", path, lambda unused: _tars_of_folder(path, found, entries, unused)
+        )
     # Parquet files beside images describe them (img2dataset's 00000.parquet, a manifest); alone they are the data
     inside = [(entry, is_folder) for entry, is_folder in entries if entry.name != "data"]
-    pictures = any(is_folder or entry.suffix.lower() in files.IMAGE_SUFFIXES for entry, is_folder in inside)
+    pictures = any(is_folder or entry.suffix.lower() in IMAGE_SUFFIXES for entry, is_folder in inside)
     parquet = [] if pictures else _parquet_in(entries)
     if not parquet and not pictures and (path / "data", True) in entries:
         parquet = _parquet_in(remote.children(path / "data"))
     if parquet:
         return Source(path, "Parquet", path, lambda unused: tables.read_parquet(path, parquet, unused))
-    return Source(path, "folder of pictures", path, lambda unused: files.read_folder(path, unused))
+    return Source(path, "folder of pictures", path, lambda unused: folders.read_folder(path, unused))
+
+
+def _tars_of_folder(
+    path: Path, found: list[Path], entries: list[tuple[Path, bool]], unused: Unused
+) -> Iterator[Sample]:
+    """Yield the rows of a folder's tars, and count what lies beside them."""
+    for entry, is_folder in entries:
+        if is_folder:
+            unused.add("folders beside tars are not entered", entry.name)
+        elif entry not in found:
+            packed = "compressed tars are not read: uncompress them"
+            unused.add(packed if tars.is_packed(entry.name) else no_picture(entry.name), entry.name)
+    yield from tars.read_tars(path, found, unused)
 
 
 def _parquet_in(entries: list[tuple[Path, bool]]) -> list[Any]:
-    return [entry for entry, _ in entries if entry.name.endswith(".parquet")]
+    return [entry for entry, _ in entries if entry.name.endswith(".parquet") and is_data(entry.name)]
 
 
 def _json(path: Path) -> Source:
