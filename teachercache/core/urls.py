@@ -238,7 +238,7 @@ def sizes_below(root: Path) -> Callable[[str], int | None]:
 def open_file(path: Path, block: int) -> IO[bytes]:
     """Open a binary file for random access; at a URL `block` bytes are read ahead."""
     if not is_url(path):
-        return open(path, "rb")
+        return open_regular(path)
     file = _fs(path).open(_key(path), "rb", block_size=block, cache_type="readahead" if block else "none")
     if getattr(file, "size", 0) is None:
         raise UserError(
@@ -247,15 +247,20 @@ def open_file(path: Path, block: int) -> IO[bytes]:
     return file
 
 
-def read_regular(path: Path) -> bytes:
-    """Return the bytes of a local file. A pipe or a device is never waited for.
+def open_regular(path: Path) -> IO[bytes]:
+    """Open a local file to read it. A pipe or a device is never waited for.
 
     Raises:
         OSError: It cannot be opened, or is no regular file.
     """
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise OSError(errno.EINVAL, "is no regular file", str(path))
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(errno.EINVAL, "is no regular file", str(path))
+    return open(path, "rb")
+
+
+def read_regular(path: Path) -> bytes:
+    """Return the bytes of a local file; see `open_regular`."""
+    with open_regular(path) as file:
         return file.read()
 
 

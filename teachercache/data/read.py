@@ -251,6 +251,9 @@ def _folder(path: Path) -> Source:
         return Source(
             path, "Hugging Face dataset saved on disk", path, lambda unused: tables.read_saved(path, unused)
         )
+    for entry, is_folder in entries:
+        if entry.suffix.lower() in GROUPED and not is_folder and not is_url(path) and not entry.is_file():
+            raise UserError(f"{entry} is no regular file: move it out of {path}")
     found = [entry for entry, is_folder in entries if entry.name.lower().endswith(".tar") and not is_folder]
     pictures = any(entry.suffix.lower() in IMAGE_SUFFIXES for entry, _ in entries)
     if found and pictures:

@@ -23,7 +23,7 @@ def read_folder(root: Path, unused: Unused) -> Iterator[Sample]:
     """Yield the images below `root` in sorted order; the folders above an image are its split and its
     label.
     """
-    above_splits, tables = _only_folders(root), CaptionTables(unused)
+    alone, tables = len(_only_folders(root)), CaptionTables(unused)
     for folder, files in walk(root, is_data, unused.add):
         for name in [name for name in files if not is_data(name)]:
             unused.add("files are hidden or of an operating system", os.path.join(folder, name))
@@ -35,7 +35,7 @@ def read_folder(root: Path, unused: Unused) -> Iterator[Sample]:
         beside = _caption_files(pictures, files)
         wanted = [name for picture in pictures for name in beside[picture]]
         contents = _contents(root, folder, files, wanted, limit=MAX_TEXT)
-        split, label = _split_and_label(PurePath(folder).parts, above_splits)
+        split, label = _split_and_label(root, PurePath(folder).parts, alone)
         stems = set()
         for name in pictures:
             path, size = PurePath(folder, name), files[name]
@@ -73,14 +73,32 @@ def _only_folders(root: Path) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _split_and_label(parts: tuple[str, ...], above_splits: tuple[str, ...]) -> tuple[str, str]:
-    """Return the split that a folder names, and the folders below it; without a split, all folders."""
-    alone = len(above_splits) if parts[: len(above_splits)] == above_splits else 0
+def _split_and_label(root: Path, parts: tuple[str, ...], alone: int) -> tuple[str, str]:
+    """Return the split that a folder names, and the folders below it; without a split, all folders.
+
+    The split is the first folder (train/cat), the first below folders that lie alone or hold all pictures
+    (images/train/cat), or, where folders inside of it are those of several splits, the second one (cat/train, cat/test).
+
+    Args:
+        root: The folder that is read.
+        parts: The folders below it.
+        alone: The number of folders at the top that lie alone.
+    """
     usual = int(bool(parts) and holds_pictures(parts[0]))
-    for at in sorted({0, alone, usual}):
+    tops = sorted({0, min(alone, len(parts)), usual})
+    for at in tops:
         if len(parts) > at and (split := split_of(parts[at])):
             return split, "/".join(parts[at + 1 :])
+    for at in tops:
+        split = split_of(parts[at + 1]) if len(parts) > at + 1 else ""
+        if split and len(_splits_inside(root.joinpath(*parts[: at + 1]))) > 1:
+            return split, "/".join((*parts[at : at + 1], *parts[at + 2 :]))
     return "", "/".join(parts)
+
+
+def _splits_inside(folder: Path) -> set[str]:
+    """Return the splits that the folders inside of a folder name."""
+    return {split for path, inner in children(folder) if inner and (split := split_of(path.name))}
 
 
 def _caption_files(pictures: list[str], files: Sizes) -> dict[str, list[str]]:
@@ -103,13 +121,16 @@ def _contents(
 ) -> Iterator[tuple[bytes, str]]:
     """Yield the bytes of each file, and why they were not read; files above a limit of bytes are not read."""
     small = [name for name in names if limit is None or (files[name] or 0) <= limit]
+    held = set(small)
     if is_url(root):
         read = read_small(root, [(str(PurePath(folder, name)), files[name]) for name in small])
-        held = set(small)
         yield from ((next(read) if name in held else b"", "") for name in names)
         return
     for name in names:
-        yield _read(root / folder / name) if limit is None or (files[name] or 0) <= limit else (b"", "")
+        odd = files[name] is None
+        yield (
+            _read(root / folder / name) if name in held and not odd else (b"", odd * "it is no regular file")
+        )
 
 
 def _read(path: Path) -> tuple[bytes, str]:
@@ -118,11 +139,15 @@ def _read(path: Path) -> tuple[bytes, str]:
     except OSError as error:
         if is_machine(error):
             raise
-        return b"", f"cannot open the caption file: {error.strerror}"
+        return b"", f"it cannot be opened: {error.strerror}"
 
 
 def _captions(name: str, content: bytes, problem: str, size: int | None) -> Captions:
-    return ((), problem) if problem else captions_in(os.path.splitext(name)[1].lower(), content, size)
+    return (
+        ((), f"the caption file is not read: {problem}")
+        if problem
+        else captions_in(os.path.splitext(name)[1].lower(), content, size)
+    )
 
 
 def _name_the_rest(folder: str, names: Iterable[str], unused: Unused) -> None:
