@@ -25,7 +25,7 @@ def walk_local(
 ) -> Iterator[tuple[str, Sizes]]:
     """Yield the folders below a root in sorted order, each before those inside of it, with its files.
 
-    A linked folder is followed unless it leads to a folder above it. Inside of a linked folder, a further link is
+    A linked folder is followed unless it leads to a folder above it, above the root too. Inside of a linked folder, a further link is
     followed only to a folder that was not met before, so that folders that refer to each other come to an end.
 
     Args:
@@ -39,7 +39,7 @@ def walk_local(
     """
     met: set[tuple[int, int]] = set()
     # a stack of: the folder, the folders above it, whether a link leads to it
-    waiting: list[tuple[str, tuple[tuple[int, int], ...], bool]] = [("", (), False)]
+    waiting: list[tuple[str, tuple[tuple[int, int], ...], bool]] = [("", _identities_above(root), False)]
     while waiting:
         folder, above, linked = waiting.pop()
         try:
@@ -66,12 +66,18 @@ def walk_local(
                 tell("folders are hidden or of an operating system", path)
             else:
                 target, link = (found.st_dev, found.st_ino), entry.is_symlink()
-                if link and (target in (*above, own) or (linked and target in met)):
+                if target in (*above, own) or (link and linked and target in met):
                     tell("links lead back to a folder that is read already", path)
                 else:
                     inside.append((path, (*above, own), linked or link))
         waiting.extend(reversed(inside))
         yield folder, files
+
+
+def _identities_above(root: Path) -> tuple[tuple[int, int], ...]:
+    """Return the device and number of each folder above a root."""
+    found = [os.stat(folder) for folder in Path(os.path.realpath(root)).parents]
+    return tuple((status.st_dev, status.st_ino) for status in found)
 
 
 def _status(entry: os.DirEntry[str]) -> os.stat_result | None:

@@ -54,7 +54,7 @@ class Member:
 
 @dataclasses.dataclass(frozen=True)
 class _Header:
-    """The fields of a header; `more` says that blocks of a sparse member's map follow."""
+    """The fields of a header; `more`: blocks of a sparse member's map follow."""
 
     name: str
     target: str
