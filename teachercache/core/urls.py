@@ -5,18 +5,16 @@ The functions accept local paths as well, so that readers treat both alike. `pat
 
 import concurrent.futures
 import contextlib
-import errno
 import os
 import posixpath
-import stat
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, TypeVar, cast
 
 from teachercache.core.errors import UserError, is_machine
+from teachercache.core.local import Sizes, Tell, everything, no_word, open_regular, read_regular, walk_local
 from teachercache.core.paths import as_path, is_url
-from teachercache.core.walk import Sizes, Tell, everything, no_word, walk_local
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -245,23 +243,6 @@ def open_file(path: Path, block: int) -> IO[bytes]:
             f"the server of {path} does not support byte ranges: download the file and pass its path"
         )
     return file
-
-
-def open_regular(path: Path) -> IO[bytes]:
-    """Open a local file to read it. A pipe or a device is never waited for.
-
-    Raises:
-        OSError: It cannot be opened, or is no regular file.
-    """
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise OSError(errno.EINVAL, "is no regular file", str(path))
-    return open(path, "rb")
-
-
-def read_regular(path: Path) -> bytes:
-    """Return the bytes of a local file; see `open_regular`."""
-    with open_regular(path) as file:
-        return file.read()
 
 
 def read_small(root: Path, files: list[tuple[str, int | None]]) -> Iterator[bytes]:

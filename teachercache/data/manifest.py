@@ -3,6 +3,7 @@
 `readers/` reads each format; `views.py` makes tensors.
 """
 
+import collections
 import dataclasses
 import hashlib
 import io
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from teachercache.core.errors import UserError
 from teachercache.core.paths import as_path, is_url, stream_whole
 from teachercache.core.urls import tidy
-from teachercache.data.foreign import clean, split_of
+from teachercache.data.foreign import SPLITS, clean, split_of
 from teachercache.data.sample import Sample
 from teachercache.data.unused import Unused, from_json
 
@@ -189,6 +190,19 @@ def _columns(data: str, rows: list[Sample]) -> "list[pa.Array]":
     return [pa.array(values[field.name], field.type) for field in schema()]
 
 
+def rows_without_split(manifest: Manifest) -> list[str]:
+    """Return a line for each word that names no split, and for rows without one, beside rows of known splits."""
+    counts = collections.Counter(manifest.column("split"))
+    known = [split for split in SPLITS if counts[split]]
+    others = {word: count for word, count in counts.items() if word not in SPLITS} if known else {}
+    beside = f"beside {', '.join(f'{counts[split]:,} of {split}' for split in known)}"
+    return [
+        f"{count:,} rows {f'are of the unknown split {word!r}' if word else 'have no split'} {beside}: "
+        "they are part of no split"
+        for word, count in others.items()
+    ]
+
+
 def digest_rows(table: "pa.Table") -> str:
     """Return the sha256 over the key, image reference, image size, texts and task of every row, in any
     order.
@@ -245,7 +259,10 @@ def load_manifest(path: Path) -> Manifest:
     stored = {name: meta.get(name, "") for name in ("data", "root", "digest")}
     if meta.get("checksum", _checksum(stored)) != _checksum(stored):
         raise UserError(f"{path} is damaged: the checksum of its root differs")
-    unused = from_json(json.loads(meta.get("unused", "{}")))
+    try:
+        unused = from_json(json.loads(meta.get("unused", "{}")))
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: its counts of what is not used cannot be read") from error
     return Manifest(stored["data"], as_path(stored["root"]), table, stored["digest"], unused)
 
 

@@ -17,12 +17,18 @@ from teachercache.core.errors import UserError
 from teachercache.core.paths import as_path, is_url
 from teachercache.core.progress import say
 from teachercache.data.columns import COLUMN_FILES
-from teachercache.data.foreign import SPLITS, is_data
-from teachercache.data.manifest import Manifest, load_manifest, make_manifest, write_manifest
+from teachercache.data.foreign import is_data, split_of
+from teachercache.data.manifest import (
+    Manifest,
+    load_manifest,
+    make_manifest,
+    rows_without_split,
+    write_manifest,
+)
 from teachercache.data.readers import captions, csv_files, folders, tables, tars, texts
 from teachercache.data.readers import questions as tasks
 from teachercache.data.readers.caption_tables import TABLES
-from teachercache.data.readers.files import IMAGE_SUFFIXES, no_picture
+from teachercache.data.readers.files import IMAGE_SUFFIXES
 from teachercache.data.sample import Sample
 from teachercache.data.unused import Unused
 
@@ -52,22 +58,9 @@ def join_sources(data: str, sources: list[Source], *, limit: int | None = None) 
     manifest = _join(name, sources, unused, limit=limit)
     for line in manifest.unused.lines():
         say(f"{name}: {line}")
-    for line in _rows_without_split(manifest):
+    for line in rows_without_split(manifest):
         say(f"{name}: {line}")
     return manifest
-
-
-def _rows_without_split(manifest: Manifest) -> list[str]:
-    """Return a line for each word that names no split, and for rows without one, beside rows of known splits."""
-    counts = collections.Counter(manifest.column("split"))
-    known = [split for split in SPLITS if counts[split]]
-    others = {word: count for word, count in counts.items() if word not in SPLITS} if known else {}
-    beside = f"beside {', '.join(f'{counts[split]:,} of {split}' for split in known)}"
-    return [
-        f"{count:,} rows {f'are of the unknown split {word!r}' if word else 'have no split'} {beside}: "
-        "they are part of no split"
-        for word, count in others.items()
-    ]
 
 
 def _join(name: str, sources: list[Source], unused: Unused, *, limit: int | None) -> Manifest:
@@ -90,15 +83,18 @@ def _rows(source: Source, unused: Unused) -> Iterator[Sample]:
 
 def _joined(sources: list[Source], root: Path, unused: Unused) -> Iterator[Sample]:
     """Yield the rows of all sources, keys prefixed by the name of the source, images relative to the
-    common root.
+    common root. Where the sources are the splits of one set (train/, test/), rows without a split have theirs.
     """
     short = [remote.last_part(str(source.path)).split(".")[0] for source in sources]
     names = short if len(set(short)) == len(short) else [str(source.path) for source in sources]
-    for source, name in zip(sources, names, strict=True):
+    splits = [split_of(name) for name in short]
+    splits = splits if len(set(splits) - {""}) > 1 else [""] * len(splits)
+    for source, name, split in zip(sources, names, splits, strict=True):
         folder = remote.seen_from(root, source.root)
         for sample in _rows(source, unused):
             image = remote.join_relative(folder, sample.image) if sample.image else ""
-            yield dataclasses.replace(sample, key=f"{name}/{sample.key}", image=image)
+            own = sample.split or split
+            yield dataclasses.replace(sample, key=f"{name}/{sample.key}", image=image, split=own)
 
 
 def _parts(data: str) -> list[str]:
@@ -267,7 +263,10 @@ def _folder(path: Path) -> Source:
         )
     if found:
         return Source(
-            path, "webdataset tars", path, lambda unused: _tars_of_folder(path, found, entries, unused)
+            path,
+            "webdataset tars",
+            path,
+            lambda unused: tars.read_folder_of_tars(path, found, entries, unused),
         )
     # Parquet files beside images describe them (img2dataset's 00000.parquet, a manifest); alone they are the data
     inside = [(entry, is_folder) for entry, is_folder in entries if entry.name != "data"]
@@ -278,19 +277,6 @@ def _folder(path: Path) -> Source:
     if parquet:
         return Source(path, "Parquet", path, lambda unused: tables.read_parquet(path, parquet, unused))
     return Source(path, "folder of pictures", path, lambda unused: folders.read_folder(path, unused))
-
-
-def _tars_of_folder(
-    path: Path, found: list[Path], entries: list[tuple[Path, bool]], unused: Unused
-) -> Iterator[Sample]:
-    """Yield the rows of a folder's tars, and count what lies beside them."""
-    for entry, is_folder in entries:
-        if is_folder:
-            unused.add("folders beside tars are not entered", entry.name)
-        elif entry not in found:
-            packed = "compressed tars are not read: uncompress them"
-            unused.add(packed if tars.is_packed(entry.name) else no_picture(entry.name), entry.name)
-    yield from tars.read_tars(path, found, unused)
 
 
 def _parquet_in(entries: list[tuple[Path, bool]]) -> list[Any]:

@@ -5,9 +5,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePath
 
 from teachercache.core.errors import is_machine
+from teachercache.core.local import Sizes, read_regular
 from teachercache.core.paths import is_url
-from teachercache.core.urls import children, read_regular, read_small, walk
-from teachercache.core.walk import Sizes
+from teachercache.core.urls import children, read_small, walk
 from teachercache.data.foreign import MAX_TEXT, is_data, split_of
 from teachercache.data.readers.caption_tables import CaptionTables, holds_pictures, is_caption_table
 from teachercache.data.readers.files import IMAGE_SUFFIXES, captions_in, first_captions, no_picture

@@ -13,7 +13,15 @@ from typing import IO
 from teachercache.core.errors import UserError
 from teachercache.core.paths import is_url
 from teachercache.core.urls import TAR_BLOCK, in_order, open_file
-from teachercache.data.foreign import MAX_TEXT, Foreign, all_data, decode_text, label_of, too_long
+from teachercache.data.foreign import (
+    MAX_TEXT,
+    Foreign,
+    all_data,
+    decode_text,
+    label_of,
+    split_in_name,
+    too_long,
+)
 from teachercache.data.readers.files import (
     IMAGE_SUFFIXES,
     captions_of_json,
@@ -76,8 +84,10 @@ def is_packed(name: str) -> bool:
 
 def read_tars(root: Path, tars: list[Path], unused: Unused) -> Iterator[Sample]:
     """Yield rows in the order of the tar members; the name of a member is a key and never a path to write
-    to.
+    to. Where the names of the tars name several splits, they are those of the rows.
     """
+    splits = {str(tar): split_in_name(str(tar.relative_to(root))) for tar in tars}
+    several = len(set(splits.values()) - {""}) > 1  # one alone may be a name: test.tar
 
     def listed(tar: Path) -> tuple[list[Entry], Unused]:  # in a thread: counts of its own
         seen = Unused()
@@ -86,11 +96,24 @@ def read_tars(root: Path, tars: list[Path], unused: Unused) -> Iterator[Sample]:
     if is_url(root):
         for tar, (entries, seen) in zip(tars, in_order(listed, tars), strict=True):
             unused.include(seen)
-            yield from _rows(str(tar.relative_to(root)), entries, unused)
+            yield from _rows(str(tar.relative_to(root)), entries, unused, splits[str(tar)] * several)
         return
     for tar in tars:
         shard = str(tar.relative_to(root))
-        yield from _rows(shard, _entries(tar, shard, unused), unused)
+        yield from _rows(shard, _entries(tar, shard, unused), unused, splits[str(tar)] * several)
+
+
+def read_folder_of_tars(
+    path: Path, found: list[Path], entries: list[tuple[Path, bool]], unused: Unused
+) -> Iterator[Sample]:
+    """Yield the rows of a folder's tars, and count what lies beside them."""
+    for entry, is_folder in entries:
+        if is_folder:
+            unused.add("folders beside tars are not entered", entry.name)
+        elif entry not in found:
+            packed = "compressed tars are not read: uncompress them"
+            unused.add(packed if is_packed(entry.name) else no_picture(entry.name), entry.name)
+    yield from read_tars(path, found, unused)
 
 
 def _entries(tar: Path, shard: str, unused: Unused) -> Iterator[Entry]:
@@ -166,7 +189,7 @@ def _entry(
     return Entry(stem, suffix, member.offset, member.size, content)
 
 
-def _rows(shard: str, entries: Iterable[Entry], unused: Unused) -> Iterator[Sample]:
+def _rows(shard: str, entries: Iterable[Entry], unused: Unused, split: str) -> Iterator[Sample]:
     """Yield the rows of entries that lie side by side. A header that is lost between two rows may have belonged to
     either: the one that lacks a picture or texts has a problem.
     """
@@ -174,7 +197,7 @@ def _rows(shard: str, entries: Iterable[Entry], unused: Unused) -> Iterator[Samp
     for stem, together in itertools.groupby(entries, key=lambda entry: entry.stem):
         group = list(together)
         for key, members in _by_key(stem, group):
-            row = _row(shard, key, members, unused)
+            row = dataclasses.replace(_row(shard, key, members, unused), split=split)
             damage = members[0].after_damage
             reason = (
                 f"the tar is damaged at byte {damage:,}: a member of this row may be lost" if damage else ""

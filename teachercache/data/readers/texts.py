@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from teachercache.core.errors import UserError
+from teachercache.core.local import Sizes
 from teachercache.core.paths import is_url
 from teachercache.core.urls import file_size, walk
-from teachercache.core.walk import Sizes
 from teachercache.data.foreign import (
     MARKS,
     Foreign,

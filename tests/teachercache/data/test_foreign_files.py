@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from teachercache.core import walk as walking
+from teachercache.core import local as walking
 from teachercache.core.errors import UserError
 from teachercache.data.manifest import Manifest, make_manifest
 from teachercache.data.pictures import decode_image, read_bytes
@@ -179,6 +179,17 @@ def test_rows_of_no_known_split_are_told_and_never_trained_on(tmp_path, capsys):
     assert manifest.rows_of_split("train").tolist() == [1]
     assert manifest.rows_of_split("testing").tolist() == [0]
     assert manifest.rows_of_split("val").tolist() == []
+
+
+def test_splits_in_the_names_of_tars_and_of_sources(tmp_path):
+    """Several splits are those of the rows; a name alone is a name."""
+    for name in ("x-train-0.tar", "x-validation-1.tar", "rest.tar"):
+        make_tar(tmp_path / "shards" / name, ("a.png", png()))
+    assert read_manifest(str(tmp_path / "shards")).column("split") == ["", "train", "val"]
+    assert read_manifest(str(tmp_path / "shards/x-validation-1.tar")).column("split") == [""]
+    fill(tmp_path, "Train/1.png", "test/2.png")
+    assert read_manifest(f"{tmp_path}/Train,{tmp_path}/test").column("split") == ["train", "test"]
+    assert read_manifest(f"{tmp_path}/test").column("split") == [""]
 
 
 def test_what_lies_in_a_folder_is_a_row_or_is_named(tmp_path):

@@ -1,9 +1,13 @@
-"""Walk a local folder: links are followed, circles are not, and nothing is left out without a word."""
+"""Read local folders and files: links are followed, circles are not, a pipe is never opened, and nothing is left out
+without a word.
+"""
 
+import errno
 import os
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 from teachercache.core.errors import is_machine
 
@@ -88,3 +92,20 @@ def _status(entry: os.DirEntry[str]) -> os.stat_result | None:
         if is_machine(error):
             raise
         return None
+
+
+def open_regular(path: Path) -> IO[bytes]:
+    """Open a local file to read it. A pipe or a device is never waited for.
+
+    Raises:
+        OSError: It cannot be opened, or is no regular file.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(errno.EINVAL, "is no regular file", str(path))
+    return open(path, "rb")
+
+
+def read_regular(path: Path) -> bytes:
+    """Return the bytes of a local file; see `open_regular`."""
+    with open_regular(path) as file:
+        return file.read()
