@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, TypeVar, cast
 
 from teachercache.core.errors import MachineError, UserError, is_machine
+from teachercache.core.local import Sizes, Tell, everything, no_word, open_regular, read_regular, walk_local
 from teachercache.core.paths import as_path, is_url
 
 if TYPE_CHECKING:
@@ -160,23 +161,26 @@ def _listing(folder: Path) -> dict[str, int | None]:
     return {posixpath.basename(name): size for name, size in sizes.items() if name != own}
 
 
-def walk(root: Path) -> Iterator[tuple[str, dict[str, int | None]]]:
-    """Yield the folders below a root in sorted order, each with its files and, if a listing has them, their
-    bytes.
-    """
+def walk(
+    root: Path, keep: Callable[[str], bool] = everything, tell: Tell = no_word
+) -> Iterator[tuple[str, Sizes]]:
+    """Yield the folders below a root in sorted order, each with its files and their bytes; see `walk_local`."""
     if not is_url(root):
-        for folder, names, files in os.walk(root):
-            names.sort()
-            relative = os.path.relpath(folder, root)
-            yield "" if relative == "." else relative, dict.fromkeys(files)
+        yield from walk_local(root, keep, tell)
         return
     _refuse_http(root)
     start = len(_key(root).rstrip("/")) + 1
-    folders: dict[tuple[str, ...], dict[str, int | None]] = {}
+    folders: dict[tuple[str, ...], Sizes] = {}
+    left_out = set()
     for name, info in _fs(root).find(_key(root), detail=True).items():
         *above, last = name[start:].split("/")
-        if last and info["type"] == "file":
+        no_data = next((i for i, part in enumerate(above) if not keep(part)), None)
+        if no_data is not None:
+            left_out.add("/".join(above[: no_data + 1]))
+        elif last and info["type"] == "file":
             folders.setdefault(tuple(above), {})[last] = info["size"]
+    for folder in sorted(left_out):
+        tell("folders are hidden or of an operating system", folder)
     for parts in sorted(folders):
         yield "/".join(parts), folders[parts]
 
@@ -240,7 +244,7 @@ def sizes_below(root: Path) -> Callable[[str], int | None]:
 def open_file(path: Path, block: int) -> IO[bytes]:
     """Open a binary file for random access; at a URL `block` bytes are read ahead."""
     if not is_url(path):
-        return open(path, "rb")
+        return open_regular(path)
     file = _fs(path).open(_key(path), "rb", block_size=block, cache_type="readahead" if block else "none")
     if getattr(file, "size", 0) is None:
         raise UserError(
@@ -270,7 +274,7 @@ def read_small(root: Path, files: list[tuple[str, int | None]]) -> Iterator[byte
 def _still_there(path: Path) -> bytes:
     """Return the bytes of a local file that a listing has just named."""
     try:
-        return path.read_bytes()
+        return read_regular(path)
     except FileNotFoundError as error:
         raise MachineError(
             f"cannot read {path}: it was listed a moment ago: is a disk or a network mount away? run the same command "

@@ -35,6 +35,20 @@ SPLIT_WORDS = {
     "test": "test",
     "testing": "test",
 }
+# What may stand beside the word of a split; any other word makes it a name of its own (bullet_train)
+BESIDE_SPLITS = (
+    "set",
+    "split",
+    "data",
+    "dataset",
+    "images",
+    "image",
+    "imgs",
+    "img",
+    "pictures",
+    "photos",
+    "std",
+)
 NO_DATA = ("__macosx", "thumbs.db", "desktop.ini", "@eadir", "$recycle.bin", "system volume information")
 SURROGATES = re.compile("[\ud800-\udfff]")
 
@@ -178,14 +192,25 @@ def kind_of(value: Any) -> str:
 
 
 def split_of(word: str) -> str:
-    """Return train, val or test for a word that names it alone, in any case; "" for any other word."""
-    return SPLIT_WORDS.get(word.strip().lower(), "")
+    """Return train, val or test for a word that names it, in any case and beside numbers and words like "set"
+    (Valid, train2017, test_images, test-dev); "" for any other word.
+    """
+    if plain := SPLIT_WORDS.get(word.strip().lower()):
+        return plain
+    words = [part for part in _words(word) if part not in BESIDE_SPLITS]
+    splits = {SPLIT_WORDS.get(part, "") for part in words}
+    if splits == {"test", "val"} and "dev" in words:  # VQA's test-dev is a part of the test split
+        return "test"
+    return splits.pop() if len(splits) == 1 else ""
 
 
 def split_in_name(name: str) -> str:
     """Return the split in a compound name (captions_val2014, Train_GCC-training, snli_ve_dev), or ""."""
-    words = "".join(letter if letter.isalpha() else " " for letter in name.lower()).split()
-    return next((SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS), "")
+    return next((SPLIT_WORDS[word] for word in _words(name) if word in SPLIT_WORDS), "")
+
+
+def _words(name: str) -> list[str]:
+    return "".join(letter if letter.isalpha() else " " for letter in name.lower()).split()
 
 
 def is_data(name: str) -> bool:

@@ -3,6 +3,7 @@
 `readers/` reads each format; `views.py` makes tensors.
 """
 
+import collections
 import dataclasses
 import hashlib
 import io
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from teachercache.core.errors import UserError
 from teachercache.core.paths import as_path, is_url, stream_whole
 from teachercache.core.urls import tidy
+from teachercache.data.foreign import SPLITS, clean, split_of
 from teachercache.data.sample import Sample
 from teachercache.data.unused import Unused, from_json
 
@@ -75,13 +77,16 @@ class Manifest:
         return self.table[name].to_pylist()
 
     def rows_of_split(self, split: str) -> "np.ndarray":
-        """Return the rows of a split [n], or all rows if the data has no splits."""
+        """Return the rows of a split [n] by any of its words (valid is val), or all rows if the data has no splits."""
         import numpy as np
         import pyarrow.compute as pc
 
-        if not pc.any(pc.not_equal(self.table["split"], "")).as_py():
+        present = [word for word in pc.unique(self.table["split"]).to_pylist() if word]
+        if not present:
             return np.arange(len(self))
-        return np.flatnonzero(pc.equal(self.table["split"], split).to_numpy())
+        same = split_of(split) or split
+        words = pa_strings([word for word in present if word == split or split_of(word) == same])
+        return np.flatnonzero(pc.is_in(self.table["split"], words).to_numpy())
 
     def has_text(self) -> "np.ndarray":
         """Return whether each row has a text that is not blank, bool [rows]."""
@@ -93,6 +98,13 @@ class Manifest:
         mask = np.zeros(len(self), bool)
         mask[pc.list_parent_indices(texts).to_numpy()[filled]] = True
         return mask
+
+
+def pa_strings(values: list[str]) -> "pa.Array":
+    """Return an Arrow array of strings, of that type even if it is empty."""
+    import pyarrow as pa
+
+    return pa.array(values, pa.string())
 
 
 def schema() -> "pa.Schema":
@@ -137,21 +149,58 @@ def make_manifest(
     rows = itertools.islice(samples, limit)
     batches = []
     while part := list(itertools.islice(rows, ROWS_AT_ONCE)):
-        for sample in part:
-            if any(name.encode("utf-8", "replace").decode() != name for name in (sample.key, sample.image)):
-                raise UserError(f"{sample.image!r} in {data} has a name that is not UTF-8: rename it")
-        columns = [pa.array([getattr(row, field.name) for row in part], field.type) for field in schema()]
+        columns = _columns(data, part)
         batches.append(pa.RecordBatch.from_arrays(columns, schema=schema()))
     if not batches:
+        seen = "".join(f"{line}; " for line in unused.lines()) if unused else ""
         raise UserError(
-            f"no pictures or texts found in {data}: see `tc build --help` for the formats that are read"
+            f"no pictures or texts found in {data}: {seen}see `tc build --help` for the formats that are read"
         )
     table = pa.Table.from_batches(batches)
     if pc.count_distinct(table["key"]).as_py() < len(table):  # counted in Arrow, where strings are smaller
         counts = pc.value_counts(table["key"])
         key = counts.field("values")[pc.index(pc.greater(counts.field("counts"), 1), value=True).as_py()]
-        raise UserError(f"key '{key}' is repeated in {data}: give every row its own key or file name")
+        in_tar = pc.any(pc.ends_with(table["image"], ".tar", ignore_case=True)).as_py()
+        sort = "; members of one key lie side by side in a tar: tar --sort=name" if in_tar else ""
+        raise UserError(f"key '{key}' is repeated in {data}: give every row its own key or file name{sort}")
     return Manifest(tidy(data), root, table, digest_rows(table), unused or Unused())
+
+
+def _columns(data: str, rows: list[Sample]) -> "list[pa.Array]":
+    """Convert rows to Arrow, splits to the words of `SPLITS`; half emojis in texts are replaced.
+
+    Raises:
+        UserError: A key or the path of an image has characters that UTF-8 cannot hold.
+    """
+    import pyarrow as pa
+
+    names = [field.name for field in schema()]
+    values = {name: [getattr(row, name) for row in rows] for name in names}
+    values["split"] = [split_of(word) or word for word in values["split"]]
+    try:
+        return [pa.array(values[field.name], field.type) for field in schema()]
+    except UnicodeEncodeError:
+        pass
+    for sample in rows:
+        if any(clean(name) != name for name in (sample.key, sample.image)):
+            raise UserError(f"{sample.image!r} in {data} has a name that is not UTF-8: rename it")
+    values["texts"] = [[clean(text) for text in texts] for texts in values["texts"]]
+    for name in ("label", "split", "problem", "task"):
+        values[name] = [clean(text) for text in values[name]]
+    return [pa.array(values[field.name], field.type) for field in schema()]
+
+
+def rows_without_split(manifest: Manifest) -> list[str]:
+    """Return a line for each word that names no split, and for rows without one, beside rows of known splits."""
+    counts = collections.Counter(manifest.column("split"))
+    known = [split for split in SPLITS if counts[split]]
+    others = {word: count for word, count in counts.items() if word not in SPLITS} if known else {}
+    beside = f"beside {', '.join(f'{counts[split]:,} of {split}' for split in known)}"
+    return [
+        f"{count:,} rows {f'are of the unknown split {word!r}' if word else 'have no split'} {beside}: "
+        "they are part of no split"
+        for word, count in others.items()
+    ]
 
 
 def digest_rows(table: "pa.Table") -> str:
@@ -210,7 +259,10 @@ def load_manifest(path: Path) -> Manifest:
     stored = {name: meta.get(name, "") for name in ("data", "root", "digest")}
     if meta.get("checksum", _checksum(stored)) != _checksum(stored):
         raise UserError(f"{path} is damaged: the checksum of its root differs")
-    unused = from_json(json.loads(meta.get("unused", "{}")))
+    try:
+        unused = from_json(json.loads(meta.get("unused", "{}")))
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: its counts of what is not used cannot be read") from error
     return Manifest(stored["data"], as_path(stored["root"]), table, stored["digest"], unused)
 
 

@@ -5,8 +5,9 @@ import functools
 import io
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from teachercache.core.errors import MachineError, is_machine
 from teachercache.core.paths import is_url
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 AWAY = (errno.ENOENT, errno.ENOTDIR)  # what a file on a mount that is away answers
 MAX_PIXELS = 89_478_485  # the warning level of PIL: about 256 MB of RGB
+STRIP = 1 << 20  # pixels that are converted at once
+Value = TypeVar("Value")
 
 
 def read_image(manifest: Manifest, sample: Sample, at_least: int = 0) -> "Image.Image":
@@ -119,7 +122,7 @@ def decode_image(content: bytes, at_least: int = 0) -> "Image.Image":
     """
     import warnings
 
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, UnidentifiedImageError
 
     if not content:
         raise BadSample("the picture has no bytes")
@@ -128,57 +131,149 @@ def decode_image(content: bytes, at_least: int = 0) -> "Image.Image":
             warnings.simplefilter(
                 "ignore"
             )  # PIL warns about every odd tag; unreadable images get their reason below
-            image = Image.open(io.BytesIO(content))
-            if image.format == "EPS":  # PIL runs Ghostscript for it: a program, not an image
-                raise BadSample("EPS is not read")
-            if image.width * image.height > MAX_PIXELS:
-                raise BadSample(
-                    f"{image.width} x {image.height} pixels are more than the limit of {MAX_PIXELS:,}"
-                )
-            if at_least > 0 and image.format in (
-                "JPEG",
-                "MPO",
-            ):  # MPO: a phone's JPEG followed by a second one
-                # PIL chooses the largest reduction that keeps both sides above the requested size
-                image.draft(None, (at_least, at_least))
-            image.load()
-            return _flatten(ImageOps.exif_transpose(image))
+            return _despite_texts(functools.partial(_decode, at_least=at_least), content)
     except BadSample:
         raise
     except UnidentifiedImageError as error:
         raise BadSample("not a picture in a known format") from error
     except Image.DecompressionBombError as error:
         raise BadSample("far more pixels than a picture has (decompression bomb)") from error
+    except MemoryError as error:
+        raise BadSample("too little memory to decode the picture") from error
     except Exception as error:  # fuzzed files make PIL raise RuntimeError, struct.error and more
         raise BadSample(f"the picture is damaged: {error}") from error
+
+
+def _decode(content: bytes, at_least: int) -> "Image.Image":
+    from PIL import ImageOps
+
+    image = _open(content)
+    if image.format == "EPS":  # PIL runs Ghostscript for it: a program, not an image
+        raise BadSample("EPS is not read")
+    if image.width * image.height > MAX_PIXELS:
+        raise BadSample(f"{image.width} x {image.height} pixels are more than the limit of {MAX_PIXELS:,}")
+    # MPO: a phone's JPEG followed by a second one
+    if at_least > 0 and image.format in ("JPEG", "MPO"):
+        # PIL chooses the largest reduction that keeps both sides above the requested size
+        image.draft(None, (at_least, at_least))
+    image.load()
+    return _flatten(ImageOps.exif_transpose(image))
+
+
+def _open(content: bytes) -> "Image.Image":
+    from PIL import Image
+
+    if content[4:8] == b"ftyp" and content[8:11] != b"avi":  # AVIF is read by PIL itself
+        _add_heif()
+    return Image.open(io.BytesIO(content))
+
+
+@functools.cache
+def _add_heif() -> None:
+    """Let PIL read HEIC, where pillow-heif is installed."""
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        return
+    register_heif_opener()
+
+
+def _despite_texts(read: Callable[[bytes], Value], content: bytes) -> Value:
+    """Read a picture; if PIL refuses a PNG for the size of its notes, read it without them."""
+    try:
+        return read(content)
+    except ValueError as error:
+        if "MAX_TEXT" not in str(error):
+            raise
+        return read(_without_texts(content))
+
+
+def _without_texts(content: bytes) -> bytes:
+    """Return a PNG without its texts and color profile, which change no pixel; EXIF in a text remains."""
+    kept, at = [content[:8]], 8
+    while at + 12 <= len(content):
+        end = at + 12 + int.from_bytes(content[at : at + 4], "big")
+        kind, start = content[at + 4 : at + 8], content[at + 8 : at + 29]
+        if kind not in (b"tEXt", b"zTXt", b"iTXt", b"iCCP") or start == b"Raw profile type exif":
+            kept.append(content[at:end])
+        at = end
+    return b"".join(kept)
 
 
 def seen_size(content: bytes) -> tuple[int, int]:
     """Return width and height of an image at full size, with its EXIF rotation applied."""
     import warnings
 
-    from PIL import ExifTags, Image
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        image = Image.open(io.BytesIO(content))
-        turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+        return _despite_texts(_seen_size, content)
+
+
+def _seen_size(content: bytes) -> tuple[int, int]:
+    from PIL import ExifTags
+
+    image = _open(content)
+    turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
     return image.size[::-1] if turned else image.size
 
 
 def _flatten(image: "Image.Image") -> "Image.Image":
     """Convert any mode to RGB, on a white background."""
+    if image.mode.startswith(("I", "F")):
+        return _in_strips(image, functools.partial(_gray, scale=_gray_scale(image)))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        return _in_strips(image, _on_white)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _in_strips(image: "Image.Image", convert: "Callable[[Image.Image], Image.Image]") -> "Image.Image":
+    """Convert an image that is large strip by strip: what a conversion holds besides is then small."""
     from PIL import Image
 
-    if image.mode.startswith(("I", "F")):  # 16 or 32 bit gray: PIL's convert() clips at 255
-        import numpy as np
+    rows = max(1, STRIP // image.width)
+    if image.height <= rows:
+        return convert(image)
+    whole = Image.new("RGB", image.size)
+    for top in range(0, image.height, rows):
+        strip = image.crop((0, top, image.width, min(top + rows, image.height)))
+        whole.paste(convert(strip), (0, top))
+    return whole
 
-        values = np.asarray(image, dtype=np.float64)
-        wide = image.mode.startswith("I;16") or (image.mode == "I" and values.max(initial=0) > 255)
-        scale = 257.0 if wide else 1.0
-        image = Image.fromarray(np.clip(values / scale, 0, 255).astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(white, image)
-    return image if image.mode == "RGB" else image.convert("RGB")
+
+def _on_white(image: "Image.Image") -> "Image.Image":
+    from PIL import Image
+
+    image = image.convert("RGBA")
+    white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+    return Image.alpha_composite(white, image).convert("RGB")
+
+
+def _gray_scale(image: "Image.Image") -> float:
+    """Return what the values of a 16 or 32 bit gray image are divided by; PIL's convert() clips at 255.
+
+    Raises:
+        BadSample: The values are negative or above 65,535: no gray can be told from them.
+    """
+    import numpy as np
+
+    if image.mode.startswith("I;16"):
+        return 257.0
+    low, high = 0.0, 0.0
+    rows = max(1, STRIP // image.width)
+    for top in range(0, image.height, rows):
+        values = np.asarray(image.crop((0, top, image.width, min(top + rows, image.height))))
+        values = values[~np.isnan(values)]
+        low, high = min(low, float(values.min(initial=0))), max(high, float(values.max(initial=0)))
+    if low < 0 or high > 65535:
+        raise BadSample(f"its 32-bit values lie between {low:g} and {high:g}: write it with 8 or 16 bits")
+    if image.mode.startswith("F") and high <= 1:
+        return 1 / 255
+    return 257.0 if high > 255 else 1.0
+
+
+def _gray(image: "Image.Image", scale: float) -> "Image.Image":
+    import numpy as np
+    from PIL import Image
+
+    values = np.nan_to_num(np.asarray(image, dtype=np.float64))
+    return Image.fromarray(np.clip(values / scale, 0, 255).astype(np.uint8)).convert("RGB")

@@ -16,10 +16,18 @@ from teachercache.core.errors import UserError
 from teachercache.core.paths import as_path, closest_path, is_url
 from teachercache.core.progress import say
 from teachercache.data.columns import COLUMN_FILES
-from teachercache.data.foreign import Foreign, parse_json
-from teachercache.data.manifest import Manifest, load_manifest, make_manifest, write_manifest
-from teachercache.data.readers import captions, csv_files, files, tables, vqa
+from teachercache.data.foreign import Foreign, is_data, parse_json, split_of
+from teachercache.data.manifest import (
+    Manifest,
+    load_manifest,
+    make_manifest,
+    rows_without_split,
+    write_manifest,
+)
+from teachercache.data.readers import captions, csv_files, folders, tables, tars, texts, vqa
 from teachercache.data.readers import questions as tasks
+from teachercache.data.readers.caption_tables import TABLES
+from teachercache.data.readers.files import IMAGE_SUFFIXES
 from teachercache.data.sample import Sample
 from teachercache.data.unused import Unused
 
@@ -49,6 +57,8 @@ def join_sources(data: str, sources: list[Source], *, limit: int | None = None) 
     manifest = _join(name, sources, unused, limit=limit)
     for line in manifest.unused.lines():
         say(f"{name}: {line}")
+    for line in rows_without_split(manifest):
+        say(f"{name}: {line}")
     return manifest
 
 
@@ -72,15 +82,18 @@ def _rows(source: Source, unused: Unused) -> Iterator[Sample]:
 
 def _joined(sources: list[Source], root: Path, unused: Unused) -> Iterator[Sample]:
     """Yield the rows of all sources, keys prefixed by the name of the source, images relative to the
-    common root.
+    common root. Where the sources are the splits of one set (train/, test/), rows without a split have theirs.
     """
     short = [remote.last_part(str(source.path)).split(".")[0] for source in sources]
     names = short if len(set(short)) == len(short) else [str(source.path) for source in sources]
-    for source, name in zip(sources, names, strict=True):
+    splits = [split_of(name) for name in short]
+    splits = splits if len(set(splits) - {""}) > 1 else [""] * len(splits)
+    for source, name, split in zip(sources, names, splits, strict=True):
         folder = remote.seen_from(root, source.root)
         for sample in _rows(source, unused):
             image = remote.join_relative(folder, sample.image) if sample.image else ""
-            yield dataclasses.replace(sample, key=f"{name}/{sample.key}", image=image)
+            own = sample.split or split
+            yield dataclasses.replace(sample, key=f"{name}/{sample.key}", image=image, split=own)
 
 
 def _parts(data: str) -> list[str]:
@@ -125,6 +138,10 @@ def find_sources(data: str) -> list[Source]:
                 f"no data at {part}: {closest_path(part)}pass --data FOLDER, or make the demo data with `bash scripts/demo`"
             )
         for path, is_folder in (path for entry in paths for path in _annotations(*entry)):
+            if not is_url(path) and not is_folder and path.exists() and not path.is_file():
+                raise UserError(
+                    f"{path} is no regular file (a pipe, a socket or a device): {FORMATS} is expected"
+                )
             place = str(path) if is_url(path) else os.path.realpath(path)
             if place in seen:
                 raise UserError(
@@ -150,6 +167,7 @@ def _annotations(path: Path, is_folder: bool) -> list[tuple[Path, bool]]:
     with remote.explain_errors(path):
         names = [entry for entry, inner in remote.children(path) if not inner]
         entries = [entry for entry in names if entry.name.endswith((".jsonl", "_questions.json"))]
+        entries = [entry for entry in entries if is_data(entry.name) and entry.name.lower() not in TABLES]
     stems = [entry.name.removesuffix(".jsonl") for entry in entries]
     variants = [entry for entry in entries if any(entry.name.startswith(f"{stem}_") for stem in stems)]
     if variants:
@@ -190,7 +208,7 @@ def _file(paths: list[Path]) -> Source:
     whole = path if len(paths) == 1 else path.parent
     if suffix == ".tar":
         return Source(
-            whole, "webdataset tars", path.parent, lambda unused: files.read_tars(path.parent, paths, unused)
+            whole, "webdataset tars", path.parent, lambda unused: tars.read_tars(path.parent, paths, unused)
         )
     if suffix == ".parquet" and tables.is_manifest(path):
         manifest = load_manifest(path)
@@ -208,10 +226,10 @@ def _file(paths: list[Path]) -> Source:
             whole, "Arrow", path.parent, lambda unused: tables.read_arrow(path.parent, paths, unused)
         )
     if suffix == ".txt":
-        return Source(path, "texts, one a line", path.parent, lambda unused: files.read_texts(path, unused))
-    if suffix == ".tsv" and files.is_cc3m(path):
+        return Source(path, "texts, one a line", path.parent, lambda unused: texts.read_texts(path, unused))
+    if suffix == ".tsv" and texts.is_cc3m(path):
         return Source(
-            path, "CC3M captions and urls", path.parent, lambda unused: files.read_cc3m(path, unused)
+            path, "CC3M captions and urls", path.parent, lambda unused: texts.read_cc3m(path, unused)
         )
     if suffix in (".csv", ".tsv"):
         return Source(
@@ -221,13 +239,12 @@ def _file(paths: list[Path]) -> Source:
         return _json(path)
     if suffix == ".jsonl":
         return _json_lines(path)
-    raise UserError(f"cannot read {path}: {FORMATS} is expected")
+    advice = ": uncompress it first" if tars.is_packed(path.name) else ""
+    raise UserError(f"cannot read {path}: {FORMATS} is expected{advice}")
 
 
 def _folder(path: Path) -> Source:
-    entries = [
-        (entry, is_folder) for entry, is_folder in remote.children(path) if not entry.name.startswith(".")
-    ]
+    entries = [entry for entry in remote.children(path) if is_data(entry[0].name)]
     names = {entry.name for entry, _ in entries}
     if names & {"dataset_dict.json", "state.json"}:
         if is_url(path):
@@ -235,26 +252,40 @@ def _folder(path: Path) -> Source:
         return Source(
             path, "Hugging Face dataset saved on disk", path, lambda unused: tables.read_saved(path, unused)
         )
-    tars = [entry for entry, _ in entries if entry.name.endswith(".tar")]
-    if tars and any(entry.suffix.lower() in files.IMAGE_SUFFIXES for entry, _ in entries):
+    for entry, is_folder in entries:
+        if entry.suffix.lower() in GROUPED and not is_folder and not is_url(path) and not entry.is_file():
+            raise UserError(f"{entry} is no regular file: move it out of {path}")
+    found = [entry for entry, is_folder in entries if entry.name.lower().endswith(".tar") and not is_folder]
+    pictures = any(entry.suffix.lower() in IMAGE_SUFFIXES for entry, _ in entries)
+    if found and pictures:
         raise UserError(
             f"{path} holds both .tar files and loose pictures: move one kind into a folder of its own"
         )
-    if tars:
-        return Source(path, "webdataset tars", path, lambda unused: files.read_tars(path, tars, unused))
+    packed = [entry.name for entry, _ in entries if tars.is_packed(entry.name)]
+    if packed and not found and len(packed) == len(entries):
+        raise UserError(
+            f"{path} holds compressed tars only ({packed[0]}): uncompress them, offsets lie in plain ones"
+        )
+    if found:
+        return Source(
+            path,
+            "webdataset tars",
+            path,
+            lambda unused: tars.read_folder_of_tars(path, found, entries, unused),
+        )
     # Parquet files beside images describe them (img2dataset's 00000.parquet, a manifest); alone they are the data
     inside = [(entry, is_folder) for entry, is_folder in entries if entry.name != "data"]
-    pictures = any(is_folder or entry.suffix.lower() in files.IMAGE_SUFFIXES for entry, is_folder in inside)
+    pictures = any(is_folder or entry.suffix.lower() in IMAGE_SUFFIXES for entry, is_folder in inside)
     parquet = [] if pictures else _parquet_in(entries)
     if not parquet and not pictures and (path / "data", True) in entries:
         parquet = _parquet_in(remote.children(path / "data"))
     if parquet:
         return Source(path, "Parquet", path, lambda unused: tables.read_parquet(path, parquet, unused))
-    return Source(path, "folder of pictures", path, lambda unused: files.read_folder(path, unused))
+    return Source(path, "folder of pictures", path, lambda unused: folders.read_folder(path, unused))
 
 
 def _parquet_in(entries: list[tuple[Path, bool]]) -> list[Any]:
-    return [entry for entry, _ in entries if entry.name.endswith(".parquet")]
+    return [entry for entry, _ in entries if entry.name.endswith(".parquet") and is_data(entry.name)]
 
 
 def _json(path: Path) -> Source:

@@ -27,6 +27,11 @@ class Unused:
         before, first = self.reasons.get(reason, (0, clean(str(name))))
         self.reasons[reason] = (before + count, first)
 
+    def include(self, other: "Unused") -> None:
+        """Add the counts of another reader."""
+        for reason, (count, first) in other.reasons.items():
+            self.add(reason, first, count)
+
     def lines(self) -> list[str]:
         """Return one line a reason for a person: "7 files are no pictures that are read (.heic): IMG_1.heic, ..."."""
         return [

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 VIEW_KEYS = ("size", "mean", "std", "interpolation", "resize_mode", "fill_color")
 PARAMS = ("top", "left", "height", "width", "flip", "brightness", "contrast", "saturation", "hue", "gray")
+MAX_RESIZED = 16_000_000  # pixels of an image between its resize and its center crop
+MARGIN = 8  # pixels of the image around the center crop that a resize may look at
 FACTORS = ("brightness", "contrast", "saturation")
 
 
@@ -132,13 +134,55 @@ def describe_view(preprocess_cfg: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+@dataclasses.dataclass(frozen=True)
+class BoundedView:
+    """A view that never makes more than MAX_RESIZED pixels on its way.
+
+    Attributes:
+        transform: open_clip's evaluation transform: a resize, a center crop, and further steps.
+        size: Height and width of the view.
+        crops: Whether the shorter side is resized to the view, and the longer one cropped.
+    """
+
+    transform: "Callable[[Image.Image], Tensor]"
+    size: tuple[int, int]
+    crops: bool
+
+    def __call__(self, picture: "Image.Image") -> "Tensor":
+        """Map an RGB image to float32 [3, height, width]; a line of pixels stays a line."""
+        (width, height), (tall, wide) = picture.size, self.size
+        ratio = (min if self.crops else max)(width / wide, height / tall)
+        resized = width / ratio, height / ratio
+        if self.crops and resized[0] * resized[1] > MAX_RESIZED:
+            return self.transform(_centered(picture, wide=wide * ratio, tall=tall * ratio))
+        if not self.crops and min(resized) <= 0.5:
+            least = math.ceil(ratio)  # otherwise less than a pixel is left of the shorter side
+            picture = picture.resize((max(width, least), max(height, least)))
+        return self.transform(picture)
+
+
+def _centered(picture: "Image.Image", *, wide: float, tall: float) -> "Image.Image":
+    """Cut a very long image to what a center crop sees, and a margin that is cropped later."""
+    width, height = picture.size
+    across, down = min(width, math.ceil(wide) + 2 * MARGIN), min(height, math.ceil(tall) + 2 * MARGIN)
+    # as many pixels are cut off on both sides, so that the center stays
+    left, top = (width - across) // 2, (height - down) // 2
+    return picture.crop((left, top, width - left, height - top))
+
+
 def image_view(view: Mapping[str, Any]) -> "Callable[[Image.Image], Tensor]":
-    """Return a function from an RGB image to float32 [3, height, width]: open_clip's evaluation transform."""
+    """Return a function from an RGB image to float32 [3, height, width]: open_clip's evaluation transform.
+
+    An image so long that its resized version would have more than MAX_RESIZED pixels is cropped before it is resized.
+    """
     from open_clip.transform import PreprocessCfg, image_transform_v2
 
     values = {name: view[name] for name in VIEW_KEYS if view.get(name) is not None}
     values["size"] = tuple(values["size"])
-    return image_transform_v2(PreprocessCfg(**values), is_train=False)
+    transform = image_transform_v2(PreprocessCfg(**values), is_train=False)
+    if values.get("resize_mode") == "squash":
+        return transform
+    return BoundedView(transform, values["size"], crops=values.get("resize_mode", "shortest") == "shortest")
 
 
 def replay_view(view: Mapping[str, Any]) -> "Callable[[Image.Image, np.ndarray], Tensor]":

@@ -10,11 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from teachercache.core.errors import UserError
 from teachercache.data.manifest import Manifest, digest_rows, load_manifest, make_manifest, write_manifest
-from teachercache.data.pictures import decode_image, read_image
+from teachercache.data.pictures import decode_image, read_image, seen_size
 from teachercache.data.sample import BadSample, Sample, clean_texts
 
 
@@ -118,6 +118,59 @@ def test_16_bit_grey_is_scaled():
 def test_dark_16_bit_grey_stays_dark():
     got = pixels(encoded(Image.fromarray(np.full((4, 4), 200, np.uint16))))  # 0.3 % of white
     assert got.max() <= 1
+
+
+@pytest.mark.parametrize("scale", [1, 200, 65535])
+def test_32_bit_grey_keeps_its_greys(scale: int):
+    """Floats between 0 and 1, 0 and 255, or 0 and 65,535."""
+    values = np.linspace(0, scale, 48, dtype=np.float32).reshape(6, 8)
+    values[0, 0] = np.nan
+    got = pixels(encoded(Image.fromarray(values), "TIFF")).astype(float)
+    expected = np.nan_to_num(values) / (257 if scale > 255 else 1) * (255 if scale == 1 else 1)
+    assert np.abs(got - expected[..., None]).max() <= 1
+
+
+@pytest.mark.parametrize("value", [-3.0, 1e6])
+def test_32_bit_values_that_are_no_grey_are_named(value: float):
+    with pytest.raises(BadSample, match=r"32-bit values lie between .*: write it with 8 or 16 bits"):
+        decode_image(encoded(Image.fromarray(np.full((2, 2), value, np.float32)), "TIFF"))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "I;16", "P"])
+def test_a_large_picture_is_converted_in_strips_to_the_same_pixels(
+    mode: str, monkeypatch: pytest.MonkeyPatch
+):
+    if mode == "I;16":
+        image = Image.fromarray(noise(11, 7, 2).view(np.uint16)[..., 0])
+    else:
+        image = Image.fromarray(noise(11, 7, 4), "RGBA").convert(mode)
+    content = encoded(image, **({"transparency": 3} if mode == "P" else {}))
+    whole = pixels(content)
+    monkeypatch.setattr("teachercache.data.pictures.STRIP", 16)
+    assert np.array_equal(pixels(content), whole)
+
+
+@pytest.mark.parametrize("place", ["before", "behind"])
+def test_long_notes_in_a_png_do_not_cost_the_picture(place: str):
+    notes = PngImagePlugin.PngInfo()
+    notes.add_text("notes", "a" * (2 << 20), zip=True)
+    rgb = noise()
+    content = encoded(Image.fromarray(rgb), pnginfo=notes)
+    if place == "behind":  # move the chunk to the end
+        start = content.index(b"zTXt") - 4
+        end = start + 12 + int.from_bytes(content[start : start + 4], "big")
+        content = content[:start] + content[end:-12] + content[start:end] + content[-12:]
+    assert np.array_equal(pixels(content), rgb)
+    assert seen_size(content) == (8, 6)
+
+
+def test_too_little_memory_for_a_picture_is_its_own_reason(monkeypatch: pytest.MonkeyPatch):
+    def refuse(*args):
+        raise MemoryError
+
+    monkeypatch.setattr("teachercache.data.pictures._flatten", refuse)
+    with pytest.raises(BadSample, match="too little memory to decode the picture"):
+        decode_image(encoded(Image.fromarray(noise())))
 
 
 def test_palette_with_a_transparent_colour_lies_on_white():

@@ -227,7 +227,7 @@ def test_headers_of_large_pictures_come_without_the_pictures(s3, tmp_path, monke
         return file
 
     open_file = remote.open_file
-    monkeypatch.setattr("teachercache.data.readers.files.open_file", spy)
+    monkeypatch.setattr("teachercache.data.readers.tars.open_file", spy)
     manifest = read_manifest(upload(tmp_path, s3()) + "/a.tar")
     assert [texts for (texts,) in manifest.column("texts")] == [f"text {i}" for i in range(4)]
     assert caches[0].total_requested_bytes < 2 << 20 < 12 << 20 < caches[0].size

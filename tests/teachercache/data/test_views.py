@@ -293,3 +293,32 @@ def test_settings_that_make_no_sense(setting: str, named: str):
 def test_settings_are_read():
     assert parse_augment(("flip=0", "scale_min=0.9", "seed=3")) == Augment(flip=0.0, scale_min=0.9, seed=3)
     assert math.isclose(parse_augment(()).ratio, 4 / 3)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Lines and spacers
+
+
+@pytest.mark.parametrize("size", [(5000, 1), (1, 900), (3001, 3)])
+@pytest.mark.parametrize("shape", [(16, 16), (12, 20)])
+def test_a_line_of_pixels_is_cropped_before_it_is_resized(size, shape, monkeypatch):
+    """To the pixels of the view that resizes first, but for the rounding of its width."""
+    view = image_view({**VIEW, "size": shape, "resize_mode": "shortest"})
+    width, height = size
+    noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    picture, seen = Image.fromarray(noise), []
+    whole = view(picture)
+    monkeypatch.setattr("teachercache.data.views.MAX_RESIZED", 1000)
+    transform = view.transform
+    cropped = dataclasses.replace(
+        view, transform=lambda image: (seen.append(image.size), transform(image))[1]
+    )(picture)
+    assert (cropped - whole).abs().max() <= 3 / 127.5
+    assert max(seen[0]) < 100
+
+
+def test_a_very_long_line_has_a_view_in_every_mode():
+    picture = Image.new("RGB", (65_000, 1), (255, 255, 255))
+    for mode in ("shortest", "longest", "squash"):
+        view = image_view({**VIEW, "size": (224, 224), "resize_mode": mode, "fill_color": 0})
+        assert (view(picture) > 0).sum() == 3 * 224 * (1 if mode == "longest" else 224)
