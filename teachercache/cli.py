@@ -162,6 +162,7 @@ def manifest(
     is_flag=True,
     help="Follow data that lost or changed rows; unchanged rows are not computed again.",
 )
+@click.option("--retry", is_flag=True, help="Compute the rows of quarantine.jsonl again.")
 def build(
     name: str,
     data: str,

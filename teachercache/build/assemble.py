@@ -5,12 +5,10 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from teachercache.build.forward import OF_TEACHER, Computed
-from teachercache.build.target import BlockPlan, Target
+from teachercache.build.target import EMPTY, NO_TEXT, BlockPlan, Target
 from teachercache.cache import store
 from teachercache.cache.store import Problem
 from teachercache.data.manifest import Manifest
-
-NO_TEXT, EMPTY = "the row has no text that is not empty", "empty text"
 
 
 def assemble_block(

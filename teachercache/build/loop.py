@@ -53,6 +53,7 @@ class BuildOptions:
         views: Augmented views to store per image; 0 for unaugmented images.
         augment: How views are drawn; None for the defaults.
         prune: Follow data that lost or changed rows.
+        retry: Compute unusable rows again.
         limit: The `--limit` that the manifest was read with, 0 for all rows.
     """
 
@@ -64,6 +65,7 @@ class BuildOptions:
     views: int = 0
     augment: Augment | None = None
     prune: bool = False
+    retry: bool = False
     limit: int = 0
 
 
@@ -88,7 +90,8 @@ def build(teacher: Teacher, manifest: Manifest, out: Path, options: BuildOptions
     """Run the teacher over every row that the cache at `out` lacks and that no other process writes."""
     with explain_errors(out, action="write"), terminable(), lease(out):
         teacher, options = _fitted(teacher, manifest, out, options)
-        target = open_target(out, plan(teacher, manifest, options), manifest, prune=options.prune)
+        wanted = plan(teacher, manifest, options)
+        target = open_target(out, wanted, manifest, prune=options.prune, retry=options.retry)
         keep_memory()
         return _finish(target, _compute(target, teacher, options))
 
@@ -287,5 +290,8 @@ def announce(summary: Summary) -> None:
         )
         return
     if summary.quarantined:
-        say(f"{summary.quarantined} entries in {cache.path / 'quarantine.jsonl'} (unusable rows or texts)")
+        say(
+            f"{summary.quarantined} entries in {cache.path / 'quarantine.jsonl'} (unusable rows or texts); once they are "
+            "mended: the same command with --retry"
+        )
     say(f"{cache.path} is complete: {cache.meta.rows:,} rows ({summary.rows_written:,} written now)")

@@ -17,6 +17,7 @@ def choose_options(
     precision: str,
     device: str,
     prune: bool,
+    retry: bool = False,
 ) -> BuildOptions:
     """Check the options of `tc build`, and choose device, precision and workers for this machine.
 
@@ -29,6 +30,7 @@ def choose_options(
         precision: auto, fp32, bf16 or fp16.
         device: auto or a torch device.
         prune: Follow data that lost or changed rows.
+        retry: Compute unusable rows again.
 
     Raises:
         UserError: An option that this machine or the others do not allow.
@@ -45,5 +47,6 @@ def choose_options(
         views=views,
         augment=drawn,
         prune=prune,
+        retry=retry,
         limit=limit,
     )

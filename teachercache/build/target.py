@@ -23,9 +23,11 @@ from teachercache.cache.spec import CacheMeta, differences
 from teachercache.cache.store import Problem
 from teachercache.core.errors import UserError
 from teachercache.core.paths import is_url, write_whole
+from teachercache.core.process import rank, world_size
 from teachercache.core.progress import say
 from teachercache.data.manifest import Manifest, row_digests, write_manifest
 
+NO_TEXT, EMPTY = "the row has no text that is not empty", "empty text"  # reasons in the quarantine
 MAY_DIFFER = ("data", "versions", "block_rows", "manifest", "rows", "texts", "views", "limit")
 
 
@@ -63,8 +65,17 @@ class Change(NamedTuple):
     old_rows: np.ndarray
 
 
-def open_target(path: Path, meta: CacheMeta, manifest: Manifest, *, prune: bool = False) -> Target:
+def open_target(
+    path: Path, meta: CacheMeta, manifest: Manifest, *, prune: bool = False, retry: bool = False
+) -> Target:
     """Open or create the cache at `path` for a build of `meta`.
+
+    Args:
+        path: The cache.
+        meta: What the build wants.
+        manifest: The data.
+        prune: Follow data that lost or changed rows.
+        retry: Compute unusable rows again.
 
     Raises:
         UserError: The existing cache does not fit the build; the message contains what to type instead.
@@ -96,6 +107,8 @@ def open_target(path: Path, meta: CacheMeta, manifest: Manifest, *, prune: bool 
         views=max(meta.views, cache.meta.views),
         texts=max(meta.texts, cache.meta.texts),
     )
+    if retry:
+        retry_blocks(cache)
     if change.lost or change.changed:
         return _start_pruning(cache, dataclasses.replace(wanted, texts=meta.texts), ordered, change)
     check_space(store.Cache(path, wanted))
@@ -225,6 +238,30 @@ def _recover(path: Path) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------
+# Unusable rows
+
+
+def retry_blocks(cache: store.Cache) -> None:
+    """Mark the finished blocks of this process that have unusable rows: they are unfinished until these are retried.
+
+    The mark stays in a block's done record until the block is written, so that a build that is killed, or any other
+    build, goes on with the rest.
+    """
+    for block in range(cache.meta.num_blocks):
+        record = store.done_record(cache, block)
+        if block % world_size() != rank() or record is None or not store.covers(cache, record):
+            continue
+        if len(rows_to_retry(record)):
+            store.write_record(cache, {**record, "retry": True})
+
+
+def rows_to_retry(record: store.Record) -> np.ndarray:
+    """Return the rows of a done record with an entry that another try may change: all but those about empty texts."""
+    entries = [entry for entry in record["invalid"] if entry["reason"] not in (NO_TEXT, EMPTY)]
+    return np.array(sorted({entry["row"] for entry in entries}), np.int64)
+
+
+# ----------------------------------------------------------------------------------------------------
 # Plans of blocks
 
 
@@ -268,6 +305,13 @@ def plan_block(target: Target, block: int) -> BlockPlan:
     reads_images = target.manifest.has_images and "image" in meta.spec.inputs
     views = range(meta.views or 1) if reads_images else range(0)
     record, old = store.done_record(cache, block), target.old
+    if record is not None and record.get("retry"):
+        if (record["views"], record["texts"]) != (meta.views, meta.texts):
+            return BlockPlan(block, rows, views, texts, none, None, none, [])
+        again = np.isin(rows, rows_to_retry(record)) | (rows >= record["rows"][1])
+        kept = rows[~again]
+        problems = _renumber(record["invalid"], kept, kept)
+        return BlockPlan(block, rows[again], views, texts, kept, cache, kept, problems)
     if record is not None and record["rows"][1] == rows[-1] + 1:  # texts or views were added
         texts = range(record["texts"], meta.texts)
         if not meta.spec.reads_pairs:  # otherwise new texts need the images again

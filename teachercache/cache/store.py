@@ -182,8 +182,8 @@ def done_blocks(cache: Cache) -> set[int]:
 
 
 def covers(cache: Cache, record: Record | None) -> bool:
-    """Return whether a done record covers every row, text and view that its block has now."""
-    if record is None:
+    """Return whether a done record covers every row, text and view that its block has now, and is not to be retried."""
+    if record is None or record.get("retry"):
         return False
     meta, last = cache.meta, cache.meta.block(record["block"]).stop
     return record["rows"][1] >= last and record["texts"] >= meta.texts and record["views"] >= meta.views
@@ -239,8 +239,14 @@ def write_block(cache: Cache, block: int, chunks: Chunks, invalid: list[Problem]
         "files": dict(sorted(files.items())),
         "invalid": invalid,
     }
-    record["checksum"] = _record_checksum(record)
-    write_whole(_record_path(cache, block), json.dumps(record, indent=1) + "\n")
+    write_record(cache, record)
+
+
+def write_record(cache: Cache, record: Record) -> None:
+    """Write a done record with its checksum, which comes last."""
+    facts = {name: value for name, value in record.items() if name != "checksum"}
+    content = json.dumps({**facts, "checksum": _record_checksum(facts)}, indent=1) + "\n"
+    write_whole(_record_path(cache, record["block"]), content)
 
 
 def flush(path: Path) -> None:

@@ -87,7 +87,8 @@ def update_index(
     if record is not None and state != "other":
         with contextlib.suppress(UserError):  # damaged: rebuild it
             index = read_index(cache, record, write=state == "grown")
-            if state == "current":
+            # A retry of unusable rows adds vectors to a cache whose metadata stays the same
+            if state == "current" and record.vectors == len(usable_vectors(cache, field)):
                 return path, write_record(cache, record), state
             extended = _extend(cache, index, record)
             if extended is not None:
