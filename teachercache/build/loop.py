@@ -17,13 +17,13 @@ from pathlib import Path
 
 import torch
 
-from teachercache.build.assemble import assemble_block
+from teachercache.build.assemble import Block, assemble_block
 from teachercache.build.decode import VIEWS_AT_ONCE, WorkItem, decoded
 from teachercache.build.forward import forward, rows_for
 from teachercache.build.probe import dtypes_of, probe_teacher, stored_meta, with_dtypes
 from teachercache.build.target import BlockPlan, Target, open_target, plan_block, plan_blocks, replace_pruned
 from teachercache.build.timings import Stages
-from teachercache.cache import store
+from teachercache.cache import picture_bytes, store
 from teachercache.cache.layout import block_rows_for
 from teachercache.cache.lease import lease
 from teachercache.cache.spec import CacheMeta
@@ -141,12 +141,12 @@ def _compute(target: Target, teacher: Teacher, options: BuildOptions) -> int:
             computed = forward(teacher, module, cache, stages, batches, options.device, dtype)
             for block, group in itertools.groupby(computed, key=lambda piece: piece.item.block):
                 block_plan = plans.pop(block)
-                chunks, invalid = assemble_block(
+                assembled = assemble_block(
                     target, block_plan, group, lambda count: tick.step(count, stages.line())
                 )
                 if pending is not None:
                     pending.result()
-                pending = writer.submit(_write, cache, block, chunks, invalid, stages)
+                pending = writer.submit(_write, cache, block, assembled, stages)
                 rows += len(block_plan.rows)
         if pending is not None:
             pending.result()
@@ -272,11 +272,11 @@ def _work_items(
                 yield WorkItem(batch, views[first : first + VIEWS_AT_ONCE], range(0), block)
 
 
-def _write(
-    cache: store.Cache, block: int, chunks: store.Chunks, invalid: list[store.Problem], stages: Stages
-) -> None:
+def _write(cache: store.Cache, block: int, assembled: Block, stages: Stages) -> None:
     begin, rows = time.perf_counter(), len(cache.meta.block(block))
-    store.write_block(cache, block, chunks, invalid)
+    beside = picture_bytes.digests_file(block, assembled.digests)
+    store.write_block(cache, block, assembled.chunks, assembled.invalid, beside)
+    picture_bytes.write_times(cache, block, assembled.times)
     stages.add("write", time.perf_counter() - begin, rows)
     stages.log(block, rows)
 

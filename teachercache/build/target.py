@@ -18,6 +18,7 @@ import numpy as np
 from teachercache.cache import store
 from teachercache.cache.disk_space import check_space
 from teachercache.cache.layout import block_rows_for, metadata
+from teachercache.cache.picture_bytes import replaced_pictures
 from teachercache.cache.repair import mend_files
 from teachercache.cache.spec import CacheMeta, differences
 from teachercache.cache.store import Problem
@@ -89,7 +90,7 @@ def open_target(
     cache = store.open_cache(path)
     _check_same_build(cache, meta)
     mend_files(cache, manifest)
-    change = compare(cache, manifest)
+    change = compare(cache, manifest, remember=True)
     if len(change.lost) == cache.meta.rows:
         raise UserError(
             f"{cache.path} holds another build, {manifest.data} has none of its rows: pass another --out"
@@ -115,8 +116,8 @@ def open_target(
     return Target(_extend(cache, wanted, ordered), ordered)
 
 
-def compare(cache: store.Cache, manifest: Manifest) -> Change:
-    """Compare the rows of a cache with a manifest, by key."""
+def compare(cache: store.Cache, manifest: Manifest, *, remember: bool = False) -> Change:
+    """Compare the rows of a cache with a manifest, by key; `remember` writes new times of unchanged pictures."""
     import pyarrow.compute as pc
 
     stored = store.cached_manifest(cache)
@@ -129,6 +130,8 @@ def compare(cache: store.Cache, manifest: Manifest) -> Change:
         if stored.digest != manifest.digest
         else np.array([], np.int64)
     )
+    replaced = kept[replaced_pictures(cache, kept, manifest, places[kept], remember=remember)]
+    changed = np.union1d(changed, replaced)
     old_rows = np.concatenate([np.where(np.isin(kept, changed), -1, kept), np.full(len(new), -1)])
     lost = keys.take(np.flatnonzero(places < 0)).to_pylist()
     return Change(np.concatenate([places[kept], new]), lost, keys.take(changed).to_pylist(), old_rows)

@@ -16,6 +16,7 @@ from zarr.storage import MemoryStore
 
 from teachercache.cache import store
 from teachercache.cache.layout import metadata
+from teachercache.cache.picture_bytes import damaged_times
 from teachercache.core.errors import UserError
 from teachercache.core.paths import is_url, write_whole
 from teachercache.core.progress import say
@@ -47,6 +48,7 @@ def damaged_blocks(cache: store.Cache) -> dict[int, str]:
 def damaged_files(cache: store.Cache) -> dict[str, str]:
     """Return the files that are missing or wrong, with the reason."""
     damaged = {name: "is not the metadata of this cache" for name in _wrong_metadata(cache)}
+    damaged |= dict.fromkeys(damaged_times(cache), "checksum differs")
     try:
         manifest = store.cached_manifest(cache)
         if digest_rows(manifest.table) != cache.meta.manifest:
@@ -70,6 +72,9 @@ def mend_files(cache: store.Cache, manifest: Manifest) -> None:
         for name in _wrong_metadata(cache):
             say(f"{cache.path / name} is damaged: writing it again")
             write_whole(cache.path / name, metadata(cache.meta)[name])
+        for name in damaged_times(cache):
+            say(f"{cache.path / name} is damaged: making it again")
+            (cache.path / name).unlink()
         try:
             store.cached_manifest(cache)
         except UserError:

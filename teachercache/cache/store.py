@@ -4,6 +4,7 @@
 <cache>/<field>/c/<block>/...     one chunk file per block and copy (text or view): raw bytes, then their
 crc32c
 <cache>/done/<block>.json         rows, file checksums and unusable rows of the block; written last
+<cache>/pictures/...              of which bytes each row was computed, see `picture_bytes.py`
 <cache>/manifest.parquet          keys, texts, labels: makes a cache readable without the data
 <cache>/quarantine.jsonl          every unusable row with its reason, once all blocks are done
 """
@@ -204,10 +205,24 @@ def done_record(cache: Cache, block: int) -> Record | None:
         return None
 
 
-def write_block(cache: Cache, block: int, chunks: Chunks, invalid: list[Problem]) -> None:
+def write_block(
+    cache: Cache,
+    block: int,
+    chunks: Chunks,
+    invalid: list[Problem],
+    beside: Mapping[str, bytes] | None = None,
+) -> None:
     """Write chunks of a block, then its done record, which also lists the unchanged chunks of an earlier
     record.
+
+    Args:
+        cache: The cache.
+        block: The number of the block.
+        chunks: The new chunks.
+        invalid: The entries of its quarantine.
+        beside: Files beside the arrays, by their relative names (`picture_bytes.py`).
     """
+    beside = beside or {}
     rows, earlier = cache.meta.block(block), done_record(cache, block)
     files = dict(earlier["files"]) if earlier else {}
     contents = {
@@ -216,20 +231,22 @@ def write_block(cache: Cache, block: int, chunks: Chunks, invalid: list[Problem]
     }
     names = {path: path.relative_to(cache.path).as_posix() for path in contents}
     files |= {names[path]: [len(content), zlib.crc32(content)] for path, content in contents.items()}
+    files |= {name: [len(content), zlib.crc32(content)] for name, content in beside.items()}
     needed = {
         chunk_path(cache, name, block, copy).relative_to(cache.path).as_posix()
         for name in (*cache.fields, "key")
         for copy in range(cache.copies(name))
     }
-    if set(files) != needed:
+    arrays = {name for name in files if not name.startswith("pictures/")}
+    if arrays != needed:
         raise ValueError(
-            f"block {block} lacks {sorted(needed - set(files))} and has extra {sorted(set(files) - needed)}"
+            f"block {block} lacks {sorted(needed - arrays)} and has extra {sorted(arrays - needed)}"
         )
     # From here on a killed builder leaves an unfinished block, never a wrong one. A block that grows keeps its record
     # until the new one is written: its rows and texts have the same bytes in the new files.
     if covers(cache, earlier):
         forget_block(cache, block)
-    for path, content in contents.items():
+    for path, content in [*contents.items(), *((cache.path / name, beside[name]) for name in beside)]:
         write_whole(path, content)
     record = {
         "block": block,
