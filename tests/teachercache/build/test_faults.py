@@ -19,6 +19,7 @@ from PIL import Image
 from small import counting, error_of, make_folder, run, tree
 
 from teachercache.build.decode import Rows
+from teachercache.build.probe import ROWS as PROBED
 from teachercache.cache import store
 from teachercache.cache.repair import damaged_blocks, damaged_files
 from teachercache.core.errors import MachineError, UserError
@@ -109,7 +110,7 @@ def test_growth_that_is_killed_twice_takes_over_what_was_known(teacher, teacher_
     """A row whose answer was NaN once stays unusable, however often the block that holds it is interrupted."""
     stages = rows_grow(tmp_path)
     data, _ = next(stages)
-    shown = [0]
+    shown = [-PROBED]
 
     def encode(module, inputs):
         outputs = teacher.encode(module, inputs)
