@@ -18,7 +18,7 @@ import numpy as np
 from teachercache.cache import store
 from teachercache.cache.disk_space import check_space
 from teachercache.cache.layout import block_rows_for, metadata
-from teachercache.cache.repair import mend_files
+from teachercache.cache.repair import forget_damaged, mend_files
 from teachercache.cache.spec import CacheMeta, differences
 from teachercache.cache.store import Problem
 from teachercache.core.errors import UserError
@@ -63,8 +63,17 @@ class Change(NamedTuple):
     old_rows: np.ndarray
 
 
-def open_target(path: Path, meta: CacheMeta, manifest: Manifest, *, prune: bool = False) -> Target:
+def open_target(
+    path: Path, meta: CacheMeta, manifest: Manifest, *, prune: bool = False, repair: bool = False
+) -> Target:
     """Open or create the cache at `path` for a build of `meta`.
+
+    Args:
+        path: The cache.
+        meta: Its metadata once it is built.
+        manifest: The data.
+        prune: Follow data that lost or changed rows.
+        repair: Read every file, to find damaged blocks; otherwise only files that are newer than their record.
 
     Raises:
         UserError: The existing cache does not fit the build; the message contains what to type instead.
@@ -78,6 +87,7 @@ def open_target(path: Path, meta: CacheMeta, manifest: Manifest, *, prune: bool 
     cache = store.open_cache(path)
     _check_same_build(cache, meta)
     mend_files(cache, manifest)
+    forget_damaged(cache, every=repair)
     change = compare(cache, manifest)
     if len(change.lost) == cache.meta.rows:
         raise UserError(

@@ -10,7 +10,6 @@ crc32c
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 import shutil
@@ -33,6 +32,7 @@ from teachercache.cache.layout import (
     metadata,
 )
 from teachercache.cache.lease import is_lease
+from teachercache.cache.locks import LOCK, alone
 from teachercache.cache.memory_map import can_map, map_chunks
 from teachercache.cache.spec import FORMAT, CacheMeta, meta_from_dict
 from teachercache.core.errors import UserError
@@ -43,8 +43,6 @@ from teachercache.data.manifest import Manifest, load_manifest, manifest_keys, w
 if TYPE_CHECKING:
     import pyarrow as pa
 
-LOCK = ".lock"  # an empty file; a builder locks the byte of each block that it writes
-GROW_BYTE = 1 << 40  # of the lock file: locked while the metadata of a cache is rewritten
 Chunks = Mapping[tuple[str, int], np.ndarray]  # field and copy (text or view, otherwise 0) -> [rows, ...]
 Problem = dict[str, Any]  # an entry of quarantine.jsonl: row, key, reason and, if it has one, text or view
 Record = dict[str, Any]  # a done record
@@ -154,7 +152,8 @@ def cached_manifest(cache: Cache) -> Manifest:
 # Blocks
 
 
-def _record_path(cache: Cache, block: int) -> Path:
+def record_path(cache: Cache, block: int) -> Path:
+    """Return the done record of a block."""
     return cache.path / "done" / f"{block:08d}.json"
 
 
@@ -186,7 +185,7 @@ def _record_checksum(record: Record) -> int:
 def done_record(cache: Cache, block: int) -> Record | None:
     """Return the done record of a block, or None if it is missing or damaged: the block is then built again."""
     try:
-        record = json.loads(_record_path(cache, block).read_text())
+        record = json.loads(record_path(cache, block).read_text())
         return record if record["checksum"] == _record_checksum(record) else None
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
@@ -228,7 +227,7 @@ def write_block(cache: Cache, block: int, chunks: Chunks, invalid: list[Problem]
         "invalid": invalid,
     }
     record["checksum"] = _record_checksum(record)
-    write_whole(_record_path(cache, block), json.dumps(record, indent=1) + "\n")
+    write_whole(record_path(cache, block), json.dumps(record, indent=1) + "\n")
 
 
 def flush(path: Path) -> None:
@@ -259,28 +258,14 @@ def json_lines(entries: list[Problem]) -> str:
     return "".join(json.dumps(entry) + "\n" for entry in entries)
 
 
-@contextlib.contextmanager
-def growing(cache: Cache) -> Iterator[None]:
-    """Let one process at a time rewrite the metadata of a cache. At a URL the lease does that (`lease.py`)."""
-    if is_url(cache.path):
-        yield
-        return
-    descriptor = open_lock(cache)
-    try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX, 1, GROW_BYTE)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def open_lock(cache: Cache) -> int:
-    """Return a descriptor of the lock file, which a copied cache may lack."""
-    return os.open(cache.path / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+def growing(cache: Cache) -> contextlib.AbstractContextManager[None]:
+    """Let one process at a time rewrite the metadata of a cache."""
+    return alone(cache.path)
 
 
 def forget_block(cache: Cache, block: int) -> None:
     """Remove the done record of a block, so that the next build writes the block again."""
-    _record_path(cache, block).unlink(missing_ok=True)
+    record_path(cache, block).unlink(missing_ok=True)
 
 
 # ----------------------------------------------------------------------------------------------------
