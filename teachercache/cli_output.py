@@ -26,6 +26,8 @@ def print_report(report: Mapping[str, Any]) -> None:
         print(f"block {block}: {reason}")
     for name, reason in report["files"].items():
         print(f"{name}: {reason}")
+    for name, found in report["indexes"].items():
+        print(f"{name}: {found['reason']}")
     for name, values in report["cosine"].items():
         print(f"{name}: cosine to the recomputed values min {values['min']:.6f}, mean {values['mean']:.6f}")
 

@@ -6,10 +6,8 @@ resumed build computes exactly what an uninterrupted one does.
 
 import contextlib
 import dataclasses
-import fcntl
 import importlib.metadata
 import itertools
-import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,6 +16,7 @@ from pathlib import Path
 import torch
 
 from teachercache.build.assemble import Block, assemble_block
+from teachercache.build.claims import claims, wait_for_others
 from teachercache.build.decode import VIEWS_AT_ONCE, WorkItem, decoded
 from teachercache.build.forward import forward, rows_for
 from teachercache.build.probe import dtypes_of, probe_teacher, stored_meta, with_dtypes
@@ -26,10 +25,12 @@ from teachercache.build.timings import Stages
 from teachercache.cache import picture_bytes, store
 from teachercache.cache.layout import block_rows_for
 from teachercache.cache.lease import lease
+from teachercache.cache.locks import has_locks
 from teachercache.cache.spec import CacheMeta
+from teachercache.core.command import UNFINISHED
 from teachercache.core.device import Precision
 from teachercache.core.errors import UserError
-from teachercache.core.paths import is_url
+from teachercache.core.leftovers import sweep
 from teachercache.core.process import keep_memory, rank, terminable, world_size
 from teachercache.core.progress import say, ticker
 from teachercache.core.urls import explain_errors
@@ -55,6 +56,8 @@ class BuildOptions:
         prune: Follow data that lost or changed rows.
         retry: Compute unusable rows again.
         limit: The `--limit` that the manifest was read with, 0 for all rows.
+        repair: Read every file of the cache first, and write damaged blocks again.
+        wait: Wait for blocks that other builders write, and take them over if those builders die.
     """
 
     batch_size: int
@@ -67,6 +70,8 @@ class BuildOptions:
     prune: bool = False
     retry: bool = False
     limit: int = 0
+    repair: bool = False
+    wait: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,10 +95,14 @@ def build(teacher: Teacher, manifest: Manifest, out: Path, options: BuildOptions
     """Run the teacher over every row that the cache at `out` lacks and that no other process writes."""
     with explain_errors(out, action="write"), terminable(), lease(out):
         teacher, options = _fitted(teacher, manifest, out, options)
-        wanted = plan(teacher, manifest, options)
-        target = open_target(out, wanted, manifest, prune=options.prune, retry=options.retry)
+        how = {name: getattr(options, name) for name in ("prune", "retry", "repair")}
+        target = open_target(out, plan(teacher, manifest, options), manifest, **how)
+        sweep(target.cache.path)
         keep_memory()
-        return _finish(target, _compute(target, teacher, options))
+        rows = _compute(target, teacher, options)
+        while options.wait and wait_for_others(target):  # one died: take over its blocks
+            rows += _compute(target, teacher, options)
+        return _finish(target, rows)
 
 
 def _fitted(
@@ -119,12 +128,13 @@ def _compute(target: Target, teacher: Teacher, options: BuildOptions) -> int:
     module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     plans = plan_blocks(target)
     mine = [block for block in plans if block % world_size() == rank()]
-    todo = mine + [block for block in plans if block not in mine and not is_url(cache.path)]
+    shared = has_locks(cache.path)
+    todo = mine + [block for block in plans if block not in mine and shared]
     stages, rows = Stages(cache, options.workers), 0
     decoder = rows_for(teacher, target.manifest, Augment(**meta.augment) if meta.views else None)
     with (
         report_deaths(RuntimeError),
-        claims(cache) as claim,
+        claims(cache, shared=shared) as claim,
         ThreadPoolExecutor(1, "write") as writer,
         contextlib.closing(
             decoded(
@@ -158,10 +168,13 @@ def _finish(target: Target, rows: int) -> Summary:
     cache = target.cache
     if target.old is None:  # another builder may have extended it meanwhile
         cache = store.open_cache(cache.path)
+    elif not cache.path.exists():  # another builder has put it into its place
+        cache = store.open_cache(target.old.path)
     blocks_left = cache.meta.num_blocks - len(store.done_blocks(cache))
     if blocks_left:
         return Summary(cache, rows, blocks_left, 0)
     quarantined = len(store.finish(cache))
+    sweep(cache.path)  # another builder may have died meanwhile
     if target.old is not None:
         cache = replace_pruned(target)
     with store.growing(cache):  # one rank at a time: ranks finish in any order
@@ -227,31 +240,6 @@ def _check_views(teacher: Teacher, manifest: Manifest, views: int) -> None:
 # Blocks of this process
 
 
-@contextlib.contextmanager
-def claims(cache: store.Cache) -> Iterator[Callable[[int], bool]]:
-    """Yield a function that claims a block for this process. The kernel releases the claims of a dead process."""
-
-    def unfinished(block: int) -> bool:
-        return not store.covers(cache, store.done_record(cache, block))
-
-    if is_url(cache.path):  # no locks, but one job at a time (`lease.py`), whose ranks write disjoint blocks
-        yield unfinished
-        return
-    descriptor = store.open_lock(cache)
-
-    def claim(block: int) -> bool:
-        try:
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, block)
-        except OSError:
-            return False
-        return unfinished(block)
-
-    try:
-        yield claim
-    finally:
-        os.close(descriptor)
-
-
 def _work_items(
     target: Target,
     plans: dict[int, BlockPlan],
@@ -281,17 +269,18 @@ def _write(cache: store.Cache, block: int, assembled: Block, stages: Stages) -> 
     stages.log(block, rows)
 
 
-def announce(summary: Summary) -> None:
-    """Print the result of a build and what to do next."""
+def announce(summary: Summary) -> int:
+    """Print the result of a build and what to do next; return the exit code."""
     cache = summary.cache
     if summary.blocks_left:
         say(
             f"{summary.blocks_left} blocks are being written by another builder; run the same command to check on them"
         )
-        return
+        return 0 if world_size() > 1 else UNFINISHED  # another rank of this job completes the cache
     if summary.quarantined:
         say(
             f"{summary.quarantined} entries in {cache.path / 'quarantine.jsonl'} (unusable rows or texts); once they are "
             "mended: the same command with --retry"
         )
     say(f"{cache.path} is complete: {cache.meta.rows:,} rows ({summary.rows_written:,} written now)")
+    return 0

@@ -19,7 +19,7 @@ from teachercache.cache import store
 from teachercache.cache.disk_space import check_space
 from teachercache.cache.layout import block_rows_for, metadata
 from teachercache.cache.picture_bytes import replaced_pictures
-from teachercache.cache.repair import mend_files
+from teachercache.cache.repair import forget_damaged, mend_files
 from teachercache.cache.spec import CacheMeta, differences
 from teachercache.cache.store import Problem
 from teachercache.core.errors import UserError
@@ -67,16 +67,23 @@ class Change(NamedTuple):
 
 
 def open_target(
-    path: Path, meta: CacheMeta, manifest: Manifest, *, prune: bool = False, retry: bool = False
+    path: Path,
+    meta: CacheMeta,
+    manifest: Manifest,
+    *,
+    prune: bool = False,
+    retry: bool = False,
+    repair: bool = False,
 ) -> Target:
     """Open or create the cache at `path` for a build of `meta`.
 
     Args:
         path: The cache.
-        meta: What the build wants.
+        meta: Its metadata once it is built.
         manifest: The data.
         prune: Follow data that lost or changed rows.
         retry: Compute unusable rows again.
+        repair: Read every file, to find damaged blocks; otherwise only files that are newer than their record.
 
     Raises:
         UserError: The existing cache does not fit the build; the message contains what to type instead.
@@ -90,6 +97,7 @@ def open_target(
     cache = store.open_cache(path)
     _check_same_build(cache, meta)
     mend_files(cache, manifest)
+    forget_damaged(cache, every=repair)
     change = compare(cache, manifest, remember=True)
     if len(change.lost) == cache.meta.rows:
         raise UserError(

@@ -25,7 +25,6 @@ from small import make_folder, tree
 from teachercache.build.probe import ROWS as PROBED
 from teachercache.cache import store
 from teachercache.cache.repair import damaged_blocks
-from teachercache.core.errors import UserError
 from teachercache.teachers.registry import load
 from teachercache.teachers.teacher import Teacher
 from tests.teachercache.data.test_readers import make_tar
