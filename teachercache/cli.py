@@ -167,6 +167,17 @@ def manifest(
     is_flag=True,
     help="Follow data that lost or changed rows; unchanged rows are not computed again.",
 )
+@click.option("--retry", is_flag=True, help="Compute the rows of quarantine.jsonl again.")
+@click.option(
+    "--repair", is_flag=True, help="Read every file of the cache first, and write damaged blocks again."
+)
+@click.option(
+    "--wait/--no-wait",
+    default=True,
+    show_default=True,
+    help="Wait for blocks that another builder writes, and take them over if it dies; with --no-wait leave them to it "
+    "(exit code 3).",
+)
 def build(
     name: str,
     data: str,
@@ -175,7 +186,7 @@ def build(
     weights: str,
     limit: int | None,
     **options: Any,
-) -> None:
+) -> int:
     """Run a teacher over data and write a cache. A build that is killed resumes with the same command.
 
     Data that gained rows or texts, or a larger --views, extends an existing cache.
@@ -208,7 +219,7 @@ def build(
         f"{name} on {how.device} in {dtype.dtype} ({dtype.reason}); {len(manifest):,} rows of {manifest.data}"
     )
     folder = as_path(out) if out else default_cache(data, name, how.views)
-    announce(run(teacher, manifest, folder, how))
+    return announce(run(teacher, manifest, folder, how))
 
 
 @tc.command()
@@ -252,7 +263,7 @@ def info(cache: str, as_json: bool) -> None:
 def verify(cache: str, samples: int, teacher: str | None, as_json: bool) -> None:
     """Check the checksum of every file, and recompute some rows with the teacher (cosine at least 0.999).
 
-    A damaged block is listed and its record removed, so that the next `tc build` writes it again.
+    Damaged blocks, files and indexes are listed with the command that makes them again. Nothing is written.
     """
     from teachercache.build.verify import verify_cache
 
@@ -263,10 +274,14 @@ def verify(cache: str, samples: int, teacher: str | None, as_json: bool) -> None
         print_report(report)
     if report["damaged"]:
         raise UserError(
-            f"{len(report['damaged'])} damaged blocks, their records are removed: run `{report['command']}` to repair them"
+            f"{len(report['damaged'])} damaged blocks: run `{report['command']}` to write them again"
         )
     if report["files"]:
         raise UserError(f"{' and '.join(report['files'])}: damaged, run `{report['command']}` to repair")
+    for path, found in report["indexes"].items():
+        raise UserError(
+            f"{path} cannot be used ({found['reason']}): run `{found['command']}` to make it again"
+        )
     if not report["ok"]:
         raise UserError("the teacher computes different values: was the data or the teacher changed?")
     say(f"{cache} is complete and undamaged")
@@ -287,9 +302,11 @@ def index(cache: str, field: str | None, kind: str) -> None:
     Prints the measured recall@10 against exact search; nprobe or efSearch is raised until it is 0.95.
     """
     from teachercache.cache.store import open_complete
-    from teachercache.search.index import describe, update_index
+    from teachercache.search.index import changing, describe, update_index
 
-    path, record, done = update_index(open_complete(cache), field=field, kind=kind)
+    opened = open_complete(cache)
+    with changing(opened):
+        path, record, done = update_index(opened, field=field, kind=kind)
     say(f"{path} {done}: {describe(record)}")
 
 

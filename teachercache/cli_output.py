@@ -29,6 +29,8 @@ def print_report(report: Mapping[str, Any]) -> None:
         show(f"block {block}: {reason}")
     for name, reason in report["files"].items():
         show(f"{name}: {reason}")
+    for name, found in report["indexes"].items():
+        show(f"{name}: {found['reason']}")
     for name, values in report["cosine"].items():
         show(f"{name}: cosine to the recomputed values min {values['min']:.6f}, mean {values['mean']:.6f}")
 

@@ -82,6 +82,9 @@ def files_of(folder: Path) -> list[Path]:
     return [path for path in sorted(folder.rglob("*")) if path.is_file()]
 
 
+OF_THE_MACHINE = ("build.log", ".lock", "pictures")  # they hold times
+
+
 def of_cache(cache: Path) -> dict[str, Any]:
     """Return digests of every array's values and chunk files, of the attributes and of every other file."""
     import zarr
@@ -96,7 +99,7 @@ def of_cache(cache: Path) -> dict[str, Any]:
         found[folder.name] = {"values": f"{values.dtype} {values.shape} {digest(raw)}"}
         found[folder.name] |= {"chunks": digest(*parts), "zarr.json": of_json(place.read_text())}
     names = {path.relative_to(cache).as_posix(): path for path in files_of(cache)}
-    rest = [name for name in names if name.split("/")[0] not in (*found, "build.log", ".lock", "zarr.json")]
+    rest = [name for name in names if name.split("/")[0] not in (*found, *OF_THE_MACHINE, "zarr.json")]
     about = json.loads((cache / "zarr.json").read_text())["attributes"]
     about = plain(about | {f"spec.{key}": value for key, value in about.pop("spec").items()})
     attributes = {key: digest(json.dumps(value, sort_keys=True)) for key, value in about.items()}

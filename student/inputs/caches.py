@@ -12,6 +12,7 @@ from student.distributed import from_all_ranks
 from student.ensemble import concat_shapes, named
 from student.inputs.hints import Wanted, build_command, field_groups
 from teachercache.cache import store
+from teachercache.cache.picture_bytes import replaced_pictures
 from teachercache.core.errors import UserError
 from teachercache.core.paths import as_path, closest_path
 from teachercache.core.process import rank, world_size
@@ -164,23 +165,24 @@ def training_rows(manifest: Manifest, cache: store.Cache | None) -> np.ndarray:
 
 
 def _same_rows(manifest: Manifest, cache: store.Cache, rows: np.ndarray, cache_rows: np.ndarray) -> None:
-    """Raise a UserError if the texts or the picture file of a row have changed since it was cached."""
-    if manifest.digest == cache.meta.manifest:
-        return
-    before = store.cached_manifest(cache).table.take(cache_rows)
-    now = manifest.table.take(rows)
-    for name in ("texts", "size"):
-        changed = [
-            i
-            for i, (a, b) in enumerate(zip(before[name].to_pylist(), now[name].to_pylist(), strict=True))
-            if a != b
-        ]
-        if changed:
-            raise UserError(
-                f"{len(changed)} rows of {manifest.data} changed since {cache.path} was built, the first is "
-                f"'{now['key'][changed[0]].as_py()}': update the cache with "
-                f"`{cache.command(data=manifest.data)} --prune`"
-            )
+    """Raise a UserError if the texts or the picture of a row have changed since it was cached."""
+    changed: set[int] = set()
+    if manifest.digest != cache.meta.manifest:
+        before = store.cached_manifest(cache).table.take(cache_rows)
+        now = manifest.table.take(rows)
+        for name in ("texts", "size"):
+            pairs = zip(before[name].to_pylist(), now[name].to_pylist(), strict=True)
+            changed |= {i for i, (a, b) in enumerate(pairs) if a != b}
+    if not changed:
+        own = np.arange(len(rows))[rank() :: world_size()]
+        replaced = own[replaced_pictures(cache, cache_rows[own], manifest, rows[own])].tolist()
+        changed = {i for of_rank in from_all_ranks(replaced) for i in of_rank}
+    if changed:
+        raise UserError(
+            f"{len(changed)} rows of {manifest.data} changed since {cache.path} was built, the first is "
+            f"'{manifest.row(int(rows[min(changed)])).key}': update the cache with "
+            f"`{cache.command(data=manifest.data)} --prune`"
+        )
 
 
 def readable_rows(manifest: Manifest, rows: np.ndarray) -> np.ndarray:

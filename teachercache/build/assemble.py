@@ -1,22 +1,37 @@
 """Assemble the chunks of a block from its work items and from rows that are copied; decide which rows are usable."""
 
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import numpy as np
 
 from teachercache.build.forward import OF_TEACHER, Computed
-from teachercache.build.target import BlockPlan, Target
-from teachercache.cache import store
+from teachercache.build.target import EMPTY, NO_TEXT, BlockPlan, Target
+from teachercache.cache import picture_bytes, store
 from teachercache.cache.store import Problem
 from teachercache.data.manifest import Manifest
 
-NO_TEXT, EMPTY = "the row has no text that is not empty", "empty text"
+
+class Block(NamedTuple):
+    """What is written for a block.
+
+    Attributes:
+        chunks: The new chunks.
+        invalid: All entries of its quarantine.
+        digests: The digests of its rows' pictures, see `picture_bytes`.
+        times: The times of their files.
+    """
+
+    chunks: dict[tuple[str, int], np.ndarray]
+    invalid: list[Problem]
+    digests: np.ndarray
+    times: np.ndarray
 
 
 def assemble_block(
     target: Target, plan: BlockPlan, computed: Iterable[Computed], tick: Callable[[int], None]
-) -> tuple[dict[tuple[str, int], np.ndarray], list[Problem]]:
-    """Return the new chunks of a block, and all entries of its quarantine.
+) -> Block:
+    """Put together what is written for a block.
 
     Args:
         target: The cache and its data.
@@ -35,12 +50,18 @@ def assemble_block(
     if plan.source is not None:
         for (name, copy), values in chunks.items():
             values[plan.kept - rows.start] = store.read_rows(plan.source, name, copy, plan.source_rows)
+    digests, times = picture_bytes.stored(cache, np.arange(rows.start, rows.stop))
+    if plan.source is not None:
+        kept = plan.kept - rows.start
+        digests[kept], times[kept] = picture_bytes.stored(plan.source, plan.source_rows)
     problems = [problem for problem in plan.problems if _stays(problem, target.manifest.has_images)]
     for piece in computed:
         places = np.array(piece.item.rows, int) - rows.start
         for name_and_copy, values in piece.chunks.items():
             chunks[name_and_copy][places] = values
         problems += piece.problems
+        if piece.pictures is not None:
+            digests[places], times[places] = piece.pictures
         tick(len(piece.item.rows) if piece.item.views[-1:] == plan.views[-1:] else 0)
     keys = target.manifest.table["key"].slice(rows.start, len(rows)).to_pylist()
     chunks["key", 0] = np.array(keys, np.dtypes.StringDType())
@@ -52,7 +73,7 @@ def assemble_block(
         np.stack([masks[k] for k in range(meta.texts)], 1) if masks else np.ones((len(rows), 1), bool)
     )
     chunks["valid", 0], invalid = _usable_rows(target.manifest, rows, problems, text_valid)
-    return chunks, invalid
+    return Block(chunks, invalid, digests, times)
 
 
 def _stays(problem: Problem, has_images: bool) -> bool:

@@ -16,6 +16,7 @@ import torch
 from PIL.Image import Image
 from torch.utils.data import DataLoader, Dataset
 
+from teachercache.cache.picture_bytes import DIGEST, digest_of, file_time
 from teachercache.core.errors import lacks_memory
 from teachercache.core.workers import hand_over, ignore_interrupt, limited, received
 from teachercache.data.manifest import Manifest
@@ -84,6 +85,8 @@ class Batch(TypedDict, total=False):
         text: Token ids [texts, length].
         text_at: The index of each text, [n * t].
         words: What `TextInput.find_words` returned for all n * t texts.
+        digests: The digest of the bytes of each row's picture, zeros if it was not read: uint8 [n, 16].
+        times: When each row's picture file was last written, 0 if that is not known: int64 [n].
     """
 
     item: WorkItem
@@ -100,6 +103,8 @@ class Batch(TypedDict, total=False):
     text: torch.Tensor
     text_at: torch.Tensor
     words: object
+    digests: np.ndarray
+    times: np.ndarray
 
 
 class Rows(Dataset):
@@ -154,10 +159,13 @@ class Rows(Dataset):
         params = np.zeros((len(identities), len(item.views), len(PARAMS)), np.float32)
         boxes = torch.zeros(len(identities), images.num_boxes, 4)
         num_boxes = torch.zeros(len(identities), dtype=torch.int64)
+        digests, times = np.zeros((len(identities), DIGEST), np.uint8), np.zeros(len(identities), np.int64)
         reasons = {}
         for i, sample in enumerate(owners):
             try:
+                times[i] = file_time(self.manifest.root, sample.image)  # before it is read
                 content = self._content(sample)
+                digests[i] = digest_of(content)
                 image = decode_image(content, images.at_least)
                 if images.num_boxes:
                     stored = _boxes(sample, seen_size(content))[: images.num_boxes]
@@ -181,6 +189,7 @@ class Rows(Dataset):
                 batch["usable"][i] = False
                 batch["problems"].append({"row": row, "key": key, "reason": reasons[place]})
         batch["image"], batch["image_at"] = pixels, image_at
+        batch["digests"], batch["times"] = digests[image_at.numpy()], times[image_at.numpy()]
         if images.num_boxes:
             batch["boxes"], batch["num_boxes"] = boxes, num_boxes
         if images.augment is not None:

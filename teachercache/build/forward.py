@@ -29,11 +29,14 @@ Values = list[tuple[str, int, torch.Tensor]]  # field, copy (text or view), valu
 
 @dataclasses.dataclass(frozen=True)
 class Computed:
-    """The chunks of one work item, and its entries of the quarantine."""
+    """The chunks of one work item, its entries of the quarantine, and what it knows of the rows' pictures, if they were
+    read: digests and times.
+    """
 
     item: WorkItem
     chunks: Chunks
     problems: list[Problem]
+    pictures: tuple[np.ndarray, np.ndarray] | None = None
 
 
 def forward(
@@ -130,7 +133,8 @@ def _fetch(cache: Cache, batch: Batch, outputs: Values) -> Computed:
         chunks |= {("text_valid", k): text_valid[:, j] for j, k in enumerate(item.texts)}
     if "view_params" in batch:
         chunks |= {("view_params", v): batch["view_params"][:, i] for i, v in enumerate(item.views)}
-    return Computed(item, chunks, batch["problems"])
+    pictures = (batch["digests"], batch["times"]) if "digests" in batch else None
+    return Computed(item, chunks, batch["problems"], pictures)
 
 
 def _quarantine(

@@ -6,10 +6,8 @@ resumed build computes exactly what an uninterrupted one does.
 
 import contextlib
 import dataclasses
-import fcntl
 import importlib.metadata
 import itertools
-import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,19 +15,22 @@ from pathlib import Path
 
 import torch
 
-from teachercache.build.assemble import assemble_block
+from teachercache.build.assemble import Block, assemble_block
+from teachercache.build.claims import claims, wait_for_others
 from teachercache.build.decode import VIEWS_AT_ONCE, WorkItem, decoded
 from teachercache.build.forward import forward, rows_for
 from teachercache.build.probe import dtypes_of, probe_teacher, stored_meta, with_dtypes
 from teachercache.build.target import BlockPlan, Target, open_target, plan_block, plan_blocks, replace_pruned
 from teachercache.build.timings import Stages
-from teachercache.cache import store
+from teachercache.cache import picture_bytes, store
 from teachercache.cache.layout import block_rows_for
 from teachercache.cache.lease import lease
+from teachercache.cache.locks import has_locks
 from teachercache.cache.spec import CacheMeta
+from teachercache.core.command import UNFINISHED
 from teachercache.core.device import Precision
 from teachercache.core.errors import UserError
-from teachercache.core.paths import is_url
+from teachercache.core.leftovers import sweep
 from teachercache.core.process import keep_memory, rank, terminable, world_size
 from teachercache.core.progress import say, ticker
 from teachercache.core.urls import explain_errors
@@ -53,7 +54,10 @@ class BuildOptions:
         views: Augmented views to store per image; 0 for unaugmented images.
         augment: How views are drawn; None for the defaults.
         prune: Follow data that lost or changed rows.
+        retry: Compute unusable rows again.
         limit: The `--limit` that the manifest was read with, 0 for all rows.
+        repair: Read every file of the cache first, and write damaged blocks again.
+        wait: Wait for blocks that other builders write, and take them over if those builders die.
     """
 
     batch_size: int
@@ -64,7 +68,10 @@ class BuildOptions:
     views: int = 0
     augment: Augment | None = None
     prune: bool = False
+    retry: bool = False
     limit: int = 0
+    repair: bool = False
+    wait: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,9 +95,14 @@ def build(teacher: Teacher, manifest: Manifest, out: Path, options: BuildOptions
     """Run the teacher over every row that the cache at `out` lacks and that no other process writes."""
     with explain_errors(out, action="write"), terminable(), lease(out):
         teacher, options = _fitted(teacher, manifest, out, options)
-        target = open_target(out, plan(teacher, manifest, options), manifest, prune=options.prune)
+        how = {name: getattr(options, name) for name in ("prune", "retry", "repair")}
+        target = open_target(out, plan(teacher, manifest, options), manifest, **how)
+        sweep(target.cache.path)
         keep_memory()
-        return _finish(target, _compute(target, teacher, options))
+        rows = _compute(target, teacher, options)
+        while options.wait and wait_for_others(target):  # one died: take over its blocks
+            rows += _compute(target, teacher, options)
+        return _finish(target, rows)
 
 
 def _fitted(
@@ -116,12 +128,13 @@ def _compute(target: Target, teacher: Teacher, options: BuildOptions) -> int:
     module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     plans = plan_blocks(target)
     mine = [block for block in plans if block % world_size() == rank()]
-    todo = mine + [block for block in plans if block not in mine and not is_url(cache.path)]
+    shared = has_locks(cache.path)
+    todo = mine + [block for block in plans if block not in mine and shared]
     stages, rows = Stages(cache, options.workers), 0
     decoder = rows_for(teacher, target.manifest, Augment(**meta.augment) if meta.views else None)
     with (
         report_deaths(RuntimeError),
-        claims(cache) as claim,
+        claims(cache, shared=shared) as claim,
         ThreadPoolExecutor(1, "write") as writer,
         contextlib.closing(
             decoded(
@@ -138,12 +151,12 @@ def _compute(target: Target, teacher: Teacher, options: BuildOptions) -> int:
             computed = forward(teacher, module, cache, stages, batches, options.device, dtype)
             for block, group in itertools.groupby(computed, key=lambda piece: piece.item.block):
                 block_plan = plans.pop(block)
-                chunks, invalid = assemble_block(
+                assembled = assemble_block(
                     target, block_plan, group, lambda count: tick.step(count, stages.line())
                 )
                 if pending is not None:
                     pending.result()
-                pending = writer.submit(_write, cache, block, chunks, invalid, stages)
+                pending = writer.submit(_write, cache, block, assembled, stages)
                 rows += len(block_plan.rows)
         if pending is not None:
             pending.result()
@@ -155,10 +168,13 @@ def _finish(target: Target, rows: int) -> Summary:
     cache = target.cache
     if target.old is None:  # another builder may have extended it meanwhile
         cache = store.open_cache(cache.path)
+    elif not cache.path.exists():  # another builder has put it into its place
+        cache = store.open_cache(target.old.path)
     blocks_left = cache.meta.num_blocks - len(store.done_blocks(cache))
     if blocks_left:
         return Summary(cache, rows, blocks_left, 0)
     quarantined = len(store.finish(cache))
+    sweep(cache.path)  # another builder may have died meanwhile
     if target.old is not None:
         cache = replace_pruned(target)
     with store.growing(cache):  # one rank at a time: ranks finish in any order
@@ -224,31 +240,6 @@ def _check_views(teacher: Teacher, manifest: Manifest, views: int) -> None:
 # Blocks of this process
 
 
-@contextlib.contextmanager
-def claims(cache: store.Cache) -> Iterator[Callable[[int], bool]]:
-    """Yield a function that claims a block for this process. The kernel releases the claims of a dead process."""
-
-    def unfinished(block: int) -> bool:
-        return not store.covers(cache, store.done_record(cache, block))
-
-    if is_url(cache.path):  # no locks, but one job at a time (`lease.py`), whose ranks write disjoint blocks
-        yield unfinished
-        return
-    descriptor = store.open_lock(cache)
-
-    def claim(block: int) -> bool:
-        try:
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, block)
-        except OSError:
-            return False
-        return unfinished(block)
-
-    try:
-        yield claim
-    finally:
-        os.close(descriptor)
-
-
 def _work_items(
     target: Target,
     plans: dict[int, BlockPlan],
@@ -269,23 +260,27 @@ def _work_items(
                 yield WorkItem(batch, views[first : first + VIEWS_AT_ONCE], range(0), block)
 
 
-def _write(
-    cache: store.Cache, block: int, chunks: store.Chunks, invalid: list[store.Problem], stages: Stages
-) -> None:
+def _write(cache: store.Cache, block: int, assembled: Block, stages: Stages) -> None:
     begin, rows = time.perf_counter(), len(cache.meta.block(block))
-    store.write_block(cache, block, chunks, invalid)
+    beside = picture_bytes.digests_file(block, assembled.digests)
+    store.write_block(cache, block, assembled.chunks, assembled.invalid, beside)
+    picture_bytes.write_times(cache, block, assembled.times)
     stages.add("write", time.perf_counter() - begin, rows)
     stages.log(block, rows)
 
 
-def announce(summary: Summary) -> None:
-    """Print the result of a build and what to do next."""
+def announce(summary: Summary) -> int:
+    """Print the result of a build and what to do next; return the exit code."""
     cache = summary.cache
     if summary.blocks_left:
         say(
             f"{summary.blocks_left} blocks are being written by another builder; run the same command to check on them"
         )
-        return
+        return 0 if world_size() > 1 else UNFINISHED  # another rank of this job completes the cache
     if summary.quarantined:
-        say(f"{summary.quarantined} entries in {cache.path / 'quarantine.jsonl'} (unusable rows or texts)")
+        say(
+            f"{summary.quarantined} entries in {cache.path / 'quarantine.jsonl'} (unusable rows or texts); once they are "
+            "mended: the same command with --retry"
+        )
     say(f"{cache.path} is complete: {cache.meta.rows:,} rows ({summary.rows_written:,} written now)")
+    return 0

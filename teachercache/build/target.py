@@ -18,14 +18,17 @@ import numpy as np
 from teachercache.cache import store
 from teachercache.cache.disk_space import check_space
 from teachercache.cache.layout import block_rows_for, metadata
-from teachercache.cache.repair import mend_files
+from teachercache.cache.picture_bytes import replaced_pictures
+from teachercache.cache.repair import forget_damaged, mend_files
 from teachercache.cache.spec import CacheMeta, differences
 from teachercache.cache.store import Problem
 from teachercache.core.errors import UserError
 from teachercache.core.paths import is_url, write_whole
+from teachercache.core.process import rank, world_size
 from teachercache.core.progress import say
 from teachercache.data.manifest import Manifest, row_digests, write_manifest
 
+NO_TEXT, EMPTY = "the row has no text that is not empty", "empty text"  # reasons in the quarantine
 MAY_DIFFER = ("data", "versions", "block_rows", "manifest", "rows", "texts", "views", "limit")
 
 
@@ -63,8 +66,24 @@ class Change(NamedTuple):
     old_rows: np.ndarray
 
 
-def open_target(path: Path, meta: CacheMeta, manifest: Manifest, *, prune: bool = False) -> Target:
+def open_target(
+    path: Path,
+    meta: CacheMeta,
+    manifest: Manifest,
+    *,
+    prune: bool = False,
+    retry: bool = False,
+    repair: bool = False,
+) -> Target:
     """Open or create the cache at `path` for a build of `meta`.
+
+    Args:
+        path: The cache.
+        meta: Its metadata once it is built.
+        manifest: The data.
+        prune: Follow data that lost or changed rows.
+        retry: Compute unusable rows again.
+        repair: Read every file, to find damaged blocks; otherwise only files that are newer than their record.
 
     Raises:
         UserError: The existing cache does not fit the build; the message contains what to type instead.
@@ -78,7 +97,8 @@ def open_target(path: Path, meta: CacheMeta, manifest: Manifest, *, prune: bool 
     cache = store.open_cache(path)
     _check_same_build(cache, meta)
     mend_files(cache, manifest)
-    change = compare(cache, manifest)
+    forget_damaged(cache, every=repair)
+    change = compare(cache, manifest, remember=True)
     if len(change.lost) == cache.meta.rows:
         raise UserError(
             f"{cache.path} holds another build, {manifest.data} has none of its rows: pass another --out"
@@ -96,14 +116,16 @@ def open_target(path: Path, meta: CacheMeta, manifest: Manifest, *, prune: bool 
         views=max(meta.views, cache.meta.views),
         texts=max(meta.texts, cache.meta.texts),
     )
+    if retry:
+        retry_blocks(cache)
     if change.lost or change.changed:
         return _start_pruning(cache, dataclasses.replace(wanted, texts=meta.texts), ordered, change)
     check_space(store.Cache(path, wanted))
     return Target(_extend(cache, wanted, ordered), ordered)
 
 
-def compare(cache: store.Cache, manifest: Manifest) -> Change:
-    """Compare the rows of a cache with a manifest, by key."""
+def compare(cache: store.Cache, manifest: Manifest, *, remember: bool = False) -> Change:
+    """Compare the rows of a cache with a manifest, by key; `remember` writes new times of unchanged pictures."""
     import pyarrow.compute as pc
 
     stored = store.cached_manifest(cache)
@@ -116,6 +138,8 @@ def compare(cache: store.Cache, manifest: Manifest) -> Change:
         if stored.digest != manifest.digest
         else np.array([], np.int64)
     )
+    replaced = kept[replaced_pictures(cache, kept, manifest, places[kept], remember=remember)]
+    changed = np.union1d(changed, replaced)
     old_rows = np.concatenate([np.where(np.isin(kept, changed), -1, kept), np.full(len(new), -1)])
     lost = keys.take(np.flatnonzero(places < 0)).to_pylist()
     return Change(np.concatenate([places[kept], new]), lost, keys.take(changed).to_pylist(), old_rows)
@@ -225,6 +249,30 @@ def _recover(path: Path) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------
+# Unusable rows
+
+
+def retry_blocks(cache: store.Cache) -> None:
+    """Mark the finished blocks of this process that have unusable rows: they are unfinished until these are retried.
+
+    The mark stays in a block's done record until the block is written, so that a build that is killed, or any other
+    build, goes on with the rest.
+    """
+    for block in range(cache.meta.num_blocks):
+        record = store.done_record(cache, block)
+        if block % world_size() != rank() or record is None or not store.covers(cache, record):
+            continue
+        if len(rows_to_retry(record)):
+            store.write_record(cache, {**record, "retry": True})
+
+
+def rows_to_retry(record: store.Record) -> np.ndarray:
+    """Return the rows of a done record with an entry that another try may change: all but those about empty texts."""
+    entries = [entry for entry in record["invalid"] if entry["reason"] not in (NO_TEXT, EMPTY)]
+    return np.array(sorted({entry["row"] for entry in entries}), np.int64)
+
+
+# ----------------------------------------------------------------------------------------------------
 # Plans of blocks
 
 
@@ -268,6 +316,13 @@ def plan_block(target: Target, block: int) -> BlockPlan:
     reads_images = target.manifest.has_images and "image" in meta.spec.inputs
     views = range(meta.views or 1) if reads_images else range(0)
     record, old = store.done_record(cache, block), target.old
+    if record is not None and record.get("retry"):
+        if (record["views"], record["texts"]) != (meta.views, meta.texts):
+            return BlockPlan(block, rows, views, texts, none, None, none, [])
+        again = np.isin(rows, rows_to_retry(record)) | (rows >= record["rows"][1])
+        kept = rows[~again]
+        problems = _renumber(record["invalid"], kept, kept)
+        return BlockPlan(block, rows[again], views, texts, kept, cache, kept, problems)
     if record is not None and record["rows"][1] == rows[-1] + 1:  # texts or views were added
         texts = range(record["texts"], meta.texts)
         if not meta.spec.reads_pairs:  # otherwise new texts need the images again

@@ -17,12 +17,13 @@ from teachercache.core.errors import UserError
 from teachercache.data.manifest import Manifest
 from teachercache.data.read import read_manifest
 from teachercache.data.views import Augment
+from teachercache.search.verify import damaged_indexes
 from teachercache.teachers.of_cache import load_teacher
 from teachercache.teachers.teacher import Teacher
 
 
 def verify_cache(path: str | Path, *, samples: int, teacher: str | None = None) -> dict[str, Any]:
-    """Verify a cache, and remove the done records of damaged blocks so that the next build writes them again.
+    """Verify a cache and the indexes beside it. Nothing is written.
 
     Args:
         path: The cache.
@@ -30,20 +31,22 @@ def verify_cache(path: str | Path, *, samples: int, teacher: str | None = None) 
         teacher: The teacher that the user names, see `load_teacher`.
 
     Returns:
-        `damaged` blocks and other damaged `files` with the reason, the minimum and mean `cosine` of each field, the
-        `command` that repairs the cache, and whether all is `ok`.
+        `damaged` blocks and other damaged `files` with the reason, `indexes` that cannot be used with the reason and
+        the command that makes them again, the minimum and mean `cosine` of each field, the `command` that repairs the
+        cache, and whether all is `ok`.
     """
     cache = store.open_cache(path)
     damaged = damaged_blocks(cache)
     files = damaged_files(cache)
-    for block in damaged:
-        store.forget_block(cache, block)
+    whole = not damaged and not files and len(store.done_blocks(cache)) == cache.meta.num_blocks
+    indexes = damaged_indexes(cache, compare=whole)
     report: dict[str, Any] = {
         "damaged": damaged,
         "files": files,
         "cosine": {},
-        "command": cache.command(),
-        "ok": not damaged and not files,
+        "command": f"{cache.command()}{' --repair' if damaged else ''}",
+        "indexes": indexes,
+        "ok": not damaged and not files and not indexes,
     }
     if not report["ok"]:
         return report

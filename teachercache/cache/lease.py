@@ -1,7 +1,7 @@
 """Allow one builder at a time for a cache at a URL: a lease, an object in the cache that its builder renews.
 
 The ranks of one torchrun share a lease. Local caches use the kernel's locks instead, which a dead process
-releases.
+releases; on a file system that refuses locks the lease is a file beside the cache.
 """
 
 import contextlib
@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from teachercache.cache.locks import has_locks
 from teachercache.core.errors import UserError
 from teachercache.core.paths import is_url, write_whole
 from teachercache.core.process import is_alive, rank, world_size
@@ -30,12 +31,13 @@ def is_lease(path: Path) -> bool:
 
 @contextlib.contextmanager
 def lease(cache: Path) -> Iterator[None]:
-    """Hold the lease of a cache at a URL; raise UserError if another job holds it."""
-    if not is_url(cache):
+    """Hold the lease of a cache without locks; raise UserError if another job holds it."""
+    if has_locks(cache):
         yield
         return
     job, start, stopped = _job(), time.time(), threading.Event()
-    own_lease = cache / f"{NAME}{zlib.crc32(job.encode()):08x}-{rank()}.json"
+    folder, begin = _place(cache)
+    own_lease = folder / f"{begin}{zlib.crc32(job.encode()):08x}-{rank()}.json"
     owner = {"job": job, "host": socket.gethostname(), "pid": os.getpid(), "start": start}
 
     def renew() -> None:
@@ -63,6 +65,11 @@ def lease(cache: Path) -> Iterator[None]:
             own_lease.unlink(missing_ok=True)
 
 
+def _place(cache: Path) -> tuple[Path, str]:
+    """Return the folder of the leases of a cache, and how their names begin."""
+    return (cache, NAME) if is_url(cache) else (cache.absolute().parent, f"{cache.name}{NAME}")
+
+
 def _job() -> str:
     """Return a name that all processes of one torchrun share, and no other process has."""
     address = [os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID")]
@@ -76,13 +83,15 @@ def _refuse(cache: Path, job: str, start: float) -> None:
     """Raise UserError if a living builder of another job began before `start`; remove the leases of dead ones
     of this host.
     """
-    for entry in list(cache.iterdir()) if cache.exists() else []:
-        if not is_lease(entry):
+    folder, begin = _place(cache)
+    for entry in list(folder.iterdir()) if folder.exists() else []:
+        if not entry.name.startswith(begin) or not entry.name.endswith(".json"):
             continue
         try:
-            holder = json.loads(read_range(entry))  # one request: it may be renewed meanwhile
+            # One request: it may be renewed meanwhile
+            holder = json.loads(read_range(entry) if is_url(entry) else entry.read_bytes())
             age, host, process = time.time() - holder["time"], holder["host"], holder["pid"]
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
+        except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
             continue
         if holder["job"] == job:
             continue

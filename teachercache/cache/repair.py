@@ -5,7 +5,9 @@ They are written again without the teacher. Damaged blocks are found here, too; 
 """
 
 import dataclasses
+import errno
 import json
+import os
 import zlib
 from pathlib import Path
 
@@ -16,37 +18,85 @@ from zarr.storage import MemoryStore
 
 from teachercache.cache import store
 from teachercache.cache.layout import metadata
-from teachercache.core.errors import UserError
+from teachercache.cache.picture_bytes import damaged_times
+from teachercache.core.errors import UserError, is_machine
 from teachercache.core.paths import is_url, write_whole
 from teachercache.core.progress import say
 from teachercache.data.manifest import Manifest, digest_rows, write_manifest
 
 
-def damaged_blocks(cache: store.Cache) -> dict[int, str]:
-    """Return the blocks with a file that is missing or damaged, with the reason."""
+def damaged_blocks(cache: store.Cache, *, suspects: bool = False) -> dict[int, str]:
+    """Return the blocks with a file that is missing or damaged, with the reason.
+
+    Args:
+        cache: The cache.
+        suspects: Read only files of finished blocks that are not older than the done record, which is written last.
+            A file that is changed in place is found so, a bit that turns on the disk is not.
+    """
     damaged = {}
     for block in store.listed_blocks(cache):
         record = store.done_record(cache, block)
         if record is None:
             damaged[block] = "its done record is damaged"
             continue
-        for name, (size, checksum) in record["files"].items():
-            try:
-                content = (cache.path / name).read_bytes()
-            except OSError as error:
-                if is_url(cache.path) and not isinstance(error, FileNotFoundError):
-                    raise  # an error of the connection
-                damaged[block] = f"{name}: {error.strerror or 'missing'}"
-                break
-            if (len(content), zlib.crc32(content)) != (size, checksum):
-                damaged[block] = f"{name}: checksum differs"
-                break
+        if suspects and not store.covers(cache, record):
+            continue  # another builder may be writing it just now
+        names = _suspects(cache, record) if suspects else list(record["files"])
+        reason = next(filter(None, (_damage(cache, name, *record["files"][name]) for name in names)), "")
+        if reason:
+            damaged[block] = reason
     return damaged
+
+
+def _damage(cache: store.Cache, name: str, size: int, checksum: int) -> str:
+    """Return what is wrong with a chunk file, or an empty string."""
+    try:
+        content = (cache.path / name).read_bytes()
+    except FileNotFoundError:
+        return f"{name}: {os.strerror(errno.ENOENT)}"
+    except OSError as error:
+        if is_url(cache.path) or (is_machine(error) and error.errno != errno.EIO):
+            raise  # says nothing about the file
+        return f"{name}: {error.strerror}"
+    return "" if (len(content), zlib.crc32(content)) == (size, checksum) else f"{name}: checksum differs"
+
+
+def _suspects(cache: store.Cache, record: store.Record) -> list[str]:
+    """Return the chunk files of a block that are missing, of another size, or not older than its record."""
+    found: list[str] = []
+    try:
+        written = store.record_path(cache, record["block"]).stat().st_mtime_ns
+    except FileNotFoundError:  # another builder is about to write the block
+        return found
+    for name, (size, _) in record["files"].items():
+        try:
+            facts = (cache.path / name).stat()
+        except FileNotFoundError:
+            found.append(name)
+            continue
+        if facts.st_size != size or facts.st_mtime_ns >= written:
+            found.append(name)
+    return found
+
+
+def forget_damaged(cache: store.Cache, *, every: bool = False) -> None:
+    """Remove the done records of damaged blocks, so that this build writes them again.
+
+    Args:
+        cache: The cache.
+        every: Read every file; otherwise see `damaged_blocks(suspects=True)`. At a URL nothing is read without it.
+    """
+    if is_url(cache.path) and not every:
+        return
+    for block, reason in damaged_blocks(cache, suspects=not every).items():
+        say(f"{cache.path}: block {block} is damaged ({reason}): writing it again")
+        store.forget_block(cache, block)
 
 
 def damaged_files(cache: store.Cache) -> dict[str, str]:
     """Return the files that are missing or wrong, with the reason."""
     damaged = {name: "is not the metadata of this cache" for name in _wrong_metadata(cache)}
+    damaged |= dict.fromkeys(damaged_times(cache), "checksum differs")
     try:
         manifest = store.cached_manifest(cache)
         if digest_rows(manifest.table) != cache.meta.manifest:
@@ -70,6 +120,9 @@ def mend_files(cache: store.Cache, manifest: Manifest) -> None:
         for name in _wrong_metadata(cache):
             say(f"{cache.path / name} is damaged: writing it again")
             write_whole(cache.path / name, metadata(cache.meta)[name])
+        for name in damaged_times(cache):
+            say(f"{cache.path / name} is damaged: making it again")
+            (cache.path / name).unlink()
         try:
             store.cached_manifest(cache)
         except UserError:

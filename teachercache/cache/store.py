@@ -4,18 +4,16 @@
 <cache>/<field>/c/<block>/...     one chunk file per block and copy (text or view): raw bytes, then their
 crc32c
 <cache>/done/<block>.json         rows, file checksums and unusable rows of the block; written last
+<cache>/pictures/...              of which bytes each row was computed, see `picture_bytes.py`
 <cache>/manifest.parquet          keys, texts, labels: makes a cache readable without the data
 <cache>/quarantine.jsonl          every unusable row with its reason, once all blocks are done
 """
 
 import contextlib
 import dataclasses
-import fcntl
-import glob
 import json
 import os
 import shutil
-import socket
 import uuid
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,18 +33,18 @@ from teachercache.cache.layout import (
     metadata,
 )
 from teachercache.cache.lease import is_lease
+from teachercache.cache.locks import LOCK, alone
 from teachercache.cache.memory_map import can_map, map_chunks
 from teachercache.cache.spec import FORMAT, CacheMeta, meta_from_dict
 from teachercache.core.errors import UserError, closest
-from teachercache.core.paths import as_path, closest_path, is_url, write_whole
+from teachercache.core.leftovers import sweep_beside
+from teachercache.core.paths import as_path, closest_path, is_url, partial_name, write_whole
 from teachercache.core.process import is_alive
 from teachercache.data.manifest import Manifest, load_manifest, manifest_keys, write_manifest
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-LOCK = ".lock"  # an empty file; a builder locks the byte of each block that it writes
-GROW_BYTE = 1 << 40  # of the lock file: locked while the metadata of a cache is rewritten
 Chunks = Mapping[tuple[str, int], np.ndarray]  # field and copy (text or view, otherwise 0) -> [rows, ...]
 Problem = dict[str, Any]  # an entry of quarantine.jsonl: row, key, reason and, if it has one, text or view
 Record = dict[str, Any]  # a done record
@@ -76,9 +74,9 @@ def create(path: Path, meta: CacheMeta, manifest: Manifest) -> Cache:
         for name, content in metadata(meta).items():
             write_whole(path / name, content)
         return Cache(path, meta)
-    partial = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.partial")
+    partial = path.with_name(partial_name(path.name))
     shutil.rmtree(partial, ignore_errors=True)
-    _remove_abandoned(path)
+    sweep_beside(path)
     try:
         (partial / "done").mkdir(parents=True)
     except OSError as error:
@@ -93,16 +91,6 @@ def create(path: Path, meta: CacheMeta, manifest: Manifest) -> Cache:
         shutil.rmtree(partial)
         return open_cache(path)
     return Cache(path, meta)
-
-
-def _remove_abandoned(path: Path) -> None:
-    """Remove the temporary folders of builders of this machine that were killed while they created this
-    cache.
-    """
-    for folder in path.parent.glob(f"{glob.escape(path.name)}.{socket.gethostname()}-*.partial"):
-        process = folder.name.split("-")[-1].removesuffix(".partial")
-        if process.isdecimal() and not is_alive(int(process)):
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def open_cache(where: str | Path) -> Cache:
@@ -166,7 +154,8 @@ def cached_manifest(cache: Cache) -> Manifest:
 # Blocks
 
 
-def _record_path(cache: Cache, block: int) -> Path:
+def record_path(cache: Cache, block: int) -> Path:
+    """Return the done record of a block."""
     return cache.path / "done" / f"{block:08d}.json"
 
 
@@ -182,8 +171,8 @@ def done_blocks(cache: Cache) -> set[int]:
 
 
 def covers(cache: Cache, record: Record | None) -> bool:
-    """Return whether a done record covers every row, text and view that its block has now."""
-    if record is None:
+    """Return whether a done record covers every row, text and view that its block has now, and is not to be retried."""
+    if record is None or record.get("retry"):
         return False
     meta, last = cache.meta, cache.meta.block(record["block"]).stop
     return record["rows"][1] >= last and record["texts"] >= meta.texts and record["views"] >= meta.views
@@ -198,16 +187,30 @@ def _record_checksum(record: Record) -> int:
 def done_record(cache: Cache, block: int) -> Record | None:
     """Return the done record of a block, or None if it is missing or damaged: the block is then built again."""
     try:
-        record = json.loads(_record_path(cache, block).read_text())
+        record = json.loads(record_path(cache, block).read_text())
         return record if record["checksum"] == _record_checksum(record) else None
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
 
 
-def write_block(cache: Cache, block: int, chunks: Chunks, invalid: list[Problem]) -> None:
+def write_block(
+    cache: Cache,
+    block: int,
+    chunks: Chunks,
+    invalid: list[Problem],
+    beside: Mapping[str, bytes] | None = None,
+) -> None:
     """Write chunks of a block, then its done record, which also lists the unchanged chunks of an earlier
     record.
+
+    Args:
+        cache: The cache.
+        block: The number of the block.
+        chunks: The new chunks.
+        invalid: The entries of its quarantine.
+        beside: Files beside the arrays, by their relative names (`picture_bytes.py`).
     """
+    beside = beside or {}
     rows, earlier = cache.meta.block(block), done_record(cache, block)
     files = dict(earlier["files"]) if earlier else {}
     contents = {
@@ -216,20 +219,22 @@ def write_block(cache: Cache, block: int, chunks: Chunks, invalid: list[Problem]
     }
     names = {path: path.relative_to(cache.path).as_posix() for path in contents}
     files |= {names[path]: [len(content), zlib.crc32(content)] for path, content in contents.items()}
+    files |= {name: [len(content), zlib.crc32(content)] for name, content in beside.items()}
     needed = {
         chunk_path(cache, name, block, copy).relative_to(cache.path).as_posix()
         for name in (*cache.fields, "key")
         for copy in range(cache.copies(name))
     }
-    if set(files) != needed:
+    arrays = {name for name in files if not name.startswith("pictures/")}
+    if arrays != needed:
         raise ValueError(
-            f"block {block} lacks {sorted(needed - set(files))} and has extra {sorted(set(files) - needed)}"
+            f"block {block} lacks {sorted(needed - arrays)} and has extra {sorted(arrays - needed)}"
         )
     # From here on a killed builder leaves an unfinished block, never a wrong one. A block that grows keeps its record
     # until the new one is written: its rows and texts have the same bytes in the new files.
     if covers(cache, earlier):
         forget_block(cache, block)
-    for path, content in contents.items():
+    for path, content in [*contents.items(), *((cache.path / name, beside[name]) for name in beside)]:
         write_whole(path, content)
     record = {
         "block": block,
@@ -239,8 +244,14 @@ def write_block(cache: Cache, block: int, chunks: Chunks, invalid: list[Problem]
         "files": dict(sorted(files.items())),
         "invalid": invalid,
     }
-    record["checksum"] = _record_checksum(record)
-    write_whole(_record_path(cache, block), json.dumps(record, indent=1) + "\n")
+    write_record(cache, record)
+
+
+def write_record(cache: Cache, record: Record) -> None:
+    """Write a done record with its checksum, which comes last."""
+    facts = {name: value for name, value in record.items() if name != "checksum"}
+    content = json.dumps({**facts, "checksum": _record_checksum(facts)}, indent=1) + "\n"
+    write_whole(record_path(cache, record["block"]), content)
 
 
 def flush(path: Path) -> None:
@@ -257,11 +268,6 @@ def finish(cache: Cache) -> list[Problem]:
     entries = quarantined(cache)
     with contextlib.suppress(FileNotFoundError):  # another builder finished first, with the same bytes
         write_whole(cache.path / "quarantine.jsonl", json_lines(entries), tag=f".{uuid.uuid4().hex}")
-    if not is_url(cache.path):
-        for left in cache.path.glob(
-            "quarantine.jsonl.*.partial"
-        ):  # of a builder that was killed in this function
-            left.unlink(missing_ok=True)
     return entries
 
 
@@ -276,28 +282,14 @@ def json_lines(entries: list[Problem]) -> str:
     return "".join(json.dumps(entry) + "\n" for entry in entries)
 
 
-@contextlib.contextmanager
-def growing(cache: Cache) -> Iterator[None]:
-    """Let one process at a time rewrite the metadata of a cache. At a URL the lease does that (`lease.py`)."""
-    if is_url(cache.path):
-        yield
-        return
-    descriptor = open_lock(cache)
-    try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX, 1, GROW_BYTE)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def open_lock(cache: Cache) -> int:
-    """Return a descriptor of the lock file, which a copied cache may lack."""
-    return os.open(cache.path / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+def growing(cache: Cache) -> contextlib.AbstractContextManager[None]:
+    """Let one process at a time rewrite the metadata of a cache."""
+    return alone(cache.path)
 
 
 def forget_block(cache: Cache, block: int) -> None:
     """Remove the done record of a block, so that the next build writes the block again."""
-    _record_path(cache, block).unlink(missing_ok=True)
+    record_path(cache, block).unlink(missing_ok=True)
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ normalized views.
 """
 
 import contextlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,10 @@ import numpy as np
 from jaxtyping import Float
 
 from teachercache.cache import store
+from teachercache.cache.locks import LOCK
 from teachercache.core.errors import UserError, closest
+from teachercache.core.leftovers import sweep_beside
+from teachercache.core.paths import is_url
 from teachercache.core.progress import say
 from teachercache.search.index_files import (
     IndexRecord,
@@ -21,12 +25,12 @@ from teachercache.search.index_files import (
     faiss_module,
     identity,
     index_path,
+    kind_of_file,
     read_index,
     read_record,
-    record_path,
+    replace_index,
     set_effort,
     status,
-    write_index,
     write_record,
 )
 from teachercache.search.vectors import (
@@ -86,13 +90,21 @@ def update_index(
     state = status(cache, record) if record is not None and record.asked == kind else "other"
     if record is not None and state != "other":
         with contextlib.suppress(UserError):  # damaged: rebuild it
-            index = read_index(cache, record, write=state == "grown")
-            if state == "current":
+            index = read_index(cache, record, write=state == "grown", whole=True)
+            # A retry of unusable rows adds vectors to a cache whose metadata stays the same
+            if state == "current" and record.vectors == len(usable_vectors(cache, field)):
                 return path, write_record(cache, record), state
             extended = _extend(cache, index, record)
             if extended is not None:
                 return path, extended, "extended"
     return *build_index(cache, field=field, kind=kind), "built"
+
+
+def changing(cache: store.Cache) -> contextlib.AbstractContextManager[None]:
+    """Let one command at a time change the indexes of a cache. One that can only be read has no lock."""
+    if not is_url(cache.path) and not os.access(cache.path / LOCK, os.W_OK):
+        return contextlib.nullcontext()
+    return store.growing(cache)
 
 
 def extend_indexes(cache: store.Cache) -> list[Path]:
@@ -107,7 +119,8 @@ def extend_indexes(cache: store.Cache) -> list[Path]:
             continue
         old = read_record(cache, field)
         try:
-            _, record, done = update_index(cache, field=field, kind=old.asked if old else "auto")
+            kind = old.asked if old else kind_of_file(path)
+            _, record, done = update_index(cache, field=field, kind=kind)
         except UserError as error:
             say(f"{path} was not changed: {error}")
             continue
@@ -195,18 +208,13 @@ def _finish(
 ) -> IndexRecord:
     """Measure a filled index, and write it and its record."""
     effort, recall = _tune(cache, index, vectors, field=field, kind=kind)
-    path = index_path(cache, field)
-    record_path(path).unlink(
-        missing_ok=True
-    )  # if killed between the two files, a new index must not have an old record
-    size = write_index(index, path)
     record = IndexRecord(
         field=field,
         kind=kind,
         asked=asked,
         vectors=len(vectors),
         trained=trained,
-        bytes=size,
+        bytes=0,
         effort=effort,
         recall_at_10=recall,
         queries=min(QUERIES, len(vectors)) if effort else 0,
@@ -215,7 +223,8 @@ def _finish(
         identity=identity(cache),
         manifest=cache.meta.manifest,
     )
-    return write_record(cache, record)
+    sweep_beside(index_path(cache, field))
+    return replace_index(cache, index, record)
 
 
 # ----------------------------------------------------------------------------------------------------

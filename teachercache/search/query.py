@@ -12,6 +12,7 @@ from teachercache.core.errors import UserError, closest
 from teachercache.data.pictures import decode_image, read_regular
 from teachercache.data.sample import BadSample
 from teachercache.search.index import open_index, search
+from teachercache.search.index_files import index_command, index_path, read_record
 from teachercache.search.vectors import default_field, unit, usable_vectors
 
 
@@ -56,9 +57,23 @@ def search_cache(
             f"{cache.meta.spec.name} has texts and pictures in different spaces: search '{field}' by {alone} alone"
         )
     query = np.sum([unit(vector[None])[0] for vector in vectors], axis=0)
-    return _results(cache, field, search(opened, query, top=top + _per_row(cache, field) * len(rows)), rows)[
-        :top
-    ]
+    hits = _hits(cache, field, opened, query, top + _per_row(cache, field) * len(rows))
+    return _results(cache, field, hits, rows)[:top]
+
+
+def _hits(
+    cache: store.Cache, field: str, opened: Any, query: np.ndarray, top: int
+) -> list[tuple[int, float]]:
+    """Search; raise UserError with the command that makes the index again if it finds rows that are not there."""
+    reason = "it finds rows that the cache does not have"
+    try:
+        hits = search(opened, query, top=top)
+    except RuntimeError as error:  # of faiss
+        hits, reason = [(-1, 0.0)], " ".join(str(error).split())[:200]
+    if all(0 <= number < cache.meta.rows * _per_row(cache, field) for number, _ in hits):
+        return hits
+    command = index_command(cache, field, read_record(cache, field))
+    raise UserError(f"{index_path(cache, field)} is damaged ({reason}): {command}")
 
 
 def _per_row(cache: store.Cache, field: str) -> int:

@@ -320,7 +320,7 @@ def _indexed_pairs(subject: Subject, threshold: float) -> tuple[np.ndarray, np.n
     kept, cosines = [np.empty((0, 2), np.int64)], [np.empty(0, np.float32)]
     for first, chunk in neighbors.parts(main):
         scores, ids = opened.search(chunk, NEIGHBORS + 1)
-        i, k = np.nonzero((scores >= threshold) & (ids >= 0))
+        i, k = np.nonzero((scores >= threshold) & np.isin(ids, main.ids))
         other = neighbors.positions(main.ids, ids[i, k])
         once = first + i < other
         kept.append(np.stack([first + i, other], 1)[once])

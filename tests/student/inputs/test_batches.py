@@ -23,7 +23,7 @@ from student.inputs.order import StepPlan, epoch_order
 from student.inputs.pairs import PairBatches, TeacherFields
 from teachercache.cache import store
 from teachercache.cache.spec import CacheMeta, Field, TeacherSpec
-from teachercache.core.errors import UserError
+from teachercache.core.errors import MachineError, UserError
 from teachercache.data.manifest import Manifest, digest_rows, make_manifest
 from teachercache.data.read import read_manifest
 from teachercache.data.sample import Sample
@@ -288,7 +288,7 @@ def test_a_picture_that_vanished_is_named(tmp_path):
     cache = spelled_cache(manifest, tmp_path / "c.zarr")
     (data / manifest.column("image")[2]).unlink()
     batches = batches_of(manifest, cache, batch=8)
-    with pytest.raises(UserError, match=manifest.column("key")[2]):
+    with pytest.raises(MachineError, match=manifest.column("key")[2]):
         batches[0]
 
 

@@ -217,7 +217,9 @@ def test_verify_names_a_damaged_block_and_build_mends_it(url, teacher_folder, tm
         (url / name).write_bytes(whole[name][:-3] + b"abc")
         line = error_of(capsys, "verify", url)
         assert "1 damaged blocks" in line or f"{name}: damaged" in line
-        assert main([str(word) for word in words]) == 0
+        repair = ["--repair"] * ("1 damaged blocks" in line)
+        assert (" --repair`" in line) == bool(repair)
+        assert main([str(word) for word in (*words, *repair)]) == 0
         assert objects(url) == whole
 
 

@@ -1,7 +1,9 @@
 """FAISS beside a cache: the same neighbours as a slow loop, and never those of another build."""
 
+import contextlib
 import dataclasses
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -12,12 +14,14 @@ from small import chunks_of
 
 from teachercache.cache import store
 from teachercache.cache.spec import CacheMeta, Field, TeacherSpec
+from teachercache.core import paths
 from teachercache.core.errors import UserError
 from teachercache.core.paths import as_path
 from teachercache.data.manifest import make_manifest
 from teachercache.data.sample import Sample
 from teachercache.search import index, index_files
 from teachercache.search import vectors as vectors_module
+from teachercache.search.verify import damaged_indexes
 
 COMMAND = r"run `tc index .*c\.zarr --field image_emb( --kind \w+)?`"
 
@@ -226,7 +230,7 @@ def test_effort_is_the_least_that_reaches_the_recall_and_search_uses_it(
     found = recall(cache, images, images[::30])
     assert found >= 0.98
     path = index.index_path(cache, "image_emb")
-    weaker = dataclasses.replace(facts, effort={name: effort // 4})
+    weaker = dataclasses.replace(facts, effort={name: effort // 4}, digest="")
     path.with_name(path.name + ".json").write_text(json.dumps(dataclasses.asdict(weaker)))
     assert recall(cache, images, images[::30]) < found
 
@@ -397,7 +401,11 @@ def test_a_cache_that_was_only_written_down_anew_is_current(tmp_path):
     assert index.check_index(moved, "image_emb") == facts
     _, now, done = index.update_index(moved)
     assert done == "current"
-    assert now == index.read_record(moved, "image_emb") == dataclasses.replace(facts, meta=now.meta)
+    assert (
+        now
+        == index.read_record(moved, "image_emb")
+        == dataclasses.replace(facts, meta=now.meta, digest=now.digest)
+    )
     assert now.meta != facts.meta
     assert path.read_bytes() == content
 
@@ -428,23 +436,143 @@ def index_without_faiss() -> None:
     raise UserError("search needs FAISS: pip install it")
 
 
-def test_killed_between_the_two_files(tmp_path, monkeypatch):
-    """The new index with no facts is not searched, and is built again: ids come once."""
-    images = vectors(300)
-    index.build_index(make_cache(tmp_path / "c.zarr", images[:200]))
-    grown = make_cache(tmp_path / "c.zarr", images)
-    with monkeypatch.context() as patch:
-        patch.setattr(index, "write_record", lambda *arguments: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            index.update_index(grown)
-    with pytest.raises(UserError, match=f"missing, damaged or of another version: {COMMAND}"):
-        index.check_index(grown, "image_emb")
-    assert index.update_index(grown)[2] == "built"
-    assert [i for i, _ in search(grown, images[3].astype(np.float32), top=400)].count(3) == 1
+@pytest.mark.parametrize(
+    ("kind", "stage"), [("auto", "extend"), ("hnsw", "extend"), ("ivf", "extend"), ("hnsw", "build")]
+)
+def test_a_kill_at_any_rename_leaves_the_old_index_or_the_new_one(
+    tmp_path, monkeypatch, kind: str, stage: str
+):
+    """Two files are renamed in three steps: the record with both, the index, the record alone."""
+    images, replace, left = vectors(60), os.replace, []
+    cache = make_cache(tmp_path / "before/c.zarr", images[:40])
+    if stage == "extend":
+        index.build_index(cache, kind=kind)
+        make_cache(tmp_path / "before/c.zarr", images)
+    for event in range(4):
+        folder, seen = tmp_path / f"{event}", []
+        shutil.copytree(tmp_path / "before", folder)
+        cache = store.open_cache(folder / "c.zarr")
+
+        def count(source, target, event=event, seen=seen):
+            seen.append(target)
+            if len(seen) == event + 1:
+                raise KeyboardInterrupt
+            replace(source, target)
+
+        with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+            patch.setattr(os, "replace", count)
+            index.update_index(cache, kind=kind)
+        record = index.read_record(cache, "image_emb")
+        left.append(record and record.vectors)
+        assert bool(record) == index.index_path(cache, "image_emb").exists()
+        assert damaged_indexes(cache, compare=False) == {}
+        if record is not None and record.rows == cache.meta.rows:
+            assert damaged_indexes(cache, compare=True) == {}
+        assert not list(folder.glob("*.partial"))
+        index.extend_indexes(cache)
+        index.update_index(cache, kind=kind)
+        record = index.check_index(cache, "image_emb")
+        assert (record.asked, record.vectors) == (kind, cache.meta.rows)
+        found = [i for i, _ in search(cache, images[3].astype(np.float32), top=99)]
+        assert found.count(3) == 1
+    assert left == ([40, 40, 60, 60] if stage == "extend" else [None, None, 40, 40])
 
 
 # ----------------------------------------------------------------------------------------------------
 # Files that do not fit
+
+
+@pytest.mark.parametrize("kind", ["flat", "ivf", "hnsw"])
+def test_verify_finds_every_flipped_bit_of_an_index_and_search_never_falls_over_it(tmp_path, kind: str):
+    images = vectors(100)
+    cache = make_cache(tmp_path / "c.zarr", images)
+    path, _ = index.build_index(cache, kind=kind)
+    assert damaged_indexes(cache, compare=True) == {}
+    for file in (path, index_files.record_path(path)):
+        content = file.read_bytes()
+        for bit in range(3, 8 * len(content), 8 * len(content) // 7):
+            changed = bytearray(content)
+            changed[bit // 8] ^= 1 << bit % 8
+            file.write_bytes(changed)
+            (found,) = damaged_indexes(cache, compare=True).items()
+            assert found[0] == str(path), bit
+            assert found[1]["command"].startswith(f"tc index {cache.path} --field image_emb")
+            assert search(cache, images[7].astype(np.float32))[0][0] == 7
+        assert extended(cache).kind == kind
+        assert damaged_indexes(cache, compare=True) == {}
+    path.unlink()
+    assert damaged_indexes(cache, compare=True)[str(path)]["reason"] == "is missing"
+
+
+def extended(cache: store.Cache) -> index_files.IndexRecord:
+    """The record after a build of the cache went over its indexes."""
+    index.extend_indexes(cache)
+    return index.check_index(cache, "image_emb")
+
+
+def test_a_large_mapped_index_is_checked_up_to_its_lists(tmp_path, monkeypatch):
+    cache = make_cache(tmp_path / "c.zarr", vectors(400))
+    path, record = index.build_index(cache, kind="ivf")
+    assert 0 < record.head < record.bytes
+    monkeypatch.setattr(index_files, "WHOLE_UP_TO", 0)
+    content = path.read_bytes()
+    for place, found in ((record.head - 5, True), (record.head + 5, False)):
+        changed = bytearray(content)
+        changed[place] ^= 1
+        path.write_bytes(changed)
+        assert bool(index_files.wrong_bytes(path, record, whole=False)) == found
+        assert index_files.wrong_bytes(path, record, whole=True) == "its checksum differs"
+
+
+@pytest.mark.parametrize("kind", ["flat", "ivf", "hnsw"])
+def test_verify_compares_an_index_with_its_cache(tmp_path, kind: str):
+    images = vectors(100)
+    cache = make_cache(tmp_path / "c.zarr", images)
+    index.build_index(cache, kind=kind)
+    make_cache(tmp_path / "c.zarr", vectors(100, seed=5))  # other values of the same build
+    (found,) = damaged_indexes(cache, compare=True).values()
+    assert found["reason"] == "holds other vectors than the cache"
+    valid = np.ones(100, bool)
+    valid[4] = False
+    make_cache(tmp_path / "c.zarr", images, valid=valid)
+    (found,) = damaged_indexes(cache, compare=True).values()
+    assert found["reason"] == "holds other rows than the cache"
+    (found,) = damaged_indexes(make_cache(tmp_path / "c.zarr", vectors(110)), compare=True).values()
+    assert "lacks the last 10 rows" in found["reason"]
+
+
+def test_a_record_of_an_earlier_version_is_read(tmp_path):
+    cache = make_cache(tmp_path / "c.zarr", vectors(20))
+    path, record = index.build_index(cache)
+    old = dataclasses.asdict(record)
+    for name in ("checksum", "head", "head_checksum", "digest"):
+        del old[name]
+    index_files.record_path(path).write_text(json.dumps(old))
+    assert index.check_index(cache, "image_emb").checksum == -1
+    assert damaged_indexes(cache, compare=True) == {}
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "[]", "7", '{"before": 7}', '{"before": {}, "field": 3}'])
+def test_odd_records_are_damaged_ones(tmp_path, content: str):
+    cache = make_cache(tmp_path / "c.zarr", vectors(20))
+    path, _ = index.build_index(cache)
+    index_files.record_path(path).write_text(content)
+    assert index.read_record(cache, "image_emb") is None
+    assert "missing or damaged" in damaged_indexes(cache, compare=True)[str(path)]["reason"]
+
+
+def test_a_full_disk_while_an_index_is_written_names_the_file(tmp_path, monkeypatch):
+    cache = make_cache(tmp_path / "c.zarr", vectors(20))
+
+    def fail(file, content):
+        file.failed = OSError(28, "No space left on device")
+        raise file.failed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(paths._Noting, "write", fail)
+        with pytest.raises(OSError, match=r"No space left on device.*image_emb\.faiss"):
+            index.build_index(cache)
+    assert [path.name for path in tmp_path.iterdir()] == ["c.zarr"]
 
 
 def test_index_of_another_build_is_never_searched(tmp_path, capsys, monkeypatch):
