@@ -4,21 +4,21 @@ Images are read in place, except that CIFAR's arrays become PNGs in a Parquet fi
 UserError if a data set is incomplete or malformed. Prompts and metrics are in `results/suite.py`.
 """
 
-import csv
 import dataclasses
 import io
-import json
 import os
 import pickle
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from evaluation.data.files import UNPACK, file_json, file_lines
 from evaluation.data.imagenet_classes import class_places, class_words
 from teachercache.core.errors import UserError
+from teachercache.data.foreign import clean, is_data
 from teachercache.data.manifest import Manifest, make_manifest
 from teachercache.data.read import read_manifest
 from teachercache.data.sample import Sample
@@ -133,7 +133,10 @@ def unpickle(path: Path, *keys: str) -> list[Any]:
     try:
         with open(path, "rb") as file:
             values = _Arrays(file, encoding="latin1").load()
-        return [values[key] for key in keys]
+        found = [values[key] for key in keys]
+        if not all(isinstance(value, list | np.ndarray) for value in found):
+            raise ValueError(f"{', '.join(keys)} are not all lists or arrays")
+        return found
     except FileNotFoundError as error:
         raise UserError(f"there is no {path}: unpack the archive of CIFAR's Python version again") from error
     except (pickle.UnpicklingError, EOFError, ValueError, LookupError, TypeError) as error:
@@ -149,6 +152,8 @@ def read_food101(root: Path, scratch: Path) -> LabeledSet:
     folder = root / "food-101"
     classes = lines(folder / "meta/classes.txt")
     words = lines(folder / "meta/labels.txt") if (folder / "meta/labels.txt").exists() else classes
+    if len(words) != len(classes):
+        raise UserError(f"{folder}/meta has {len(classes)} classes and {len(words)} labels: {UNPACK}")
     names = {label: word.replace("_", " ") for label, word in zip(classes, words, strict=True)}
     samples = (
         Sample(name, f"images/{name}.jpg", label=name.partition("/")[0], split=split)
@@ -177,13 +182,8 @@ def read_pets(root: Path, scratch: Path) -> LabeledSet:
 
 def read_birdsnap(root: Path, scratch: Path) -> LabeledSet:
     """Read Birdsnap 1.1: species.txt, images.txt and test_images.txt with a header and tabs; images in images/."""
-
-    def rows(name: str) -> Iterator[dict[str, str]]:
-        with open(root / name, encoding="utf-8", newline="") as file:
-            yield from csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-
-    names = {row["id"]: row["common"] for row in rows("species.txt")}
-    test = {row["path"] for row in rows("test_images.txt")}
+    names = {row["id"]: row["common"] for row in tab_rows(root / "species.txt", ("id", "common"))}
+    test = {row["path"] for row in tab_rows(root / "test_images.txt", ("path",))}
     folder = next((name for name in ("images", "download/images") if (root / name).is_dir()), "")
     samples = (
         Sample(
@@ -192,9 +192,28 @@ def read_birdsnap(root: Path, scratch: Path) -> LabeledSet:
             label=row["species_id"],
             split="test" if row["path"] in test else "train",
         )
-        for row in rows("images.txt")
+        for row in tab_rows(root / "images.txt", ("path", "species_id"))
     )
     return labeled_set(root, samples, names)
+
+
+def tab_rows(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
+    """Return the rows of a file with a header and tabs, in which a quotation mark is a character.
+
+    Raises:
+        UserError: If the file cannot be read, or lacks a column or a line a field of it.
+    """
+    header, *others = [line.split("\t") for line in file_lines(path) if line.strip()] or [[]]
+    names = [name.strip().lower() for name in header]
+    missing = [name for name in columns if name not in names]
+    if missing:
+        raise UserError(f"{path} has no column {', '.join(missing)}: {UNPACK}")
+    short = next((cells for cells in others if len(cells) != len(names)), None)
+    if short is not None:
+        raise UserError(
+            f"{path}: the line {' '.join(short)[:60]!r} has {len(short)} fields, the header {len(names)}"
+        )
+    return [dict(zip(names, cells, strict=True)) for cells in others]
 
 
 def read_places365(root: Path, scratch: Path) -> LabeledSet:
@@ -204,9 +223,9 @@ def read_places365(root: Path, scratch: Path) -> LabeledSet:
         raise UserError(
             f"{root} has places365_val.txt and no val_256 or val_large with its pictures: put one there"
         )
-    numbered = (line.split() for line in lines(root / "categories_places365.txt"))
+    numbered = words_in_lines(root / "categories_places365.txt", 2)
     names = {number: re.sub("[_/]", " ", name[3:]) for name, number in numbered}  # without /a/
-    listed = (line.split() for line in lines(root / "places365_val.txt"))
+    listed = words_in_lines(root / "places365_val.txt", 2)
     return labeled_set(
         root, (Sample(name, f"{folder}/{name}", label=label, split="test") for name, label in listed), names
     )
@@ -218,13 +237,18 @@ def lines(path: Path) -> list[str]:
     Raises:
         UserError: If the file cannot be read.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
+    return [line.strip() for line in file_lines(path) if line.strip() and not line.startswith("#")]
+
+
+def words_in_lines(path: Path, number: int) -> list[list[str]]:
+    """Return the words of each line, `number` of them; raise a UserError as `lines` does, or if a line has another."""
+    words = [line.split() for line in lines(path)]
+    odd = next((line for line in words if len(line) != number), None)
+    if odd is not None:
         raise UserError(
-            f"cannot read {path}: {error.strerror or error}; unpack the data set's archive again"
-        ) from error
-    return [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
+            f"{path}: the line {' '.join(odd)[:60]!r} has {len(odd)} words instead of {number}: {UNPACK}"
+        )
+    return words
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -240,7 +264,9 @@ def read_caltech101(root: Path, scratch: Path) -> LabeledSet:
     folder = root / "101_ObjectCategories"
     draw, samples = np.random.default_rng(CALTECH_SEED), []
     for label in sorted(
-        path.name for path in folder.iterdir() if path.is_dir() and path.name != "BACKGROUND_Google"
+        path.name
+        for path in folder.iterdir()
+        if path.is_dir() and path.name != "BACKGROUND_Google" and is_data(path.name)
     ):
         names = pictures_in(folder / label)
         train = set(draw.permutation(len(names))[:CALTECH_TRAIN].tolist())
@@ -292,16 +318,16 @@ def read_wnids(folder: Path) -> LabeledSet:
 
 def pictures_in(folder: Path) -> list[str]:
     """Return the sorted names of the images in a folder."""
-    return sorted(name for name in os.listdir(folder) if name.lower().endswith(PICTURES))
+    return sorted(name for name in os.listdir(folder) if name.lower().endswith(PICTURES) and is_data(name))
 
 
 def json_of(path: Path) -> dict[str, str]:
-    """Read a flat JSON object.
+    """Read a JSON object of texts.
 
     Raises:
-        UserError: If the file cannot be read.
+        UserError: If the file cannot be read, or has another form.
     """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}; unpack the data set's archive again") from error
+    value = file_json(path)
+    if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
+        raise UserError(f"{path} is not a JSON object of texts: {UNPACK}")
+    return {clean(name): clean(text) for name, text in value.items()}

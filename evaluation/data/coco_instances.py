@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from teachercache.core.errors import UserError
+from teachercache.core.progress import say
+from teachercache.data.foreign import Foreign, parse_json
 from teachercache.data.manifest import Manifest
 from teachercache.data.pictures import read_image
 from teachercache.data.sample import BadSample
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from pycocotools.coco import COCO
 
 AVERAGES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")  # the first six of COCOeval.stats
+LARGEST = 1 << 20  # pixels; NaN and infinity are not below it
 MISSING = "COCO detection needs pycocotools: pip install 'teachercache[detection]'"
 Note = dict[str, Any]  # COCO's JSON object of an image, an annotation or a result
 Example = tuple[int, Tensor, dict[str, Tensor]]  # image id, pixels [3, height, width] in [0, 1], targets
@@ -72,13 +75,68 @@ def read_instances(root: Path, split: str) -> Instances:
     name = path.stem.removeprefix("instances_")
     if not (Path(root) / name).is_dir():
         raise UserError(f"no folder {Path(root) / name}: put the pictures of {path.name} there")
-    try:
-        with quiet():
-            coco = COCO(str(path))
-            coco.getCatIds()
-    except (ValueError, KeyError, TypeError, AssertionError) as error:
-        raise UserError(f"{path} is not in COCO's format of instances: {error!r}") from error
+    coco = COCO()
+    with quiet():
+        try:
+            coco.dataset = checked(parse_json(path.read_bytes(), what="it"), path)
+        except Foreign as error:
+            raise UserError(f"{path} is not in COCO's format of instances: {error}") from error
+        coco.createIndex()
     return Instances(coco, name)
+
+
+def checked(values: Any, path: Path) -> dict[str, Any]:
+    """Check the content of an annotation file; ids may be numbers in one list and texts in another.
+
+    Returns:
+        The content, with ids of one kind. Annotations of no image are left out and counted in a line.
+
+    Raises:
+        UserError: It is not in COCO's format of instances; the message names the entry.
+    """
+    lists = {
+        "images": ("id", "file_name", "width", "height"),
+        "categories": ("id",),
+        "annotations": ("id", "image_id", "category_id", "bbox"),
+    }
+    place = "the file"
+    try:
+        for name, keys in lists.items():
+            for i, entry in enumerate(values[name]):
+                place = f"entry {i} of `{name}`"
+                for key in keys:
+                    _check_value(entry, key)
+        places = {name: {entry["id"] for entry in values[name]} for name in ("images", "categories")}
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is not in COCO's format of instances: {place}: {error!r}") from error
+    kept = [
+        note
+        for note in values["annotations"]
+        if note["image_id"] in places["images"] and note["category_id"] in places["categories"]
+    ]
+    strays = len(values["annotations"]) - len(kept)
+    if strays and not kept:
+        raise UserError(f"0 of {strays:,} annotations of {path} belong to a picture and a category")
+    if strays:
+        say(f"{path}: {strays:,} annotations belong to no picture or no category: left out")
+    return {**values, "annotations": kept}
+
+
+def _check_value(entry: Note, key: str) -> None:
+    """Check a value, and make a number of an id that is written as a text."""
+    value = entry[key]
+    if key == "file_name":
+        fits = isinstance(value, str)
+    elif key == "bbox":
+        fits = isinstance(value, list) and len(value) == 4 and all(type(x) in (int, float) for x in value)
+        fits = fits and all(abs(x) < LARGEST for x in value)
+    elif key in ("width", "height"):
+        fits = type(value) is int and value > 0
+    else:
+        entry[key] = int(value) if isinstance(value, str) and value.isdecimal() else value
+        fits = type(entry[key]) is int
+    if not fits:
+        raise ValueError(f"{key} is {value!r:.40}")
 
 
 @contextlib.contextmanager

@@ -5,16 +5,15 @@ Images are read in place and nothing is unpacked. A name in a data set never lea
 
 import dataclasses
 import functools
-import io
-import json
-import math
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from evaluation.data.files import file_json, file_lines
 from teachercache.core.errors import UserError, is_machine
 from teachercache.data.columns import open_parquet
+from teachercache.data.foreign import Foreign, clean, parse_json
 from teachercache.data.pictures import decode_image, read_regular
 from teachercache.data.sample import BadSample
 
@@ -36,6 +35,7 @@ TEXTS = {
 }
 ENDINGS = ("", ".png", ".jpg", ".jpeg")  # Winoground's names have no ending
 LARGEST = 256 << 20  # bytes of an unpacked image inside an archive
+LARGEST_BOX = 1 << 20  # pixels from the corner; NaN and infinity are not below it
 Read = Callable[[], "Image.Image"]
 
 
@@ -98,11 +98,11 @@ def _from_lines(path: Path) -> list[Example]:
     else:
         raise UserError(f"neither images.zip nor images/ beside {path}: put Winoground's pictures there")
     examples = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(file_lines(path), 1):
         if line.strip():
             try:
-                content = json.loads(line)
-            except ValueError as error:
+                content = parse_json(line.encode(), what="it")
+            except Foreign as error:
                 raise UserError(f"{path}, line {number}: not JSON: {error}") from error
             examples.append(_example(content, [find], f"{path}, line {number}"))
     if not examples:
@@ -117,11 +117,11 @@ def _example(line: Any, find: Sequence[Callable[[Any], bytes]], place: str) -> E
         raise UserError(f"{place}: num_main_preds is {line['num_main_preds']!r} instead of 1 or 2")
     readers = [functools.partial(_decoded, find[k % len(find)], line[f"image_{k}"]) for k in (0, 1)]
     return Example(
-        (line["caption_0"], line["caption_1"]),
+        (clean(line["caption_0"]), clean(line["caption_1"])),
         (readers[0], readers[1]),
-        line["collapsed_tag"],
+        clean(line["collapsed_tag"]),
         int(line["num_main_preds"]),
-        line.get("secondary_tag") or "",
+        clean(note) if isinstance(note := line.get("secondary_tag"), str) else "",
     )
 
 
@@ -181,7 +181,8 @@ def _cell(value: Any) -> bytes:
 def read_relations(path: Path) -> list[Case]:
     """Read `visual_genome_relation.json`: crops of `images/`, grouped by relation."""
     return [
-        _case(path, i, line, line["relation_name"]) for i, line in _listed(path, (*CASE, "relation_name"))
+        _case(path, i, line, clean(line["relation_name"]))
+        for i, line in _listed(path, (*CASE, "relation_name"))
     ]
 
 
@@ -189,9 +190,10 @@ def read_attributions(path: Path) -> list[Case]:
     """Read `visual_genome_attribution.json`: crops of `images/`, grouped by the ordered pair of attributes."""
     cases = []
     for i, line in _listed(path, (*CASE, "attributes")):
-        if not isinstance(line["attributes"], list) or len(line["attributes"]) != 2:
-            raise UserError(f"{path}, item {i}: attributes are a list of two")
-        cases.append(_case(path, i, line, "_".join(map(str, line["attributes"]))))
+        names = line["attributes"]
+        if not isinstance(names, list) or len(names) != 2 or not all(isinstance(name, str) for name in names):
+            raise UserError(f"{path}, item {i}: attributes are a list of two names")
+        cases.append(_case(path, i, line, "_".join(map(clean, line["attributes"]))))
     return cases
 
 
@@ -201,12 +203,12 @@ CASE = ("image_path", "true_caption", "false_caption", "bbox_x", "bbox_y", "bbox
 def _case(path: Path, number: int, line: dict[str, Any], group: str) -> Case:
     x, y, width, height = box = [line[f"bbox_{key}"] for key in "xywh"]
     if (
-        not all(isinstance(value, int | float) and math.isfinite(value) for value in box)
+        not all(type(value) in (int, float) and abs(value) < LARGEST_BOX for value in box)
         or min(width, height) <= 0
     ):
         raise UserError(f"{path}, item {number}: bbox_x, _y, _w, _h are {box} instead of a box in pixels")
     read = functools.partial(_crop, path.parent / "images", line["image_path"], (x, y, x + width, y + height))
-    return Case(read, line["true_caption"], line["false_caption"], group)
+    return Case(read, clean(line["true_caption"]), clean(line["false_caption"]), group)
 
 
 def _crop(folder: Path, name: str, box: tuple[float, float, float, float]) -> "Image.Image":
@@ -221,7 +223,7 @@ def read_captioned(path: Path) -> list[tuple[Read, list[str]]]:
         captions = [line["caption"]] if isinstance(line["caption"], str) else line["caption"]
         if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
             raise UserError(f"{path}, item {i}: caption is a list of texts")
-        images.append((functools.partial(_picture, path.parent, line["image"]), captions))
+        images.append((functools.partial(_picture, path.parent, line["image"]), list(map(clean, captions))))
     return images
 
 
@@ -240,7 +242,7 @@ def read_sugar_crepe(path: Path, pictures: Path) -> list[Case]:
         if not isinstance(line["caption"], str):
             raise UserError(f"{path}, item {i}: 'caption' is not a text")
         read = functools.partial(_picture, pictures, line["filename"])
-        cases.append(Case(read, line["caption"], line["negative_caption"], path.stem))
+        cases.append(Case(read, clean(line["caption"]), clean(line["negative_caption"]), path.stem))
     return cases
 
 
@@ -250,21 +252,23 @@ def _picture(folder: Path, name: str) -> "Image.Image":
 
 def _beside(folder: Path, name: str) -> bytes:
     """The bytes of an image below a folder; BadSample if there is none, or its name leads out of the folder."""
-    for ending in ENDINGS:
-        path = (folder / f"{name}{ending}").resolve()
-        if not path.is_relative_to(folder.resolve()):
-            raise BadSample(f"the name {name!r} leads out of {folder}")
-        if path.is_file():
-            return read_regular(path)
+    try:
+        for ending in ENDINGS:
+            path = (folder / f"{name}{ending}").resolve()
+            if not path.is_relative_to(folder.resolve()):
+                raise BadSample(f"the name {name!r} leads out of {folder}")
+            if path.is_file():
+                return read_regular(path)
+    except (ValueError, OSError) as error:  # a NUL, a half emoji, or a name too long
+        if is_machine(error):
+            raise
+        raise BadSample(f"cannot open {name[:60]!r} in {folder}: {error}") from error
     raise BadSample(f"there is no {folder / name}")
 
 
 def _listed(path: Path, keys: Sequence[str]) -> list[tuple[Any, dict[str, Any]]]:
     """The items of a JSON list, or of an object of items, each with its number, checked to have the keys."""
-    try:
-        content = json.load(io.BytesIO(path.read_bytes()))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
+    content = file_json(path)
     if not isinstance(content, dict | list):
         raise UserError(f"{path} is neither a list nor an object of items")
     items = list(content.items()) if isinstance(content, dict) else list(enumerate(content))

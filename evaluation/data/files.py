@@ -18,9 +18,9 @@ def file_text(path: Path) -> str:
         UserError: It is missing, not readable, or in another encoding than UTF-8 or UTF-16 with a mark.
     """
     try:
-        return decode_whole(_content(path), what="it")
+        return decode_whole(_content(path), what=str(path))
     except Foreign as error:
-        raise UserError(f"{path} is no text: {error}") from error
+        raise UserError(str(error)) from error
 
 
 def file_lines(path: Path) -> list[str]:
@@ -35,9 +35,9 @@ def file_json(path: Path) -> Any:
         UserError: It is missing, not readable, not JSON, or nested too deep.
     """
     try:
-        return parse_json(_content(path), what="it")
+        return parse_json(_content(path), what=str(path))
     except Foreign as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
+        raise UserError(str(error)) from error
 
 
 def _content(path: Path) -> bytes:

@@ -6,12 +6,13 @@ installed, otherwise HanTa (`pip install 'teachercache[aro]'`), whose package co
 """
 
 import dataclasses
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from evaluation.data.files import file_json
 from teachercache.core.errors import UserError
+from teachercache.data.foreign import clean
 
 KINDS = ("noun", "adjective", "other")
 SPACY_MODEL = "en_core_web_sm"
@@ -77,10 +78,7 @@ def of_file(path: Path) -> Tagger:
     Raises:
         UserError: If the file is malformed; its `tag` raises it for a caption that is missing.
     """
-    try:
-        tags_of = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
+    tags_of = file_json(path)
     if not isinstance(tags_of, dict):
         raise UserError(f"{path} is not an object of captions")
 
@@ -93,7 +91,7 @@ def of_file(path: Path) -> Tagger:
             for pair in pairs
         ):
             raise UserError(f"{path}: the tags of {text!r} are not pairs of a token and {', '.join(KINDS)}")
-        return [(token, kind) for token, kind in pairs]
+        return [(clean(token), kind) for token, kind in pairs]
 
     return Tagger(path.name, lambda texts: [tags(text) for text in texts])
 

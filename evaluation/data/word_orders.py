@@ -20,6 +20,7 @@ from evaluation.data.pos_tags import Tagged, Tagger, find_tagger, word_tokenizer
 from teachercache.core.errors import UserError
 from teachercache.core.paths import write_whole
 from teachercache.core.progress import say
+from teachercache.data.foreign import clean, parse_json
 
 MAX_WORDS = 30
 SHUFFLES = ("nouns_and_adjectives", "all_but_nouns_and_adjectives", "within_trigrams", "trigrams")
@@ -150,11 +151,11 @@ def stored_options(path: Path, captions: Sequence[str], *, seed: int = 0) -> Opt
 def _read(path: Path, num: int) -> dict[str, Any]:
     """The content of a file with `num` captions, checked."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_bytes(), what="it")
         groups = content["options"] if {"tagger", "seed", "source", "options"} <= set(content) else []
         texts = [text for group in groups if len(group) == 5 for text in group]
         if len(groups) == num and len(texts) == 5 * num and all(isinstance(text, str) for text in texts):
-            return content
-    except (ValueError, TypeError):
+            return content | {"options": [[clean(text) for text in group] for group in groups]}
+    except (ValueError, TypeError, AttributeError):
         pass
     raise UserError(f"{path} is not a complete file of options: remove it to have it written anew")

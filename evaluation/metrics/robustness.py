@@ -7,12 +7,13 @@ The user provides the accuracies of the standard models, `baselines.csv` beside 
 testbed.
 """
 
-import csv
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
 from teachercache.core.errors import UserError
+from teachercache.data.foreign import Foreign
+from teachercache.data.readers.csv_files import parse_table
 
 Points = list[tuple[float, float]]  # for each standard model its accuracy on ImageNet and on the shifted set
 
@@ -30,8 +31,17 @@ def read_baselines(path: Path) -> dict[str, Points]:
     Raises:
         UserError: If an accuracy is not a number between 0 and 1.
     """
-    with open(path, encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
+    try:
+        table = parse_table(path.read_bytes(), known=("model", "imagenet1k"))
+    except Foreign as error:
+        raise UserError(f"{path} is not a CSV file that can be read: {error}") from error
+    repeated = next((name for name in table.names if name and table.names.count(name) > 1), "")
+    problem = next((line.problem for line in table.lines if line.problem), "")
+    if repeated or problem:
+        raise UserError(f"{path}: {problem or f'column {repeated!r} comes several times'}")
+    rows = [dict(zip(table.names, map(str.strip, line.cells), strict=True)) for line in table.lines]
+    if not any(name.rpartition(":")[2] == "imagenet1k" for name in table.names):
+        raise UserError(f"{path} has no column imagenet1k: see evaluation/metrics/robustness.py")
     names = {
         name
         for row in rows

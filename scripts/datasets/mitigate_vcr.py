@@ -32,7 +32,8 @@ from evaluation.studies.vcr_mitigation import (
 )
 from teachercache.core.errors import UserError
 from teachercache.core.paths import write_whole
-from teachercache.data.readers.questions import json_lines
+from teachercache.data.foreign import parse_json
+from teachercache.data.readers.questions import check_tokens, json_lines
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -50,6 +51,12 @@ def read(path: Path) -> list[dict[str, Any]]:
             raise UserError(
                 f"line {number} of {path} has no {', '.join(missing)}: pass VCR's train or val .jsonl"
             )
+        try:
+            check_tokens(line)
+            if line["answer_label"] not in range(len(line["answer_choices"])):
+                raise ValueError(f"answer_label is {line['answer_label']!r:.40}")
+        except (ValueError, TypeError, KeyError, IndexError) as error:
+            raise UserError(f"line {number} of {path} is not VCR's: {error}") from error
     return lines
 
 
@@ -60,7 +67,7 @@ def read_words(path: Path) -> dict[str, list[str]]:
         UserError: if the file does not exist or has another format.
     """
     try:
-        words = json.loads(path.read_text(encoding="utf-8"))
+        words = parse_json(path.read_bytes())
         assert all(
             isinstance(value, list) and all(isinstance(word, str) for word in value)
             for value in words.values()

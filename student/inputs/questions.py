@@ -101,7 +101,9 @@ class QuestionTask:
 def find_task(manifest: Manifest, rows: np.ndarray, mode: str) -> Task:
     """Return the task of the rows; raise a UserError if they have no questions."""
     samples = (manifest.row(row) for row in rows[:1].tolist())
-    name = next((json.loads(sample.task)["task"] for sample in samples if sample.task), "").replace("-", "_")
+    name = next((json.loads(sample.task).get("task", "") for sample in samples if sample.task), "").replace(
+        "-", "_"
+    )
     if name not in QUESTION_TASKS:
         raise UserError(
             f"{manifest.data} has no questions: pass VCR's .jsonl, SNLI-VE's .jsonl or VQA's questions .json "
@@ -116,7 +118,7 @@ def read_question(task: Task, sample: Sample) -> Question:
     try:
         columns = json.loads(sample.task)
         return QUESTION_TASKS[task.name].read(task, sample, columns, columns["texts"])
-    except (ValueError, KeyError, IndexError, TypeError) as error:
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise UserError(f"row '{sample.key}' is not a row of {task.name}: {error!r}") from error
 
 

@@ -5,6 +5,8 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from teachercache.data.foreign import clean
+
 
 class BadSample(Exception):
     """A row is unusable; the message is the reason in quarantine.jsonl."""
@@ -42,7 +44,7 @@ class Sample:
 def task_columns(**columns: Any) -> str:
     """Return the value of `Sample.task`: one JSON object with sorted keys, without columns that are None."""
     kept = {name: value for name, value in columns.items() if value is not None}
-    return json.dumps(kept, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str)
+    return clean(json.dumps(kept, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str))
 
 
 def clean_texts(sample: Sample) -> Iterator[tuple[str, bool]]:

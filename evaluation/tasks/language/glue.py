@@ -5,6 +5,7 @@ of these folders. Measured on dev, because the test files have no labels. WNLI i
 """
 
 import dataclasses
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from types import ModuleType
 import numpy as np
 import torch
 
+from evaluation.data.files import file_text
 from evaluation.probes.finetune_text import (
     Label,
     Options,
@@ -142,9 +144,9 @@ def read_tsv(path: Path, task: GlueTask) -> tuple[list[Row], int]:
     """
     if not path.exists():
         raise UserError(f"there is no {path}: GLUE's own files are expected")
-    lines = path.read_text(encoding="utf-8").removeprefix("\ufeff").split("\n")
+    lines = file_text(path).split("\n")
     lines = [line.rstrip("\r") for line in lines if line.strip()]
-    header = list(task.header) or lines.pop(0).split("\t") if lines else []
+    header = list(task.header) or [name.strip() for name in lines.pop(0).split("\t")] if lines else []
     missing = [name for name in (*task.texts, task.label) if name not in header]
     if missing:
         raise UserError(f"{path} has no column {', '.join(missing)}: GLUE's own files are expected")
@@ -168,7 +170,8 @@ def read_tsv(path: Path, task: GlueTask) -> tuple[list[Row], int]:
 def _label(cell: str, task: GlueTask) -> float | None:
     """The index of a label, or its value for regression; None if it is neither."""
     try:
-        return float(cell) if not task.labels else task.labels.index(cell)
+        value = float(cell) if not task.labels else task.labels.index(cell)
+        return value if math.isfinite(value) else None
     except ValueError:
         return None
 

@@ -6,7 +6,6 @@ train.jsonl and test.jsonl with `document` and `summary`.
 """
 
 import dataclasses
-import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from evaluation.data.files import file_json, file_text
 from evaluation.probes.finetune_text import Options, Row, batches, encode_texts, fine_tune, load_text_model
 from evaluation.tasks.task import Metrics
 from teachercache.core.errors import UserError
 from teachercache.core.progress import say, ticker
+from teachercache.data.foreign import Foreign, caption_of
 from teachercache.data.readers.questions import json_lines
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def read_split(data: str, split: str) -> list[Row]:
         pairs = _bbc(root, split)
     elif (root / f"{split}.jsonl").exists():
         lines = json_lines(root / f"{split}.jsonl")
-        pairs = ((str(line.get("document", "")), str(line.get("summary", ""))) for line in lines)
+        pairs = ((_text(line, "document"), _text(line, "summary")) for line in lines)
     if pairs is None:
         raise UserError(
             f"no XSUM at {data}: {split}.source and {split}.target, {split}.jsonl, or {SPLIT_FILE} with "
@@ -94,10 +95,17 @@ def read_split(data: str, split: str) -> list[Row]:
     return rows
 
 
+def _text(line: dict[str, Any], name: str) -> str:
+    """Return a text of a line, "" for null and for what is no text: the pair is left out."""
+    try:
+        return caption_of(line.get(name)) or ""
+    except Foreign:
+        return ""
+
+
 def _lines(root: Path, split: str) -> Iterator[tuple[str, str]]:
     documents, targets = (
-        (root / f"{split}.{kind}").read_text(encoding="utf-8").removesuffix("\n").split("\n")
-        for kind in ("source", "target")
+        file_text(root / f"{split}.{kind}").removesuffix("\n").split("\n") for kind in ("source", "target")
     )
     if len(documents) != len(targets):
         raise UserError(
@@ -109,10 +117,16 @@ def _lines(root: Path, split: str) -> Iterator[tuple[str, str]]:
 
 def _bbc(root: Path, split: str) -> Iterator[tuple[str, str]]:
     """Pairs from files of marked sections; files that the split names but do not exist are left out."""
-    for number in json.loads((root / SPLIT_FILE).read_text(encoding="utf-8"))[split]:
+    numbers = file_json(root / SPLIT_FILE)
+    numbers = numbers.get(split) if isinstance(numbers, dict) else None
+    if not isinstance(numbers, list) or not all(str(number).isalnum() for number in numbers):
+        raise UserError(
+            f"{root / SPLIT_FILE} has no list of numbers under {split!r}: XSUM's own file is expected"
+        )
+    for number in numbers:
         path = root / "bbc-summary-data" / f"{number}.summary"
         if path.exists():
-            sections = read_sections(path.read_text(encoding="utf-8"))
+            sections = read_sections(file_text(path))
             yield sections.get("RESTBODY", ""), sections.get("FIRST-SENTENCE", "")
 
 

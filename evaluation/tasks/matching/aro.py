@@ -7,7 +7,6 @@ relations: a few obvious ones, or those in `symmetric_relations.json` beside the
 which is rare rather than symmetric). `aro_overall` is the mean of the two macros; SDS-CLIP does not define its own.
 """
 
-import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from evaluation.data.compositional import Case, Read, read_attributions, read_captioned, read_relations
+from evaluation.data.files import file_json
 from evaluation.data.word_orders import stored_options, wrong_options
 from evaluation.metrics.ranking import bootstrap_interval
 from evaluation.models.matcher import Matcher, MatchScores, Question, score_questions, total_cost
@@ -138,10 +138,7 @@ def symmetric_relations(data: Path) -> Collection[str]:
     path = data / "symmetric_relations.json"
     if not path.exists():
         return SYMMETRIC
-    try:
-        names = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
+    names = file_json(path)
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise UserError(f"{path} is not a list of relations' names")
     return set(names)

@@ -38,15 +38,15 @@ def json_lines(path: Path) -> list[dict[str, Any]]:
     """Return the objects of a .jsonl file; raise UserError with the number of an invalid line."""
     objects = []
     try:
-        text = decode_whole(path.read_bytes(), what="it")
+        text = decode_whole(path.read_bytes(), what=str(path))
     except Foreign as error:
-        raise UserError(f"{path} is not a .jsonl file: {error}") from error
+        raise UserError(str(error)) from error
     for number, line in enumerate(lines_of(text), start=1):
         if line.strip():
             try:
-                value = parse_json(line.encode(), what="it")
+                value = parse_json(line.encode(), what=f"line {number} of {path}")
             except Foreign as error:
-                raise UserError(f"line {number} of {path} is not JSON: {error}") from error
+                raise UserError(str(error)) from error
             if not isinstance(value, dict):
                 raise UserError(f"line {number} of {path} is not a JSON object")
             objects.append(value)
@@ -162,6 +162,7 @@ def check_tokens(line: dict[str, Any]) -> None:
     Raises:
         ValueError: One is not.
         KeyError: One is missing.
+        IndexError: A token refers to an object that is not there.
     """
     if not isinstance(line["objects"], list) or not all(isinstance(name, str) for name in line["objects"]):
         raise ValueError("objects is not a list of names")
@@ -175,6 +176,9 @@ def check_tokens(line: dict[str, Any]) -> None:
         )
         if not fits:
             raise ValueError("a question or choice is not a list of words and of lists of numbers")
+        for token in tokens:
+            if not isinstance(token, str):
+                _names(token, line["objects"])
 
 
 def _vcr_row(line: dict[str, Any], images: Path) -> tuple[tuple[str, ...], str]:

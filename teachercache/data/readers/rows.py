@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from teachercache.core.paths import is_url
 from teachercache.data.foreign import (
     SPLITS,
     Foreign,
@@ -19,6 +20,7 @@ from teachercache.data.sample import task_columns
 from teachercache.data.unused import Unused
 
 TEXT_FIELDS = ("text", "caption", "raw", "value", "string")  # where a record holds its text
+LONGEST = 255  # bytes of a file name
 NUMBERED = re.compile(
     r"[ _.-]?\d+"
 )  # caption_1, caption 2, and caption.1 as pandas renames a second `caption`
@@ -63,6 +65,8 @@ def file_named(value: Any, *, what: str) -> str:
     name = label_of(value, what=what)
     if "\0" in name or "\n" in name:
         raise Foreign(f"{what} is no file name: it has a line break or a NUL")
+    if not is_url(name) and any(len(part.encode()) > LONGEST for part in name.split("/")):
+        raise Foreign(f"{what} is no file name: it has {len(name):,} characters")
     return name
 
 

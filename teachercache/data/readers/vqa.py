@@ -4,6 +4,7 @@
 kind of each.
 """
 
+import dataclasses
 import os
 from collections.abc import Container, Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from teachercache.data.foreign import (
     split_in_name,
 )
 from teachercache.data.readers.files import picture_folder
+from teachercache.data.readers.rows import file_named
 from teachercache.data.sample import Sample, task_columns
 from teachercache.data.unused import Unused
 
@@ -33,9 +35,9 @@ def read_vqa(path: Path, values: Any, unused: Unused) -> Iterator[Sample]:
     none. An id may be a number in one file and a text in the other.
     """
     try:
-        subset = values["data_subtype"].replace("test-dev", "test")
-        questions = [_VqaQuestion(i, entry) for i, entry in enumerate(values["questions"])]
-    except (KeyError, TypeError, AttributeError) as error:
+        subset = file_named(values["data_subtype"], what="data_subtype").replace("test-dev", "test")
+        questions = [_question(i, entry) for i, entry in enumerate(values["questions"])]
+    except (KeyError, TypeError, AttributeError, Foreign) as error:
         raise UserError(f"{path} is not a VQA questions file: {error!r} is missing or invalid") from error
     answers = _vqa_answers(path, {question.key for question in questions}, unused)
     folders = [
@@ -61,10 +63,9 @@ def read_vqa(path: Path, values: Any, unused: Unused) -> Iterator[Sample]:
         texts = {"question": question.text} | ({"answer": common} if common else {})
         task = task_columns(
             task="vqa",
-            id=question.id,
-            image_id=question.image_id,
             question=question.text,
             texts=[*texts],
+            **question.ids,
             **facts,
         )
         yield Sample(
@@ -79,20 +80,28 @@ def read_vqa(path: Path, values: Any, unused: Unused) -> Iterator[Sample]:
         )
 
 
-class _VqaQuestion:
-    """A question: its key, the digits of its image, its text, and why it cannot be used."""
+@dataclasses.dataclass(frozen=True)
+class _Question:
+    """A question: its key, the digits of its image, its text, why it cannot be used, and its ids as they are stored."""
 
-    def __init__(self, place: int, entry: Any) -> None:
-        self.id, self.image_id, question = entry["question_id"], entry["image_id"], entry["question"]
-        self.key, self.image, self.text, self.problem = f"question {place}", "", "", ""
-        try:
-            self.key = label_of(self.id, what="question_id") or self.key
-            self.image = _twelve_digits(self.image_id)
-            text = caption_of(question, what="the question")
-            self.problem = "the question is null" if text is None else ""
-            self.text = text or ""
-        except Foreign as error:
-            self.problem = str(error)
+    key: str
+    image: str
+    text: str
+    problem: str
+    ids: dict[str, Any]
+
+
+def _question(place: int, entry: Any) -> _Question:
+    ids = {"id": entry["question_id"], "image_id": entry["image_id"]}
+    key, image, text, problem = f"question {place}", "", entry["question"], ""
+    try:
+        key = label_of(ids["id"], what="question_id") or key
+        image = _twelve_digits(ids["image_id"])
+        text = caption_of(text, what="the question")
+        problem = "the question is null" if text is None else ""
+    except Foreign as error:
+        text, problem = "", str(error)
+    return _Question(key, image, text or "", problem, ids)
 
 
 def _twelve_digits(number: Any) -> str:
