@@ -193,7 +193,9 @@ class Run:
     precision: Literal["float32", "bfloat16"] = "float32"
     seed: Seed = 0
     zero: Annotated[int, Interval(ge=0, le=3)] = 0  # ZeRO stage of DeepSpeed
-    workers: Annotated[int, Interval(ge=-1, le=256)] = -1  # number of decoding processes; -1 for the free cores
+    workers: Annotated[
+        int, Interval(ge=-1, le=256)
+    ] = -1  # number of decoding processes; -1 for the free cores
     online_teacher: bool = False  # --live: run the cache's teacher instead of reading its fields
     save_every: Number = 500
     # Rows per forward pass of a device; 0 for all rows of a step (`student.training.accumulate`)

@@ -77,7 +77,9 @@ def _measure_answerers(task: Task, models: Sequence[Sequence[Answerer]], data: s
 
 def _measure_matchers(task: Task, models: Sequence[Matcher], data: str) -> Iterator[Result]:
     if not Path(data).is_dir():
-        raise UserError(f"no folder {data}: {closest_path(data)}--task {task.name} needs the folder of the published data set")
+        raise UserError(
+            f"no folder {data}: {closest_path(data)}--task {task.name} needs the folder of the published data set"
+        )
     for matcher in models:
         yield result_of(task.name, matcher, data, task.function(matcher, Path(data)))
 

@@ -30,7 +30,9 @@ def read_run(folder: Path) -> dict[str, Any]:
     """
     path = next((folder / name for name in NAMES if (folder / name).exists()), None)
     if path is None:
-        raise UserError(f"{folder} is not a run: {closest_path(folder)}pass a folder that `student train` wrote")
+        raise UserError(
+            f"{folder} is not a run: {closest_path(folder)}pass a folder that `student train` wrote"
+        )
     try:
         record = json.loads(path.read_text())
         version = record.get("format")

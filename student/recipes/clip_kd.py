@@ -66,7 +66,8 @@ if TYPE_CHECKING:
 
 MaskRatio = Annotated[float, Interval(ge=0, lt=1)]
 Blocks = Annotated[
-    str, Form(r"\s*|(\s*\d{1,4}\s*:\s*\d{1,4}\s*(,|$))+", "pairs of blocks STUDENT:TEACHER are expected, as 3:7")
+    str,
+    Form(r"\s*|(\s*\d{1,4}\s*:\s*\d{1,4}\s*(,|$))+", "pairs of blocks STUDENT:TEACHER are expected, as 3:7"),
 ]
 
 

@@ -69,7 +69,10 @@ if TYPE_CHECKING:
 
 
 Regime = Annotated[
-    str, Form(r"full|zero|(low|semi):0*[1-9]\d{0,8}", "choose full, zero, low:N or semi:N (N labels of each group)")
+    str,
+    Form(
+        r"full|zero|(low|semi):0*[1-9]\d{0,8}", "choose full, zero, low:N or semi:N (N labels of each group)"
+    ),
 ]
 Length = Annotated[int, Interval(ge=4, le=MOST)]  # [CLS], [SEP] and something between and behind them
 

@@ -76,6 +76,7 @@ if TYPE_CHECKING:
     from teachercache.teachers.diffusion.model import Diffusion
     from teachercache.teachers.teacher import Teacher
 
+
 @dataclasses.dataclass(frozen=True)
 class Constants:
     """The paper's constants, the switches of its tables, how the UNet is run, and the student model."""
@@ -96,7 +97,9 @@ class Constants:
 
     def __post_init__(self) -> None:
         if not self.t_min < self.t_max:
-            raise UserError(f"--set t_min={self.t_min} and t_max={self.t_max}: 0 <= t_min < t_max is expected")
+            raise UserError(
+                f"--set t_min={self.t_min} and t_max={self.t_max}: 0 <= t_min < t_max is expected"
+            )
 
 
 def objective(constants: Constants) -> str:

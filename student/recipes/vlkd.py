@@ -58,7 +58,6 @@ if TYPE_CHECKING:
     from student.contract import Student
 
 
-
 Length = Annotated[int, Interval(ge=2, le=MOST)]  # the marks of begin and end
 
 

@@ -94,7 +94,9 @@ def open_run(out: Path, record: dict[str, Any], resume: bool) -> None:
     if occupied:
         raise UserError(f"{out} exists and is not a run: pass another --out")
     if resume:
-        raise UserError(f"nothing to resume at {out}: {closest_path(out)}run the same command without --resume")
+        raise UserError(
+            f"nothing to resume at {out}: {closest_path(out)}run the same command without --resume"
+        )
     if rank() == 0:
         out.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(record, indent=1) + "\n")

@@ -32,7 +32,9 @@ class Ticker:
         rate = self.done / max(now - self.start, 1e-9)
         left = (self.total - self.done) / max(rate, 1e-9)
         if self.bar is not None:
-            self.bar.update(self.task, completed=self.done, rate=f"{rate:,.1f} {self.unit}/s", note=printable(note))
+            self.bar.update(
+                self.task, completed=self.done, rate=f"{rate:,.1f} {self.unit}/s", note=printable(note)
+            )
         elif now - self.last >= self.every:
             self.last = now
             minutes, seconds = divmod(round(left), 60)

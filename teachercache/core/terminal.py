@@ -15,7 +15,7 @@ _UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff
 
 
 def printable(text: object) -> str:
-    """Return the text of an object on one line, with control characters written as escapes such as \\x1b."""
+    r"""Return the text of an object on one line, with control characters written as escapes such as \x1b."""
     return _UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), str(text))
 
 

@@ -127,7 +127,9 @@ def find_sources(data: str) -> list[Source]:
         for path, is_folder in (path for entry in paths for path in _annotations(*entry)):
             place = str(path) if is_url(path) else os.path.realpath(path)
             if place in seen:
-                raise UserError(f"--data {data} names {path} twice: its rows would count twice; write it once")
+                raise UserError(
+                    f"--data {data} names {path} twice: its rows would count twice; write it once"
+                )
             seen.add(place)
             with remote.explain_errors(path):
                 grouped = path.suffix.lower() in GROUPED and not is_folder
@@ -344,7 +346,8 @@ def describe(sources: list[Source], manifest: Manifest) -> dict[str, Any]:
 def save(manifest: Manifest, out: Path) -> None:
     """Write a manifest for `--data`, with an absolute root, so that it can be used from any folder."""
     if out.suffix != ".parquet":
-        raise UserError(f"--out {out}: name it {out.with_suffix('.parquet').name}, so that --data takes it")
+        name = f"{out.stem or 'manifest'}.parquet"
+        raise UserError(f"--out {out}: name it {name}, so that --data takes it")
     if not is_url(out):
         out.parent.mkdir(parents=True, exist_ok=True)
     write_manifest(dataclasses.replace(manifest, root=manifest.root.absolute()), out)

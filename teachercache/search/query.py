@@ -12,7 +12,7 @@ from teachercache.core.errors import UserError, closest
 from teachercache.data.pictures import decode_image
 from teachercache.data.sample import BadSample
 from teachercache.search.index import open_index, search
-from teachercache.search.vectors import default_field, unit, usable_vectors
+from teachercache.search.vectors import unit, usable_vectors, vector_field
 
 
 def search_cache(
@@ -44,7 +44,7 @@ def search_cache(
     if text is None and not images and not keys:
         raise UserError('give a text, --image FILE or --key KEY: tc search CACHE "a red bird"')
     cache = store.open_complete(path)
-    field = field or default_field(cache)
+    field = vector_field(cache, field)
     opened = open_index(cache, field)
     rows = _rows(cache, keys)
     vectors = [_row_vector(cache, _picture_field(cache, field), row, key) for key, row in rows.items()]

@@ -142,7 +142,10 @@ def test_examples_keep_their_lines(capsys):
         (["--teacher", "nowhere.at_all:thing"], "cannot import teacher 'nowhere.at_all:thing'"),
         (["--teacher", "os:nothing"], "cannot import teacher 'os:nothing'"),
         (["--teacher", "os:path"], "os:path"),
-        (["--outputs", "embedings"], "has no output 'embedings': did you mean 'embeddings'? choose from embeddings"),
+        (
+            ["--outputs", "embedings"],
+            "has no output 'embedings': did you mean 'embeddings'? choose from embeddings",
+        ),
         (["--outputs", ""], "outputs"),
         (["--data", "nowhere"], "no data at nowhere: pass --data FOLDER"),
         (["--data", "."], "no pictures or texts found in"),
