@@ -34,7 +34,7 @@ class SafetensorError(Exception):
 
 IN_WORKER = (
     "Caught {0} in DataLoader worker process 1.\nOriginal Traceback (most recent call last):\n"
-    '  File "decode.py", line 1, in read\n    raise\nKeyError: \'UserError: no\'\n\n'
+    "  File \"decode.py\", line 1, in read\n    raise\nKeyError: 'UserError: no'\n\n"
     "The above exception was the direct cause of the following exception:\n\n"
     '  File "decode.py", line 2, in read\n    raise\n{1}{0}: {2}\n'
 )
@@ -46,7 +46,10 @@ MISTAKES = [
         UserError(IN_WORKER.format("UserError", "teachercache.core.errors.", "two\n  lines: of it")),
         "error: two lines: of it",
     ),
-    (FileNotFoundError(errno.ENOENT, "No such file or directory", "a/b"), "error: No such file or directory: a/b"),
+    (
+        FileNotFoundError(errno.ENOENT, "No such file or directory", "a/b"),
+        "error: No such file or directory: a/b",
+    ),
     (PermissionError(errno.EACCES, "Permission denied", "a"), "error: Permission denied: a"),
     (IsADirectoryError(errno.EISDIR, "Is a directory", "a"), "error: Is a directory: a"),
     (NotADirectoryError(errno.ENOTDIR, "Not a directory", "a"), "error: Not a directory: a"),
@@ -56,7 +59,10 @@ MISTAKES = [
 
 MACHINE = [
     (MachineError("cannot read a.png: the mount is away"), "a.png"),
-    (OSError(errno.ENOSPC, "No space left on device", "r/w.safetensors"), "No space left on device: r/w.safetensors"),
+    (
+        OSError(errno.ENOSPC, "No space left on device", "r/w.safetensors"),
+        "No space left on device: r/w.safetensors",
+    ),
     (OSError(errno.EIO, "Input/output error", "a", None, "b"), "a -> b"),
     (MemoryError(), "out of memory"),
     (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), "Tried to allocate 2 GiB"),
@@ -64,13 +70,25 @@ MACHINE = [
     (RuntimeError("Error in faiss::FileIOWriter: could not write x: No space left on device"), "write x"),
     (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. Shared memory"), "Bus error"),
     (SafetensorError("Error while serializing: I/O error: File too large (os error 27)"), "File too large"),
-    (OSError(IN_WORKER.format("OSError", "", "[Errno 5] Input/output error: 'a.png'")), "error: [Errno 5] Input"),
+    (
+        OSError(IN_WORKER.format("OSError", "", "[Errno 5] Input/output error: 'a.png'")),
+        "error: [Errno 5] Input",
+    ),
     (MachineError(IN_WORKER.format("MachineError", "x.", "a.png is away")), "error: a.png is away"),
-    (caused(ValueError("cannot write the index"), OSError(errno.ENOSPC, "No space left on device")), "the index"),
+    (
+        caused(ValueError("cannot write the index"), OSError(errno.ENOSPC, "No space left on device")),
+        "the index",
+    ),
     (caused(UserError("cannot read a.parquet"), OSError(errno.EIO, "Input/output error")), "a.parquet"),
 ]
 
-OURS = [KeyError("x"), RuntimeError("shape"), RecursionError("too deep"), AssertionError(), EOFError("short file")]
+OURS = [
+    KeyError("x"),
+    RuntimeError("shape"),
+    RecursionError("too deep"),
+    AssertionError(),
+    EOFError("short file"),
+]
 
 
 @pytest.mark.parametrize(("error", "line"), MISTAKES)
@@ -155,7 +173,13 @@ def test_a_pipe_of_ones_own_that_broke_is_no_reader_of_stdout(capsys):
 
 @pytest.mark.parametrize(
     ("kind", "value"),
-    [(command.text, ""), (command.text, " "), (command.text, "\udc80"), (command.place, ""), (command.path, " ")],
+    [
+        (command.text, ""),
+        (command.text, " "),
+        (command.text, "\udc80"),
+        (command.place, ""),
+        (command.path, " "),
+    ],
 )
 def test_an_empty_word_is_refused(kind, value):
     with pytest.raises(click.BadParameter, match="it is"):

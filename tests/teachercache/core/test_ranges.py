@@ -6,7 +6,19 @@ from typing import Annotated, Literal
 import pytest
 from annotated_types import Interval, Lt
 
-from teachercache.core.ranges import Count, Form, Name, Part, Positive, Seed, Share, Weight, check, from_text, kinds_of
+from teachercache.core.ranges import (
+    Count,
+    Form,
+    Name,
+    Part,
+    Positive,
+    Seed,
+    Share,
+    Weight,
+    check,
+    from_text,
+    kinds_of,
+)
 
 WORD = Annotated[str, Form("a|b:[0-9]+", "choose a, or b:NUMBER")]
 
