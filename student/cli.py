@@ -12,7 +12,7 @@ from evaluation.tasks.registry import SHORT, TASKS
 from evaluation.tasks.registry import find as find_task
 from evaluation.tasks.task import Kind
 from student.recipe import DEMO_DATA
-from teachercache.core.command import run_command
+from teachercache.core.command import path, place, run_command, text
 from teachercache.core.errors import UserError
 from teachercache.core.paths import local_path
 from teachercache.core.process import rank
@@ -26,7 +26,7 @@ SAMPLES_ERROR = f"--samples is a number of noise draws: only {MATCHERS} take one
 
 def local(text: str | Path) -> Path:
     """Return the path of an option that writes files; click reports a URL as a wrong value."""
-    return local_path(str(text), "the path")
+    return local_path(place(str(text)), "the path")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -43,7 +43,7 @@ def student() -> None:
 
 
 @student.command()
-@click.argument("name", required=False)
+@click.argument("name", type=text, required=False)
 def recipes(name: str | None) -> None:
     """List the recipes, or show one: its equations, its settings and the `tc build` command that it needs.
 
@@ -70,17 +70,23 @@ def recipes(name: str | None) -> None:
 
 @student.command()
 @click.option(
-    "--recipe", "name", required=True, help="A name from `student recipes`, or package.module:RECIPE."
+    "--recipe",
+    "name",
+    required=True,
+    type=text,
+    help="A name from `student recipes`, or package.module:RECIPE.",
 )
 @click.option(
     "--data",
+    type=place,
     help="The training data, as in `tc build --data`; default: the recipe's (`student recipes NAME`).",
 )
 @click.option(
     "--cache",
+    type=place,
     help="A cache or a folder of caches, separated by commas for several teachers; default: caches/<data>.",
 )
-@click.option("--out", help="The run folder; default: runs/<recipe>-<time>.")
+@click.option("--out", type=place, help="The run folder; default: runs/<recipe>-<time>.")
 @click.option("--steps", type=click.IntRange(1, MOST), help="Number of training steps.")
 @click.option(
     "--batch-size", "batch", type=click.IntRange(2, MOST), help="Rows per step, over all processes."
@@ -166,14 +172,16 @@ def train(
 
 
 @student.command("eval")
-@click.argument("models", nargs=-1, required=True, metavar="MODEL...")
+@click.argument("models", nargs=-1, type=place, required=True, metavar="MODEL...")
 @click.option(
     "--task",
+    type=text,
     required=True,
     help=f"One of {', '.join(TASKS)}; short names: {', '.join(SHORT)}; or all: the data sets below --data.",
 )
 @click.option(
     "--data",
+    type=place,
     default=DEMO_DATA,
     show_default=True,
     help="The evaluation data: its test split, or all of it if it has no splits.",
@@ -245,23 +253,25 @@ def evaluate(
 
 
 @student.command()
-@click.argument("model", type=Path)
+@click.argument("model", type=path)
 @click.option(
     "--image",
     "images",
-    type=Path,
+    type=path,
     required=True,
     multiple=True,
     metavar="FILE",
     help="A picture file; repeatable.",
 )
-@click.option("--question", default="", help="Answer this question instead of writing a caption.")
 @click.option(
-    "--masks", type=click.IntRange(1, MOST), help="[MASK]s in the prompt; default: 6, or 2 with --question."
+    "--question", type=text, default=None, help="Answer this question instead of writing a caption."
 )
-@click.option("--beams", type=click.IntRange(1, MOST), help="Beam size; default: 6, or 1 with --question.")
+@click.option(
+    "--masks", type=click.IntRange(1, 1000), help="[MASK]s in the prompt; default: 6, or 2 with --question."
+)
+@click.option("--beams", type=click.IntRange(1, 1000), help="Beam size; default: 6, or 1 with --question.")
 def generate(
-    model: Path, images: tuple[Path, ...], question: str, masks: int | None, beams: int | None
+    model: Path, images: tuple[Path, ...], question: str | None, masks: int | None, beams: int | None
 ) -> None:
     """Caption pictures, or answer a question about them, with a run of vlkd or its export.
 
@@ -273,14 +283,19 @@ def generate(
     from teachercache.core.device import pick_device
 
     texts = describe_pictures(
-        model, images, question=question.strip(), masks=masks or 0, beams=beams or 0, device=pick_device()
+        model,
+        images,
+        question=(question or "").strip(),
+        masks=masks or 0,
+        beams=beams or 0,
+        device=pick_device(),
     )
-    for image, text in zip(images, texts, strict=True):
-        show(f"{image}: {text}" if len(images) > 1 else text)
+    for image, answer in zip(images, texts, strict=True):
+        show(f"{image}: {answer}" if len(images) > 1 else answer)
 
 
 @student.command("export")
-@click.argument("run", type=Path)
+@click.argument("run", type=path)
 @click.option(
     "--format",
     "form",

@@ -9,7 +9,8 @@ from typing import Any
 import click
 
 from teachercache.cli_output import print_info, print_manifest, print_report, print_results, print_teachers
-from teachercache.core.command import run_command
+from teachercache.core.command import path, place, run_command
+from teachercache.core.command import text as text_type
 from teachercache.core.errors import UserError
 from teachercache.core.paths import as_path
 from teachercache.core.progress import say
@@ -21,6 +22,7 @@ NUMBER, SEED = click.IntRange(1, MOST), click.IntRange(0, 2**63 - 1)
 teacher_option = click.option(
     "--teacher",
     metavar="MODULE:ENTRY",
+    type=text_type,
     help="The teacher of the cache, if it was built with a teacher that is not installed: package.module:ENTRY.",
 )
 
@@ -64,8 +66,8 @@ def teachers(as_json: bool) -> None:
 
 
 @tc.command()
-@click.argument("data")
-@click.option("--out", help="Write a manifest .parquet, which --data takes.")
+@click.argument("data", type=place)
+@click.option("--out", type=place, help="Write a manifest .parquet, which --data takes.")
 @click.option("--limit", type=NUMBER, help="Only the first N rows.")
 @click.option(
     "--noise",
@@ -115,9 +117,10 @@ def manifest(
 
 
 @tc.command()
-@click.option("--teacher", "name", required=True, help="A name of `tc teachers`.")
+@click.option("--teacher", "name", required=True, type=text_type, help="A name of `tc teachers`.")
 @click.option(
     "--data",
+    type=place,
     default=DEMO_DATA,
     show_default=True,
     help="A folder of images, .tar shards, Parquet, captions, questions, texts, ...: see `tc manifest "
@@ -126,6 +129,7 @@ def manifest(
 )
 @click.option(
     "--out",
+    type=place,
     help="The cache, a folder or a URL; default caches/<data>/<teacher>.zarr, "
     "<teacher>-views.zarr with --views.",
 )
@@ -137,6 +141,7 @@ def manifest(
 )
 @click.option(
     "--weights",
+    type=place,
     default="pretrained",
     show_default=True,
     help="pretrained, a checkpoint file or open_clip folder, or random:SEED (untrained).",
@@ -223,7 +228,7 @@ def build(
 
 
 @tc.command()
-@click.argument("cache")
+@click.argument("cache", type=place)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def info(cache: str, as_json: bool) -> None:
     """Show what a cache holds: teacher, fields, rows, finished blocks."""
@@ -250,7 +255,7 @@ def info(cache: str, as_json: bool) -> None:
 
 
 @tc.command()
-@click.argument("cache")
+@click.argument("cache", type=place)
 @click.option(
     "--samples",
     default=64,
@@ -288,8 +293,10 @@ def verify(cache: str, samples: int, teacher: str | None, as_json: bool) -> None
 
 
 @tc.command()
-@click.argument("cache")
-@click.option("--field", help="The vector field; default: the one per image, else the one per text.")
+@click.argument("cache", type=place)
+@click.option(
+    "--field", type=text_type, help="The vector field; default: the one per image, else the one per text."
+)
 @click.option(
     "--kind",
     default="auto",
@@ -311,11 +318,15 @@ def index(cache: str, field: str | None, kind: str) -> None:
 
 
 @tc.command()
-@click.argument("cache")
-@click.argument("text", required=False)
-@click.option("--image", "images", type=Path, multiple=True, help="Search by an image; may be repeated.")
-@click.option("--key", "keys", multiple=True, help="Search by a row of the cache; may be repeated.")
-@click.option("--field", help="The vector field; default: the one per image, else the one per text.")
+@click.argument("cache", type=place)
+@click.argument("text", type=text_type, required=False)
+@click.option("--image", "images", type=path, multiple=True, help="Search by an image; may be repeated.")
+@click.option(
+    "--key", "keys", type=text_type, multiple=True, help="Search by a row of the cache; may be repeated."
+)
+@click.option(
+    "--field", type=text_type, help="The vector field; default: the one per image, else the one per text."
+)
 @click.option("--top", default=10, show_default=True, type=NUMBER)
 @teacher_option
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
@@ -347,13 +358,14 @@ def search(
 
 
 @tc.command()
-@click.argument("cache")
+@click.argument("cache", type=place)
 @click.option(
-    "--against", metavar="CACHE", help="A second cache of the same rows, of a student or another teacher."
+    "--against",
+    metavar="CACHE",
+    type=place,
+    help="A second cache of the same rows, of a student or another teacher.",
 )
-@click.option(
-    "--out", type=click.Path(path_type=Path), help="A folder; default <cache>.report beside the cache."
-)
+@click.option("--out", type=path, help="A folder; default <cache>.report beside the cache.")
 @click.option(
     "--map", "kind", default="pca", show_default=True, help="pca, or umap (pip install 'teachercache[umap]')."
 )

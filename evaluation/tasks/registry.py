@@ -172,7 +172,7 @@ FINE_TUNING = {
     "longest": Option(int),
     "seed": Option(int, zero=True),
 }
-WRITING = {"masks": Option(int), "beams": Option(int)}
+WRITING = {"masks": Option(int, most=1000), "beams": Option(int, most=1000)}
 
 
 def _plain(*keys: str) -> tuple[tuple[str, str], ...]:

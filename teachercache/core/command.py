@@ -4,8 +4,10 @@ import contextlib
 import errno
 import os
 import re
+import select
 import sys
 import traceback
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from teachercache.core.errors import MACHINE as MACHINE_ERRNOS
@@ -66,42 +68,70 @@ def run_command(group: "click.Group", args: list[str] | None = None) -> int:
     )  # threads that spin starve the decoding processes (LOG.md)
     write_any_letter()
     words, debug = _without_debug(sys.argv[1:] if args is None else args)
-    streams = sys.stdout, sys.stderr
     try:
-        if any("\0" in word for word in words):
-            raise UserError("the command line has a NUL character: no path or name has one")
-        result = group.main(args=words, standalone_mode=False)
-        if sys.stdout is not None:  # None where the shell closed it
-            sys.stdout.flush()  # a full disk or a closed pipe shows here, not at the exit of the process
-        return result if isinstance(result, int) else 0
+        return _run(group, words)
     except click.exceptions.NoArgsIsHelpError as help_text:
         print(help_text.format_message(), file=sys.stderr)
         return MISTAKE
-    except click.Abort as stopped:
-        if not isinstance(stopped.__cause__, EOFError):  # click takes the end of any file for Ctrl-D
-            return _stopped(stopped.__cause__ or stopped)
-        return _failed(stopped.__cause__, debug)
-    except KeyboardInterrupt as stopped:
-        return _stopped(stopped)
-    except SystemExit as left:
-        # click leaves in this way on any EPIPE, of stdout or not
-        if not isinstance(left.__context__, OSError):
-            raise
-        sys.stdout, sys.stderr = streams
-        return _failed(left.__context__, debug)
+    except click.exceptions.Exit as left:  # --help
+        return left.exit_code
+    except (KeyboardInterrupt, click.Abort) as stopped:
+        print(printable(stopped) or "stopped; run the same command to resume", file=sys.stderr)
+        return TERMINATED if isinstance(stopped, Terminated) else INTERRUPTED
     except Exception as error:
         return _failed(error, debug)
+
+
+def _run(group: "click.Group", words: list[str]) -> int:
+    if any("\0" in word for word in words):
+        raise UserError("the command line has a NUL character: no path or name has one")
+    if any(re.fullmatch("_[A-Z]+_COMPLETE", name) for name in os.environ):
+        group.main(words)  # a shell asks what may follow; leaves with SystemExit
+    # Not `group.main`: it ends the process in silence on EPIPE of any file, and takes EOFError for Ctrl-D
+    with group.make_context(group.name, list(words)) as context:
+        result = group.invoke(context)
+    if sys.stdout is not None:  # None where the shell closed it
+        sys.stdout.flush()  # a full disk or a closed pipe shows here, not at the exit of the process
+    return result if isinstance(result, int) else 0
+
+
+def text(value: str) -> str:
+    """Return the text of an option or argument: the `type` of click for names, keys, texts and questions.
+
+    Raises:
+        click.BadParameter: It is empty, or holds bytes that are no UTF-8.
+    """
+    import click
+
+    if not value.strip():
+        raise click.BadParameter("it is empty")
+    if any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise click.BadParameter("it is not UTF-8")
+    return value
+
+
+def place(value: str) -> str:
+    """Return what an option or argument names as a path, a URL or several of them: a `type` of click.
+
+    Raises:
+        click.BadParameter: It is empty.
+    """
+    import click
+
+    if not value.strip():
+        raise click.BadParameter("it is empty")
+    return value
+
+
+def path(value: str) -> Path:
+    """Return the local path of an option or argument: a `type` of click; raise BadParameter if it is empty."""
+    return Path(place(value))
 
 
 def _without_debug(args: list[str]) -> tuple[list[str], bool]:
     """Return the arguments without --debug, and whether it stood before a `--`."""
     end = args.index("--") if "--" in args else len(args)
     return [word for word in args[:end] if word != DEBUG] + args[end:], DEBUG in args[:end]
-
-
-def _stopped(stop: BaseException) -> int:
-    print(printable(stop) or "stopped; run the same command to resume", file=sys.stderr)
-    return TERMINATED if isinstance(stop, Terminated) else INTERRUPTED
 
 
 def _failed(error: Exception, debug: bool) -> int:
@@ -128,11 +158,15 @@ def _stdout_is_gone() -> bool:
     """Return whether stdout takes no more; what it holds back is dropped, or it would fail again at the exit."""
     try:
         sys.stdout.flush()
-        return False
     except OSError:
         with contextlib.suppress(OSError), open(os.devnull, "w") as nothing:
             os.dup2(nothing.fileno(), sys.stdout.fileno())
         return True
+    with contextlib.suppress(OSError):  # without a buffer, a pipe alone tells
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), select.POLLOUT)
+        return any(event & select.POLLERR for _, event in poll.poll(0))
+    return False
 
 
 def explained(error: BaseException) -> tuple[int, str]:
@@ -143,7 +177,7 @@ def explained(error: BaseException) -> tuple[int, str]:
         context = getattr(error, "ctx", None)
         hint = f" (see `{context.command_path} --help`)" if context else ""
         return MISTAKE, f"{error.format_message()}{hint}"
-    words = _text(error)
+    words = _words_of(error)
     if _failed_machine(error):
         words = words or type(error).__name__
         return MACHINE, words if "same command" in words else f"{words}: {AGAIN}"
@@ -158,7 +192,7 @@ def explained(error: BaseException) -> tuple[int, str]:
     )
 
 
-def _text(error: BaseException) -> str:
+def _words_of(error: BaseException) -> str:
     """Return the words of an error: of an OSError with its file, of a worker process without the traceback."""
     if isinstance(error, MemoryError):
         return f"out of memory{f': {error}' if str(error) else ''}"
@@ -194,7 +228,6 @@ def _reads_as_machine(error: BaseException) -> bool:
     numbers = {int(number) for found in _NUMBER.findall(text) for number in found if number}
     if numbers & MACHINE_ERRNOS or _KILLED.search(text):
         return True
-    return (
-        isinstance(error, RuntimeError | OSError)
-        and any(words.lower() in text.lower() for words in (*_WORDS, *_MEMORY))
-    ) or (type(error).__name__ == "SafetensorError" and any(words in text for words in _WORDS))
+    if isinstance(error, RuntimeError | OSError) or type(error).__name__ == "SafetensorError":
+        return any(words.lower() in text.lower() for words in (*_WORDS, *_MEMORY))
+    return False

@@ -386,7 +386,8 @@ def describe(sources: list[Source], manifest: Manifest) -> dict[str, Any]:
 def save(manifest: Manifest, out: Path) -> None:
     """Write a manifest for `--data`, with an absolute root, so that it can be used from any folder."""
     if out.suffix != ".parquet":
-        raise UserError(f"--out {out}: name it {out.with_suffix('.parquet').name}, so that --data takes it")
+        name = f"{out.stem or 'manifest'}.parquet"
+        raise UserError(f"--out {out}: name it {name}, so that --data takes it")
     if not is_url(out):
         out.parent.mkdir(parents=True, exist_ok=True)
     write_manifest(dataclasses.replace(manifest, root=manifest.root.absolute()), out)

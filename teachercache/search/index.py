@@ -36,10 +36,10 @@ from teachercache.search.index_files import (
 from teachercache.search.vectors import (
     Vectors,
     chunks,
-    default_field,
     exact_search,
     unit,
     usable_vectors,
+    vector_field,
     vector_fields,
 )
 
@@ -85,7 +85,7 @@ def update_index(
     Returns:
         The path of the index, its record, and "current", "extended" or "built".
     """
-    field = field or default_field(cache)
+    field = vector_field(cache, field)
     path, record = index_path(cache, field), read_record(cache, field)
     state = status(cache, record) if record is not None and record.asked == kind else "other"
     if record is not None and state != "other":
@@ -135,7 +135,7 @@ def build_index(
     cache: store.Cache, *, field: str | None = None, kind: str = "auto"
 ) -> tuple[Path, IndexRecord]:
     """Build the index of a vector field, over inner products of unit vectors; see `update_index`."""
-    field = field or default_field(cache)
+    field = vector_field(cache, field)
     faiss = faiss_module()
     if kind not in KINDS:
         raise UserError(f"--kind {kind}: {closest(kind, KINDS)}choose from {', '.join(KINDS)}")

@@ -13,7 +13,7 @@ from teachercache.data.pictures import decode_image, read_regular
 from teachercache.data.sample import BadSample
 from teachercache.search.index import open_index, search
 from teachercache.search.index_files import index_command, index_path, read_record
-from teachercache.search.vectors import default_field, unit, usable_vectors
+from teachercache.search.vectors import unit, usable_vectors, vector_field
 
 
 def search_cache(
@@ -45,7 +45,7 @@ def search_cache(
     if text is None and not images and not keys:
         raise UserError('give a text, --image FILE or --key KEY: tc search CACHE "a red bird"')
     cache = store.open_complete(path)
-    field = field or default_field(cache)
+    field = vector_field(cache, field)
     opened = open_index(cache, field)
     rows = _rows(cache, keys)
     vectors = [_row_vector(cache, _picture_field(cache, field), row, key) for key, row in rows.items()]

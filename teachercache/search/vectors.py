@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from teachercache.cache import store
-from teachercache.core.errors import UserError
+from teachercache.core.errors import UserError, closest
 
 CHUNK_BYTES = 1 << 27  # of float32 in memory at once: 65,536 rows of width 512
 
@@ -56,10 +56,9 @@ def default_field(cache: store.Cache) -> str:
     )
 
 
-def usable_vectors(cache: store.Cache, name: str) -> Vectors:
-    """Return the vectors of a field without unusable rows and texts; raise UserError if it holds no
-    vectors.
-    """
+def vector_field(cache: store.Cache, name: str | None) -> str:
+    """Return the name of a vector field, for None the default; raise UserError if it holds no vectors."""
+    name = default_field(cache) if name is None else name
     names = vector_fields(cache)
     if name not in names:
         what = (
@@ -71,7 +70,16 @@ def usable_vectors(cache: store.Cache, name: str) -> Vectors:
             raise UserError(
                 f"{what}, none of its fields holds any: build another with `tc build --outputs embeddings`"
             )
-        raise UserError(f"{what}: index one with `tc index {cache.path} --field {names[0]}`")
+        hint = closest(name, names)
+        raise UserError(f"{what}: {hint}index one with `tc index {cache.path} --field {names[0]}`")
+    return name
+
+
+def usable_vectors(cache: store.Cache, name: str) -> Vectors:
+    """Return the vectors of a field without unusable rows and texts; raise UserError if it holds no
+    vectors.
+    """
+    name = vector_field(cache, name)
     stored, usable = store.read_field(cache, name), store.read_field(cache, "valid")
     if not cache.fields[name].per_text:
         return Vectors(stored, np.flatnonzero(usable), 1)
