@@ -28,6 +28,7 @@ from teachercache.cache.lease import lease
 from teachercache.cache.spec import CacheMeta
 from teachercache.core.device import Precision
 from teachercache.core.errors import UserError
+from teachercache.core.leftovers import sweep
 from teachercache.core.paths import is_url
 from teachercache.core.process import keep_memory, rank, terminable, world_size
 from teachercache.core.progress import say, ticker
@@ -86,6 +87,7 @@ def build(teacher: Teacher, manifest: Manifest, out: Path, options: BuildOptions
     """Run the teacher over every row that the cache at `out` lacks and that no other process writes."""
     with explain_errors(out, action="write"), terminable(), lease(out):
         target = open_target(out, plan(teacher, manifest, options), manifest, prune=options.prune)
+        sweep(target.cache.path)
         keep_memory()
         return _finish(target, _compute(target, teacher, options))
 
@@ -141,6 +143,7 @@ def _finish(target: Target, rows: int) -> Summary:
     if blocks_left:
         return Summary(cache, rows, blocks_left, 0)
     quarantined = len(store.finish(cache))
+    sweep(cache.path)  # another builder may have died meanwhile
     if target.old is not None:
         cache = replace_pruned(target)
     with store.growing(cache):  # one rank at a time: ranks finish in any order

@@ -11,11 +11,9 @@ crc32c
 import contextlib
 import dataclasses
 import fcntl
-import glob
 import json
 import os
 import shutil
-import socket
 import uuid
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,8 +36,8 @@ from teachercache.cache.lease import is_lease
 from teachercache.cache.memory_map import can_map, map_chunks
 from teachercache.cache.spec import FORMAT, CacheMeta, meta_from_dict
 from teachercache.core.errors import UserError
-from teachercache.core.paths import as_path, is_url, write_whole
-from teachercache.core.process import is_alive
+from teachercache.core.leftovers import sweep_beside
+from teachercache.core.paths import as_path, is_url, partial_name, write_whole
 from teachercache.data.manifest import Manifest, load_manifest, manifest_keys, write_manifest
 
 if TYPE_CHECKING:
@@ -76,9 +74,9 @@ def create(path: Path, meta: CacheMeta, manifest: Manifest) -> Cache:
         for name, content in metadata(meta).items():
             write_whole(path / name, content)
         return Cache(path, meta)
-    partial = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.partial")
+    partial = path.with_name(partial_name(path.name))
     shutil.rmtree(partial, ignore_errors=True)
-    _remove_abandoned(path)
+    sweep_beside(path)
     try:
         (partial / "done").mkdir(parents=True)
     except OSError as error:
@@ -93,16 +91,6 @@ def create(path: Path, meta: CacheMeta, manifest: Manifest) -> Cache:
         shutil.rmtree(partial)
         return open_cache(path)
     return Cache(path, meta)
-
-
-def _remove_abandoned(path: Path) -> None:
-    """Remove the temporary folders of builders of this machine that were killed while they created this
-    cache.
-    """
-    for folder in path.parent.glob(f"{glob.escape(path.name)}.{socket.gethostname()}-*.partial"):
-        process = folder.name.split("-")[-1].removesuffix(".partial")
-        if process.isdecimal() and not is_alive(int(process)):
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def open_cache(where: str | Path) -> Cache:
@@ -257,11 +245,6 @@ def finish(cache: Cache) -> list[Problem]:
     entries = quarantined(cache)
     with contextlib.suppress(FileNotFoundError):  # another builder finished first, with the same bytes
         write_whole(cache.path / "quarantine.jsonl", json_lines(entries), tag=f".{uuid.uuid4().hex}")
-    if not is_url(cache.path):
-        for left in cache.path.glob(
-            "quarantine.jsonl.*.partial"
-        ):  # of a builder that was killed in this function
-            left.unlink(missing_ok=True)
     return entries
 
 
