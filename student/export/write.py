@@ -8,14 +8,17 @@ import os
 import shutil
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from student.contract import Capability, Exported, ExportRequest, require
 from student.export.model_card import model_card, read_results
 from student.inference.load import load_run
 from student.models.registry import find_family
-from student.models.run_file import read_run
+from student.models.run_file import first_line, read_run
 from teachercache.core.digests import seal
-from teachercache.core.errors import UserError
-from teachercache.core.paths import write_whole
+from teachercache.core.errors import MachineError, UserError
+from teachercache.core.leftovers import sweep_beside
+from teachercache.core.paths import flush_folder, partial_name, write_whole
 
 FORMATS = {"open_clip": Capability.EXPORTS_OPEN_CLIP, "hf": Capability.EXPORTS_HF}
 
@@ -40,8 +43,8 @@ def export(run: Path, out: Path, form: str) -> tuple[Path, Exported]:
     student, results = load_run(run), read_results(run)
     require(student, FORMATS[form], f"{run} --format {form}")
     facts = read_run(run)
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    sweep_beside(out)
+    partial = out.with_name(partial_name(out.name))
     partial.mkdir(parents=True)
     try:
         write = find_family(student.spec.family).export
@@ -49,7 +52,22 @@ def export(run: Path, out: Path, form: str) -> tuple[Path, Exported]:
         exported = write(student, ExportRequest(form, partial, out.name, facts))
         write_whole(partial / "README.md", model_card(facts, results, exported))
         seal(partial)
-        os.replace(partial, out)
+        _rename(partial, out)
+    except (
+        SafetensorError
+    ) as error:  # transformers writes with it; the message alone has the number of the error
+        raise MachineError(f"{out} cannot be written: {first_line(error)}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return out, exported
+
+
+def _rename(partial: Path, out: Path) -> None:
+    """Give a complete folder its name; UserError if another command wrote that folder meanwhile."""
+    try:
+        os.replace(partial, out)
+    except OSError as error:
+        if out.exists():
+            raise UserError(f"{out} exists: pass another --out, or remove it") from error
+        raise
+    flush_folder(out.parent)

@@ -16,7 +16,7 @@ from student.distributed import on_first_rank
 from student.models.run_file import WEIGHTS, write_tensors
 from student.training.accumulate import random_state, set_random_state
 from student.training.checkpoint import save_student
-from student.training.telemetry.metrics import Metrics
+from student.training.telemetry.metrics import Metrics, read_metrics
 from teachercache.core.digests import NAME, damage_of, write_proved
 from teachercache.core.progress import say
 
@@ -50,13 +50,17 @@ def keep_best(student: Student, run: Path, step: int, evaluate: Evaluate) -> Non
     on_first_rank(lambda: _compare(run, step, evaluate))
 
 
+def is_evaluated(run: Path, step: int) -> bool:
+    """Return whether evals.jsonl has a line of a step, that is, whether its evaluation ended well."""
+    return any(line["step"] == step for line in read_metrics(run / "evals.jsonl"))
+
+
 def _compare(run: Path, step: int, evaluate: Evaluate) -> None:
-    """Evaluate the candidate, append its metrics to evals.jsonl, and keep it if it is better."""
+    """Evaluate the candidate, keep it if it is better, and append its metrics to evals.jsonl."""
     folder, best = run / "candidate", run / "best"
     state = random_state()
     score, metrics = evaluate(folder)
     set_random_state(state)
-    Metrics(run / "evals.jsonl", start=step).write({"step": step, "score": score, **metrics})
     highest = best_score(run)
     if highest is None or score > highest:
         highest = score
@@ -66,6 +70,8 @@ def _compare(run: Path, step: int, evaluate: Evaluate) -> None:
                 write_proved(best / path.name, best, path.read_text())
         facts = {"step": str(step), "score": repr(score), "metrics": json.dumps(metrics)}
         write_tensors(load_file(folder / WEIGHTS), best / WEIGHTS, best, facts)
+    # Last: without this line, a resume evaluates the step again
+    Metrics(run / "evals.jsonl", start=step).write({"step": step, "score": score, **metrics})
     shutil.rmtree(folder)
     summary = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
     say(f"step {step}: {summary}; best so far {highest:.4f}")

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from student.contract import Capability, reason_against, require
-from student.distributed import from_all_ranks, mean_over_ranks, on_first_rank
+from student.distributed import any_rank, from_all_ranks, mean_over_ranks, on_first_rank
 from student.inputs.loader import loader
 from student.recipe import Progress, Recipe, Run
 from student.training import checkpoint
 from student.training.accumulate import accumulate, on_device
-from student.training.best import Evaluate, keep_best
+from student.training.best import Evaluate, is_evaluated, keep_best
 from student.training.engine import (
     clamp_scales,
     learning_rate,
@@ -187,6 +187,8 @@ def run_steps(
     """
     run, out = speed.run, Path(speed.run.out)
     step, stopping = done, False
+    if evaluate and done and is_evaluation(done, run, recipe) and not any_rank(is_evaluated(out, done)):
+        keep_best(engine.module.student, out, done, evaluate)  # it failed before the checkpoint was saved
     with pauses.catching(), ticker(recipe.steps - done, "steps", recipe.name) as tick:
         for step, values, terms in steps_from(engine, prepared, recipe, speed, done):
             refuse_nan(values["loss"], step - 1)
@@ -194,7 +196,7 @@ def run_steps(
             shown = "  ".join(f"{name} {values[name]:.4g}" for name in ("loss", *terms))
             tick.step(1, f"{shown}  {speed.summary()}")
             saving, stopping = pauses.after(step)
-            if evaluate and run.eval_every and (step % run.eval_every == 0 or step == recipe.steps):
+            if evaluate and is_evaluation(step, run, recipe):
                 refuse_nan_weights(engine.module, step - 1)
                 try:
                     keep_best(engine.module.student, out, step, evaluate)
@@ -215,6 +217,11 @@ def run_steps(
         except Exception as error:  # a picture stops no run
             say(f"WARNING: {out / 'curve.png'} was not drawn: {error}")
     return step, stopping
+
+
+def is_evaluation(step: int, run: Run, recipe: Recipe[Any]) -> bool:
+    """Return whether the student is evaluated after a step."""
+    return run.eval_every > 0 and (step % run.eval_every == 0 or step == recipe.steps)
 
 
 def steps_from(

@@ -17,6 +17,7 @@ from student.training.prepare import Prepared
 from teachercache.cache.spec import fingerprint, to_dict
 from teachercache.core.digests import NAME, write_proved
 from teachercache.core.errors import UserError
+from teachercache.core.leftovers import is_leftover_name, sweep
 from teachercache.core.paths import local_path
 from teachercache.core.process import world_size
 
@@ -129,7 +130,7 @@ def open_run(out: Path, record: dict[str, Any], files: Mapping[str, str], *, res
 
 def is_leftover(path: Path) -> bool:
     """Return whether a file in a run folder is no more than what a killed command leaves."""
-    if path.name in (NAME, lock.NAME) or path.suffix == ".partial":
+    if path.name in (NAME, lock.NAME) or is_leftover_name(path.name):
         return True
     return path.name == "checkpoints" and path.is_dir() and all(map(is_leftover, path.iterdir()))
 
@@ -143,9 +144,7 @@ def has_begun(out: Path) -> bool:
 
 def sweep_run(out: Path) -> None:
     """Remove what killed commands left in a run folder: temporary files, and a student that was being evaluated."""
-    for folder in (out, out / "checkpoints", out / "best", out / "eval"):
-        for path in folder.glob("*.partial"):
-            path.unlink(missing_ok=True)
+    sweep(out)
     shutil.rmtree(out / "candidate", ignore_errors=True)
 
 

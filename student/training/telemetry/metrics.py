@@ -33,8 +33,11 @@ class Metrics:
     def write(self, values: dict[str, Any]) -> None:
         """Append one line, on rank 0."""
         if rank() == 0:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(values) + "\n")
+            try:
+                with open(self.path, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(values) + "\n")
+            except OSError as error:  # write() does not name the file
+                raise OSError(error.errno, error.strerror, str(self.path)) from error
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
