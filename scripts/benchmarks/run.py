@@ -63,7 +63,8 @@ def main() -> int:
         return 2
     is_partial = options.theme == "cache" and set(options.only) != set(PARTS)  # written to a separate file
     if options.theme != "faults" or is_whole(options):
-        write("-".join([options.theme, *(options.only if is_partial else ())]), text)
+        parts = options.only if is_partial else ["minutes"] if options.minutes else ()
+        write("-".join([options.theme, *parts]), text)
     else:
         print("\n".join(text))
     return 1 if failed else 0

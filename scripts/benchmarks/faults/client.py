@@ -92,6 +92,10 @@ class Warm:
         """Wait for a command and return its exit code."""
         return self.ask(wait=pid, seconds=seconds)["exit"]
 
+    def poll(self, pid: int) -> int | None:
+        """Return the exit code of a command, None if it has not ended."""
+        return self.ask(poll=pid)["exit"]
+
     def run(self, words: Sequence[str], fault: Fault | None = None) -> Ended:
         """Run a command, with a fault or undisturbed."""
         output, log = self.folder / "output", self.folder / "events"

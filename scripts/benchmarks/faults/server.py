@@ -4,7 +4,8 @@ It reads one JSON object per line from stdin and answers with one on stdout. The
 LD_PRELOAD, so that a child can arm a fault before its command begins.
 
     {"start": ["tc", "info", "c.zarr"], "output": FILE, "fault": null}                  -> {"pid": 12}
-    {"wait": 12, "seconds": 60}                                                         -> {"exit": 0, "cpu": 0.3}
+    {"wait": 12, "seconds": 60}                                                         -> {"exit": 0}
+    {"poll": 12}                                                                        -> {"exit": null}
 """
 
 import atexit
@@ -102,19 +103,22 @@ def run_child(request: dict[str, Any]) -> None:
     os._exit(code)
 
 
-def wait_for(pid: int, seconds: float) -> dict[str, Any]:
-    """Wait for a child; after `seconds` its group is killed and the exit code is "hangs"."""
+def poll(pid: int) -> int | None:
+    """Return the exit code of a child, None if it has not ended."""
+    found, status = os.waitpid(pid, os.WNOHANG)
+    return os.waitstatus_to_exitcode(status) if found else None
+
+
+def wait_for(pid: int, seconds: float) -> int | str:
+    """Wait for a child and return its exit code; after `seconds` its group is killed and the code is "hangs"."""
     end = time.monotonic() + seconds
-    while True:
-        found, status, usage = os.wait4(pid, os.WNOHANG)
-        if found:
-            code = os.waitstatus_to_exitcode(status)
-            return {"exit": code, "cpu": usage.ru_utime + usage.ru_stime}
+    while (code := poll(pid)) is None:
         if time.monotonic() > end:
             os.killpg(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
-            return {"exit": "hangs", "cpu": seconds}
+            return "hangs"
         time.sleep(0.005)
+    return code
 
 
 def serve() -> None:
@@ -130,8 +134,10 @@ def serve() -> None:
             if pid == 0:
                 run_child(request)
             answer: dict[str, Any] = {"pid": pid}
+        elif "poll" in request:
+            answer = {"exit": poll(request["poll"])}
         else:
-            answer = wait_for(request["wait"], request["seconds"])
+            answer = {"exit": wait_for(request["wait"], request["seconds"])}
         print(json.dumps(answer), file=answers, flush=True)
 
 
