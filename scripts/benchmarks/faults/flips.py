@@ -22,12 +22,14 @@ class Target:
         check: The command that must find a flipped bit: it ends with an error, or it names the file and goes on.
         files: A glob pattern below the root.
         killed: Whether the last command of `before` is killed on its way.
+        newest: Whether bits are flipped in the last of the files alone; the command reads no other.
     """
 
     before: tuple[str, ...]
     check: str
     files: str = "**/*"
     killed: bool = False
+    newest: bool = False
 
 
 EXPORT = "student export {root}/run --format open_clip --out {root}/export"
@@ -36,7 +38,10 @@ TARGETS = {
     "cache": Target((BUILT, INDEX), "tc verify {root}/c.zarr --samples 0"),
     "manifest": Target(("tc manifest {in}/data --out {root}/m.parquet",), "tc manifest {root}/m.parquet"),
     "run": Target((TRAINED,), "student verify {root}/run"),
-    "checkpoint": Target((TRAIN,), TRAIN + " --resume", "run/checkpoints/*", killed=True),
+    "checkpoint": Target((TRAIN,), "student verify {root}/run", "run/checkpoints/*.safetensors", killed=True),
+    "resuming": Target(
+        (TRAIN,), TRAIN + " --resume", "run/checkpoints/*.safetensors", killed=True, newest=True
+    ),
     "export": Target((TRAINED, EXPORT), "student verify {root}/export", "export/**/*"),
     "export_hf": Target((TRAINED, EXPORT_HF), "student verify {root}/export", "export/**/*"),
     "exporting": Target((TRAINED,), EXPORT, "run/model.safetensors"),
@@ -87,7 +92,7 @@ def flips(warm: Warm, names: Sequence[str], *, times: int, seed: int) -> Iterato
         target = TARGETS[name]
         before = prepare(warm, Job(target.check, target.before, killed=target.killed))
         files = sorted(path for path in before.glob(target.files) if path.is_file() and path.stat().st_size)
-        for path in files:
+        for path in files[-1:] if target.newest else files:
             draw = random.Random(f"{seed} {name} {path.relative_to(before)}")
             for _ in range(1 if path.name in HARMLESS else times):
                 yield flip(warm, name, path.relative_to(before), draw, before)

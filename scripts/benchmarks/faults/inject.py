@@ -48,12 +48,14 @@ class Plan:
     again: Tree
 
 
-def plan_for(warm: Warm, name: str) -> Plan:
-    """Prepare a job, and run it twice undisturbed."""
+def plan_for(warm: Warm, name: str, *, twice: bool = True) -> Plan:
+    """Prepare a job and run it undisturbed; twice, to learn which files hold times."""
     job = JOBS[name]
     before = prepare(warm, job)
     ended = must(warm, job.words, COUNT)
     expected = tree_of(warm.root)
+    if not twice:
+        return Plan(name, before, ended.events, expected, {})
     restore(warm, before)
     must(warm, job.words)
     return Plan(name, before, ended.events, expected, tree_of(warm.root))
@@ -99,6 +101,12 @@ def go_on(warm: Warm, text: str) -> Ended:
     if ended.code != 0 and "--resume" in ended.output and "--resume" not in words:
         ended = warm.run([*words, "--resume"])
     return ended
+
+
+def event_at(events: Sequence[Event], kind: str, share: float) -> int:
+    """Return the number of the event at a share (0 to 1) of a command's course where a kind of fault applies."""
+    numbers = faults_of(events, kind)
+    return numbers[round(share * (len(numbers) - 1))]
 
 
 def disturb(warm: Warm, plan: Plan, fault: Fault) -> Outcome:
