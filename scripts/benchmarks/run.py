@@ -5,14 +5,16 @@
     python -m scripts.benchmarks.run losses   losses of clip_kd in tiles against whole matrices: time and memory
     python -m scripts.benchmarks.run sds      step of sds_clip against its bare UNet and student; memory of a large UNet
     python -m scripts.benchmarks.run startup  time until a command prints its help
+    python -m scripts.benchmarks.run faults   kills, torn writes, full disks and I/O errors at every write of every command
 
 Alternatives are measured in alternation within one run and reported as the median ratio with the range over several
-rounds. A missed bar is reported and does not change the exit status.
+rounds. A missed bar is reported and does not change the exit status; a fault from which a command does not recover does.
 """
 
 import argparse
 import sys
 
+from scripts.benchmarks.faults.run import add_options, bench_faults, is_whole
 from scripts.benchmarks.report import write
 from teachercache.core.errors import UserError
 from teachercache.core.process import keep_memory
@@ -24,7 +26,7 @@ PARTS = ("reading", "building", "peer", "memory")
 def main() -> int:
     """Run the chosen benchmark and return the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("theme", choices=["cache", "train", "losses", "sds", "startup"])
+    parser.add_argument("theme", choices=["cache", "train", "losses", "sds", "startup", "faults"])
     parser.add_argument("--rows", type=int, default=500_000, help="rows of the synthetic cache to read")
     parser.add_argument("--memory-rows", type=int, nargs=3, default=[10_000, 300_000, 1_000_000])
     parser.add_argument(
@@ -37,8 +39,10 @@ def main() -> int:
     parser.add_argument(
         "--loss-rows", type=int, nargs="+", default=[4096, 8192, 16384, 32768], help="pairs of `losses`"
     )
+    add_options(parser)
     options = parser.parse_args()
     keep_memory()
+    failed = 0
     try:
         if options.theme == "cache":
             from scripts.benchmarks.cache import bench_cache as bench
@@ -48,15 +52,22 @@ def main() -> int:
             from scripts.benchmarks.sds import bench_sds as bench
         elif options.theme == "startup":
             from scripts.benchmarks.startup import bench_startup as bench
-        else:
+        elif options.theme == "train":
             from scripts.benchmarks.train import bench_train as bench
-        text = bench(options)
+        if options.theme == "faults":
+            text, failed = bench_faults(options)
+        else:
+            text = bench(options)
     except UserError as error:
         say(f"error: {error}")
         return 2
     is_partial = options.theme == "cache" and set(options.only) != set(PARTS)  # written to a separate file
-    write("-".join([options.theme, *(options.only if is_partial else ())]), text)
-    return 0
+    if options.theme != "faults" or is_whole(options):
+        parts = options.only if is_partial else ["minutes"] if options.minutes else ()
+        write("-".join([options.theme, *parts]), text)
+    else:
+        print("\n".join(text))
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
