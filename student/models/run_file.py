@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,11 @@ NAMES = ("run.json", "seq2seq.json")
 def is_run(folder: Path) -> bool:
     """Return whether `student train`, or an export that records its student, wrote a folder."""
     return any((folder / name).exists() for name in NAMES)
+
+
+def record_file(folder: Path) -> Path:
+    """Return the path of a folder's record, run.json or seq2seq.json."""
+    return next((folder / name for name in NAMES if (folder / name).exists()), folder / NAMES[0])
 
 
 def read_run(folder: Path) -> dict[str, Any]:
@@ -39,7 +45,7 @@ def read_run(folder: Path) -> dict[str, Any]:
         name = record.get("recipe", {}).get("name", "NAME")
         raise UserError(
             f"{folder} is a run of format {version or 1}, this version reads {FORMAT}: train it again with "
-            f"`student train --recipe {name} --out ANOTHER`"
+            f"`student train --recipe {shlex.quote(str(name))} --out ANOTHER`"
         )
     return record
 
@@ -59,7 +65,8 @@ def weights_of(folder: Path) -> Path:
     if not path.exists():
         name = read_run(folder).get("recipe", {}).get("name", "NAME")
         raise UserError(
-            f"{folder} is not a finished run: go on with `student train --recipe {name} --resume --out {folder}`"
+            f"{folder} is not a finished run: go on with "
+            f"`{shlex.join(['student', 'train', '--recipe', str(name), '--resume', '--out', str(folder)])}`"
         )
     return path
 

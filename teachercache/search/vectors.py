@@ -1,6 +1,7 @@
 """Iterate over the unit vectors of a field in chunks, and search them exactly."""
 
 import dataclasses
+import shlex
 from collections.abc import Iterator
 
 import numpy as np
@@ -71,7 +72,8 @@ def usable_vectors(cache: store.Cache, name: str) -> Vectors:
             raise UserError(
                 f"{what}, none of its fields holds any: build another with `tc build --outputs embeddings`"
             )
-        raise UserError(f"{what}: index one with `tc index {cache.path} --field {names[0]}`")
+        words = ["tc", "index", str(cache.path), "--field", names[0]]
+        raise UserError(f"{what}: index one with `{shlex.join(words)}`")
     stored, usable = store.read_field(cache, name), store.read_field(cache, "valid")
     if not cache.fields[name].per_text:
         return Vectors(stored, np.flatnonzero(usable), 1)
