@@ -283,9 +283,9 @@ def verify(cache: str, samples: int, teacher: str | None, as_json: bool) -> None
         )
     if report["files"]:
         raise UserError(f"{' and '.join(report['files'])}: damaged, run `{report['command']}` to repair")
-    for path, found in report["indexes"].items():
+    for name, found in report["indexes"].items():
         raise UserError(
-            f"{path} cannot be used ({found['reason']}): run `{found['command']}` to make it again"
+            f"{name} cannot be used ({found['reason']}): run `{found['command']}` to make it again"
         )
     if not report["ok"]:
         raise UserError("the teacher computes different values: was the data or the teacher changed?")

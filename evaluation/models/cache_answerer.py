@@ -12,6 +12,7 @@ All scores are multiplied by the teacher's logit scale.
 
 import functools
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from evaluation.data.splits import rows_in
 from evaluation.metrics.vqa_answers import normalize_answer, vocabulary
 from evaluation.models.anchors import three_means
 from evaluation.models.answerer import Answerer
-from teachercache.cache import store
+from teachercache.cache import layout, store
 from teachercache.core.errors import UserError
 from teachercache.data.manifest import Manifest
 from teachercache.data.readers.questions import LABELS
@@ -219,4 +220,12 @@ def cache_rows(cache: store.Cache, manifest: Manifest, rows: Int[np.ndarray, " n
 
 
 def _build_command(cache: store.Cache, manifest: Manifest) -> str:
-    return f"`tc build --teacher {cache.meta.spec.name} --data {manifest.data}`"
+    words = [
+        "tc",
+        "build",
+        "--teacher",
+        layout.printed_teacher(cache.meta.spec.name),
+        "--data",
+        manifest.data,
+    ]
+    return f"`{shlex.join(words)}`"

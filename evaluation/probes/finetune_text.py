@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from teachercache.core.device import pick_device
-from teachercache.core.errors import UserError
+from teachercache.core.errors import UserError, is_machine
 from teachercache.core.progress import ticker
+from teachercache.teachers.allowed import check_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -75,15 +76,20 @@ def load_text_model(
             f"{folder} is no transformers folder (config.json): pass a BART, or the language_model/ of an "
             "exported student"
         )
+    check_folder(folder)
+    local = {"local_files_only": True, "trust_remote_code": False}
     verbosity = transformers.utils.logging.get_verbosity()
     transformers.utils.logging.set_verbosity_error()  # a new head causes long warnings
     transformers.utils.logging.disable_progress_bar()
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **local)
         auto_class = getattr(transformers, f"AutoModelFor{kind}")
-        model = auto_class.from_pretrained(folder, local_files_only=True, dtype=torch.float32, **options)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{folder} cannot be loaded for {kind}: {str(error).splitlines()[0]}") from error
+        model = auto_class.from_pretrained(folder, **local, dtype=torch.float32, **options)
+    except Exception as error:  # transformers raises errors of many kinds about weights that it cannot read
+        if is_machine(error):
+            raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(f"{folder} cannot be loaded for {kind}: {reason}") from error
     finally:
         transformers.utils.logging.set_verbosity(verbosity)
         transformers.utils.logging.enable_progress_bar()

@@ -6,11 +6,12 @@ The functions below import their task when they are called, so that reading the 
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evaluation.tasks.task import Kind, Metrics, Option, Selection, Task, parse_options
+from teachercache.core import installed as packages
 from teachercache.core.errors import UserError, closest, resolve
 
 if TYPE_CHECKING:
@@ -328,7 +329,7 @@ SHORT = {task.short: name for name, task in TASKS.items() if task.short}
 
 def installed() -> dict[str, EntryPoint]:
     """Return the entry points of tasks that other packages install, without loading them."""
-    return {point.name: point for point in entry_points(group=GROUP) if point.name not in TASKS}
+    return {name: point for name, point in packages.installed(GROUP).items() if name not in TASKS}
 
 
 def find(name: str) -> Task:

@@ -1,13 +1,16 @@
 """Look up families of students by name: the built-in ones, and those of installed packages."""
 
-import importlib.metadata
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
+from safetensors import SafetensorError
+
 from student.contract import Exported, ExportRequest, Family, Student
-from student.models.run_file import load_weights, student_record
+from student.models.run_file import WEIGHTS, load_weights, record_file, student_record
 from teachercache.core.errors import UserError
+from teachercache.core.installed import installed
+from teachercache.teachers.allowed import check_code_keys
 
 GROUP = "student.models"  # entry-point group; each entry loads a Family
 
@@ -80,18 +83,35 @@ def find_family(name: str) -> Family:
     """
     if name in FAMILIES:
         return FAMILIES[name]
-    installed = {point.name: point for point in importlib.metadata.entry_points(group=GROUP)}
-    if name in installed:
-        return installed[name].load()
+    points = installed(GROUP)
+    if name in points:
+        family = points[name].load()
+        if not isinstance(family, Family):
+            raise UserError(
+                f"the installed student {name} is a {type(family).__name__}, not a student.contract.Family"
+            )
+        return family
     raise UserError(
         f"the run's student is of the family {name}, which is not installed: install the package that provides it "
-        f"(entry points {GROUP}); installed are {', '.join([*FAMILIES, *installed])}"
+        f"(entry points {GROUP}); installed are {', '.join([*FAMILIES, *points])}"
     )
 
 
 def load_student(folder: Path) -> Student:
-    """Load the trained student of a run or exported folder on the CPU; no other file is read."""
-    record = student_record(folder)
-    student = find_family(record["family"]).build(record["config"], folder)
-    student.load_saved_state(load_weights(folder))
+    """Load the trained student of a run or exported folder on the CPU; no other file is read.
+
+    Raises:
+        UserError: Its record has a key that loads code, or record and weights do not fit each other.
+    """
+    record, weights = student_record(folder), load_weights(folder)
+    check_code_keys(record, record_file(folder))
+    try:
+        student = find_family(record["family"]).build(record["config"], folder)
+        student.load_saved_state(weights)
+    except (RuntimeError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"{folder}: {WEIGHTS} and {record_file(folder).name} are damaged or do not fit each other "
+            f"({type(error).__name__}: {reason})"
+        ) from error
     return student

@@ -1,6 +1,7 @@
 """Read and write the files of a run: run.json (seq2seq.json in an export) and model.safetensors."""
 
 import json
+import shlex
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +26,11 @@ def is_run(folder: Path) -> bool:
     return any((folder / name).exists() for name in NAMES)
 
 
+def record_file(folder: Path) -> Path:
+    """Return the path of a folder's record, run.json or seq2seq.json."""
+    return next((folder / name for name in NAMES if (folder / name).exists()), folder / NAMES[0])
+
+
 def read_run(folder: Path, *, alone: bool = False) -> dict[str, Any]:
     """Return the record of a run or export.
 
@@ -35,8 +41,8 @@ def read_run(folder: Path, *, alone: bool = False) -> dict[str, Any]:
     Raises:
         UserError: The folder is not a run, a run of an older format, or damaged.
     """
-    path = next((folder / name for name in NAMES if (folder / name).exists()), None)
-    if path is None:
+    path = record_file(folder)
+    if not path.exists():
         raise UserError(
             f"{folder} is not a run: {closest_path(folder)}pass a folder that `student train` wrote"
         )
@@ -54,7 +60,7 @@ def read_run(folder: Path, *, alone: bool = False) -> dict[str, Any]:
         name = recipe.get("name", "NAME") if isinstance(recipe, dict) else "NAME"
         raise UserError(
             f"{folder} is a run of format {version or 1}, this version reads {FORMAT}: train it again with "
-            f"`student train --recipe {name} --out ANOTHER`"
+            f"`student train --recipe {shlex.quote(str(name))} --out ANOTHER`"
         )
     return record
 
@@ -77,8 +83,8 @@ def weights_of(folder: Path) -> Path:
         UserError: The run is unfinished or its weights are damaged; the message has the command that mends it.
     """
     path = folder / WEIGHTS
-    recipe = read_run(folder).get("recipe", {}).get("name", "NAME")
-    command = f"`student train --recipe {recipe} --resume --out {folder}`"
+    recipe = str(read_run(folder).get("recipe", {}).get("name", "NAME"))
+    command = f"`{shlex.join(['student', 'train', '--recipe', recipe, '--resume', '--out', str(folder)])}`"
     if not path.exists():
         raise UserError(f"{folder} is not a finished run: go on with {command}")
     again = f"{command} writes it again" if (folder / "checkpoints").exists() else remedy_of(folder)

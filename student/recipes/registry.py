@@ -10,6 +10,7 @@ from student.recipes.clip_td import CLIP_TD
 from student.recipes.psd import PSD
 from student.recipes.sds_clip import SDS_CLIP
 from student.recipes.vlkd import VLKD
+from teachercache.core import installed as packages
 from teachercache.core.errors import UserError, resolve
 
 GROUP = "student.recipes"  # entry points: name -> a Recipe
@@ -26,7 +27,7 @@ RECIPES: dict[str, Recipe[Any]] = {
 
 def installed() -> dict[str, importlib.metadata.EntryPoint]:
     """Return the recipes of installed packages by name, without importing them."""
-    return {point.name: point for point in importlib.metadata.entry_points(group=GROUP)}
+    return packages.installed(GROUP)
 
 
 def find(name: str) -> Recipe[Any]:

@@ -60,7 +60,7 @@ def build_command(attributes: Mapping[str, Any], path: Path, *, data: str | None
     """
     spec = attributes["spec"]
     options = {
-        "--teacher": spec["name"],
+        "--teacher": printed_teacher(spec["name"]),
         "--outputs": ",".join(spec["outputs"]),
         "--weights": spec["weights"],
         "--data": data or attributes["data"],
@@ -82,6 +82,17 @@ def build_command(attributes: Mapping[str, Any], path: Path, *, data: str | None
     return shlex.join(
         ["tc", "build", *words, *(word for setting in changed for word in ("--augment", setting))]
     )
+
+
+def printed_teacher(name: str) -> str:
+    """Return the stored name of a teacher as printed commands have it.
+
+    A name of the form package.module:ENTRY becomes a placeholder: a person who copies a printed command would import
+    the module, and whoever wrote the cache chose its name.
+    """
+    module, colon, attribute = name.partition(":")
+    imported = colon and attribute.isidentifier() and all(word.isidentifier() for word in module.split("."))
+    return "PACKAGE.MODULE:ENTRY" if imported else name
 
 
 def block_rows_for(fields: tuple[Field, ...], rows: int) -> int:

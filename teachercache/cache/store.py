@@ -39,7 +39,6 @@ from teachercache.cache.spec import FORMAT, CacheMeta, meta_from_dict
 from teachercache.core.errors import UserError, closest
 from teachercache.core.leftovers import sweep_beside
 from teachercache.core.paths import as_path, closest_path, is_url, partial_name, write_whole
-from teachercache.core.process import is_alive
 from teachercache.data.manifest import Manifest, load_manifest, manifest_keys, write_manifest
 
 if TYPE_CHECKING:

@@ -7,6 +7,7 @@ one before: whenever the process is killed, one of them fits the index that is t
 
 import dataclasses
 import json
+import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -175,8 +176,8 @@ def status(cache: store.Cache, record: IndexRecord) -> str:
 
 def index_command(cache: store.Cache, field: str, record: IndexRecord | None = None) -> str:
     """Return the command that builds the index of a field, of the same kind as before."""
-    kind = f" --kind {record.asked}" if record is not None and record.asked != "auto" else ""
-    return f"run `tc index {cache.path} --field {field}{kind}`"
+    kind = ["--kind", record.asked] if record is not None and record.asked != "auto" else []
+    return f"run `{shlex.join(['tc', 'index', str(cache.path), '--field', field, *kind])}`"
 
 
 def check_index(cache: store.Cache, field: str) -> IndexRecord:

@@ -1,6 +1,7 @@
 """Iterate over the unit vectors of a field in chunks, and search them exactly."""
 
 import dataclasses
+import shlex
 from collections.abc import Iterator
 
 import numpy as np
@@ -71,7 +72,8 @@ def vector_field(cache: store.Cache, name: str | None) -> str:
                 f"{what}, none of its fields holds any: build another with `tc build --outputs embeddings`"
             )
         hint = closest(name, names)
-        raise UserError(f"{what}: {hint}index one with `tc index {cache.path} --field {names[0]}`")
+        words = ["tc", "index", str(cache.path), "--field", names[0]]
+        raise UserError(f"{what}: {hint}index one with `{shlex.join(words)}`")
     return name
 
 

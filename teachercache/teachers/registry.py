@@ -5,9 +5,11 @@ The heavy imports of a teacher run when it is loaded.
 
 import re
 from collections.abc import Sequence
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint
 
 from teachercache.core.errors import UserError, closest, resolve
+from teachercache.core.installed import installed
+from teachercache.teachers.allowed import PLAIN_NAME
 from teachercache.teachers.teacher import (
     CLIP_NEEDS,
     CLIP_OUTPUTS,
@@ -97,7 +99,7 @@ TEACHERS: dict[str, Entry] = {
 
 def installed_teachers() -> dict[str, EntryPoint]:
     """Return the teachers of other packages, the entry points of the group `teachercache.teachers`, by name."""
-    return {point.name: point for point in sorted(entry_points(group=GROUP))}
+    return installed(GROUP)
 
 
 def find(name: str) -> Entry:
@@ -127,8 +129,8 @@ def find_stored(name: str) -> Entry:
         return entry
     if _is_dotted(name.partition(":")[0]) and name.partition(":")[2].isidentifier():
         raise UserError(
-            f"teacher '{name}' is not installed, and a stored name is not imported: pass --teacher {name}, or "
-            f"install the teacher as an entry point of the group {GROUP}"
+            f"teacher '{name}' is not installed, and a stored name is not imported: pass --teacher "
+            f"PACKAGE.MODULE:ENTRY of a package that you trust, or install it as an entry point of the group {GROUP}"
         )
     choices = [*TEACHERS, *installed_teachers()]
     raise UserError(f"unknown teacher '{name}': {closest(name, choices)}choose from {', '.join(choices)}")
@@ -139,15 +141,15 @@ def _find(name: str) -> Entry | None:
 
     if name in TEACHERS:
         return TEACHERS[name]
-    installed = installed_teachers()
-    if name in installed:
+    points = installed_teachers()
+    if name in points:
         try:
-            return _checked(name, installed[name].load())
+            return _checked(name, points[name].load())
         except (ImportError, AttributeError) as error:
             raise UserError(f"cannot import the installed teacher '{name}': {error}") from error
     if name.startswith("open_clip:"):
         architecture, slash, tag = name.removeprefix("open_clip:").partition("/")
-        if not slash:
+        if not slash or not PLAIN_NAME.fullmatch(architecture):
             raise UserError(
                 f"--teacher {name}: write open_clip:MODEL/TAG, for example open_clip:ViT-B-32/laion2b_s34b_b79k"
             )

@@ -8,13 +8,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, BartConfig, BartForConditionalGeneration
 
 from student.models.run_file import is_run, load_weights, student_record
 from student.models.seq2seq.model import Seq2Seq
 from student.models.seq2seq.texts import NUM_MASKS, Reader, marks_of, word_starts
-from teachercache.core.errors import UserError
+from teachercache.core.errors import UserError, is_machine
+from teachercache.teachers.allowed import check_code_keys, check_source
 
 PACKAGED = Path(__file__).parent / "bart_tiny"  # written by scripts/teachers/bart_tiny.py
 NAMES = {"bart-tiny": str(PACKAGED), "bart-base": "facebook/bart-base", "bart-large": "facebook/bart-large"}
@@ -72,14 +74,17 @@ def open_bart(name: str, *, scratch: bool) -> tuple[BartForConditionalGeneration
     from transformers.utils import logging
 
     source = NAMES.get(name, name)
+    check_source(source, f"--set model={name}")
     logging.disable_progress_bar()
     try:
         config = BartConfig.from_pretrained(source)
-        tokenizer = AutoTokenizer.from_pretrained(source).backend_tokenizer
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False).backend_tokenizer
         if scratch:
             return BartForConditionalGeneration(config), tokenizer
         bart = BartForConditionalGeneration.from_pretrained(source, use_safetensors=True, dtype="float32")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        if is_machine(error) or isinstance(error, UserError):
+            raise
         reason = (str(error).splitlines() or ["?"])[0][:160]
         raise UserError(
             f"--set model={name}: no BART there ({reason}); choose {', '.join(NAMES)}, a name on the hub "
@@ -132,6 +137,7 @@ def read_tokenizer(folder: Path) -> Tokenizer:
 def rebuild(config: Mapping[str, Any], tokenizer: Tokenizer, reading: Reading | None = None) -> Seq2Seq:
     """Return a student of a recorded configuration with random weights, optionally for another stage."""
     reading = reading or Reading()
+    check_code_keys(config["bart"], "the record of the student")
     bart = BartConfig.from_dict(config["bart"])
     masks = reading.masks or (0 if reading.stage else config["masks"])
     reading = Reading(

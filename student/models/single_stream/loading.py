@@ -3,7 +3,6 @@
 Weights are read from safetensors files or with torch's `weights_only`.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ from student.models.single_stream.tokenizer import load_tokenizer
 from student.models.single_stream.villa import Perturbation
 from teachercache.core.errors import UserError
 from teachercache.core.progress import say
+from teachercache.teachers.allowed import check_folder, read_config
 
 # Names in a released UNITER checkpoint -> our names; tensors without an entry (its heads) are skipped
 UNITER = (
@@ -65,7 +65,8 @@ def open_student(
 
 def _bert_config(folder: Path, sizes: Mapping[str, int], name: str) -> BertConfig:
     """Return the folder's configuration, with token types for first parts, pictures and second parts."""
-    config = BertConfig.from_dict(json.loads((folder / "config.json").read_text()))
+    check_folder(folder)
+    config = BertConfig.from_dict(read_config(folder / "config.json"))
     if config.hidden_size != sizes["hidden_size"] or config.num_hidden_layers != sizes["num_hidden_layers"]:
         raise UserError(
             f"--set init={folder} is a BERT of {config.num_hidden_layers} layers of width {config.hidden_size}, {name} "

@@ -18,6 +18,7 @@ from student.contract import Capability, RowInputs, StudentSpec
 from student.models.single_stream.regions import UniterRegions, VlBertRegions, trim_regions, valid_regions
 from student.models.single_stream.villa import Perturbation, perturbed_logits
 from teachercache.core.errors import UserError, closest
+from teachercache.teachers.allowed import check_code_keys
 
 FACES = ("uniter", "vl-bert", "villa", "bert")
 SIZES: dict[str, dict[str, Any]] = {
@@ -253,4 +254,5 @@ class SingleStream(nn.Module):
 
 def rebuild(config: Mapping[str, Any]) -> SingleStream:
     """Return a student of a recorded configuration, with random weights."""
+    check_code_keys(config["bert"], "the record of the student")
     return SingleStream(BertConfig.from_dict(config["bert"]), Shape(**config["shape"]))

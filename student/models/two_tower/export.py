@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import open_clip
 import torch
 from open_clip.tokenizer import HFTokenizer
 from torch import Tensor
@@ -21,7 +20,7 @@ from student.models.two_tower.model import TwoTower, open_clip_state
 from teachercache.core.errors import UserError
 from teachercache.core.paths import write_whole
 from teachercache.data.views import describe_view
-from teachercache.teachers.clip.loading import open_folder
+from teachercache.teachers.clip.folders import folder_parts, open_folder, tokenizer_of
 
 TOLERANCE = 1e-4  # relative to the largest value of the embeddings, or to 1 if that is smaller
 PROBES = ["a photo of a red bird", "It's 12 o'clock, \u00fcber \u65e5\u672c \U0001f44d", "", "word " * 100]
@@ -92,7 +91,7 @@ def _write_open_clip(student: TwoTower, folder: Path) -> list[str]:
 
 def _load_open_clip(folder: Path) -> Encode:
     module, _ = open_folder(str(folder))
-    tokenize = open_clip.get_tokenizer(f"local-dir:{folder}")
+    tokenize = tokenizer_of(folder_parts(str(folder))[0], str(folder))
     module = module.eval()
     return lambda pixels, texts: (module.encode_image(pixels), module.encode_text(tokenize(texts)))
 

@@ -88,7 +88,7 @@ def load(folder: Path) -> Callable[[Tensor, list[str]], tuple[Tensor, Tensor]]:
 
     with quiet():
         module = AutoModel.from_pretrained(folder, local_files_only=True).eval()
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
     def encode(pixels: Tensor, texts: list[str]) -> tuple[Tensor, Tensor]:
         words = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")

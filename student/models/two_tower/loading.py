@@ -9,7 +9,7 @@ import open_clip
 from student.models.two_tower.model import TwoTower
 from teachercache.core.errors import UserError, closest
 from teachercache.core.progress import say
-from teachercache.teachers.clip.loading import build_module, folder_parts, open_folder, tokenizer_of
+from teachercache.teachers.clip.folders import build_module, folder_parts, open_folder, tokenizer_of
 
 
 def build_two_tower(name: str, init: str = "") -> TwoTower:

@@ -14,14 +14,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import open_clip
 import torch
 from open_clip.tokenizer import HFTokenizer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from teachercache.core.errors import UserError
-from teachercache.teachers.clip.loading import build_module, make_teacher, open_folder
+from teachercache.teachers.clip.folders import build_module, folder_parts, open_folder, tokenizer_of
+from teachercache.teachers.clip.loading import make_teacher
 from teachercache.teachers.teacher import Teacher
 
 HOME = "models/clip-lite"
@@ -72,7 +72,7 @@ def load_clip_lite(name: str, *, weights: str, outputs: tuple[str, ...]) -> Teac
             f"no {folder}: make clip-lite with `bash scripts/demo` or `python -m scripts.teachers.clip_lite`"
         )
     module, preprocess = open_folder(folder)
-    tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
+    tokenizer = tokenizer_of(folder_parts(folder)[0], folder)
     return make_teacher(name, module, preprocess, tokenizer, weights=weights, outputs=outputs)
 
 

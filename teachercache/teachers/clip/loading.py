@@ -4,9 +4,9 @@ random weights.
 Only safetensors files and weights_only loading are used. Preprocessing is that of the checkpoint.
 """
 
-import json
+import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,15 +15,20 @@ import huggingface_hub
 import open_clip
 import torch
 from jaxtyping import Float
-from open_clip.tokenizer import HFTokenizer
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from teachercache.cache.spec import Field, TeacherSpec
-from teachercache.core.digests import names_to_load, refuse_damage
-from teachercache.core.errors import UserError, closest
+from teachercache.core.errors import UserError, closest, is_machine
+from teachercache.core.progress import say
 from teachercache.data.views import describe_view, image_view
+from teachercache.teachers.allowed import check_open_clip, read_config
+from teachercache.teachers.clip.folders import (
+    build_module,
+    folder_parts,
+    load_weights,
+    open_folder,
+    tokenizer_of,
+)
 from teachercache.teachers.clip.layers import (
     EMBEDDINGS,
     Taps,
@@ -39,6 +44,8 @@ from teachercache.teachers.clip.word_selection import Words, WordSelection
 from teachercache.teachers.teacher import Inputs, Teacher
 from teachercache.teachers.weights import digest_weights, hub_answers, random_seed
 
+HUB = "hf-hub:"
+
 
 def load_clip(name: str, *, architecture: str, tag: str, weights: str, outputs: tuple[str, ...]) -> Teacher:
     """Load a CLIP teacher: pretrained (by tag), `random:SEED`, or with weights from a file or folder."""
@@ -46,12 +53,19 @@ def load_clip(name: str, *, architecture: str, tag: str, weights: str, outputs: 
     if architecture.startswith("local-dir:") and weights != "pretrained":
         raise UserError(f"--weights {weights}: the folder {name} has its own weights; leave --weights away")
     if source.startswith("local-dir:"):
-        module, preprocess = open_folder(source.removeprefix("local-dir:"))
-    elif (seed := random_seed(weights)) is not None:
-        module, preprocess = _random(architecture, seed)
+        folder = source.removeprefix("local-dir:")
+        module, preprocess = open_folder(folder)
+        tokenizer = tokenizer_of(folder_parts(folder)[0], folder)
+    elif source.startswith(HUB):
+        module, preprocess, tokenizer = _from_hub(name, source.removeprefix(HUB), weights)
     else:
-        module, preprocess = _pretrained(name, architecture, tag, weights)
-    tokenizer = _tokenizer(source)
+        seed = random_seed(weights)
+        cfg = open_clip.get_pretrained_cfg(architecture, tag) if tag else {}
+        if seed is not None:
+            module, preprocess = _random(architecture, cfg, seed)
+        else:
+            module, preprocess = _pretrained(name, architecture, tag, weights)
+        tokenizer = open_clip.get_tokenizer(architecture)  # of a configuration inside open_clip
     return make_teacher(name, module, preprocess, tokenizer, weights=weights, outputs=outputs)
 
 
@@ -127,128 +141,89 @@ def encode(
     return fields
 
 
-def open_folder(folder: str) -> tuple[Any, dict[str, Any]]:
-    """Return module and preprocess_cfg of an open_clip folder, or of a run of `student train`.
-
-    A text tower from transformers reads its config.json from the same folder, so that the folder can be
-    moved.
-    """
-    remedy = "copy the folder again from where it is whole, or train or export it again"
-    refuse_damage(Path(folder), names_to_load(Path(folder)), remedy)
-    model_cfg, preprocess_cfg, weights_path = folder_parts(folder)
-    try:
-        state = load_file(weights_path)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"{folder} has no readable {weights_path.name}: {error}") from error
-    module, preprocess = build_module(model_cfg, preprocess_cfg, folder=folder)
-    if state["logit_scale"].ndim:  # trained as a vector of one
-        state["logit_scale"] = state["logit_scale"].reshape(module.logit_scale.shape)
-    module.load_state_dict(state)
-    return module, preprocess
-
-
-def folder_parts(folder: str) -> tuple[dict[str, Any], dict[str, Any], Path]:
-    """Return model_cfg, preprocess_cfg and the weights file of a folder.
-
-    An open_clip folder has open_clip_config.json and open_clip_model.safetensors; a run describes its student
-    in run.json, beside model.safetensors.
-    """
-    config_path, run_path = Path(folder, "open_clip_config.json"), Path(folder, "run.json")
-    try:
-        if run_path.exists() and not config_path.exists():
-            student, weights_path = (
-                json.loads(run_path.read_text())["student"] or {},
-                Path(folder, "model.safetensors"),
-            )
-            if "model_cfg" in student:
-                raise UserError(f"{folder} is a run of an older format: train it again")
-            config = student.get("config", {})
-            if "model_cfg" not in config:
-                raise UserError(f"{folder} trained no model of two towers: pass another --teacher")
-            if not weights_path.exists():
-                raise UserError(
-                    f"{folder} is not a finished run: go on with `student train --resume --out {folder}`"
-                )
-            return config["model_cfg"], config["preprocess"], weights_path
-        config = json.loads(config_path.read_text())
-        return (
-            config["model_cfg"],
-            config.get("preprocess_cfg", {}),
-            Path(folder, "open_clip_model.safetensors"),
-        )
-    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise UserError(
-            f"{folder} is neither an open_clip folder with open_clip_config.json and open_clip_model.safetensors, "
-            f"nor a run of `student train`: {error}"
-        ) from error
-
-
-def tokenizer_of(model_cfg: Mapping[str, Any], folder: str = "") -> Any:
-    """Return the tokenizer of a configuration: CLIP's, or one of Hugging Face (with files in `folder`)."""
-    text_cfg = model_cfg["text_cfg"]
-    length, options = text_cfg.get("context_length", 77), text_cfg.get("tokenizer_kwargs", {})
-    if "hf_tokenizer_name" not in text_cfg:
-        return open_clip.SimpleTokenizer(context_length=length, **options)
-    source = (
-        folder if folder and Path(folder, "tokenizer_config.json").exists() else text_cfg["hf_tokenizer_name"]
-    )
-    return HFTokenizer(
-        source, context_length=length, tokenizer_mode=text_cfg.get("tokenizer_mode"), **options
-    )
-
-
-def build_module(
-    model_cfg: Mapping[str, Any], preprocess_cfg: Mapping[str, Any], *, folder: str = ""
-) -> tuple[Any, dict[str, Any]]:
-    """Build an open_clip model with random weights from its configuration; also return its complete
-    preprocess_cfg.
-    """
-    from open_clip.transform import PreprocessCfg, merge_preprocess_dict
-
-    cfg = json.loads(json.dumps(model_cfg))  # a deep copy: open_clip modifies it
-    custom = cfg.pop("custom_text", False)
-    if "hf_model_name" in cfg["text_cfg"]:
-        custom = True
-        cfg["text_cfg"]["hf_model_pretrained"] = False
-        if folder and Path(folder, "config.json").exists():
-            cfg["text_cfg"]["hf_model_name"] = folder
-    if "timm_model_name" in cfg["vision_cfg"]:
-        cfg["vision_cfg"]["timm_model_pretrained"] = False
-    module = (open_clip.CustomTextCLIP if custom else open_clip.CLIP)(**cfg)
-    preprocess = merge_preprocess_dict(PreprocessCfg(), dict(preprocess_cfg))
-    return module, {**preprocess, "size": module.visual.image_size}
-
-
-def _random(architecture: str, seed: int) -> tuple[Any, dict[str, Any]]:
-    if architecture.startswith("hf-hub:"):
-        raise UserError(
-            f"--weights random:{seed} needs an architecture without download: try --teacher clip-vit-b16"
-        )
+def _random(architecture: str, tag_cfg: Mapping[str, Any], seed: int) -> tuple[Any, dict[str, Any]]:
+    """Build an architecture with random weights, with the view and activation of a tag."""
     model_cfg = open_clip.get_model_config(architecture)
     if model_cfg is None:
         raise UserError(
             f"open_clip has no model '{architecture}': {closest(architecture, open_clip.list_models())}"
         )
+    if tag_cfg.get("quick_gelu"):
+        model_cfg["quick_gelu"] = True
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return build_module(model_cfg, {})
+        return build_module(model_cfg, tag_view(tag_cfg))
+
+
+def tag_view(tag_cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the preprocessing of a tag's entry in open_clip's table, without the size, which the model decides."""
+    keys = ("mean", "std", "interpolation", "resize_mode", "fill_color")
+    return {key: tag_cfg[key] for key in keys if tag_cfg.get(key) is not None}
 
 
 def _pretrained(name: str, architecture: str, tag: str, weights: str) -> tuple[Any, dict[str, Any]]:
-    """Load weights by tag through open_clip (downloaded the first time), or from a checkpoint file."""
+    """Load weights by tag through open_clip (downloaded the first time), or from a checkpoint file.
+
+    A file has neither view nor activation: both are those of the tag.
+    """
     if weights != "pretrained" and not Path(weights).is_file():
         raise UserError(f"--weights {weights}: no such file or folder (or write pretrained, or random:SEED)")
+    tag_cfg = open_clip.get_pretrained_cfg(architecture, tag)
+    if not tag_cfg and weights != "pretrained":
+        tags = open_clip.list_pretrained_tags_by_model(architecture)
+        say(
+            f"{name}: open_clip has no weights '{tag}' of {architecture}, so the view and the activation of {weights} "
+            f"are guessed: OpenAI's mean and std, {'QuickGELU' if 'quickgelu' in architecture else 'GELU'}. Name a tag "
+            f"that has its own: {', '.join(tags) or 'none'}; or pass a folder with open_clip_config.json"
+        )
+    with _hub(name):
+        module = open_clip.create_model(
+            architecture,
+            pretrained=tag if weights == "pretrained" else weights,
+            force_quick_gelu=bool(tag_cfg.get("quick_gelu")),
+            force_preprocess_cfg=tag_view(tag_cfg),
+            require_pretrained=True,
+        )
+    return module, module.visual.preprocess_cfg
+
+
+def _from_hub(name: str, repository: str, weights: str) -> tuple[Any, dict[str, Any], Any]:
+    """Load an open_clip repository of the hub: module, preprocess_cfg and tokenizer.
+
+    Its configuration is checked before open_clip or transformers read it. With a file of weights, the repository has
+    only the configuration.
+    """
+    if (seed := random_seed(weights)) is not None:
+        raise UserError(
+            f"--weights random:{seed} needs an architecture without download: try --teacher clip-vit-b16"
+        )
+    if weights != "pretrained" and not Path(weights).is_file():
+        raise UserError(f"--weights {weights}: no such file or folder (or write pretrained)")
+    download = open_clip.factory.download_pretrained_from_hf
+    with _hub(name):
+        config_path = Path(download(repository, filename="open_clip_config.json"))
+        config = read_config(config_path)
+        preprocess_cfg = config.get("preprocess_cfg", {})
+        check_open_clip(config.get("model_cfg"), preprocess_cfg, config_path)
+        module, preprocess = build_module(config["model_cfg"], preprocess_cfg)
+        load_weights(module, Path(download(repository)) if weights == "pretrained" else Path(weights))
+        return module, preprocess, tokenizer_of(config["model_cfg"])
+
+
+@contextlib.contextmanager
+def _hub(name: str) -> Iterator[None]:
+    """Keep open_clip from logging, do without the hub where it cannot be reached, and explain its errors."""
     logging.getLogger().setLevel(logging.CRITICAL)  # open_clip logs failures to the root logger
     offline = huggingface_hub.constants.HF_HUB_OFFLINE
     huggingface_hub.constants.HF_HUB_OFFLINE = offline or not hub_answers()
     try:
-        module = open_clip.create_model(
-            architecture,
-            pretrained=tag if weights == "pretrained" else weights,
-            require_pretrained=True,
-        )
+        yield
+    except UserError:
+        raise
     except Exception as error:
-        reason = str(error).splitlines()[0][:120]
+        if is_machine(error):
+            raise
+        reason = (str(error).splitlines() or ["?"])[0][:120]
         raise UserError(
             f"cannot get the weights of {name} ({type(error).__name__}: {reason}). Pass --weights PATH (a checkpoint "
             "you have), --weights random:0 (the same architecture, untrained), or --teacher clip-lite"
@@ -256,16 +231,6 @@ def _pretrained(name: str, architecture: str, tag: str, weights: str) -> tuple[A
     finally:
         logging.getLogger().setLevel(logging.WARNING)
         huggingface_hub.constants.HF_HUB_OFFLINE = offline
-    return module, module.visual.preprocess_cfg
-
-
-def _tokenizer(source: str) -> Any:
-    folder = source.removeprefix("local-dir:")
-    if (
-        folder != source and not Path(folder, "open_clip_config.json").exists()
-    ):  # a run, which open_clip does not support
-        return tokenizer_of(folder_parts(folder)[0], folder)
-    return open_clip.get_tokenizer(source)
 
 
 def _fields(module: Any, view: Any, tokenizer: Any, taps: Taps) -> tuple[Field, ...]:

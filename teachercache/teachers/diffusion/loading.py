@@ -5,7 +5,6 @@ tokenizer, scheduler. Without a VAE the UNet works on pixels.
 """
 
 import contextlib
-import json
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor
 from teachercache.cache.spec import TeacherSpec
 from teachercache.core.errors import UserError
 from teachercache.data.views import describe_view, image_view
+from teachercache.teachers.allowed import check_folder, check_tokenizer_class, read_config
 from teachercache.teachers.diffusion.model import PREDICTIONS, Diffusion, latent_shape
 from teachercache.teachers.diffusion.outputs import (
     check_block,
@@ -33,6 +33,7 @@ from teachercache.teachers.weights import digest_weights, hub_answers, random_se
 HOME = Path(__file__).with_name("sd_tiny")
 SD_V1_4 = "CompVis/stable-diffusion-v1-4"
 NEEDED = {"unet": "UNet2DConditionModel", "text_encoder": "CLIPTextModel", "vae": "AutoencoderKL"}
+LIBRARIES = (None, "diffusers", "transformers")
 SD_V1: dict[str, dict[str, Any]] = {  # values that differ from the defaults of the classes
     "unet": {"sample_size": 64, "cross_attention_dim": 768},
     "vae": {
@@ -196,25 +197,40 @@ def open_folder(folder: Path, *, seed: int | None = None) -> tuple[Diffusion, An
     """
     import transformers
 
-    try:
-        index = json.loads(Path(folder, "model_index.json").read_text())
-        parts = {part: (index.get(part) or [None, None])[1] for part in NEEDED}
-    except (OSError, ValueError, TypeError, AttributeError, LookupError) as error:
-        raise UserError(f"{folder}/model_index.json is not readable: {error}") from error
+    index = read_config(Path(folder, "model_index.json"))
+    parts = {part: _class_of(folder, index, part) for part in NEEDED}
     for part, needed in NEEDED.items():
         if parts[part] != needed and (part, parts[part]) != ("vae", None):
             raise UserError(
                 f"{folder} has {parts[part] or 'nothing'} as its {part}: a diffusion teacher has {needed}"
             )
+    kind = _class_of(folder, index, "tokenizer")
+    check_tokenizer_class(kind, f"{folder}/model_index.json, key 'tokenizer'")
+    for place in (folder, *(Path(folder, part) for part in (*NEEDED, "scheduler", "tokenizer"))):
+        check_folder(place)
     with _explain_errors(folder), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed or 0)
         components = {part: _part(folder, part, seed) for part, kind in parts.items() if kind}
-        scheduler = _scheduler(json.loads(Path(folder, "scheduler", "scheduler_config.json").read_text()))
-        kind = (index.get("tokenizer") or [None, ""])[1]
-        tokenizer = getattr(transformers, kind, transformers.AutoTokenizer).from_pretrained(
-            Path(folder, "tokenizer")
+        scheduler = _scheduler(read_config(Path(folder, "scheduler", "scheduler_config.json")))
+        reader = getattr(transformers, kind or "AutoTokenizer", transformers.AutoTokenizer)
+        tokenizer = reader.from_pretrained(
+            Path(folder, "tokenizer"), local_files_only=True, trust_remote_code=False
         )
     return _join(str(folder), components, scheduler), tokenizer
+
+
+def _class_of(folder: Path, index: dict[str, Any], part: str) -> str | None:
+    """Return the class of a part in model_index.json; UserError if it is of a module that is no library of ours."""
+    value = index.get(part) or [None, None]
+    plain = (
+        isinstance(value, list) and len(value) == 2 and all(isinstance(word, str | None) for word in value)
+    )
+    if not plain or value[0] not in LIBRARIES:
+        raise UserError(
+            f"{folder}/model_index.json: the key '{part}' is {str(value)[:80]}; only classes of diffusers and "
+            "transformers are loaded"
+        )
+    return value[1]
 
 
 def random_sd_v1(seed: int) -> tuple[Diffusion, Tokenize, Any]:

@@ -19,7 +19,7 @@ from student.models.two_tower.export_hf import image_processor
 from student.models.two_tower.hf_tokenizer import clip_tokenizer
 from student.models.two_tower.model import TwoTower
 from teachercache.data.views import image_view
-from teachercache.teachers.clip.loading import build_module, tokenizer_of
+from teachercache.teachers.clip.folders import build_module, tokenizer_of
 from tests.student.export.test_export import pictures
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")

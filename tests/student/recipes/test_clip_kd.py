@@ -16,7 +16,7 @@ from student.recipes.clip_kd import CLIP_KD, block_pairs
 from student.settings import override
 from student.training.step import TrainStep
 from teachercache.core.errors import UserError
-from teachercache.teachers.clip.loading import build_module
+from teachercache.teachers.clip.folders import build_module
 from tests.student.losses.test_losses import loop_clip, mean_square
 
 RUN, NOW = Run(data="", cache="", out=""), Progress(0, 1)

@@ -35,7 +35,7 @@ from teachercache.data.views import (
     parse_augment,
     replay_view,
 )
-from teachercache.teachers.clip.loading import open_folder
+from teachercache.teachers.clip.folders import open_folder
 from teachercache.teachers.registry import load
 from teachercache.teachers.teacher import Teacher
 

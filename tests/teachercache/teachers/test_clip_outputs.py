@@ -18,8 +18,9 @@ from torch import nn
 from teachercache.cache import store
 from teachercache.cache.spec import fingerprint, meta_from_dict, to_dict
 from teachercache.core.errors import UserError
+from teachercache.teachers.clip.folders import build_module
 from teachercache.teachers.clip.layers import join_outputs, parse_outputs
-from teachercache.teachers.clip.loading import build_module, make_teacher
+from teachercache.teachers.clip.loading import make_teacher
 from teachercache.teachers.clip.towers import pool_positions
 from teachercache.teachers.registry import TEACHERS, load
 from teachercache.teachers.teacher import Teacher

@@ -330,10 +330,10 @@ def test_sd_v1_at_random_is_its_architecture():
 @pytest.mark.parametrize(
     ("file", "content", "says"),
     [
-        ("model_index.json", "{", "model_index.json is not readable"),
+        ("model_index.json", "{", "model_index.json is not JSON"),
         ("model_index.json", '{"unet": ["diffusers", "Transformer2D"]}', "has Transformer2D as its unet"),
         ("scheduler/scheduler_config.json", '{"prediction_type": "sample"}', "its UNet predicts 'sample'"),
-        ("scheduler/scheduler_config.json", None, "is not readable as a diffusers folder (FileNotFoundError"),
+        ("scheduler/scheduler_config.json", None, "scheduler_config.json is missing"),
         ("unet/diffusion_pytorch_model.safetensors", "odd", "is not readable as a diffusers folder"),
         ("unet/diffusion_pytorch_model.safetensors", None, "is not readable as a diffusers folder"),
     ],

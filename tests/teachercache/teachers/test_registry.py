@@ -49,7 +49,7 @@ def test_a_stored_name_is_never_imported_by_path(squares, tmp_path, monkeypatch,
     cache = build_cache(squares, "evil:ENTRY", tmp_path / "c.zarr", outputs=("latents",))
     (tmp_path / "imported").unlink()
     sys.modules.pop("evil")
-    assert "pass --teacher evil:ENTRY, or install the teacher as an entry point" in error_of(
+    assert "pass --teacher PACKAGE.MODULE:ENTRY of a package that you trust, or install it" in error_of(
         capsys, "verify", cache
     )
     with pytest.raises(UserError, match="a stored name is not imported"):

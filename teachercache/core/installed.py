@@ -1,0 +1,24 @@
+"""List the entry points of installed packages, without those of the folder in which a command was started."""
+
+import sys
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+
+
+def installed(group: str) -> dict[str, EntryPoint]:
+    """Return the entry points of a group by name, without importing them.
+
+    `python -m` and torchrun put the current folder in front of the import path. A folder that somebody else wrote
+    could pretend to be an installed package there, so that its code would run as soon as a cache names its entry.
+    Such packages are left out. A folder that is on the path for another reason (PYTHONPATH, a `.pth` file) counts as
+    installed.
+    """
+    here = Path.cwd().resolve()
+    visitor = here not in {Path(place).resolve() for place in sys.path[1:] if place}
+    return {
+        point.name: point
+        for point in sorted(entry_points(group=group))
+        if not (
+            visitor and point.dist is not None and Path(str(point.dist.locate_file(""))).resolve() == here
+        )
+    }
