@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, TypeVar, cast
 
 from teachercache.core.errors import UserError, is_machine
-from teachercache.core.local import Sizes, Tell, everything, no_word, open_regular, read_regular, walk_local
+from teachercache.core.local import Sizes, Tell, everything, no_word, open_regular, walk_local
 from teachercache.core.paths import as_path, is_url
 
 if TYPE_CHECKING:
@@ -253,7 +253,7 @@ def read_small(root: Path, files: list[tuple[str, int | None]]) -> Iterator[byte
         files: Names and sizes in bytes.
     """
     if not is_url(root):
-        yield from (read_regular(root / name) for name, _ in files)
+        yield from ((root / name).read_bytes() for name, _ in files)
         return
     for start in range(0, len(files), SMALL_FILES_AT_ONCE):
         part = files[start : start + SMALL_FILES_AT_ONCE]

@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from teachercache.core import local as walking
-from teachercache.core.errors import UserError
+from teachercache.core.errors import MachineError, UserError
 from teachercache.data.manifest import Manifest, make_manifest
 from teachercache.data.pictures import decode_image, read_bytes
 from teachercache.data.read import describe, find_sources, read_manifest
+from teachercache.data.readers import folders
 from teachercache.data.readers.tar_headers import BLOCK
 from teachercache.data.sample import Sample
 
@@ -242,6 +243,16 @@ def test_a_folder_without_permission_is_named_and_a_lost_mount_stops(tmp_path, m
     manifest = read_manifest(str(tmp_path))
     assert manifest.column("image") == ["cat/1.png"]
     assert named(manifest) == {"folders cannot be opened (Permission denied)": (1, "dog")}
+    write(tmp_path / "cat/1.txt", "a dog")
+    with (
+        monkeypatch.context() as lost,
+        pytest.raises(MachineError, match=r"1.txt: it was listed a moment ago"),
+    ):
+        lost.setattr(walking.os, "scandir", scan)
+        lost.setattr(
+            folders, "read_regular", lambda path: (_ for _ in ()).throw(FileNotFoundError(2, "gone"))
+        )
+        read_manifest(str(tmp_path))
     error = OSError(5, "Input/output error")
     with pytest.raises(OSError, match="Input/output error"):
         read_manifest(str(tmp_path))
