@@ -1,5 +1,6 @@
 """Folders, tars and texts as other tools and people make them: every file is a part of a row, or is named."""
 
+import contextlib
 import io
 import itertools
 import json
@@ -243,18 +244,18 @@ def test_a_folder_without_permission_is_named_and_a_lost_mount_stops(tmp_path, m
     manifest = read_manifest(str(tmp_path))
     assert manifest.column("image") == ["cat/1.png"]
     assert named(manifest) == {"folders cannot be opened (Permission denied)": (1, "dog")}
-    write(tmp_path / "cat/1.txt", "a dog")
-    with (
-        monkeypatch.context() as lost,
-        pytest.raises(MachineError, match=r"1.txt: it was listed a moment ago"),
-    ):
-        lost.setattr(walking.os, "scandir", scan)
-        lost.setattr(
-            folders, "read_regular", lambda path: (_ for _ in ()).throw(FileNotFoundError(2, "gone"))
-        )
-        read_manifest(str(tmp_path))
     error = OSError(5, "Input/output error")
     with pytest.raises(OSError, match="Input/output error"):
+        read_manifest(str(tmp_path))
+
+
+def test_a_caption_that_is_gone_since_it_was_listed_stops_the_command(tmp_path, monkeypatch):
+    def gone(path):
+        raise FileNotFoundError(2, "No such file or directory")
+
+    fill(tmp_path, "1.png", "1.txt")
+    monkeypatch.setattr(folders, "read_regular", gone)
+    with pytest.raises(MachineError, match=r"1\.txt: it was listed a moment ago"):
         read_manifest(str(tmp_path))
 
 
@@ -497,3 +498,18 @@ def test_members_of_a_tar_are_parts_of_rows_or_named(names):
     assert sum(map(bool, manifest.column("image"))) == 1 + sum(
         part.lower().endswith(("png", "jpg")) for part in parts
     )
+
+
+@settings(QUICK, max_examples=60)
+@given(
+    st.lists(st.tuples(st.integers(0, 6 * BLOCK - 1), st.integers(0, 255)), min_size=1, max_size=4), st.data()
+)
+def test_flipped_bytes_of_a_tar_give_rows_or_one_line(flips, data):
+    with tempfile.TemporaryDirectory() as folder:
+        path = make_tar(Path(folder, "s.tar"), ("a.png", png(1)), ("a.txt", "x"), ("b.png", png(2)))
+        content = bytearray(path.read_bytes())
+        for at, byte in flips:
+            content[at] = byte
+        write(path, bytes(content[: data.draw(st.integers(1, len(content)))]))
+        with contextlib.suppress(UserError):
+            read_manifest(str(path))
