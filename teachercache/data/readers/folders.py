@@ -46,6 +46,8 @@ def read_folder(root: Path, unused: Unused) -> Iterator[Sample]:
                 unused.add("caption files cannot be read, another one beside them is", str(path))
             if listed and not texts:
                 texts, problem = listed.texts, listed.problem or problem
+            if problem:
+                unused.add("pictures are used without their captions, which cannot be read", str(path))
             yield Sample(
                 key=str(path if path.stem in stems else path.with_suffix("")),
                 image=str(path),

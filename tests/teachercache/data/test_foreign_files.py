@@ -14,7 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torchvision.transforms.functional import to_tensor
 
+from teachercache.build.decode import ImageInput, Rows, WorkItem
 from teachercache.core import local as walking
 from teachercache.core.errors import MachineError, UserError
 from teachercache.data.manifest import Manifest, make_manifest
@@ -24,6 +26,7 @@ from teachercache.data.readers import folders
 from teachercache.data.readers.tar_headers import BLOCK
 from teachercache.data.sample import Sample
 
+UNREAD = "pictures are used without their captions, which cannot be read"
 QUICK = settings(max_examples=20, deadline=None, database=None)
 
 
@@ -108,6 +111,24 @@ def test_captions_of_any_tool_are_read_or_the_row_says_why_not(kind: str, form: 
     row = read_manifest(str(data)).row(0)
     assert row.image
     assert (row.texts, row.problem) == (expected, "") if kind in CAPTIONS else expected in row.problem
+
+
+@pytest.mark.parametrize("form", ["folder", "tar"])
+def test_a_caption_that_cannot_be_read_does_not_cost_the_picture(form: str, tmp_path):
+    members = {"a.png": png(9), "a.txt": b"\xff", "b.png": png(), "b.txt": b"a dog"}
+    for name, content in members.items():
+        write(tmp_path / "d" / name, content)
+    data = tmp_path / "d" if form == "folder" else make_tar(tmp_path / "d.tar", *members.items())
+    manifest = read_manifest(str(data))
+    rows = Rows(manifest, images=ImageInput(view=to_tensor, size=(3, 4)))
+    batch = rows.__getitems__(WorkItem((0, 1), texts=range(1)))
+    assert batch["usable"].tolist() == [True, True]
+    assert batch["text_valid"].tolist() == [[False], [True]]
+    assert batch["image"][0, 0, 0, 0, 0] == 9 / 255
+    ((reason, count),) = named(manifest).items()
+    assert "which cannot be read" in reason
+    assert count[0] == 1
+    assert Sample("a", "a.png", problem="no picture").picture_problem == "no picture"
 
 
 @pytest.mark.parametrize("column", ["texts", "label", "split", "problem", "task"])
@@ -270,7 +291,8 @@ def test_a_pipe_is_never_opened(tmp_path):
         "b": "the caption file is not read: it is no regular file",
     }
     assert named(manifest) == {
-        "tables of captions are not understood (it is no regular file)": (1, "metadata.csv")
+        "tables of captions are not understood (it is no regular file)": (1, "metadata.csv"),
+        UNREAD: (1, "b.png"),
     }
     for name in ("x.csv", "e", "x.txt"):
         with pytest.raises(UserError, match="no regular file"):
@@ -288,9 +310,12 @@ def test_tables_of_captions_beside_pictures(tmp_path):
     manifest = read_manifest(str(tmp_path / "a"))
     assert texts(manifest) == {"1": ("a dog, brown",), "deep/2": ("x",), "train/3": ("p", "q"), "train/4": ()}
     assert problems(manifest) == {
-        "train/4": "line 2 of train/metadata.jsonl: a caption is a record of en, a text is expected"
+        "train/4": "the captions in line 2 of train/metadata.jsonl: a caption is a record of en, a text is expected"
     }
-    assert named(manifest) == {"pictures named by metadata.csv are not there": (1, "no.png")}
+    assert named(manifest) == {
+        "pictures named by metadata.csv are not there": (1, "no.png"),
+        UNREAD: (1, "train/4.png"),
+    }
 
     fill(tmp_path / "b", "Images/1.png", "Images/2.png")
     write(
@@ -298,7 +323,9 @@ def test_tables_of_captions_beside_pictures(tmp_path):
     )
     manifest = read_manifest(str(tmp_path / "b"))
     assert texts(manifest) == {"Images/1": ("A dog .", "It runs ."), "Images/2": ()}
-    assert problems(manifest) == {"Images/2": "line 4 of captions.txt: it has 3 fields, the header has 2"}
+    assert problems(manifest) == {
+        "Images/2": "the captions in line 4 of captions.txt: it has 3 fields, the header has 2"
+    }
 
     write(tmp_path / "b/captions.txt", "just some notes\n")
     (reason,) = named(read_manifest(str(tmp_path / "b")))
@@ -371,8 +398,8 @@ def test_rows_behind_a_damaged_header_are_read_and_those_beside_it_say_so(lost: 
     content[at + 148 : at + 156] = b"zzzzzzzz"  # its checksum
     manifest = read_manifest(str(write(tmp_path / "a.tar", bytes(content))))
     assert manifest.column("key") == [f"a/{i}" for i in range(4)]
-    row = f"a/{lost[0]}"
-    assert problems(manifest) == {row: f"the tar is damaged at byte {at:,}: a member of this row may be lost"}
+    row, what = f"a/{lost[0]}", "picture" if lost == "2.png" else "captions"
+    assert problems(manifest) == {row: f"the {what} may be lost: the tar is damaged at byte {at:,}"}
     (where,) = named(manifest).values()
     assert where == (1, f"a.tar at byte {at:,}")
     assert shade(manifest, 3) == 3
@@ -393,7 +420,7 @@ def test_a_text_member_is_no_larger_than_a_caption_whatever_its_header_claims(tm
     claim = content[:at] + header.tobuf(tarfile.GNU_FORMAT) + content[at + BLOCK :]
     manifest = read_manifest(str(write(tmp_path / "a.tar", claim)))
     assert problems(manifest) == {
-        "a/b": "the member .txt has 10,737,418,240 bytes, more than the limit of 1,048,576"
+        "a/b": "the caption file has 10,737,418,240 bytes, more than the limit of 1,048,576"
     }
     assert named(manifest)
 
@@ -428,10 +455,10 @@ def test_what_gnu_tar_writes(form: str, tmp_path):
     assert rows["b"].texts == ("a link",)
     assert rows["a"].offset == rows["b"].offset == rows["c"].offset
     assert problems(manifest) == {
-        "0/./h": "the member .txt has 3,221,225,472 bytes, more than the limit of 1,048,576"
+        "0/./h": "the caption file has 3,221,225,472 bytes, more than the limit of 1,048,576"
     } or (
         list(problems(manifest).values())
-        == ["the member .txt is stored with holes: write the tar without --sparse"]
+        == ["the caption file is stored with holes: write the tar without --sparse"]
     )
     reasons = {reason.split(" (")[0] for reason in named(manifest)}
     assert reasons == {
