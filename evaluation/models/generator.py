@@ -121,7 +121,7 @@ def _images(
     for i, row in enumerate(rows):
         sample = manifest.row(row)
         try:
-            if sample.problem or not sample.image:
+            if sample.picture_problem or not sample.image:
                 raise BadSample(sample.problem or "the row has no picture")
             yield i, read_image(manifest, sample)
         except BadSample as error:

@@ -17,7 +17,7 @@ Values = dict[tuple[str, int], np.ndarray]  # field and copy (text or view) -> [
 def field_cosines(
     fields: Mapping[str, Field], live: Values, stored: Values, batch: Batch
 ) -> dict[str, np.ndarray]:
-    """Return the cosines of each field's usable values, as `Field` says that it is compared.
+    """Return the cosines of each field's usable values, as `Field` states that it is compared.
 
     Args:
         fields: The fields of the cache.

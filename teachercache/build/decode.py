@@ -196,7 +196,7 @@ class Rows(Dataset):
             batch["view_params"] = params[image_at.numpy()]
 
     def _content(self, sample: Sample) -> bytes:
-        if sample.problem or not sample.image:
+        if sample.picture_problem or not sample.image:
             raise BadSample(sample.problem or "the row has no picture")
         return read_bytes(self.manifest, sample)
 

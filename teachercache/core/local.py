@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
-from teachercache.core.errors import is_machine
+from teachercache.core.errors import MachineError, is_machine
 
 Tell = Callable[[str, str], None]  # a reason in the plural, and the name of what it is about
 Sizes = dict[str, int | None]  # the files of a folder and their bytes
@@ -52,6 +52,8 @@ def walk_local(
         except OSError as error:
             if is_machine(error) or not folder:
                 raise
+            if isinstance(error, FileNotFoundError):
+                raise MachineError(f"cannot read {root / folder}: it was listed a moment ago") from error
             tell(f"folders cannot be opened ({error.strerror})", folder)
             continue
         own = (here.st_dev, here.st_ino)

@@ -85,7 +85,7 @@ class CaptionTables:
             listed.texts += captions_of(values[0], what="a caption")
             listed.label = listed.label or label_of(values[1])
         except Foreign as error:
-            listed.problem = f"line {line:,} of {table}: {error}"
+            listed.problem = f"the captions in line {line:,} of {table}: {error}"
 
     def of(self, path: PurePath) -> Listed | None:
         """Return and forget what the tables say of a picture; a folder of pictures beside a table may be left away

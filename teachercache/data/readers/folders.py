@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePath
 
-from teachercache.core.errors import is_machine
+from teachercache.core.errors import MachineError, is_machine
 from teachercache.core.local import Sizes, read_regular
 from teachercache.core.paths import is_url
 from teachercache.core.urls import children, read_small, walk
@@ -46,6 +46,8 @@ def read_folder(root: Path, unused: Unused) -> Iterator[Sample]:
                 unused.add("caption files cannot be read, another one beside them is", str(path))
             if listed and not texts:
                 texts, problem = listed.texts, listed.problem or problem
+            if problem:
+                unused.add("pictures are used without their captions, which cannot be read", str(path))
             yield Sample(
                 key=str(path if path.stem in stems else path.with_suffix("")),
                 image=str(path),
@@ -129,16 +131,22 @@ def _contents(
     for name in names:
         odd = files[name] is None
         yield (
-            _read(root / folder / name) if name in held and not odd else (b"", odd * "it is no regular file")
+            _read(root / folder / name, files[name] or 0)
+            if name in held and not odd
+            else (b"", odd * "it is no regular file")
         )
 
 
-def _read(path: Path) -> tuple[bytes, str]:
+def _read(path: Path, size: int) -> tuple[bytes, str]:
+    """Return the bytes of a local file that had `size` bytes when it was listed, and why it was not read."""
     try:
         return read_regular(path), ""
     except OSError as error:
         if is_machine(error):
             raise
+        if size and isinstance(error, FileNotFoundError):
+            away = "is a disk or a network mount away? run the same command again when it is back"
+            raise MachineError(f"cannot read {path}: it was listed a moment ago: {away}") from error
         return b"", f"it cannot be opened: {error.strerror}"
 
 

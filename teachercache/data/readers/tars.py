@@ -174,19 +174,25 @@ def _entry(
         member = found
     text = suffix.endswith(TEXT_SUFFIXES)
     if text and member.size > MAX_TEXT:
-        return Entry(stem, suffix, -1, 0, problem=too_long(member.size, what=f"the member {suffix}"))
+        return Entry(stem, suffix, -1, 0, problem=too_long(member.size, what=_what(suffix)))
     if member.kind == "cut file":
         raise NoTar(
             f"it ends inside of {member.name}, which has {member.size:,} bytes from byte {member.offset:,}"
         )
     if member.kind == "sparse file":
-        problem = f"the member {suffix} is stored with holes: write the tar without --sparse"
+        problem = f"{_what(suffix)} is stored with holes: write the tar without --sparse"
         return Entry(stem, suffix, -1, 0, problem=problem)
     content = b""
     if text:
         file.seek(member.offset)
         content = file.read(member.size)
     return Entry(stem, suffix, member.offset, member.size, content)
+
+
+def _what(suffix: str) -> str:
+    if suffix.endswith(".cls"):
+        return "the label"
+    return "the caption file" if suffix.endswith(TEXT_SUFFIXES) else "the picture"
 
 
 def _rows(shard: str, entries: Iterable[Entry], unused: Unused, split: str) -> Iterator[Sample]:
@@ -198,23 +204,21 @@ def _rows(shard: str, entries: Iterable[Entry], unused: Unused, split: str) -> I
         group = list(together)
         for key, members in _by_key(stem, group):
             row = dataclasses.replace(_row(shard, key, members, unused), split=split)
-            damage = members[0].after_damage
-            reason = (
-                f"the tar is damaged at byte {damage:,}: a member of this row may be lost" if damage else ""
-            )
             if before is not None:
-                yield dataclasses.replace(before, problem=before.problem or reason * (not _is_whole(before)))
+                yield _damaged(before, members[0].after_damage)
             within = next((entry.after_damage for entry in members if entry.after_damage), 0)
-            if within and not _is_whole(row) and not row.problem:
-                reason = f"the tar is damaged at byte {within:,}: a member of this row may be lost"
-                row = dataclasses.replace(row, problem=reason)
+            row = _damaged(row, within)
             before = row
     if before is not None:
         yield before
 
 
-def _is_whole(row: Sample) -> bool:
-    return bool(row.image and (row.texts or row.label))
+def _damaged(row: Sample, at: int) -> Sample:
+    """Return a row beside damage (at a byte; 0 for none) with its problem, if it lacks its picture or its texts."""
+    if not at or row.problem or (row.image and (row.texts or row.label)):
+        return row
+    what = "the captions may be lost" if row.image else "the picture may be lost"
+    return dataclasses.replace(row, problem=f"{what}: the tar is damaged at byte {at:,}")
 
 
 def _by_key(stem: str, group: list[Entry]) -> list[tuple[str, list[Entry]]]:
@@ -249,6 +253,8 @@ def _row(shard: str, stem: str, members: list[Entry], unused: Unused) -> Sample:
     texts, problem = first_captions(*found)
     label, wrong = _label(group[".cls"]) if ".cls" in group else ("", "")
     problem = (image.problem if image else "") or problem or wrong
+    if image and not image.problem and problem:
+        unused.add("pictures are used without captions or label, which cannot be read", f"{stem} in {shard}")
     where, offset, size = (shard, image.offset, image.size) if image and not image.problem else ("", -1, 0)
     key = f"{shard[:-4] if shard.lower().endswith('.tar') else shard}/{stem}"
     return Sample(key, where, texts=texts, label=label, offset=offset, size=size, problem=problem)

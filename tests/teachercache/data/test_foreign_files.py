@@ -1,5 +1,6 @@
 """Folders, tars and texts as other tools and people make them: every file is a part of a row, or is named."""
 
+import contextlib
 import io
 import itertools
 import json
@@ -13,15 +14,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torchvision.transforms.functional import to_tensor
 
+from teachercache.build.decode import ImageInput, Rows, WorkItem
 from teachercache.core import local as walking
-from teachercache.core.errors import UserError
+from teachercache.core.errors import MachineError, UserError
 from teachercache.data.manifest import Manifest, make_manifest
 from teachercache.data.pictures import decode_image, read_bytes
 from teachercache.data.read import describe, find_sources, read_manifest
+from teachercache.data.readers import folders
 from teachercache.data.readers.tar_headers import BLOCK
 from teachercache.data.sample import Sample
 
+UNREAD = "pictures are used without their captions, which cannot be read"
 QUICK = settings(max_examples=20, deadline=None, database=None)
 
 
@@ -106,6 +111,24 @@ def test_captions_of_any_tool_are_read_or_the_row_says_why_not(kind: str, form: 
     row = read_manifest(str(data)).row(0)
     assert row.image
     assert (row.texts, row.problem) == (expected, "") if kind in CAPTIONS else expected in row.problem
+
+
+@pytest.mark.parametrize("form", ["folder", "tar"])
+def test_a_caption_that_cannot_be_read_does_not_cost_the_picture(form: str, tmp_path):
+    members = {"a.png": png(9), "a.txt": b"\xff", "b.png": png(), "b.txt": b"a dog"}
+    for name, content in members.items():
+        write(tmp_path / "d" / name, content)
+    data = tmp_path / "d" if form == "folder" else make_tar(tmp_path / "d.tar", *members.items())
+    manifest = read_manifest(str(data))
+    rows = Rows(manifest, images=ImageInput(view=to_tensor, size=(3, 4)))
+    batch = rows.__getitems__(WorkItem((0, 1), texts=range(1)))
+    assert batch["usable"].tolist() == [True, True]
+    assert batch["text_valid"].tolist() == [[False], [True]]
+    assert batch["image"][0, 0, 0, 0, 0] == 9 / 255
+    ((reason, count),) = named(manifest).items()
+    assert "which cannot be read" in reason
+    assert count[0] == 1
+    assert Sample("a", "a.png", problem="no picture").picture_problem == "no picture"
 
 
 @pytest.mark.parametrize("column", ["texts", "label", "split", "problem", "task"])
@@ -247,6 +270,16 @@ def test_a_folder_without_permission_is_named_and_a_lost_mount_stops(tmp_path, m
         read_manifest(str(tmp_path))
 
 
+def test_a_caption_that_is_gone_since_it_was_listed_stops_the_command(tmp_path, monkeypatch):
+    def gone(path):
+        raise FileNotFoundError(2, "No such file or directory")
+
+    fill(tmp_path, "1.png", "1.txt")
+    monkeypatch.setattr(folders, "read_regular", gone)
+    with pytest.raises(MachineError, match=r"1\.txt: it was listed a moment ago"):
+        read_manifest(str(tmp_path))
+
+
 def test_a_pipe_is_never_opened(tmp_path):
     fill(tmp_path / "d", "b.png", "c.png")
     for name in ("d/a.png", "d/b.txt", "d/metadata.csv", "x.csv", "e/0.tar", "x.txt"):
@@ -258,7 +291,8 @@ def test_a_pipe_is_never_opened(tmp_path):
         "b": "the caption file is not read: it is no regular file",
     }
     assert named(manifest) == {
-        "tables of captions are not understood (it is no regular file)": (1, "metadata.csv")
+        "tables of captions are not understood (it is no regular file)": (1, "metadata.csv"),
+        UNREAD: (1, "b.png"),
     }
     for name in ("x.csv", "e", "x.txt"):
         with pytest.raises(UserError, match="no regular file"):
@@ -276,9 +310,12 @@ def test_tables_of_captions_beside_pictures(tmp_path):
     manifest = read_manifest(str(tmp_path / "a"))
     assert texts(manifest) == {"1": ("a dog, brown",), "deep/2": ("x",), "train/3": ("p", "q"), "train/4": ()}
     assert problems(manifest) == {
-        "train/4": "line 2 of train/metadata.jsonl: a caption is a record of en, a text is expected"
+        "train/4": "the captions in line 2 of train/metadata.jsonl: a caption is a record of en, a text is expected"
     }
-    assert named(manifest) == {"pictures named by metadata.csv are not there": (1, "no.png")}
+    assert named(manifest) == {
+        "pictures named by metadata.csv are not there": (1, "no.png"),
+        UNREAD: (1, "train/4.png"),
+    }
 
     fill(tmp_path / "b", "Images/1.png", "Images/2.png")
     write(
@@ -286,7 +323,9 @@ def test_tables_of_captions_beside_pictures(tmp_path):
     )
     manifest = read_manifest(str(tmp_path / "b"))
     assert texts(manifest) == {"Images/1": ("A dog .", "It runs ."), "Images/2": ()}
-    assert problems(manifest) == {"Images/2": "line 4 of captions.txt: it has 3 fields, the header has 2"}
+    assert problems(manifest) == {
+        "Images/2": "the captions in line 4 of captions.txt: it has 3 fields, the header has 2"
+    }
 
     write(tmp_path / "b/captions.txt", "just some notes\n")
     (reason,) = named(read_manifest(str(tmp_path / "b")))
@@ -359,8 +398,8 @@ def test_rows_behind_a_damaged_header_are_read_and_those_beside_it_say_so(lost: 
     content[at + 148 : at + 156] = b"zzzzzzzz"  # its checksum
     manifest = read_manifest(str(write(tmp_path / "a.tar", bytes(content))))
     assert manifest.column("key") == [f"a/{i}" for i in range(4)]
-    row = f"a/{lost[0]}"
-    assert problems(manifest) == {row: f"the tar is damaged at byte {at:,}: a member of this row may be lost"}
+    row, what = f"a/{lost[0]}", "picture" if lost == "2.png" else "captions"
+    assert problems(manifest) == {row: f"the {what} may be lost: the tar is damaged at byte {at:,}"}
     (where,) = named(manifest).values()
     assert where == (1, f"a.tar at byte {at:,}")
     assert shade(manifest, 3) == 3
@@ -381,7 +420,7 @@ def test_a_text_member_is_no_larger_than_a_caption_whatever_its_header_claims(tm
     claim = content[:at] + header.tobuf(tarfile.GNU_FORMAT) + content[at + BLOCK :]
     manifest = read_manifest(str(write(tmp_path / "a.tar", claim)))
     assert problems(manifest) == {
-        "a/b": "the member .txt has 10,737,418,240 bytes, more than the limit of 1,048,576"
+        "a/b": "the caption file has 10,737,418,240 bytes, more than the limit of 1,048,576"
     }
     assert named(manifest)
 
@@ -416,10 +455,10 @@ def test_what_gnu_tar_writes(form: str, tmp_path):
     assert rows["b"].texts == ("a link",)
     assert rows["a"].offset == rows["b"].offset == rows["c"].offset
     assert problems(manifest) == {
-        "0/./h": "the member .txt has 3,221,225,472 bytes, more than the limit of 1,048,576"
+        "0/./h": "the caption file has 3,221,225,472 bytes, more than the limit of 1,048,576"
     } or (
         list(problems(manifest).values())
-        == ["the member .txt is stored with holes: write the tar without --sparse"]
+        == ["the caption file is stored with holes: write the tar without --sparse"]
     )
     reasons = {reason.split(" (")[0] for reason in named(manifest)}
     assert reasons == {
@@ -486,3 +525,18 @@ def test_members_of_a_tar_are_parts_of_rows_or_named(names):
     assert sum(map(bool, manifest.column("image"))) == 1 + sum(
         part.lower().endswith(("png", "jpg")) for part in parts
     )
+
+
+@settings(QUICK, max_examples=60)
+@given(
+    st.lists(st.tuples(st.integers(0, 6 * BLOCK - 1), st.integers(0, 255)), min_size=1, max_size=4), st.data()
+)
+def test_flipped_bytes_of_a_tar_give_rows_or_one_line(flips, data):
+    with tempfile.TemporaryDirectory() as folder:
+        path = make_tar(Path(folder, "s.tar"), ("a.png", png(1)), ("a.txt", "x"), ("b.png", png(2)))
+        content = bytearray(path.read_bytes())
+        for at, byte in flips:
+            content[at] = byte
+        write(path, bytes(content[: data.draw(st.integers(1, len(content)))]))
+        with contextlib.suppress(UserError):
+            read_manifest(str(path))
