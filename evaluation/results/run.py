@@ -117,7 +117,7 @@ def scorer(task: Task, data: str) -> tuple[Callable[[Encoder], tuple[float, dict
     if selection is None:
         choices = ", ".join(other.short or other.name for other in TASKS.values() if other.selection)
         raise UserError(f"--set run.eval_task={task.name}: choose from {choices}")
-    manifest = read_manifest(data)
+    manifest = read_manifest(data, quiet=True)
     usable = np.array(selection.usable(manifest), bool)
     present = set(known_splits(manifest))
     splits = [split for split in VAL_FIRST if split in present and usable[rows_in(manifest, split)].any()]

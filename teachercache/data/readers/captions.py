@@ -155,7 +155,7 @@ def _karpathy_row(image: Any, place: int, unused: Unused) -> Sample:
         else:
             texts.append(raw.strip())
     word = label_of(image["split"], what="the split")
-    split = "train" if word.lower() == "restval" else split_named(word, unused, key)
+    split = "train" if word.lower() == "restval" else split_named(word)
     folder = file_named(image.get("filepath"), what="filepath")
     where = os.path.join(folder, name) if name else ""
     return Sample(key, where, tuple(texts), split=split, problem="" if name else "the entry has no filename")

@@ -94,7 +94,7 @@ def read_table(path: Path, unused: Unused) -> Iterator[Sample]:
                 other = rows[key].image
                 raise UserError(f"key '{key}' refers to two pictures in {path}: {other} and {image}")
             key = image  # a.jpg and a.png
-        split = split_named(_cell(line, split_column), unused, key) or of_file
+        split = split_named(_cell(line, split_column)) or of_file
         row = rows.setdefault(key, _Row(image, label, split, line.number))
         row.add(line, [line.cells[place] for place in text_columns], split)
     for key, row in rows.items():

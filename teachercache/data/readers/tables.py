@@ -265,7 +265,7 @@ class Columns:
 
     def _split(self, value: Any, key: str) -> str:
         try:
-            return split_named(value, self.unused, key)
+            return split_named(value)
         except Foreign as error:
             self.unused.add(f"splits are no words ({error})", key)
             return ""
