@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from teachercache.core.errors import UserError
+from teachercache.data.foreign import Foreign
 from teachercache.data.read import read_manifest
 from teachercache.data.readers.csv_files import parse_table
-from tests.teachercache.data.test_foreign_values import write
+from tests.teachercache.data.test_foreign_values import ODD, mutations, read_or_one_line, write
 
 
 def rows_of(path, content):
@@ -137,6 +138,12 @@ def test_a_picture_in_two_splits_is_a_problem(tmp_path):
     first, second = rows_of(tmp_path / "t.csv", content)
     assert first["problem"].startswith("line 2 puts the picture into the split train, line 3 into test")
     assert (second["problem"], second["split"]) == ("", "train")
+    with_keys = rows_of(tmp_path / "k.csv", "key,image,split\nk,a.png,train\nl,a.png,test\nm,b.png,test\n")
+    of_parquet = parquet(
+        tmp_path / "t.parquet", image=["a.png", "a.png", "b.png"], split=["Train", "dev", "dev"]
+    )
+    for rows in (with_keys, of_parquet):
+        assert [row["problem"][:40] for row in rows] == ["", "the picture is in the split train in a r", ""]
 
 
 def test_labels_written_with_gaps_are_whole_numbers(tmp_path):
@@ -149,6 +156,32 @@ def test_labels_written_with_gaps_are_whole_numbers(tmp_path):
 def parquet(path, **columns):
     pq.write_table(pa.table(columns), path)
     return read_manifest(str(path)).table.to_pylist()
+
+
+def test_a_damaged_data_set_on_disk_is_one_line(tmp_path):
+    table = pa.table({"text": ["a dog"]})
+    with pa.OSFile(str(tmp_path / "d.arrow"), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table)
+    state = {"_data_files": [{"filename": "d.arrow"}], "_indices_data_files": None}
+    write(tmp_path / "state.json", json.dumps(state))
+    assert read_manifest(str(tmp_path)).column("texts") == [["a dog"]]
+    for changed in mutations(state, ODD):
+        write(tmp_path / "state.json", json.dumps(changed))
+        read_or_one_line(tmp_path)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(
+        st.sampled_from([b"image", b"text", b"a.png", b'"', b",", b"\t", b"\n", b"\r", b";", b"\xff", b"\0"])
+    )
+)
+def test_any_bytes_are_a_table_or_a_reason(parts):
+    try:
+        table = parse_table(b"".join(parts), known=("image",))
+    except Foreign:
+        return
+    assert all(len(line.cells) == len(table.names) for line in table.lines)
 
 
 BYTES = pa.array([b"x", b"y", b"z"])
