@@ -7,8 +7,8 @@ from jaxtyping import Int
 
 from teachercache.core.errors import UserError
 from teachercache.core.progress import say
-from teachercache.data.foreign import split_in_name, split_of
 from teachercache.data.manifest import Manifest
+from teachercache.data.readers.rows import split_named
 
 VAL_FIRST = ("val", "test")  # sets whose test labels are not public, and the choice of checkpoints
 TEST_FIRST = ("test", "val")
@@ -19,7 +19,7 @@ def known_splits(manifest: Manifest) -> list[str]:
     word itself.
     """
     words = manifest.column("split")
-    split = {word: split_of(word) or split_in_name(word) or word for word in set(words)}
+    split = {word: split_named(word) for word in set(words)}
     return [split[word] for word in words]
 
 

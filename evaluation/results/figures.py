@@ -50,7 +50,7 @@ def draw_data(encoders: Sequence[Encoder], task: Task, data: str, out: Path) -> 
     Raises:
         UserError: If no test row has captions or labels.
     """
-    manifest = read_manifest(data)
+    manifest = read_manifest(data, quiet=True)
     name = manifest.data.rstrip("/").rsplit("/", 1)[-1]
     rows, labels = rows_or_only_split(manifest, "test").tolist(), manifest.column("label")
     paths = []

@@ -118,7 +118,7 @@ def scorer(task: Task, data: str) -> tuple[Callable[[Encoder], tuple[float, dict
         UserError: If the task cannot choose checkpoints, or no split has usable rows.
     """
     selection = selection_of(task)
-    manifest = read_manifest(data)
+    manifest = read_manifest(data, quiet=True)
     usable = np.array(selection.usable(manifest), bool)
     present = set(known_splits(manifest))
     splits = [split for split in VAL_FIRST if split in present and usable[rows_in(manifest, split)].any()]

@@ -133,7 +133,7 @@ def caches_in(folder: str) -> list[store.Cache]:
 
 
 def training_rows(manifest: Manifest, cache: store.Cache | None) -> np.ndarray:
-    """Return the indices of the training rows that have a text and that the cache marks as valid.
+    """Return the indices of the training rows that have a text and no problem, and that the cache marks as valid.
 
     Args:
         manifest: All rows of the data.
@@ -145,6 +145,17 @@ def training_rows(manifest: Manifest, cache: store.Cache | None) -> np.ndarray:
     """
     rows = manifest.rows_of_split("train")
     rows = rows[manifest.has_text()[rows]]
+    unusable = (
+        [row for row in rows.tolist() if manifest.table["problem"][row].as_py()]
+        if _problems(manifest)
+        else []
+    )
+    if unusable and cache is None:
+        first = manifest.row(unusable[0])
+        say(
+            f"left out {len(unusable):,} training rows with a problem, the first {first.key}: {first.problem}"
+        )
+    rows = rows[~np.isin(rows, unusable)]
     if not len(rows):
         splits = sorted({name for name in manifest.column("split") if name} - {"train"})
         others = f"; its rows are in the splits {', '.join(splits)}" if splits else ""
@@ -162,6 +173,13 @@ def training_rows(manifest: Manifest, cache: store.Cache | None) -> np.ndarray:
         )
     _same_rows(manifest, cache, rows, cache_rows)
     return rows[np.asarray(store.read_field(cache, "valid"))[cache_rows]]
+
+
+def _problems(manifest: Manifest) -> bool:
+    """Return whether a reader found a problem in any row."""
+    import pyarrow.compute as pc
+
+    return bool(pc.any(pc.not_equal(manifest.table["problem"], "")).as_py())
 
 
 def _same_rows(manifest: Manifest, cache: store.Cache, rows: np.ndarray, cache_rows: np.ndarray) -> None:

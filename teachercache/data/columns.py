@@ -97,7 +97,10 @@ def picture_in_row(path: Path, row: int) -> bytes:
 def _beside(path: Path, name: str) -> bytes:
     """Read an image that a cell refers to by path; the path must lie in the folder of the file."""
     folder = path.parent if is_url(path) else path.parent.resolve()
-    beside = below(folder, name) if is_url(path) else (folder / name).resolve()
+    try:
+        beside = below(folder, name) if is_url(path) else (folder / name).resolve()
+    except ValueError as error:  # a NUL in the name
+        raise LookupError(f"the picture's path is none: {error}") from error
     if not beside.is_relative_to(folder):
         raise LookupError(f"the picture's path leaves the folder of {path.name}")
     if is_url(beside):

@@ -46,8 +46,17 @@ class Source:
     rows: Callable[[Unused], Iterator[Sample]]  # adds what it sees and does not use
 
 
-def read_manifest(data: str, *, limit: int | None = None) -> Manifest:
-    """Read the manifest of one or several folders and files; raise UserError with the supported formats."""
+def read_manifest(data: str, *, limit: int | None = None, quiet: bool = False) -> Manifest:
+    """Read the manifest of one or several folders and files; raise UserError with the supported formats.
+
+    Args:
+        data: The value of `--data`.
+        limit: The largest number of rows; None for all.
+        quiet: Print nothing of what is not used, because the command has read the same data before.
+    """
+    if quiet:
+        name = ",".join(remote.tidy(part) for part in _parts(data))
+        return _join(name, find_sources(data), Unused(), limit=limit)
     return join_sources(data, find_sources(data), limit=limit)
 
 

@@ -9,7 +9,7 @@ from teachercache.core.errors import UserError
 from teachercache.core.urls import sizes_below
 from teachercache.data.foreign import Foreign, caption_of, captions_of, kind_of, label_of, split_in_name
 from teachercache.data.readers.files import picture_folder
-from teachercache.data.readers.rows import file_named, split_named
+from teachercache.data.readers.rows import file_named, one_split, split_named
 from teachercache.data.sample import Sample, task_columns
 from teachercache.data.unused import Unused
 
@@ -137,7 +137,7 @@ def read_karpathy(path: Path, values: Any, unused: Unused) -> Iterator[Sample]:
     if not names:
         raise UserError(f"{path} names no picture: `filename` is expected in each entry of `images`")
     folder = picture_folder(path.parent, names, folders, advice=path.parent / "images", size=size)
-    for row in rows:
+    for row in one_split(rows):
         where = os.path.normpath(os.path.join(folder, row.image)) if row.image else ""
         bytes_of = (size(where) or 0) if where else 0
         yield Sample(row.key, where, row.texts, split=row.split, size=bytes_of, problem=row.problem)
@@ -155,7 +155,7 @@ def _karpathy_row(image: Any, place: int, unused: Unused) -> Sample:
         else:
             texts.append(raw.strip())
     word = label_of(image["split"], what="the split")
-    split = "train" if word.lower() == "restval" else split_named(word, unused, key)
+    split = "train" if word.lower() == "restval" else split_named(word)
     folder = file_named(image.get("filepath"), what="filepath")
     where = os.path.join(folder, name) if name else ""
     return Sample(key, where, tuple(texts), split=split, problem="" if name else "the entry has no filename")

@@ -21,7 +21,7 @@ from teachercache.core.urls import sizes_below
 from teachercache.data.columns import PATH_COLUMNS
 from teachercache.data.foreign import Foreign, clean, decode_whole, split_in_name
 from teachercache.data.readers.files import IMAGE_SUFFIXES
-from teachercache.data.readers.rows import caption_columns, split_named, whole_labels
+from teachercache.data.readers.rows import caption_columns, one_split, split_named, whole_labels
 from teachercache.data.sample import Sample
 from teachercache.data.unused import Unused
 
@@ -62,6 +62,11 @@ class Table:
 
 
 def read_table(path: Path, unused: Unused) -> Iterator[Sample]:
+    """Yield the rows of a file; see `_rows`. A row whose image is in another split before has a problem."""
+    return one_split(_rows(path))
+
+
+def _rows(path: Path) -> Iterator[Sample]:
     """Yield one row per image; lines that name the same image are its captions.
 
     A line with more or fewer fields than the header is a problem of its row, and so are lines that put one image into
@@ -94,7 +99,7 @@ def read_table(path: Path, unused: Unused) -> Iterator[Sample]:
                 other = rows[key].image
                 raise UserError(f"key '{key}' refers to two pictures in {path}: {other} and {image}")
             key = image  # a.jpg and a.png
-        split = split_named(_cell(line, split_column), unused, key) or of_file
+        split = split_named(_cell(line, split_column)) or of_file
         row = rows.setdefault(key, _Row(image, label, split, line.number))
         row.add(line, [line.cells[place] for place in text_columns], split)
     for key, row in rows.items():
@@ -126,10 +131,11 @@ class _Row:
 
     def add(self, line: Line, texts: list[str], split: str) -> None:
         self.texts += [text for i, text in enumerate(texts) if text.strip() or i == 0]
-        if split != self.split and not self.problem:
+        self.split = self.split or split
+        if split not in ("", self.split) and not self.problem:
             self.problem = (
-                f"line {self.number} puts the picture into the split {self.split or 'of no name'}, line "
-                f"{line.number} into {split or 'none'}: give it one split"
+                f"line {self.number} puts the picture into the split {self.split}, line {line.number} into {split}: "
+                "give it one split"
             )
         self.problem = self.problem or line.problem
 
@@ -151,7 +157,7 @@ def parse_table(content: bytes, *, known: Sequence[str] = (), delimiter: str = "
     """
     text = decode_whole(content, what="it")
     skipped = 0
-    if marked := re.match(r"sep=(.)\r?\n", text):  # Excel's own line
+    if marked := re.match(r"sep=([\t,;|])\r?\n", text):  # Excel's own line
         delimiter, text, skipped = delimiter or marked[1], text[marked.end() :], 1
     raw = re.split(r"\r\n|\r|\n", text)
     header = next((line for line in raw if line.strip()), "")
@@ -160,7 +166,8 @@ def parse_table(content: bytes, *, known: Sequence[str] = (), delimiter: str = "
     delimiter = delimiter or delimiter_of(header, known)
     tabs = delimiter == "\t"
     lines = (_written_by_csv(raw, header) or _plain(raw)) if tabs else _quoted(text, delimiter, header)
-    (_, names), *others = [(number + skipped, cells) for number, cells in lines if any(map(str.strip, cells))]
+    filled = [(number + skipped, cells) for number, cells in lines if any(map(str.strip, cells))]
+    (_, names), *others = filled or [(0, [])]
     fitted = [_fitted(number, cells, len(names)) for number, cells in others]
     fitted = [_swallowing(line, raw, skipped, delimiter) for line in fitted]
     return Table([clean(name).strip().lower() for name in names], fitted)

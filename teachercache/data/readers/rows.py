@@ -1,23 +1,15 @@
 """What the readers of tables and of JSON share: columns of captions, ids, file names and splits of rows."""
 
+import dataclasses
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from teachercache.core.paths import is_url
-from teachercache.data.foreign import (
-    SPLITS,
-    Foreign,
-    caption_of,
-    captions_of,
-    label_of,
-    split_in_name,
-    split_of,
-)
+from teachercache.data.foreign import Foreign, caption_of, captions_of, label_of, split_of
 from teachercache.data.readers.files import TEXT_COLUMNS
-from teachercache.data.sample import task_columns
-from teachercache.data.unused import Unused
+from teachercache.data.sample import Sample, task_columns
 
 TEXT_FIELDS = ("text", "caption", "raw", "value", "string")  # where a record holds its text
 LONGEST = 255  # bytes of a file name
@@ -43,17 +35,26 @@ def caption_columns(names: Sequence[str], choices: Sequence[str] = TEXT_COLUMNS)
     return []
 
 
-def split_named(value: Any, unused: Unused, key: str, *, what: str = "the split") -> str:
-    """Return train, val or test for a word or compound that names it, otherwise the word itself, which is counted.
+def split_named(value: Any, *, what: str = "the split") -> str:
+    """Return train, val or test for a word that names it, also beside digits (val2014), otherwise the word itself.
 
     Raises:
         Foreign: The value is a record or a list.
     """
     word = label_of(value, what=what)
-    split = split_of(word) or split_in_name(word) or word
-    if split and split not in SPLITS:
-        unused.add(f"rows are in the split {split!r}, which is none of {', '.join(SPLITS)}", key)
-    return split
+    return split_of(word) or split_of(word.strip("0123456789_-. ")) or word
+
+
+def one_split(samples: Iterable[Sample]) -> Iterator[Sample]:
+    """Yield rows; a row whose image file is in another split in an earlier row has a problem."""
+    splits: dict[str, str] = {}
+    for sample in samples:
+        if sample.image and sample.offset < 0 and sample.split:
+            first = splits.setdefault(sample.image, sample.split)
+            if first != sample.split and not sample.problem:
+                problem = f"the picture is in the split {first} in a row before, in {sample.split} here: give it one"
+                sample = dataclasses.replace(sample, problem=problem)
+        yield sample
 
 
 def file_named(value: Any, *, what: str) -> str:

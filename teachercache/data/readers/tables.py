@@ -31,6 +31,7 @@ from teachercache.data.readers.rows import (
     caption_columns,
     cell_captions,
     file_named,
+    one_split,
     split_named,
     vqa_columns,
 )
@@ -58,7 +59,14 @@ def is_manifest(path: Path) -> bool:
 
 
 def read_parquet(root: Path, files: list[Path], unused: Unused) -> Iterator[Sample]:
-    """Yield the rows of Parquet files in order, without reading the bytes of the images."""
+    """Yield the rows of Parquet files in order, without reading the bytes of the images.
+
+    A row whose image file is in another split before has a problem.
+    """
+    return one_split(_parquet_rows(root, files, unused))
+
+
+def _parquet_rows(root: Path, files: list[Path], unused: Unused) -> Iterator[Sample]:
     for path in files:
         file = _parquet(path)
         columns = Columns(root, path, file.schema_arrow, unused)
@@ -74,8 +82,12 @@ def read_parquet(root: Path, files: list[Path], unused: Unused) -> Iterator[Samp
 
 def read_saved(root: Path, unused: Unused) -> Iterator[Sample]:
     """Yield the rows that `save_to_disk` of a Dataset or DatasetDict wrote; the key is split/row."""
-    for split, files in _saved_files(root):
-        yield from read_arrow(root, files, unused, split=split, name=split or "row")
+    found = _saved_files(root)
+    yield from one_split(
+        row
+        for split, files in found
+        for row in read_arrow(root, files, unused, split=split, name=split or "row")
+    )
 
 
 def _saved_files(root: Path) -> list[tuple[str, list[Path]]]:
@@ -265,7 +277,7 @@ class Columns:
 
     def _split(self, value: Any, key: str) -> str:
         try:
-            return split_named(value, self.unused, key)
+            return split_named(value)
         except Foreign as error:
             self.unused.add(f"splits are no words ({error})", key)
             return ""
