@@ -17,18 +17,18 @@ Values = dict[tuple[str, int], np.ndarray]  # field and copy (text or view) -> [
 def field_cosines(
     fields: Mapping[str, Field], live: Values, stored: Values, batch: Batch
 ) -> dict[str, np.ndarray]:
-    """Return the cosines of each field's usable values, as `Field` states that it is compared.
+    """Return the cosines of each field's usable values, by the comparison that its `Field` declares.
 
     Args:
         fields: The fields of the cache.
         live: The values of one computation.
         stored: Those of the other.
-        batch: The decoded rows of both, which say what is usable.
+        batch: The decoded rows of both, with the masks of usable ones.
     """
     cosines: dict[str, list[np.ndarray]] = {}
     for name, copy in live:
         pair = [
-            _comparable(values, fields[name], copy, live, stored).reshape(len(batch["key"]), -1)
+            comparable(values, fields[name], copy, live, stored).reshape(len(batch["key"]), -1)
             for values in (live, stored)
         ]
         valid = batch["text_valid"][:, copy] if fields[name].per_text else batch["usable"]
@@ -40,7 +40,7 @@ def field_cosines(
     return {name: np.concatenate(values) for name, values in cosines.items()}
 
 
-def _comparable(values: Values, field: Field, copy: int, live: Values, stored: Values) -> np.ndarray:
+def comparable(values: Values, field: Field, copy: int, live: Values, stored: Values) -> np.ndarray:
     """Convert the live or the stored `values` of a field to vectors that a cosine compares: see `Field`."""
     array = values[field.name, copy]
     if field.compare == "relative_error":

@@ -29,8 +29,8 @@ Values = list[tuple[str, int, torch.Tensor]]  # field, copy (text or view), valu
 
 @dataclasses.dataclass(frozen=True)
 class Computed:
-    """The chunks of one work item, its entries of the quarantine, and what it knows of the rows' pictures, if they were
-    read: digests and times.
+    """The chunks of one work item, its entries of the quarantine, and digests and times of the rows' pictures, None if
+    no picture was read.
     """
 
     item: WorkItem

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from teachercache.build.verify import _comparable
+from teachercache.build.compare import comparable
 from teachercache.cache import store
 from teachercache.cache.spec import CacheMeta, Field, TeacherSpec, meta_from_dict, to_dict
 from teachercache.core.errors import UserError
@@ -74,7 +74,7 @@ def test_relative_error_is_the_error_over_the_stored_value():
     stored = {("score", 0): np.array([2.0, -400.0], np.float32)}
     for error, good in ((0.009, True), (0.011, False)):
         live = {("score", 0): stored["score", 0] * np.float32(1 + error)}
-        left, right = (_comparable(values, SCORE, 0, live, stored) for values in (live, stored))
+        left, right = (comparable(values, SCORE, 0, live, stored) for values in (live, stored))
         norms = np.linalg.norm(left, axis=1) * np.linalg.norm(right, axis=1)
         assert ((left * right).sum(1) / norms >= 0.999).all() == good
 

@@ -169,7 +169,7 @@ def test_of_two_equal_words_either_may_be_chosen(cache, tmp_path):
     """What another device rounds otherwise is no damage: places are compared by the scores that they have now."""
     shutil.copytree(cache.path, tmp_path / "c.zarr")
     other = store.open_complete(tmp_path / "c.zarr")
-    from teachercache.build import verify as live
+    from teachercache.build import compare as live
 
     copy, rows = 0, np.arange(2)
     fields = {name: store.read_rows(other, name, copy, rows).astype(np.float32) for name in FIELDS}
@@ -178,18 +178,18 @@ def test_of_two_equal_words_either_may_be_chosen(cache, tmp_path):
     then = {at: values.copy() for at, values in now.items()}
     now["word_index", copy][0], then["word_index", copy][0] = [0, 1, 2], [1, 0, 2]
     left, right = (
-        live._comparable(values, other.fields["word_index"], copy, now, then) for values in (now, then)
+        live.comparable(values, other.fields["word_index"], copy, now, then) for values in (now, then)
     )
     assert np.array_equal(left, right)
     left, right = (
-        live._comparable(values, other.fields["word_feature"], copy, now, then) for values in (now, then)
+        live.comparable(values, other.fields["word_feature"], copy, now, then) for values in (now, then)
     )
     assert not left[0, :2].any()
     assert np.array_equal(left, right)
     assert left[0, 2].any()
     then["word_index", copy][0] = [5, 1, 2]
     left, right = (
-        live._comparable(values, other.fields["word_index"], copy, now, then) for values in (now, then)
+        live.comparable(values, other.fields["word_index"], copy, now, then) for values in (now, then)
     )
     assert not np.allclose(left, right, atol=1e-2)
 
