@@ -17,8 +17,6 @@ def choose_options(
     precision: str,
     device: str,
     prune: bool,
-    repair: bool = False,
-    wait: bool = True,
 ) -> BuildOptions:
     """Check the options of `tc build`, and choose device, precision and workers for this machine.
 
@@ -31,8 +29,6 @@ def choose_options(
         precision: auto, fp32, bf16 or fp16.
         device: auto or a torch device.
         prune: Follow data that lost or changed rows.
-        repair: Read every file of the cache first, and write damaged blocks again.
-        wait: Wait for blocks that other builders write.
 
     Raises:
         UserError: An option that this machine or the others do not allow.
@@ -50,6 +46,4 @@ def choose_options(
         augment=drawn,
         prune=prune,
         limit=limit,
-        repair=repair,
-        wait=wait,
     )
