@@ -203,13 +203,16 @@ def build(
     tc build --teacher clip-vit-b16 --weights random:0 --limit 100
     torchrun --nproc-per-node 8 -m teachercache build --teacher clip-vit-l14 --data shards/
     """
+    import dataclasses
+
     from teachercache.build.options import choose_options
     from teachercache.data.read import read_manifest
     from teachercache.teachers.registry import find
 
     wanted = None if outputs is None else tuple(part.strip() for part in outputs.split(",") if part.strip())
     find(name)
-    how = choose_options(limit=limit or 0, **options)
+    others = {name: options.pop(name) for name in ("repair", "wait")}
+    how = dataclasses.replace(choose_options(limit=limit or 0, **options), **others)
     manifest = read_manifest(data, limit=limit)
     if weights.startswith("random:"):
         say(f"WARNING: --weights {weights}: the architecture of {name} with random weights, untrained")

@@ -1,5 +1,6 @@
 """Measure the speed of each stage of a build, for the progress line and `<cache>/build.log`."""
 
+import contextlib
 import datetime
 import json
 import time
@@ -54,5 +55,5 @@ class Stages:
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         waited = round(self.seconds["waited"] / passed, 3)
         entry = {"time": now, "rank": rank(), "block": block, "rows": rows, **self.rates(), "waited": waited}
-        with open(self.cache.path / LOG, "a") as file:
+        with contextlib.suppress(OSError), open(self.cache.path / LOG, "a") as file:  # a log stops no build
             file.write(json.dumps(entry) + "\n")

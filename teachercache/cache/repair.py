@@ -22,7 +22,7 @@ from teachercache.cache.picture_bytes import damaged_times
 from teachercache.core.errors import UserError, is_machine
 from teachercache.core.paths import is_url, write_whole
 from teachercache.core.progress import say
-from teachercache.data.manifest import Manifest, digest_rows, write_manifest
+from teachercache.data.manifest import Manifest, digest_rows, is_as_written, write_manifest
 
 
 def damaged_blocks(cache: store.Cache, *, suspects: bool = False) -> dict[int, str]:
@@ -101,6 +101,8 @@ def damaged_files(cache: store.Cache) -> dict[str, str]:
         manifest = store.cached_manifest(cache)
         if digest_rows(manifest.table) != cache.meta.manifest:
             damaged["manifest.parquet"] = "its rows are not those of zarr.json"
+        elif not is_as_written(cache.path / "manifest.parquet"):
+            damaged["manifest.parquet"] = "its bytes are not those that were written"
     except UserError as error:
         damaged["manifest.parquet"] = str(error).partition(": run `")[0]
     if len(store.done_blocks(cache)) == cache.meta.num_blocks:
@@ -123,11 +125,20 @@ def mend_files(cache: store.Cache, manifest: Manifest) -> None:
         for name in damaged_times(cache):
             say(f"{cache.path / name} is damaged: making it again")
             (cache.path / name).unlink()
+        path = cache.path / "manifest.parquet"
         try:
-            store.cached_manifest(cache)
+            stored = store.cached_manifest(cache)
+            if is_url(path) or is_as_written(path):
+                return
         except UserError:
-            say(f"{cache.path / 'manifest.parquet'} is damaged: making it again from {manifest.data}")
-            write_manifest(_in_order_of_keys(cache, manifest), cache.path / "manifest.parquet")
+            stored = None
+        say(f"{path} is damaged: making it again from {manifest.data}")
+        try:
+            write_manifest(_in_order_of_keys(cache, manifest), path)
+        except UserError:
+            if stored is None or digest_rows(stored.table) != cache.meta.manifest:
+                raise
+            write_manifest(stored, path)  # the data changed, but the rows can be read
 
 
 def _wrong_metadata(cache: store.Cache) -> list[str]:
@@ -142,7 +153,7 @@ def _wrong_metadata(cache: store.Cache) -> list[str]:
 def _json(path: Path) -> object:
     try:
         return json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, RecursionError):
         return None
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from teachercache.core.errors import UserError, closest
 
 FORMAT = 2
+LARGEST = 1 << 48  # no array has so many rows, texts or numbers
 DTYPES = ("float16", "float32", "int16", "int32", "int64", "bool")
 PER = ("row", "image", "text", "pair")
 COMPARISONS = ("cosine", "relative_error", "same_choice")
@@ -212,9 +213,26 @@ def meta_from_dict(values: Mapping[str, Any]) -> CacheMeta:
     )
     spec["outputs"], spec["inputs"] = tuple(spec["outputs"]), tuple(spec["inputs"])
     meta = CacheMeta(**{**{k: v for k, v in values.items() if k != "checksum"}, "spec": TeacherSpec(**spec)})
+    _check_types(meta)
     if values.get("checksum", checksum(meta)) != checksum(meta):
         raise UserError("zarr.json is damaged: its checksum differs; remove the cache and build it again")
     return meta
+
+
+def _check_types(meta: CacheMeta) -> None:
+    """Raise ValueError if an entry is of another type, or no possible size: arrays are made of these numbers."""
+    sizes = (meta.rows, meta.texts, meta.views, meta.limit, meta.block_rows)
+    shapes = [size for field in meta.spec.fields for size in field.shape]
+    if any(type(size) is not int or not 0 <= size <= LARGEST for size in (*sizes, *shapes)):
+        raise ValueError("a size is no number that is possible")
+    if not meta.block_rows or not meta.rows or not meta.spec.fields:
+        raise ValueError("there are no rows or no fields")
+    texts = (meta.data, meta.manifest, meta.precision, meta.spec.name, meta.spec.weights, meta.spec.digest)
+    if not all(isinstance(text, str) for text in (*texts, *meta.spec.outputs)):
+        raise TypeError("a name is no text")
+    parts = (meta.versions, meta.augment, meta.spec.view, meta.spec.tokenizer, meta.spec.constants)
+    if not all(isinstance(part, Mapping) for part in parts):
+        raise TypeError("a part is no object")
 
 
 def checksum(record: Any) -> int:

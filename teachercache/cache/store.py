@@ -11,6 +11,7 @@ crc32c
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -36,9 +37,9 @@ from teachercache.cache.lease import is_lease
 from teachercache.cache.locks import LOCK, alone
 from teachercache.cache.memory_map import can_map, map_chunks
 from teachercache.cache.spec import FORMAT, CacheMeta, meta_from_dict
-from teachercache.core.errors import UserError, closest
+from teachercache.core.errors import UserError, closest, is_machine
 from teachercache.core.leftovers import sweep_beside
-from teachercache.core.paths import as_path, closest_path, is_url, partial_name, write_whole
+from teachercache.core.paths import as_path, closest_path, flush_folder, is_url, partial_name, write_whole
 from teachercache.data.manifest import Manifest, load_manifest, manifest_keys, write_manifest
 
 if TYPE_CHECKING:
@@ -77,18 +78,24 @@ def create(path: Path, meta: CacheMeta, manifest: Manifest) -> Cache:
     shutil.rmtree(partial, ignore_errors=True)
     sweep_beside(path)
     try:
-        (partial / "done").mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"cannot create {path}: {error.strerror}; pass another --out") from error
-    for name, content in metadata(meta).items():
-        write_whole(partial / name, content)
-    write_manifest(manifest, partial / "manifest.parquet")
-    (partial / LOCK).touch()
-    try:
+        try:
+            (partial / "done").mkdir(parents=True)
+        except OSError as error:
+            if is_machine(error) and error.errno != errno.EROFS:
+                raise
+            raise UserError(f"cannot create {path}: {error.strerror}; pass another --out") from error
+        for name, content in metadata(meta).items():
+            write_whole(partial / name, content)
+        write_manifest(manifest, partial / "manifest.parquet")
+        (partial / LOCK).touch()
         os.rename(partial, path)
-    except OSError:  # another builder was first
-        shutil.rmtree(partial)
-        return open_cache(path)
+        flush_folder(path.absolute().parent)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        first = isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST)
+        if first:  # another builder was
+            return open_cache(path)
+        raise
     return Cache(path, meta)
 
 
@@ -109,9 +116,9 @@ def open_cache(where: str | Path) -> Cache:
         raise UserError(
             f"no cache at {path}: {closest_path(path)}make one with `tc build --teacher NAME --out {path}`"
         ) from error
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise UserError(
-            f"{path} is not a cache of this program, or its zarr.json is damaged ({error!r})"
+            f"{path} is not a cache of this program, or its zarr.json is damaged ({repr(error)[:200]})"
         ) from error
     return Cache(path, meta)
 
@@ -160,7 +167,8 @@ def record_path(cache: Cache, block: int) -> Path:
 
 def listed_blocks(cache: Cache) -> list[int]:
     """Return the blocks that have a done record, whatever it covers."""
-    return sorted(block for path in (cache.path / "done").glob("*.json") if (block := int(path.stem)) >= 0)
+    names = [path.stem for path in (cache.path / "done").glob("*.json")]
+    return sorted(int(name) for name in names if len(name) == 8 and name.isdecimal())
 
 
 def done_blocks(cache: Cache) -> set[int]:
@@ -186,10 +194,26 @@ def _record_checksum(record: Record) -> int:
 def done_record(cache: Cache, block: int) -> Record | None:
     """Return the done record of a block, or None if it is missing or damaged: the block is then built again."""
     try:
-        record = json.loads(record_path(cache, block).read_text())
-        return record if record["checksum"] == _record_checksum(record) else None
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        record = json.loads(record_path(cache, block).read_bytes())
+        whole = record["checksum"] == _record_checksum(record) and _is_record(record, block)
+        return record if whole else None
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
+
+
+def _is_record(record: Record, block: int) -> bool:
+    """Return whether the entries of a done record have the types that its readers expect."""
+    numbers = [record["block"], *record["rows"], record["texts"], record["views"]]
+    numbers += [number for facts in record["files"].values() for number in facts]
+    entries = record["invalid"]
+    return (
+        record["block"] == block
+        and len(record["rows"]) == 2
+        and all(type(number) is int and number >= 0 for number in numbers)
+        and all(len(facts) == 2 and not Path(name).is_absolute() for name, facts in record["files"].items())
+        and isinstance(entries, list)
+        and all(type(entry["row"]) is int and isinstance(entry["reason"], str) for entry in entries)
+    )
 
 
 def write_block(

@@ -9,12 +9,13 @@ import hashlib
 import io
 import itertools
 import json
+import re
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
-from teachercache.core.errors import UserError
+from teachercache.core.errors import UserError, is_machine
 from teachercache.core.paths import as_path, is_url, stream_whole
 from teachercache.core.urls import tidy
 from teachercache.data.foreign import SPLITS, clean, split_of
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
 
+ALL = "checksum_of_all"  # of the metadata of a stored manifest: the checksum of the rest
+WRITER = "parquet-cpp-arrow version {}"
 ROWS_AT_ONCE = 8192  # rows held as Python objects before they are converted to Arrow
 # The characters that str.strip() removes; Arrow's trimming keeps the separators 1c to 1f
 SPACES = (
@@ -227,12 +230,54 @@ def row_digests(table: "pa.Table") -> "np.ndarray":
 
 def write_manifest(manifest: Manifest, path: Path) -> None:
     """Write a Parquet file that `--data` accepts, atomically."""
+    meta = {"data": manifest.data, "root": str(manifest.root), "digest": manifest.digest}
+    meta |= {"checksum": _checksum(meta), "unused": json.dumps(manifest.unused.as_json())}
+    table = manifest.table.replace_schema_metadata({**meta, ALL: _checksum(meta)})
+    stream_whole(path, lambda file: _write_table(table, file))
+
+
+def _write_table(table: "pa.Table", file: IO[bytes]) -> None:
+    """Write the same bytes for the same rows, whatever the chunks of their columns."""
     import pyarrow.parquet as pq
 
-    meta = {"data": manifest.data, "root": str(manifest.root), "digest": manifest.digest}
-    more = {"checksum": _checksum(meta), "unused": json.dumps(manifest.unused.as_json())}
-    table = manifest.table.replace_schema_metadata({**meta, **more})
-    stream_whole(path, lambda file: pq.write_table(table, file, write_page_checksum=True))
+    pq.write_table(table.combine_chunks(), file, write_page_checksum=True)
+
+
+def is_as_written(path: Path) -> bool:
+    """Return whether a manifest has the bytes that `write_manifest` wrote: what it holds is written again, in memory.
+
+    A manifest of another version of pyarrow, or of an earlier version of this program, is not compared.
+
+    Raises:
+        UserError: It cannot be read.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    content = path.read_bytes()
+    try:
+        table = pq.read_table(io.BytesIO(content), page_checksum_verification=True)
+        writer = pq.read_metadata(io.BytesIO(content)).created_by
+    except (pa.ArrowException, ValueError, OSError) as error:
+        raise UserError(f"{path} is not a readable Parquet file: {error}") from error
+    meta = {_text(key): _text(value) for key, value in (table.schema.metadata or {}).items()}
+    if meta.keys() <= {"data", "root", "digest", "checksum", "unused"}:
+        return True
+    if meta.pop(ALL, None) != _checksum(meta):
+        return False
+    if writer != WRITER.format(pa.cpp_version) and re.fullmatch(WRITER.format(r"\d+\.\d+\.\d+"), writer):
+        return True
+    fields = [
+        field.with_type(pa.list_(field.type.value_type)) if pa.types.is_list(field.type) else field
+        for field in table.schema
+    ]
+    again = io.BytesIO()  # Parquet renames the items of lists
+    _write_table(table.cast(pa.schema(fields, table.schema.metadata)), again)
+    return again.getvalue() == content
+
+
+def _text(name: bytes) -> str:
+    return name.decode("utf-8", "replace")
 
 
 def load_manifest(path: Path) -> Manifest:
@@ -253,6 +298,8 @@ def load_manifest(path: Path) -> Manifest:
     except FileNotFoundError:
         raise
     except (pa.ArrowException, ValueError, OSError) as error:
+        if isinstance(error, OSError) and is_machine(error):
+            raise OSError(error.errno, error.strerror or str(error), str(path)) from error
         raise UserError(f"{path} is not a readable Parquet file: {error}") from error
     if missing or "root" not in meta:
         raise UserError(f"{path} is not a manifest (no {', '.join(missing) or 'root'})")

@@ -26,6 +26,7 @@ from teachercache.analysis.report.page import make_page, plotly_source
 from teachercache.analysis.report.rows import Shown
 from teachercache.cache import store
 from teachercache.core.errors import UserError, closest
+from teachercache.core.leftovers import is_leftover_name, sweep
 from teachercache.core.paths import is_url, write_whole
 from teachercache.core.progress import say
 
@@ -44,7 +45,7 @@ def analyze(
     if kind not in KINDS:
         raise UserError(f"--map {kind}: {closest(kind, KINDS)}choose from {', '.join(KINDS)}")
     plotly_source()  # raises before anything is computed if it is missing
-    if out.exists() and not (out.is_dir() and ((out / "report.json").exists() or not any(out.iterdir()))):
+    if out.exists() and not _may_hold(out):
         raise UserError(f"{out} exists and is not a report: pass another --out")
     first = open_subject(cache)
     second = None if against is None else open_subject(against)
@@ -66,6 +67,13 @@ def analyze(
         report["left_out"]["thumbnails"] = small.missing
     report = shown.name_rows(report, dict(zip(rows.tolist(), page.keys, strict=True)))
     return report, _write(report, page, small, first, kind, out)
+
+
+def _may_hold(out: Path) -> bool:
+    """Return whether a place is a report, or a folder that is empty but for what a killed command left."""
+    if not out.is_dir():
+        return False
+    return (out / "report.json").exists() or all(is_leftover_name(path.name) for path in out.iterdir())
 
 
 @contextlib.contextmanager
@@ -175,6 +183,7 @@ def _write(
 ) -> list[str]:
     """Write all files of the folder, report.json first."""
     out.mkdir(parents=True, exist_ok=True)
+    sweep(out)
     write_whole(out / "report.json", as_json(report) + "\n")
     how = "PCA of all rows" if kind == "pca" else "UMAP of the rows that are shown"
     note = f"{how}; {len(page.rows):,} of {len(first.main):,} rows. Neighbors are among these."

@@ -122,12 +122,18 @@ def test_an_interrupted_write_leaves_the_old_file_and_no_other(tmp_path):
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a": "old"}
 
 
-def test_a_file_system_that_flushes_no_folder_is_no_error(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("code", "raises"), [(errno.EINVAL, False), (errno.EIO, True)])
+def test_a_file_system_that_flushes_no_folder_is_no_error(tmp_path, monkeypatch, code, raises):
     def refuse(descriptor):
-        raise OSError(errno.EINVAL, "Invalid argument")
+        raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(os, "fsync", refuse)
-    paths.flush_folder(tmp_path)
+    failed = None
+    try:
+        paths.flush_folder(tmp_path)
+    except OSError as error:
+        failed = error.errno
+    assert failed == (code if raises else None)
 
 
 def test_temporary_names_tell_the_process():
