@@ -57,6 +57,8 @@ def export(run: Path, out: Path, form: str) -> tuple[Path, Exported]:
         SafetensorError
     ) as error:  # transformers writes with it; the message alone has the number of the error
         raise MachineError(f"{out} cannot be written: {first_line(error)}") from error
+    except OSError as error:  # some libraries do not name the file
+        raise error if error.filename else OSError(error.errno, error.strerror, str(out)) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return out, exported

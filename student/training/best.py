@@ -59,8 +59,10 @@ def _compare(run: Path, step: int, evaluate: Evaluate) -> None:
     """Evaluate the candidate, keep it if it is better, and append its metrics to evals.jsonl."""
     folder, best = run / "candidate", run / "best"
     state = random_state()
-    score, metrics = evaluate(folder)
-    set_random_state(state)
+    try:
+        score, metrics = evaluate(folder)
+    finally:
+        set_random_state(state)  # also for the checkpoint that is saved if the evaluation fails
     highest = best_score(run)
     if highest is None or score > highest:
         highest = score
