@@ -55,7 +55,7 @@ from student.recipe import Batch, Notes, Outputs, Progress, Recipe, Setting, Sha
 from student.recipes import clip
 from student.rows import Pairs
 from teachercache.core.errors import UserError
-from teachercache.core.ranges import Form, Name, Weight
+from teachercache.core.ranges import Form, Name, Weight, check_record
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -125,6 +125,7 @@ def rows(constants: Constants) -> Pairs:
 
 def teacher_fields(constants: Constants) -> tuple[str, ...]:
     """Return the teacher's fields that weighted terms compare, and the fields that the student reads."""
+    check_record(constants)
     terms = ("crd", "fd", "icl", "mfd", "gd", "afd", "cross")
     embeddings = ("image_emb", "text_emb") if any(getattr(constants, name) for name in terms) else ()
     hidden = [field for _, field in block_pairs(constants)] if constants.hidden else []

@@ -58,7 +58,7 @@ from annotated_types import Interval
 from student.recipe import Batch, Notes, Optim, Outputs, Progress, Recipe, Setting, Shapes, Terms
 from student.rows import Questions, TeacherLogits, Words
 from teachercache.core.errors import UserError
-from teachercache.core.ranges import MOST, Form, Name, Number, Positive, Seed, Weight
+from teachercache.core.ranges import MOST, Form, Name, Number, Positive, Seed, Weight, check_record
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -173,7 +173,8 @@ def teacher_fields(constants: Constants) -> tuple[str, ...]:
 
 
 def _check(constants: Constants) -> None:
-    """Raise a UserError for contradictory settings."""
+    """Raise a UserError for invalid or contradictory settings."""
+    check_record(constants)
     if constants.model == "clip-transformer" and constants.fusion == "cosine":
         raise UserError(
             "--set fusion=cosine: clip-transformer reads both side by side; choose clip-1-linear or "

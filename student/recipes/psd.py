@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Literal
 
 from student.recipe import Batch, Notes, Optim, Outputs, Progress, Recipe, Setting, Terms
 from student.recipes import clip
-from teachercache.core.ranges import Name, Positive, Share
+from teachercache.core.ranges import Name, Positive, Share, check_record
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,6 +54,7 @@ class Constants:
 
 def teacher_fields(constants: Constants) -> tuple[str, ...]:
     """Return the teacher's embeddings for teacher=cache, else the fields that the student itself reads."""
+    check_record(constants)
     return ("image_emb", "text_emb") if constants.teacher == "cache" else clip.fields_by_name(constants.model)
 
 

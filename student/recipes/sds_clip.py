@@ -67,7 +67,7 @@ from student.recipe import (
 )
 from student.recipes import clip
 from teachercache.core.errors import UserError
-from teachercache.core.ranges import Count, Name, Number, Weight
+from teachercache.core.ranges import Count, Name, Number, Weight, check_record
 
 if TYPE_CHECKING:
     from torch import nn
@@ -110,6 +110,7 @@ def objective(constants: Constants) -> str:
 
 def teacher_fields(constants: Constants) -> tuple[str, ...]:
     """Return the cached fields of the objective: text states (Eq. 3), or the UNet's outputs I (Eq. 6)."""
+    check_record(constants)
     return {"score": ("text_states",), "features": ("unet_feature",), "none": ()}[objective(constants)]
 
 

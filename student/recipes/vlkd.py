@@ -50,7 +50,7 @@ from annotated_types import Interval
 from student.recipe import Batch, Notes, Optim, Outputs, Progress, Recipe, Setting, Shapes, Terms
 from student.rows import Pairs
 from teachercache.core.errors import UserError
-from teachercache.core.ranges import MOST, Count, Name, Part, Positive, Weight
+from teachercache.core.ranges import MOST, Count, Name, Part, Positive, Weight, check_record
 
 if TYPE_CHECKING:
     from torch import nn
@@ -96,6 +96,7 @@ def picture_field(constants: Constants) -> str:
 
 def teacher_fields(constants: Constants) -> tuple[str, ...]:
     """Return the field of V, which the student reads, and the fields that weighted terms compare."""
+    check_record(constants)
     fields = [picture_field(constants)]
     if constants.stage == "distil":
         fields += [

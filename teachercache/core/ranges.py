@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Interval, MinLen
 
-from teachercache.core.errors import closest
+from teachercache.core.errors import UserError, closest
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
@@ -42,10 +42,16 @@ class Form:
     words: str
 
 
+@functools.cache
 def kinds_of(record: type) -> dict[str, Any]:
     """Return the annotated types of a dataclass's fields by name."""
-    hints = typing.get_type_hints(record, include_extras=True)
-    return {field.name: hints[field.name] for field in dataclasses.fields(record)}
+    try:
+        hints = typing.get_type_hints(record, include_extras=True)
+    except (
+        NameError
+    ):  # names that are imported for type checkers only: the types of the defaults stand for them
+        hints = {}
+    return {field.name: hints.get(field.name, type(field.default)) for field in dataclasses.fields(record)}
 
 
 def from_text(text: str, kind: Any) -> Any:
@@ -68,6 +74,24 @@ def check(value: Any, kind: Any) -> Any:
         ValueError: It is not; the message says what is expected.
     """
     return _checked(value, kind, str(value), from_strings=False)
+
+
+def check_record(record: Any, option: str = "--set ") -> None:
+    """Check every field of a dataclass, for records that were not made from text.
+
+    Args:
+        record: The dataclass.
+        option: What stands in front of `NAME=VALUE` in the message.
+
+    Raises:
+        UserError: A value is of another kind, or out of its range.
+    """
+    for name, kind in kinds_of(type(record)).items():
+        value = getattr(record, name)
+        try:
+            check(value, kind)
+        except ValueError as error:
+            raise UserError(f"{option}{name}={value}: {error}") from error
 
 
 def _checked(value: Any, kind: Any, text: str, *, from_strings: bool) -> Any:

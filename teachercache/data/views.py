@@ -16,7 +16,7 @@ import numpy as np
 from annotated_types import Interval
 
 from teachercache.core.errors import UserError, closest
-from teachercache.core.ranges import Part, Seed, Share, check, from_text, kinds_of
+from teachercache.core.ranges import Part, Seed, Share, check_record, from_text, kinds_of
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -60,11 +60,7 @@ class Augment:
     seed: Seed = 0
 
     def __post_init__(self) -> None:
-        for name, kind in kinds_of(Augment).items():
-            try:
-                check(getattr(self, name), kind)
-            except ValueError as error:
-                raise UserError(f"--augment {name}={getattr(self, name)}: {error}") from error
+        check_record(self, "--augment ")
         if self.scale_min > self.scale_max:
             raise UserError(f"--augment scale_min={self.scale_min}: it is above scale_max={self.scale_max}")
 

@@ -389,7 +389,7 @@ def test_pairs_of_blocks_are_read_in_one_way():
             "has no field image_hidden_9: run `tc build --teacher clip-lite --outputs "
             "embeddings,hidden:9 --data",
         ),
-        (["mfd=1", "mask_ratio=1"], "--set mask_ratio=1: a share"),
+        (["mfd=1", "mask_ratio=1"], "--set mask_ratio=1: a value of type float from 0 to below 1"),
         (["ensemble=both"], "--set ensemble=both: choose from average, concat"),
     ],
 )

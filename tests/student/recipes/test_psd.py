@@ -133,11 +133,11 @@ def test_the_draw_has_the_share_and_no_favourites():
 @pytest.mark.parametrize(
     ("setting", "said"),
     [
-        ("alpha_end=1.5", "a share is expected"),
-        ("alpha_start=-0.1", "a share is expected"),
+        ("alpha_end=1.5", "a value of type float from 0 to 1 is expected"),
+        ("alpha_start=-0.1", "a value of type float from 0 to 1 is expected"),
         ("schedule=cubic", "choose from cosine, linear, constant"),
-        ("teacher=me", "choose self or cache"),
-        ("teacher_temperature=0.0", "it must be above 0"),
+        ("teacher=me", "choose from self, cache"),
+        ("teacher_temperature=0.0", "a value of type float above 0 is expected"),
     ],
 )
 def test_what_makes_no_sense_is_refused(setting, said, squares, cache, tmp_path, capsys):

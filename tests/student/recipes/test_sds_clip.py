@@ -174,7 +174,7 @@ def test_without_the_jacobian_the_gradient_is_dreamfusions(matrix):
     assert torch.equal(*expected.values()) == (matrix == "identity")
 
 
-def test_a_teacher_under_no_grad_is_refused(states, squares, tmp_path, monkeypatch):
+def test_a_teacher_under_no_grad_is_refused(states, squares, tmp_path, monkeypatch, capsys):
     step, batch = make_step(make_diffusion(), sds_weight=1.0)
     predict = frozen_unet.predict_noise
     for mistake in (torch.no_grad, torch.inference_mode):
@@ -184,8 +184,8 @@ def test_a_teacher_under_no_grad_is_refused(states, squares, tmp_path, monkeypat
     with torch.no_grad():  # where nothing wants a gradient it is no mistake
         assert step(batch, Progress(0, 1), {})[0]["error"].isfinite().all()
     monkeypatch.undo()
-    with pytest.raises(RuntimeError, match="returned error without a gradient"):
-        train_here(squares, states, tmp_path / "run", recipe="own_recipes:SDS_DEAF")
+    assert train_here(squares, states, tmp_path / "run", recipe="own_recipes:SDS_DEAF") == 1
+    assert "returned error without a gradient" in capsys.readouterr().err
 
 
 @torch.no_grad()
@@ -462,7 +462,7 @@ def test_a_dry_run_says_what_the_unet_needs(squares, states, tmp_path, capsys):
         (("--set", "latent_init=one"), "choose from default, zero, unit"),
         (("--set", "t_max=1001"), "has 1000 time steps"),
         (("--set", "t_min=7", "--set", "t_max=7"), "t_min < t_max"),
-        (("--set", "unet_rows=-1"), "0 for all"),
+        (("--set", "unet_rows=-1"), "a value of type int from 0 to"),
         (("--set", "unet_precision=int8"), "choose from auto, float32, bfloat16"),
         (("--live",), "drop --live"),
         (("--cache", "/nowhere"), "tc build --teacher sd-tiny --data"),

@@ -207,12 +207,12 @@ def test_what_cannot_be_is_refused_in_one_line(run, squares, cache, bart, finish
     cases = {
         "visual=rows": "cls, patches",
         "stage=adapt": "distil, caption, vqa, scst",
-        "mask_share=0": "shares above 0",
+        "mask_share=0": "above 0 and up to 1",
         "max_text=900": "40 positions",
         f"init={finished_run}": "no run of vlkd",
         "visual=patches": "--outputs",
         "stage=vqa": "asks nothing",
-        "optim.schedule=step": "cosine or linear",
+        "optim.schedule=step": "cosine, linear",
     }
     for k, (setting, words) in enumerate(cases.items()):
         assert train(squares, cache, bart, tmp_path / f"refused-{k}", "--set", setting) == 2, setting
