@@ -13,12 +13,12 @@ from teachercache.core.errors import UserError
 
 # Where in the course of a command (0 its first write, 1 its last) which fault comes
 SHORT = {
-    "manifest": (("kill", 1), ("enospc", 0.5)),
-    "build": (("torn", 0.2), ("kill", 0.6), ("enospc", 0.8), ("eio", 1)),
-    "index": (("eio", 0.5), ("torn", 1)),
-    "train": (("torn", 0), ("kill", 0.55), ("enospc", 0.4), ("eio", 0.9)),
-    "export_open_clip": (("kill", 0.6), ("eio", 0.3)),
-    "eval": (("torn", 1), ("enospc", 0.7)),
+    "manifest": (("enospc", 0.5),),
+    "build": (("torn", 0.2), ("kill", 0.6), ("eio", 1)),
+    "index": (("torn", 1),),
+    "train": (("kill", 0.55), ("enospc", 0.4), ("torn", 0)),
+    "export_open_clip": (("eio", 0.3),),
+    "eval": (("kill", 0.9),),
 }
 
 
@@ -40,13 +40,8 @@ def test_a_disturbed_command_recovers(warm, job):
         outcome = disturb(warm, plan, Fault(kind, event_at(plan.events, kind, share)))
         assert outcome.event != "not reached"
         assert not outcome.wrong, outcome
-
-
-def test_writers_outside_python_are_seen(warm):
-    """Safetensors writes in Rust."""
-    plan = plan_for(warm, "export_open_clip", twice=False)
-    writes = [event for event in plan.events if event.name == "write"]
-    assert any(name in event.path for event in writes for name in (".tmp", "model.safetensors"))
+    if job == "export_open_clip":  # safetensors writes in Rust
+        assert any(".tmp" in event.path or "safetensors" in event.path for event in plan.events)
 
 
 EVENTS = (

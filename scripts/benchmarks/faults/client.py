@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from teachercache.core.errors import UserError
 
@@ -135,14 +135,18 @@ def compiled_shim(folder: Path) -> Path:
 
 
 @contextlib.contextmanager
-def warm_process(folder: Path, log: IO[str] | int = subprocess.DEVNULL) -> Iterator[Warm]:
+def warm_process(folder: Path) -> Iterator[Warm]:
     """Start the warm process; it ends with the block.
 
     Args:
         folder: An empty folder for inputs, outputs and logs.
-        log: Where the stderr of the process itself goes.
+
+    Raises:
+        UserError: There is no C compiler, or this is no Linux.
+        RuntimeError: The process does not start.
     """
     folder = folder.resolve()
+    log = folder / "log"
     preload = " ".join(filter(None, [os.environ.get("LD_PRELOAD"), str(compiled_shim(folder))]))
     environment = os.environ | {
         "LD_PRELOAD": preload,
@@ -152,14 +156,18 @@ def warm_process(folder: Path, log: IO[str] | int = subprocess.DEVNULL) -> Itera
         "PYTHONPATH": os.pathsep.join(sys.path),
     }
     words = [sys.executable, "-m", "scripts.benchmarks.faults.server"]
-    with subprocess.Popen(
-        words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment
-    ) as process:
+    pipe = subprocess.PIPE
+    with (
+        log.open("w") as errors,
+        subprocess.Popen(
+            words, stdin=pipe, stdout=pipe, stderr=errors, text=True, env=environment
+        ) as process,
+    ):
         try:
             warm = Warm(process, folder)
             assert process.stdout is not None
             if not process.stdout.readline():
-                raise RuntimeError("the warm process did not start")
+                raise RuntimeError(f"the warm process did not start: {log.read_text()[-1000:]}")
             yield warm
         finally:
             assert process.stdin is not None

@@ -95,7 +95,7 @@ def problems_of_first(ended: Ended, kind: str) -> dict[str, str]:
 
 
 def go_on(warm: Warm, text: str) -> Ended:
-    """Run the command again; with --resume if it says so."""
+    """Run the command again; with --resume if its message names that option."""
     words = words_of(warm, text)
     ended = warm.run(words)
     if ended.code != 0 and "--resume" in ended.output and "--resume" not in words:

@@ -1,6 +1,7 @@
 """The commands that are disturbed, the small inputs that they read, and what is there before each."""
 
 import dataclasses
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -116,21 +117,32 @@ def make_inputs(warm: Warm) -> None:
 
 
 def prepare(warm: Warm, job: Job) -> Path:
-    """Run what comes before a job; return the folder with a copy of it, to which `restore` goes back."""
-    shutil.rmtree(warm.root, ignore_errors=True)
-    warm.root.mkdir()
+    """Run what comes before a job, once for all jobs that share it.
+
+    Returns:
+        A folder with a copy of what is then there, to which `restore` goes back.
+    """
+    digest = hashlib.sha256(repr((job.before, job.killed)).encode()).hexdigest()[:16]
+    before = warm.folder / "before" / digest
+    if before.exists():
+        restore(warm, before)
+        return before
+    empty(warm.root)
     for i, text in enumerate(job.before):
         if job.killed and i == len(job.before) - 1:
             clean = must(warm, text, COUNT)
-            shutil.rmtree(warm.root)
-            warm.root.mkdir()
+            empty(warm.root)
             warm.run(words_of(warm, text), Fault("kill", round(0.6 * len(clean.events))))
         else:
             must(warm, text)
-    before = warm.folder / "before"
-    shutil.rmtree(before, ignore_errors=True)
     shutil.copytree(warm.root, before, symlinks=True)
     return before
+
+
+def empty(folder: Path) -> None:
+    """Make a folder that holds nothing."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
 
 
 def restore(warm: Warm, before: Path) -> None:

@@ -15,7 +15,7 @@ from teachercache.core.progress import say
 
 BUILDER = BUILD + "{in}/data"
 # Longer than in a sweep, so that a trainer lives through several kills
-TRAINER = TRAIN.replace("--steps 6", "--steps 40")
+TRAINER = TRAIN.replace("--steps 6", "--steps 30").replace("save_every=2", "save_every=5")
 ACTORS = {
     "trainer a": TRAINER.replace("{root}/run", "{root}/a"),
     "second trainer a": TRAINER.replace("{root}/run", "{root}/a"),

@@ -71,6 +71,9 @@ def disturb_all(warm: Warm, options: argparse.Namespace) -> list[Outcome]:
     outcomes = []
     kinds = [kind for kind in options.kind if kind in FAULTS]
     for outcome in sweep(warm, options.command, kinds, every=options.every, seed=options.seed):
+        group = outcome.job, outcome.fault.kind
+        if not outcomes or group != (outcomes[-1].job, outcomes[-1].fault.kind):
+            say(" ".join(group))
         outcomes.append(outcome)
         if outcome.wrong:
             where = f"{outcome.job} {outcome.fault.kind} {outcome.fault.at} ({outcome.event})"

@@ -55,7 +55,7 @@ def warm_up() -> None:
     for name in MODULES:
         try:
             importlib.import_module(name)
-        except ImportError as error:  # an optional package; the command that needs it says so
+        except ImportError as error:  # an optional package
             print(f"{name}: {error}", file=sys.stderr)
 
     import teachercache.build.loop as loop
