@@ -3,6 +3,7 @@
 Each exploit makes a folder `proof` when it runs. Archives, pages and tables of strangers: see SECURITY.md.
 """
 
+import csv
 import dataclasses
 import json
 import os
@@ -17,6 +18,8 @@ from safetensors.torch import save_file
 from small import TINY_CFG, error_of, run, save_diffusion, save_teacher
 from small_bart import save_bart
 
+from evaluation.results.suite import CLASSIFICATION, Report
+from evaluation.results.suite_tables import write_suite
 from student.cli import main
 from student.models.named import build_student
 from student.models.registry import find_family, load_student
@@ -381,3 +384,13 @@ def test_weights_of_another_student_are_one_line(finished_run, tmp_path):
         UserError, match=r"model\.safetensors and run\.json are damaged or do not fit each other"
     ):
         load_student(folder)
+
+
+@pytest.mark.parametrize("name", ["=HYPERLINK(A1)", "+1", "-cmd|' /C calc'!A0", "@SUM(A1)", "\t=1"])
+def test_a_name_in_a_table_is_no_formula(name, tmp_path):
+    metrics = {"acc1": -0.5}
+    result = {"model": name, "pretrained": name, "dataset": "d", "task": CLASSIFICATION, "metrics": metrics}
+    write_suite(Report([result], []), tmp_path)
+    with (tmp_path / "suite.csv").open(newline="") as file:
+        (line,) = csv.DictReader(file)
+    assert (line["model"], line["pretrained"], line["acc1"]) == (f"'{name}", f"'{name}", "-0.5")

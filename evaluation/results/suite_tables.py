@@ -6,6 +6,7 @@ import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from evaluation.results.run import Result
 from evaluation.results.suite import CAPTIONED, CLASSIFICATION, LABELED, Report
@@ -53,8 +54,17 @@ def _csv(results: Sequence[Result]) -> str:
         file, list(dict.fromkeys(name for line in lines for name in line)), lineterminator="\n"
     )
     writer.writeheader()
-    writer.writerows(lines)
+    writer.writerows({name: no_formula(value) for name, value in line.items()} for line in lines)
     return file.getvalue()
+
+
+def no_formula(value: Any) -> Any:
+    """Return a cell that no spreadsheet computes: a text that starts like a formula gets an apostrophe before it.
+
+    Models and data sets have the names of folders, which others may have chosen.
+    """
+    starts = ("=", "+", "-", "@", "\t", "\r", "\n")
+    return f"'{value}" if isinstance(value, str) and value.startswith(starts) else value
 
 
 def suite_table(report: Report) -> str:
