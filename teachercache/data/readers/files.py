@@ -63,9 +63,12 @@ def captions_in(suffix: str, content: bytes, size: int | None = None) -> tuple[t
 
 
 def captions_of_text(content: bytes) -> tuple[tuple[str, ...], str]:
-    """Return the lines of a caption file, none if all are blank, and a problem if there is one."""
+    """Return the lines of a caption file, the first if all are blank, and a problem if there is one."""
     try:
-        return tuple(lines_of(decode_text(content, what="the caption file"))), ""
+        text = decode_text(content, what="the caption file")
+        return tuple(
+            lines_of(text) or text.splitlines()[:1]
+        ), ""  # one blank text, which is counted, in a blank file
     except Foreign as error:
         return (), str(error)
 
@@ -88,7 +91,8 @@ def captions_of_json(content: bytes) -> tuple[tuple[str, ...], str]:
 
 def first_captions(*found: tuple[tuple[str, ...], str]) -> tuple[tuple[str, ...], str]:
     """Return the captions of the first file that has any; without any, the first problem."""
-    filled = next((texts for texts, _ in found if texts), ())
+    filled = next((texts for texts, _ in found if any(map(str.strip, texts))), ())
+    filled = filled or next((texts for texts, _ in found if texts), ())
     return filled, "" if filled else next((problem for _, problem in found if problem), "")
 
 
