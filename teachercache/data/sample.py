@@ -5,7 +5,8 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from teachercache.data.foreign import clean
+# How problems begin that leave the picture of a row usable
+ABOUT_TEXTS = ("the caption file ", "the captions ", "the label ")
 
 
 class BadSample(Exception):
@@ -26,7 +27,8 @@ class Sample:
             tar file, the row in a Parquet or Arrow file.
         size: The bytes of the image; in Parquet the bytes of its row group, as those of the cell are not
             known without reading.
-        problem: Why the row is unusable, if the reader found a problem.
+        problem: Why the row is unusable, if the reader found a problem. One that begins as `ABOUT_TEXTS` leaves the
+            picture usable.
         task: JSON of `task_columns` (question, choices, answers, label, boxes), or an empty string.
     """
 
@@ -40,11 +42,16 @@ class Sample:
     problem: str = ""
     task: str = ""
 
+    @property
+    def picture_problem(self) -> str:
+        """Why the picture cannot be used; empty if the problem is one of the texts or the label alone."""
+        return "" if self.problem.startswith(ABOUT_TEXTS) else self.problem
+
 
 def task_columns(**columns: Any) -> str:
     """Return the value of `Sample.task`: one JSON object with sorted keys, without columns that are None."""
     kept = {name: value for name, value in columns.items() if value is not None}
-    return clean(json.dumps(kept, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str))
+    return json.dumps(kept, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str)
 
 
 def clean_texts(sample: Sample) -> Iterator[tuple[str, bool]]:
