@@ -146,9 +146,7 @@ def training_rows(manifest: Manifest, cache: store.Cache | None) -> np.ndarray:
     rows = manifest.rows_of_split("train")
     rows = rows[manifest.has_text()[rows]]
     unusable = (
-        [row for row in rows.tolist() if manifest.table["problem"][row].as_py()]
-        if _problems(manifest)
-        else []
+        [row for row in rows.tolist() if manifest.row(row).picture_problem] if _problems(manifest) else []
     )
     if unusable and cache is None:
         first = manifest.row(unusable[0])

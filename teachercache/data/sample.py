@@ -5,7 +5,8 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from teachercache.data.foreign import clean
+# How problems begin that leave the picture of a row usable
+ABOUT_TEXTS = ("the caption file ", "the captions ", "the label ")
 
 # How problems begin that leave the picture of a row usable
 ABOUT_TEXTS = ("the caption file ", "the captions ", "the label ")
@@ -53,7 +54,7 @@ class Sample:
 def task_columns(**columns: Any) -> str:
     """Return the value of `Sample.task`: one JSON object with sorted keys, without columns that are None."""
     kept = {name: value for name, value in columns.items() if value is not None}
-    return clean(json.dumps(kept, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str))
+    return json.dumps(kept, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str)
 
 
 def clean_texts(sample: Sample) -> Iterator[tuple[str, bool]]:

@@ -180,7 +180,7 @@ def read_caption_list(path: Path, values: list[Any], unused: Unused) -> Iterator
         try:
             captions = captions_of(value)
         except Foreign as error:
-            problems.setdefault(image, f"entry {i}: {error}")
+            problems.setdefault(image, f"the captions of entry {i}: {error}")
             continue
         found.extend(caption.strip() for caption in captions)
         nulls = len(value) - len(captions) if isinstance(value, list) else 1 - len(captions)

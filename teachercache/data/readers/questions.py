@@ -206,7 +206,7 @@ def _vcr_row(line: dict[str, Any], images: Path) -> tuple[tuple[str, ...], str]:
         label=label,
         rationales=rationales or None,
         rationale_label=line.get("rationale_label"),
-        objects=objects,
+        objects=[clean(name) for name in objects],
         category=_text_or_none(line.get("category")),
         boxes=boxes,
         texts=[kind for kind, _ in texts],

@@ -231,7 +231,11 @@ class Columns:
                     else ""
                 )
             except Foreign as error:
-                problem = str(error)
+                problem = (
+                    f"the captions or the question cannot be used: {error}"
+                    if self.task
+                    else f"the captions cannot be used: {error}"
+                )
             if not self.picture:
                 try:
                     image, offset = file_named(line.get(self.where), what="the picture's name"), -1

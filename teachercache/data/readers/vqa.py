@@ -16,6 +16,7 @@ from teachercache.data.foreign import (
     Foreign,
     caption_of,
     captions_of,
+    clean,
     kind_of,
     label_of,
     parse_json,
@@ -97,6 +98,7 @@ def _question(place: int, entry: Any) -> _Question:
     try:
         key = label_of(ids["id"], what="question_id") or key
         image = _twelve_digits(ids["image_id"])
+        ids = {name: clean(value) if isinstance(value, str) else value for name, value in ids.items()}
         text = caption_of(text, what="the question")
         problem = "the question is null" if text is None else ""
     except Foreign as error:

@@ -274,7 +274,11 @@ def test_answers_of_parquet_without_nulls(tmp_path, answers):
     )
     tasks = [json.loads(row["task"] or "{}") for row in rows]
     assert tasks[0] == {"task": "vqa", "question": "what?", "answers": ["red"], "answer": "red"}
-    assert [row["problem"] for row in rows] == ["", "the row has no question", ""]
+    assert [row["problem"] for row in rows] == [
+        "",
+        "the captions or the question cannot be used: the row has no question",
+        "",
+    ]
 
 
 def test_ids_of_coco_join_as_numbers_and_texts_and_strays_are_told(tmp_path, capsys):
