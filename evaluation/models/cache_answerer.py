@@ -25,6 +25,7 @@ from evaluation.metrics.vqa_answers import normalize_answer, vocabulary
 from evaluation.models.anchors import three_means
 from evaluation.models.answerer import Answerer
 from teachercache.cache import layout, store
+from teachercache.cache.picture_bytes import replaced_pictures
 from teachercache.core.errors import UserError
 from teachercache.data.manifest import Manifest
 from teachercache.data.readers.questions import LABELS
@@ -198,7 +199,7 @@ def cache_rows(cache: store.Cache, manifest: Manifest, rows: Int[np.ndarray, " n
     """Return the cache's row for each row of the manifest, joined by their keys.
 
     Raises:
-        UserError: If a row is missing in the cache or had other texts when the cache was built.
+        UserError: If a row is missing in the cache, or had other texts or another picture when the cache was built.
     """
     keys = manifest.table["key"].take(rows)
     places = store.join(cache, keys)
@@ -207,15 +208,16 @@ def cache_rows(cache: store.Cache, manifest: Manifest, rows: Int[np.ndarray, " n
             f"{(places < 0).sum()} of {len(rows)} rows of {manifest.data} are not in {cache.path}, the first is "
             f"'{keys[int(np.argmax(places < 0))]}': build a cache of it, {_build_command(cache, manifest)}"
         )
+    replaced = replaced_pictures(cache, places, manifest, rows)
     if manifest.digest != cache.meta.manifest:
         before = store.cached_manifest(cache).table["texts"].take(places).to_pylist()
         now = manifest.table["texts"].take(rows).to_pylist()
-        changed = [i for i, (a, b) in enumerate(zip(before, now, strict=True)) if a != b]
-        if changed:
-            raise UserError(
-                f"{len(changed)} rows of {manifest.data} have other texts than in {cache.path}, the first is "
-                f"'{keys[changed[0]]}': build a cache of it, {_build_command(cache, manifest)}"
-            )
+        replaced |= np.array([a != b for a, b in zip(before, now, strict=True)])
+    if replaced.any():
+        raise UserError(
+            f"{replaced.sum()} rows of {manifest.data} have other texts or pictures than in {cache.path}, the first is "
+            f"'{keys[int(np.argmax(replaced))]}': build a cache of it, {_build_command(cache, manifest)}"
+        )
     return places
 
 
