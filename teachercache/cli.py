@@ -177,11 +177,10 @@ def manifest(
     "--repair", is_flag=True, help="Read every file of the cache first, and write damaged blocks again."
 )
 @click.option(
-    "--wait/--no-wait",
-    default=True,
-    show_default=True,
-    help="Wait for blocks that another builder writes, and take them over if it dies; with --no-wait leave them to it "
-    "(exit code 3).",
+    "--no-wait",
+    is_flag=True,
+    help="Leave blocks that another builder writes to it, and return exit code 3; otherwise wait for them, and take "
+    "them over if that builder dies.",
 )
 def build(
     name: str,
@@ -211,7 +210,7 @@ def build(
 
     wanted = None if outputs is None else tuple(part.strip() for part in outputs.split(",") if part.strip())
     find(name)
-    others = {name: options.pop(name) for name in ("repair", "wait")}
+    others = {"repair": options.pop("repair"), "wait": not options.pop("no_wait")}
     how = dataclasses.replace(choose_options(limit=limit or 0, **options), **others)
     manifest = read_manifest(data, limit=limit)
     if weights.startswith("random:"):

@@ -87,6 +87,7 @@ def update_index(
     """
     field = vector_field(cache, field)
     path, record = index_path(cache, field), read_record(cache, field)
+    sweep_beside(path)
     state = status(cache, record) if record is not None and record.asked == kind else "other"
     if record is not None and state != "other":
         with contextlib.suppress(UserError):  # damaged: rebuild it
@@ -223,7 +224,6 @@ def _finish(
         identity=identity(cache),
         manifest=cache.meta.manifest,
     )
-    sweep_beside(index_path(cache, field))
     return replace_index(cache, index, record)
 
 

@@ -135,7 +135,7 @@ def is_unfinished(path: Path) -> bool:
 def write_record(
     cache: store.Cache, record: IndexRecord, *, before: IndexRecord | None = None, replacing: bool = False
 ) -> IndexRecord:
-    """Update the fingerprint of a record and write it if it changed.
+    """Update the fingerprints of a record, and write it unless the file holds it alone already.
 
     Args:
         cache: The cache.
@@ -145,11 +145,11 @@ def write_record(
     """
     now = dataclasses.replace(record, meta=fingerprint(cache.meta))
     now = dataclasses.replace(now, digest=_digest(now))
-    if now == record and not replacing:
-        return now
     more = {"before": before and dataclasses.asdict(before)} if replacing else {}
-    content = json.dumps(dataclasses.asdict(now) | more) + "\n"
-    write_whole(record_path(index_path(cache, record.field)), content)
+    content = json.dumps(dataclasses.asdict(now) | more).encode() + b"\n"
+    path = record_path(index_path(cache, record.field))
+    if not path.exists() or path.read_bytes() != content:  # it may also hold the record before
+        write_whole(path, content)
     return now
 
 
@@ -223,7 +223,7 @@ def replace_index(cache: store.Cache, index: "faiss.Index", record: IndexRecord)
         made[0] = write_record(cache, new, before=before, replacing=True)
 
     _write_file(path, write)
-    return write_record(cache, dataclasses.replace(made[0], meta=""))
+    return write_record(cache, made[0])
 
 
 def _write_file(path: Path, write: Callable[[IO[bytes]], Any]) -> None:

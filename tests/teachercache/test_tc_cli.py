@@ -37,6 +37,8 @@ OPTIONS = {  # a contract: adding one is a decision, made here and in DESIGN.md
         "--views",
         "--augment",
         "--prune",
+        "--repair",
+        "--no-wait",
     },
     "info": {"cache", "--json"},
     "verify": {"cache", "--samples", "--teacher", "--json"},

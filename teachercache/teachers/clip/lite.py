@@ -16,10 +16,12 @@ from typing import Any
 
 import torch
 from open_clip.tokenizer import HFTokenizer
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from teachercache.core.errors import UserError
+from teachercache.core.leftovers import sweep_beside
+from teachercache.core.paths import partial_name, write_whole
 from teachercache.teachers.clip.folders import build_module, folder_parts, open_folder, tokenizer_of
 from teachercache.teachers.clip.loading import make_teacher
 from teachercache.teachers.teacher import Teacher
@@ -124,7 +126,8 @@ def assemble(heads: Mapping[str, Tensor], folder: str | Path = HOME) -> Path:
         for short, full in names.items():
             target = full + name.removeprefix(short) if name.startswith(short) else target
         state[target] = tensor.reshape(state[target].shape)
-    partial = folder.with_name(folder.name + ".partial")
+    sweep_beside(folder)
+    partial = folder.with_name(partial_name(folder.name))
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     text_folder = _package(TEXT_PACKAGE) / "model"
@@ -136,11 +139,10 @@ def assemble(heads: Mapping[str, Tensor], folder: str | Path = HOME) -> Path:
         "vocab.txt",
     ):
         shutil.copy(text_folder / name, partial / name)
-    save_file(
-        {name: tensor.contiguous() for name, tensor in state.items()}, partial / "open_clip_model.safetensors"
-    )
+    tensors = {name: tensor.contiguous() for name, tensor in state.items()}
+    write_whole(partial / "open_clip_model.safetensors", save(tensors))
     config = {"model_cfg": model_cfg(str(folder)), "preprocess_cfg": preprocess}
-    (partial / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_whole(partial / "open_clip_config.json", json.dumps(config, indent=2) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
     return folder

@@ -2,7 +2,9 @@
 
 import base64
 import dataclasses
+import errno
 import json
+import os
 import re
 import shutil
 import tracemalloc
@@ -24,6 +26,8 @@ from teachercache.analysis.report import write as report
 from teachercache.analysis.report.as_json import as_json
 from teachercache.analysis.report.write import analyze
 from teachercache.cache import store
+from teachercache.core.errors import UserError
+from teachercache.core.paths import machine
 from teachercache.data.manifest import make_manifest, write_manifest
 from teachercache.data.sample import Sample
 from teachercache.search import vectors as vectors_module
@@ -294,6 +298,29 @@ def test_views_quarantined_rows_and_several_texts(tmp_path, teacher_folder):
     stored = store.read_field(store.open_cache(out), "image_emb")[1:]
     cosines = analysis.nearest(analysis.unit(stored), 10)[0]
     assert found["outliers"]["worst"][0]["distance"] == pytest.approx((1 - cosines.mean(1)).max(), abs=1e-5)
+
+
+def test_a_report_that_cannot_be_written_is_written_by_the_same_command(tmp_path, monkeypatch):
+    cache = make_cache(tmp_path / "c.zarr", np.random.default_rng(0).normal(size=(30, 8)).astype(np.float16))
+    out = tmp_path / "c.report"
+
+    def fail(source, target):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", fail)
+        with pytest.raises(OSError, match=r"report\.json"):
+            analyze(cache.path, out=out)
+    assert list(out.iterdir()) == []
+    dead = out / f"report.json.999999999-{machine()}.partial"  # of a command that was killed
+    dead.write_text("half")
+    analyze(cache.path, out=out)
+    assert not dead.exists()
+    assert {path.name for path in out.iterdir()} >= {"report.json", "report.html", "points.parquet"}
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/notes.txt").touch()
+    with pytest.raises(UserError, match="exists and is not a report"):
+        analyze(cache.path, out=tmp_path / "other")
 
 
 def test_what_cannot_be_analyzed(tmp_path, planted, capsys):

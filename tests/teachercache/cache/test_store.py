@@ -1,6 +1,7 @@
 """The cache on disk: what was written is what every reader reads, and damage is found."""
 
 import dataclasses
+import errno
 import functools
 import gc
 import json
@@ -21,7 +22,7 @@ from teachercache.build.target import open_target
 from teachercache.cache import store
 from teachercache.cache.layout import block_rows_for
 from teachercache.cache.memory_map import can_map
-from teachercache.cache.repair import damaged_blocks
+from teachercache.cache.repair import damaged_blocks, damaged_files
 from teachercache.cache.spec import CacheMeta, Field, TeacherSpec
 from teachercache.core.errors import UserError
 from teachercache.core.paths import machine
@@ -294,6 +295,103 @@ def test_foreign_folders_and_formats_are_refused(copy, tmp_path):
     zarr.create_array(tmp_path / "plain.zarr", shape=(3,), dtype="f4")
     with pytest.raises(UserError, match="cache"):
         store.open_cache(tmp_path / "plain.zarr")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rows": 10**40},
+        {"rows": -1},
+        {"rows": "7"},
+        {"rows": None},
+        {"rows": 2.0},
+        {"rows": True},
+        {"block_rows": 0},
+        {"texts": []},
+        {"versions": 3},
+        {"data": ["a"]},
+        {"spec": []},
+        {"spec": "x"},
+        {"augment": []},
+    ],
+    ids=str,
+)
+def test_odd_metadata_is_one_line(copy, change):
+    content = json.loads((copy.path / "zarr.json").read_text())
+    content["attributes"] |= change
+    content["attributes"].pop("checksum")  # by someone who can compute it
+    (copy.path / "zarr.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"is not a cache of this program, or its zarr\.json is damaged"):
+        store.open_cache(copy.path)
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"a":' * 100_000, "[]", "7", "null", "9" * 10_000])
+def test_odd_json_is_damage(copy, content):
+    whole = (copy.path / "zarr.json").read_bytes()
+    (copy.path / "zarr.json").write_text(content)
+    with pytest.raises(UserError, match=r"is not a cache of this program, or its zarr\.json is damaged"):
+        store.open_cache(copy.path)
+    (copy.path / "zarr.json").write_bytes(whole)
+    (copy.path / "valid/zarr.json").write_text(content)
+    assert list(damaged_files(copy)) == ["valid/zarr.json"]
+    store.record_path(copy, 1).write_text(content)
+    assert damaged_blocks(copy) == {1: "its done record is damaged"}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rows": [0]},
+        {"rows": 4},
+        {"block": 2},
+        {"texts": "1"},
+        {"files": []},
+        {"files": {"/etc/hostname": [1, 2]}},
+        {"files": {"valid/c/1": 3}},
+        {"invalid": 7},
+        {"invalid": [{"row": "a"}]},
+    ],
+    ids=str,
+)
+def test_odd_done_records_are_damaged_ones(copy, change):
+    record = store.done_record(copy, 1) | change
+    record["checksum"] = store._record_checksum(record)
+    store.record_path(copy, 1).write_text(json.dumps(record))
+    assert store.done_record(copy, 1) is None
+    assert damaged_blocks(copy) == {1: "its done record is damaged"}
+
+
+def test_other_files_among_the_done_records_are_no_blocks(copy):
+    for name in ("notes.json", "1.json", "00000000 (copy).json"):
+        (copy.path / "done" / name).write_text("{}")
+    assert store.done_blocks(copy) == set(range(copy.meta.num_blocks))
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
+@pytest.mark.parametrize("event", range(4))
+def test_a_cache_that_cannot_be_created_leaves_nothing_and_is_created_later(
+    tmp_path, monkeypatch, code, event
+):
+    seen = []
+
+    def fail(name):
+        call = getattr(os, name)
+
+        def failing(*arguments, **options):
+            seen.append(name)
+            if len(seen) == 1 + 4 * event:
+                raise OSError(code, os.strerror(code))
+            return call(*arguments, **options)
+
+        return failing
+
+    with monkeypatch.context() as patch:
+        for name in ("mkdir", "rename", "replace", "fsync"):
+            patch.setattr(os, name, fail(name))
+        with pytest.raises(OSError, match=os.strerror(code)):
+            make_empty(tmp_path / "c.zarr")
+    assert list(tmp_path.iterdir()) == []
+    assert make_empty(tmp_path / "c.zarr").meta == make_meta()
 
 
 def test_manifest_in_the_cache_keeps_its_rows_and_its_root(tmp_path):

@@ -473,6 +473,8 @@ def test_a_kill_at_any_rename_leaves_the_old_index_or_the_new_one(
         index.update_index(cache, kind=kind)
         record = index.check_index(cache, "image_emb")
         assert (record.asked, record.vectors) == (kind, cache.meta.rows)
+        path = index_files.record_path(index.index_path(cache, "image_emb"))
+        assert json.loads(path.read_text()) == dataclasses.asdict(record), "the record before is gone"
         found = [i for i, _ in search(cache, images[3].astype(np.float32), top=99)]
         assert found.count(3) == 1
     assert left == ([40, 40, 60, 60] if stage == "extend" else [None, None, 40, 40])
