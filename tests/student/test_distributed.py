@@ -233,9 +233,9 @@ def restored(out: Path, rank: int) -> torch.Tensor:
     engine = start_engine(make_step("clip"), OPTIM, Run(data="", cache="", out=""), ROWS // WORLD)
     torch.manual_seed(10 + rank)  # as in a run, where dropout differs between ranks
     before = torch.get_rng_state()
-    checkpoint.save(engine, out, 1)
+    checkpoint.save(engine, out, 1, keep=2)
     torch.manual_seed(99)
-    assert checkpoint.resume(engine, checkpoint.last_checkpoint(out)) == 1
+    assert checkpoint.resume_newest(engine, out) == 1
     return torch.tensor(torch.equal(torch.get_rng_state(), before))
 
 
@@ -480,7 +480,11 @@ def test_micro_batches_of_two_processes_have_the_losses_of_whole_batches(pair):
     assert (
         len((pair / "micro" / "evals.jsonl").read_text().splitlines()) == 2
     )  # one of them evaluates, both wait
-    assert {path.name for path in (pair / "micro" / "best").iterdir()} == {"run.json", "model.safetensors"}
+    assert {path.name for path in (pair / "micro" / "best").iterdir()} == {
+        "run.json",
+        "model.safetensors",
+        "digests.json",
+    }
     for a, b in zip(whole, micro, strict=True):
         for key, value in a.items():
             assert b[key] == pytest.approx(value, rel=1e-4), key

@@ -193,6 +193,7 @@ def test_export_writes_what_the_family_writes(run, tmp_path):
         "two.safetensors",
         "two.json",
         "README.md",
+        "digests.json",
     }
 
 
