@@ -39,7 +39,7 @@ def test_the_closest_path(typed, meant, home):
 
 def test_commands_name_the_closest_path(home):
     with pytest.raises(
-        UserError, match="no cache at caches/demo/clip-lit.zarr: did you mean 'caches/demo/clip-lite"
+        UserError, match=r"no cache at caches/demo/clip-lit.zarr: did you mean 'caches/demo/clip-lite"
     ):
         open_cache("caches/demo/clip-lit.zarr")
     with pytest.raises(UserError, match="no data at cachs: did you mean 'caches'"):
