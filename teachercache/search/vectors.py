@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from teachercache.cache import store
-from teachercache.core.errors import UserError, closest
+from teachercache.core.errors import UserError
 
 CHUNK_BYTES = 1 << 27  # of float32 in memory at once: 65,536 rows of width 512
 
@@ -70,8 +70,7 @@ def vector_field(cache: store.Cache, name: str | None) -> str:
             raise UserError(
                 f"{what}, none of its fields holds any: build another with `tc build --outputs embeddings`"
             )
-        hint = closest(name, names)
-        raise UserError(f"{what}: {hint}index one with `tc index {cache.path} --field {names[0]}`")
+        raise UserError(f"{what}: index one with `tc index {cache.path} --field {names[0]}`")
     return name
 
 
