@@ -42,7 +42,6 @@ class Form:
     words: str
 
 
-@functools.cache
 def kinds_of(record: type) -> dict[str, Any]:
     """Return the annotated types of a dataclass's fields by name."""
     try:

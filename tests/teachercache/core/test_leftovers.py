@@ -36,6 +36,7 @@ def put(path, *, age=0.0):
         ("notes.partial.txt", 1e6, False),
         (".tmp-notes", 1e6, False),
     ],
+    ids=[str(k) for k in range(11)],  # process numbers differ between workers
 )
 def test_sweep_removes_what_the_dead_left_alone(tmp_path, name, age, goes):
     left, whole = put(tmp_path / "a" / name, age=age), put(tmp_path / "a/whole", age=1e6)
