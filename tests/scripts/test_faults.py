@@ -14,9 +14,9 @@ from teachercache.core.errors import UserError
 # Where in the course of a command (0 its first write, 1 its last) which fault comes
 SHORT = {
     "manifest": (("enospc", 0.5),),
-    "build": (("torn", 0.2), ("kill", 0.6), ("eio", 1)),
+    "build": (("torn", 0.2), ("eio", 1)),
     "index": (("torn", 1),),
-    "train": (("kill", 0.55), ("enospc", 0.4), ("torn", 0)),
+    "train": (("kill", 0.55), ("enospc", 0.4)),
     "export_open_clip": (("eio", 0.3),),
     "eval": (("kill", 0.9),),
 }
