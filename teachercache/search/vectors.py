@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from teachercache.cache import store
-from teachercache.core.errors import UserError
+from teachercache.core.errors import UserError, closest
 
 CHUNK_BYTES = 1 << 27  # of float32 in memory at once: 65,536 rows of width 512
 
