@@ -29,7 +29,7 @@ from teachercache.cache.spec import CacheMeta
 from teachercache.core.command import UNFINISHED
 from teachercache.core.device import Precision
 from teachercache.core.errors import UserError
-from teachercache.core.leftovers import sweep
+from teachercache.core.leftovers import sweep, sweep_beside
 from teachercache.core.process import keep_memory, rank, terminable, world_size
 from teachercache.core.progress import say, ticker
 from teachercache.core.urls import explain_errors
@@ -93,6 +93,7 @@ def build(teacher: Teacher, manifest: Manifest, out: Path, options: BuildOptions
         meta = plan(teacher, manifest, options)
         target = open_target(out, meta, manifest, prune=options.prune, repair=options.repair)
         sweep(target.cache.path)
+        sweep_beside(out)
         keep_memory()
         rows = _compute(target, teacher, options)
         while options.wait and wait_for_others(target):  # one died: take over its blocks
