@@ -30,7 +30,7 @@ from teachercache.cache.spec import CacheMeta
 from teachercache.core.command import UNFINISHED
 from teachercache.core.device import Precision
 from teachercache.core.errors import UserError
-from teachercache.core.leftovers import sweep
+from teachercache.core.leftovers import sweep, sweep_beside
 from teachercache.core.process import keep_memory, rank, terminable, world_size
 from teachercache.core.progress import say, ticker
 from teachercache.core.urls import explain_errors
@@ -98,6 +98,7 @@ def build(teacher: Teacher, manifest: Manifest, out: Path, options: BuildOptions
         how = {name: getattr(options, name) for name in ("prune", "retry", "repair")}
         target = open_target(out, plan(teacher, manifest, options), manifest, **how)
         sweep(target.cache.path)
+        sweep_beside(out)
         keep_memory()
         rows = _compute(target, teacher, options)
         while options.wait and wait_for_others(target):  # one died: take over its blocks

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
+from teachercache.core.errors import UserError
+
 MAP_FIXED = 0x10
 MAP_FAILED = ctypes.c_void_p(-1).value
 
@@ -63,11 +65,11 @@ def map_chunks(files: Sequence[Path], *, chunk_shape: tuple[int, ...], dtype: st
             descriptor = os.open(file, os.O_RDONLY)
             try:
                 if os.fstat(descriptor).st_size < chunk_bytes:
-                    raise OSError(5, "a chunk file is too short; run `tc verify`", str(file))
+                    raise UserError(f"{file}: a chunk file is too short; run `tc verify`")
                 _mmap(base + i * chunk_bytes, chunk_bytes, mmap.MAP_SHARED | MAP_FIXED, descriptor)
             finally:
                 os.close(descriptor)
-    except OSError:
+    except (OSError, UserError):
         _libc().munmap(base, total)
         raise
     buffer = (ctypes.c_char * total).from_address(base)

@@ -357,9 +357,9 @@ def _read_chunk(path: Path, shape: Sequence[int], dtype: str, *, check: bool = F
     count = int(np.prod(shape))
     content, size = path.read_bytes(), count * np.dtype(dtype).itemsize
     if len(content) < size:
-        raise OSError(5, "a chunk file is too short; run `tc verify`", str(path))
+        raise UserError(f"{path}: a chunk file is too short; run `tc verify`")
     if check and google_crc32c.value(content[:size]) != int.from_bytes(content[size:], "little"):
-        raise OSError(5, "a chunk file is damaged; run `tc verify`", str(path))
+        raise UserError(f"{path}: a chunk file is damaged; run `tc verify`")
     return np.frombuffer(content, dtype, count).reshape(shape)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from teachercache.core import urls as remote
 from teachercache.core.errors import UserError
+from teachercache.core.leftovers import sweep_beside
 from teachercache.core.paths import as_path, closest_path, is_url
 from teachercache.core.progress import say
 from teachercache.data.columns import COLUMN_FILES
@@ -399,4 +400,5 @@ def save(manifest: Manifest, out: Path) -> None:
         raise UserError(f"--out {out}: name it {name}, so that --data takes it")
     if not is_url(out):
         out.parent.mkdir(parents=True, exist_ok=True)
+    sweep_beside(out)
     write_manifest(dataclasses.replace(manifest, root=manifest.root.absolute()), out)

@@ -18,6 +18,7 @@ from teachercache.build import claims
 from teachercache.cache import locks, store
 from teachercache.cache.lease import NAME
 from teachercache.core.errors import UserError
+from teachercache.core.paths import machine
 from teachercache.teachers.registry import load
 from teachercache.teachers.teacher import Teacher
 
@@ -120,6 +121,16 @@ def no_locks(request, monkeypatch):
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(fcntl, "lockf", refuse)
+
+
+def test_what_dead_builders_left_in_a_cache_and_beside_it_goes(one_block_left, teacher, data, tmp_path):
+    tag = f"999999999-{machine()}.partial"
+    left = [tmp_path / f"c.zarr.{tag}", one_block_left.path / f"valid/c/0.{tag}"]
+    left[0].mkdir()
+    left[1].touch()
+    run_build(teacher, data, one_block_left.path)
+    assert not any(path.exists() for path in left)
+    assert tree(one_block_left.path) == tree(tmp_path / "whole.zarr")
 
 
 def leases(folder: Path) -> list[Path]:

@@ -173,7 +173,7 @@ def test_a_failed_map_leaves_nothing_mapped(copy):
 def test_chunk_file_that_is_too_short_is_an_error_and_no_crash(copy):
     path = store.chunk_path(copy, "image_emb", 2)
     path.write_bytes(path.read_bytes()[:4096])
-    with pytest.raises(OSError, match="too short; run `tc verify`"):
+    with pytest.raises(UserError, match="too short; run `tc verify`"):
         store.read_field(copy, "image_emb")
 
 
