@@ -92,7 +92,8 @@ def manifest(
       x.csv x.tsv      a table with a header, or CC3M's captions and urls beside a folder of downloaded images
       x.txt            texts without images, one per line: class names, answers
     """
-    from teachercache.data.read import describe, find_sources, join_sources, save
+    from teachercache.data.read import find_sources, join_sources, save
+    from teachercache.data.summary import describe
 
     sources = find_sources(data)
     rows_read = join_sources(data, sources, limit=limit)

@@ -36,7 +36,7 @@ def print_report(report: Mapping[str, Any]) -> None:
 
 
 def print_manifest(facts: Mapping[str, Any]) -> None:
-    """Print what `teachercache.data.read.describe` returned."""
+    """Print what `teachercache.data.summary.describe` returned."""
     low, high = facts["texts"]
     for path, kind in facts["formats"].items():
         show(f"format     {kind}  ({path})")

@@ -3,7 +3,6 @@
 `--data` may name several sources, separated by commas, each a path or a glob.
 """
 
-import collections
 import dataclasses
 import glob
 import os
@@ -349,48 +348,6 @@ def _json_lines(path: Path) -> Source:
     raise UserError(
         f"{path} is neither VCR (`answer_choices`) nor SNLI-VE (`sentence2`): write it as .csv or .json"
     )
-
-
-# ----------------------------------------------------------------------------------------------------
-# Summaries
-
-
-def describe(sources: list[Source], manifest: Manifest) -> dict[str, Any]:
-    """Summarize for `tc manifest`: formats, rows, texts per row, splits, labels, the first rows and
-    problems.
-    """
-    table = manifest.table
-    texts = [len(row) for row in manifest.column("texts")]
-    problems = collections.Counter(name for name in manifest.column("problem") if name)
-    whole = [offset < 0 for offset in manifest.column("offset")]
-    empty = sum(
-        bool(image) and alone and not size and not problem
-        for image, alone, size, problem in zip(
-            table["image"].to_pylist(),
-            whole,
-            manifest.column("size"),
-            manifest.column("problem"),
-            strict=True,
-        )
-    )
-    if empty:
-        problems["the picture is missing or empty"] = empty
-    return {
-        "data": manifest.data,
-        "formats": {str(source.path): source.kind for source in sources},
-        "root": str(manifest.root),
-        "digest": manifest.digest,
-        "rows": len(manifest),
-        "pictures": sum(map(bool, manifest.column("image"))),
-        "texts": [min(texts), max(texts)],
-        "tasks": sum(map(bool, manifest.column("task"))),
-        "splits": dict(collections.Counter(manifest.column("split"))),
-        "labels": dict(collections.Counter(name for name in manifest.column("label") if name).most_common()),
-        "first": [dataclasses.asdict(manifest.row(i)) for i in range(min(3, len(manifest)))],
-        "unused": manifest.unused.as_json(),
-        "unusable": problems.total(),
-        "problems": dict(problems.most_common(5)),
-    }
 
 
 def save(manifest: Manifest, out: Path) -> None:

@@ -68,7 +68,7 @@ def bench_faults(options: argparse.Namespace) -> tuple[list[str], int]:
 
 def disturb_all(warm: Warm, options: argparse.Namespace) -> list[Outcome]:
     """Disturb the commands and print what is wrong as it is found."""
-    outcomes = []
+    outcomes: list[Outcome] = []
     kinds = [kind for kind in options.kind if kind in FAULTS]
     for outcome in sweep(warm, options.command, kinds, every=options.every, seed=options.seed):
         group = outcome.job, outcome.fault.kind

@@ -21,10 +21,11 @@ from teachercache.core.errors import MachineError, UserError
 from teachercache.core.paths import as_path
 from teachercache.data.manifest import Manifest, make_manifest
 from teachercache.data.pictures import decode_image, read_bytes
-from teachercache.data.read import describe, find_sources, read_manifest
+from teachercache.data.read import find_sources, read_manifest
 from teachercache.data.readers import folders
 from teachercache.data.readers.tar_headers import BLOCK
 from teachercache.data.sample import Sample
+from teachercache.data.summary import describe
 
 UNREAD = "pictures are used without their captions, which cannot be read"
 QUICK = settings(max_examples=20, deadline=None, database=None)
