@@ -16,9 +16,8 @@ from teachercache.core.command import path, place, run_command, text
 from teachercache.core.errors import UserError
 from teachercache.core.paths import local_path
 from teachercache.core.process import rank
-from teachercache.core.progress import say
+from teachercache.core.progress import say, show
 from teachercache.core.ranges import MOST
-from teachercache.core.terminal import show
 
 MATCHERS = ", ".join(task.name for task in TASKS.values() if task.kind is Kind.MATCHER)
 SAMPLES_ERROR = f"--samples is a number of noise draws: only {MATCHERS} take one"

@@ -8,14 +8,19 @@ from typing import Any
 
 import click
 
-from teachercache.cli_output import print_info, print_manifest, print_report, print_results, print_teachers
+from teachercache.cli_output import (
+    print_info,
+    print_manifest,
+    print_report,
+    print_results,
+    print_teachers,
+    refuse_damage,
+)
 from teachercache.core.command import path, place, run_command
 from teachercache.core.command import text as text_type
-from teachercache.core.errors import UserError
 from teachercache.core.paths import as_path
-from teachercache.core.progress import say
+from teachercache.core.progress import say, show
 from teachercache.core.ranges import MOST
-from teachercache.core.terminal import show
 
 DEMO_DATA = "data/demo"
 NUMBER, SEED = click.IntRange(1, MOST), click.IntRange(0, 2**63 - 1)
@@ -203,16 +208,13 @@ def build(
     tc build --teacher clip-vit-b16 --weights random:0 --limit 100
     torchrun --nproc-per-node 8 -m teachercache build --teacher clip-vit-l14 --data shards/
     """
-    import dataclasses
-
     from teachercache.build.options import choose_options
     from teachercache.data.read import read_manifest
     from teachercache.teachers.registry import find
 
     wanted = None if outputs is None else tuple(part.strip() for part in outputs.split(",") if part.strip())
     find(name)
-    others = {"repair": options.pop("repair"), "wait": not options.pop("no_wait")}
-    how = dataclasses.replace(choose_options(limit=limit or 0, **options), **others)
+    how = choose_options(limit=limit or 0, wait=not options.pop("no_wait"), **options)
     manifest = read_manifest(data, limit=limit)
     if weights.startswith("random:"):
         say(f"WARNING: --weights {weights}: the architecture of {name} with random weights, untrained")
@@ -222,10 +224,8 @@ def build(
     from teachercache.teachers.registry import load
 
     teacher = load(name, weights=weights, outputs=wanted)
-    dtype = how.precision
-    say(
-        f"{name} on {how.device} in {dtype.dtype} ({dtype.reason}); {len(manifest):,} rows of {manifest.data}"
-    )
+    dtype = f"{how.precision.dtype} ({how.precision.reason})"
+    say(f"{name} on {how.device} in {dtype}; {len(manifest):,} rows of {manifest.data}")
     folder = as_path(out) if out else default_cache(data, name, how.views)
     return announce(run(teacher, manifest, folder, how))
 
@@ -280,18 +280,7 @@ def verify(cache: str, samples: int, teacher: str | None, as_json: bool) -> None
         print(jsonlib.dumps(report))
     else:
         print_report(report)
-    if report["damaged"]:
-        raise UserError(
-            f"{len(report['damaged'])} damaged blocks: run `{report['command']}` to write them again"
-        )
-    if report["files"]:
-        raise UserError(f"{' and '.join(report['files'])}: damaged, run `{report['command']}` to repair")
-    for name, found in report["indexes"].items():
-        raise UserError(
-            f"{name} cannot be used ({found['reason']}): run `{found['command']}` to make it again"
-        )
-    if not report["ok"]:
-        raise UserError("the teacher computes different values: was the data or the teacher changed?")
+    refuse_damage(report)
     say(f"{cache} is complete and undamaged")
 
 

@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from teachercache.core.terminal import printable, show
+from teachercache.core.errors import UserError
+from teachercache.core.progress import printable, show
 from teachercache.data.unused import from_json
 
 if TYPE_CHECKING:
@@ -33,6 +34,22 @@ def print_report(report: Mapping[str, Any]) -> None:
         show(f"{name}: {found['reason']}")
     for name, values in report["cosine"].items():
         show(f"{name}: cosine to the recomputed values min {values['min']:.6f}, mean {values['mean']:.6f}")
+
+
+def refuse_damage(report: Mapping[str, Any]) -> None:
+    """Raise a UserError for what `verify_cache` found, with the command that mends it."""
+    if report["damaged"]:
+        raise UserError(
+            f"{len(report['damaged'])} damaged blocks: run `{report['command']}` to write them again"
+        )
+    if report["files"]:
+        raise UserError(f"{' and '.join(report['files'])}: damaged, run `{report['command']}` to repair")
+    for name, found in report["indexes"].items():
+        raise UserError(
+            f"{name} cannot be used ({found['reason']}): run `{found['command']}` to make it again"
+        )
+    if not report["ok"]:
+        raise UserError("the teacher computes different values: was the data or the teacher changed?")
 
 
 def print_manifest(facts: Mapping[str, Any]) -> None:

@@ -26,6 +26,7 @@ DISTRIBUTIONS = {
 # Imported if present, not declared
 OPTIONAL = {
     "spacy": "ARO's tagger, preferred over HanTa if it is installed",
+    "pillow-heif": "pictures of the kind HEIC are read if it is installed",
     "triton": "part of torch where torch can compile for the GPU",
     "clip-benchmark": "a test compares with it",
     "datasets": "a test of mteb reads its data sets; mteb depends on it",

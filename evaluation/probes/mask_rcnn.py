@@ -28,7 +28,7 @@ from evaluation.models.encoder import Encoder
 from teachercache.core.errors import UserError
 from teachercache.core.process import default_workers
 from teachercache.core.progress import ticker
-from teachercache.core.workers import hand_over, ignore_interrupt, received
+from teachercache.data.workers import hand_over, ignore_interrupt, received
 from teachercache.teachers.clip.towers import image_blocks, tower_kind
 
 

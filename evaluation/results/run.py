@@ -18,8 +18,9 @@ from evaluation.tasks.registry import selection_of
 from evaluation.tasks.task import Kind, Metric, Metrics, Task
 from teachercache.core.digests import write_proved
 from teachercache.core.errors import UserError
+from teachercache.core.leftovers import sweep
 from teachercache.core.paths import closest_path
-from teachercache.core.terminal import printable
+from teachercache.core.progress import printable
 from teachercache.data.read import read_manifest
 
 NamedModel = Encoder | Answerer | Matcher | Generator | LanguageModel
@@ -173,6 +174,7 @@ def keep_result(result: Result, folder: Path | None) -> None:
     texts = result.pop("results", None)
     if folder is None:
         return
+    sweep(folder)
     name = f"{result['dataset']}_{result['task']}.json".replace(":", "-")
     for inner, content in (("eval", result), ("written", texts)):
         if content is not None:

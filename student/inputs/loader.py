@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from student.inputs.order import MicroBatch, StepPlan
-from teachercache.core.workers import hand_over, limited, received
 from teachercache.data.manifest import Manifest
+from teachercache.data.workers import hand_over, limited, received
 
 
 class Batches(Protocol):

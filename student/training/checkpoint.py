@@ -47,10 +47,17 @@ def save(engine: Engine, run: Path, step: int, keep: int) -> None:
         folder.mkdir(exist_ok=True)
         facts = {"step": str(step), "world": str(world_size())}
         write_tensors(state, folder / f"step-{step:08d}.safetensors", run, facts)
-        for old in (*checkpoints_of(run)[: -max(1, keep)], *folder.glob("*.damaged")):
-            remove_proved(old, run)
+        for damaged in folder.glob("*.damaged"):
+            remove_proved(damaged, run)
+        remove_old(run, keep)
 
     on_first_rank(write)
+
+
+def remove_old(run: Path, keep: int) -> None:
+    """Remove all but the newest checkpoints of a run."""
+    for old in checkpoints_of(run)[: -max(1, keep)]:
+        remove_proved(old, run)
 
 
 def checkpoints_of(run: Path) -> list[Path]:

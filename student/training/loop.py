@@ -117,6 +117,7 @@ def _train_in(
     engine = engine_of(recipe, run, prepared)
     speed = Speed(run, recipe.batch)
     last = checkpoint.resume_newest(engine, out) if resume else None
+    on_first_rank(lambda: checkpoint.remove_old(out, run.keep))  # a kill may have left one more
     done = last or 0
     if resume:
         found = last is not None
@@ -203,6 +204,8 @@ def run_steps(
                 except Exception:
                     checkpoint.save(engine, out, step, run.keep)
                     raise
+            if step == recipe.steps:
+                try_to_draw(out, terms)  # before the last checkpoint, after which nothing is left to resume
             if saving:
                 refuse_nan_weights(engine.module, step - 1)
                 checkpoint.save(engine, out, step, run.keep)
@@ -211,12 +214,16 @@ def run_steps(
                 break
         else:
             return done, False  # no steps were left
-    if rank() == 0 and not stopping:
+    return step, stopping
+
+
+def try_to_draw(out: Path, terms: tuple[str, ...]) -> None:
+    """Draw the curve of a run on rank 0; a picture stops no run."""
+    if rank() == 0:
         try:
             draw_curve(out, terms)
-        except Exception as error:  # a picture stops no run
+        except Exception as error:
             say(f"WARNING: {out / 'curve.png'} was not drawn: {error}")
-    return step, stopping
 
 
 def is_evaluation(step: int, run: Run, recipe: Recipe[Any]) -> bool:

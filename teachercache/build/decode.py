@@ -18,11 +18,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from teachercache.cache.picture_bytes import DIGEST, digest_of, file_time
 from teachercache.core.errors import lacks_memory
-from teachercache.core.workers import hand_over, ignore_interrupt, limited, received
 from teachercache.data.manifest import Manifest
 from teachercache.data.pictures import decode_image, read_bytes, seen_size
 from teachercache.data.sample import BadSample, Sample, clean_texts
 from teachercache.data.views import PARAMS, Augment, draw_params
+from teachercache.data.workers import hand_over, ignore_interrupt, limited, received
 
 VIEWS_AT_ONCE = 4  # views of one work item: bounds the memory of a decoded batch for any --views
 Value = TypeVar("Value", bound=Hashable)

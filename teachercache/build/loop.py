@@ -34,9 +34,9 @@ from teachercache.core.leftovers import sweep, sweep_beside
 from teachercache.core.process import keep_memory, rank, terminable, world_size
 from teachercache.core.progress import say, ticker
 from teachercache.core.urls import explain_errors
-from teachercache.core.workers import report_deaths
 from teachercache.data.manifest import Manifest
 from teachercache.data.views import Augment
+from teachercache.data.workers import report_deaths
 from teachercache.search.index import extend_indexes
 from teachercache.teachers.teacher import Teacher
 

@@ -187,3 +187,18 @@ def encode(cache: Cache, name: str, values: np.ndarray, rows: int) -> bytes:
             )
         array[:rows] = values
     return next(buffer.to_bytes() for file, buffer in files.items() if not file.endswith("zarr.json"))
+
+
+def is_record(record: Mapping[str, Any], block: int) -> bool:
+    """Return whether the entries of a done record have the types that its readers expect."""
+    numbers = [record["block"], *record["rows"], record["texts"], record["views"]]
+    numbers += [number for facts in record["files"].values() for number in facts]
+    entries = record["invalid"]
+    return (
+        record["block"] == block
+        and len(record["rows"]) == 2
+        and all(type(number) is int and number >= 0 for number in numbers)
+        and all(len(facts) == 2 and not Path(name).is_absolute() for name, facts in record["files"].items())
+        and isinstance(entries, list)
+        and all(type(entry["row"]) is int and isinstance(entry["reason"], str) for entry in entries)
+    )

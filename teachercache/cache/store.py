@@ -31,6 +31,7 @@ from teachercache.cache.layout import (
     chunk_path,
     chunk_shape,
     encode,
+    is_record,
     metadata,
 )
 from teachercache.cache.lease import is_lease
@@ -195,25 +196,10 @@ def done_record(cache: Cache, block: int) -> Record | None:
     """Return the done record of a block, or None if it is missing or damaged: the block is then built again."""
     try:
         record = json.loads(record_path(cache, block).read_bytes())
-        whole = record["checksum"] == _record_checksum(record) and _is_record(record, block)
+        whole = record["checksum"] == _record_checksum(record) and is_record(record, block)
         return record if whole else None
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
-
-
-def _is_record(record: Record, block: int) -> bool:
-    """Return whether the entries of a done record have the types that its readers expect."""
-    numbers = [record["block"], *record["rows"], record["texts"], record["views"]]
-    numbers += [number for facts in record["files"].values() for number in facts]
-    entries = record["invalid"]
-    return (
-        record["block"] == block
-        and len(record["rows"]) == 2
-        and all(type(number) is int and number >= 0 for number in numbers)
-        and all(len(facts) == 2 and not Path(name).is_absolute() for name, facts in record["files"].items())
-        and isinstance(entries, list)
-        and all(type(entry["row"]) is int and isinstance(entry["reason"], str) for entry in entries)
-    )
 
 
 def write_block(

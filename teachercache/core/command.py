@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from teachercache.core.errors import MACHINE as MACHINE_ERRNOS
 from teachercache.core.errors import UserError, is_machine
 from teachercache.core.process import Terminated
-from teachercache.core.terminal import printable, write_any_letter
+from teachercache.core.progress import printable, write_any_letter
 
 if TYPE_CHECKING:
     import click

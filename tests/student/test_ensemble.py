@@ -315,7 +315,7 @@ def wanted(caches: str) -> Wanted:
 
 
 def test_one_teacher_twice_is_refused(cache):
-    with pytest.raises(UserError, match="names one teacher twice"):
+    with pytest.raises(UserError, match="twice: write it once"):
         find_ensemble(wanted(f"{cache},{cache}"))
 
 

@@ -16,7 +16,7 @@ from student.models.run_file import is_run, load_weights, student_record
 from student.models.seq2seq.model import Seq2Seq
 from student.models.seq2seq.texts import NUM_MASKS, Reader, marks_of, word_starts
 from teachercache.core.errors import UserError, is_machine
-from teachercache.teachers.allowed import check_code_keys, check_source
+from teachercache.teachers.allowed import HUB_NAME, check_code_keys, check_source
 
 PACKAGED = Path(__file__).parent / "bart_tiny"  # written by scripts/teachers/bart_tiny.py
 NAMES = {"bart-tiny": str(PACKAGED), "bart-base": "facebook/bart-base", "bart-large": "facebook/bart-large"}
@@ -74,6 +74,8 @@ def open_bart(name: str, *, scratch: bool) -> tuple[BartForConditionalGeneration
     from transformers.utils import logging
 
     source = NAMES.get(name, name)
+    if not Path(source).is_dir() and not HUB_NAME.fullmatch(source):
+        raise _no_bart(name, "neither a folder nor a name on the hub")
     check_source(source, f"--set model={name}")
     logging.disable_progress_bar()
     try:
@@ -85,14 +87,17 @@ def open_bart(name: str, *, scratch: bool) -> tuple[BartForConditionalGeneration
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         if is_machine(error) or isinstance(error, UserError):
             raise
-        reason = (str(error).splitlines() or ["?"])[0][:160]
-        raise UserError(
-            f"--set model={name}: no BART there ({reason}); choose {', '.join(NAMES)}, a name on the hub "
-            "or a folder with config.json, model.safetensors and tokenizer.json"
-        ) from error
+        raise _no_bart(name, (str(error).splitlines() or ["?"])[0][:160]) from error
     finally:
         logging.enable_progress_bar()
     return bart, tokenizer
+
+
+def _no_bart(name: str, reason: str) -> UserError:
+    return UserError(
+        f"--set model={name}: no BART there ({reason}); choose {', '.join(NAMES)}, a name on the hub "
+        "or a folder with config.json, model.safetensors and tokenizer.json"
+    )
 
 
 def make_reader(tokenizer: Tokenizer, bart: BartConfig, reading: Reading) -> Reader:

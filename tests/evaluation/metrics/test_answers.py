@@ -60,7 +60,8 @@ def test_which_rows_are_measured(tmp_path):
     assert of("train", "test", "val", "val") == [2, 3]
     assert of("train", "test") == [1]
     with pytest.raises(UserError, match="neither val nor test"):
-        of("train", "dev")
+        of("train", "extra")
+    assert of("train", "dev") == [1]  # as val
 
 
 # ----------------------------------------------------------------------------------------------------

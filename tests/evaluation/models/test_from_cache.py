@@ -185,7 +185,9 @@ def test_other_texts_under_the_same_keys_are_refused(caches, tasks, tmp_path, ca
 
 def test_what_cannot_answer_is_said_in_one_line(caches, tmp_path, capsys):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run/run.json").write_text(json.dumps({"format": 2, "questions": None}))
+    (tmp_path / "run/run.json").write_text(
+        json.dumps({"format": 2, "questions": None, "student": {"family": "two_tower", "config": {}}})
+    )
     for words, message in (
         (("nowhere",), "neither a run nor a cache"),
         ((tmp_path / "run",), "was not trained to answer"),

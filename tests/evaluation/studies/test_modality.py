@@ -189,6 +189,7 @@ def student(tmp_path, monkeypatch):
         (tmp_path / name).mkdir()
         questions = {"task": dataclasses.asdict(task), "max_text": 40}
         made = {"format": 2, "run": {"data": data, "cache": ""}, "questions": questions}
+        made["student"] = {"family": "single_stream", "config": {}}
         (tmp_path / name / "run.json").write_text(json.dumps(made))
     return tmp_path, data, model, tokenizer, seen
 

@@ -64,7 +64,7 @@ def test_a_picture_in_several_rows_counts_once_with_all_its_captions(in_several_
 def test_rows_of_one_file_are_one_picture_and_unusable_rows_stay_alone(tmp_path):
     samples = [Sample("a", "x.png", size=3), Sample("b", "x.png", size=3), Sample("c", ""), Sample("d", "")]
     samples += [
-        Sample("e", "gone.png", size=3),
+        Sample("e", "gone.png"),
         dataclasses.replace(samples[0], key="f", problem="no caption"),
     ]
     write(tmp_path / "x.png", b"abc")

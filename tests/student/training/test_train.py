@@ -179,7 +179,9 @@ def test_what_a_kill_can_leave_is_mended(leftover, squares, cache, tmp_path, mon
     monkeypatch.delenv(own_recipes.STOP_VARIABLE)
     if leftover == "partial":
         (saved,) = (run / "checkpoints").iterdir()
-        saved.with_name("step-00000005.safetensors.partial").write_bytes(saved.read_bytes()[:1000])
+        left = saved.with_name("step-00000005.safetensors.partial")
+        left.write_bytes(saved.read_bytes()[:1000])
+        os.utime(left, (0, 0))
     elif leftover == "cut line":
         with open(run / "metrics.jsonl", "a") as file:
             file.write('{"step": 3, "loss": 1.0}\n{"step": 4, "lo')

@@ -24,9 +24,9 @@ from teachercache.build.probe import ROWS as PROBED
 from teachercache.cache import store
 from teachercache.cache.repair import damaged_blocks, damaged_files
 from teachercache.core.errors import MachineError, UserError
-from teachercache.core.workers import is_death
 from teachercache.data.manifest import digest_rows, is_as_written, load_manifest, write_manifest
 from teachercache.data.read import read_manifest
+from teachercache.data.workers import is_death
 from teachercache.teachers.registry import load
 from teachercache.teachers.teacher import Teacher
 

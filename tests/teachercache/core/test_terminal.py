@@ -6,8 +6,7 @@ import sys
 import pytest
 
 from teachercache.core import progress
-from teachercache.core.progress import say, ticker
-from teachercache.core.terminal import printable, show, write_any_letter
+from teachercache.core.progress import printable, say, show, ticker, write_any_letter
 
 NASTY = {
     "\x1b[2Ja": r"\x1b[2Ja",

@@ -672,7 +672,9 @@ def test_build_index_and_search_texts_only(tmp_path, teacher_folder, capsys):
     assert "no text that is not empty" in (out / "quarantine.jsonl").read_text()
     assert main(["verify", str(out)]) == 0
     assert main(["index", str(out), "--field", "image_emb"]) == 2
-    line = f"has no field 'image_emb': index one with `tc index {out} --field text_emb`"
+    line = (
+        f"has no field 'image_emb': did you mean 'text_emb'? index one with `tc index {out} --field text_emb`"
+    )
     assert line in capsys.readouterr().err
     assert main(["index", str(out)]) == 0
     capsys.readouterr()

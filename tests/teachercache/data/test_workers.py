@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from teachercache.core import process, workers
+from teachercache.core import process
 from teachercache.core.errors import MachineError, UserError
 from teachercache.core.process import cpu_quota, default_workers
-from teachercache.core.workers import Piped, hand_over, limited, received, shared_memory
+from teachercache.data import workers
+from teachercache.data.workers import Piped, hand_over, limited, received, shared_memory
 
 
 class Pair(NamedTuple):
