@@ -8,8 +8,9 @@ from typing import Any
 Tree = Mapping[str, bytes]
 # Their bytes are results, whatever another run of the command writes
 RESULTS = (".safetensors", ".parquet", ".faiss")
-# Times of one process: a resumed run has only those of its own steps
-TIMES = ("speed.json",)
+# Times and logs of one process: a resumed run has only those of its own steps, and a build that does not know the time
+# of a picture compares it by its digest and remembers the time
+TIMES = ("speed.json", "build.log", ".times")
 
 
 def tree_of(root: Path) -> dict[str, bytes]:
