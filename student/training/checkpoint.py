@@ -26,14 +26,13 @@ from teachercache.core.process import rank, world_size
 from teachercache.core.progress import say
 
 
-def save(engine: Engine, run: Path, step: int, keep: int) -> None:
-    """Save everything that the next step depends on, then delete older checkpoints.
+def save(engine: Engine, run: Path, step: int) -> None:
+    """Save everything that the next step depends on; `remove_old` removes older checkpoints.
 
     Args:
         engine: The engine of the run.
         run: The run folder.
         step: Number of steps taken.
-        keep: Number of checkpoints that remain.
     """
     state = engine_state(engine)
     random_states = {"cpu": torch.get_rng_state()}
@@ -49,7 +48,6 @@ def save(engine: Engine, run: Path, step: int, keep: int) -> None:
         write_tensors(state, folder / f"step-{step:08d}.safetensors", run, facts)
         for damaged in folder.glob("*.damaged"):
             remove_proved(damaged, run)
-        remove_old(run, keep)
 
     on_first_rank(write)
 

@@ -196,6 +196,20 @@ def _import_deepspeed(device: str) -> ModuleType:
 
 
 @contextlib.contextmanager
+def unchanged_linear() -> Iterator[None]:
+    """Put `torch.nn.functional.linear` back at the end.
+
+    ZeRO 3 replaces it in the whole process by a function that rounds differently: later trainings and teachers of the
+    process would have other last bits.
+    """
+    before = nn.functional.linear
+    try:
+        yield
+    finally:
+        nn.functional.linear = before
+
+
+@contextlib.contextmanager
 def quiet_deepspeed() -> Iterator[None]:
     """Send the output of DeepSpeed to stderr, and drop its messages below the level of errors."""
     import logging

@@ -26,6 +26,7 @@ from student.training.engine import (
     start_distributed,
     start_engine,
     take_optimizer_step,
+    unchanged_linear,
 )
 from student.training.lock import only_trainer
 from student.training.pauses import Pauses
@@ -37,7 +38,7 @@ from student.training.telemetry.metrics import plain, refuse_nan, refuse_nan_wei
 from student.training.telemetry.reporting import Report, reporting, requested_sinks
 from student.training.telemetry.speed import Speed, peak_memory
 from teachercache.core.digests import write_proved
-from teachercache.core.errors import UserError
+from teachercache.core.errors import UserError, is_machine
 from teachercache.core.process import keep_memory, rank, terminable, world_size
 from teachercache.core.progress import say, ticker
 
@@ -75,7 +76,7 @@ def train(
         UserError: The run cannot be trained, or its loss is not finite.
         KeyboardInterrupt: The run was stopped by a signal, after a checkpoint; Terminated for SIGTERM and SIGHUP.
     """
-    with terminable():
+    with terminable(), unchanged_linear():
         refuse_folder(run.out, resume=resume and not dry_run)
         count_micro_batches(recipe.batch, run.micro_batch)
         requested_sinks(run)
@@ -202,13 +203,13 @@ def run_steps(
                 try:
                     keep_best(engine.module.student, out, step, evaluate)
                 except Exception:
-                    checkpoint.save(engine, out, step, run.keep)
+                    save_checkpoint(engine, run, step)
                     raise
             if step == recipe.steps:
-                try_to_draw(out, terms)  # before the last checkpoint, after which nothing is left to resume
+                draw(out, terms)  # before the last checkpoint, after which nothing is left to resume
             if saving:
                 refuse_nan_weights(engine.module, step - 1)
-                checkpoint.save(engine, out, step, run.keep)
+                save_checkpoint(engine, run, step)
                 pauses.have_saved()
             if stopping or step == recipe.steps:
                 break
@@ -217,13 +218,25 @@ def run_steps(
     return step, stopping
 
 
-def try_to_draw(out: Path, terms: tuple[str, ...]) -> None:
-    """Draw the curve of a run on rank 0; a picture stops no run."""
-    if rank() == 0:
+def save_checkpoint(engine: Engine, run: Run, step: int) -> None:
+    """Save a checkpoint, and remove all but the newest `run.keep`."""
+    out = Path(run.out)
+    checkpoint.save(engine, out, step)
+    on_first_rank(lambda: checkpoint.remove_old(out, run.keep))
+
+
+def draw(out: Path, terms: tuple[str, ...]) -> None:
+    """Draw the curve of a run on rank 0; only an error of the machine stops the run, which a resume continues."""
+
+    def write() -> None:
         try:
             draw_curve(out, terms)
         except Exception as error:
+            if is_machine(error):
+                raise
             say(f"WARNING: {out / 'curve.png'} was not drawn: {error}")
+
+    on_first_rank(write)
 
 
 def is_evaluation(step: int, run: Run, recipe: Recipe[Any]) -> bool:

@@ -233,7 +233,7 @@ def restored(out: Path, rank: int) -> torch.Tensor:
     engine = start_engine(make_step("clip"), OPTIM, Run(data="", cache="", out=""), ROWS // WORLD)
     torch.manual_seed(10 + rank)  # as in a run, where dropout differs between ranks
     before = torch.get_rng_state()
-    checkpoint.save(engine, out, 1, keep=2)
+    checkpoint.save(engine, out, 1)
     torch.manual_seed(99)
     assert checkpoint.resume_newest(engine, out) == 1
     return torch.tensor(torch.equal(torch.get_rng_state(), before))
