@@ -18,6 +18,7 @@ from student.models.single_stream.model import SECOND, Shape, SingleStream, pars
 from student.models.single_stream.regions import VlBertRegions
 from student.models.single_stream.tokenizer import load_tokenizer
 from student.models.single_stream.villa import Perturbation
+from teachercache.core.digests import names_to_load, refuse_damage
 from teachercache.core.errors import UserError
 from teachercache.core.progress import say
 from teachercache.teachers.allowed import check_folder, read_config
@@ -92,6 +93,8 @@ def read_state(path: Path) -> dict[str, Tensor]:
     file = next((file for file in files if file.exists()), None)
     if file is None:
         raise UserError(f"--set init={path}: it has no {files[0].name}")
+    if path.is_dir():
+        refuse_damage(path, names_to_load(path), "copy the folder again from where it is whole")
     try:
         safe = file.suffix == ".safetensors"
         state: dict[str, Any] = (
