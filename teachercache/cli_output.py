@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Any
 
 from teachercache.core.errors import UserError
 from teachercache.core.progress import printable, show
-from teachercache.data.unused import from_json
 
 if TYPE_CHECKING:
     from teachercache.cache.store import Cache
@@ -71,8 +70,6 @@ def print_manifest(facts: Mapping[str, Any]) -> None:
         show(printable(f"  {row['key']}  {row['image'] or '(no picture)'}  {texts}"))
         if row["task"]:
             show(printable(f"    {row['task'][:200]}"))
-    for line in from_json(facts["unused"]).lines():
-        show(printable(f"unused     {line}"))
     show(f"problems   {facts['unusable']:,} rows" if facts["unusable"] else "problems   none found")
     for problem, count in facts["problems"].items():
         show(printable(f"  {count:,}: {problem}"))
