@@ -15,7 +15,7 @@ from student.recipe import Recipe, Run
 from student.training import lock
 from student.training.prepare import Prepared
 from teachercache.cache.spec import fingerprint, to_dict
-from teachercache.core.digests import NAME, write_proved
+from teachercache.core.digests import NAME, forget_missing, write_proved
 from teachercache.core.errors import UserError
 from teachercache.core.leftovers import is_leftover_name, sweep
 from teachercache.core.paths import local_path
@@ -146,6 +146,7 @@ def sweep_run(out: Path) -> None:
     """Remove what killed commands left in a run folder: temporary files, and a student that was being evaluated."""
     sweep(out)
     shutil.rmtree(out / "candidate", ignore_errors=True)
+    forget_missing(out)
 
 
 def flat(record: dict[str, Any]) -> dict[str, Any]:

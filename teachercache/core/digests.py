@@ -66,6 +66,13 @@ def remove_proved(path: Path, home: Path) -> None:
         _change(home, lambda files: {other: digests for other, digests in files.items() if other != name})
 
 
+def forget_missing(home: Path) -> None:
+    """Drop the digests of files that are gone: a kill between the removal of a file and of its digest leaves them."""
+    files, complete = read_digests(home)
+    if not complete and not all((home / name).exists() for name in files):
+        _change(home, lambda files: {name: value for name, value in files.items() if (home / name).exists()})
+
+
 def seal(home: Path) -> None:
     """Write digests.json for every file below a folder that is complete: a missing file is damage from then on."""
     paths = sorted(path for path in home.rglob("*") if path.is_file() and path.name != NAME)

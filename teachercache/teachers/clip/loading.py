@@ -223,6 +223,11 @@ def _hub(name: str) -> Iterator[None]:
     except Exception as error:
         if is_machine(error):
             raise
+        if "TorchScript" in str(error):
+            raise UserError(
+                f"the weights of {name} are a TorchScript archive, which is a program and is not run: save its tensors as "
+                "safetensors with a program that you trust (`torch.jit.load(FILE).state_dict()`), and pass that file"
+            ) from error
         reason = (str(error).splitlines() or ["?"])[0][:120]
         raise UserError(
             f"cannot get the weights of {name} ({type(error).__name__}: {reason}). Pass --weights PATH (a checkpoint "

@@ -7,6 +7,7 @@ import pytest
 from teachercache.core.digests import (
     NAME,
     damage_of,
+    forget_missing,
     read_digests,
     refuse_damage,
     remove_proved,
@@ -79,3 +80,16 @@ def test_a_sealed_folder_misses_a_file_and_another_does_not(tmp_path):
     write_proved(tmp_path / "b", tmp_path, "b")
     remove_proved(tmp_path / "b", tmp_path)
     assert "b" not in read_digests(tmp_path)[0]
+
+
+def test_digests_of_files_that_are_gone_leave_an_open_folder_alone(tmp_path):
+    """As a kill between the removal of a checkpoint and of its digest leaves them."""
+    for name in ("a", "b"):
+        write_proved(tmp_path / name, tmp_path, name)
+    (tmp_path / "a").unlink()
+    forget_missing(tmp_path)
+    assert list(read_digests(tmp_path)[0]) == ["b"]
+    seal(tmp_path)
+    (tmp_path / "b").unlink()
+    forget_missing(tmp_path)
+    assert damage_of(tmp_path, "b") == "is missing"
