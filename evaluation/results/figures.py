@@ -275,9 +275,11 @@ def _save(figure: "Figure", path: Path) -> None:
     """Write a figure as PNG."""
     import io
 
+    from teachercache.core.leftovers import sweep_beside
     from teachercache.core.paths import write_whole
 
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=110, format="png")
     path.parent.mkdir(parents=True, exist_ok=True)
+    sweep_beside(path)
     write_whole(path, buffer.getvalue())

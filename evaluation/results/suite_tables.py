@@ -12,6 +12,7 @@ from evaluation.results.run import Result
 from evaluation.results.suite import CAPTIONED, CLASSIFICATION, LABELED, Report
 from evaluation.tasks.registry import TASKS
 from evaluation.tasks.task import Metric
+from teachercache.core.leftovers import sweep
 from teachercache.core.paths import write_whole
 
 # Metrics that the suite adds to classification, with their headings
@@ -34,6 +35,7 @@ def write_suite(report: Report, out: Path) -> list[Path]:
         The paths of the three files.
     """
     out.mkdir(parents=True, exist_ok=True)
+    sweep(out)
     contents = {
         "json": json.dumps({"results": report.results, "skipped": report.skipped}, indent=1) + "\n",
         "csv": _csv(report.results),

@@ -112,6 +112,14 @@ def read_digests(home: Path) -> tuple[dict[str, list[str]], bool]:
     )
 
 
+def is_sealed(home: Path) -> bool:
+    """Return whether `seal` completed a folder; False for a folder whose digests.json is damaged."""
+    try:
+        return read_digests(home)[1]
+    except UserError:
+        return False
+
+
 def damage_of(home: Path, name: str) -> str:
     """Return what is wrong with a file of a folder: "is missing", "is damaged" or ""."""
     files, complete = read_digests(home)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import open_clip
 import own_recipes
@@ -109,13 +110,23 @@ def test_what_was_measured_is_in_the_card(finished_run, squares, tmp_path, capsy
         assert f"| {name} | {value} |" in card
 
 
-def test_an_existing_folder_is_refused_and_nothing_is_left(exported, finished_run, capsys):
-    before = {path: path.read_bytes() for path in exported.rglob("*")}
-    beside = sorted(exported.parent.iterdir())
-    assert main(["export", str(finished_run), "--format", "open_clip", "--out", str(exported)]) == 2
-    assert f"error: {exported} exists: pass another --out, or remove it" in capsys.readouterr().err
-    assert {path: path.read_bytes() for path in exported.rglob("*")} == before
-    assert sorted(exported.parent.iterdir()) == beside
+@pytest.mark.parametrize("folder", ["the same export", "a changed export", "no export"])
+def test_an_existing_folder_stays_as_it_is(folder, exported, finished_run, tmp_path, capsys):
+    """The same export again is no error: the first command may have been killed after its last write."""
+    out = Path(shutil.copytree(exported, tmp_path / "out"))
+    if folder == "a changed export":
+        (out / "open_clip_config.json").write_text("{}")
+    if folder == "no export":
+        (out / "digests.json").unlink()
+    before = {path: path.read_bytes() for path in out.rglob("*")}
+    code = main(["export", str(finished_run), "--format", "open_clip", "--out", str(out)])
+    said = capsys.readouterr().err
+    assert {path: path.read_bytes() for path in out.rglob("*")} == before
+    assert list(tmp_path.iterdir()) == [out]
+    if folder == "the same export":
+        assert (code, f"{out} is there already" in said) == (0, True)
+    else:
+        assert (code, f"error: {out} exists: pass another --out, or remove it" in said) == (2, True)
 
 
 def test_the_default_place_and_what_is_printed(finished_run, tmp_path, monkeypatch, capsys):
