@@ -19,6 +19,7 @@ from teachercache.data.columns import COLUMN_FILES
 from teachercache.data.foreign import Foreign, is_data, parse_json, split_of
 from teachercache.data.manifest import (
     Manifest,
+    is_as_written,
     load_manifest,
     make_manifest,
     rows_without_split,
@@ -221,6 +222,11 @@ def _file(paths: list[Path]) -> Source:
         )
     if suffix == ".parquet" and tables.is_manifest(path):
         manifest = load_manifest(path)
+        if not is_url(path) and not is_as_written(path):
+            raise UserError(
+                f"{path} is damaged, its bytes changed after it was written: make it again with `tc manifest DATA "
+                f"--out {path}`"
+            )
         return Source(
             path, "manifest", manifest.root, lambda unused: (manifest.row(i) for i in range(len(manifest)))
         )

@@ -738,6 +738,17 @@ def test_tc_manifest(tmp_path, capsys):
     assert facts["first"][0]["key"] == "262148000"
 
 
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.999])
+def test_a_manifest_with_a_flipped_bit_is_refused(share, tmp_path):
+    out = tmp_path / "m.parquet"
+    assert main(["manifest", str(vqa(tmp_path)), "--out", str(out)]) == 0
+    content = bytearray(out.read_bytes())
+    content[int(share * len(content))] ^= 4
+    out.write_bytes(content)
+    with pytest.raises(UserError, match="m.parquet"):
+        read_manifest(str(out))
+
+
 def test_tc_manifest_names_problems(tmp_path, capsys):
     path = write(tmp_path / "l.csv", "image,text\ngone.png,x\n")
     assert main(["manifest", str(path)]) == 0
