@@ -745,7 +745,7 @@ def test_a_manifest_with_a_flipped_bit_is_refused(share, tmp_path):
     content = bytearray(out.read_bytes())
     content[int(share * len(content))] ^= 4
     out.write_bytes(content)
-    with pytest.raises(UserError, match="m.parquet"):
+    with pytest.raises(UserError, match=r"m\.parquet"):
         read_manifest(str(out))
 
 
