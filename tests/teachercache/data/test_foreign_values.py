@@ -134,6 +134,8 @@ def test_odd_values_beside_the_questions_are_rows_or_one_line(pictures, capsys, 
     data = write(pictures / "v2_val2014_questions.json", json.dumps(QUESTIONS))
     if name == "m/a.json":
         data = write(pictures / "val.jsonl", json_text(VCR, lines=True))
+    read = 0
     for changed in mutations(value, ODD):
         write(pictures / name, json.dumps(changed))
-        read_or_one_line(data)
+        read += read_or_one_line(data) is not None
+    assert read  # most odd values are the problem of one row, not of the file
