@@ -118,6 +118,10 @@ def make_resnet_step(world: int, *, norms_only: bool) -> TrainStep:
         if isinstance(layer, torch.nn.BatchNorm2d):  # open_clip begins with zeros, which hide gradients
             for values in (layer.weight, layer.bias, layer.running_mean, layer.running_var):
                 torch.nn.init.uniform_(values, 0.5, 1.5)
+    for block in list(module.modules()):  # smooth: a ReLU beside 0 makes another gradient of a rounding error
+        for name, layer in list(block.named_children()):
+            if isinstance(layer, torch.nn.ReLU):
+                setattr(block, name, torch.nn.SiLU())
     student = TwoTower(module, cfg, preprocess, None)
     if norms_only:
         freeze_all_but_norms(student)

