@@ -32,8 +32,8 @@ def data(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def drawn(data, tmp_path, monkeypatch) -> dict:
+@pytest.fixture(scope="module")
+def drawn(data, tmp_path_factory) -> dict:
     """The figures by the ends of their names, before they are pixels."""
     found = {}
     real = figures._save
@@ -42,9 +42,10 @@ def drawn(data, tmp_path, monkeypatch) -> dict:
         found[path.stem.split("-")[1]] = figure
         real(figure, path)
 
-    monkeypatch.setattr(figures, "_save", save)
-    monkeypatch.setattr(encoder, "default_workers", lambda: 0)
-    paths = figures.draw_data(MODELS, find("retrieval"), str(data), tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "_save", save)
+        patch.setattr(encoder, "default_workers", lambda: 0)
+        paths = figures.draw_data(MODELS, find("retrieval"), str(data), tmp_path_factory.mktemp("drawn"))
     assert [path.name for path in paths] == [
         "squares-retrieval.png",
         "squares-similarity.png",
