@@ -8,7 +8,6 @@ import click
 from student.commands.options import recipe_names, run_path
 from teachercache.commands.options import SEED, any_path, names_in, output_options, paths_of, print_json
 from teachercache.core.command import place, text
-from teachercache.core.process import rank
 from teachercache.core.progress import suggest
 from teachercache.core.ranges import MOST
 
@@ -116,7 +115,7 @@ def train(
         suggest("student", *typed, "--dry-run")
         return
     trained = api.train(recipe, data, **options)
-    if as_json and rank() == 0:
+    if as_json:
         print_json(trained)
     if dry_run:
         suggest("student", *typed)

@@ -138,7 +138,10 @@ def announce(built: "Built") -> int:
         say(
             f"{built.blocks_left} blocks are being written by another builder; run the same command to check on them"
         )
-        return 0 if world_size() > 1 else UNFINISHED  # another rank of this job completes the cache
+        if world_size() > 1:
+            return 0  # another rank of this job completes the cache
+        suggest_use(open_cache(built.cache), done="build")
+        return UNFINISHED
     if built.quarantined:
         say(
             f"{built.quarantined} entries in {built.cache / 'quarantine.jsonl'} (unusable rows or texts); once they are "

@@ -11,6 +11,7 @@ from click.shell_completion import CompletionItem
 
 from teachercache.api import DEMO_DATA as DEMO_DATA
 from teachercache.core.command import text
+from teachercache.core.process import rank
 from teachercache.core.progress import quiet
 from teachercache.core.ranges import MOST
 
@@ -90,10 +91,7 @@ teacher_option = click.option(
 
 
 def print_json(value: object) -> None:
-    """Print a record, or anything that JSON has, as one JSON document; paths become texts."""
-    record = (
-        dataclasses.asdict(value)
-        if dataclasses.is_dataclass(value) and not isinstance(value, type)
-        else value
-    )
-    print(json.dumps(record, default=str))
+    """Print a record, or anything that JSON has, as one JSON document on rank 0; paths become texts."""
+    is_record = dataclasses.is_dataclass(value) and not isinstance(value, type)
+    if rank() == 0:
+        print(json.dumps(dataclasses.asdict(value) if is_record else value, default=str))

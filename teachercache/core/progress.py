@@ -44,6 +44,7 @@ def write_any_letter() -> None:
                 stream.reconfigure(errors="backslashreplace")
 
 
+LONG = 10.0  # seconds between two lines of progress where there is no terminal
 # Of the current context alone: two threads may differ
 _QUIET = contextvars.ContextVar("quiet", default=False)
 _LIVE = contextvars.ContextVar("live", default=False)  # whether a bar or a status line is shown
@@ -83,7 +84,7 @@ def _shows_bars() -> bool:
 
 @contextlib.contextmanager
 def status(title: str) -> Iterator[None]:
-    """Show what is being done: a status line on a terminal, and a line with the seconds if it takes more than two.
+    """Show what is being done: a status line on a terminal, and a line with the seconds if it took long.
 
     Do not start processes inside: the line is drawn by a thread.
     """
@@ -97,14 +98,14 @@ def status(title: str) -> Iterator[None]:
     else:
         yield
     seconds = time.monotonic() - start
-    if seconds > 2:
+    if seconds > LONG:
         say(f"{title}: {seconds:.0f} s")
 
 
 class Ticker:
     """Progress with a rate and an ETA: a rich bar on a terminal, otherwise a plain line every few seconds."""
 
-    def __init__(self, total: int, unit: str, *, every: float = 10.0) -> None:
+    def __init__(self, total: int, unit: str, *, every: float = LONG) -> None:
         self.total, self.unit, self.every = total, unit, every
         self.done, self.start, self.last = 0, time.monotonic(), time.monotonic()
         self.bar: Any = None  # a rich Progress on a terminal

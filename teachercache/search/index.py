@@ -145,11 +145,11 @@ def build_index(
     if not len(vectors):
         raise UserError(f"no usable row in {cache.path}: see {cache.path / 'quarantine.jsonl'}")
     chosen = _pick(len(vectors)) if kind == "auto" else kind
-    index = _empty(faiss, vectors, chosen)
-    _add(faiss, index, vectors)
-    return index_path(cache, field), _finish(
-        cache, index, vectors, field=field, kind=chosen, asked=kind, trained=len(vectors)
-    )
+    with progress.status(f"building an index ({chosen}) of {len(vectors):,} vectors"):
+        index = _empty(faiss, vectors, chosen)
+        _add(faiss, index, vectors)
+        record = _finish(cache, index, vectors, field=field, kind=chosen, asked=kind, trained=len(vectors))
+    return index_path(cache, field), record
 
 
 def _pick(num_vectors: int) -> str:
@@ -170,8 +170,7 @@ def _empty(faiss: Any, vectors: Vectors, kind: str) -> Any:
     sample = np.sort(np.random.default_rng(0).choice(vectors.ids, size, replace=False, shuffle=False))
     if faiss.get_num_gpus():
         index.clustering_index = faiss.index_cpu_to_all_gpus(faiss.IndexFlatIP(vectors.dim))
-    with progress.status(f"training the index on {len(sample):,} vectors"):
-        index.train(vectors.take(sample))
+    index.train(vectors.take(sample))
     index.clustering_index = None
     return index
 

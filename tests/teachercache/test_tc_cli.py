@@ -325,7 +325,7 @@ def test_info(built, teacher_folder, capsys):
     assert run("info", built, "--json") == 0
     out, err = capsys.readouterr()
     facts = json.loads(out)
-    assert err == ""
+    assert err == f"next: tc verify {built}\n"
     names = ("rows", "texts", "blocks", "blocks_done", "quarantined")
     assert [facts[name] for name in names] == [12, 2, 1, 1, 0]
     assert facts["spec"]["name"] == str(teacher_folder)
@@ -428,7 +428,7 @@ def test_text_search_ranks_as_open_clip_does(indexed, teacher_folder, photos, ca
     assert run("search", indexed, "square 3", "--top", 5, "--json") == 0
     out, err = capsys.readouterr()
     found = json.loads(out)
-    assert err == ""
+    assert err == f"next: tc search {indexed} --key {found['results'][0]['key']}\n"
     assert found["query"] == "square 3"
     model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{teacher_folder}")
     paths = sorted(photos.rglob("*.png"))
