@@ -1,6 +1,7 @@
 """`student eval`: measure models on a task."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -72,7 +73,7 @@ def evaluate(
     """
     from student import api
 
-    more = {"samples": samples, "figures": figures, "out": out}
+    more: dict[str, Any] = {"samples": samples, "figures": figures, "out": out}
     if task == "all":
         from evaluation.results.suite_tables import suite_table
 

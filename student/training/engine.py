@@ -252,7 +252,7 @@ def leave_distributed() -> None:
     """Leave the process group, in torch and in DeepSpeed, which keeps a reference of its own."""
     if not torch.distributed.is_initialized():
         return
-    comm = sys.modules.get("deepspeed.comm.comm")
+    comm: Any = sys.modules.get("deepspeed.comm.comm")
     if comm is None or comm.cdb is None:
         torch.distributed.destroy_process_group()
     else:

@@ -92,6 +92,7 @@ teacher_option = click.option(
 
 def print_json(value: object) -> None:
     """Print a record, or anything that JSON has, as one JSON document on rank 0; paths become texts."""
-    is_record = dataclasses.is_dataclass(value) and not isinstance(value, type)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
     if rank() == 0:
-        print(json.dumps(dataclasses.asdict(value) if is_record else value, default=str))
+        print(json.dumps(value, default=str))
