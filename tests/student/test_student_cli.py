@@ -154,7 +154,7 @@ def error_of(capsys, *words: object) -> str:
     [
         (["recipes", "clipkd"], "unknown recipe 'clipkd': did you mean 'clip_kd'? choose from clip, clip_kd"),
         (["train", "--recipe", "sds"], "unknown recipe 'sds': "),
-        (["train"], "Missing option '--recipe'"),
+        (["train"], "pass --recipe NAME (`student recipes` lists them), or --config RUN.json"),
         (["train", "--recipe", "clip", "--steps", "0"], "Invalid value for '--steps'"),
         (["train", "--recipe", "clip", "--bach-size", "1"], "No such option"),
         (["train", "--recipe", "clip", "--set", "fd=1"], "no such setting of clip"),
