@@ -359,7 +359,7 @@ def search(
 )
 @click.option("--out", type=path, help="A folder; default <cache>.report beside the cache.")
 @click.option(
-    "--map", "kind", default="pca", show_default=True, help="pca, or umap (pip install 'teachercache[umap]')."
+    "--map", "kind", default="pca", show_default=True, help="pca, or umap (pip install 'teachercache[analyze]')."
 )
 @click.option(
     "--points",
