@@ -43,6 +43,7 @@ OPTIONS = {
     "eval": ["--data", "--figures", "--json", "--out", "--samples", "--task", "models"],
     "generate": ["--beams", "--image", "--masks", "--question", "model"],
     "export": ["--format", "--out", "run"],
+    "compare": ["--json", "--out", "runs"],
     "verify": ["--json", "folder"],
 }
 
