@@ -99,6 +99,7 @@ def floor_of(module: str) -> int | None:
         "lowest",
         "record",
         "release",
+        "smoke",
         "tree",
     ):
         return None
