@@ -15,7 +15,7 @@ import zlib
 from pathlib import Path
 
 PICTURES = 10
-TEACHER = "open_clip:ViT-S-32-alt"  # the smallest towers of open_clip whose tokenizer is part of its package
+TEACHER = "clip-vit-b32"
 COMMANDS = {
     "build": f"tc build --teacher {TEACHER} --weights random:0 --data pictures --out cache.zarr",
     "index": "tc index cache.zarr",
