@@ -7,6 +7,7 @@ Needs the package `build` (extra `dev`), and a package index for the new environ
 """
 
 import argparse
+import os
 import subprocess
 import sys
 import tarfile
@@ -60,9 +61,13 @@ def faults(archive: Path, tracked: Iterable[str]) -> list[str]:
 
 
 def run(*words: object, cwd: Path | None = None) -> str:
-    """Run a command that must succeed, and return what it printed to stdout."""
+    """Run a command that must succeed, and return what it printed to stdout.
+
+    It does not see PYTHONPATH, by which a package of the repository would count as installed.
+    """
+    variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
-        [str(word) for word in words], cwd=cwd, stdout=subprocess.PIPE, text=True, check=False
+        [str(word) for word in words], cwd=cwd, env=variables, stdout=subprocess.PIPE, text=True, check=False
     )
     if done.returncode:
         print(done.stdout, file=sys.stderr)
@@ -91,8 +96,9 @@ def use(wheel: Path, extras: str, folder: Path) -> str:
     print("making a new environment ...", file=sys.stderr)
     run(sys.executable, "-m", "venv", folder / "venv")
     programs = folder / "venv" / "bin"
-    run(programs / "python", "-m", "pip", "install", "--quiet", f"{wheel}[{extras}]")
-    run(programs / "python", "-m", "pip", "check")
+    pip = (programs / "python", "-m", "pip")
+    run(*pip, "install", "--quiet", f"{wheel}[{extras}]", cwd=folder)
+    run(*pip, "check", cwd=folder)
     for program in ("tc", "student"):
         run(programs / program, "--help", cwd=folder)
     (folder / "work").mkdir()

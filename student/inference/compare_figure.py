@@ -19,10 +19,7 @@ Points = tuple[list[int], list[float]]
 
 def draw_curves(names: Sequence[str], runs: Sequence[RunFacts]) -> bytes:
     """Return a PNG with a panel for the loss and each term; every run has one color in all panels."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure  # not pyplot, which would replace the backend of a notebook
 
     terms = ["loss", *dict.fromkeys(name for run in runs for name in run.terms)]
     panels: list[tuple[str, Callable[[RunFacts], Points]]] = [
@@ -32,9 +29,8 @@ def draw_curves(names: Sequence[str], runs: Sequence[RunFacts]) -> bytes:
         panels.append((SCORE, _scores))
     columns = min(COLUMNS, len(panels))
     rows = math.ceil(len(panels) / columns)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(5 * columns, 3.4 * rows), squeeze=False, layout="constrained"
-    )
+    figure = Figure(figsize=(5 * columns, 3.4 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat[len(panels) :]:
         axis.remove()
     for axis, (title, points) in zip(axes.flat, panels, strict=False):
@@ -43,7 +39,6 @@ def draw_curves(names: Sequence[str], runs: Sequence[RunFacts]) -> bytes:
     figure.legend(handles, labels, loc="outside upper center", ncols=min(4, len(labels)), frameon=False)
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=120)
-    plt.close(figure)
     return content.getvalue()
 
 

@@ -137,15 +137,14 @@ def test_json_and_files(runs, tmp_path, capsys):
 
 def test_curves_lie_where_the_log_says(runs, monkeypatch):
     """The drawn lines, read back from matplotlib."""
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     from student.inference import compare_figure
 
     figures = []
-    monkeypatch.setattr(plt, "close", figures.append)
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
     comparison = compare(runs)
     compare_figure.draw_curves(comparison.names, comparison.runs)
-    monkeypatch.undo()
     (figure,) = figures
     panels = {axis.get_title(): axis.get_lines() for axis in figure.axes}
     assert list(panels) == ["loss", "task", "crd"]
@@ -154,7 +153,6 @@ def test_curves_lie_where_the_log_says(runs, monkeypatch):
     assert raw_second.get_ydata()[-1] == pytest.approx(2.0)
     assert mean_first.get_label() == "first"
     assert mean_first.get_color() == raw_first.get_color() != raw_second.get_color()
-    plt.close(figure)
 
 
 def test_runs_of_two_recipes(finished_run, squares, cache, tmp_path, capsys):
