@@ -63,7 +63,10 @@ def test_the_options_are_frozen():
 
 
 # Each of these takes longer to import than the rest of the command; scripts/benchmarks/startup.py measures the time
-HEAVY = {"torch", "open_clip", "diffusers", "transformers", "faiss", "deepspeed", "matplotlib", "sklearn"}
+HEAVY = {
+    *("torch", "open_clip", "diffusers", "transformers", "faiss", "deepspeed", "matplotlib", "sklearn"),
+    *("wandb", "tensorboard", "plotly", "mteb"),
+}
 
 
 def heavy_modules(*words: str) -> tuple[str, set[str]]:

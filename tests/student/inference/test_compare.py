@@ -218,7 +218,7 @@ def no_run(folder: Path, kind: str) -> list[str]:
     """Arguments of a comparison that cannot be made."""
     first, second = str(folder / "first"), folder / "second"
     if kind == "missing":
-        return [first, str(folder / "secon")]
+        return [first, str(folder / "second2")]
     if kind == "twice":
         return [first, str(folder / "second" / ".." / "first")]
     if kind == "one":
