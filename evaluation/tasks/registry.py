@@ -317,6 +317,7 @@ TASKS: dict[str, Task] = {
             function=_text_loss,
             doc="Loss of infilling held-out texts.",
             columns=_plain("nll_per_token", "nll_per_masked_token"),
+            lower=("nll_per_token", "nll_per_masked_token"),
         ),
     )
 }

@@ -68,6 +68,7 @@ class Task:
         options: Options that a user may set behind the name; each is a keyword of `function`.
         headline: The metrics whose mean summarizes the task in one number.
         columns: Metrics that a table of results shows, with their headings.
+        lower: Metrics whose smaller value is the better one.
         selection: How the task chooses checkpoints; None if it cannot.
         class_names: Class names of labeled rows, for figures; None to use the names of the folders.
     """
@@ -80,6 +81,7 @@ class Task:
     options: Mapping[str, Option] = dataclasses.field(default_factory=dict)
     headline: tuple[str, ...] = ()
     columns: tuple[tuple[str, str], ...] = ()
+    lower: tuple[str, ...] = ()
     selection: Selection | None = None
     class_names: Callable[["Manifest", Sequence[int]], Mapping[str, str]] | None = None
 

@@ -7,6 +7,7 @@ import contextlib
 import datetime
 import importlib
 import importlib.util
+import logging
 import math
 import os
 import socket
@@ -263,19 +264,23 @@ def leave_distributed() -> None:
 @contextlib.contextmanager
 def quiet_deepspeed() -> Iterator[None]:
     """Send the output of DeepSpeed to stderr, and drop its messages below the level of errors."""
-    import logging
     import warnings
 
     logger = logging.getLogger("DeepSpeed")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    outer = _is_error in logger.filters
+    logger.addFilter(_is_error)  # a level would not last: importing DeepSpeed sets it
     try:
         with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             warnings.simplefilter("ignore", DeprecationWarning)
             yield
     finally:
-        logger.setLevel(level)
+        if not outer:
+            logger.removeFilter(_is_error)
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
 
 
 def clamp_scales(engine: Engine) -> None:

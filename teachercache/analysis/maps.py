@@ -29,7 +29,7 @@ def _umap(x: np.ndarray) -> np.ndarray:
         import umap
     except ImportError as error:
         raise UserError(
-            "--map umap needs umap-learn: pip install 'teachercache[umap]', or leave --map away"
+            "--map umap needs umap-learn: pip install 'teachercache[analyze]', or leave --map away"
         ) from error
     import warnings
 

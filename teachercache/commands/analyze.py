@@ -24,7 +24,11 @@ from teachercache.core.ranges import MOST
     "--out", type=path, shell_complete=any_path, help="A folder; default <cache>.report beside the cache."
 )
 @click.option(
-    "--map", "kind", default="pca", show_default=True, help="pca, or umap (pip install 'teachercache[umap]')."
+    "--map",
+    "kind",
+    default="pca",
+    show_default=True,
+    help="pca, or umap (pip install 'teachercache[analyze]').",
 )
 @click.option(
     "--points",

@@ -44,6 +44,7 @@ OPTIONS = {
     "eval": ["--data", "--figures", "--out", "--samples", "--task", "models"],
     "generate": ["--beams", "--image", "--masks", "--question", "model"],
     "export": ["--format", "--out", "run"],
+    "compare": ["--out", "runs"],
     "verify": ["folder"],
 }
 
@@ -64,7 +65,10 @@ def test_the_options_are_frozen():
 
 
 # Each of these takes longer to import than the rest of the command; scripts/benchmarks/startup.py measures the time
-HEAVY = {"torch", "open_clip", "diffusers", "transformers", "faiss", "deepspeed", "matplotlib", "sklearn"}
+HEAVY = {
+    *("torch", "open_clip", "diffusers", "transformers", "faiss", "deepspeed", "matplotlib", "sklearn"),
+    *("wandb", "tensorboard", "plotly", "mteb"),
+}
 
 
 def heavy_modules(*words: str) -> tuple[str, set[str]]:

@@ -33,7 +33,7 @@ def requested_sinks(run: Run) -> list[str]:
             __import__(name)
         except ImportError as error:
             raise UserError(
-                f"--report-to {name} needs its package: pip install 'teachercache[{name}]'"
+                f"--report-to {name} needs its package: pip install 'teachercache[track]'"
             ) from error
     return names
 

@@ -145,7 +145,7 @@ class WordSelection:
 
     def __init__(self, tokenize: Callable[[list[str]], Tensor], *, num_best: int, num_drawn: int) -> None:
         if num_best and importlib.util.find_spec("yake") is None:
-            raise UserError("--outputs tokens needs the package yake: pip install 'teachercache[tokens]'")
+            raise UserError("--outputs tokens needs the package yake: pip install 'teachercache[analyze]'")
         self.tokenize, self.num_best, self.num_drawn = tokenize, num_best, num_drawn
         self.find = functools.partial(find_words, weighed=num_best > 0, num_drawn=num_drawn)
         self.embeddings: dict[tuple[str, torch.dtype], dict[str, Tensor]] = {}  # by device and precision

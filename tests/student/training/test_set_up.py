@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 import shutil
 
 import pytest
@@ -127,3 +128,23 @@ def test_a_compiled_student_has_the_same_losses(squares, cache, tmp_path, capsys
         assert a == {key: pytest.approx(value, rel=1e-4) for key, value in b.items()}
     assert len(compiled) == 1
     assert "run.compile is off" not in capsys.readouterr().err
+
+
+def test_messages_of_deepspeed_below_errors_are_dropped_whatever_level_its_import_sets():
+    logger, seen = logging.getLogger("DeepSpeed"), []
+    handler = logging.Handler()
+    handler.emit = lambda record: seen.append(record.getMessage())
+    logger.addHandler(handler)
+    level = logger.level
+    try:
+        with engine.quiet_deepspeed():
+            with engine.quiet_deepspeed():
+                pass
+            logger.setLevel(logging.INFO)
+            logger.info("dropped")
+            logger.error("printed")
+        logger.info("printed again")
+    finally:
+        logger.setLevel(level)
+        logger.removeHandler(handler)
+    assert seen == ["printed", "printed again"]

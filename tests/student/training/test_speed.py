@@ -131,7 +131,7 @@ def test_wandb_gets_every_value(squares, cache, tmp_path, monkeypatch):
     ("names", "said"),
     [
         ("tensorbord", "--report-to tensorbord: choose from tensorboard, wandb"),
-        ("wandb", "--report-to wandb needs its package: pip install 'teachercache[wandb]'"),
+        ("wandb", "--report-to wandb needs its package: pip install 'teachercache[track]'"),
     ],
 )
 def test_a_report_that_cannot_be_is_refused(names, said, squares, cache, tmp_path, monkeypatch, capsys):
