@@ -8,9 +8,13 @@ from jaxtyping import Bool, Float, Int
 
 from teachercache.cache import store
 from teachercache.core.errors import UserError
-from teachercache.search.index import EFFORT, FLAT_UP_TO, open_index
+from teachercache.search.index import EFFORT, open_index
 from teachercache.search.index_files import faiss_module, index_command, index_path, read_record
 from teachercache.search.vectors import Vectors, exact_search, unit, usable_vectors
+
+# Of a selection that is compared exactly beside an index: converting 10,000 vectors of width 512 from half precision
+# takes 25 ms
+EXACT_UP_TO = 10_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +25,7 @@ class Searcher:
         cache: The cache.
         field: The vector field.
         vectors: Its usable vectors.
+        units: The unit vectors in memory, where there is no index; they are few then.
         index: The opened index; None if the vectors are searched exactly.
         kind: The kind of the index; "" without one.
         effort: The settings of the index, such as {"nprobe": 16}; {} if it is exact.
@@ -30,6 +35,7 @@ class Searcher:
     cache: store.Cache
     field: str
     vectors: Vectors
+    units: Float[np.ndarray, "n dim"] | None = None
     index: Any = None
     kind: str = ""
     effort: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -50,9 +56,9 @@ def open_searcher(cache: store.Cache, field: str) -> Searcher:
     opened, vectors = open_index(cache, field), usable_vectors(cache, field)
     record = read_record(cache, field)
     if isinstance(opened, Vectors) or record is None:
-        return Searcher(cache, field, vectors)
+        return Searcher(cache, field, vectors, vectors.take(vectors.ids))
     recall = min(record.recall_at_10.values(), default=1.0)
-    return Searcher(cache, field, vectors, opened, record.kind, dict(record.effort), recall)
+    return Searcher(cache, field, vectors, None, opened, record.kind, dict(record.effort), recall)
 
 
 def search_rows(
@@ -64,7 +70,7 @@ def search_rows(
 ) -> Hits:
     """Return the `top` nearest ids by cosine among some rows.
 
-    Up to FLAT_UP_TO vectors are compared exactly, also beside an index: an index that reads a part of its lists would
+    Up to EXACT_UP_TO vectors are compared exactly, also beside an index: an index that reads a part of its lists would
     miss most vectors of a small selection.
 
     Args:
@@ -77,9 +83,14 @@ def search_rows(
         UserError: The index is damaged.
     """
     vectors, unit_query = searcher.vectors, unit(np.asarray(query)[None])
-    ids = vectors.ids if rows is None else vectors.ids[rows[vectors.ids // vectors.per_row]]
+    if searcher.units is not None:
+        kept = slice(None) if rows is None else rows[vectors.ids // vectors.per_row]
+        cosines = (searcher.units @ unit_query[0])[kept]
+        order = np.argsort(-cosines, kind="stable")[:top]
+        return Hits(vectors.ids[kept][order], cosines[order], exact=True)
+    ids = vectors.ids if rows is None else _selected(vectors, rows)
     top = min(top, len(ids))
-    if searcher.index is None or (rows is not None and len(ids) <= FLAT_UP_TO):
+    if rows is not None and len(ids) <= EXACT_UP_TO:
         scores, found = exact_search(dataclasses.replace(vectors, ids=ids), unit_query, top)
         return Hits(found[0], scores[0], exact=True)
     try:
@@ -90,6 +101,13 @@ def search_rows(
     if not np.array_equal(vectors.ids[np.minimum(places, len(vectors) - 1)], found):
         raise _damaged(searcher, "it finds rows that the cache does not have")
     return Hits(found, scores, exact=not searcher.effort)
+
+
+def _selected(vectors: Vectors, rows: Bool[np.ndarray, " rows"]) -> Int[np.ndarray, " n"]:
+    """Return the usable ids of some rows. Of a million rows it takes 1 ms where each has one vector, otherwise 10."""
+    if vectors.per_row == 1 and len(vectors) == len(rows):
+        return np.flatnonzero(rows)
+    return vectors.ids[rows[vectors.ids // vectors.per_row]]
 
 
 def _search_index(

@@ -28,15 +28,15 @@ class Facet:
         name: The name of the column.
         values: The distinct values, the most frequent first.
         counts: The number of rows of each value.
-        rows: The rows that have a value, one entry per row and value.
-        codes: The position in `values` of each entry.
+        rows: The rows of each value, in order, those of the first value first.
+        starts: Where the rows of each value begin in `rows`, and their end.
     """
 
     name: str
     values: "pa.Array"
     counts: Int[np.ndarray, " values"]
     rows: Int[np.ndarray, " entries"]
-    codes: Int[np.ndarray, " entries"]
+    starts: Int[np.ndarray, " bounds"]
 
 
 def find_facets(manifest: Manifest) -> list[Facet]:
@@ -68,7 +68,7 @@ def selected_rows(
         code = pc.index(facet.values, pa.scalar(value, pa.string())).as_py()
         mask = np.zeros(len(manifest), bool)
         if code >= 0:
-            mask[facet.rows[facet.codes == code]] = True
+            mask[facet.rows[facet.starts[code] : facet.starts[code + 1]]] = True
         kept = mask if kept is None else kept & mask
     return kept
 
@@ -91,7 +91,9 @@ def _sorted(name: str, values: "pa.Array", rows: np.ndarray, codes: np.ndarray) 
     order = order[counts[order] > 0]
     place = np.zeros(len(values), np.int32)
     place[order] = np.arange(len(order))
-    return Facet(name, values.take(order), counts[order], rows.astype(np.int32), place[codes])
+    by_value = np.argsort(place[codes], kind="stable")
+    starts = np.concatenate([[0], np.cumsum(counts[order])])
+    return Facet(name, values.take(order), counts[order], rows[by_value].astype(np.int32), starts)
 
 
 def _task_facets(manifest: Manifest) -> list[Facet]:

@@ -197,7 +197,7 @@ function frame(cache, result, size, className) {
 }
 
 function otherRank(cache, result) {
-  if (result.other === undefined) return "";
+  if (result.other === undefined) return make("span", { textContent: result.label });
   const name = caches[1 - cache].name, change = result.other - result.rank, beyond = result.beyond.toLocaleString();
   const [rank, title] = result.other === null ? ["-", `${name} has no such row`]
     : result.other === 0 ? [`>${beyond}`, `not among the first ${beyond} of ${name}`]

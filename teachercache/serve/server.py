@@ -30,7 +30,8 @@ def uvicorn_module() -> Any:
 def listen(host: str, port: int) -> socket.socket:
     """Return a socket on a host and port (0: a free one); raise UserError if it cannot be had."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    opened = socket.socket(family, socket.SOCK_STREAM)
+    # With the protocol named, asyncio sets TCP_NODELAY on connections: an answer takes 40 ms less
+    opened = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         opened.bind((host, port))

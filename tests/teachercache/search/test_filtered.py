@@ -41,7 +41,7 @@ def test_a_small_selection_is_exact_beside_any_index(searcher, share: float):
 
 def test_a_large_selection_is_searched_in_the_index(searcher, monkeypatch):
     """As many rows as asked for, all of the selection, and marked where some may be missing."""
-    monkeypatch.setattr(filtered, "FLAT_UP_TO", 100)
+    monkeypatch.setattr(filtered, "EXACT_UP_TO", 100)
     rows, values, hits = selection(0.5), clusters(ROWS), []
     for query in values[:20]:
         found = search_rows(searcher, query, top=10, rows=rows)
@@ -56,7 +56,7 @@ def test_a_large_selection_is_searched_in_the_index(searcher, monkeypatch):
 
 def test_a_selection_far_from_the_query_is_found(searcher, monkeypatch):
     """The lists next to the query hold none of these rows: more lists are read until there are enough."""
-    monkeypatch.setattr(filtered, "FLAT_UP_TO", 10)
+    monkeypatch.setattr(filtered, "EXACT_UP_TO", 10)
     values = clusters(ROWS)
     _, cosine = brute_force(values, values[0], ROWS)
     order, _ = brute_force(values, values[0], ROWS)

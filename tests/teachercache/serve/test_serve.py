@@ -223,7 +223,6 @@ def test_views_and_unusable_rows(data: Path, tmp_path: Path):
 
 def test_a_big_cache_needs_its_index(tmp_path: Path, monkeypatch, capsys):
     monkeypatch.setattr("teachercache.search.index.FLAT_UP_TO", 50)
-    monkeypatch.setattr("teachercache.search.filtered.FLAT_UP_TO", 50)
     images = random_vectors(400)
     made = make_cache(tmp_path / "c.zarr", images)
     assert f"run `tc index {made.path} --field image_emb`" in error_of(capsys, "serve", made.path)

@@ -5,8 +5,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+from disturbed import run_build
 from served import running
 from small import build_cache, make_folder, save_teacher
+
+from teachercache.teachers.registry import load
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chrome")
 EVIL = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script><b>bold</b>"
@@ -157,6 +160,19 @@ def test_two_caches_side_by_side(browser, folder: Path):
         page.wait_for_selector("#large .neighbors .card")
         assert page.locator("#large .neighbors h3").all_inner_texts() == ["Neighbors in a", "Neighbors in b"]
         assert visit.keys(0, "#large") != visit.keys(1, "#large")
+        visit.close()
+
+
+def test_a_teacher_of_pictures_alone_is_asked_by_keys(browser, folder: Path):
+    made = run_build(load("own-colors"), folder / "photos", folder / "colors.zarr").cache
+    with running(made.path) as site:
+        visit = Visit(browser, site)
+        assert "own-colors reads no texts: type the key of a row" in visit.page.get_attribute(
+            "#text", "placeholder"
+        )
+        key = visit.keys()[5]
+        visit.after(lambda: (visit.page.fill("#text", key), visit.page.press("#text", "Enter")))
+        assert visit.keys() == [result["key"] for result in site.search(key=key)[0]["results"]]
         visit.close()
 
 
