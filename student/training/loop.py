@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import json
-import shlex
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from student.contract import Capability, reason_against, require
+from student.contract import Capability, require
 from student.distributed import any_rank, from_all_ranks, mean_over_ranks, on_first_rank
 from student.inputs.loader import loader
 from student.recipe import Progress, Recipe, Run
@@ -26,7 +25,7 @@ from student.training.engine import (
     start_distributed,
     start_engine,
     take_optimizer_step,
-    unchanged_linear,
+    unchanged_process,
 )
 from student.training.lock import only_trainer
 from student.training.pauses import Pauses
@@ -39,8 +38,10 @@ from student.training.telemetry.reporting import Report, reporting, requested_si
 from student.training.telemetry.speed import Speed, peak_memory
 from teachercache.core.digests import write_proved
 from teachercache.core.errors import UserError, is_machine
+from teachercache.core.paths import is_url
 from teachercache.core.process import keep_memory, rank, terminable, world_size
 from teachercache.core.progress import say, ticker
+from teachercache.data.manifest import Manifest
 
 
 class Trained(NamedTuple):
@@ -76,7 +77,7 @@ def train(
         UserError: The run cannot be trained, or its loss is not finite.
         KeyboardInterrupt: The run was stopped by a signal, after a checkpoint; Terminated for SIGTERM and SIGHUP.
     """
-    with terminable(), unchanged_linear():
+    with terminable(), unchanged_process():
         refuse_folder(run.out, resume=resume and not dry_run)
         count_micro_batches(recipe.batch, run.micro_batch)
         requested_sinks(run)
@@ -117,7 +118,8 @@ def _train_in(
     out = Path(run.out)
     engine = engine_of(recipe, run, prepared)
     speed = Speed(run, recipe.batch)
-    last = checkpoint.resume_newest(engine, out) if resume else None
+    with quiet_deepspeed():
+        last = checkpoint.resume_newest(engine, out) if resume else None
     on_first_rank(lambda: checkpoint.remove_old(out, run.keep))  # a kill may have left one more
     done = last or 0
     if resume:
@@ -128,7 +130,8 @@ def _train_in(
         step, stopping = run_steps(engine, prepared, recipe, speed, done, report, evaluate, pauses)
     if stopping:
         raise pauses.stop_error(step, out)
-    checkpoint.save_student(prepared.step.student, out)
+    with quiet_deepspeed():
+        checkpoint.save_student(prepared.step.student, out)
     if speed.steps and rank() == 0:
         write_proved(out / "speed.json", out, json.dumps(speed.facts()) + "\n")
         say(f"{out}: {speed.facts()['seconds_per_step']:.3f} s per step, {speed.summary()}")
@@ -145,21 +148,29 @@ def engine_of(recipe: Recipe[Any], run: Run, prepared: Prepared) -> Engine:
     return engine
 
 
-def next_command(trained: Trained, recipe: Recipe[Any], run: Run) -> str:
-    """Return a line that suggests the next command, depending on the student's capabilities."""
+def next_command(trained: Trained, recipe: Recipe[Any], run: Run) -> tuple[str, ...]:
+    """Return the command to type next, depending on the student's capabilities."""
     folder, student, rows = str(trained.folder), trained.prepared.step.student, trained.prepared.rows
     capabilities = student.capabilities()
     if Capability.ANSWERS in capabilities and rows:
-        argv = ["student", "eval", folder, "--task", rows["task"]["name"], "--data", run.data]
-    elif Capability.ENCODES in capabilities:
-        argv = ["student", "eval", folder, "--task", "retrieval", "--data", run.data]
-    elif Capability.GENERATES in capabilities:
-        argv = ["student", "generate", folder, "--image", "FILE"]
-    elif rows:  # adapted, but not yet trained on answers
-        argv = ["student", "train", "--recipe", recipe.name, "--data", run.data, "--set", f"init={folder}"]
-    else:
-        return f"trained {folder}{reason_against(student, Capability.ENCODES)}"
-    return f"next: {shlex.join(argv)}"
+        return "student", "eval", folder, "--task", rows["task"]["name"], "--data", run.data
+    if Capability.ENCODES in capabilities:
+        return "student", "eval", folder, "--task", "retrieval", "--data", run.data
+    picture = first_picture(trained.prepared.batches.manifest)
+    if Capability.GENERATES in capabilities and picture:
+        return "student", "generate", folder, "--image", picture
+    if rows:  # adapted, but not yet trained on answers
+        return "student", "train", "--recipe", recipe.name, "--data", run.data, "--set", f"init={folder}"
+    return "student", "verify", folder
+
+
+def first_picture(manifest: Manifest) -> str:
+    """Return the path of a picture of the data that is a local file, or "" if none of the first rows has one."""
+    for row in range(min(len(manifest), 100)):
+        image = manifest.row(row).image
+        if image and not is_url(manifest.root) and (manifest.root / image).is_file():
+            return str(manifest.root / image)
+    return ""
 
 
 def run_steps(
@@ -221,7 +232,8 @@ def run_steps(
 def save_checkpoint(engine: Engine, run: Run, step: int) -> None:
     """Save a checkpoint, and remove all but the newest `run.keep`."""
     out = Path(run.out)
-    checkpoint.save(engine, out, step)
+    with quiet_deepspeed():
+        checkpoint.save(engine, out, step)
     on_first_rank(lambda: checkpoint.remove_old(out, run.keep))
 
 

@@ -5,7 +5,7 @@ import threading
 
 import click
 
-from teachercache.commands.options import json_option
+from teachercache.commands.options import cache_path, output_options
 from teachercache.core.command import place, text
 from teachercache.core.progress import say, show
 
@@ -13,8 +13,8 @@ PORT = 8350
 
 
 @click.command()
-@click.argument("cache", type=place)
-@click.argument("cache2", type=place, required=False)
+@click.argument("cache", type=place, shell_complete=cache_path)
+@click.argument("cache2", type=place, required=False, shell_complete=cache_path)
 @click.option(
     "--host",
     default="127.0.0.1",
@@ -32,7 +32,7 @@ PORT = 8350
     type=text,
     help="The teacher of a cache that was built with one that is not installed; once per cache, in their order.",
 )
-@json_option
+@output_options
 def serve(
     cache: str,
     cache2: str | None,

@@ -15,6 +15,7 @@ from jaxtyping import Float
 
 from teachercache.cache import store
 from teachercache.cache.locks import LOCK
+from teachercache.core import progress
 from teachercache.core.errors import UserError, closest
 from teachercache.core.leftovers import sweep_beside
 from teachercache.core.paths import is_url
@@ -169,7 +170,8 @@ def _empty(faiss: Any, vectors: Vectors, kind: str) -> Any:
     sample = np.sort(np.random.default_rng(0).choice(vectors.ids, size, replace=False, shuffle=False))
     if faiss.get_num_gpus():
         index.clustering_index = faiss.index_cpu_to_all_gpus(faiss.IndexFlatIP(vectors.dim))
-    index.train(vectors.take(sample))
+    with progress.status(f"training the index on {len(sample):,} vectors"):
+        index.train(vectors.take(sample))
     index.clustering_index = None
     return index
 
