@@ -57,11 +57,11 @@ def bench_serve(options: argparse.Namespace) -> list[str]:
         lines += texts(open_served(options.served_cache))
     note = (
         f"Milliseconds from a request to the end of its answer, {QUERIES} queries one after the other, {TOP} results with "
-        "keys, texts, label and split: median, 95th percentile and slowest. Processor time is that of server and client "
+        "keys, texts, label and split: median and 95th percentile. Processor time is that of server and client "
         "together; other programs on the machine lengthen the answers, but not this time."
     )
     head = [
-        HEAD[0].replace("ours", "median").replace("theirs", "95 % below").replace("ratio", "slowest"),
+        "| what | median | 95 % below | processor, median (slowest) | bar of the 95 % | verdict |",
         HEAD[1],
     ]
     return [note, "", *head, *map(str, lines), "", *notes]
