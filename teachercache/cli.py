@@ -9,6 +9,7 @@ from teachercache.commands.index import index
 from teachercache.commands.info import info
 from teachercache.commands.manifest import manifest
 from teachercache.commands.search import search
+from teachercache.commands.serve import serve
 from teachercache.commands.teachers import teachers
 from teachercache.commands.verify import verify
 from teachercache.core.command import run_command
@@ -35,6 +36,7 @@ tc.add_command(info)
 tc.add_command(verify)
 tc.add_command(index)
 tc.add_command(search)
+tc.add_command(serve)
 tc.add_command(analyze)
 
 

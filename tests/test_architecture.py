@@ -27,6 +27,7 @@ FLOORS = {  # within a package, a folder or module imports only those before it 
         "search",
         "build",
         "analysis",
+        "serve",
         "api",
         "commands",
         "cli",
@@ -100,6 +101,7 @@ def floor_of(module: str) -> int | None:
         "lowest",
         "record",
         "release",
+        "screenshots",
         "smoke",
         "tree",
     ):

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float
@@ -13,7 +13,12 @@ from teachercache.data.pictures import decode_image, read_regular
 from teachercache.data.sample import BadSample
 from teachercache.search.index import open_index, search
 from teachercache.search.index_files import index_command, index_path, read_record
-from teachercache.search.vectors import unit, usable_vectors, vector_field
+from teachercache.search.vectors import Vectors, unit, usable_vectors, vector_field
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from teachercache.teachers.teacher import Inputs, Teacher
 
 
 def search_cache(
@@ -48,17 +53,38 @@ def search_cache(
     field = vector_field(cache, field)
     opened = open_index(cache, field)
     rows = _rows(cache, keys)
-    vectors = [_row_vector(cache, _picture_field(cache, field), row, key) for key, row in rows.items()]
+    row_vectors = usable_vectors(cache, picture_field(cache, field)) if rows else None
+    vectors = [row_vector(cache, row_vectors, row, key) for key, row in rows.items()] if row_vectors else []
     if text is not None or images:
-        vectors += _live_vectors(cache, field, text, images, teacher)
+        from teachercache.teachers.of_cache import (
+            load_teacher,  # imported here: a search by key is twice as fast
+        )
+
+        pictures = [_read_picture(image) for image in images]
+        vectors += encode_query(load_teacher(cache, teacher), cache, field, text=text, pictures=pictures)
+    query = sum_of_units(cache, field, vectors)
+    hits = _hits(cache, field, opened, query, top + per_row(cache, field) * len(rows))
+    return _results(cache, field, hits, rows)[:top]
+
+
+def sum_of_units(
+    cache: store.Cache, field: str, vectors: list[Float[np.ndarray, " dim"]]
+) -> Float[np.ndarray, " dim"]:
+    """Return the sum of the unit vectors of a query; raise UserError if one has another width than the field."""
     alone = "a text" if cache.fields[field].per_text else "--image FILE or --key KEY"
     if any(len(vector) != cache.fields[field].shape[0] for vector in vectors):
         raise UserError(
             f"{cache.meta.spec.name} has texts and pictures in different spaces: search '{field}' by {alone} alone"
         )
-    query = np.sum([unit(vector[None])[0] for vector in vectors], axis=0)
-    hits = _hits(cache, field, opened, query, top + _per_row(cache, field) * len(rows))
-    return _results(cache, field, hits, rows)[:top]
+    return np.sum([unit(vector[None])[0] for vector in vectors], axis=0)
+
+
+def _read_picture(image: Path) -> "Image":
+    """Decode the file of `--image`."""
+    try:
+        return decode_image(read_regular(image))
+    except BadSample as error:
+        raise UserError(f"--image {image}: {error}") from error
 
 
 def _hits(
@@ -70,17 +96,18 @@ def _hits(
         hits = search(opened, query, top=top)
     except RuntimeError as error:  # of faiss
         hits, reason = [(-1, 0.0)], " ".join(str(error).split())[:200]
-    if all(0 <= number < cache.meta.rows * _per_row(cache, field) for number, _ in hits):
+    if all(0 <= number < cache.meta.rows * per_row(cache, field) for number, _ in hits):
         return hits
     command = index_command(cache, field, read_record(cache, field))
     raise UserError(f"{index_path(cache, field)} is damaged ({reason}): {command}")
 
 
-def _per_row(cache: store.Cache, field: str) -> int:
+def per_row(cache: store.Cache, field: str) -> int:
+    """Return the number of ids of a row in the index of a field: its texts, or 1."""
     return cache.meta.texts if cache.fields[field].per_text else 1
 
 
-def _picture_field(cache: store.Cache, field: str) -> str:
+def picture_field(cache: store.Cache, field: str) -> str:
     """Return the field that represents a row of the query: its image, or its texts in a cache without
     images.
     """
@@ -101,11 +128,16 @@ def _rows(cache: store.Cache, keys: tuple[str, ...]) -> dict[str, int]:
     return rows
 
 
-def _row_vector(cache: store.Cache, field: str, row: int, key: str) -> Float[np.ndarray, " dim"]:
+def row_vector(cache: store.Cache, vectors: Vectors, row: int, key: str) -> Float[np.ndarray, " dim"]:
     """Return the vector of a row; the mean of the unit vectors of its texts. Raise UserError if it is
     quarantined.
+
+    Args:
+        cache: The cache.
+        vectors: The usable vectors of the field that represents a row.
+        row: The row.
+        key: Its key, for the message.
     """
-    vectors = usable_vectors(cache, field)
     low, high = np.searchsorted(vectors.ids, [row * vectors.per_row, (row + 1) * vectors.per_row])
     if low < high:
         return vectors.take(vectors.ids[low:high]).mean(axis=0)
@@ -116,22 +148,17 @@ def _row_vector(cache: store.Cache, field: str, row: int, key: str) -> Float[np.
     )
 
 
-def _live_vectors(
-    cache: store.Cache, field: str, text: str | None, images: tuple[Path, ...], named: str | None
+def encode_query(
+    teacher: "Teacher", cache: store.Cache, field: str, *, text: str | None, pictures: "list[Image]"
 ) -> list[Float[np.ndarray, " dim"]]:
-    """Encode the text and the images of a query with the teacher of the cache."""
-    import torch  # imported here: a search by key alone starts twice as fast
+    """Encode the text and the pictures of a query with the teacher of the cache.
 
-    from teachercache.teachers.of_cache import load_teacher
-    from teachercache.teachers.teacher import Inputs
+    Raises:
+        UserError: The teacher cannot encode them, or not into the space of the field.
+    """
+    import torch
 
-    pictures = []
-    for image in images:
-        try:
-            pictures.append(decode_image(read_regular(image)))
-        except BadSample as error:
-            raise UserError(f"--image {image}: {error}") from error
-    teacher, spec = load_teacher(cache, named), cache.meta.spec
+    spec = cache.meta.spec
     queries: list[tuple[str, Inputs]] = []
     if text is not None:
         if teacher.tokenize is None:
@@ -160,7 +187,7 @@ def _results(
     asked = set(rows.values())
     results = []
     for number, score in hits:
-        row, text_number = divmod(number, _per_row(cache, field))
+        row, text_number = divmod(number, per_row(cache, field))
         if row in asked:
             continue
         sample = manifest.row(row)

@@ -123,8 +123,12 @@ def sheets(thumbnails: Thumbnails) -> list[bytes]:
 
 
 def jpeg(picture: "Image.Image") -> bytes:
-    """Encode one thumbnail as a JPEG file."""
-    return _encode(picture, "JPEG", quality=85)
+    """Encode the pixels of an RGB picture as a JPEG file, without a comment that its own file may have."""
+    from PIL import Image
+
+    bare = Image.new("RGB", picture.size)
+    bare.paste(picture)
+    return _encode(bare, "JPEG", quality=85)
 
 
 def _encode(picture: "Image.Image", form: str, **options: int) -> bytes:
