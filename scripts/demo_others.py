@@ -113,7 +113,7 @@ COMPARISONS = (
         {"baseline": ("--set", "distill_weight=0"), "clip_td": ()},
         "vcr",
         str(SCENES / "vcr1"),
-        "Q2A",
+        "q2a",
     ),
     Comparison(
         "sds_clip",

@@ -191,7 +191,7 @@ def test_each_recipe_is_measured_beside_its_baseline(tmp_path, monkeypatch, caps
     monkeypatch.setattr(demo_others, "COMPARISONS", chosen)
     demo_others.main()
     table = capsys.readouterr().out
-    assert "| `clip_td` | vcr, Q2A | `distill_weight=0` | 0.250 | 0.750 |" in table
+    assert "| `clip_td` | vcr, q2a | `distill_weight=0` | 0.250 | 0.750 |" in table
     assert "| `psd` | zeroshot, acc1 | `clip` | 0.250 | 0.750 |" in table
     assert [line.split()[3] for line in trained] == ["clip_td"] * 2 + ["sds_clip"] * 2 + ["vlkd"] * 2 + [
         "clip",
