@@ -97,6 +97,8 @@ def floor_of(module: str) -> int | None:
     if not rest or rest[0] in (
         "__main__",
         "check_prose",
+        "demo",
+        "demo_others",
         "demo_table",
         "lowest",
         "record",

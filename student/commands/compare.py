@@ -1,15 +1,13 @@
 """`student compare`: runs side by side."""
 
-import json
-import shlex
 from pathlib import Path
 
 import click
 
 from student.commands.options import local
-from teachercache.commands.options import json_option
+from teachercache.commands.options import output_options, print_json
 from teachercache.core.command import path
-from teachercache.core.progress import say, show
+from teachercache.core.progress import say, show, suggest
 
 
 @click.command()
@@ -17,7 +15,7 @@ from teachercache.core.progress import say, show
 @click.option(
     "--out", type=local, metavar="FOLDER", help="Also write compare.png (curves), compare.csv and compare.md."
 )
-@json_option
+@output_options
 def compare(runs: tuple[Path, ...], out: Path | None, as_json: bool) -> None:
     """Compare runs: settings that differ, losses, and the metrics of `student eval` with the best marked.
 
@@ -32,10 +30,11 @@ def compare(runs: tuple[Path, ...], out: Path | None, as_json: bool) -> None:
         say(f"note: {note}")
     files = comparing.write(comparison, out) if out else []
     if as_json:
-        print(json.dumps(comparing.as_json(comparison) | {"files": [str(file) for file in files]}))
+        print_json(comparing.as_json(comparison) | {"files": files})
     else:
         show(comparing.table(comparison))
     if files:
         say(f"wrote {', '.join(map(str, files))}")
+        suggest("python", "-m", "webbrowser", files[0])
     else:
-        say(f"next: {shlex.join(['student', 'compare', *map(str, runs), '--out', 'compare'])}")
+        suggest("student", "compare", *runs, "--out", "compare")

@@ -28,6 +28,8 @@ from teachercache.data.sample import BadSample, Sample, clean_texts
 from teachercache.data.views import replay_view
 from teachercache.teachers.teacher import Teacher
 
+KEPT_BYTES = 128 * 2**20  # preprocessed pictures that a process keeps, if those of all rows fit
+
 
 @dataclasses.dataclass(frozen=True)
 class TeacherFields:
@@ -80,6 +82,7 @@ class PairBatches(Dataset[dict[str, Tensor]]):
         self.order = Order(rows, batch=plan.batch, seed=plan.seed, block_rows=block_rows)
         self.pictures = picture_views(inputs, teachers.live)
         self.num_views, self.view_params, self.views_at = 0, np.empty(0), np.empty(0, int)
+        self.kept: dict[tuple[int, int], dict[str, Tensor]] = {}
         views = caches[0] if caches else teachers.views
         if views is not None and views.meta.views:
             self._show_views_of(views)
@@ -181,7 +184,17 @@ class PairBatches(Dataset[dict[str, Tensor]]):
         return (first + epoch) % self.num_views
 
     def _show(self, sample: Sample, row: int, view: int) -> dict[str, Tensor]:
-        """Preprocess one picture for the student and for a live teacher."""
+        """Return one picture as the student and a live teacher see it. Small data is decoded in the first epoch alone."""
+        if (row, view) in self.kept:
+            return self.kept[row, view]
+        pictures = self._preprocess(sample, row, view)
+        size = sum(picture.nbytes for picture in pictures.values())
+        if size * len(self.rows) * max(self.num_views, 1) <= KEPT_BYTES:
+            self.kept[row, view] = pictures
+        return pictures
+
+    def _preprocess(self, sample: Sample, row: int, view: int) -> dict[str, Tensor]:
+        """Decode and preprocess one picture for the student and for a live teacher."""
         sizes = {picture.at_least for picture in self.pictures.values()}
         decoded = {size: self._decode(sample, size) for size in sizes}
         if not self.num_views:

@@ -15,7 +15,7 @@ IMAGE_DROPOUT, TEXT_DROPOUT = 0.5, 0.25
 
 
 class LiteHeads(nn.Module):
-    """Image head 1280 -> 512 (two layers) and text head 384 -> 512 (linear), with a logit scale.
+    """Linear heads of images, 1280 -> 512, and of texts, 384 -> 512, with a logit scale.
 
     Dropout on the features replaces augmentation, which cached features cannot have (LOG.md, "clip-lite").
     """

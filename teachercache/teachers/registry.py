@@ -64,7 +64,7 @@ TEACHERS: dict[str, Entry] = {
     "clip-rn50": _clip("OpenAI CLIP ResNet-50, 1024-d", "RN50-quickgelu", "openai"),
     "clip-rn50x16": _clip("OpenAI CLIP RN50x16, 768-d", "RN50x16-quickgelu", "openai"),
     "clip-lite": Entry(
-        "EfficientNet-Lite0 + MiniLM with heads aligned by `bash scripts/demo`, 512-d",
+        "EfficientNet-Lite0 + MiniLM with aligned heads, from packages of the extra `demo`, 512-d",
         _clip_lite,
         CLIP_OUTPUTS,
         writes=CLIP_WRITES,

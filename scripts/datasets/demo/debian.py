@@ -11,6 +11,7 @@ import tarfile
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from xml.etree import ElementTree
@@ -50,19 +51,26 @@ class SourceError(Exception):
     """A data source is unavailable on this machine; the message contains the reason and a remedy."""
 
 
-def fetch_packages(downloads: Path) -> dict[str, Path]:
-    """Download the missing packages and return {package: .deb file}."""
+def fetch_packages(downloads: Path, root: Path) -> dict[str, Path]:
+    """Download the missing packages, unpack all below root side by side, and return {package: .deb file}."""
     for tool in ("apt-get", "dpkg-deb"):
         if shutil.which(tool) is None:
             raise SourceError(f"{tool} is not installed; this source needs a Debian or Ubuntu system")
     downloads.mkdir(parents=True, exist_ok=True)
-    files = {}
-    for package in PACKAGES:
-        if not list(downloads.glob(f"{package}_*.deb")):
-            print(f"downloading {package}", flush=True)
-            download(package, downloads)
-        files[package] = max(downloads.glob(f"{package}_*.deb"))
-    return files
+    with ThreadPoolExecutor(len(PACKAGES)) as pool:
+        tasks = {pool.submit(fetch, package, downloads, root): package for package in PACKAGES}
+        done = track(as_completed(tasks), total=len(tasks), description="downloading")
+        files = {tasks[task]: task.result() for task in done}
+    return {package: files[package] for package in PACKAGES}
+
+
+def fetch(package: str, downloads: Path, root: Path) -> Path:
+    """Download a package if it is missing, unpack it below root, and return the .deb file."""
+    if not list(downloads.glob(f"{package}_*.deb")):
+        download(package, downloads)
+    deb = max(downloads.glob(f"{package}_*.deb"))
+    unpack(deb, PACKAGES[package], root)
+    return deb
 
 
 def download(package: str, downloads: Path) -> None:
@@ -102,10 +110,8 @@ def unpack(deb: Path, inside: str, root: Path) -> None:
         raise damaged
 
 
-def read_packages(debs: dict[str, Path], root: Path) -> list[Pair]:
-    """Unpack the packages below root, which the caller removes, and read every pair in a fixed order."""
-    for package, deb in track(list(debs.items()), description="unpacking"):
-        unpack(deb, PACKAGES[package], root)
+def read_packages(root: Path) -> list[Pair]:
+    """Read every pair of the unpacked packages in a fixed order."""
     share = root / "usr/share"
     return [*read_stamps(share / "tuxpaint/stamps"), *read_clipart(share / "openclipart")]
 
@@ -130,14 +136,14 @@ def read_stamps(root: Path) -> Iterator[Pair]:
 def read_clipart(root: Path) -> Iterator[Pair]:
     """Yield the pictures below root/png whose drawing below root/svg has a specific title."""
     titles = read_titles()
-    records = {}
+    drawings = {}
     for picture in sorted((root / "png").rglob("*.png")):
-        inside = picture.relative_to(root / "png")
-        drawing = root / "svg" / inside.with_suffix(".svg")
+        drawing = root / "svg" / picture.relative_to(root / "png").with_suffix(".svg")
         if drawing.is_file() and not picture.is_symlink():
-            svg = ElementTree.fromstring(drawing.read_bytes())
-            if not links_elsewhere(svg):
-                records[picture] = read_metadata(svg)
+            drawings[picture] = drawing
+    with ProcessPoolExecutor() as pool:
+        found = zip(drawings, pool.map(read_drawing, drawings.values(), chunksize=256), strict=True)
+        records = {picture: metadata for picture, metadata in found if metadata is not None}
     counts = Counter(title.lower() for title, _, _ in records.values())
     for picture, (raw_title, description, keywords) in records.items():
         folder = picture.parent.relative_to(root / "png").as_posix()
@@ -148,6 +154,12 @@ def read_clipart(root: Path) -> Iterator[Pair]:
         if title and label:
             captions = clipart_captions(title, description, keywords)
             yield Pair(pair_name("clipart", folder, picture), "clipart", label, picture, tuple(captions))
+
+
+def read_drawing(drawing: Path) -> tuple[str, str, list[str]] | None:
+    """Return the metadata of a drawing, or None if it links to an external picture."""
+    svg = ElementTree.fromstring(drawing.read_bytes())
+    return None if links_elsewhere(svg) else read_metadata(svg)
 
 
 def links_elsewhere(root: ElementTree.Element) -> bool:

@@ -168,9 +168,10 @@ def choose_test(pairs: list[Pair], num_test: int, seed: int) -> set[int]:
 
 def write_debian(partial: Path, *, downloads: Path, seed: int) -> dict[str, Any]:
     """Fill `partial` from the Debian packages and return their entries of about.json."""
-    debs = fetch_packages(downloads)
+    downloads.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=downloads, prefix="partial-") as scratch:
-        pairs = read_packages(debs, Path(scratch))
+        debs = fetch_packages(downloads, Path(scratch))
+        pairs = read_packages(Path(scratch))
         about = write_pairs(partial, pairs, num_test=NUM_TEST, seed=seed)
     return {"packages": {package: package_version(deb) for package, deb in debs.items()}} | about
 

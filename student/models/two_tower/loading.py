@@ -56,6 +56,12 @@ TINY: dict[str, dict[str, Any]] = {
         "vision_cfg": {"image_size": 64, "layers": 4, "width": 256, "head_width": 64, "patch_size": 16},
         "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 192, "heads": 4, "layers": 2},
     },
+    # Half of the cost of vit-tiny, for scripts/demo
+    "vit-demo": {
+        "embed_dim": 512,
+        "vision_cfg": {"image_size": 64, "layers": 4, "width": 192, "head_width": 64, "patch_size": 16},
+        "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 128, "heads": 4, "layers": 2},
+    },
     # Long enough for a question and its answer
     "vit-tiny-long": {
         "embed_dim": 512,

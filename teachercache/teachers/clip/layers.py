@@ -21,6 +21,7 @@ from teachercache.teachers.clip.towers import (
     text_tower,
     text_vector,
     tower_kind,
+    without_padding,
 )
 from teachercache.teachers.clip.word_selection import DEFAULT, MAX_WORDS, WordSelection
 from teachercache.teachers.hooks import Place, output_tensor, watch
@@ -163,6 +164,7 @@ def text_fields(
     if not (taps.embeddings or taps.text_layers):
         return {}
     tower = text_tower(module)
+    ids = without_padding(tower, ids)
     places = {
         f"text_hidden_{layer}": (text_blocks(tower)[layer], partial(text_vector, tower, ids))
         for layer in taps.text_layers

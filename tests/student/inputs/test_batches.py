@@ -17,6 +17,7 @@ from PIL import Image
 from small import build_cache, chunks_of, make_folder, save_teacher
 
 from student.contract import PictureView, RowInputs
+from student.inputs import pairs
 from student.inputs.caches import find_cache, readable_rows, same_data_cache, training_rows
 from student.inputs.loader import loader
 from student.inputs.order import StepPlan, epoch_order
@@ -279,6 +280,27 @@ def test_empty_texts_are_never_shown(manifest, tmp_path):
     shown = [batches[epoch]["text"].tolist() for epoch in range(10)]
     assert all([caption for number_, caption in part if number_ == own] == [1] for part in shown)
     assert number(manifest.column("key")[rows[1]]) not in {number_ for part in shown for number_, _ in part}
+
+
+def test_small_data_is_decoded_once_and_shown_the_same(manifest, spelled, monkeypatch):
+    decoded: list[str] = []
+    read = pairs.read_image
+
+    def counted(manifest, sample, **options):
+        decoded.append(sample.key)
+        return read(manifest, sample, **options)
+
+    monkeypatch.setattr(pairs, "read_image", counted)
+    kept = batches_of(manifest, spelled)
+    first = [kept[step] for step in range(10)]
+    shown = sum(len(batch["image"]) for batch in first)
+    assert len(decoded) == len(set(decoded)) < shown  # more than one epoch
+    monkeypatch.setattr(pairs, "KEPT_BYTES", 12 * len(kept.rows) - 1)  # three floats per picture
+    again = batches_of(manifest, spelled)
+    decoded.clear()
+    assert all(same(batch, again[step]) for step, batch in enumerate(first))
+    assert len(decoded) == shown
+    assert not again.kept
 
 
 def test_a_picture_that_vanished_is_named(tmp_path):

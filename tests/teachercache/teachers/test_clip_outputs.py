@@ -305,20 +305,16 @@ def test_clip_lite_puts_each_position_through_its_head():
     assert found["patch_token"].shape == (3, 49, 1280)
     assert_same(found["patch_token"].mean(1), found["image_emb"])
     assert_same(found["patch_emb"], found["patch_token"])  # its head is the identity
-    assert model_cfg("")["vision_cfg"]["timm_proj"] == "mlp"
+    assert model_cfg("")["vision_cfg"]["timm_proj"] == "linear"
     module, preprocess = towers()
     whole = make_teacher(
         "lite", module, preprocess, teacher.tokenize, weights="", outputs=("embeddings", "patches")
     )
     assert preprocess["mean"] == PREPROCESS["mean"]
     again = said(whole)
-    mlp = module.visual.head.mlp
     with torch.no_grad():
-        by_hand = mlp.fc2(nn.functional.gelu(mlp.fc1(found["patch_token"])))
-    assert_same(again["patch_emb"], by_hand)
-    assert not torch.allclose(
-        again["patch_emb"].mean(1), again["image_emb"], rtol=1e-3, atol=1e-4
-    )  # not linear
+        assert_same(again["patch_emb"], module.visual.head(found["patch_token"]))
+    assert_same(again["patch_emb"].mean(1), again["image_emb"])  # a linear head after a mean
     # the text tower: masked mean over the block before the last
     ids = inputs_for(teacher)["text"]
     mask = (ids != 0).long()
@@ -331,6 +327,21 @@ def test_clip_lite_puts_each_position_through_its_head():
     assert "text_hidden_6" not in found  # MiniLM has six blocks
     deep = load("clip-lite-towers", outputs=("hidden:5",))
     assert_same(said(deep)["text_hidden_5"], torch.stack(masked))
+
+
+def test_padding_at_the_end_is_not_computed():
+    teacher = load("clip-lite-towers")
+    ids = teacher.tokenize(["a bird", "a bird on a branch of an old tree"])
+    lengths = []
+    hook = teacher.module.text.transformer.register_forward_pre_hook(
+        lambda _, __, named: lengths.append(named["input_ids"].shape[1]), with_kwargs=True
+    )
+    with torch.no_grad():
+        short = teacher.encode(teacher.module, {"text": ids})["text_emb"]
+        whole = teacher.module.encode_text(ids)
+    hook.remove()
+    assert lengths == [11, 32]  # nine words, [CLS] and [SEP]
+    assert_same(short, whole)
 
 
 # ----------------------------------------------------------------------------------------------------
