@@ -27,12 +27,11 @@ from teachercache.cache.layout import block_rows_for
 from teachercache.cache.lease import lease
 from teachercache.cache.locks import has_locks
 from teachercache.cache.spec import CacheMeta
-from teachercache.core.command import UNFINISHED
 from teachercache.core.device import Precision
 from teachercache.core.errors import UserError
 from teachercache.core.leftovers import sweep, sweep_beside
 from teachercache.core.process import keep_memory, rank, terminable, world_size
-from teachercache.core.progress import say, ticker
+from teachercache.core.progress import ticker
 from teachercache.core.urls import explain_errors
 from teachercache.data.manifest import Manifest
 from teachercache.data.views import Augment
@@ -268,20 +267,3 @@ def _write(cache: store.Cache, block: int, assembled: Block, stages: Stages) -> 
     picture_bytes.write_times(cache, block, assembled.times)
     stages.add("write", time.perf_counter() - begin, rows)
     stages.log(block, rows)
-
-
-def announce(summary: Summary) -> int:
-    """Print the result of a build and what to do next; return the exit code."""
-    cache = summary.cache
-    if summary.blocks_left:
-        say(
-            f"{summary.blocks_left} blocks are being written by another builder; run the same command to check on them"
-        )
-        return 0 if world_size() > 1 else UNFINISHED  # another rank of this job completes the cache
-    if summary.quarantined:
-        say(
-            f"{summary.quarantined} entries in {cache.path / 'quarantine.jsonl'} (unusable rows or texts); once they are "
-            "mended: the same command with --retry"
-        )
-    say(f"{cache.path} is complete: {cache.meta.rows:,} rows ({summary.rows_written:,} written now)")
-    return 0

@@ -7,7 +7,9 @@ or a name below. pydantic checks; it is imported when the first value is checked
 import dataclasses
 import functools
 import re
+import types
 import typing
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Interval, MinLen
@@ -91,6 +93,34 @@ def check_record(record: Any, option: str = "--set ") -> None:
             check(value, kind)
         except ValueError as error:
             raise UserError(f"{option}{name}={value}: {error}") from error
+
+
+def check_options(options: Mapping[str, Any], keywords: type | None = None, **kinds: Any) -> None:
+    """Check the keyword options of a function, whose names are those of the command line with underscores.
+
+    Args:
+        options: The options as they were given.
+        keywords: A TypedDict of their types.
+        **kinds: Types of further options.
+
+    Raises:
+        UserError: No such option, or a value of another kind or out of its range.
+    """
+    known = typing.get_type_hints(keywords, include_extras=True) if keywords else {}
+    known |= kinds
+    for name, value in options.items():
+        if name not in known:
+            raise UserError(f"no option '{name}': {closest(name, known)}choose from {', '.join(known)}")
+        kind = known[name]
+        parts = (
+            typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
+        )
+        if value is None and type(None) in parts:
+            continue
+        try:
+            check(value, parts[0] if set(parts[1:]) <= {type(None)} else kind)
+        except ValueError as error:
+            raise UserError(f"{name}={value}: {error}") from error
 
 
 def _checked(value: Any, kind: Any, text: str, *, from_strings: bool) -> Any:

@@ -11,8 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 from small import build_cache
 
+from teachercache.api import default_cache
 from teachercache.cache import store
-from teachercache.cli import default_cache, main
+from teachercache.cli import main
 from teachercache.core.errors import UserError
 from teachercache.data import columns
 from teachercache.data.manifest import Manifest, load_manifest, make_manifest, write_manifest

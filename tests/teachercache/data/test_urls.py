@@ -16,8 +16,9 @@ import pyarrow.parquet as pq
 import pytest
 from small import build_cache, make_folder
 
+from teachercache.api import default_cache
 from teachercache.cache import store
-from teachercache.cli import default_cache, main
+from teachercache.cli import main
 from teachercache.core import urls as remote
 from teachercache.core.errors import UserError
 from teachercache.core.paths import as_path

@@ -1,0 +1,1 @@
+"""The commands of `student`, one module each: read options, call one function, print."""

@@ -1,0 +1,1 @@
+"""The commands of `tc`, one module each: read options, call one function, print."""
