@@ -2,8 +2,6 @@
 
 # --8<-- [start:imports]
 import dataclasses
-import os
-import signal
 
 import numpy as np
 from torch import Tensor, nn
@@ -14,10 +12,9 @@ from student.losses import clip_loss
 from student.recipe import Batch, Noise, Notes, Outputs, Progress, Recipe, Setting, Shapes, Terms
 from student.rows import Questions
 from visitor.losses import huber_loss
-from visitor.strict import StrictConstants
+from visitor.strict import StrictConstants, die_at
 from visitor.students import Chooser, Two
 
-KILL_VARIABLE = "VISITOR_KILL_AT"  # the step in whose loss the process kills itself
 # --8<-- [end:imports]
 
 
@@ -74,8 +71,7 @@ def pair_loss(
     outputs: Outputs, fields: Batch, constants: PairConstants, progress: Progress
 ) -> tuple[Terms, Notes]:
     """Compute CLIP's loss and a Huber distance to the teacher's per-pair field."""
-    if os.environ.get(KILL_VARIABLE) == str(progress.step):
-        os.kill(os.getpid(), signal.SIGKILL)
+    die_at(progress.step)
     image, text = normalize(outputs["image"].float()), normalize(outputs["text"].float())
     target = fields["affinity"] + 0.01 * fields["jitter"]
     terms = {
