@@ -38,6 +38,16 @@ LINKED = [*pages(), "CONTRIBUTING.md", "SECURITY.md", "data/README.md", "example
 
 
 @pytest.fixture(scope="module", autouse=True)
+def no_curves():
+    """Runs without curve.png, whose drawing takes longer than two steps."""
+    from student.training import loop
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "draw_curve", lambda run, terms: None)
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
 def small_teachers(tmp_path_factory: pytest.TempPathFactory):
     """Tiny CLIPs under the names of teachers that need weights."""
     folders = {

@@ -25,8 +25,9 @@ INDENTED = re.compile(rf"^    (?:{'|'.join(PROGRAMS)}) .*", re.MULTILINE)
 # On small data with small students: options that are appended to, or take the place of, those of a page
 SMALL_TRAIN = ("--steps", "2", "--set", "run.workers=0", "--set", "run.save_minutes=0")
 SMALL_STUDENTS = {"clip": "vit-micro", "clip_kd": "vit-micro", "psd": "vit-micro"}
-SMALL_DATA = {"--num": "24"}
-SCENES_OF_TASKS = ("--size", "64")
+SMALLER = {"model=vit-tiny-long": "model=vit-micro"}
+SMALL_DATA = {"scenes": ("--num", "16"), "scene_vcr_snli_ve": ("--num", "16", "--size", "64")}
+SMALL_DATA |= {"scene_winoground_aro": ("--num", "8")}
 # Commands and options of pages that other changes bring; each line goes once it is there
 PENDING = ("tc serve", "student compare", "student train --config")
 
@@ -121,6 +122,7 @@ def small_train(words: list[str]) -> list[str]:
     model = ["--set", f"model={SMALL_STUDENTS[recipe]}"] if recipe in SMALL_STUDENTS and not chosen else []
     micro = ["--micro-batch", "4"] if "--micro-batch" in words else []
     every = ["--eval-every", "2"] if "--eval-every" in words else []
+    words = [SMALLER.get(word, word) for word in words]
     return [*words[:1], *model, *words[1:], *SMALL_TRAIN, "--batch-size", "8", *micro, *every]
 
 
@@ -131,7 +133,7 @@ def run_script(module: str, words: list[str]) -> None:
     out = Path(words[words.index("--out") + 1])
     if out.exists():
         return
-    small = ["--num", SMALL_DATA["--num"], *(SCENES_OF_TASKS if "vcr" in module else ())]
+    small = SMALL_DATA[module.rpartition(".")[2]]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [module, *words, *small])
         main = importlib.import_module(module).main
