@@ -15,7 +15,7 @@ from torch import Tensor
 
 from teachercache.core.device import pick_device
 from teachercache.core.errors import UserError, is_machine
-from teachercache.core.progress import ticker
+from teachercache.core.progress import quiet_transformers, ticker
 from teachercache.teachers.allowed import check_folder
 
 if TYPE_CHECKING:
@@ -78,21 +78,16 @@ def load_text_model(
         )
     check_folder(folder)
     local = {"local_files_only": True, "trust_remote_code": False}
-    verbosity = transformers.utils.logging.get_verbosity()
-    transformers.utils.logging.set_verbosity_error()  # a new head causes long warnings
-    transformers.utils.logging.disable_progress_bar()
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **local)
-        auto_class = getattr(transformers, f"AutoModelFor{kind}")
-        model = auto_class.from_pretrained(folder, **local, dtype=torch.float32, **options)
+        with quiet_transformers():  # a new head causes long warnings
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **local)
+            auto_class = getattr(transformers, f"AutoModelFor{kind}")
+            model = auto_class.from_pretrained(folder, **local, dtype=torch.float32, **options)
     except Exception as error:  # transformers raises errors of many kinds about weights that it cannot read
         if is_machine(error):
             raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise UserError(f"{folder} cannot be loaded for {kind}: {reason}") from error
-    finally:
-        transformers.utils.logging.set_verbosity(verbosity)
-        transformers.utils.logging.enable_progress_bar()
     return model.to(pick_device()), tokenizer
 
 

@@ -128,22 +128,14 @@ def draw_importance(results: Mapping[str, Importance], out: Path, *, per_token: 
         out: The PNG to write.
         per_token: Draw the values per token.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     kinds = [f"{name}{'_per_token' if per_token else ''}" for name in ("picture", "text")]
     top = max(result.heads()[kind].max() for result in results.values() for kind in kinds)
     layers, heads = next(iter(results.values())).picture.shape
     size = (max(3.0, 0.32 * heads + 1.2), max(2.0, 0.26 * layers + 1.1))
-    figure, axes = plt.subplots(
-        len(results),
-        2,
-        figsize=(2 * size[0] + 0.8, len(results) * size[1]),
-        squeeze=False,
-        layout="constrained",
-    )
+    figure = Figure(figsize=(2 * size[0] + 0.8, len(results) * size[1]), layout="constrained")
+    axes = figure.subplots(len(results), 2, squeeze=False)
     for row, (name, result) in zip(axes, results.items(), strict=True):
         for axis, kind in zip(row, kinds, strict=True):
             values = result.heads()[kind]
@@ -176,13 +168,12 @@ def draw_token_scores(
         title: Title of the figure.
     """
     import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
 
     lines = wrapped(text)
     height = len(scores) * (ROW + LINE * len(lines)) + (0.4 if title else 0.1)
-    figure = plt.figure(figsize=(0.1 * WIDTH + 0.4, height))
+    figure = Figure(figsize=(0.1 * WIDTH + 0.4, height))
     axis = figure.add_axes((0, 0, 1, 1))
     axis.set(xlim=(-2, WIDTH + 2), ylim=(0, height))
     axis.axis("off")
@@ -197,8 +188,8 @@ def draw_token_scores(
         for start, end in lines:
             y -= LINE
             for i in range(start, end):
-                shaded = plt.cm.Oranges(shade[i]) if shade[i] else "white"
-                axis.add_patch(plt.Rectangle((i - start, y - 0.08), 1, LINE - 0.04, color=shaded, lw=0))
+                shaded = matplotlib.colormaps["Oranges"](shade[i]) if shade[i] else "white"
+                axis.add_patch(Rectangle((i - start, y - 0.08), 1, LINE - 0.04, color=shaded, lw=0))
                 axis.text(
                     i - start + 0.5,
                     y,
@@ -235,9 +226,6 @@ def _shades(length: int, spans: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 
 def _save(figure: "Figure", out: Path) -> Path:
-    """Write a figure as PNG, and close it."""
-    import matplotlib.pyplot as plt
-
+    """Write a figure as PNG."""
     stream_whole(out, lambda file: figure.savefig(file, format="png", dpi=130))
-    plt.close(figure)
     return out

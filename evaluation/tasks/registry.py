@@ -353,7 +353,7 @@ def find(name: str) -> Task:
     elif base in points:
         task = _checked(points[base].load(), points[base].value)
     else:
-        return _checked(resolve(name, dict.fromkeys((*TASKS, *points)), kind="task"), name)
+        return _checked(resolve(name, dict.fromkeys((*TASKS, *SHORT, *points)), kind="task"), name)
     if not colon:
         return task
     bound = functools.partial(task.function, **parse_options(task, text))

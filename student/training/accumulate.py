@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from student.recipe import Progress
-from student.training.engine import take_optimizer_step
+from student.training.engine import random_state, set_random_state, take_optimizer_step
 from student.training.step import Engine, Loss
 
 Batch = dict[str, Tensor]
@@ -86,15 +86,3 @@ def split(whole: Batch, rows: list[int]) -> list[Batch]:
 def per_row(value: Tensor, rows: int) -> bool:
     """Return whether a tensor has one entry per row."""
     return value.ndim > 0 and len(value) == rows
-
-
-def random_state() -> tuple[Tensor, Tensor | None]:
-    """Return the states of the random generators of the CPU and of this process's GPU."""
-    return torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-
-
-def set_random_state(state: tuple[Tensor, Tensor | None]) -> None:
-    """Restore the states that `random_state` returned."""
-    torch.set_rng_state(state[0])
-    if state[1] is not None:
-        torch.cuda.set_rng_state(state[1])

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from student.contract import Student
 from student.distributed import on_first_rank
 from student.models.run_file import WEIGHTS, write_tensors
-from student.training.accumulate import random_state, set_random_state
 from student.training.checkpoint import save_student
+from student.training.engine import random_state, set_random_state
 from student.training.telemetry.metrics import Metrics, read_metrics
 from teachercache.core.digests import NAME, damage_of, write_proved
 from teachercache.core.progress import say

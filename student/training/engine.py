@@ -5,6 +5,7 @@ A run of a single process needs no launcher.
 
 import contextlib
 import datetime
+import importlib
 import importlib.util
 import math
 import os
@@ -15,7 +16,7 @@ from types import ModuleType
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from student.contract import (
     Capability,
@@ -73,6 +74,9 @@ def deepspeed_config(run: Run, optim: Optim, rows_per_rank: int, parameters: int
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
     }
+
+
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def start_distributed(device: str) -> None:
@@ -185,28 +189,74 @@ def take_optimizer_step(engine: Engine) -> None:
 
 
 def _import_deepspeed(device: str) -> ModuleType:
-    """Import DeepSpeed; on the CPU disable an op that takes a minute to compile and that gloo replaces."""
+    """Import DeepSpeed for a device, also after a training of this process on another one.
+
+    On the CPU, disable an op that takes a minute to compile and that gloo replaces.
+    """
     if device == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
+    from deepspeed.accelerator import get_accelerator, set_accelerator
 
+    kind = device.partition(":")[0]
+    if kind in ("cpu", "cuda") and get_accelerator().device_name() != kind:
+        module = importlib.import_module(f"deepspeed.accelerator.{kind}_accelerator")
+        set_accelerator(getattr(module, f"{kind.upper()}_Accelerator")())
     if device == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 
 
 @contextlib.contextmanager
-def unchanged_linear() -> Iterator[None]:
-    """Put `torch.nn.functional.linear` back at the end.
+def unchanged_process() -> Iterator[None]:
+    """Undo what a training changes in its process, so that a second one finds what it would find in a new process.
 
-    ZeRO 3 replaces it in the whole process by a function that rounds differently: later trainings and teachers of the
-    process would have other last bits.
+    - The process group of a single process is left, and its variables are removed, or children would take them for those
+      of a launcher. A launcher's group stays.
+    - The state of torch's random generators is put back.
+    - `torch.nn.functional.linear` is put back: ZeRO 3 replaces it by a function that rounds differently.
+    - Compiled code is dropped: after a few students torch.compile would give up, and the student would run uncompiled.
     """
-    before = nn.functional.linear
+    variables = {name: os.environ.get(name) for name in (*RANK_VARIABLES, "DS_ACCELERATOR", "WANDB_SILENT")}
+    linear, random = nn.functional.linear, random_state()
+    grouped = torch.distributed.is_available() and torch.distributed.is_initialized()
     try:
         yield
     finally:
-        nn.functional.linear = before
+        nn.functional.linear = linear
+        set_random_state(random)
+        if variables["RANK"] is None and not grouped:
+            leave_distributed()
+        for name, value in variables.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+        if "torch._dynamo" in sys.modules:
+            torch.compiler.reset()
+
+
+def random_state() -> tuple[Tensor, Tensor | None]:
+    """Return the states of the random generators of the CPU and of this process's GPU."""
+    return torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+
+
+def set_random_state(state: tuple[Tensor, Tensor | None]) -> None:
+    """Restore the states that `random_state` returned."""
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.cuda.set_rng_state(state[1])
+
+
+def leave_distributed() -> None:
+    """Leave the process group, in torch and in DeepSpeed, which keeps a reference of its own."""
+    if not torch.distributed.is_initialized():
+        return
+    comm = sys.modules.get("deepspeed.comm.comm")
+    if comm is None or comm.cdb is None:
+        torch.distributed.destroy_process_group()
+    else:
+        comm.destroy_process_group()
+        comm.cdb = None
 
 
 @contextlib.contextmanager
@@ -215,11 +265,16 @@ def quiet_deepspeed() -> Iterator[None]:
     import logging
     import warnings
 
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        warnings.simplefilter("ignore", DeprecationWarning)
-        yield
+    logger = logging.getLogger("DeepSpeed")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            warnings.simplefilter("ignore", DeprecationWarning)
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def clamp_scales(engine: Engine) -> None:

@@ -26,7 +26,7 @@ from student.training.engine import (
     start_distributed,
     start_engine,
     take_optimizer_step,
-    unchanged_linear,
+    unchanged_process,
 )
 from student.training.lock import only_trainer
 from student.training.pauses import Pauses
@@ -76,7 +76,7 @@ def train(
         UserError: The run cannot be trained, or its loss is not finite.
         KeyboardInterrupt: The run was stopped by a signal, after a checkpoint; Terminated for SIGTERM and SIGHUP.
     """
-    with terminable(), unchanged_linear():
+    with terminable(), unchanged_process():
         refuse_folder(run.out, resume=resume and not dry_run)
         count_micro_batches(recipe.batch, run.micro_batch)
         requested_sinks(run)
@@ -117,7 +117,8 @@ def _train_in(
     out = Path(run.out)
     engine = engine_of(recipe, run, prepared)
     speed = Speed(run, recipe.batch)
-    last = checkpoint.resume_newest(engine, out) if resume else None
+    with quiet_deepspeed():
+        last = checkpoint.resume_newest(engine, out) if resume else None
     on_first_rank(lambda: checkpoint.remove_old(out, run.keep))  # a kill may have left one more
     done = last or 0
     if resume:
@@ -128,7 +129,8 @@ def _train_in(
         step, stopping = run_steps(engine, prepared, recipe, speed, done, report, evaluate, pauses)
     if stopping:
         raise pauses.stop_error(step, out)
-    checkpoint.save_student(prepared.step.student, out)
+    with quiet_deepspeed():
+        checkpoint.save_student(prepared.step.student, out)
     if speed.steps and rank() == 0:
         write_proved(out / "speed.json", out, json.dumps(speed.facts()) + "\n")
         say(f"{out}: {speed.facts()['seconds_per_step']:.3f} s per step, {speed.summary()}")
@@ -221,7 +223,8 @@ def run_steps(
 def save_checkpoint(engine: Engine, run: Run, step: int) -> None:
     """Save a checkpoint, and remove all but the newest `run.keep`."""
     out = Path(run.out)
-    checkpoint.save(engine, out, step)
+    with quiet_deepspeed():
+        checkpoint.save(engine, out, step)
     on_first_rank(lambda: checkpoint.remove_old(out, run.keep))
 
 

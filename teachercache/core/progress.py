@@ -106,3 +106,20 @@ def ticker(total: int, unit: str, title: str) -> Iterator[Ticker]:
             yield tick
     else:
         yield tick
+
+
+@contextlib.contextmanager
+def quiet_transformers(*, hints: bool = False) -> Iterator[None]:
+    """Hide the progress bars of transformers, and its hints unless `hints`; put back what the process had chosen."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    if not hints:
+        logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

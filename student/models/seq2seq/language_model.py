@@ -7,12 +7,12 @@ from pathlib import Path
 
 from student.models.seq2seq.loading import is_seq2seq, load_seq2seq
 from student.models.seq2seq.model import Seq2Seq
+from teachercache.core.progress import quiet_transformers
 
 
 def write_language_model(student: Seq2Seq, folder: Path) -> None:
     """Write config.json, model.safetensors and the tokenizer's files with transformers."""
     from transformers import PreTrainedTokenizerFast
-    from transformers.utils import logging
 
     read, names = student.read_texts, ("bos", "pad", "eos", "mask")
     special = {
@@ -26,12 +26,9 @@ def write_language_model(student: Seq2Seq, folder: Path) -> None:
         **special,
         model_max_length=student.bart.config.max_position_embeddings,
     )
-    logging.disable_progress_bar()
-    try:
+    with quiet_transformers(hints=True):
         student.language_model().save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-    finally:
-        logging.enable_progress_bar()
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from student.models.run_file import is_run, load_weights, student_record
 from student.models.seq2seq.model import Seq2Seq
 from student.models.seq2seq.texts import NUM_MASKS, Reader, marks_of, word_starts
 from teachercache.core.errors import UserError, is_machine
+from teachercache.core.progress import quiet_transformers
 from teachercache.teachers.allowed import HUB_NAME, check_code_keys, check_source
 
 PACKAGED = Path(__file__).parent / "bart_tiny"  # written by scripts/teachers/bart_tiny.py
@@ -71,25 +72,21 @@ def open_bart(name: str, *, scratch: bool) -> tuple[BartForConditionalGeneration
     Raises:
         UserError: There is no BART of that name.
     """
-    from transformers.utils import logging
-
     source = NAMES.get(name, name)
     if not Path(source).is_dir() and not HUB_NAME.fullmatch(source):
         raise _no_bart(name, "neither a folder nor a name on the hub")
     check_source(source, f"--set model={name}")
-    logging.disable_progress_bar()
     try:
-        config = BartConfig.from_pretrained(source)
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False).backend_tokenizer
-        if scratch:
-            return BartForConditionalGeneration(config), tokenizer
-        bart = BartForConditionalGeneration.from_pretrained(source, use_safetensors=True, dtype="float32")
+        with quiet_transformers(hints=True):
+            config = BartConfig.from_pretrained(source)
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False).backend_tokenizer
+            if scratch:
+                return BartForConditionalGeneration(config), tokenizer
+            bart = BartForConditionalGeneration.from_pretrained(source, use_safetensors=True, dtype="float32")
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         if is_machine(error) or isinstance(error, UserError):
             raise
         raise _no_bart(name, (str(error).splitlines() or ["?"])[0][:160]) from error
-    finally:
-        logging.enable_progress_bar()
     return bart, tokenizer
 
 

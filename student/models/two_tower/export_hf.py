@@ -7,9 +7,8 @@ are converted exactly. The preprocessing may differ, and `notes` lists how: CLIP
 picture that open_clip would pad to a square.
 """
 
-import contextlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from student.models.two_tower.hf_tokenizer import clip_tokenizer
 from student.models.two_tower.model import ClipModel, TwoTower
 from teachercache.core.errors import UserError
+from teachercache.core.progress import quiet_transformers
 from teachercache.data.views import describe_view
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def write(student: TwoTower, folder: Path) -> list[str]:
     from transformers import CLIPProcessor, VisionTextDualEncoderProcessor
 
     dual = _is_dual(student)
-    with quiet():
+    with quiet_transformers():
         module = dual_encoder(student.model, student.model_cfg) if dual else clip_model(student.model)
         tokenizer = student.tokenizer.tokenizer if dual else clip_tokenizer(student.tokenizer, folder)
         processor = VisionTextDualEncoderProcessor if dual else CLIPProcessor
@@ -86,7 +86,7 @@ def load(folder: Path) -> Callable[[Tensor, list[str]], tuple[Tensor, Tensor]]:
     """
     from transformers import AutoModel, AutoTokenizer
 
-    with quiet():
+    with quiet_transformers():
         module = AutoModel.from_pretrained(folder, local_files_only=True).eval()
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
@@ -337,19 +337,3 @@ def _filled(module: Any, state: Mapping[str, Tensor]) -> Any:
 def refusal(reason: str) -> UserError:
     """Return the error for a student that transformers cannot express."""
     return UserError(f"transformers cannot express this student ({reason}): use --format open_clip")
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Silence progress bars and hints of transformers; the result is compared with the student afterwards."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()

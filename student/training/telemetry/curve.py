@@ -25,12 +25,10 @@ def draw_curve(run: Path, terms: Iterable[str]) -> Path | None:
     lines = read_metrics(run / "metrics.jsonl")
     if len(lines) < 2:
         return None
-    import matplotlib
+    from matplotlib.figure import Figure  # not pyplot, which would replace the backend of a notebook
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(7, 4))
+    figure = Figure(figsize=(7, 4))
+    axis = figure.subplots()
     _draw_terms(axis, lines, ["loss", *terms])
     if (run / "evals.jsonl").exists():
         _draw_scores(axis.twinx(), read_metrics(run / "evals.jsonl"))
@@ -38,7 +36,6 @@ def draw_curve(run: Path, terms: Iterable[str]) -> Path | None:
     figure.tight_layout()
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=120)
-    plt.close(figure)
     write_proved(run / "curve.png", run, content.getvalue())
     return run / "curve.png"
 

@@ -127,6 +127,7 @@ def read_vcr(path: Path, lines: list[dict[str, Any]], unused: Unused) -> Iterato
     Boxes (x1, y1, x2, y2 of each object) and labels are task columns; the test split has no labels. The files
     of the shortcut study (val_rule_singular, val_adv_...) have the same format.
     """
+    _vcr_boxes.cache_clear()  # the files may have changed since this process read them
     images = [_vcr_image(line) for line in lines]
     folders = ["vcr1images", "../vcr1images", "images", "../images", ""]
     names, size = [name for name in images if name], sizes_below(path.parent)

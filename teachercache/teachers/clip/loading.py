@@ -213,6 +213,7 @@ def _from_hub(name: str, repository: str, weights: str) -> tuple[Any, dict[str, 
 @contextlib.contextmanager
 def _hub(name: str) -> Iterator[None]:
     """Keep open_clip from logging, do without the hub where it cannot be reached, and explain its errors."""
+    level = logging.getLogger().level
     logging.getLogger().setLevel(logging.CRITICAL)  # open_clip logs failures to the root logger
     offline = huggingface_hub.constants.HF_HUB_OFFLINE
     huggingface_hub.constants.HF_HUB_OFFLINE = offline or not hub_answers()
@@ -234,7 +235,7 @@ def _hub(name: str) -> Iterator[None]:
             "you have), --weights random:0 (the same architecture, untrained), or --teacher clip-lite"
         ) from error
     finally:
-        logging.getLogger().setLevel(logging.WARNING)
+        logging.getLogger().setLevel(level)
         huggingface_hub.constants.HF_HUB_OFFLINE = offline
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from teachercache.cache.spec import TeacherSpec
 from teachercache.core.errors import UserError
+from teachercache.core.progress import quiet_transformers
 from teachercache.data.views import describe_view, image_view
 from teachercache.teachers.allowed import check_folder, check_tokenizer_class, read_config
 from teachercache.teachers.diffusion.model import PREDICTIONS, Diffusion, latent_shape
@@ -320,12 +321,9 @@ def _explain_errors(folder: Path) -> Iterator[None]:
     """Turn the exceptions of libraries about an unreadable folder into a UserError, and hide their
     progress bars.
     """
-    from transformers.utils import logging
-
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
     try:
-        yield
+        with quiet_transformers(hints=True):
+            yield
     except UserError:
         raise
     except Exception as error:
@@ -333,6 +331,3 @@ def _explain_errors(folder: Path) -> Iterator[None]:
         raise UserError(
             f"{folder} is not readable as a diffusers folder ({type(error).__name__}: {reason})"
         ) from error
-    finally:
-        if bars:
-            logging.enable_progress_bar()
