@@ -103,8 +103,8 @@ def table(record: type, values: Any, prefix: str = "") -> str:
         default = str(default).lower() if isinstance(default, bool) else default
         shown = "" if default is dataclasses.MISSING else f"`{default}`" if default != "" else "empty"
         allowed = words_of(typing.get_type_hints(record, include_extras=True)[field.name])
-        cells = [f"`{prefix}{field.name}`", shown, allowed, comments.get(field.name, "")]
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        cells = [f"`{prefix}{field.name}`", shown, allowed, escaped(comments.get(field.name, ""))]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -171,20 +171,18 @@ def help_of(command: "click.Command", context: "click.Context") -> Iterator[str]
     for parameter in command.get_params(context):
         record = parameter.get_help_record(context)
         if record and "--help" not in record[0]:
-            names, words = (" ".join(text.split()).replace("|", "\\|") for text in record)
+            names, words = (" ".join(text.split()) for text in record)
             lines.append(f"| `{names}` | {escaped(words)} |")
     if len(lines) > 2:
         yield "\n".join(lines)
 
 
 def escaped(text: str) -> str:
-    """Escape what Markdown would take for tags, outside of code."""
+    """Escape what Markdown would take for tags, emphasis and cells, outside of code."""
     parts = text.split("`")
-    outer = (part.replace("<", "&lt;").replace("*", "\\*") for part in parts[::2])
-    inner = parts[1::2]
-    return "`".join(
-        part for pair in zip(outer, [*inner, None], strict=False) for part in pair if part is not None
-    )
+    for i in range(0, len(parts), 2):
+        parts[i] = parts[i].replace("<", "&lt;").replace("*", "\\*").replace("|", "\\|")
+    return "`".join(parts)
 
 
 def reports() -> str:

@@ -92,7 +92,7 @@ EDGES = {(name, target) for name, path in MODULES.items() for target in imports(
 def floor_of(module: str) -> int | None:
     """The place of a module's floor within its package, None for the package itself."""
     package, *rest = module.split(".")
-    if not rest or rest[0] in ("__main__", "check_prose", "demo_table", "record", "tree"):
+    if not rest or rest[0] in ("__main__", "check_prose", "demo_table", "docs_pages", "record", "tree"):
         return None
     floors = [(floor,) if isinstance(floor, str) else floor for floor in FLOORS[package]]
     found = [place for place, floor in enumerate(floors) if rest[0] in floor]

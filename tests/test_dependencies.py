@@ -41,6 +41,8 @@ INDIRECT = {
     "tensorboard": "torch.utils.tensorboard needs it",
     "moto": "a test server in a process of its own",
     "pytest-xdist": "scripts/test",
+    "mkdocs-material": "the theme in mkdocs.yml",
+    "mkdocstrings": "API pages, named in mkdocs.yml",
     "ruff": "scripts/test",
     "mypy": "scripts/test",
     "codespell": "scripts/test",
