@@ -62,7 +62,8 @@ def on_page_markdown(markdown: str, page: "Page", config: "MkDocsConfig", files:
 
     markdown = LINK.sub(moved, markdown)
     for mark, generate in GENERATED.items():
-        markdown = re.sub(rf"<!-- {mark}: .*? -->", lambda _, made=generate: made(), markdown)
+        start, found, rest = markdown.partition(f"<!-- {mark}: scripts/docs_pages.py -->")
+        markdown = start + generate() + rest if found else markdown
     return markdown
 
 
@@ -129,7 +130,9 @@ def comments_of(record: type) -> dict[str, str]:
     """Return the comments beside, or alone above, the fields of a dataclass, by the name of the field."""
     import inspect
 
-    comments, above = {}, []
+    comments: dict[str, str] = {}
+    above: list[str] = []
+    last = ""
     for line in inspect.getsource(record).splitlines():
         code, _, comment = line.strip().partition("#")
         field = re.match(r"(\w+): ", code)

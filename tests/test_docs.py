@@ -38,12 +38,14 @@ LINKED = [*pages(), "CONTRIBUTING.md", "SECURITY.md", "data/README.md", "example
 
 
 @pytest.fixture(scope="module", autouse=True)
-def no_curves():
-    """Runs without curve.png, whose drawing takes longer than two steps."""
+def no_drawings():
+    """Runs without curve.png, whose drawing takes longer than two steps; reports without PNG files."""
     from student.training import loop
+    from teachercache.analysis.report import write
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "draw_curve", lambda run, terms: None)
+        patch.setattr(write, "draw_figures", lambda report, page, out: [])
         yield
 
 
@@ -101,8 +103,19 @@ def test_every_block_of_a_page_runs(page, world, tmp_path):
                 for words in commands(block):
                     if not is_pending(words):
                         (check if block.mark else run)(words)
+            elif block.mark == "included":
+                assert included(block.text)
             elif block.language == "python":
-                assert "--8<--" in block.text or compile(block.text, str(block), "exec")
+                assert compile(block.text, str(block), "exec")
+
+
+def included(text: str) -> str:
+    """The code that a block includes by the name of a file, or of a section between marks in it."""
+    found = re.fullmatch(r'--8<-- "([^":]+)(?::(\w+))?"\n', text)
+    assert found, f"not a line that includes code: {text}"
+    source = (ROOT / found[1]).read_text(encoding="utf-8")
+    mark = "# --8<-- [{}:" + f"{found[2]}]\n"
+    return source.partition(mark.format("start"))[2].partition(mark.format("end"))[0] if found[2] else source
 
 
 @pytest.mark.parametrize("page", pages())
@@ -193,4 +206,5 @@ def test_the_site_builds_strictly_and_loads_nothing_from_elsewhere(tmp_path):
         assert not [url for pair in loaded for url in pair if re.match(r"\w+:|//", url)]
     assert "--outputs" in (tmp_path / "reference/commands.html").read_text(encoding="utf-8")
     assert "mask_ratio" in (tmp_path / "reference/settings.html").read_text(encoding="utf-8")
+    assert "huber_loss" in (tmp_path / "how-to/add_recipe.html").read_text(encoding="utf-8")
     assert (tmp_path / "source/tests/third_party/visitor/teachers.py").is_file()
