@@ -16,6 +16,7 @@ from evaluation.tasks.registry import find as find_task
 from evaluation.tasks.task import Kind
 from student.recipe import DEMO_DATA, Recipe, Run
 from teachercache.core.errors import UserError
+from teachercache.core.progress import status
 from teachercache.core.ranges import MOST, Number, Seed, check_options
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ class Trained:
         steps: The number of steps that the run has taken.
         metrics: The last line of metrics.jsonl: `loss`, its terms and `lr`; empty for a dry run.
         scores: The last line of evals.jsonl, empty without `eval_every`.
-        next_command: The command to run next.
+        next_command: The command to type next.
     """
 
     run: Path
@@ -71,7 +72,7 @@ class Trained:
     steps: int
     metrics: Mapping[str, float]
     scores: Mapping[str, float]
-    next_command: str
+    next_command: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,9 +93,10 @@ class Export:
 
 
 def resolve(
-    recipe: str,
+    recipe: str | None = None,
     data: str | Path | None = None,
     *,
+    config: str | Path | None = None,
     cache: str | Path | None = None,
     out: str | Path | None = None,
     settings: Settings = (),
@@ -105,6 +107,7 @@ def resolve(
     from student.settings import TrainOptions, resolve_run
 
     check_options(options, TrainKeywords)
+    resume = {True: "yes", "auto": "auto"}.get(options.get("resume", False), "")
     chosen = TrainOptions(
         data=_text(data),
         cache=_text(cache),
@@ -113,18 +116,26 @@ def resolve(
         batch=options.get("batch_size"),
         micro_batch=options.get("micro_batch"),
         eval_every=options.get("eval_every"),
-        report_to=options.get("report_to") or "",
-        seed=options.get("seed") or 0,
-        online_teacher=options.get("live", False),
+        report_to=options.get("report_to"),
+        seed=options.get("seed"),
+        online_teacher=options.get("live") or None,
     )
-    resume = {True: "yes", "auto": "auto"}.get(options.get("resume", False), "")
-    return resolve_run(find(recipe), chosen, _settings(settings), resume=resume)
+    if config is None:
+        if recipe is None:
+            raise UserError("pass --recipe NAME (`student recipes` lists them), or --config RUN.json")
+        return resolve_run(find(recipe), chosen, _settings(settings), resume=resume)
+    from student.run_config import read_config
+
+    read = read_config(config, recipe)
+    saved = read.run | ({"out": str(read.folder)} if resume else {})
+    return resolve_run(read.recipe, chosen, _settings(settings), resume=resume, saved=saved)
 
 
 def train(
-    recipe: str,
+    recipe: str | None = None,
     data: str | Path | None = None,
     *,
+    config: str | Path | None = None,
     cache: str | Path | None = None,
     out: str | Path | None = None,
     settings: Settings = (),
@@ -135,6 +146,7 @@ def train(
     Args:
         recipe: A name of `student recipes`, or package.module:RECIPE.
         data: The training data, as in `build`; default: the recipe's.
+        config: The run.json of a run, whose recipe and settings are taken; the other arguments come on top.
         cache: A cache or a folder of caches; default: caches/<data>.
         out: The run folder; default: runs/<recipe>-<time>.
         settings: Constants of the recipe, `optim.NAME` and `run.NAME`: {"fd": 1000, "optim.lr": 1e-3}.
@@ -144,11 +156,12 @@ def train(
         UserError: The run cannot be trained; the message says what to change.
         KeyboardInterrupt: A signal stopped the run, after a checkpoint.
     """
-    chosen, run = resolve(recipe, data, cache=cache, out=out, settings=settings, **options)
+    chosen, run = resolve(recipe, data, config=config, cache=cache, out=out, settings=settings, **options)
 
-    from student.inference.measure import score_while_training
+    with status("importing libraries"):
+        from student.inference.measure import score_while_training
+        from student.training import loop
     from student.settings import on_this_machine
-    from student.training import loop
     from student.training.telemetry.metrics import read_metrics
 
     run = on_this_machine(run)
@@ -199,7 +212,8 @@ def evaluate(
     check_options({"samples": samples}, samples=Number | None)
     if task == "all":
         return evaluate_all(models, data, samples=samples, figures=figures, out=out).results
-    from student.inference.measure import measure_models
+    with status("importing libraries"):
+        from student.inference.measure import measure_models
 
     if out is not None:
         raise UserError(
@@ -223,7 +237,8 @@ def evaluate_all(
     out: str | Path | None = None,
 ) -> "Report":
     """Measure models on every data set below a folder; return the results and the data sets that were skipped."""
-    from student.inference.measure import measure_suite
+    with status("importing libraries"):
+        from student.inference.measure import measure_suite
 
     if samples:
         raise UserError(SAMPLES_ERROR)
@@ -242,14 +257,21 @@ def export(run: str | Path, format: str, out: str | Path | None = None) -> Expor
     Raises:
         UserError: The student cannot be exported; the message says why.
     """
-    from student.export import write
+    with status("importing libraries"):
+        from student.export import write
 
     if format not in write.FORMATS:
         raise UserError(f"--format {format}: choose from {', '.join(write.FORMATS)}")
     run = Path(run)
-    folder = Path(out) if out else Path("exports", f"{run.resolve().name}-{format}")
-    folder, exported = write.export(run, folder, format)
+    folder = Path(out) if out else default_export(run, format)
+    with status(f"exporting {run}"):
+        folder, exported = write.export(run, folder, format)
     return Export(folder, format, exported.call.format(folder), tuple(exported.notes))
+
+
+def default_export(run: Path, format: str) -> Path:
+    """Return exports/<run>-<format>."""
+    return Path("exports", f"{run.resolve().name}-{format}")
 
 
 def _text(value: str | Path | None) -> str | None:

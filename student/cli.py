@@ -8,10 +8,12 @@ from student.commands.generate import generate
 from student.commands.recipes import recipes
 from student.commands.train import train
 from student.commands.verify import verify
+from teachercache import __version__
 from teachercache.core.command import run_command
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="student", message="%(prog)s %(version)s")
 def student() -> None:
     """Train students on cached teacher outputs, evaluate them and export them.
 

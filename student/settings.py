@@ -8,6 +8,7 @@ import difflib
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from evaluation.tasks.registry import find as find_task
@@ -99,13 +100,18 @@ class TrainOptions:
     batch: int | None  # --batch-size
     micro_batch: int | None
     eval_every: int | None
-    report_to: str
-    seed: int
-    online_teacher: bool  # --live
+    report_to: str | None
+    seed: int | None
+    online_teacher: bool | None  # --live
 
 
 def resolve_run(
-    recipe: Recipe[Any], options: TrainOptions, settings: Iterable[str], *, resume: str
+    recipe: Recipe[Any],
+    options: TrainOptions,
+    settings: Iterable[str],
+    *,
+    resume: str,
+    saved: Mapping[str, Any] = MappingProxyType({}),
 ) -> tuple[Recipe[Any], Run]:
     """Return recipe and run with options and settings applied.
 
@@ -114,24 +120,20 @@ def resolve_run(
         options: Options of `student train`.
         settings: Values of --set, each `key=value`.
         resume: "yes", "auto" or "", the value of --resume.
+        saved: Settings of a run that stand where no option was given (`--config`).
 
     Raises:
         UserError: An unknown setting, a value of a wrong type or out of its range, or no run to resume.
     """
-    recipe = dataclasses.replace(
-        recipe, steps=options.steps or recipe.steps, batch=options.batch or recipe.batch
-    )
-    data = recipe.data if options.data is None else options.data
-    run = Run(
-        data=data,
-        cache=str(cache_folder(data)) if options.cache is None else options.cache,
-        out=run_folder(recipe.name, resume=resume) if options.out is None else options.out,
-        seed=options.seed,
-        online_teacher=options.online_teacher,
-        micro_batch=options.micro_batch or 0,
-        eval_every=options.eval_every or 0,
-        report_to=options.report_to,
-    )
+    given = {name: value for name, value in dataclasses.asdict(options).items() if value is not None}
+    sizes = {name: given.pop(name) for name in ("steps", "batch") if name in given}
+    recipe = dataclasses.replace(recipe, **sizes)
+    values = {"data": recipe.data, **saved, **given}
+    if "cache" not in given and ("data" in given or "cache" not in saved):
+        values["cache"] = str(cache_folder(values["data"]))
+    if "out" not in values:
+        values["out"] = run_folder(recipe.name, resume=resume)
+    run = Run(**values)
     kinds = kinds_of(Run)
     for name, option in OPTIONS.items():
         try:

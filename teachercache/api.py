@@ -12,7 +12,7 @@ from typing import Annotated, Any, TypedDict, Unpack
 from annotated_types import Interval
 
 from teachercache.core.paths import as_path
-from teachercache.core.progress import say
+from teachercache.core.progress import say, status
 from teachercache.core.ranges import Name, Number, check_options
 
 DEMO_DATA = "data/demo"
@@ -112,7 +112,8 @@ def build(
     if weights.startswith("random:"):
         say(f"WARNING: --weights {weights}: the architecture of {name} with random weights, untrained")
 
-    from teachercache.build.loop import build as run
+    with status("importing libraries"):
+        from teachercache.build.loop import build as run
     from teachercache.teachers.registry import load
 
     loaded = load(name, weights=weights, outputs=wanted)
@@ -160,7 +161,8 @@ def search(
     """
     check_options({"top": top}, top=Number)
 
-    from teachercache.search.query import search_cache
+    with status("importing libraries"):
+        from teachercache.search.query import search_cache
 
     paths, names = tuple(map(Path, images)), tuple(keys)
     return search_cache(cache, text=text, images=paths, keys=names, field=field, top=top, teacher=teacher)

@@ -2,6 +2,7 @@
 
 import click
 
+from teachercache import __version__
 from teachercache.commands.analyze import analyze
 from teachercache.commands.build import build
 from teachercache.commands.index import index
@@ -14,6 +15,7 @@ from teachercache.core.command import run_command
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="tc", message="%(prog)s %(version)s")
 def tc() -> None:
     """Run a frozen vision-language teacher once and store its outputs.
 

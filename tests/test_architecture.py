@@ -40,6 +40,7 @@ FLOORS = {  # within a package, a folder or module imports only those before it 
         "training",
         "inference",
         "export",
+        "run_config",
         "api",
         "commands",
         "cli",

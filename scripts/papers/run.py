@@ -143,9 +143,10 @@ def run_one(folder: Path, argv: Sequence[str], evaluations: Evaluations = TASKS)
             with contextlib.redirect_stdout(io.StringIO()) as output:
                 if student(command):
                     return (errors.getvalue().strip().splitlines() or ["?"])[-1]
-            for n, line in enumerate(output.getvalue().splitlines() if command[0] == "eval" else []):
+            results = json.loads(output.getvalue())["results"] if command[0] == "eval" else []
+            for n, result in enumerate(results):
                 prefix = "".join(f"{level}/" for level in (name, "other" if n else "") if level)
-                metrics |= {prefix + key: value for key, value in json.loads(line)["metrics"].items()}
+                metrics |= {prefix + key: value for key, value in result["metrics"].items()}
         if trained:
             metrics |= json.loads((run / "speed.json").read_text())
             shutil.rmtree(run / "checkpoints")

@@ -137,7 +137,10 @@ def leaves(value: Any, name: str = "") -> dict[str, Any]:
 def of_output(text: str) -> Any:
     """Return what a command printed: numbers and words of JSON lines, any other line as it is."""
     lines = text.splitlines()
-    return leaves([plain(json.loads(line)) if line.startswith("{") else [line] for line in lines])
+    values: list[Any] = [plain(json.loads(line)) if line.startswith("{") else [line] for line in lines]
+    if len(values) == 1 and set(values[0]) == {"results", "skipped"}:  # of `student eval`
+        values = values[0]["results"]
+    return leaves(values)
 
 
 def facts_of(name: str, path: Path, output: Path) -> Any:

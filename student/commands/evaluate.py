@@ -1,31 +1,34 @@
 """`student eval`: measure models on a task."""
 
-import json
 from pathlib import Path
 
 import click
 
 from evaluation.tasks.registry import SHORT, TASKS
-from student.commands.options import local
+from student.commands.options import local, model_names, task_names
 from student.recipe import DEMO_DATA
-from teachercache.commands.options import json_option
+from teachercache.commands.options import any_path, names_in, output_options, print_json
 from teachercache.core.command import place, text
-from teachercache.core.progress import show
+from teachercache.core.progress import show, suggest
 from teachercache.core.ranges import MOST
 
 
 @click.command("eval")
-@click.argument("models", nargs=-1, type=place, required=True, metavar="MODEL...")
+@click.argument(
+    "models", nargs=-1, type=place, required=True, metavar="MODEL...", shell_complete=names_in(model_names)
+)
 @click.option(
     "--task",
     type=text,
     required=True,
+    shell_complete=names_in(task_names),
     help=f"One of {', '.join(TASKS)}; short names: {', '.join(SHORT)}; or all: the data sets below --data.",
 )
 @click.option(
     "--data",
     type=place,
     default=DEMO_DATA,
+    shell_complete=any_path,
     show_default=True,
     help="The evaluation data: its test split, or all of it if it has no splits.",
 )
@@ -40,7 +43,7 @@ from teachercache.core.ranges import MOST
 @click.option(
     "--samples", type=click.IntRange(1, MOST), help="Noise draws per match of a diffusion MODEL; default: 16."
 )
-@json_option
+@output_options
 def evaluate(
     models: tuple[str, ...],
     task: str,
@@ -74,14 +77,28 @@ def evaluate(
         from evaluation.results.suite_tables import suite_table
 
         report = api.evaluate_all(models, data, **more)
-        printed = {"results": report.results, "skipped": report.skipped}
-        print(json.dumps(printed)) if as_json else show(suite_table(report))
-        return
-    from evaluation.results.run import table
-
-    results = api.evaluate(models, task, data, **more)
-    if as_json:
-        # One line for each model and each way in which it answers
-        print(*map(json.dumps, results), sep="\n")
+        results, skipped, text_table = report.results, report.skipped, suite_table(report)
     else:
-        show(table(results))
+        from evaluation.results.run import table
+
+        results, skipped = api.evaluate(models, task, data, **more), []
+        text_table = table(results)
+    print_json({"results": results, "skipped": skipped}) if as_json else show(text_table)
+    suggest(*next_command(models[0]))
+
+
+def next_command(model: str) -> tuple[str, ...]:
+    """Return what to type after the evaluation of a run, or of any other model."""
+    from student.api import default_export
+    from student.export.write import FORMATS
+    from student.inference.load import load_run
+
+    folder = Path(model)
+    if not (folder / "model.safetensors").exists() or not (folder / "run.json").exists():
+        return "student", "recipes"
+    capabilities = load_run(folder).capabilities()
+    forms = [form for form, needed in FORMATS.items() if needed in capabilities]
+    fresh = [form for form in forms if not default_export(folder, form).exists()]
+    if fresh:
+        return "student", "export", model, "--format", fresh[0]
+    return "student", "verify", model

@@ -4,13 +4,14 @@ from pathlib import Path
 
 import click
 
-from student.commands.options import local
+from student.commands.options import local, run_path
+from teachercache.commands.options import output_options, print_json
 from teachercache.core.command import path
-from teachercache.core.progress import say, show
+from teachercache.core.progress import say, show, suggest
 
 
 @click.command()
-@click.argument("run", type=path)
+@click.argument("run", type=path, shell_complete=run_path)
 @click.option(
     "--format",
     "form",
@@ -19,7 +20,8 @@ from teachercache.core.progress import say, show
     help="The library that loads the folder: open_clip, or hf for transformers.",
 )
 @click.option("--out", type=local, help="The folder to write; default: exports/<run>-<format>.")
-def export(run: Path, form: str, out: Path | None) -> None:
+@output_options
+def export(run: Path, form: str, out: Path | None, as_json: bool) -> None:
     """Export a trained student, without distillation heads, into a folder for open_clip or transformers.
 
     \u0008
@@ -32,4 +34,5 @@ def export(run: Path, form: str, out: Path | None) -> None:
     for note in exported.notes:
         say(note)
     say(f"{exported.folder}: {exported.load}")
-    show(exported.folder)
+    print_json(exported) if as_json else show(exported.folder)
+    suggest("student", "verify", exported.folder)

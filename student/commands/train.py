@@ -5,30 +5,42 @@ from typing import Any
 
 import click
 
+from student.commands.options import recipe_names, run_path
+from teachercache.commands.options import SEED, any_path, names_in, output_options, paths_of, print_json
 from teachercache.core.command import place, text
-from teachercache.core.process import rank
-from teachercache.core.progress import say
+from teachercache.core.progress import suggest
 from teachercache.core.ranges import MOST
 
 
 @click.command()
 @click.option(
     "--recipe",
-    required=True,
     type=text,
-    help="A name from `student recipes`, or package.module:RECIPE.",
+    shell_complete=names_in(recipe_names),
+    help="A name from `student recipes`, or package.module:RECIPE; with --config, the recipe of that run.",
+)
+@click.option(
+    "--config",
+    type=place,
+    metavar="RUN.json",
+    shell_complete=paths_of("runs/*/run.json"),
+    help="The run.json of a run, whose recipe and settings are taken; options and --set come on top.",
 )
 @click.option(
     "--data",
     type=place,
+    shell_complete=any_path,
     help="The training data, as in `tc build --data`; default: the recipe's (`student recipes NAME`).",
 )
 @click.option(
     "--cache",
     type=place,
+    shell_complete=paths_of("caches/*/*.zarr", "caches/*", "*.zarr"),
     help="A cache or a folder of caches, separated by commas for several teachers; default: caches/<data>.",
 )
-@click.option("--out", type=place, help="The run folder; default: runs/<recipe>-<time>.")
+@click.option(
+    "--out", type=place, shell_complete=run_path, help="The run folder; default: runs/<recipe>-<time>."
+)
 @click.option("--steps", type=click.IntRange(1, MOST), help="Number of training steps.")
 @click.option("--batch-size", type=click.IntRange(2, MOST), help="Rows per step, over all processes.")
 @click.option(
@@ -41,8 +53,8 @@ from teachercache.core.ranges import MOST
     type=click.IntRange(1, MOST),
     help="Steps between evaluations; the best student so far is kept in OUT/best.",
 )
-@click.option("--report-to", default="", metavar="NAMES", help="tensorboard, wandb, or tensorboard,wandb.")
-@click.option("--seed", default=0, show_default=True, help="Seed of all random numbers.")
+@click.option("--report-to", metavar="NAMES", help="tensorboard, wandb, or tensorboard,wandb.")
+@click.option("--seed", type=SEED, help="Seed of all random numbers; default: 0.")
 @click.option(
     "--resume",
     is_flag=False,
@@ -68,14 +80,24 @@ from teachercache.core.ranges import MOST
     metavar="KEY=VALUE",
     help="Set a constant of the recipe, optim.NAME or run.NAME; repeatable.",
 )
+@output_options
+@click.pass_context
 def train(
-    recipe: str, data: str | None, resume: str | None, print_config: bool, dry_run: bool, **options: Any
+    context: click.Context,
+    recipe: str | None,
+    data: str | None,
+    resume: str | None,
+    print_config: bool,
+    dry_run: bool,
+    as_json: bool,
+    **options: Any,
 ) -> None:
     """Train a student with a recipe.
 
     \u0008
     student train --recipe clip_kd
     student train --recipe clip_kd --set fd=1000 --set model=ViT-S-16 --steps 10000
+    student train --config runs/clip_kd-20260101-120000/run.json --set fd=1000
     student train --recipe clip_kd --resume --out runs/clip_kd-20260101-120000
     torchrun --nproc-per-node 4 -m student train --recipe clip_kd --out runs/four --resume auto
 
@@ -85,11 +107,17 @@ def train(
     from student import api
 
     options |= {"resume": {"yes": True, "auto": "auto"}.get(resume or "", False), "dry_run": dry_run}
+    typed = [word for word in context.obj or () if word not in ("--dry-run", "--print-config")]
     if print_config:
-        from student.settings import as_json
+        from student.settings import as_json as json_of
 
-        print(json.dumps(as_json(*api.resolve(recipe, data, **options)), indent=1))
+        print(json.dumps(json_of(*api.resolve(recipe, data, **options)), indent=1))
+        suggest("student", *typed, "--dry-run")
         return
     trained = api.train(recipe, data, **options)
-    if rank() == 0 and not dry_run:
-        say(trained.next_command)
+    if as_json:
+        print_json(trained)
+    if dry_run:
+        suggest("student", *typed)
+    else:
+        suggest(*trained.next_command)

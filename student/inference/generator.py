@@ -19,6 +19,7 @@ from student.contract import Capability, Generates, require
 from student.inference.load import load_run
 from student.models.run_file import read_run
 from teachercache.core.errors import UserError, is_machine
+from teachercache.core.paths import closest_path
 from teachercache.data.pictures import decode_image, read_regular
 from teachercache.data.sample import BadSample
 from teachercache.teachers.registry import find_stored, load_stored, outputs_for
@@ -124,7 +125,8 @@ def describe_pictures(
         except (OSError, BadSample) as error:
             if is_machine(error):
                 raise
-            raise UserError(f"--image {file} cannot be read as a picture: {error}") from error
+            reason = error if isinstance(error, BadSample) else f"{error.strerror}: {closest_path(file)}"
+            raise UserError(f"--image {file} cannot be read as a picture: {reason}") from error
     decoding = ANSWERING if question else CAPTIONING
     masks = masks or decoding.masks
     prompt = answer_prompt(question, masks) if question else caption_prompt(masks)

@@ -11,6 +11,7 @@ from student.models.run_file import is_run
 from teachercache.core.device import pick_device
 from teachercache.core.errors import UserError
 from teachercache.core.paths import closest_path
+from teachercache.core.progress import status
 from teachercache.teachers.diffusion.model import diffusion_of
 from teachercache.teachers.registry import load
 from teachercache.teachers.teacher import Teacher
@@ -18,7 +19,8 @@ from teachercache.teachers.teacher import Teacher
 
 def load_run(folder: Path) -> Student:
     """Load the student of a run folder or exported folder in evaluation mode, on the CPU."""
-    student = load_student(folder)
+    with status(f"loading {folder}"):
+        student = load_student(folder)
     student.train(False)
     return student
 

@@ -10,6 +10,7 @@ from student.training.lock import NAME as LOCK
 from student.training.telemetry.metrics import read_metrics
 from teachercache.core.digests import NAME, damage_of, read_digests
 from teachercache.core.errors import UserError
+from teachercache.core.paths import closest_path
 
 LOGS = ("metrics.jsonl", "evals.jsonl")
 
@@ -55,7 +56,9 @@ def verify_folder(folder: Path) -> Verified:
         UserError: The folder is neither a run nor an export.
     """
     if not (is_run(folder) or (folder / NAME).exists() or (folder / "open_clip_config.json").exists()):
-        raise UserError(f"{folder} is neither a run nor an export: pass a folder that `student` wrote")
+        raise UserError(
+            f"{folder} is neither a run nor an export: {closest_path(folder)}pass a folder that `student` wrote"
+        )
     homes = [folder, *(path.parent for path in sorted(folder.glob("*/" + NAME)))]
     damaged: dict[str, str] = {}
     covered: set[Path] = set()

@@ -29,7 +29,7 @@ from student.training.batch_norm import has_trained_batch_norm
 from student.training.step import Engine, TrainStep
 from student.training.zero_state import is_sharded, set_sharded
 from teachercache.core.errors import UserError
-from teachercache.core.progress import say
+from teachercache.core.progress import say, status
 
 MAX_LOG_SCALE = math.log(100)  # as in CLIP, logit scales are clamped to this after each step
 
@@ -158,8 +158,9 @@ def start_engine(step: TrainStep, optim: Optim, run: Run, rows_per_rank: int) ->
     if optim.schedule not in ("cosine", "linear"):
         raise UserError(f"--set optim.schedule={optim.schedule}: choose cosine or linear")
     start_distributed(run.device)
-    with quiet_deepspeed():
+    with status("importing DeepSpeed"), quiet_deepspeed():
         deepspeed = _import_deepspeed(run.device)
+    with quiet_deepspeed():
         groups = parameter_groups(step, optim.weight_decay)
         trained = sum(parameter.numel() for group in groups for parameter in group["params"])
         betas = (optim.beta1, optim.beta2)

@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import json
-import shlex
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from student.contract import Capability, reason_against, require
+from student.contract import Capability, require
 from student.distributed import any_rank, from_all_ranks, mean_over_ranks, on_first_rank
 from student.inputs.loader import loader
 from student.recipe import Progress, Recipe, Run
@@ -39,8 +38,10 @@ from student.training.telemetry.reporting import Report, reporting, requested_si
 from student.training.telemetry.speed import Speed, peak_memory
 from teachercache.core.digests import write_proved
 from teachercache.core.errors import UserError, is_machine
+from teachercache.core.paths import is_url
 from teachercache.core.process import keep_memory, rank, terminable, world_size
 from teachercache.core.progress import say, ticker
+from teachercache.data.manifest import Manifest
 
 
 class Trained(NamedTuple):
@@ -147,21 +148,29 @@ def engine_of(recipe: Recipe[Any], run: Run, prepared: Prepared) -> Engine:
     return engine
 
 
-def next_command(trained: Trained, recipe: Recipe[Any], run: Run) -> str:
-    """Return a line that suggests the next command, depending on the student's capabilities."""
+def next_command(trained: Trained, recipe: Recipe[Any], run: Run) -> tuple[str, ...]:
+    """Return the command to type next, depending on the student's capabilities."""
     folder, student, rows = str(trained.folder), trained.prepared.step.student, trained.prepared.rows
     capabilities = student.capabilities()
     if Capability.ANSWERS in capabilities and rows:
-        argv = ["student", "eval", folder, "--task", rows["task"]["name"], "--data", run.data]
-    elif Capability.ENCODES in capabilities:
-        argv = ["student", "eval", folder, "--task", "retrieval", "--data", run.data]
-    elif Capability.GENERATES in capabilities:
-        argv = ["student", "generate", folder, "--image", "FILE"]
-    elif rows:  # adapted, but not yet trained on answers
-        argv = ["student", "train", "--recipe", recipe.name, "--data", run.data, "--set", f"init={folder}"]
-    else:
-        return f"trained {folder}{reason_against(student, Capability.ENCODES)}"
-    return f"next: {shlex.join(argv)}"
+        return "student", "eval", folder, "--task", rows["task"]["name"], "--data", run.data
+    if Capability.ENCODES in capabilities:
+        return "student", "eval", folder, "--task", "retrieval", "--data", run.data
+    picture = first_picture(trained.prepared.batches.manifest)
+    if Capability.GENERATES in capabilities and picture:
+        return "student", "generate", folder, "--image", picture
+    if rows:  # adapted, but not yet trained on answers
+        return "student", "train", "--recipe", recipe.name, "--data", run.data, "--set", f"init={folder}"
+    return "student", "verify", folder
+
+
+def first_picture(manifest: Manifest) -> str:
+    """Return the path of a picture of the data that is a local file, or "" if none of the first rows has one."""
+    for row in range(min(len(manifest), 100)):
+        image = manifest.row(row).image
+        if image and not is_url(manifest.root) and (manifest.root / image).is_file():
+            return str(manifest.root / image)
+    return ""
 
 
 def run_steps(

@@ -9,6 +9,7 @@ All ranks decide alike: one reduction of a few flags per step.
 import contextlib
 import dataclasses
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -66,7 +67,13 @@ class Pauses:
 
     @contextlib.contextmanager
     def catching(self) -> Iterator[None]:
-        """Collect signals, so that the loop can finish its step first. Ignored ones stay ignored (nohup)."""
+        """Collect signals, so that the loop can finish its step first. Ignored ones stay ignored (nohup).
+
+        A training in another thread than the main one gets no signals.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
         handlers = {number: signal.getsignal(number) for number in CAUGHT}
         handlers = {number: handler for number, handler in handlers.items() if handler != signal.SIG_IGN}
         try:

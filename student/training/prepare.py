@@ -17,7 +17,7 @@ from student.training.step import TrainStep
 from teachercache.cache.store import Cache
 from teachercache.core.errors import UserError
 from teachercache.core.process import rank, world_size
-from teachercache.core.progress import say
+from teachercache.core.progress import say, status
 from teachercache.teachers.of_cache import load_teacher
 from teachercache.teachers.teacher import Teacher
 
@@ -54,7 +54,8 @@ def prepare(recipe: Recipe[Any], run: Run) -> Prepared:
     opened = open_rows(recipe.rows(constants), wanted, name=recipe.name)
     warn_of_random_teachers(opened.caches)
     torch.manual_seed(run.seed)  # so that student and heads are equal on all ranks
-    student = recipe.student(constants, opened.setting)
+    with status("building the student"):
+        student = recipe.student(constants, opened.setting)
     if run.zero == 3:
         require(student, Capability.SHARDS_PARAMETERS, "--set run.zero=3")
     shapes = opened.setting.shapes

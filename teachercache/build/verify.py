@@ -14,6 +14,7 @@ from teachercache.build.target import compare
 from teachercache.cache import store
 from teachercache.cache.repair import damaged_blocks, damaged_files
 from teachercache.core.errors import UserError
+from teachercache.core.progress import status
 from teachercache.data.manifest import Manifest
 from teachercache.data.read import read_manifest
 from teachercache.data.views import Augment
@@ -39,7 +40,8 @@ def verify_cache(path: str | Path, *, samples: int, teacher: str | None = None) 
     damaged = damaged_blocks(cache)
     files = damaged_files(cache)
     whole = not damaged and not files and len(store.done_blocks(cache)) == cache.meta.num_blocks
-    indexes = damaged_indexes(cache, compare=whole)
+    with status("checking indexes"):
+        indexes = damaged_indexes(cache, compare=whole)
     report: dict[str, Any] = {
         "damaged": damaged,
         "files": files,
@@ -53,7 +55,9 @@ def verify_cache(path: str | Path, *, samples: int, teacher: str | None = None) 
     store.open_complete(path)
     if not samples:
         return report
-    cosines = _live_cosines(cache, load_teacher(cache, teacher), samples)
+    loaded = load_teacher(cache, teacher)
+    with status(f"computing {samples} rows again"):
+        cosines = _live_cosines(cache, loaded, samples)
     report["cosine"] = {name: {"min": float(c.min()), "mean": float(c.mean())} for name, c in cosines.items()}
     report["ok"] = all(values["min"] >= BAR for values in report["cosine"].values())
     return report

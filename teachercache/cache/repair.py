@@ -21,7 +21,7 @@ from teachercache.cache.layout import metadata
 from teachercache.cache.picture_bytes import damaged_times
 from teachercache.core.errors import UserError, is_machine
 from teachercache.core.paths import is_url, write_whole
-from teachercache.core.progress import say
+from teachercache.core.progress import say, ticker
 from teachercache.data.manifest import Manifest, digest_rows, is_as_written, write_manifest
 
 
@@ -33,19 +33,25 @@ def damaged_blocks(cache: store.Cache, *, suspects: bool = False) -> dict[int, s
         suspects: Read only files of finished blocks that are not older than the done record, which is written last.
             A file that is changed in place is found so, a bit that turns on the disk is not.
     """
-    damaged = {}
-    for block in store.listed_blocks(cache):
-        record = store.done_record(cache, block)
-        if record is None:
-            damaged[block] = "its done record is damaged"
-            continue
-        if suspects and not store.covers(cache, record):
-            continue  # another builder may be writing it just now
-        names = _suspects(cache, record) if suspects else list(record["files"])
-        reason = next(filter(None, (_damage(cache, name, *record["files"][name]) for name in names)), "")
-        if reason:
-            damaged[block] = reason
+    damaged, blocks = {}, list(store.listed_blocks(cache))
+    with ticker(len(blocks), "blocks", "checking files") as tick:
+        for block in blocks:
+            reason = _damage_of_block(cache, block, suspects=suspects)
+            if reason:
+                damaged[block] = reason
+            tick.step(1)
     return damaged
+
+
+def _damage_of_block(cache: store.Cache, block: int, *, suspects: bool) -> str:
+    """Return what is wrong with the first damaged file of a block, or ""."""
+    record = store.done_record(cache, block)
+    if record is None:
+        return "its done record is damaged"
+    if suspects and not store.covers(cache, record):
+        return ""  # another builder may be writing it just now
+    names = _suspects(cache, record) if suspects else list(record["files"])
+    return next(filter(None, (_damage(cache, name, *record["files"][name]) for name in names)), "")
 
 
 def _damage(cache: store.Cache, name: str, size: int, checksum: int) -> str:

@@ -4,7 +4,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from teachercache.commands.options import DEMO_DATA, NUMBER
+from teachercache.commands.next_steps import suggest_use
+from teachercache.commands.options import (
+    DEMO_DATA,
+    NUMBER,
+    any_path,
+    cache_path,
+    names_in,
+    output_options,
+    print_json,
+    teacher_names,
+)
 from teachercache.core.command import UNFINISHED, place, text
 from teachercache.core.process import world_size
 from teachercache.core.progress import say
@@ -14,10 +24,18 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.option("--teacher", "name", required=True, type=text, help="A name of `tc teachers`.")
+@click.option(
+    "--teacher",
+    "name",
+    required=True,
+    type=text,
+    help="A name of `tc teachers`.",
+    shell_complete=names_in(teacher_names),
+)
 @click.option(
     "--data",
     type=place,
+    shell_complete=any_path,
     default=DEMO_DATA,
     show_default=True,
     help="A folder of images, .tar shards, Parquet, captions, questions, texts, ...: see `tc manifest "
@@ -27,6 +45,7 @@ if TYPE_CHECKING:
 @click.option(
     "--out",
     type=place,
+    shell_complete=cache_path,
     help="The cache, a folder or a URL; default caches/<data>/<teacher>.zarr, "
     "<teacher>-views.zarr with --views.",
 )
@@ -79,6 +98,7 @@ if TYPE_CHECKING:
     help="Leave blocks that another builder writes to it, and return exit code 3; otherwise wait for them, and take "
     "them over if that builder dies.",
 )
+@output_options
 def build(
     name: str,
     data: str,
@@ -86,6 +106,7 @@ def build(
     outputs: str | None,
     weights: str,
     limit: int | None,
+    as_json: bool,
     **options: Any,
 ) -> int:
     """Run a teacher over data and write a cache. A build that is killed resumes with the same command.
@@ -103,20 +124,29 @@ def build(
 
     wait = not options.pop("no_wait")
     options |= {"outputs": outputs, "weights": weights, "limit": limit, "wait": wait}
-    return announce(api.build(name, data, out, **options))
+    built = api.build(name, data, out, **options)
+    if as_json:
+        print_json(built)
+    return announce(built)
 
 
 def announce(built: "Built") -> int:
     """Print the result of a build and what to do next; return the exit code."""
+    from teachercache.cache.store import open_cache
+
     if built.blocks_left:
         say(
             f"{built.blocks_left} blocks are being written by another builder; run the same command to check on them"
         )
-        return 0 if world_size() > 1 else UNFINISHED  # another rank of this job completes the cache
+        if world_size() > 1:
+            return 0  # another rank of this job completes the cache
+        suggest_use(open_cache(built.cache), done="build")
+        return UNFINISHED
     if built.quarantined:
         say(
             f"{built.quarantined} entries in {built.cache / 'quarantine.jsonl'} (unusable rows or texts); once they are "
             "mended: the same command with --retry"
         )
     say(f"{built.cache} is complete: {built.rows:,} rows ({built.rows_written:,} written now)")
+    suggest_use(open_cache(built.cache), done="build")
     return 0

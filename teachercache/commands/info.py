@@ -1,11 +1,11 @@
 """`tc info`: show what a cache holds."""
 
-import json
 from typing import TYPE_CHECKING
 
 import click
 
-from teachercache.commands.options import json_option
+from teachercache.commands.next_steps import suggest_use
+from teachercache.commands.options import cache_path, output_options, print_json
 from teachercache.core.command import place
 from teachercache.core.progress import show
 
@@ -14,10 +14,15 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("cache", type=place)
-@json_option
+@click.argument("cache", type=place, shell_complete=cache_path)
+@output_options
 def info(cache: str, as_json: bool) -> None:
-    """Show what a cache holds: teacher, fields, rows, finished blocks."""
+    """Show what a cache holds: teacher, fields, rows, finished blocks.
+
+    \u0008
+    tc info caches/demo/clip-lite.zarr
+    tc info caches/demo/clip-lite.zarr --json
+    """
     from teachercache.cache import store
     from teachercache.cache.spec import to_dict
 
@@ -35,9 +40,10 @@ def info(cache: str, as_json: bool) -> None:
             "quarantined": len(invalid),
             "bytes": size,
         }
-        print(json.dumps({**to_dict(meta), **facts}))
-        return
-    print_info(opened, blocks_done=len(done), unusable=len(invalid), size=size)
+        print_json({**to_dict(meta), **facts})
+    else:
+        print_info(opened, blocks_done=len(done), unusable=len(invalid), size=size)
+    suggest_use(opened, done="info")
 
 
 def print_info(opened: "Cache", *, blocks_done: int, unusable: int, size: int) -> None:

@@ -1,19 +1,19 @@
 """`tc manifest`: show how data is read, and save it."""
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 import click
 
-from teachercache.commands.options import NUMBER, SEED, json_option
+from teachercache.commands.next_steps import suggest_first_build
+from teachercache.commands.options import DEMO_DATA, NUMBER, SEED, any_path, output_options, print_json
 from teachercache.core.command import place
 from teachercache.core.paths import as_path
 from teachercache.core.progress import printable, say, show
 
 
 @click.command()
-@click.argument("data", type=place)
+@click.argument("data", type=place, shell_complete=any_path)
 @click.option("--out", type=place, help="Write a manifest .parquet, which --data takes.")
 @click.option("--limit", type=NUMBER, help="Only the first N rows.")
 @click.option(
@@ -22,7 +22,7 @@ from teachercache.core.progress import printable, say, show
     help="Give a share of the training rows wrong texts: shuffle, partial or near.",
 )
 @click.option("--noise-seed", default=0, show_default=True, type=SEED)
-@json_option
+@output_options
 def manifest(
     data: str, out: str | None, limit: int | None, noise: str | None, noise_seed: int, as_json: bool
 ) -> None:
@@ -38,6 +38,10 @@ def manifest(
       x.jsonl          VCR, SNLI-VE
       x.csv x.tsv      a table with a header, or CC3M's captions and urls beside a folder of downloaded images
       x.txt            texts without images, one per line: class names, answers
+
+    \u0008
+    tc manifest photos/
+    tc manifest dataset_coco.json --out coco.parquet
     """
     from teachercache.data.read import find_sources, join_sources, save
     from teachercache.data.summary import describe
@@ -59,9 +63,10 @@ def manifest(
         save(rows_read, as_path(out))
         say(f"wrote {out}: pass it as --data {out}")
     if as_json:
-        print(json.dumps(facts))
-        return
-    print_manifest(facts)
+        print_json(facts)
+    else:
+        print_manifest(facts)
+    suggest_first_build(out or data, DEMO_DATA)
 
 
 def print_manifest(facts: Mapping[str, Any]) -> None:

@@ -1,29 +1,43 @@
 """`tc search`: find the rows nearest to a text, an image or a row."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
-from teachercache.commands.options import NUMBER, field_option, json_option, teacher_option
+from teachercache.commands.options import (
+    NUMBER,
+    any_path,
+    cache_path,
+    field_option,
+    output_options,
+    print_json,
+    teacher_option,
+)
 from teachercache.core.command import path, place
 from teachercache.core.command import text as text_type
-from teachercache.core.progress import printable, show
+from teachercache.core.progress import printable, show, suggest
 
 
 @click.command()
-@click.argument("cache", type=place)
+@click.argument("cache", type=place, shell_complete=cache_path)
 @click.argument("text", type=text_type, required=False)
-@click.option("--image", "images", type=path, multiple=True, help="Search by an image; may be repeated.")
+@click.option(
+    "--image",
+    "images",
+    type=path,
+    multiple=True,
+    shell_complete=any_path,
+    help="Search by an image; may be repeated.",
+)
 @click.option(
     "--key", "keys", type=text_type, multiple=True, help="Search by a row of the cache; may be repeated."
 )
 @field_option
 @click.option("--top", default=10, show_default=True, type=NUMBER)
 @teacher_option
-@json_option
+@output_options
 def search(
     cache: str,
     text: str | None,
@@ -46,9 +60,14 @@ def search(
     results = api.search(cache, text, images=images, keys=keys, field=field, top=top, teacher=teacher)
     if as_json:
         query = " + ".join([*filter(None, [text]), *map(str, images), *keys])
-        print(json.dumps({"query": query, "results": results}))
-        return
-    print_results(results)
+        print_json({"query": query, "results": results})
+    else:
+        print_results(results)
+    if results and not keys:
+        more = ["--field", field] if field else []
+        suggest("tc", "search", cache, *more, "--key", results[0]["key"])
+    else:
+        suggest("tc", "info", cache)
 
 
 def print_results(results: Sequence[Mapping[str, Any]]) -> None:

@@ -1,12 +1,12 @@
 """`tc teachers`: list the names that `--teacher` takes."""
 
-import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import click
 
-from teachercache.commands.options import json_option
+from teachercache.commands.next_steps import suggest_first_build
+from teachercache.commands.options import DEMO_DATA, output_options, print_json
 from teachercache.core.progress import show
 
 if TYPE_CHECKING:
@@ -14,9 +14,14 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@json_option
+@output_options
 def teachers(as_json: bool) -> None:
-    """List the teachers that `--teacher` takes."""
+    """List the teachers that `--teacher` takes.
+
+    \u0008
+    tc teachers
+    tc teachers --json
+    """
     from teachercache.teachers.registry import TEACHERS, installed_teachers
 
     installed = {
@@ -25,9 +30,10 @@ def teachers(as_json: bool) -> None:
     }
     if as_json:
         ours = {name: {"doc": entry.doc, "outputs": entry.outputs} for name, entry in TEACHERS.items()}
-        print(json.dumps({**{name: {"doc": doc} for name, doc in installed.items()}, **ours}))
-        return
-    print_teachers(TEACHERS, installed)
+        print_json({**{name: {"doc": doc} for name, doc in installed.items()}, **ours})
+    else:
+        print_teachers(TEACHERS, installed)
+    suggest_first_build(DEMO_DATA, DEMO_DATA)
 
 
 def print_teachers(ours: "Mapping[str, Entry]", installed: Mapping[str, str]) -> None:

@@ -1,20 +1,20 @@
 """`tc verify`: check the files and some values of a cache."""
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 import click
 
-from teachercache.commands.options import json_option, teacher_option
+from teachercache.commands.next_steps import suggest_use
+from teachercache.commands.options import cache_path, output_options, print_json, teacher_option
 from teachercache.core.command import place
 from teachercache.core.errors import UserError
-from teachercache.core.progress import say, show
+from teachercache.core.progress import say, show, status
 from teachercache.core.ranges import MOST
 
 
 @click.command()
-@click.argument("cache", type=place)
+@click.argument("cache", type=place, shell_complete=cache_path)
 @click.option(
     "--samples",
     default=64,
@@ -23,21 +23,28 @@ from teachercache.core.ranges import MOST
     help="Rows to compute again with the teacher; 0 checks the files only.",
 )
 @teacher_option
-@json_option
+@output_options
 def verify(cache: str, samples: int, teacher: str | None, as_json: bool) -> None:
     """Check the checksum of every file, and recompute some rows with the teacher (cosine at least 0.999).
 
     Damaged blocks, files and indexes are listed with the command that makes them again. Nothing is written.
+
+    \u0008
+    tc verify caches/demo/clip-lite.zarr
+    tc verify caches/demo/clip-lite.zarr --samples 0
     """
-    from teachercache.build.verify import verify_cache
+    with status("importing libraries"):
+        from teachercache.build.verify import verify_cache
+    from teachercache.cache.store import open_cache
 
     report = verify_cache(cache, samples=samples, teacher=teacher)
     if as_json:
-        print(json.dumps(report))
+        print_json(report)
     else:
         print_report(report)
     refuse_damage(report)
     say(f"{cache} is complete and undamaged")
+    suggest_use(open_cache(cache), done="verify")
 
 
 def print_report(report: Mapping[str, Any]) -> None:

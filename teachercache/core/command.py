@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from teachercache.core.errors import MACHINE as MACHINE_ERRNOS
-from teachercache.core.errors import UserError, is_machine
+from teachercache.core.errors import UserError, closest, is_machine
+from teachercache.core.paths import closest_path
 from teachercache.core.process import Terminated
 from teachercache.core.progress import printable, write_any_letter
 
@@ -85,10 +86,14 @@ def run_command(group: "click.Group", args: list[str] | None = None) -> int:
 def _run(group: "click.Group", words: list[str]) -> int:
     if any("\0" in word for word in words):
         raise UserError("the command line has a NUL character: no path or name has one")
-    if any(re.fullmatch("_[A-Z]+_COMPLETE", name) for name in os.environ):
-        group.main(words)  # a shell asks what may follow; leaves with SystemExit
+    if f"_{str(group.name).upper()}_COMPLETE" in os.environ:
+        group.main(words, prog_name=group.name)  # a shell asks what may follow; leaves with SystemExit
+    first = next((word for word in words if not word.startswith("-")), None)
+    if first is not None and first not in group.commands:
+        names = ", ".join(group.commands)
+        raise UserError(f"No such command '{first}': {closest(first, group.commands)}choose from {names}")
     # Not `group.main`: it ends the process in silence on EPIPE of any file, and takes EOFError for Ctrl-D
-    with group.make_context(group.name, list(words)) as context:
+    with group.make_context(group.name, list(words), obj=words) as context:
         result = group.invoke(context)
     if sys.stdout is not None:  # None where the shell closed it
         sys.stdout.flush()  # a full disk or a closed pipe shows here, not at the exit of the process
@@ -198,6 +203,8 @@ def _words_of(error: BaseException) -> str:
         return f"out of memory{f': {error}' if str(error) else ''}"
     if isinstance(error, OSError) and error.strerror:
         names = [str(name) for name in (error.filename, error.filename2) if name is not None]
+        if isinstance(error, FileNotFoundError) and len(names) == 1 and (hint := closest_path(names[0])):
+            return f"{error.strerror}: {names[0]}: {hint.strip()}"
         return ": ".join([error.strerror, " -> ".join(names)] if names else [error.strerror])
     text = str(error)
     found = _WORKER.match(text)

@@ -5,8 +5,10 @@ encoding lacks.
 """
 
 import contextlib
+import contextvars
 import io
 import re
+import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -42,16 +44,68 @@ def write_any_letter() -> None:
                 stream.reconfigure(errors="backslashreplace")
 
 
+LONG = 10.0  # seconds between two lines of progress where there is no terminal
+# Of the current context alone: two threads may differ
+_QUIET = contextvars.ContextVar("quiet", default=False)
+_LIVE = contextvars.ContextVar("live", default=False)  # whether a bar or a status line is shown
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Print neither progress nor notices; warnings and errors remain."""
+    with _set(_QUIET, True):
+        yield
+
+
+@contextlib.contextmanager
+def _set(variable: contextvars.ContextVar[bool], value: bool) -> Iterator[None]:
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)
+
+
 def say(*words: object) -> None:
     """Print a line to stderr on rank 0; stdout stays reserved for the output of a command."""
-    if rank() == 0:
-        print(printable_lines(" ".join(map(str, words))), file=sys.stderr, flush=True)
+    line = " ".join(map(str, words))
+    if rank() == 0 and (not _QUIET.get() or line.startswith("WARNING")):
+        print(printable_lines(line), file=sys.stderr, flush=True)
+
+
+def suggest(*argv: object) -> None:
+    """Print the command to type next, quoted for a shell."""
+    say(f"next: {shlex.join(map(str, argv))}")
+
+
+def _shows_bars() -> bool:
+    return rank() == 0 and not _QUIET.get() and not _LIVE.get() and sys.stderr.isatty()
+
+
+@contextlib.contextmanager
+def status(title: str) -> Iterator[None]:
+    """Show what is being done: a status line on a terminal, and a line with the seconds if it took long.
+
+    Do not start processes inside: the line is drawn by a thread.
+    """
+    start = time.monotonic()
+    if _shows_bars():
+        from rich.console import Console
+        from rich.text import Text
+
+        with _set(_LIVE, True), Console(stderr=True).status(Text(f"{printable(title)} ...")):
+            yield
+    else:
+        yield
+    seconds = time.monotonic() - start
+    if seconds > LONG:
+        say(f"{title}: {seconds:.0f} s")
 
 
 class Ticker:
     """Progress with a rate and an ETA: a rich bar on a terminal, otherwise a plain line every few seconds."""
 
-    def __init__(self, total: int, unit: str, *, every: float = 10.0) -> None:
+    def __init__(self, total: int, unit: str, *, every: float = LONG) -> None:
         self.total, self.unit, self.every = total, unit, every
         self.done, self.start, self.last = 0, time.monotonic(), time.monotonic()
         self.bar: Any = None  # a rich Progress on a terminal
@@ -80,7 +134,7 @@ class Ticker:
 def ticker(total: int, unit: str, title: str) -> Iterator[Ticker]:
     """Yield a Ticker that is shown on rank 0."""
     tick = Ticker(total, unit)
-    if rank() == 0 and sys.stderr.isatty():
+    if _shows_bars():
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
         from rich.table import Column
@@ -101,7 +155,7 @@ def ticker(total: int, unit: str, title: str) -> Iterator[Ticker]:
                 table_column=Column(no_wrap=True, overflow="ellipsis"),
             ),
         )
-        with Progress(*columns, console=Console(stderr=True)) as tick.bar:
+        with _set(_LIVE, True), Progress(*columns, console=Console(stderr=True)) as tick.bar:
             tick.task = tick.bar.add_task(title, total=total, rate="", note="")
             yield tick
     else:

@@ -14,7 +14,7 @@ from teachercache.core import urls as remote
 from teachercache.core.errors import UserError
 from teachercache.core.leftovers import sweep_beside
 from teachercache.core.paths import as_path, closest_path, is_url
-from teachercache.core.progress import say
+from teachercache.core.progress import say, status
 from teachercache.data.columns import COLUMN_FILES
 from teachercache.data.foreign import Foreign, is_data, parse_json, split_of
 from teachercache.data.manifest import (
@@ -57,14 +57,16 @@ def read_manifest(data: str, *, limit: int | None = None, quiet: bool = False) -
     """
     if quiet:
         name = ",".join(remote.tidy(part) for part in _parts(data))
-        return _join(name, find_sources(data), Unused(), limit=limit)
+        with status(f"reading {name}"):
+            return _join(name, find_sources(data), Unused(), limit=limit)
     return join_sources(data, find_sources(data), limit=limit)
 
 
 def join_sources(data: str, sources: list[Source], *, limit: int | None = None) -> Manifest:
     """Join the sources that `find_sources` returned into one manifest."""
     name, unused = ",".join(remote.tidy(part) for part in _parts(data)), Unused()
-    manifest = _join(name, sources, unused, limit=limit)
+    with status(f"reading {name}"):
+        manifest = _join(name, sources, unused, limit=limit)
     for line in manifest.unused.lines():
         say(f"{name}: {line}")
     for line in rows_without_split(manifest):

@@ -15,6 +15,7 @@ from jaxtyping import Float
 
 from teachercache.cache import store
 from teachercache.cache.locks import LOCK
+from teachercache.core import progress
 from teachercache.core.errors import UserError, closest
 from teachercache.core.leftovers import sweep_beside
 from teachercache.core.paths import is_url
@@ -144,11 +145,11 @@ def build_index(
     if not len(vectors):
         raise UserError(f"no usable row in {cache.path}: see {cache.path / 'quarantine.jsonl'}")
     chosen = _pick(len(vectors)) if kind == "auto" else kind
-    index = _empty(faiss, vectors, chosen)
-    _add(faiss, index, vectors)
-    return index_path(cache, field), _finish(
-        cache, index, vectors, field=field, kind=chosen, asked=kind, trained=len(vectors)
-    )
+    with progress.status(f"building an index ({chosen}) of {len(vectors):,} vectors"):
+        index = _empty(faiss, vectors, chosen)
+        _add(faiss, index, vectors)
+        record = _finish(cache, index, vectors, field=field, kind=chosen, asked=kind, trained=len(vectors))
+    return index_path(cache, field), record
 
 
 def _pick(num_vectors: int) -> str:

@@ -9,6 +9,7 @@ from importlib.metadata import EntryPoint
 
 from teachercache.core.errors import UserError, closest, resolve
 from teachercache.core.installed import installed
+from teachercache.core.progress import status
 from teachercache.teachers.allowed import PLAIN_NAME
 from teachercache.teachers.teacher import (
     CLIP_NEEDS,
@@ -204,7 +205,8 @@ def load_entry(entry: Entry, name: str, *, weights: str, outputs: tuple[str, ...
             raise UserError(
                 f"teacher {name} has no output '{output}': {near}choose from {', '.join(entry.outputs)}"
             )
-    return entry.load(name, weights=weights, outputs=outputs)
+    with status(f"loading {name}"):
+        return entry.load(name, weights=weights, outputs=outputs)
 
 
 # ----------------------------------------------------------------------------------------------------

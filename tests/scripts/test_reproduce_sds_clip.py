@@ -70,7 +70,7 @@ def test_an_existing_model_is_measured_without_training(tmp_path, monkeypatch):
 
     def student(command):
         commands.append(command)
-        print('{"metrics": {"acc1": 0.5}}')
+        print('{"results": [{"metrics": {"acc1": 0.5}}], "skipped": []}')
 
     monkeypatch.setattr("student.cli.main", student)
     folder = tmp_path / "runs" / "one"

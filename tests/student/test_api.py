@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import matplotlib
@@ -156,3 +157,11 @@ def test_evaluate_and_export(finished_run, squares, tmp_path, capsys):
         api.evaluate(finished_run, "retrievel", squares)
     with pytest.raises(UserError, match="samples=0"):
         api.evaluate(finished_run, "winoground", squares, samples=0)
+
+
+def test_a_training_in_a_thread(squares, cache, tmp_path):
+    """Such as that of a server or of a notebook's widget: signals belong to the main thread."""
+    words = {"recipe": "clip_kd", "settings": SMALL, "steps": 2, "batch_size": 8}
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(api.train, data=squares, cache=cache, out=tmp_path / "run", **words)
+        assert future.result().steps == 2

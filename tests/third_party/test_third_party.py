@@ -182,7 +182,7 @@ def test_a_killed_run_goes_on_with_the_same_bits(home, tmp_path):
 def test_a_run_is_measured_by_our_task_and_by_theirs(home, run, capsys):
     for task, metric in (("retrieval", "image_retrieval_recall@1"), ("visitor_brightness", "longer")):
         assert student(["eval", str(run), "--task", task, "--data", str(home / "pairs"), "--json"]) == 0
-        (result,) = map(json.loads, capsys.readouterr().out.splitlines())
+        (result,) = json.loads(capsys.readouterr().out)["results"]
         assert 0 <= result["metrics"][metric] <= 1
     assert (run / "eval").is_dir()
 
@@ -226,7 +226,7 @@ def test_a_question_recipe_trains_goes_on_and_answers(home, tmp_path, capsys):
     capsys.readouterr()
     words = ["eval", str(tmp_path / "run"), "--task", "vcr", "--data", str(data), "--json"]
     assert student(words) == 0
-    (result,) = map(json.loads, capsys.readouterr().out.splitlines())
+    (result,) = json.loads(capsys.readouterr().out)["results"]
     assert 0 <= result["metrics"]["q2a"] <= 1
     assert result["metrics"]["qa2r"].startswith("skipped")
 

@@ -3,10 +3,8 @@
 report.json holds every number and is written first.
 """
 
-import contextlib
 import datetime
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +26,7 @@ from teachercache.cache import store
 from teachercache.core.errors import UserError, closest
 from teachercache.core.leftovers import is_leftover_name, sweep
 from teachercache.core.paths import is_url, write_whole
-from teachercache.core.progress import say
+from teachercache.core.progress import status
 
 
 def default_out(cache: Path | str, against: Path | str | None = None) -> Path:
@@ -53,16 +51,15 @@ def analyze(
     report, per_row, moments = _one(first)
     overlap = np.full(len(first.main), np.nan)
     if second is not None and joined is not None:
-        with _section("two caches"):
+        with status("two caches"):
             report["against"], overlap = compare.against(first, second, joined)
         report["against"]["cache"] = describe.head(second)
     columns = {**slices.slice_columns(per_row), **({} if second is None else {"neighbors kept": overlap})}
     report["slices"] = slices.slices(first, columns)
-    with _section("map"):
+    with status("map"):
         rows = shown.rows_to_show(first, report, points)
         page = _shown(first, second, rows, report, per_row, columns, moments, kind)
-    with _section("pictures"):
-        small = thumbnails.make_thumbnails(first.manifest, rows)
+    small = thumbnails.make_thumbnails(first.manifest, rows)
     if small.missing:
         report["left_out"]["thumbnails"] = small.missing
     report = shown.name_rows(report, dict(zip(rows.tolist(), page.keys, strict=True)))
@@ -74,15 +71,6 @@ def _may_hold(out: Path) -> bool:
     if not out.is_dir():
         return False
     return (out / "report.json").exists() or all(is_leftover_name(path.name) for path in out.iterdir())
-
-
-@contextlib.contextmanager
-def _section(name: str) -> Iterator[None]:
-    """Print the duration of a section if it was long."""
-    start = time.monotonic()
-    yield
-    if time.monotonic() - start > 2:
-        say(f"{name}: {time.monotonic() - start:.0f} s")
 
 
 def _one(subject: Subject) -> tuple[dict[str, Any], describe.PerRow, dict[str, Any]]:
@@ -97,11 +85,11 @@ def _one(subject: Subject) -> tuple[dict[str, Any], describe.PerRow, dict[str, A
         "left_out": dict(subject.left_out),
         "quarantine": describe.quarantine(subject),
     }
-    with _section("the space"):
+    with status("the space"):
         report["space"], moments = describe.space(subject)
     centers = None
     try:
-        with _section("clusters"):
+        with status("clusters"):
             centers = clusters.fit_centers(subject.main)
             report["clusters"] = describe.groups_of_rows(subject, per_row, centers)
     except UserError as error:
@@ -113,10 +101,10 @@ def _one(subject: Subject) -> tuple[dict[str, Any], describe.PerRow, dict[str, A
             "retrieval": lambda: describe.retrieval(subject, per_row),
             "matrix": lambda: describe.matrix(subject, per_row),
         }
-    with _section("neighbours"):
+    with status("neighbors"):
         report["outliers"], report["hubness"] = describe.crowd(subject, per_row, centers)
     for name, make in sections.items():
-        with _section(name):
+        with status(name):
             report[name] = make()
     return report, per_row, moments
 
@@ -187,7 +175,7 @@ def _write(
     write_whole(out / "report.json", as_json(report) + "\n")
     how = "PCA of all rows" if kind == "pca" else "UMAP of the rows that are shown"
     note = f"{how}; {len(page.rows):,} of {len(first.main):,} rows. Neighbors are among these."
-    with _section("page"):
+    with status("page"):
         write_whole(out / "report.html", make_page(report, page, small, thumbnails.sheets(small), note=note))
     figures = draw_figures(report, page, out)
     command = write_points(page, small, out / "points.parquet")

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from teachercache.cache.spec import Field, TeacherSpec
 from teachercache.core.errors import UserError, closest, is_machine
+from teachercache.core.paths import closest_path
 from teachercache.core.progress import say
 from teachercache.data.views import describe_view, image_view
 from teachercache.teachers.allowed import check_open_clip, read_config
@@ -167,7 +168,9 @@ def _pretrained(name: str, architecture: str, tag: str, weights: str) -> tuple[A
     A file has neither view nor activation: both are those of the tag.
     """
     if weights != "pretrained" and not Path(weights).is_file():
-        raise UserError(f"--weights {weights}: no such file or folder (or write pretrained, or random:SEED)")
+        raise UserError(
+            f"--weights {weights}: no such file or folder: {closest_path(weights)}pass a checkpoint, pretrained or random:SEED"
+        )
     tag_cfg = open_clip.get_pretrained_cfg(architecture, tag)
     if not tag_cfg and weights != "pretrained":
         tags = open_clip.list_pretrained_tags_by_model(architecture)
@@ -198,7 +201,9 @@ def _from_hub(name: str, repository: str, weights: str) -> tuple[Any, dict[str, 
             f"--weights random:{seed} needs an architecture without download: try --teacher clip-vit-b16"
         )
     if weights != "pretrained" and not Path(weights).is_file():
-        raise UserError(f"--weights {weights}: no such file or folder (or write pretrained)")
+        raise UserError(
+            f"--weights {weights}: no such file or folder: {closest_path(weights)}pass a checkpoint or pretrained"
+        )
     download = open_clip.factory.download_pretrained_from_hf
     with _hub(name):
         config_path = Path(download(repository, filename="open_clip_config.json"))

@@ -69,7 +69,7 @@ def caches(tasks, teacher_folder, tmp_path_factory):
 def student_eval(capfd, *words: object) -> list[dict]:
     capfd.readouterr()
     assert main(["eval", *map(str, words), "--json"]) == 0
-    return [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+    return json.loads(capfd.readouterr().out)["results"]
 
 
 def cosine(a, b) -> float:

@@ -102,7 +102,7 @@ def test_models_of_both_kinds_stand_side_by_side(diffusion_folder, tmp_path, mon
     clip = save_teacher(tmp_path / "clip")
     words = ["eval", str(clip), str(diffusion_folder), "--task", "winoground", "--data", str(data)]
     assert main([*words, "--samples", "2", "--json"]) == 0
-    results = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+    results = json.loads(capfd.readouterr().out)["results"]
     assert [result["model"] for result in results] == [str(clip), str(diffusion_folder)]
     for result in results:
         assert {"text_score", "image_score", "group_score", "ties", "text_score_low"} <= set(
@@ -119,7 +119,7 @@ def test_models_of_both_kinds_stand_side_by_side(diffusion_folder, tmp_path, mon
 def test_a_run_keeps_its_result(finished_run, tmp_path, capfd):
     data = write_winoground(tmp_path / "wino", "folder", 4)
     assert main(["eval", str(finished_run), "--task", "winoground", "--data", str(data), "--json"]) == 0
-    result = json.loads(capfd.readouterr().out)
+    (result,) = json.loads(capfd.readouterr().out)["results"]
     assert json.loads((finished_run / "eval/wino_winoground.json").read_text()) == result
 
 

@@ -153,9 +153,9 @@ def test_two_models_side_by_side(two, data, capfd):
     found = []
     for model in two:
         assert main(["eval", model, "--task", "zeroshot", "--data", str(data), "--json"]) == 0
-        found.append(json.loads(capfd.readouterr().out))
+        found += json.loads(capfd.readouterr().out)["results"]
     assert main(["eval", *two, "--task", "zeroshot", "--data", str(data), "--json"]) == 0
-    assert [json.loads(line) for line in capfd.readouterr().out.splitlines()] == found
+    assert json.loads(capfd.readouterr().out)["results"] == found
 
 
 def test_all_of_a_folder(two, tmp_path, monkeypatch, capfd):

@@ -284,7 +284,7 @@ def test_the_task_runs_from_end_to_end_by_the_command(coco, resnet_folder, monke
     monkeypatch.setattr(coco_detection, "ONE_X", SHORT_RUN)
     assert main(["eval", str(resnet_folder), "--task", "coco_detection", "--data", str(coco), "--json"]) == 0
     captured = capfd.readouterr()
-    result = json.loads(captured.out)  # and nothing else: pycocotools prints a lot
+    (result,) = json.loads(captured.out)["results"]  # and nothing else: pycocotools prints a lot
     assert (result["dataset"], result["task"]) == ("tiny", "coco_detection")
     metrics = result["metrics"]
     assert (metrics["num_images"], metrics["num_train"], metrics["num_steps"], metrics["num_skipped"]) == (

@@ -281,7 +281,8 @@ def test_a_result_has_the_shape_of_clip_benchmark(short, data):
 
 def student_eval(capfd, *words: object) -> dict:
     assert main(["eval", *map(str, words), "--json"]) == 0
-    return json.loads(capfd.readouterr().out)
+    (result,) = json.loads(capfd.readouterr().out)["results"]
+    return result
 
 
 def test_a_run_and_its_export_measure_the_same(finished_run, squares, tmp_path, capfd):

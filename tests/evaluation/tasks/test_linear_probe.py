@@ -242,7 +242,7 @@ def test_a_teacher_is_probed_before_its_projection(teacher_folder, squares, capf
     assert (
         main(["eval", str(teacher_folder), "--task", "linear_probe", "--data", str(squares), "--json"]) == 0
     )
-    result = json.loads(capfd.readouterr().out)
+    (result,) = json.loads(capfd.readouterr().out)["results"]
     assert (result["task"], result["metrics"]["features"]) == ("linear_probe", "before the projection")
     assert result["metrics"]["num_images"] == 16
 

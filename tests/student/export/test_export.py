@@ -101,7 +101,7 @@ def test_files_and_the_model_card(exported, finished_run):
 def test_what_was_measured_is_in_the_card(finished_run, squares, tmp_path, capsys):
     shutil.copytree(finished_run, tmp_path / "run")
     assert main(["eval", str(tmp_path / "run"), "--task", "retrieval", "--data", str(squares), "--json"]) == 0
-    metrics = json.loads(capsys.readouterr().out)["metrics"]
+    metrics = json.loads(capsys.readouterr().out)["results"][0]["metrics"]
     assert (
         main(["export", str(tmp_path / "run"), "--format", "open_clip", "--out", str(tmp_path / "out")]) == 0
     )

@@ -458,7 +458,7 @@ def test_the_card_says_what_the_run_was(finished_run, squares, tmp_path, form, c
 
     run = shutil.copytree(finished_run, tmp_path / "run")
     assert main(["eval", str(run), "--task", "zeroshot", "--data", str(squares), "--json"]) == 0
-    metrics = json.loads(capsys.readouterr().out)["metrics"]
+    metrics = json.loads(capsys.readouterr().out)["results"][0]["metrics"]
     assert main(["export", str(run), "--format", form, "--out", str(tmp_path / "out")]) == 0
     card = (tmp_path / "out" / "README.md").read_text()
     front = yaml.safe_load(card.split("---\n")[1])

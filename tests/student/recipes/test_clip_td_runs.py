@@ -314,7 +314,7 @@ def test_a_run_answers_and_is_resumed_to_the_same_losses(home, tmp_path, monkeyp
         main(["eval", str(tmp_path / "run"), "--task", "vcr", "--data", str(data_of(home)["vcr"]), "--json"])
         == 0
     )
-    metrics = json.loads(capsys.readouterr().out)["metrics"]
+    metrics = json.loads(capsys.readouterr().out)["results"][0]["metrics"]
     manifest = read_manifest(str(data_of(home)["vcr"]))
     rows = manifest.rows_of_split("val")
     scores = load_task_model(tmp_path / "run", device="cpu").score(manifest, rows, "q2a")
@@ -431,7 +431,7 @@ def test_other_tasks_train_and_answer(home, tmp_path, task, monkeypatch, capsys)
         main(["eval", str(tmp_path / "run"), "--task", task, "--data", str(data_of(home)[task]), "--json"])
         == 0
     )
-    metrics = json.loads(capsys.readouterr().out)["metrics"]
+    metrics = json.loads(capsys.readouterr().out)["results"][0]["metrics"]
     columns = [json.loads(manifest.row(row).task) for row in rows.tolist()]
     if task == "snli_ve":
         right = [

@@ -51,7 +51,7 @@ def test_the_best_is_what_its_score_says(evaluated, squares, capsys):
     assert (
         main(["eval", str(evaluated / "best"), "--task", "retrieval", "--data", str(squares), "--json"]) == 0
     )
-    metrics = json.loads(capsys.readouterr().out)["metrics"]
+    metrics = json.loads(capsys.readouterr().out)["results"][0]["metrics"]
     first = next(line for line in lines if line["score"] == best_score(evaluated))
     assert {key: metrics[key] for key in KEYS} == {key: first[key] for key in KEYS}
 
