@@ -20,7 +20,21 @@ FENCE = re.compile(
     r"(?:^<!-- not run: (?P<mark>[^\n]+?) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$",
     re.MULTILINE | re.DOTALL,
 )
-PROGRAMS = ("tc", "student", "python", "bash", "pip", "torchrun", "mkdocs", "clip_benchmark", "cp", "rm")
+PROGRAMS = (
+    "tc",
+    "student",
+    "python",
+    "bash",
+    "pip",
+    "torchrun",
+    "mkdocs",
+    "clip_benchmark",
+    "cp",
+    "rm",
+    "mkdir",
+    "eval",
+    "echo",
+)
 INDENTED = re.compile(rf"^    (?:{'|'.join(PROGRAMS)}) .*", re.MULTILINE)
 # On small data with small students: options that are appended to, or take the place of, those of a page
 SMALL_TRAIN = ("--steps", "2", "--set", "run.workers=0", "--set", "run.save_minutes=0")
@@ -29,7 +43,7 @@ SMALLER = {"model=vit-tiny-long": "model=vit-micro"}
 SMALL_DATA = {"scenes": ("--num", "16"), "scene_vcr_snli_ve": ("--num", "16", "--size", "64")}
 SMALL_DATA |= {"scene_winoground_aro": ("--num", "4")}
 # Commands and options of pages that other changes bring; each line goes once it is there
-PENDING = ("tc serve", "student compare", "student train --config")
+PENDING = ("tc serve", "student compare")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +186,9 @@ def run_python(block: Block, names: dict) -> None:
 def check(words: list[str]) -> None:
     """Check a command that is not run: its program, script, options and settings exist."""
     program, *rest = words
-    if program in ("tc", "student"):
+    if re.fullmatch("_(TC|STUDENT)_COMPLETE=(bash|zsh|fish)_source", program):
+        assert rest[0] in ("tc", "student")
+    elif program in ("tc", "student"):
         check_click(program, rest)
     elif program == "torchrun":
         at = rest.index("-m")
