@@ -1,7 +1,7 @@
 """Check docstrings, comments, messages and pages for British spelling and for verbs of speech with tensors as subjects.
 
-    python -m scripts.check_prose                   # the folders in CLEAN and the pages in PAGES
-    python -m scripts.check_prose FILE ...          # those of the files that belong to CLEAN or PAGES
+    python -m scripts.check_prose                   # the folders in CLEAN and all pages
+    python -m scripts.check_prose FILE ...          # those of the files that it covers
 
 In Python files the check covers docstrings, comments, identifiers, and string literals that contain a space. Literals
 without a space are keys and names of data on disk, which keep their spelling. In Markdown files it covers the text outside
@@ -19,16 +19,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
-CLEAN = ("teachercache", "evaluation", "student", "scripts")  # folders whose Python files must pass
-PAGES = (
-    "README.md",
-    "CONTRIBUTING.md",
-    "data/README.md",
-    "docs/analysis.md",
-    "docs/outputs.md",
-    "docs/sd_tiny.md",
-    "docs/RESULTS.md",
-)
+CLEAN = (
+    "teachercache",
+    "evaluation",
+    "student",
+    "scripts",
+    "examples",
+)  # folders whose Python files must pass
+PAGES = ("README.md", "CONTRIBUTING.md", "data/README.md", "examples/README.md")
+FOLDERS_OF_PAGES = ("docs",)  # with all pages below
 
 BRITISH = re.compile(
     r"\w*(?:"
@@ -147,10 +146,10 @@ def findings(path: Path) -> list[Finding]:
 
 
 def checked_files(names: Iterable[str] = ()) -> list[Path]:
-    """Return the files to check: all in CLEAN and PAGES, or those of them that `names` contains."""
-    files = {path for folder in CLEAN for path in (ROOT / folder).rglob("*.py")} | {
-        ROOT / page for page in PAGES
-    }
+    """Return the files to check: all code in CLEAN and all pages, or those of them that `names` contains."""
+    files = {path for folder in CLEAN for path in (ROOT / folder).rglob("*.py")}
+    files |= {ROOT / page for page in PAGES}
+    files |= {path for folder in FOLDERS_OF_PAGES for path in (ROOT / folder).rglob("*.md")}
     wanted = {Path(name).resolve() for name in names}
     return sorted(path for path in files if not wanted or path.resolve() in wanted)
 
@@ -158,7 +157,7 @@ def checked_files(names: Iterable[str] = ()) -> list[Path]:
 def main() -> int:
     """Print the violations and return the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("files", nargs="*", help="files to check (default: all in CLEAN and PAGES)")
+    parser.add_argument("files", nargs="*", help="files to check (default: all)")
     violations = [finding for path in checked_files(parser.parse_args().files) for finding in findings(path)]
     print(*violations, sep="\n", end="\n" if violations else "")
     return int(bool(violations))

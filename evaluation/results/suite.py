@@ -178,7 +178,7 @@ def run_suite(encoders: Sequence[Encoder], root: Path, *, seen: Seen | None = No
     _robustness(report, root)
     if not report.results:
         raise UserError(
-            f"nothing below {root} is a known data set: README lists their folders under Evaluation"
+            f"nothing below {root} is a known data set: docs/how-to/evaluate.md lists their folders"
         )
     return report
 

@@ -1,7 +1,7 @@
 """Analyze the embeddings of a cache, and what a student preserves of its teacher's.
 
 The functions take arrays; most also take the `Vectors` of a cache
-(`teachercache.search.vectors.usable_vectors`), for many rows. docs/analysis.md has examples.
+(`teachercache.search.vectors.usable_vectors`), for many rows. docs/reference/analysis.md has examples.
 """
 
 from teachercache.analysis.clusters import fit_centers, keywords

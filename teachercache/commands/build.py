@@ -74,7 +74,7 @@ if TYPE_CHECKING:
     "--augment",
     multiple=True,
     metavar="KEY=VALUE",
-    help="How views are drawn, for example flip=0, scale_min=0.9 (see README).",
+    help="How views are drawn, for example flip=0, scale_min=0.9 (docs/how-to/grow.md).",
 )
 @click.option("--batch-size", default=32, show_default=True, type=NUMBER)
 @click.option(

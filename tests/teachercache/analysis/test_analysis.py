@@ -296,15 +296,17 @@ def test_clusters_and_their_words():
 
 
 def test_the_examples_of_the_docs_run(tmp_path, monkeypatch, capsys):
-    """docs/analysis.md, top to bottom, over a cache at the path that it names."""
+    """docs/reference/analysis.md, top to bottom, over a cache at the path that it names."""
     monkeypatch.chdir(tmp_path)
     make_cache(Path("caches/demo/clip-lite.zarr"), points(150, 8).astype(np.float16))
-    examples = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "analysis.md").read_text(), re.S)
+    examples = re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs" / "reference" / "analysis.md").read_text(), re.S
+    )
     assert len(examples) == 2
     names: dict = {}
     for example in examples:
-        exec(compile(example, "docs/analysis.md", "exec"), names)
-    assert names["near"].shape == (100, 10)
+        exec(compile(example, "docs/reference/analysis.md", "exec"), names)
+    assert names["near"].shape == (10, 10)
     rank, cosine = map(float, capsys.readouterr().out.split())
     assert 5 < rank <= 8
     assert 0 < cosine < 1

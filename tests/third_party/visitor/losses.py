@@ -1,5 +1,6 @@
 """A loss of the visitors' own."""
 
+# --8<-- [start:huber]
 from jaxtyping import Float
 from torch import Tensor
 
@@ -9,3 +10,6 @@ def huber_loss(ours: Float[Tensor, "n d"], theirs: Float[Tensor, "n d"]) -> Floa
     from torch.nn.functional import smooth_l1_loss
 
     return smooth_l1_loss(ours, theirs)
+
+
+# --8<-- [end:huber]

@@ -1,8 +1,7 @@
 """Two recipes: pairs with a per-pair teacher field, and questions."""
 
+# --8<-- [start:imports]
 import dataclasses
-import os
-import signal
 
 import numpy as np
 from torch import Tensor, nn
@@ -13,12 +12,13 @@ from student.losses import clip_loss
 from student.recipe import Batch, Noise, Notes, Outputs, Progress, Recipe, Setting, Shapes, Terms
 from student.rows import Questions
 from visitor.losses import huber_loss
-from visitor.strict import StrictConstants
+from visitor.strict import StrictConstants, die_at
 from visitor.students import Chooser, Two
 
-KILL_VARIABLE = "VISITOR_KILL_AT"  # the step in whose loss the process kills itself
+# --8<-- [end:imports]
 
 
+# --8<-- [start:constants]
 @dataclasses.dataclass(frozen=True)
 class PairConstants(StrictConstants):
     """Weights and a width."""
@@ -28,6 +28,10 @@ class PairConstants(StrictConstants):
     dropout: float = 0.0
 
 
+# --8<-- [end:constants]
+
+
+# --8<-- [start:heads]
 def build_two(constants: PairConstants, setting: Setting) -> Student:
     """Build the student."""
     return Two(constants.width, constants.dropout)
@@ -50,17 +54,24 @@ def affinity_head(constants: PairConstants, student: Student, shapes: Shapes) ->
     return ToAffinity(constants.width, shapes["affinity"][-1])
 
 
+# --8<-- [end:heads]
+
+
+# --8<-- [start:noise]
 def jitter(constants: PairConstants, shapes: Shapes) -> dict[str, Noise]:
     """Return a little noise for the teacher's field."""
     return {"jitter": lambda random: random.standard_normal(shapes["affinity"], np.float32)}
 
 
+# --8<-- [end:noise]
+
+
+# --8<-- [start:loss]
 def pair_loss(
     outputs: Outputs, fields: Batch, constants: PairConstants, progress: Progress
 ) -> tuple[Terms, Notes]:
     """Compute CLIP's loss and a Huber distance to the teacher's per-pair field."""
-    if os.environ.get(KILL_VARIABLE) == str(progress.step):
-        os.kill(os.getpid(), signal.SIGKILL)
+    die_at(progress.step)
     image, text = normalize(outputs["image"].float()), normalize(outputs["text"].float())
     target = fields["affinity"] + 0.01 * fields["jitter"]
     terms = {
@@ -70,6 +81,10 @@ def pair_loss(
     return terms, {"scale": outputs["scale"].detach()}
 
 
+# --8<-- [end:loss]
+
+
+# --8<-- [start:pairs]
 PAIRS = Recipe(
     name="visitor_pairs",
     paper="Visitors (2026)",
@@ -85,8 +100,10 @@ PAIRS = Recipe(
     steps=6,
     batch=8,
 )
+# --8<-- [end:pairs]
 
 
+# --8<-- [start:questions]
 @dataclasses.dataclass(frozen=True)
 class QuestionConstants(StrictConstants):
     """How long texts are."""
@@ -128,3 +145,4 @@ QUESTIONS = Recipe(
     steps=6,
     batch=8,
 )
+# --8<-- [end:questions]

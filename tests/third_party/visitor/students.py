@@ -1,5 +1,6 @@
 """Two students: one encodes pictures and texts, one chooses among answers."""
 
+# --8<-- [start:imports]
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +24,9 @@ from student.contract import (
 )
 from visitor.strict import StrictModule
 
+# --8<-- [end:imports]
+
+# --8<-- [start:inputs]
 SIDE, LENGTH = 8, 12  # pixels, characters
 
 
@@ -41,6 +45,10 @@ def tokenize(texts: list[str]) -> Tensor:
     return ids
 
 
+# --8<-- [end:inputs]
+
+
+# --8<-- [start:two]
 class Saved:
     """State dicts as they are."""
 
@@ -106,6 +114,10 @@ class Two(Saved, StrictModule, nn.Module):
         )
 
 
+# --8<-- [end:two]
+
+
+# --8<-- [start:chooser]
 class Chooser(Saved, StrictModule, nn.Module):
     """Scores each answer by the mean embedding of its sub-words and the picture's cached grid."""
 
@@ -141,6 +153,10 @@ class Chooser(Saved, StrictModule, nn.Module):
         return {}
 
 
+# --8<-- [end:chooser]
+
+
+# --8<-- [start:family]
 def build_two(config: Mapping[str, Any], folder: Path) -> Two:
     """Return a Two of a recorded configuration; its own file is in the folder."""
     assert (folder / "visitor.txt").read_text() == "hello\n"
@@ -160,3 +176,4 @@ def build_chooser(config: Mapping[str, Any], folder: Path) -> Chooser:
 
 
 TWO, CHOOSER = Family(build_two, export_two), Family(build_chooser)
+# --8<-- [end:family]

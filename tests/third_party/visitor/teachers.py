@@ -1,5 +1,6 @@
 """Two teachers: one of pictures alone with a dense field, one with a field per pair of a picture and a text."""
 
+# --8<-- [start:imports]
 import numpy as np
 import torch
 from PIL import Image
@@ -9,6 +10,9 @@ from teachercache.cache.spec import Field, TeacherSpec
 from teachercache.teachers.teacher import Entry, Inputs, Teacher
 from visitor.strict import StrictModule
 
+# --8<-- [end:imports]
+
+# --8<-- [start:inputs]
 GRID_SIDE, LENGTH = 4, 10
 VIEW = {"size": [16, 16]}
 
@@ -28,6 +32,10 @@ def tokenize(texts: list[str]) -> Tensor:
     return ids
 
 
+# --8<-- [end:inputs]
+
+
+# --8<-- [start:grid]
 class Pool(StrictModule, nn.Module):
     """Average colors of a grid."""
 
@@ -58,6 +66,10 @@ def load_grid(name: str, *, weights: str, outputs: tuple[str, ...]) -> Teacher:
     return Teacher(spec, Pool().eval(), encode_grid, view)
 
 
+# --8<-- [end:grid]
+
+
+# --8<-- [start:pairs]
 class Affinity(StrictModule, nn.Module):
     """Compares the color of a picture with the characters of a text."""
 
@@ -103,7 +115,12 @@ def load_pairs(name: str, *, weights: str, outputs: tuple[str, ...]) -> Teacher:
     return Teacher(spec, Affinity().eval().requires_grad_(False), encode_pairs, view, tokenize)
 
 
+# --8<-- [end:pairs]
+
+
+# --8<-- [start:entries]
 GRID = Entry("average colors of a grid", load_grid, ("grid",), writes={"grid": "grid|color"})
 PAIRS = Entry(
     "colors times characters", load_pairs, ("pairs",), writes={"pairs": "affinity|image_emb|text_emb"}
 )
+# --8<-- [end:entries]
