@@ -149,7 +149,7 @@ def test_the_check_of_commands_can_say_no():
     for line in (
         "tc build --teacher a --outputz b",
         "tc bild",
-        "student train",
+        "student eval runs/mine",
         "torchrun --nproc-per-node 8 -m student train --recip clip",
         "bash scripts/nothing",
         "bash scripts/bench cache --nothing",
