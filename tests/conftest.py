@@ -15,6 +15,19 @@ from small import build_cache, make_folder, save_diffusion, save_teacher, train_
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+@pytest.fixture(autouse=True)
+def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of this process write an empty curve.png: drawing it takes longer than their steps.
+
+    Fixtures of modules, other processes and direct calls draw.
+    """
+    loop = sys.modules.get("student.training.loop")
+    if loop is not None:
+        from teachercache.core.digests import write_proved
+
+        monkeypatch.setattr(loop, "draw_curve", lambda out, terms: write_proved(out / "curve.png", out, b""))
+
+
 @pytest.fixture(scope="session")
 def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_teacher(tmp_path_factory.mktemp("teacher") / "tiny")

@@ -13,14 +13,11 @@ from pathlib import Path
 import pytest
 from pages import (
     INDENTED,
-    PENDING,
     ROOT,
     blocks,
     check,
-    check_click,
     commands,
     copy_world,
-    is_pending,
     pages,
     run,
     run_python,
@@ -101,8 +98,7 @@ def test_every_block_of_a_page_runs(page, world, tmp_path):
                 run_python(block, names)
             elif block.language == "bash":
                 for words in commands(block):
-                    if not is_pending(words):
-                        (check if block.mark else run)(words)
+                    (check if block.mark else run)(words)
             elif block.mark == "included":
                 assert included(block.text)
             elif block.language == "python":
@@ -135,14 +131,6 @@ def test_blocks_that_are_not_run_are_few():
     every = [block for page in pages() for block in blocks(page) if block.language in ("bash", "python")]
     marked = [block for block in every if block.mark and block.mark != "included"]
     assert len(marked) < len(every) / 3
-
-
-@pytest.mark.parametrize("name", PENDING)
-def test_what_is_pending_is_not_there(name):
-    """Once it is there, its line in `pages.PENDING` goes, and its blocks run."""
-    program, *words = name.split()
-    with pytest.raises(pytest.fail.Exception):
-        check_click(program, [*words, "x"] if words[-1].startswith("--") else words)
 
 
 def test_the_check_of_commands_can_say_no():

@@ -32,6 +32,7 @@ from teachercache.core.paths import write_whole
 from teachercache.core.progress import say, show
 from teachercache.teachers.clip.lite import HEADS, HOME, RECORD, assemble, joined, packaged_heads, towers
 from teachercache.teachers.registry import load
+from teachercache.teachers.teacher import Inputs
 
 SETTINGS = {
     "steps": 160,
@@ -82,7 +83,7 @@ def train(data: str, out: Path, name: str) -> dict[str, Tensor]:
     teacher_api.build("clip-lite-towers", data, cache)
     if not (run / "model.safetensors").exists():
         shutil.rmtree(run, ignore_errors=True)
-        settings = {key: value for key, value in SETTINGS.items() if "." in key}
+        settings: dict[str, Any] = {key: value for key, value in SETTINGS.items() if "." in key}
         settings |= {"model": "clip-lite-heads", "run.workers": 0}
         sizes = {"steps": int(SETTINGS["steps"]), "batch_size": int(SETTINGS["batch_size"])}
         api.train("clip", data, cache=cache, out=run, settings=settings, **sizes)  # type: ignore[arg-type]
@@ -109,7 +110,7 @@ def write(data: str, out: Path) -> None:
 
 def measured() -> dict[str, float]:
     """Return the held-out metrics of the packaged clip-lite."""
-    metrics: dict[str, float] = {}
+    metrics: dict[str, Any] = {}
     for task in TASKS:
         metrics |= api.evaluate("clip-lite", task)[0]["metrics"]
     return {name: round(float(value), 4) for name, value in metrics.items()}
@@ -123,7 +124,10 @@ def probe() -> Tensor:
     drawn = list(scenes.generate(8, 0))
     images = torch.stack([teacher.view(picture) for picture, *_ in drawn])
     with torch.inference_mode():
-        inputs = {"image": images, "text": teacher.tokenize([captions[0] for _, captions, *_ in drawn])}
+        inputs: Inputs = {
+            "image": images,
+            "text": teacher.tokenize([captions[0] for _, captions, *_ in drawn]),
+        }
         fields = teacher.encode(teacher.module, inputs)
     return normalize(fields["image_emb"], dim=-1) @ normalize(fields["text_emb"], dim=-1).T
 

@@ -107,19 +107,36 @@ def _losses(runs: Sequence[RunFacts]) -> Iterable[Row]:
     terms = ["loss", *(name for name in dict.fromkeys(name for run in runs for name in run.terms))]
     for name in terms:
         logged = [run.logged(name) for run in runs]
-        yield Row("loss", f"{name}, last", tuple(value and value.last for value in logged))
-        yield Row("loss", f"{name}, best", tuple(value and value.best for value in logged))
+        yield Row("loss", f"{name}, last", tuple(None if value is None else value.last for value in logged))
+        yield Row("loss", f"{name}, best", tuple(None if value is None else value.best for value in logged))
         yield Row(
-            "loss", f"{name}, best at step", tuple(value and value.best_step for value in logged), shown=False
+            "loss",
+            f"{name}, best at step",
+            tuple(None if value is None else value.best_step for value in logged),
+            shown=False,
         )
     names = dict.fromkeys(name for run in runs for line in run.lines for name in line)
     for name in [name for name in names if name not in (*terms, "step")]:
         logged = [run.logged(name) for run in runs]
-        yield Row("loss", f"{name}, last", tuple(value and value.last for value in logged), shown=False)
+        yield Row(
+            "loss",
+            f"{name}, last",
+            tuple(None if value is None else value.last for value in logged),
+            shown=False,
+        )
     scores = [max(run.evals, key=lambda line: line["score"], default=None) for run in runs]
     if any(scores):
-        yield Row("loss", "best score in training", tuple(line and line["score"] for line in scores))
-        yield Row("loss", "best score, step", tuple(line and line["step"] for line in scores), shown=False)
+        yield Row(
+            "loss",
+            "best score in training",
+            tuple(None if line is None else line["score"] for line in scores),
+        )
+        yield Row(
+            "loss",
+            "best score, step",
+            tuple(None if line is None else line["step"] for line in scores),
+            shown=False,
+        )
 
 
 def _metrics(runs: Sequence[RunFacts]) -> Iterable[Row]:

@@ -1,5 +1,6 @@
 """Draw the curves of several runs over each other: the loss, each of its terms, and the scores of evaluations."""
 
+import functools
 import io
 import math
 from collections.abc import Callable, Sequence
@@ -23,7 +24,7 @@ def draw_curves(names: Sequence[str], runs: Sequence[RunFacts]) -> bytes:
 
     terms = ["loss", *dict.fromkeys(name for run in runs for name in run.terms)]
     panels: list[tuple[str, Callable[[RunFacts], Points]]] = [
-        (term, lambda run, term=term: points_of(run, term)) for term in terms
+        (term, functools.partial(points_of, name=term)) for term in terms
     ]
     if any(run.evals for run in runs):
         panels.append((SCORE, _scores))

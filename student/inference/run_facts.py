@@ -185,9 +185,9 @@ def _measured(folder: Path) -> Measured:
     measured: Measured = {}
     for path in sorted((folder / "eval").glob("*.json")):
         result = _read_json(folder, path.relative_to(folder).as_posix())
-        names, metrics = (result.get("dataset"), result.get("task")), result.get("metrics")
-        if all(isinstance(name, str) for name in names) and isinstance(metrics, dict):
-            measured[names] = _numbers(metrics)
+        data, task, metrics = result.get("dataset"), result.get("task"), result.get("metrics")
+        if isinstance(data, str) and isinstance(task, str) and isinstance(metrics, dict):
+            measured[data, task] = _numbers(metrics)
         elif result:
             say(f"WARNING: {path} is no result of `student eval` and is left out")
     return measured

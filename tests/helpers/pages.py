@@ -42,8 +42,6 @@ SMALL_STUDENTS = {"clip": "vit-micro", "clip_kd": "vit-micro", "psd": "vit-micro
 SMALLER = {"model=vit-tiny-long": "model=vit-micro"}
 SMALL_DATA = {"scenes": ("--num", "16"), "scene_vcr_snli_ve": ("--num", "16", "--size", "64")}
 SMALL_DATA |= {"scene_winoground_aro": ("--num", "4")}
-# Commands and options of pages that other changes bring; each line goes once it is there
-PENDING = ("tc serve", "student compare")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,11 +86,6 @@ def commands(block: Block) -> Iterator[list[str]]:
             words = shlex.split(part, comments=True)
             if words:
                 yield words
-
-
-def is_pending(words: list[str]) -> bool:
-    """Whether a command or an option of it is not there yet."""
-    return any(set(name.split()) <= set(words) and words[0] == name.split()[0] for name in PENDING)
 
 
 # ----------------------------------------------------------------------------------------------------

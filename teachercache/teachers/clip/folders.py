@@ -4,6 +4,7 @@ A configuration is checked by `teachercache.teachers.allowed` before open_clip o
 safetensors, or loaded with `weights_only`.
 """
 
+import functools
 import json
 import shlex
 from collections.abc import Mapping
@@ -109,7 +110,7 @@ def tokenizer_of(model_cfg: Mapping[str, Any], folder: str = "") -> Any:
     name = text_cfg.get("hf_tokenizer_name")
     try:
         if not name:
-            return open_clip.SimpleTokenizer(**options)
+            return _clip_tokenizer(**options)
         files = [Path(folder, file) for file in ("tokenizer_config.json", "tokenizer.json")]
         source = folder if folder and any(file.exists() for file in files) else name
         check_source(source, f"{where}, text_cfg.hf_tokenizer_name")
@@ -119,6 +120,12 @@ def tokenizer_of(model_cfg: Mapping[str, Any], folder: str = "") -> Any:
         if isinstance(error, UserError) or is_machine(error):
             raise
         raise UserError(f"{where}: cannot load the tokenizer {name}: {_first_line(error)}") from error
+
+
+@functools.lru_cache
+def _clip_tokenizer(**options: Any) -> Any:
+    """CLIP's tokenizer, read once per process: its merges take a quarter of a second."""
+    return open_clip.SimpleTokenizer(**options)
 
 
 def build_module(
