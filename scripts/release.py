@@ -100,7 +100,7 @@ def use(wheel: Path, extras: str, folder: Path) -> str:
     run(*pip, "install", "--quiet", f"{wheel}[{extras}]", cwd=folder)
     run(*pip, "check", cwd=folder)
     for program in ("tc", "student"):
-        run(programs / program, "--help", cwd=folder)
+        run(programs / program, "--version", cwd=folder)
     (folder / "work").mkdir()
     return run(programs / "python", "-I", ROOT / "scripts" / "smoke.py", folder / "work", cwd=folder)
 

@@ -92,7 +92,7 @@ def main() -> int:
     places = packages()
     make_pictures(Path("pictures"))
     printed = run_commands()
-    (result,) = [json.loads(line) for line in printed["eval"].splitlines()]
+    (result,) = json.loads(printed["eval"])["results"]
     written = sorted(path.name for path in Path("export").iterdir())
     print(
         json.dumps(

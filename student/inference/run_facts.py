@@ -159,7 +159,7 @@ def _parameters(folder: Path) -> int | None:
         return None
     try:
         with safe_open(path, "pt") as file:
-            return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+            return sum(math.prod(file.get_slice(name).get_shape()) for name in sorted(file.keys()))
     except (SafetensorError, OSError):
         say(f"WARNING: {path} cannot be read: {remedy_of(folder)}")
         return None
@@ -185,9 +185,9 @@ def _measured(folder: Path) -> Measured:
     measured: Measured = {}
     for path in sorted((folder / "eval").glob("*.json")):
         result = _read_json(folder, path.relative_to(folder).as_posix())
-        data, task, metrics = result.get("dataset"), result.get("task"), result.get("metrics")
-        if isinstance(data, str) and isinstance(task, str) and isinstance(metrics, dict):
-            measured[data, task] = _numbers(metrics)
+        data, measure, metrics = result.get("dataset"), result.get("task"), result.get("metrics")
+        if isinstance(data, str) and isinstance(measure, str) and isinstance(metrics, dict):
+            measured[data, measure] = _numbers(metrics)
         elif result:
             say(f"WARNING: {path} is no result of `student eval` and is left out")
     return measured

@@ -1,6 +1,7 @@
 """Run the web server of `tc serve` until Ctrl-C or SIGTERM."""
 
 import errno
+import importlib
 import socket
 from collections.abc import Callable
 from typing import Any
@@ -18,8 +19,9 @@ GRACE = 2  # seconds that running answers get at the end
 def uvicorn_module() -> Any:
     """Import uvicorn; raise UserError with the pip command if the packages of the server are missing."""
     try:
-        import starlette  # noqa: F401
         import uvicorn
+
+        importlib.import_module("starlette")
     except ImportError as error:
         raise UserError(
             "the server needs Starlette and uvicorn: pip install 'teachercache[serve]'"

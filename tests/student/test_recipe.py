@@ -352,11 +352,12 @@ def test_print_config_is_the_resolved_recipe_and_run(tmp_path, monkeypatch, caps
 
 def test_a_device_that_was_asked_for_is_taken(monkeypatch):
     """`--set run.device=cpu` on a machine with a GPU."""
-    taken = []
+    taken, made = [], student.training.loop.Trained(Path("runs/none"), None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(
-        student.training.loop, "train", lambda recipe, run, **_: taken.append(run.device) or run.out
+        student.training.loop, "train", lambda recipe, run, **_: taken.append(run.device) or made
     )
+    monkeypatch.setattr(student.training.loop, "next_command", lambda *_: ("student", "recipes"))
     assert main(["train", "--recipe", "clip", "--dry-run", "--set", "run.device=cpu"]) == 0
     assert main(["train", "--recipe", "clip", "--dry-run"]) == 0
     assert taken == ["cpu", "cuda:0"]

@@ -185,7 +185,8 @@ def test_an_unknown_student_model_names_one_that_is_near(squares, cache, tmp_pat
     assert train_here(squares, cache, tmp_path / "run", "--set", "model=vit-tini") == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith(
-        "error: --set model=vit-tini: did you mean 'vit-tiny'? choose vit-tiny, vit-tiny-long, vit-micro or an"
+        "error: --set model=vit-tini: did you mean 'vit-tiny'? choose vit-tiny, vit-demo, vit-tiny-long, "
+        "vit-micro or an"
     )
 
 

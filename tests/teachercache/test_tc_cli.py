@@ -46,6 +46,7 @@ OPTIONS = {  # besides --json and --quiet, which all have. A contract: adding on
     "index": {"cache", "--field", "--kind"},
     "analyze": {"cache", "--against", "--out", "--map", "--points"},
     "search": {"cache", "text", "--image", "--key", "--field", "--teacher", "--top"},
+    "serve": {"cache", "cache2", "--host", "--port", "--open", "--teacher"},
 }
 HERE = ("--device", "cpu", "--workers", "0")
 

@@ -1,8 +1,8 @@
 """What the readers of tables and of JSON share: columns of captions, ids, file names and splits of rows."""
 
 import dataclasses
-import math
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -146,4 +146,7 @@ def boxes_of(value: Any) -> list[list[float]] | None:
 
 
 def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Return whether a value of JSON is a number that a float holds: integers may have any number of digits."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) <= sys.float_info.max

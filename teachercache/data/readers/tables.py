@@ -5,7 +5,7 @@
 classes.
 """
 
-import math
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
@@ -270,7 +270,12 @@ class Columns:
     def _label(self, value: Any, key: str) -> str:
         if isinstance(value, bool):
             return str(value)
-        if self.classes and isinstance(value, int | float) and math.isfinite(value) and value == int(value):
+        if (
+            self.classes
+            and isinstance(value, int | float)
+            and abs(value) <= sys.float_info.max
+            and value == int(value)
+        ):
             # -1: the test split has no label
             return self.classes[int(value)] if 0 <= value < len(self.classes) else ""
         try:

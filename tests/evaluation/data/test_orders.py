@@ -188,7 +188,7 @@ def test_without_any_tagger_the_error_says_what_to_install(tmp_path, monkeypatch
         return real(name, *rest, **options)
 
     monkeypatch.setattr(builtins, "__import__", refuse)
-    with pytest.raises(UserError, match=r"pip install 'teachercache\[aro\]', or put pos_tags.json beside"):
+    with pytest.raises(UserError, match=r"pip install 'teachercache\[eval\]', or put pos_tags.json beside"):
         find_tagger(tmp_path)
     with pytest.raises(UserError, match="NLTK's tokenizer: pip install"):
         word_tokenizer()

@@ -386,7 +386,7 @@ def test_a_file_that_is_not_cocos(content, coco, encoder, tmp_path):
 
 def test_without_pycocotools_the_extra_is_named(coco, encoder, monkeypatch):
     monkeypatch.setitem(sys.modules, "pycocotools.coco", None)
-    with pytest.raises(UserError, match=r"pip install 'teachercache\[detection\]'"):
+    with pytest.raises(UserError, match=r"pip install 'teachercache\[eval\]'"):
         coco_detection.evaluate(encoder, read_manifest(str(coco)), SHORT_RUN)
 
 

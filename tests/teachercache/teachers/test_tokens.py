@@ -365,7 +365,7 @@ def test_outputs_that_cannot_be(folder, outputs, says):
 
 def test_a_missing_package_is_named(folder, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install 'teachercache\[tokens\]'"):
+    with pytest.raises(UserError, match=r"pip install 'teachercache\[analyze\]'"):
         load(str(folder), outputs=("embeddings", "tokens"))
     assert load(str(folder), outputs=("embeddings", "random_tokens")).find_words is not None
 
