@@ -5,6 +5,7 @@ below `source/`. Marks in pages (`<!-- settings: ... -->`) are replaced by gener
 """
 
 import dataclasses
+import inspect
 import os
 import posixpath
 import re
@@ -97,7 +98,7 @@ def settings() -> str:
 
 def table(record: type, values: Any, prefix: str = "") -> str:
     """Return the settings of a dataclass as a Markdown table: name, default, type and range, comment."""
-    comments = comments_of(record)
+    comments = comments_of(inspect.getsource(record))
     lines = ["| setting | default | allowed | meaning |", "|---|---|---|---|"]
     for field in dataclasses.fields(record):
         default = getattr(values, field.name) if values is not None else field.default
@@ -126,16 +127,14 @@ def words_of(kind: Any) -> str:
     return ", ".join(filter(None, words))
 
 
-def comments_of(record: type) -> dict[str, str]:
-    """Return the comments beside, or alone above, the fields of a dataclass, by the name of the field."""
-    import inspect
-
+def comments_of(source: str) -> dict[str, str]:
+    """Return the comments beside, or alone above, the fields of a class, by the name of the field."""
     comments: dict[str, str] = {}
     above: list[str] = []
     last = ""
-    for line in inspect.getsource(record).splitlines():
+    for line in source.splitlines():
         code, _, comment = line.strip().partition("#")
-        field = re.match(r"(\w+): ", code)
+        field = re.match(r"(\w+)(?:: | = )", code)
         if field:
             words = " ".join([*above, comment.strip()]).strip()
             comments[field[1]] = words

@@ -147,8 +147,8 @@ def train(
         recipe: A name of `student recipes`, or package.module:RECIPE.
         data: The training data, as in `build`; default: the recipe's.
         config: The run.json of a run, whose recipe and settings are taken; the other arguments come on top.
-        cache: A cache or a folder of caches; default: caches/<data>.
-        out: The run folder; default: runs/<recipe>-<time>.
+        cache: A cache or a folder of caches; default: `caches/<data>`.
+        out: The run folder; default: `runs/<recipe>-<time>`.
         settings: Constants of the recipe, `optim.NAME` and `run.NAME`: {"fd": 1000, "optim.lr": 1e-3}.
         **options: See `TrainKeywords`.
 
@@ -201,7 +201,7 @@ def evaluate(
         data: The evaluation data.
         samples: Noise draws per match of a diffusion model.
         figures: A folder, to draw predictions for some rows.
-        out: The folder of the tables of task `all`; default: evals/<data>.
+        out: The folder of the tables of task `all`; default: `evals/<data>`.
 
     Returns:
         A result for each model and each way in which it answers, with the metrics by name.
@@ -252,7 +252,7 @@ def export(run: str | Path, format: str, out: str | Path | None = None) -> Expor
     Args:
         run: The run folder.
         format: open_clip, or hf for transformers.
-        out: The folder to write; default: exports/<run>-<format>.
+        out: The folder to write; default: `exports/<run>-<format>`.
 
     Raises:
         UserError: The student cannot be exported; the message says why.
@@ -270,7 +270,7 @@ def export(run: str | Path, format: str, out: str | Path | None = None) -> Expor
 
 
 def default_export(run: Path, format: str) -> Path:
-    """Return exports/<run>-<format>."""
+    """Return `exports/<run>-<format>`."""
     return Path("exports", f"{run.resolve().name}-{format}")
 
 

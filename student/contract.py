@@ -75,16 +75,16 @@ class RowInputs:
     """The inputs that a student reads from a row. They become the entries of its batches.
 
     Args:
-        picture: Preprocessing of the row's picture for batch["image"]; None for a student without pictures.
-        tokenize: Maps texts to token ids [n, length] for batch["text"]; on question rows for
-            batch["pair_text"] [n, C, length].
+        picture: Preprocessing of the row's picture for `batch["image"]`; None for a student without pictures.
+        tokenize: Maps texts to token ids [n, length] for `batch["text"]`; on question rows for
+            `batch["pair_text"]` [n, C, length].
         read_texts: Replaces `tokenize` when a row's text becomes several tensors (masked words, prompts).
         text_pairs: On question rows, add batch["text"], batch["attention_mask"] and batch["token_type_ids"],
             each [n, C, length]: the sub-words of each input under the run's tokenizer.
         fields: Names of the cached teacher fields.
         trim: Maps a batch to one without the padding that none of its rows uses; by default fields keep their
             shape.
-        mask_noise: Number of random numbers per picture, batch["mask_noise"] [n, mask_noise] in [0, 1).
+        mask_noise: Number of random numbers per picture, `batch["mask_noise"]` [n, mask_noise] in [0, 1).
     """
 
     picture: PictureView | None = None

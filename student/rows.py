@@ -90,7 +90,7 @@ class Questions:
             training rows.
         words: Selected words. Their sub-words and cached features enter the batch as `word_tokens` [n, C, m,
             length], `word_valid` [n, C, m] and `word_feature` [n, C, m, d].
-        teacher_logits: Add batch["clip_logits"] [n, classes].
+        teacher_logits: Add `batch["clip_logits"]` [n, classes].
         adapt: Train on masked words and image-text matching; answers are not used.
         choose_rows: Selects training rows; by default all are used.
     """

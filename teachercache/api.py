@@ -66,7 +66,7 @@ class Built:
 
 
 def default_cache(data: str, teacher: str, views: int = 0) -> Path:
-    """Return caches/<data>/<teacher>.zarr, for augmented views <teacher>-views.zarr."""
+    """Return `caches/<data>/<teacher>.zarr`, for augmented views `<teacher>-views.zarr`."""
     from teachercache.data.read import cache_folder
 
     name = Path(teacher).name if Path(teacher).is_dir() else teacher.replace("/", "-").replace(":", "-")
@@ -88,7 +88,7 @@ def build(
     Args:
         teacher: A name of `tc teachers`, a folder or a run.
         data: What `--data` takes: a folder, shards, a manifest, ...
-        out: The cache; default caches/<data>/<teacher>.zarr.
+        out: The cache; default `caches/<data>/<teacher>.zarr`.
         outputs: What to store, as a sequence or comma-separated; default: the first of the teacher.
         weights: pretrained, a checkpoint, or random:SEED.
         limit: Only the first rows.

@@ -100,6 +100,7 @@ def floor_of(module: str) -> int | None:
         "demo",
         "demo_others",
         "demo_table",
+        "docs_comments",
         "docs_pages",
         "lowest",
         "record",

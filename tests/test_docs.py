@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import importlib.util
 import re
 import shlex
 import shutil
@@ -24,7 +23,10 @@ from pages import (
 )
 from small import contained, make_folder, save_teacher
 
+from evaluation.tasks.task import Kind, Option, Selection
 from student.cli import main as student
+from student.contract import Capability, Exported
+from student.recipe import Optim
 from teachercache.cli import main as tc
 from teachercache.teachers import registry
 
@@ -183,16 +185,50 @@ def test_readme_fits_a_screen_or_two():
     assert len(lines) <= 150
 
 
-@pytest.mark.skipif(importlib.util.find_spec("mkdocs") is None, reason="pip install -e '.[docs]'")
-def test_the_site_builds_strictly_and_loads_nothing_from_elsewhere(tmp_path):
-    words = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built site. `--quiet` would drop warnings before `--strict` counts them."""
+    pytest.importorskip("mkdocs", reason="pip install -e '.[docs]'")
+    folder = tmp_path_factory.mktemp("site")
+    words = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_the_site_has_its_generated_parts_and_loads_nothing_from_elsewhere(site):
     for name in ("reference/commands", "reference/settings", "reference/api", "index"):
-        page = (tmp_path / f"{name}.html").read_text(encoding="utf-8")
+        page = (site / f"{name}.html").read_text(encoding="utf-8")
         loaded = re.findall(r'<(?:script|img|iframe)[^>]* src="([^"]+)"|<link[^>]* href="([^"]+)"', page)
         assert not [url for pair in loaded for url in pair if re.match(r"\w+:|//", url)]
-    assert "--outputs" in (tmp_path / "reference/commands.html").read_text(encoding="utf-8")
-    assert "mask_ratio" in (tmp_path / "reference/settings.html").read_text(encoding="utf-8")
-    assert "huber_loss" in (tmp_path / "how-to/add_recipe.html").read_text(encoding="utf-8")
-    assert (tmp_path / "source/tests/third_party/visitor/teachers.py").is_file()
+    assert "--outputs" in (site / "reference/commands.html").read_text(encoding="utf-8")
+    assert "mask_ratio" in (site / "reference/settings.html").read_text(encoding="utf-8")
+    assert "huber_loss" in (site / "how-to/add_recipe.html").read_text(encoding="utf-8")
+    assert (site / "source/tests/third_party/visitor/teachers.py").is_file()
+
+
+HTML = re.compile(
+    r"a|article|body|button|code|div|em|footer|form|h[1-6]|head|header|html|img|input|label|li|link|main|meta|nav|ol|p"
+    r"|path|pre|script|small|span|strong|svg|table|tbody|td|th|thead|title|tr|ul"
+)
+
+
+def test_placeholders_of_docstrings_are_no_tags(site):
+    """A browser drops what it takes for a tag: `caches/<data>` without backticks would be shown as caches/."""
+    for page in site.rglob("*.html"):
+        tags = set(re.findall(r"<([a-zA-Z][\w-]*)", page.read_text(encoding="utf-8")))
+        assert [tag for tag in tags if not HTML.fullmatch(tag)] == [], page
+
+
+def test_the_api_page_shows_the_members_of_records(site):
+    """Members whose meaning is in a comment beside them are shown, too."""
+    page = (site / "reference/api.html").read_text(encoding="utf-8")
+    shown = set(re.findall(r'id="([\w.]+)"', page))
+    records = [*Capability, *Kind]
+    names = [f"{type(member).__module__}.{type(member).__name__}.{member.name}" for member in records]
+    for record in (Option, Selection, Optim):
+        names += [f"{record.__module__}.{record.__name__}.{f.name}" for f in dataclasses.fields(record)]
+    names += [f"student.contract.Exported.{name}" for name in Exported._fields]
+    names += ["teachercache.data.manifest.Manifest.row", "teachercache.data.pictures.read_image"]
+    assert [name for name in names if name not in shown] == []
+    assert "has the members of Encodes" in page

@@ -1,12 +1,14 @@
 """A cache on disk: create, open, write a block, read fields, join by key. Format version 2.
 
-<cache>/zarr.json                 the attributes, CacheMeta; rewritten last when a cache grows
-<cache>/<field>/c/<block>/...     one chunk file per block and copy (text or view): raw bytes, then their
-crc32c
-<cache>/done/<block>.json         rows, file checksums and unusable rows of the block; written last
-<cache>/pictures/...              of which bytes each row was computed, see `picture_bytes.py`
-<cache>/manifest.parquet          keys, texts, labels: makes a cache readable without the data
-<cache>/quarantine.jsonl          every unusable row with its reason, once all blocks are done
+The files:
+
+    <cache>/zarr.json                 the attributes, CacheMeta; rewritten last when a cache grows
+    <cache>/<field>/c/<block>/...     one chunk file per block and copy (text or view): raw bytes, then their
+                                      crc32c
+    <cache>/done/<block>.json         rows, file checksums and unusable rows of the block; written last
+    <cache>/pictures/...              of which bytes each row was computed, see `picture_bytes.py`
+    <cache>/manifest.parquet          keys, texts, labels: makes a cache readable without the data
+    <cache>/quarantine.jsonl          every unusable row with its reason, once all blocks are done
 """
 
 import contextlib
