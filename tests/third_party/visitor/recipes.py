@@ -12,7 +12,6 @@ from student.losses import clip_loss
 from student.recipe import Batch, Noise, Notes, Outputs, Progress, Recipe, Setting, Shapes, Terms
 from student.rows import Questions
 from visitor.losses import huber_loss
-from visitor.strict import StrictConstants, die_at
 from visitor.students import Chooser, Two
 
 # --8<-- [end:imports]
@@ -20,7 +19,7 @@ from visitor.students import Chooser, Two
 
 # --8<-- [start:constants]
 @dataclasses.dataclass(frozen=True)
-class PairConstants(StrictConstants):
+class PairConstants:
     """Weights and a width."""
 
     width: int = 6
@@ -71,7 +70,6 @@ def pair_loss(
     outputs: Outputs, fields: Batch, constants: PairConstants, progress: Progress
 ) -> tuple[Terms, Notes]:
     """Compute CLIP's loss and a Huber distance to the teacher's per-pair field."""
-    die_at(progress.step)
     image, text = normalize(outputs["image"].float()), normalize(outputs["text"].float())
     target = fields["affinity"] + 0.01 * fields["jitter"]
     terms = {
@@ -105,7 +103,7 @@ PAIRS = Recipe(
 
 # --8<-- [start:questions]
 @dataclasses.dataclass(frozen=True)
-class QuestionConstants(StrictConstants):
+class QuestionConstants:
     """How long texts are."""
 
     length: int = 24

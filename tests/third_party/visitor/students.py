@@ -22,7 +22,6 @@ from student.contract import (
     RowInputs,
     StudentSpec,
 )
-from visitor.strict import StrictModule
 
 # --8<-- [end:imports]
 
@@ -61,7 +60,7 @@ class Saved:
         self.load_state_dict(dict(state))  # type: ignore[attr-defined]
 
 
-class Two(Saved, StrictModule, nn.Module):
+class Two(Saved, nn.Module):
     """A linear map of pixels and a mean of character embeddings."""
 
     def __init__(self, width: int, dropout: float = 0.0):
@@ -118,7 +117,7 @@ class Two(Saved, StrictModule, nn.Module):
 
 
 # --8<-- [start:chooser]
-class Chooser(Saved, StrictModule, nn.Module):
+class Chooser(Saved, nn.Module):
     """Scores each answer by the mean embedding of its sub-words and the picture's cached grid."""
 
     def __init__(self, words: int, grid: int, classes: int, inputs: int):
