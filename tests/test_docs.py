@@ -126,7 +126,7 @@ def test_commands_stand_in_fences(page):
 @pytest.mark.parametrize("page", pages())
 def test_blocks_name_their_language(page):
     languages = {block.language for block in blocks(page)}
-    assert languages <= {"bash", "python", "ini", "json", "text"}
+    assert languages <= {"bash", "python", "ini", "json", "text", "toml"}
 
 
 def test_blocks_that_are_not_run_are_few():

@@ -24,7 +24,8 @@ class Encoder:
     """A dual encoder under evaluation: everything that tasks need from CLIP-like models.
 
     To evaluate another model, fill in the fields with functions of it; nothing has to be subclassed. Embeddings need
-    not have unit length, because tasks normalize them. The functions run under `torch.inference_mode()`.
+    not have unit length, because tasks normalize them. A task calls the functions under `torch.inference_mode()`, as
+    `encode_rows`, `embed_images` and `embed_texts` do.
 
     Attributes:
         name: The model's name in results and tables.

@@ -17,10 +17,13 @@ import torch
 from safetensors.torch import load_file
 from small import RANK_VARIABLES, contained, make_folder, read_lines
 
+import student as student_package
+from evaluation.data.splits import rows_or_only_split
 from scripts.datasets import scene_vcr_snli_ve
 from student.cli import main as student
 from teachercache.cache import store
 from teachercache.cli import main as tc
+from teachercache.data.read import read_manifest
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
@@ -87,6 +90,32 @@ def test_installed_names_are_listed(capsys):
     assert "visitor-grid" in capsys.readouterr().out
     assert student(["recipes"]) == 0
     assert "visitor_questions" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["TWO", "PAIRS"])
+def test_core_cannot_ask_for_what_no_contract_names(name):
+    """Otherwise the other tests would prove nothing: the strictness is added where the entry points lead."""
+    from visitor import installed, recipes, students
+    from visitor.strict import OutsideContract
+
+    asked = {"TWO": students.Two(2), "PAIRS": recipes.PAIRS.constants}[name]
+    assert getattr(installed, name) is not None
+    code = compile("hasattr(asked, 'dropout')", str(Path(student_package.__file__)), "exec")
+    with pytest.raises(OutsideContract, match="dropout"):
+        exec(code, {"asked": asked})
+
+
+def test_outputs_and_weights_select_what_is_built(home, tmp_path):
+    data, out = str(home / "pairs"), str(tmp_path / "out.zarr")
+    words = ["build", "--data", data, "--limit", "4", "--workers", "0", "--out", out]
+    assert tc([*words, "--teacher", "visitor-grid", "--outputs", "color"]) == 0
+    assert [field.name for field in store.open_cache(tmp_path / "out.zarr").meta.spec.fields] == ["color"]
+    words[-1] = str(tmp_path / "views.zarr")
+    assert tc([*words, "--teacher", "visitor-grid", "--views", "2"]) == 0
+    words[-1] = str(tmp_path / "random.zarr")
+    assert tc([*words, "--teacher", "visitor-pairs", "--weights", "random:1"]) == 0
+    other = store.open_complete(tmp_path / "random.zarr").meta.spec.digest
+    assert other != store.open_complete(cache_of(home, "visitor-pairs")).meta.spec.digest
 
 
 def test_a_field_per_pair_holds_each_text_beside_its_picture(home):
@@ -185,6 +214,18 @@ def test_a_run_is_measured_by_our_task_and_by_theirs(home, run, capsys):
         (result,) = json.loads(capsys.readouterr().out)["results"]
         assert 0 <= result["metrics"][metric] <= 1
     assert (run / "eval").is_dir()
+
+
+def test_a_task_measures_the_test_rows_and_counts_the_unreadable(run, tmp_path, capsys):
+    make_folder(tmp_path / "pairs", 32, texts=2, splits=True)
+    manifest = read_manifest(str(tmp_path / "pairs"))
+    rows = rows_or_only_split(manifest, "test").tolist()
+    (tmp_path / "pairs" / manifest.row(rows[0]).image).write_bytes(b"no picture")
+    words = ["eval", str(run), "--task", "visitor_brightness", "--data", str(tmp_path / "pairs"), "--json"]
+    assert student(words) == 0
+    (result,) = json.loads(capsys.readouterr().out)["results"]
+    assert 1 < len(rows) < len(manifest)
+    assert (result["metrics"]["num_images"], result["metrics"]["num_skipped"]) == (len(rows) - 1, 1)
 
 
 def test_export_writes_what_the_family_writes(run, tmp_path):
