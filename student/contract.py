@@ -80,7 +80,8 @@ class RowInputs:
             `batch["pair_text"]` [n, C, length].
         read_texts: Replaces `tokenize` when a row's text becomes several tensors (masked words, prompts).
         text_pairs: On question rows, add batch["text"], batch["attention_mask"] and batch["token_type_ids"],
-            each [n, C, length]: the sub-words of each input under the run's tokenizer.
+            each [n, C, length]: the sub-words of each input under the run's tokenizer, int64, and two masks,
+            bool.
         fields: Names of the cached teacher fields.
         trim: Maps a batch to one without the padding that none of its rows uses; by default fields keep their
             shape.
@@ -135,7 +136,7 @@ class Student(Protocol):
         """Run `forward` with the module's hooks."""
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Return an iterator over the parameters."""
+        """Return an iterator over the parameters. Each has at least one dimension, which DeepSpeed needs."""
 
     def to(self, device: str) -> Self:
         """Move parameters and buffers to a device."""

@@ -55,7 +55,8 @@ class Task:
 
     `function(model, data, **options)` returns the metrics as a flat dict. Values are numbers, except that a metric
     that cannot be computed is None or a text that starts with "skipped: " and gives the reason; it is never 0.
-    Scores are shares between 0 and 1, ties count as misses, and unreadable rows are left out and counted. An ENCODER
+    Scores are shares between 0 and 1, ties count as misses, and unreadable rows are left out and counted. The function
+    gets all rows of the data and chooses those that it measures (`evaluation.data.splits.rows_or_only_split`). An ENCODER
     task with a `selection` also accepts `split=`, the name of the split to measure. A GENERATOR task adds the key
     `results` with one JSON object for each generated text.
 

@@ -103,7 +103,8 @@ class TeacherSpec:
         digest: sha256 over the names and bytes of the state dict.
         outputs: The values of `--outputs`, normalized.
         fields: The fields that the teacher computes.
-        view: How an image becomes a tensor (open_clip's preprocess_cfg); {} for a teacher without image input.
+        view: How an image becomes a tensor, as `teachercache.data.views.describe_view` returns it (size, mean and std are
+            required); {} for a teacher without image input.
         tokenizer: A description of the tokenizer; {} for a teacher without text input.
         constants: Numbers that recipes need, such as logit_scale (the parameter, before exp).
         inputs: What the teacher reads, from `INPUTS`: see `teachercache.teachers.teacher.Inputs`.

@@ -60,7 +60,7 @@ class Teacher:
             inputs; a field per pair is [n * t, *shape]. A field per text whose value depends on the image, too, is
             [n * t, *shape] as well. The caller decides about gradients, expands the values to the rows, and replaces
             what belongs to undecodable images and empty texts by zeros.
-        view: Map an RGB image to [3, height, width]; None without "image" in `spec.inputs`.
+        view: Map an RGB image to float32 [3, height, width]; None without "image" in `spec.inputs`.
         tokenize: Map texts to ids [texts, length]; None without "text" in `spec.inputs`.
         find_words: Map texts to the value of `Inputs.words`, in the decoding processes; None without "words".
     """
@@ -88,7 +88,8 @@ class Entry:
 
     Attributes:
         doc: One line for `tc teachers`.
-        load: Load the teacher: `load(name, weights=..., outputs=...)`.
+        load: Load the teacher: `load(name, weights=..., outputs=...)`. Its spec lists the fields of these outputs
+            alone, and its `encode` returns these fields alone.
         outputs: The values that `--outputs` takes.
         default: How many of them, from the first on, a build without `--outputs` keeps.
         writes: Regular expressions of the fields that each output writes. A group is the number of a layer that the
