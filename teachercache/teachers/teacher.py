@@ -45,7 +45,7 @@ class Teacher:
     A teacher that averages the colors of an image:
 
         field = Field("color", (3,), "image", "float16", "mean of each channel")
-        view = describe_view({"size": 32})
+        view = describe_view({"size": 32, "mean": (0, 0, 0), "std": (1, 1, 1)})
         spec = TeacherSpec(
             "colors", "none", "1", ("embeddings",), (field,), view=view, tokenizer={}, constants={}, inputs=("image",)
         )
