@@ -15,6 +15,7 @@ from teachercache.core.errors import UserError
 from teachercache.core.process import default_workers
 from teachercache.core.progress import ticker
 from teachercache.data.manifest import Manifest
+from teachercache.data.views import check_description
 from teachercache.teachers.clip.towers import image_tower
 from teachercache.teachers.teacher import Teacher
 
@@ -68,6 +69,7 @@ def of_teacher(teacher: Teacher, *, device: str = "cpu") -> Encoder:
         raise UserError(
             f"{teacher.spec.name} has no embeddings to evaluate: name a CLIP teacher (`tc teachers`)"
         )
+    check_description(teacher.spec.view, f"{teacher.spec.name} cannot be measured")
     teacher.module.to(device)
     return Encoder(
         name=teacher.spec.name,
