@@ -53,7 +53,9 @@ def prepare(recipe: Recipe[Any], run: Run) -> Prepared:
     """
     constants, fields = recipe.constants, recipe.fields
     wanted = Wanted(run.cache, run.data, fields, recipe.teacher, recipe.teacher_outputs)
-    opened = open_rows(recipe.rows(constants), wanted, name=recipe.name)
+    with calling(f"recipe {recipe.name}: rows", recipe.rows):
+        rows = recipe.rows(constants)
+    opened = open_rows(rows, wanted, name=recipe.name)
     warn_of_random_teachers(opened.caches)
     torch.manual_seed(run.seed)  # so that student and heads are equal on all ranks
     with status("building the student"), calling(f"recipe {recipe.name}: student", recipe.student):
@@ -74,7 +76,8 @@ def prepare(recipe: Recipe[Any], run: Run) -> Prepared:
     gradient_teacher = load_gradient_teacher(recipe, run, opened.caches)
     online = load_online_teacher(recipe, run, opened) if run.online_teacher else None
     plan = StepPlan(recipe.batch, recipe.steps, run.seed, rank(), world_size())
-    noise = recipe.sample_noise(constants, shapes)
+    with calling(f"recipe {recipe.name}: sample_noise", recipe.sample_noise):
+        noise = recipe.sample_noise(constants, shapes)
     batches = opened.batches(Feed(student.row_inputs, plan, noise, online))
     step = TrainStep(
         recipe,

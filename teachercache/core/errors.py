@@ -13,6 +13,7 @@
 import contextlib
 import difflib
 import errno
+import functools
 import importlib
 import types
 from collections.abc import Iterable, Iterator, Mapping
@@ -114,7 +115,8 @@ def name_of(function: object) -> str:
 
 def is_ours(value: object) -> bool:
     """Return whether a function or a class is defined in one of our packages."""
-    return str(value.__module__).partition(".")[0] in OUR_PACKAGES
+    defined = value.func if isinstance(value, functools.partial) else value
+    return str(defined.__module__).partition(".")[0] in OUR_PACKAGES
 
 
 def closest(name: str, choices: Iterable[str], *, cutoff: float = 0.5) -> str:

@@ -1,6 +1,7 @@
 """Mistakes in a stranger's package end in one line that names the stranger's object, with exit code 2."""
 
 import dataclasses
+import functools
 import json
 import sys
 import types
@@ -14,6 +15,7 @@ from torch import nn
 from visitor import recipes, students, teachers
 
 from evaluation.models.encoder import of_teacher
+from evaluation.results.run import measure
 from evaluation.tasks import registry as tasks
 from evaluation.tasks.task import Kind, Selection, Task
 from student.cli import main as student
@@ -25,7 +27,7 @@ from student.training.prepare import check_spec
 from student.training.step import TrainStep, call_loss
 from teachercache.cli import main as tc
 from teachercache.core import installed
-from teachercache.core.errors import UserError
+from teachercache.core.errors import UserError, is_ours
 from teachercache.data.views import check_view
 from teachercache.teachers.clip.towers import image_tower
 from teachercache.teachers.teacher import Entry
@@ -244,6 +246,17 @@ def test_the_short_name_and_the_selection_of_an_installed_task(mine, monkeypatch
         tasks.find("sprr")
     with pytest.raises(UserError, match=r"has no `selection`: .*choose from zeroshot, retrieval, spr"):
         tasks.selection_of(dataclasses.replace(mine.TASK, selection=None))
+
+
+def test_the_function_of_a_task(pairs):
+    def broken(encoder, manifest):
+        raise IndexError("no row 7")
+
+    task = Task(name="spread", kind=Kind.ENCODER, function=broken, doc="a toy", headline=("spread",))
+    with pytest.raises(UserError, match="task spread: function raised IndexError: no row 7"):
+        list(measure(task, [object()], str(pairs)))
+    assert is_ours(functools.partial(tasks.TASKS["glue"].function, lr=1.0))
+    assert not is_ours(functools.partial(broken))
 
 
 # ----------------------------------------------------------------------------------------------------
