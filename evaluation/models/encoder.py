@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from teachercache.build.decode import ImageInput, Rows, WorkItem, decoded
-from teachercache.core.errors import UserError
+from teachercache.core.errors import UserError, calling
 from teachercache.core.process import default_workers
 from teachercache.core.progress import ticker
 from teachercache.data.manifest import Manifest
+from teachercache.data.views import check_description
 from teachercache.teachers.clip.towers import image_tower
-from teachercache.teachers.teacher import Teacher
+from teachercache.teachers.teacher import Inputs, Teacher
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +70,7 @@ def of_teacher(teacher: Teacher, *, device: str = "cpu") -> Encoder:
         raise UserError(
             f"{teacher.spec.name} has no embeddings to evaluate: name a CLIP teacher (`tc teachers`)"
         )
+    check_description(teacher.spec.view, f"{teacher.spec.name} cannot be measured")
     teacher.module.to(device)
     return Encoder(
         name=teacher.spec.name,
@@ -76,14 +78,26 @@ def of_teacher(teacher: Teacher, *, device: str = "cpu") -> Encoder:
         size=tuple(teacher.spec.view["size"]),
         view=teacher.view,
         tokenize=teacher.tokenize,
-        encode_image=lambda images: teacher.encode(teacher.module, {"image": images})[image_field],
-        encode_text=lambda ids: teacher.encode(teacher.module, {"text": ids})[text_field],
+        encode_image=lambda images: _vectors(teacher, {"image": images}, image_field),
+        encode_text=lambda ids: _vectors(teacher, {"text": ids}, text_field),
         device=device,
         tower=image_tower(teacher.module),
         mean=tuple(teacher.spec.view["mean"]),
         std=tuple(teacher.spec.view["std"]),
         scale=math.exp(teacher.spec.constants.get("logit_scale", math.log(100))),
     )
+
+
+def _vectors(teacher: Teacher, inputs: Inputs, field: str) -> Tensor:
+    """Encode images alone or texts alone."""
+    who = f"teacher {teacher.spec.name}: encode"
+    with calling(who, teacher.encode):
+        outputs = teacher.encode(teacher.module, inputs)
+    if field not in outputs:
+        raise UserError(
+            f"{who} left out {field} of the inputs {', '.join(inputs)}, which a task encodes alone"
+        )
+    return outputs[field]
 
 
 def embed_images(

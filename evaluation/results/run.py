@@ -17,7 +17,7 @@ from evaluation.models.matcher import Matcher
 from evaluation.tasks.registry import selection_of
 from evaluation.tasks.task import Kind, Metric, Metrics, Task
 from teachercache.core.digests import write_proved
-from teachercache.core.errors import UserError
+from teachercache.core.errors import UserError, calling
 from teachercache.core.leftovers import sweep
 from teachercache.core.paths import closest_path
 from teachercache.core.progress import printable
@@ -64,10 +64,16 @@ def _measure_on_rows(
 ) -> Iterator[Result]:
     manifest = read_manifest(data)
     for model in models:
-        metrics = dict(task.function(model, manifest))
+        metrics = dict(_metrics(task, model, manifest))
         texts = metrics.pop("results", None)
         result = result_of(task.name, model, manifest.data, metrics)
         yield result if texts is None else {**result, "results": texts}
+
+
+def _metrics(task: Task, *arguments: object, **options: object) -> Metrics:
+    """Call the function of a task; an exception of another package's task names the task."""
+    with calling(f"task {task.name}: function", task.function):
+        return task.function(*arguments, **options)
 
 
 def _measure_answerers(task: Task, models: Sequence[Sequence[Answerer]], data: str) -> Iterator[Result]:
@@ -83,12 +89,12 @@ def _measure_matchers(task: Task, models: Sequence[Matcher], data: str) -> Itera
             f"no folder {data}: {closest_path(data)}--task {task.name} needs the folder of the published data set"
         )
     for matcher in models:
-        yield result_of(task.name, matcher, data, task.function(matcher, Path(data)))
+        yield result_of(task.name, matcher, data, _metrics(task, matcher, Path(data)))
 
 
 def _measure_language_models(task: Task, models: Sequence[LanguageModel], data: str) -> Iterator[Result]:
     for model in models:
-        yield result_of(task.name, model, data, task.function(model.folder, data))
+        yield result_of(task.name, model, data, _metrics(task, model.folder, data))
 
 
 MEASURES: dict[Kind, Callable[..., Iterator[Result]]] = {
@@ -127,7 +133,7 @@ def scorer(task: Task, data: str) -> tuple[Callable[[Encoder], tuple[float, dict
         raise UserError(f"{data} has no val or test rows with a {selection.needs}: leave --eval-every away")
 
     def score(encoder: Encoder) -> tuple[float, dict[str, float]]:
-        return headline(task, task.function(encoder, manifest, split=splits[0]))
+        return headline(task, _metrics(task, encoder, manifest, split=splits[0]))
 
     return score, splits[0]
 

@@ -352,13 +352,33 @@ def find(name: str) -> Task:
     if base in TASKS:
         task = TASKS[base]
     elif base in points:
-        task = _checked(points[base].load(), points[base].value)
+        task = _load(points[base])
+    elif ":" not in name or "." not in short:
+        tasks = {point: _loadable(points[point]) for point in points}
+        shorts = {task.short: point for point, task in tasks.items() if task and task.short}
+        if short not in shorts:
+            choices = dict.fromkeys((*TASKS, *SHORT, *points, *shorts))
+            return _checked(resolve(name, choices, kind="task"), name)
+        base = shorts[short]
+        task = _load(points[base])
     else:
         return _checked(resolve(name, dict.fromkeys((*TASKS, *SHORT, *points)), kind="task"), name)
     if not colon:
         return task
     bound = functools.partial(task.function, **parse_options(task, text))
     return dataclasses.replace(task, name=f"{base}:{text}", function=bound)
+
+
+def _load(point: EntryPoint) -> Task:
+    return _checked(packages.load_installed(point), point.value)
+
+
+def _loadable(point: EntryPoint) -> Task | None:
+    """Return an installed task, None if it cannot be imported: another task was asked for."""
+    try:
+        return _load(point)
+    except UserError:
+        return None
 
 
 def _checked(value: Task, place: str) -> Task:
@@ -370,7 +390,10 @@ def _checked(value: Task, place: str) -> Task:
 def selection_of(task: Task) -> Selection:
     """Return how a task chooses checkpoints; raise UserError with the tasks that do if it does not."""
     if task.selection is None:
-        choices = [other.short or other.name for other in TASKS.values() if other.selection]
+        others = [*TASKS.values(), *filter(None, map(_loadable, installed().values()))]
+        choices = [other.short or other.name for other in others if other.selection]
         hint = closest(task.name, choices)
-        raise UserError(f"--set run.eval_task={task.name}: {hint}choose from {', '.join(choices)}")
+        raise UserError(
+            f"--set run.eval_task={task.name}: the task has no `selection`: {hint}choose from {', '.join(choices)}"
+        )
     return task.selection

@@ -16,7 +16,7 @@ from student.inference.load import load_run
 from student.models.registry import find_family
 from student.models.run_file import first_line, read_run
 from teachercache.core.digests import damage_of, is_sealed, read_digests, seal
-from teachercache.core.errors import MachineError, UserError
+from teachercache.core.errors import MachineError, UserError, calling
 from teachercache.core.leftovers import sweep_beside
 from teachercache.core.paths import flush_folder, partial_name, write_whole
 from teachercache.core.progress import say
@@ -50,7 +50,8 @@ def export(run: Path, out: Path, form: str) -> tuple[Path, Exported]:
     try:
         write = find_family(student.spec.family).export
         assert write is not None, f"the family {student.spec.family} has the capability but no export"
-        exported = write(student, ExportRequest(form, partial, out.name, facts))
+        with calling(f"the family {student.spec.family}: export", write):
+            exported = write(student, ExportRequest(form, partial, out.name, facts))
         write_whole(partial / "README.md", model_card(facts, results, exported))
         seal(partial)
         if out.exists():  # a command that was killed after the rename is repeated

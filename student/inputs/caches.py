@@ -92,7 +92,9 @@ def find_cache(folder: str, reads: tuple[str, ...], build_hint: str) -> store.Ca
     fitting = [cache for cache in caches if all(name in cache.fields for name in reads)]
     if caches and caches[0].path == path and not fitting:
         missing = [name for name in reads if name not in caches[0].fields]
-        raise UserError(f"{path} has no field {', '.join(missing)}: run `{build_hint}`")
+        raise UserError(
+            f"{path} has no field {', '.join(missing)}: run `{build_hint}` and pass that as --cache"
+        )
     fitting = [cache for cache in fitting if not cache.meta.spec.weights.startswith("random:")] or fitting
     if len({cache.meta.spec.digest for cache in fitting}) == 1:
         fitting = [cache for cache in fitting if cache.meta.views] or fitting

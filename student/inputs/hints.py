@@ -3,6 +3,7 @@
 import dataclasses
 import shlex
 from collections.abc import Mapping
+from itertools import count
 from pathlib import Path
 
 from teachercache.teachers.registry import find_stored, outputs_for, teacher_for
@@ -46,7 +47,8 @@ def build_command(wanted: Wanted, fields: tuple[str, ...], cache: str) -> str:
     Args:
         wanted: The request: data, teacher, and how its outputs are spelled.
         fields: Names of cached fields, some or all of those requested.
-        cache: A .zarr folder or a folder of caches to write into.
+        cache: A .zarr folder or a folder of caches to write into. A cache that is there without the fields holds another
+            build, so that the command writes beside it.
     """
     teacher = teacher_for(fields, wanted.teacher)
     entry = find_stored(teacher)
@@ -54,7 +56,15 @@ def build_command(wanted: Wanted, fields: tuple[str, ...], cache: str) -> str:
     spelled = [wanted.outputs.get(output, output) for output in outputs]
     options = [] if set(outputs) <= set(entry.outputs[: entry.default]) else ["--outputs", ",".join(spelled)]
     path = Path(cache)
-    out = path if path.suffix == ".zarr" else path / f"{teacher}.zarr"
+    out = free_path(path if path.suffix == ".zarr" else path / f"{teacher}.zarr")
     return shlex.join(
         ["tc", "build", "--teacher", teacher, *options, "--data", wanted.data, "--out", str(out)]
     )
+
+
+def free_path(path: Path) -> Path:
+    """Return a path, or the first one that does not exist with -2, -3 and so on behind its name."""
+    names = (
+        path if number == 1 else path.with_name(f"{path.stem}-{number}{path.suffix}") for number in count(1)
+    )
+    return next(name for name in names if not name.exists())

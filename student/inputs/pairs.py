@@ -21,11 +21,11 @@ from student.inputs.order import MicroBatch, Order, StepPlan
 from student.recipe import Noise
 from student.streams import stream
 from teachercache.cache import store
-from teachercache.core.errors import UserError
+from teachercache.core.errors import UserError, calling, name_of
 from teachercache.data.manifest import Manifest
 from teachercache.data.pictures import read_image
 from teachercache.data.sample import BadSample, Sample, clean_texts
-from teachercache.data.views import replay_view
+from teachercache.data.views import check_view, replay_view
 from teachercache.teachers.teacher import Teacher
 
 KEPT_BYTES = 128 * 2**20  # preprocessed pictures that a process keeps, if those of all rows fit
@@ -198,7 +198,9 @@ class PairBatches(Dataset[dict[str, Tensor]]):
         sizes = {picture.at_least for picture in self.pictures.values()}
         decoded = {size: self._decode(sample, size) for size in sizes}
         if not self.num_views:
-            return {name: picture.view(decoded[picture.at_least]) for name, picture in self.pictures.items()}
+            return {
+                name: _seen(decoded[picture.at_least], picture) for name, picture in self.pictures.items()
+            }
         params = self.view_params[self.views_at[row], view]
         return {
             name: picture.replay(decoded[picture.at_least], params)
@@ -224,6 +226,12 @@ class PairBatches(Dataset[dict[str, Tensor]]):
             return read_image(self.manifest, sample, at_least=at_least)
         except BadSample as error:
             raise UserError(f"the picture of '{sample.key}' can no longer be read: {error}") from error
+
+
+def _seen(image: Image.Image, picture: PictureView) -> Tensor:
+    name = f"the view {name_of(picture.view)}"
+    with calling(name, picture.view):
+        return check_view(picture.view(image), None, name)
 
 
 def picture_views(inputs: RowInputs, live: Teacher | None) -> dict[str, PictureView]:

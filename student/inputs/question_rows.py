@@ -16,10 +16,11 @@ from student.inputs.caches import Source
 from student.inputs.questions import Mentions, Question, Task
 from student.models.single_stream.tokenizer import encode_pairs, tokens_of
 from student.rows import Words
-from teachercache.core.errors import UserError
+from teachercache.core.errors import UserError, name_of
 from teachercache.data.manifest import Manifest
 from teachercache.data.pictures import read_image
 from teachercache.data.sample import BadSample
+from teachercache.data.views import check_view
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -130,7 +131,8 @@ class QuestionReader:
         view = self.inputs.picture.view
         samples = [self.manifest.row(row) for row in rows.tolist()]
         try:
-            return torch.stack([view(read_image(self.manifest, sample)) for sample in samples])
+            images = (view(read_image(self.manifest, sample)) for sample in samples)
+            return torch.stack([check_view(image, None, f"the view {name_of(view)}") for image in images])
         except BadSample as error:
             raise UserError(
                 f"a picture of {self.manifest.data} cannot be read: {error}; run `tc build` on it first, to "

@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from student.contract import Exported, ExportRequest, Family, Student
 from student.models.run_file import WEIGHTS, load_weights, record_file, student_record
 from teachercache.core.errors import UserError
-from teachercache.core.installed import installed
+from teachercache.core.installed import installed, load_installed
 from teachercache.teachers.allowed import check_code_keys
 
 GROUP = "student.models"  # entry-point group; each entry loads a Family
@@ -85,7 +85,7 @@ def find_family(name: str) -> Family:
         return FAMILIES[name]
     points = installed(GROUP)
     if name in points:
-        family = points[name].load()
+        family = load_installed(points[name])
         if not isinstance(family, Family):
             raise UserError(
                 f"the installed student {name} is a {type(family).__name__}, not a student.contract.Family"

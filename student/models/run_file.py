@@ -14,6 +14,7 @@ from torch import Tensor
 
 from teachercache.core.digests import names_to_load, refuse_damage, stream_proved
 from teachercache.core.errors import UserError
+from teachercache.core.installed import installed
 from teachercache.core.paths import closest_path
 
 FORMAT = 2  # the version of run.json
@@ -84,12 +85,21 @@ def weights_of(folder: Path) -> Path:
     """
     path = folder / WEIGHTS
     recipe = str(read_run(folder).get("recipe", {}).get("name", "NAME"))
-    command = f"`{shlex.join(['student', 'train', '--recipe', recipe, '--resume', '--out', str(folder)])}`"
+    words = ["--recipe", recipe, "--resume", "--out", str(folder)]
+    if not _is_known(recipe):
+        words = ["--config", str(folder / NAMES[0]), "--recipe", "PACKAGE.MODULE:RECIPE", "--resume"]
+    command = f"`{shlex.join(['student', 'train', *words])}`"
     if not path.exists():
         raise UserError(f"{folder} is not a finished run: go on with {command}")
     again = f"{command} writes it again" if (folder / "checkpoints").exists() else remedy_of(folder)
     refuse_damage(folder, (WEIGHTS,), again)
     return path
+
+
+def _is_known(recipe: str) -> bool:
+    """Return whether a recipe is found by its name: a file of `student/recipes`, or an installed one."""
+    ours = Path(__file__).parents[1] / "recipes" / f"{recipe}.py"
+    return recipe in installed("student.recipes") or (recipe.isidentifier() and ours.is_file())
 
 
 def load_weights(folder: Path) -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
 """The table of recipes by name, and the recipes of installed packages."""
 
+import dataclasses
 import importlib.metadata
 from typing import Any
 
@@ -39,12 +40,18 @@ def find(name: str) -> Recipe[Any]:
     Raises:
         UserError: There is no such recipe (the message lists those that exist), or it is no Recipe.
     """
-    points = installed()
+    points = {point: found for point, found in installed().items() if point not in RECIPES}
     recipe = (
-        points[name].load()
-        if name in points and name not in RECIPES
-        else resolve(name, RECIPES, kind="recipe")
+        packages.load_installed(points[name])
+        if name in points
+        else resolve(name, {**RECIPES, **points}, kind="recipe")
     )
     if not isinstance(recipe, Recipe):
         raise UserError(f"--recipe {name} is a {type(recipe).__name__}, not a student.recipe.Recipe")
+    constants = type(recipe.constants)
+    if not (dataclasses.is_dataclass(constants) and constants.__dataclass_params__.frozen):  # type: ignore[attr-defined]
+        raise UserError(
+            f"--recipe {name}: its constants are a {constants.__name__}: make it a dataclass with "
+            "@dataclasses.dataclass(frozen=True)"
+        )
     return recipe

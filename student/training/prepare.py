@@ -1,6 +1,7 @@
 """Prepare a run: open rows and caches, build student, heads and batches, and run all checks."""
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,11 +12,12 @@ from student.inputs.hints import Wanted
 from student.inputs.loader import Batches
 from student.inputs.open_rows import Feed, OpenedRows, open_rows
 from student.inputs.order import StepPlan
+from student.models.registry import find_family
 from student.recipe import Recipe, Run
 from student.training.batch_norm import set_up_batch_norm
 from student.training.step import TrainStep
 from teachercache.cache.store import Cache
-from teachercache.core.errors import UserError
+from teachercache.core.errors import UserError, calling
 from teachercache.core.process import rank, world_size
 from teachercache.core.progress import say, status
 from teachercache.teachers.of_cache import load_teacher
@@ -51,11 +53,14 @@ def prepare(recipe: Recipe[Any], run: Run) -> Prepared:
     """
     constants, fields = recipe.constants, recipe.fields
     wanted = Wanted(run.cache, run.data, fields, recipe.teacher, recipe.teacher_outputs)
-    opened = open_rows(recipe.rows(constants), wanted, name=recipe.name)
+    with calling(f"recipe {recipe.name}: rows", recipe.rows):
+        rows = recipe.rows(constants)
+    opened = open_rows(rows, wanted, name=recipe.name)
     warn_of_random_teachers(opened.caches)
     torch.manual_seed(run.seed)  # so that student and heads are equal on all ranks
-    with status("building the student"):
+    with status("building the student"), calling(f"recipe {recipe.name}: student", recipe.student):
         student = recipe.student(constants, opened.setting)
+    check_spec(student.spec)
     if run.zero == 3:
         require(student, Capability.SHARDS_PARAMETERS, "--set run.zero=3")
     shapes = opened.setting.shapes
@@ -65,12 +70,14 @@ def prepare(recipe: Recipe[Any], run: Run) -> Prepared:
             f"{recipe.name}: the student reads the fields {', '.join(missing)}, which are missing in the "
             "recipe's teacher_fields"
         )
-    heads = recipe.distill_heads(constants, student, shapes)
+    with calling(f"recipe {recipe.name}: distill_heads", recipe.distill_heads):
+        heads = recipe.distill_heads(constants, student, shapes)
     # Teachers are loaded after student and heads, because loading draws random numbers
     gradient_teacher = load_gradient_teacher(recipe, run, opened.caches)
     online = load_online_teacher(recipe, run, opened) if run.online_teacher else None
     plan = StepPlan(recipe.batch, recipe.steps, run.seed, rank(), world_size())
-    noise = recipe.sample_noise(constants, shapes)
+    with calling(f"recipe {recipe.name}: sample_noise", recipe.sample_noise):
+        noise = recipe.sample_noise(constants, shapes)
     batches = opened.batches(Feed(student.row_inputs, plan, noise, online))
     step = TrainStep(
         recipe,
@@ -80,6 +87,7 @@ def prepare(recipe: Recipe[Any], run: Run) -> Prepared:
         gradient_teacher=gradient_teacher,
         precision=run.precision,
     )
+    refuse_scalar_parameters(step)
     set_up_batch_norm(
         step,
         micro_batches=0 < run.micro_batch < recipe.batch // world_size(),
@@ -88,6 +96,36 @@ def prepare(recipe: Recipe[Any], run: Run) -> Prepared:
     )
     files = {**student.spec.files, **opened.files}
     return Prepared(step, batches, opened.caches, student.spec, opened.facts, files)
+
+
+def check_spec(spec: StudentSpec) -> None:
+    """Check that run.json can hold the description of a student, and say if the student cannot be loaded from it.
+
+    Raises:
+        UserError: An entry of its config is not of a JSON type.
+    """
+    for key, value in spec.config.items():
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"the student of the family {spec.family}: config['{key}'] is a {type(value).__name__}: "
+                "run.json holds JSON types alone"
+            ) from error
+    try:
+        find_family(spec.family)
+    except UserError as error:
+        say(f"WARNING: the run trains, but student eval and export will not load it: {error}")
+
+
+def refuse_scalar_parameters(step: TrainStep) -> None:
+    """Raise a UserError for a parameter without dimensions, which DeepSpeed cannot hold."""
+    for name, parameter in step.named_parameters():
+        if not parameter.ndim:
+            raise UserError(
+                f"{step.recipe.name}: the parameter {name} has no dimensions: give it one, as in "
+                "nn.Parameter(torch.full((1,), 0.5))"
+            )
 
 
 def warn_of_random_teachers(caches: list[Cache]) -> None:

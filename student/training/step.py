@@ -11,7 +11,8 @@ from student.contract import Student
 from student.distributed import gather
 from student.ensemble import plain_name
 from student.recipe import Batch, Notes, Outputs, Progress, Recipe, Terms
-from teachercache.core.errors import UserError
+from teachercache.core.errors import UserError, calling, name_of
+from teachercache.teachers.encode import encode
 from teachercache.teachers.teacher import Inputs, Teacher
 
 
@@ -89,12 +90,31 @@ class TrainStep(nn.Module):
             batch = {**batch, **online_fields(self.online_teacher, batch, self.recipe.fields)}
         fields = {name: rows for name, rows in batch.items() if plain_name(name) in self.loss_fields}
         with torch.autocast(device_type(batch), torch.bfloat16, enabled=self.precision == "bfloat16"):
-            outputs = self.student(batch)
+            outputs = self._student_outputs(batch)
             if self.heads is not None:
-                outputs |= self.heads(outputs | fields)
+                with calling(f"{self.recipe.name}: the distillation heads", self.recipe.distill_heads):
+                    outputs |= self.heads(outputs | fields)
         if self.gradient_teacher is not None:
             outputs |= self._through_teacher(outputs, fields)
         return outputs, fields
+
+    def _student_outputs(self, batch: Batch) -> Outputs:
+        """Compute the student's outputs, and check that each is a scale or has one entry per row."""
+        who = f"the student {name_of(self.student)}: forward"
+        with calling(who, type(self.student)):
+            outputs = self.student(batch)
+        if not isinstance(outputs, dict):
+            raise UserError(f"{who} returned a {type(outputs).__name__}: return a dict of tensors by name")
+        rows = max(len(value) for value in batch.values() if value.ndim)
+        for name, value in outputs.items():
+            if not isinstance(value, Tensor):
+                raise UserError(f"{who} returned a {type(value).__name__} as {name}: return a torch.Tensor")
+            if value.ndim and len(value) != rows:
+                raise UserError(
+                    f"{who} returned {name} with the shape {[*value.shape]} for {rows} rows: return one entry per row, "
+                    "or a tensor without dimensions"
+                )
+        return outputs
 
     def _through_teacher(self, outputs: Outputs, fields: Mapping[str, Tensor]) -> Outputs:
         """Compute the gradient teacher's outputs in its own precision; check that they are differentiable."""
@@ -109,9 +129,7 @@ class TrainStep(nn.Module):
 
     def loss(self, outputs: Mapping[str, Tensor], fields: Mapping[str, Tensor], progress: Progress) -> Loss:
         """Compute the global batch's loss from this rank's outputs and loss fields. Uses no parameters."""
-        terms, notes = self.recipe.loss(
-            self._gathered(outputs), self._gathered(fields), self.recipe.constants, progress
-        )
+        terms, notes = call_loss(self.recipe, self._gathered(outputs), self._gathered(fields), progress)
         if not terms:
             raise UserError(f"every weight of {self.recipe.name} is 0: set one of them with --set")
         return Loss(torch.stack([term.reshape(()) for term in terms.values()]).sum(), terms, notes)
@@ -125,6 +143,38 @@ class TrainStep(nn.Module):
 
     def _is_per_row(self, name: str) -> bool:
         return any(fnmatch.fnmatchcase(plain_name(name), pattern) for pattern in self.recipe.per_row)
+
+
+def call_loss(
+    recipe: Recipe[Any], outputs: Outputs, fields: dict[str, Tensor], progress: Progress
+) -> tuple[Terms, Notes]:
+    """Call the loss of a recipe, and check that it returns scalar terms and notes."""
+    who = f"recipe {recipe.name}: loss"
+    try:
+        with calling(who, recipe.loss):
+            result = recipe.loss(outputs, fields, recipe.constants, progress)
+    except UserError as error:
+        if not isinstance(error.__cause__, KeyError):
+            raise
+        raise UserError(
+            f"{who} reads {error.__cause__}; the outputs are {', '.join(outputs)}, the loss fields "
+            f"{', '.join(fields) or 'none'}: add an entry of the batch to the recipe's loss_fields"
+        ) from error.__cause__
+    if not (
+        isinstance(result, tuple) and len(result) == 2 and all(isinstance(part, dict) for part in result)
+    ):
+        raise UserError(
+            f"{who} returned a {type(result).__name__}: return a tuple of two dicts, (terms, notes)"
+        )
+    for name, value in (result[0] | result[1]).items():
+        if not isinstance(value, Tensor):
+            raise UserError(f"{who} returned a {type(value).__name__} as {name}: return a torch.Tensor")
+    for name, term in result[0].items():
+        if term.numel() != 1:
+            raise UserError(
+                f"{who}: the term {name} has the shape {[*term.shape]}: return its mean over the rows"
+            )
+    return result
 
 
 def refuse_constants(outputs: Mapping[str, Tensor], name: str) -> None:
@@ -154,7 +204,7 @@ def online_fields(teacher: Teacher, batch: Batch, names: tuple[str, ...]) -> dic
         inputs["pair_image"] = inputs["pair_text"] = index
         inputs["pair_valid"] = torch.ones_like(index, dtype=torch.bool)
     with torch.no_grad():
-        outputs = teacher.encode(teacher.module, inputs)
+        outputs = encode(teacher, teacher.module, inputs)
     return {name: outputs[name].float() for name in names}
 
 

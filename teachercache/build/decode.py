@@ -17,11 +17,11 @@ from PIL.Image import Image
 from torch.utils.data import DataLoader, Dataset
 
 from teachercache.cache.picture_bytes import DIGEST, digest_of, file_time
-from teachercache.core.errors import lacks_memory
+from teachercache.core.errors import calling, lacks_memory, name_of
 from teachercache.data.manifest import Manifest
 from teachercache.data.pictures import decode_image, read_bytes, seen_size
 from teachercache.data.sample import BadSample, Sample, clean_texts
-from teachercache.data.views import PARAMS, Augment, draw_params
+from teachercache.data.views import PARAMS, Augment, check_view, draw_params
 from teachercache.data.workers import hand_over, ignore_interrupt, limited, received
 
 VIEWS_AT_ONCE = 4  # views of one work item: bounds the memory of a decoded batch for any --views
@@ -160,7 +160,7 @@ class Rows(Dataset):
         boxes = torch.zeros(len(identities), images.num_boxes, 4)
         num_boxes = torch.zeros(len(identities), dtype=torch.int64)
         digests, times = np.zeros((len(identities), DIGEST), np.uint8), np.zeros(len(identities), np.int64)
-        reasons = {}
+        reasons, name = {}, name_of(images.view)
         for i, sample in enumerate(owners):
             try:
                 times[i] = file_time(self.manifest.root, sample.image)  # before it is read
@@ -171,7 +171,8 @@ class Rows(Dataset):
                     stored = _boxes(sample, seen_size(content))[: images.num_boxes]
                     num_boxes[i], boxes[i, : len(stored)] = len(stored), stored
                 if images.augment is None or images.replay is None:
-                    pixels[0, i] = images.view(image)
+                    with calling(f"the view {name}", images.view):
+                        pixels[0, i] = check_view(images.view(image), images.size, f"the view {name}")
                     continue
                 for v, number in enumerate(item.views):
                     params[i, v] = draw_params(

@@ -18,6 +18,7 @@ from teachercache.cache.spec import Field
 from teachercache.cache.store import Chunks, Problem
 from teachercache.data.manifest import Manifest
 from teachercache.data.views import Augment, replay_view
+from teachercache.teachers.encode import encode
 from teachercache.teachers.teacher import Inputs, Teacher
 
 NOT_FINITE, IS_ZERO = "is not finite", "is zero"  # reasons, behind the name of the field
@@ -91,7 +92,7 @@ def encode_batch(
             inputs["pair_text"] = text_at.to(device).unflatten(0, (len(item.rows), len(item.texts)))
             inputs["pair_valid"] = pair_valid
         with torch.inference_mode():
-            fields = teacher.encode(module, inputs)
+            fields = encode(teacher, module, inputs, cache.fields)
             for name, values in fields.items():
                 field = cache.fields[name]
                 if field.per == "image":

@@ -34,7 +34,7 @@ from teachercache.core.process import keep_memory, rank, terminable, world_size
 from teachercache.core.progress import ticker
 from teachercache.core.urls import explain_errors
 from teachercache.data.manifest import Manifest
-from teachercache.data.views import Augment
+from teachercache.data.views import Augment, check_description
 from teachercache.data.workers import report_deaths
 from teachercache.search.index import extend_indexes
 from teachercache.teachers.teacher import Teacher
@@ -232,7 +232,9 @@ def _check_views(teacher: Teacher, manifest: Manifest, views: int) -> None:
     for name, problem in problems.items():
         if name in teacher.spec.inputs:
             raise UserError(f"--views {views}: {problem}")
-    if "image" not in teacher.spec.inputs:
+    if "image" in teacher.spec.inputs:
+        check_description(teacher.spec.view, f"--views {views}")
+    else:
         raise UserError(f"--views {views}: {teacher.spec.name} reads no images; leave --views away")
 
 

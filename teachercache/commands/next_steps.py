@@ -35,7 +35,7 @@ def suggest_use(cache: "Cache", *, done: str) -> None:
         return
     field = spec.image_vector or spec.text_vector
     if done == "info" or (done == "verify" and not vector_fields(cache)):
-        suggest("tc", *(["verify", path] if done == "info" else ["info", path]))
+        suggest("tc", *(["verify", path, *teacher_words(cache)] if done == "info" else ["info", path]))
     elif not field:
         suggest("tc", "info", path)
     elif done == "build" and cache.meta.rows > SEARCHED_EXACTLY and not index_path(cache, field).exists():
@@ -46,6 +46,16 @@ def suggest_use(cache: "Cache", *, done: str) -> None:
         suggest("tc", "search", path, "a photo")
     else:
         suggest("tc", "search", path, "--key", str(store.read_keys(cache)[0]))
+
+
+def teacher_words(cache: "Cache") -> list[str]:
+    """Return the options with which `tc verify` finds the teacher of a cache, or goes without it."""
+    name = cache.meta.spec.name
+    module, _, attribute = name.partition(":")
+    if is_loadable(cache):
+        return []
+    typed = attribute.isidentifier() and all(part.isidentifier() for part in module.split("."))
+    return ["--teacher", name] if typed else ["--samples", "0"]
 
 
 def can_analyze() -> bool:

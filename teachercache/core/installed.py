@@ -3,6 +3,9 @@
 import sys
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
+from typing import Any
+
+from teachercache.core.errors import UserError
 
 
 def installed(group: str) -> dict[str, EntryPoint]:
@@ -22,3 +25,20 @@ def installed(group: str) -> dict[str, EntryPoint]:
             visitor and point.dist is not None and Path(str(point.dist.locate_file(""))).resolve() == here
         )
     }
+
+
+def load_installed(point: EntryPoint) -> Any:
+    """Import what an entry point names.
+
+    Raises:
+        UserError: It cannot be imported; the message names the entry point and its package.
+    """
+    try:
+        return point.load()
+    except Exception as error:
+        package = f"package {point.dist.name}" if point.dist is not None else "a package"
+        text = " ".join(str(error).split())
+        raise UserError(
+            f"the entry point '{point.name} = {point.value}' of {point.group} ({package}) cannot be imported: "
+            f"{type(error).__name__}: {text}: mend or uninstall that package"
+        ) from error

@@ -181,6 +181,37 @@ def image_view(view: Mapping[str, Any]) -> "Callable[[Image.Image], Tensor]":
     return BoundedView(transform, values["size"], crops=values.get("resize_mode", "shortest") == "shortest")
 
 
+def check_description(view: Mapping[str, Any], what: str) -> None:
+    """Raise UserError if the description of a view lacks what augmented views and an Encoder need."""
+    missing = [key for key in ("size", "mean", "std") if view.get(key) is None]
+    if missing:
+        raise UserError(
+            f"{what}: the teacher's spec lacks {', '.join(missing)} in `view`: make it with "
+            "teachercache.data.views.describe_view({'size': 224, 'mean': [0.5] * 3, 'std': [0.5] * 3})"
+        )
+
+
+def check_view(pixels: object, size: tuple[int, int] | None, name: str) -> "Tensor":
+    """Return what a view made of a picture; raise UserError if it is no float32 [3, height, width].
+
+    Args:
+        pixels: The result of the view.
+        size: Its height and width; None if they are not known.
+        name: What the message calls the view.
+    """
+    from torch import Tensor, float32
+
+    expected = f"[3, {size[0]}, {size[1]}]" if size else "[3, height, width]"
+    if not isinstance(pixels, Tensor):
+        raise UserError(f"{name} returned a {type(pixels).__name__}: return float32 {expected}")
+    shape = tuple(pixels.shape)
+    good = len(shape) == 3 and shape[0] == 3 and (size is None or shape[1:] == tuple(size))
+    if not good or pixels.dtype != float32:
+        dtype = str(pixels.dtype).removeprefix("torch.")
+        raise UserError(f"{name} returned {dtype} {[*shape]}: return float32 {expected}")
+    return pixels
+
+
 def replay_view(view: Mapping[str, Any]) -> "Callable[[Image.Image, np.ndarray], Tensor]":
     """Return a function from an RGB image and PARAMS [P] to float32 [3, height, width]: crop, resize,
     flip, colors.
@@ -192,6 +223,7 @@ def replay_view(view: Mapping[str, Any]) -> "Callable[[Image.Image, np.ndarray],
     interpolation = InterpolationMode.BILINEAR if bilinear else InterpolationMode.BICUBIC
 
     def replay(picture: "Image.Image", params: np.ndarray) -> "Tensor":
+        check_description(view, "augmented views")
         values = dict(zip(PARAMS, params.tolist(), strict=True))
         box = [round(values[name]) for name in ("top", "left", "height", "width")]
         picture = F.resized_crop(picture, *box, size=list(view["size"]), interpolation=interpolation)

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float
 
 from teachercache.cache import store
-from teachercache.core.errors import UserError, closest
+from teachercache.core.errors import UserError, calling, closest
 from teachercache.data.pictures import decode_image, read_regular
 from teachercache.data.sample import BadSample
 from teachercache.search.index import open_index, search
@@ -171,7 +171,7 @@ def encode_query(
         queries += [(image_field, {"image": teacher.view(picture)[None]}) for picture in pictures]
     vectors = []
     for name, inputs in queries:
-        with torch.inference_mode():
+        with torch.inference_mode(), calling(f"teacher {spec.name}: encode", teacher.encode):
             outputs = teacher.encode(teacher.module, inputs)
         if name not in outputs or field not in (spec.image_vector, spec.text_vector, name):
             raise UserError(f"{spec.name} cannot search '{field}' by that: search with --key KEY")

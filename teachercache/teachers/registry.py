@@ -7,8 +7,9 @@ import re
 from collections.abc import Sequence
 from importlib.metadata import EntryPoint
 
-from teachercache.core.errors import UserError, closest, resolve
-from teachercache.core.installed import installed
+from teachercache.cache.spec import to_dict
+from teachercache.core.errors import UserError, calling, closest, resolve
+from teachercache.core.installed import installed, load_installed
 from teachercache.core.progress import status
 from teachercache.teachers.allowed import PLAIN_NAME
 from teachercache.teachers.teacher import (
@@ -144,10 +145,7 @@ def _find(name: str) -> Entry | None:
         return TEACHERS[name]
     points = installed_teachers()
     if name in points:
-        try:
-            return _checked(name, points[name].load())
-        except (ImportError, AttributeError) as error:
-            raise UserError(f"cannot import the installed teacher '{name}': {error}") from error
+        return _checked(name, load_installed(points[name]))
     if name.startswith("open_clip:"):
         architecture, slash, tag = name.removeprefix("open_clip:").partition("/")
         if not slash or not PLAIN_NAME.fullmatch(architecture):
@@ -205,8 +203,16 @@ def load_entry(entry: Entry, name: str, *, weights: str, outputs: tuple[str, ...
             raise UserError(
                 f"teacher {name} has no output '{output}': {near}choose from {', '.join(entry.outputs)}"
             )
-    with status(f"loading {name}"):
-        return entry.load(name, weights=weights, outputs=outputs)
+    who = f"teacher {name}: load"
+    with status(f"loading {name}"), calling(f"{who}(name, *, weights, outputs)", entry.load):
+        teacher = entry.load(name, weights=weights, outputs=outputs)
+    if not isinstance(teacher, Teacher):
+        raise UserError(
+            f"{who} returned a {type(teacher).__name__}: return a teachercache.teachers.teacher.Teacher"
+        )
+    with calling(f"teacher {name}: its spec", entry.load):
+        to_dict(teacher.spec)
+    return teacher
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -249,7 +255,10 @@ def teacher_for(fields: Sequence[str], preferred: str = "") -> str:
     """
     names = [*([preferred] if preferred else []), *SMALL_TEACHERS, *TEACHERS, *installed_teachers()]
     for name in names:
-        entry = _find(name)
+        try:
+            entry = _find(name)
+        except UserError:  # another package cannot be imported
+            continue
         if entry is not None and all(_writers(entry, field) for field in fields):
             return name
     raise UserError(f"no teacher writes the fields {', '.join(fields)}: see `tc teachers`")

@@ -18,7 +18,7 @@ from teachercache.teachers.hooks import output_tensor
 
 def image_tower(module: nn.Module) -> nn.Module | None:
     """Return the image tower of an open_clip model, or None for another module."""
-    return getattr(module, "visual", None)
+    return dict(module.named_children()).get("visual")
 
 
 # ----------------------------------------------------------------------------------------------------
