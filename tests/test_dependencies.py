@@ -19,6 +19,7 @@ DISTRIBUTIONS = {
     "PIL": "pillow",
     "faiss": "faiss-cpu",
     "open_clip": "open-clip-torch",
+    "griffe": "mkdocstrings",  # which reads sources with it
     "rouge_score": "rouge-score",
     "sklearn": "scikit-learn",
     "umap": "umap-learn",

@@ -205,7 +205,7 @@ def check_view(pixels: object, size: tuple[int, int] | None, name: str) -> "Tens
     if not isinstance(pixels, Tensor):
         raise UserError(f"{name} returned a {type(pixels).__name__}: return float32 {expected}")
     shape = tuple(pixels.shape)
-    good = len(shape) == 3 and shape[0] == 3 and (size is None or shape[1:] == tuple(size))
+    good = shape[:1] == (3,) and (size is None or shape[1:] == tuple(size))
     if not good or pixels.dtype != float32:
         dtype = str(pixels.dtype).removeprefix("torch.")
         raise UserError(f"{name} returned {dtype} {[*shape]}: return float32 {expected}")

@@ -58,14 +58,18 @@ def error_of(capsys: pytest.CaptureFixture, command, *words: object) -> str:
     return line
 
 
-def grid_entry(encode=teachers.encode_grid, **changes: object) -> Entry:
+BOTH = ("grid", "color")
+encode_grid = functools.partial(teachers.encode_grid, outputs=BOTH)
+
+
+def grid_entry(encode=encode_grid, **changes: object) -> Entry:
     """The visitors' teacher of pictures with another `encode` or other members."""
 
     def load(name, *, weights, outputs):
-        teacher = teachers.load_grid(name, weights=weights, outputs=outputs)
+        teacher = teachers.load_grid(name, weights=weights, outputs=BOTH)
         return dataclasses.replace(teacher, encode=encode, **changes)
 
-    return Entry("mistaken", load, ("grid",), writes={"grid": "grid|color"})
+    return Entry("mistaken", load, BOTH, default=2)
 
 
 def without_color(module, inputs):
@@ -78,7 +82,7 @@ def raising(module, inputs):
 
 def changed(change):
     def encode(module, inputs):
-        return change(teachers.encode_grid(module, inputs))
+        return change(encode_grid(module, inputs))
 
     return encode
 
@@ -151,7 +155,7 @@ def test_an_error_of_the_machine_stays_one(pairs, mine, tmp_path, capsys):
     ],
 )
 def test_view(pairs, mine, tmp_path, capsys, change, words):
-    mine.BAD = grid_entry(view=lambda picture: change(teachers.view(picture)))
+    mine.BAD = grid_entry(view=lambda picture: change(teachers.image_view(teachers.VIEW)(picture)))
     error = error_of(
         capsys, tc, "build", "--teacher", "mine:BAD", "--data", pairs, "--out", tmp_path / "c.zarr"
     )
@@ -165,11 +169,14 @@ def test_a_view_of_a_student_may_have_any_size():
         check_view(torch.zeros(5, 7), None, "a")
 
 
-def test_augmented_views_and_tasks_need_a_description(pairs, tmp_path, capsys):
+def test_augmented_views_and_tasks_need_a_description(pairs, mine, tmp_path, capsys):
+    bare = {"size": teachers.VIEW["size"]}
+    grid = teachers.load_grid("g", weights="pretrained", outputs=BOTH).spec
+    mine.BAD = grid_entry(spec=dataclasses.replace(grid, view=bare))
     words = [
         "build",
         "--teacher",
-        "visitor-grid",
+        "mine:BAD",
         "--data",
         pairs,
         "--out",
@@ -179,6 +186,7 @@ def test_augmented_views_and_tasks_need_a_description(pairs, tmp_path, capsys):
     ]
     assert "--views 2: the teacher's spec lacks mean, std in `view`" in error_of(capsys, tc, *words)
     teacher = teachers.load_pairs("p", weights="pretrained", outputs=("pairs",))
+    teacher = dataclasses.replace(teacher, spec=dataclasses.replace(teacher.spec, view=bare))
     with pytest.raises(UserError, match="p cannot be measured: the teacher's spec lacks mean, std"):
         of_teacher(teacher)
 

@@ -412,7 +412,9 @@ def test_the_cache_of_a_folder(manifest, tmp_path):
     hint = "tc build --teacher x"
     assert find_cache(str(tmp_path), READS, hint).path == tmp_path / "a.zarr"
     assert find_cache(str(tmp_path / "a.zarr"), READS, hint).path == tmp_path / "a.zarr"
-    with pytest.raises(UserError, match=r"no field patch_emb: run `tc build --teacher x`$"):
+    with pytest.raises(
+        UserError, match=r"no field patch_emb: run `tc build --teacher x` and pass that as --cache$"
+    ):
         find_cache(str(tmp_path / "a.zarr"), ("patch_emb",), hint)
     with pytest.raises(UserError, match=r"no cache with patch_emb in .*: run `tc build --teacher x`$"):
         find_cache(str(tmp_path), ("patch_emb",), hint)
