@@ -17,5 +17,10 @@ class FieldComments(griffe.Extension):
         """Read the comments of one class."""
         for name, comment in comments_of("\n".join(cls.lines)).items():
             member = cls.members.get(name)
-            if member is not None and member.is_attribute and member.docstring is None and comment:
+            if (
+                isinstance(member, griffe.Object)
+                and member.is_attribute
+                and member.docstring is None
+                and comment
+            ):
                 member.docstring = griffe.Docstring(comment, lineno=member.lineno, parent=member)
