@@ -2,11 +2,13 @@
 
 import itertools
 import os
+import shutil
 import subprocess
 import sys
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from small import build_cache, make_folder, save_diffusion, save_teacher, train_here
@@ -26,6 +28,20 @@ def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
         from teachercache.core.digests import write_proved
 
         monkeypatch.setattr(loop, "draw_curve", lambda out, terms: write_proved(out / "curve.png", out, b""))
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Chromium without a window, for the pages of the report and of the server."""
+    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
+    chromium = next(filter(None, map(shutil.which, names)), None)
+    if chromium is None:
+        pytest.skip("no chromium on this machine: apt-get install chromium")
+    sync_api = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
+    with sync_api.sync_playwright() as playing:
+        opened = playing.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield opened
+        opened.close()
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,5 @@
 """report.html in a real browser: nothing is asked for, a dot shows its picture, a click its neighbours."""
 
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,6 @@ from teachercache.analysis.report.write import analyze
 from tests.teachercache.analysis.test_report import embeddings, samples_of, with_samples
 from tests.teachercache.search.test_index import make_cache
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chrome")
 EVIL = "<script>document.title='owned'</script><b>bold</b>"
 
 
@@ -33,17 +31,6 @@ def out(tmp_path_factory) -> Path:
         with_samples(cache, samples, folder)
     analyze(first.path, against=second.path, out=folder / "out")
     return folder / "out"
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if CHROMIUM is None:
-        pytest.skip("no chromium on this machine: apt-get install chromium")
-    sync_api = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
-    with sync_api.sync_playwright() as running:
-        opened = running.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield opened
-        opened.close()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -11,7 +11,6 @@ from small import build_cache, make_folder, save_teacher
 
 from teachercache.teachers.registry import load
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chrome")
 EVIL = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script><b>bold</b>"
 DROP = """([name, content]) => {
   const bytes = Uint8Array.from(atob(content), (letter) => letter.charCodeAt(0));
@@ -32,17 +31,6 @@ def folder(tmp_path_factory) -> Path:
     for i in range(2):
         build_cache(folder / "photos", save_teacher(folder / f"t{i}", seed=i), folder / f"{'ab'[i]}.zarr")
     return folder
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if CHROMIUM is None:
-        pytest.skip("no chromium on this machine: apt-get install chromium")
-    sync_api = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
-    with sync_api.sync_playwright() as playing:
-        opened = playing.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield opened
-        opened.close()
 
 
 class Visit:
