@@ -25,6 +25,7 @@ CACHE, STUDENT_CACHE = Path("caches/demo/clip-lite.zarr"), Path("caches/demo/cli
 REPORT, COMPARISON = Path("caches/demo/clip-lite.report"), Path("caches/demo/clip-lite-clip_kd.report")
 TIMES = Path("runs/demo/times.json")
 QUERY = "a bird on a branch"
+FIRST = 1000  # rows that are cached before the first search; the next stage adds the rest
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def finish(process: subprocess.Popen[bytes]) -> None:
 
 
 def search(from_scratch: bool) -> None:
-    """Prepare the pictures, cache the teacher's embeddings of them, and search."""
+    """Prepare the pictures, cache the teacher's embeddings of the first of them, and search."""
     preparing = None if Path("data/demo").is_dir() else script("datasets.demo.prepare")
     import teachercache.build.loop
     import teachercache.teachers.clip.lite  # noqa: F401  # imports take seconds: meanwhile the pictures arrive
@@ -70,12 +71,18 @@ def search(from_scratch: bool) -> None:
         finish(preparing)
     if from_scratch:
         finish(script("teachers.clip_lite"))
-    command("tc", "build", "--teacher", "clip-lite", "--data", "data/demo")
+    build(*() if CACHE.exists() else ("--limit", FIRST))
     command("tc", "search", CACHE, QUERY, "--top", 5)
 
 
+def build(*options: object) -> None:
+    """Cache the teacher's embeddings of the pictures."""
+    command("tc", "build", "--teacher", "clip-lite", "--data", "data/demo", *options)
+
+
 def look() -> None:
-    """Analyze the cache."""
+    """Cache the rest of the pictures, and analyze the cache."""
+    build()
     analyze(CACHE, out=REPORT)
 
 
@@ -93,6 +100,7 @@ def distil() -> None:
     """Train and measure both students, and compare the distilled one with its teacher."""
     from scripts import demo_table
 
+    build()
     print("$ python -m scripts.demo_table --seeds 0", file=sys.stderr, flush=True)
     demo_table.show_table([0])
     command(
@@ -121,7 +129,7 @@ def stages(from_scratch: bool) -> dict[str, Stage]:
         "search": Stage(
             "search real pictures with a teacher", lambda: search(from_scratch), f"tc serve {CACHE}"
         ),
-        "look": Stage("analyze the cache", look, str(REPORT / "report.html")),
+        "look": Stage("cache all pictures and analyze the cache", look, str(REPORT / "report.html")),
         "distil": Stage("distill a student and compare it", distil, str(COMPARISON / "report.html")),
         "others": Stage("a short run of the other recipes", others, "runs/demo/others.md"),
     }

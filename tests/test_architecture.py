@@ -1,6 +1,7 @@
 """The laws of the house, read from the syntax trees: the tower, the floors, names, sizes, and tests that test."""
 
 import ast
+import fnmatch
 import functools
 import re
 import subprocess
@@ -102,6 +103,7 @@ def floor_of(module: str) -> int | None:
         "demo_table",
         "docs_comments",
         "docs_pages",
+        "install",
         "lowest",
         "record",
         "release",
@@ -328,6 +330,15 @@ def test_the_check_of_logic_can_say_no():
 )
 def test_a_folder_fits_into_one_look(folder):
     assert len([path for path in folder.glob("*.py") if path.name != "__init__.py"]) <= MAX_SIBLINGS
+
+
+def test_every_folder_of_tests_is_searched(pytestconfig):
+    """By default pytest leaves out folders named build or dist."""
+    patterns = pytestconfig.getini("norecursedirs")
+    folders = {path.parent.relative_to(ROOT) for path in (ROOT / "tests").rglob("test_*.py")}
+    names = {name for folder in folders for name in folder.parts}
+    assert "build" in names
+    assert [name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)] == []
 
 
 def test_git_ignores_no_source():

@@ -28,7 +28,7 @@ from evaluation.models.encoder import Encoder
 from teachercache.core.errors import UserError
 from teachercache.core.process import default_workers
 from teachercache.core.progress import ticker
-from teachercache.data.workers import hand_over, ignore_interrupt, received
+from teachercache.data.workers import hand_over, ignore_interrupt, received, start_method
 from teachercache.teachers.clip.towers import image_blocks, tower_kind
 
 
@@ -204,6 +204,7 @@ def batches(examples: ObjectImages, order: list[int], size: int) -> Iterator[lis
         examples,
         batch_sampler=[order[i : i + size] for i in range(0, len(order), size)],
         num_workers=workers,
+        multiprocessing_context=start_method(workers),
         collate_fn=hand_over(workers, _readable),
         worker_init_fn=ignore_interrupt,
         # Otherwise it draws from the generator that samples boxes

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from student.inputs.order import MicroBatch, StepPlan
 from teachercache.data.manifest import Manifest
-from teachercache.data.workers import hand_over, limited, received
+from teachercache.data.workers import hand_over, limited, received, start_method
 
 
 class Batches(Protocol):
@@ -48,6 +48,7 @@ def loader(batches: Batches, *, start: int, workers: int, micro: int = 0) -> Ite
         batch_size=None,
         sampler=(MicroBatch(step, cut, cut + size) for step in range(start, len(batches)) for cut in cuts),
         num_workers=workers,
+        multiprocessing_context=start_method(workers),
         collate_fn=hand_over(workers),
         # A generator of its own, so that a resumed run draws the same numbers from the global one
         generator=torch.Generator(),

@@ -22,7 +22,7 @@ from teachercache.data.manifest import Manifest
 from teachercache.data.pictures import decode_image, read_bytes, seen_size
 from teachercache.data.sample import BadSample, Sample, clean_texts
 from teachercache.data.views import PARAMS, Augment, check_view, draw_params
-from teachercache.data.workers import hand_over, ignore_interrupt, limited, received
+from teachercache.data.workers import hand_over, ignore_interrupt, limited, received, start_method
 
 VIEWS_AT_ONCE = 4  # views of one work item: bounds the memory of a decoded batch for any --views
 Value = TypeVar("Value", bound=Hashable)
@@ -254,6 +254,7 @@ def decoded(rows: Rows, items: Iterable[WorkItem], *, workers: int, pin: bool = 
             rows,
             batch_sampler=items,  # type: ignore[arg-type]
             num_workers=workers,
+            multiprocessing_context=start_method(workers),
             collate_fn=hand_over(workers),
             prefetch_factor=2 if workers else None,
             worker_init_fn=ignore_interrupt,

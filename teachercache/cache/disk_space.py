@@ -3,7 +3,7 @@
 import shutil
 
 from teachercache.cache import store
-from teachercache.cache.layout import expected_bytes
+from teachercache.cache.layout import chunk_bytes, expected_bytes
 from teachercache.core.errors import UserError
 from teachercache.core.paths import is_url
 from teachercache.core.progress import say
@@ -25,11 +25,13 @@ def check_space(cache: store.Cache) -> None:
 
 
 def bytes_written(cache: store.Cache) -> int:
-    """Return the bytes of the chunk files in the done records, without keys, as `expected_bytes` counts them."""
+    """Return the bytes of the fields' values in the done records, as `expected_bytes` counts them.
+
+    Keys, digests of pictures and the checksums of chunks are left out.
+    """
+    sizes = {name: chunk_bytes(cache, name) for name in cache.fields}
     records = filter(None, (store.done_record(cache, block) for block in store.listed_blocks(cache)))
-    return sum(
-        size for record in records for name, (size, _) in record["files"].items() if name[:4] != "key/"
-    )
+    return sum(sizes.get(file.split("/")[0], 0) for record in records for file in record["files"])
 
 
 def size(count: int) -> str:

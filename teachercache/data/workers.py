@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from multiprocessing import AuthenticationError
 from pathlib import Path
@@ -35,6 +36,15 @@ def limited(workers: int) -> int:
     if workers > most:
         say(f"{workers} workers are more than {cores()} cores can use: {most} are started")
     return min(workers, most)
+
+
+def start_method(workers: int) -> str | None:
+    """Return how a DataLoader starts its workers, whatever the method of the process that calls us.
+
+    Datasets hold what cannot be pickled: functions of recipes, open files. The default is no longer "fork" from
+    Python 3.14 on.
+    """
+    return "fork" if workers else None
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -106,20 +116,26 @@ def received(batches: Iterable[Any]) -> Iterator[Any]:
     import torch
 
     waiting = iter(batches)
-    while True:
-        with report_deaths(RuntimeError, ConnectionError, EOFError):
-            try:
-                batch = next(waiting)
-            except StopIteration:
-                return
-            except Exception as error:
-                arrived = _as_raised(error)
-                if arrived is error:
-                    raise
-                raise arrived from error
-        if isinstance(batch, Piped):
-            batch = _mapped(batch.batch, Array, lambda array: torch.from_numpy(array.values))
-        yield batch
+    try:
+        while True:
+            with report_deaths(RuntimeError, ConnectionError, EOFError):
+                try:
+                    batch = next(waiting)
+                except StopIteration:
+                    return
+                except Exception as error:
+                    traceback.clear_frames(error.__traceback__)
+                    arrived = _as_raised(error)
+                    if arrived is error:
+                        raise
+                    raise arrived from error
+            if isinstance(batch, Piped):
+                batch = _mapped(batch.batch, Array, lambda array: torch.from_numpy(array.values))
+            yield batch
+    finally:
+        del (
+            waiting
+        )  # ends the workers now: one that an error keeps for the garbage collection waits five seconds
 
 
 def _as_raised(error: Exception) -> Exception:

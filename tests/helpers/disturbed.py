@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from processes import CONTEXT
 from small import tree
 
 from teachercache.build.loop import BuildOptions, Summary, build
@@ -27,9 +28,6 @@ from teachercache.teachers.teacher import Teacher
 
 BLOCK, BATCH = 8, 5  # a batch never crosses a block
 WATCHED = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir")
-
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["teachercache.build.loop", "teachercache.teachers.clip.loading"])
 
 
 def run_build(

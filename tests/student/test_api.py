@@ -4,7 +4,6 @@ import json
 import logging
 import os
 import signal
-import subprocess
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +12,7 @@ from pathlib import Path
 import matplotlib
 import pytest
 import torch
+from processes import start
 
 from student import api
 from teachercache.core.errors import UserError
@@ -45,6 +45,11 @@ def numbers(run: Path) -> dict[str, bytes]:
     return {name: (run / name).read_bytes() for name in ("metrics.jsonl", "model.safetensors")}
 
 
+def train_alone(words: dict) -> None:
+    """What a process of its own does."""
+    api.train(**words)
+
+
 @pytest.fixture(scope="module")
 def alone(squares, cache, tmp_path_factory) -> list[dict[str, bytes]]:
     """The first and the second training, each in a process of its own."""
@@ -52,11 +57,10 @@ def alone(squares, cache, tmp_path_factory) -> list[dict[str, bytes]]:
     processes = []
     for name, words in (("first", FIRST), ("second", SECOND)):
         places = {"data": str(squares), "cache": str(cache), "out": str(home / name)}
-        code = f"from student import api; api.train(**{words | places!r})"
-        processes.append(subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE))
+        processes.append(start(train_alone, words | places))
     for process in processes:
-        _, err = process.communicate()
-        assert process.returncode == 0, err.decode()
+        process.join()
+        assert process.exitcode == 0
     return [numbers(home / name) for name in ("first", "second")]
 
 

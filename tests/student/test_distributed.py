@@ -16,6 +16,7 @@ import own_recipes
 import own_teachers
 import pytest
 import torch
+from processes import start
 from safetensors.torch import load_file
 from small import contained, read_lines, train_here, train_words, zero_noise
 from small_bart import micro_bart
@@ -328,11 +329,7 @@ def start_two(target, *arguments) -> list:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=target, args=(rank, port, *arguments)) for rank in range(WORLD)]
-    for process in processes:
-        process.start()
-    return processes
+    return [start(target, rank, port, *arguments) for rank in range(WORLD)]
 
 
 def join_all(processes: list) -> None:

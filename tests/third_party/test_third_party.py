@@ -7,15 +7,16 @@ its students, teachers and constants raise when core reads an attribute outside 
 import json
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from processes import run_command
 from safetensors.torch import load_file
 from small import RANK_VARIABLES, contained, make_folder, read_lines
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import student as student_package
 from evaluation.data.splits import rows_or_only_split
@@ -172,20 +173,12 @@ def test_micro_batches_have_the_same_losses(home, run, tmp_path):
 
 
 def test_two_processes_have_the_same_losses(home, run, tmp_path):
-    words = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "student",
-    ]
-    done = subprocess.run(
-        [*words, *train_words(home, tmp_path / "two")], env=environment(), capture_output=True, text=True
+    """By torchrun's own launcher, whose processes are forks here."""
+    words = train_words(home, tmp_path / "two")
+    how = LaunchConfig(
+        1, 1, 2, run_id="two", rdzv_backend="c10d", rdzv_endpoint="localhost:0", start_method="forkserver"
     )
-    assert done.returncode == 0, done.stderr
+    assert elastic_launch(how, student)(words) == {0: 0, 1: 0}
     np.testing.assert_allclose(losses_of(tmp_path / "two"), losses_of(run), rtol=1e-4)
 
 
@@ -197,10 +190,11 @@ def environment(**more: str) -> dict[str, str]:
 
 def test_a_killed_run_goes_on_with_the_same_bits(home, tmp_path):
     settings = ("--set", "dropout=0.2", "--set", "run.save_every=2")
-    command = [sys.executable, "-m", "student", *train_words(home, tmp_path / "killed", *settings)]
-    killed = subprocess.run(command, env=environment(VISITOR_KILL_AT="3"), capture_output=True)
+    words = train_words(home, tmp_path / "killed", *settings)
+    killed = run_command("student", *words, environment=environment(VISITOR_KILL_AT="3"))
     assert killed.returncode == -signal.SIGKILL
-    subprocess.run([*command, "--resume"], env=environment(), check=True, capture_output=True)
+    resumed = run_command("student", *words, "--resume", environment=environment())
+    assert resumed.returncode == 0, resumed.stderr
     with contained():
         assert student(train_words(home, tmp_path / "whole", *settings)) == 0
     assert losses_of(tmp_path / "killed") == losses_of(tmp_path / "whole")

@@ -306,16 +306,16 @@ def test_it_is_the_same_twice_and_leaves_the_random_state(coco, encoder):
 
 
 def test_pictures_are_found_by_what_the_tower_sees(encoder, tmp_path):
-    """Six short epochs find held-out rectangles; with a tower that says one thing of all, the same find nothing."""
+    """Three short epochs find held-out rectangles; with a tower that says one thing of all, the same find nothing."""
     manifest = read_manifest(str(make_coco(tmp_path / "more", pictures=16)))
     calibrate(encoder.tower, [path for path in (tmp_path / "more").glob("train2017/0*.png")])
-    options = dataclasses.replace(SHORT_RUN, epochs=6, lr=0.02, short_side=112, long_side=144, width=32)
+    options = dataclasses.replace(SHORT_RUN, epochs=3, lr=0.03, short_side=112, long_side=144, width=32)
     seeing = coco_detection.evaluate(encoder, manifest, options)
     for parameter in encoder.tower.parameters():
         parameter.data.zero_()
     blind = coco_detection.evaluate(encoder, manifest, options)
     for kind in ("bbox", "segm"):
-        assert seeing[f"{kind}_AP50"] > 0.2  # .32 to .5 on different processors
+        assert seeing[f"{kind}_AP50"] > 0.2  # .65 here; less on other processors
         assert blind[f"{kind}_AP50"] < 0.1
 
 

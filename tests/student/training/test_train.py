@@ -8,8 +8,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -18,6 +16,7 @@ import own_recipes
 import pytest
 import torch
 import zarr
+from processes import Command
 from safetensors.torch import load_file, save_file
 from small import (
     RANK_VARIABLES,
@@ -62,17 +61,13 @@ def compare_weights(run: Path, other: Path) -> None:
     assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
 
 
-def start(data: Path, cache: Path, out: Path, *words: object, recipe: str = "clip_kd") -> subprocess.Popen:
+def start(data: Path, cache: Path, out: Path, *words: object, recipe: str = "clip_kd") -> Command:
     """`student train` in a process of its own."""
     environment = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
-    environment["PYTHONPATH"] = f"{ROOT}:{ROOT / 'tests' / 'helpers'}"
-    command = [sys.executable, "-m", "student", *train_words(data, cache, out, *words, recipe=recipe)]
-    return subprocess.Popen(
-        command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    return Command("student", train_words(data, cache, out, *words, recipe=recipe), environment)
 
 
-def wait_for_lines(process: subprocess.Popen, run: Path, count: int) -> None:
+def wait_for_lines(process: Command, run: Path, count: int) -> None:
     """Until the process has written that many steps."""
     deadline = time.monotonic() + 90
     while time.monotonic() < deadline and process.poll() is None:
@@ -124,7 +119,7 @@ def test_sigterm_and_resume_give_the_same_losses(undisturbed, squares, cache, tm
     wait_for_lines(process, run, 8)
     process.send_signal(signal.SIGTERM)
     error = process.communicate(timeout=60)[1]
-    assert process.returncode == 143
+    assert process.poll() == 143
     assert "stopped after step" in error
     assert "Traceback" not in error
     done = len(lines_of(run))
@@ -160,7 +155,7 @@ def test_sigkill_at_any_instant_and_resume_give_the_same_losses(undisturbed, squ
     time.sleep(chance.random() * 0.15)
     process.kill()
     process.communicate()
-    assert process.returncode == -signal.SIGKILL, f"seed {seed}: it ended before it was killed"
+    assert process.poll() == -signal.SIGKILL, f"seed {seed}: it ended before it was killed"
     assert not (run / "model.safetensors").exists()
     assert train_here(squares, cache, run, *words, "--resume") == 0, f"seed {seed}"
     assert lines_of(run) == lines_of(undisturbed), f"seed {seed}"

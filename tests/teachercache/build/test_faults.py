@@ -15,8 +15,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from disturbed import BLOCK, CONTEXT, Disturbed, mount_disk, run_build, wait_for
+from disturbed import BLOCK, Disturbed, mount_disk, run_build, wait_for
 from PIL import Image
+from processes import CONTEXT, Command, run_command
 from small import counting, error_of, make_folder, run, tree
 
 from teachercache.build.decode import Rows
@@ -103,7 +104,7 @@ def test_sigkill_while_a_cache_changes(story, teacher, teacher_folder, tmp_path)
     disturbed = Disturbed(
         tmp_path / "d", teacher_folder, data, before=tmp_path / "before.zarr", options=options
     )
-    left = disturbed.assert_survives_kills(tmp_path / "events", 9, seed=len(story.__name__))
+    left = disturbed.assert_survives_kills(tmp_path / "events", 7, seed=len(story.__name__))
     assert left[0] > left[-1] == 0
 
 
@@ -139,10 +140,10 @@ def slow_data(folder: Path) -> Path:
     return make_folder(folder / "data", 120)
 
 
-class Command(NamedTuple):
+class Building(NamedTuple):
     """`tc build` as a process, and the words that start it."""
 
-    process: subprocess.Popen
+    process: Command
     words: list[str]
     out: Path
 
@@ -166,41 +167,27 @@ def slow_command(teacher_folder: Path, tmp_path: Path):
     data = make_folder(tmp_path / "data", 1000)
     options = {"--teacher": teacher_folder, "--data": data, "--out": tmp_path / "c.zarr", "--device": "cpu"}
     options |= {"--workers": 2, "--batch-size": 2}
-    words = [
-        sys.executable,
-        "-m",
-        "teachercache",
-        "build",
-        *map(str, (w for pair in options.items() for w in pair)),
-    ]
-    # A shell's background job ignores SIGINT, and so do its children: not this one
-    process = subprocess.Popen(
-        words,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    command = Command(process, words, tmp_path / "c.zarr")
-    wait_for(lambda: list(command.out.glob("done/*.json")) or process.poll() is not None)
+    words = ["build", *map(str, (w for pair in options.items() for w in pair))]
+    command = Building(Command("tc", words, os.environ), words, tmp_path / "c.zarr")
+    wait_for(lambda: list(command.out.glob("done/*.json")) or command.process.poll() is not None)
     yield command
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-    process.stderr.close()
+    if command.process.poll() is None:
+        os.killpg(command.process.pid, signal.SIGKILL)
+    command.process.communicate(60)
 
 
 def test_decoding_process_that_is_killed_is_one_line_and_the_build_goes_on(slow_command, teacher):
     victim = slow_command.children()[0]
     os.kill(victim, signal.SIGKILL)
     _, err = slow_command.process.communicate(timeout=60)
-    assert slow_command.process.returncode in (2, 75)
+    assert slow_command.process.poll() in (2, 75)
     line = err.splitlines()[-1]
     assert line.startswith(
         "error: a decoding process died (killed, or out of memory): run the same command again"
     )
     assert "Traceback" not in err
     wait_for(lambda: not slow_command.children(), 10)
-    assert subprocess.run(slow_command.words, capture_output=True, timeout=100).returncode == 0
+    assert run_command("tc", *slow_command.words).returncode == 0
     undisturbed = slow_command.out.with_name("undisturbed.zarr")
     run_build(teacher, slow_command.out.with_name("data"), undisturbed, block_rows=None, batch_size=2)
     assert tree(slow_command.out) == tree(undisturbed)
@@ -230,7 +217,7 @@ def test_ctrl_c_and_sigterm_are_one_line_and_leave_no_process(
 ):
     (os.killpg if to_all else os.kill)(slow_command.process.pid, number)
     _, err = slow_command.process.communicate(timeout=60)
-    assert slow_command.process.returncode == code, err
+    assert slow_command.process.poll() == code, err
     assert err.splitlines()[-1] == "stopped; run the same command to resume"
     assert "Traceback" not in err
     wait_for(lambda: not slow_command.children(), 10)
@@ -245,9 +232,9 @@ def test_workers_of_a_killed_builder_end_by_themselves(slow_command):
     wait_for(lambda: not slow_command.children(), 30)
 
 
-def die_once(mark: Path) -> None:
+def die_once(mark: Path, parent: int) -> None:
     """In a decoding process: end without a word, the first time."""
-    if not mark.exists():
+    if os.getpid() != parent and not mark.exists():
         mark.touch()
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -255,11 +242,11 @@ def die_once(mark: Path) -> None:
 @pytest.mark.parametrize("row", [0, 11, 29])
 def test_decoding_process_that_dies_over_a_row(row: int, teacher, tmp_path, monkeypatch):
     data = make_folder(tmp_path / "data", 30)
-    read, key = Rows.__getitems__, sorted(data.rglob("*.png"))[row].stem
+    read, key, parent = Rows.__getitems__, sorted(data.rglob("*.png"))[row].stem, os.getpid()
 
     def hostile(self, item):
         if any(self.manifest.row(number).key.endswith(key) for number in item.rows):
-            die_once(tmp_path / "died")
+            die_once(tmp_path / "died", parent)
         return read(self, item)
 
     monkeypatch.setattr(Rows, "__getitems__", hostile)
@@ -608,13 +595,13 @@ def test_torchrun_with_a_killed_rank_ends_in_the_bytes_of_one_process(teacher, t
     process = subprocess.Popen(
         words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
-    wait_for(lambda: list(tmp_path.glob("c.zarr/done/*.json")) or process.poll() is not None)
+    wait_for(lambda: len(list(tmp_path.glob("c.zarr/done/*.json"))) >= 2 or process.poll() is not None)
     os.kill(children_of(process.pid)[1], signal.SIGKILL)
     _, err = process.communicate(timeout=60)
     assert process.returncode != 0
     assert "SIGKILL" in err
     assert len(list(tmp_path.glob("c.zarr/done/*.json"))) < 4
-    assert subprocess.run(words, capture_output=True, timeout=100).returncode == 0
+    run_build(teacher, data, tmp_path / "c.zarr", block_rows=None)
     run_build(teacher, data, tmp_path / "undisturbed.zarr", block_rows=None)
     assert tree(tmp_path / "c.zarr") == tree(tmp_path / "undisturbed.zarr")
     log = [json.loads(line) for line in (tmp_path / "c.zarr/build.log").read_text().splitlines()]

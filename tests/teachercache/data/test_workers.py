@@ -1,6 +1,7 @@
 """Decoding processes: their number, tensors without shared memory, and errors that arrive in one line."""
 
 import errno
+import multiprocessing
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -92,6 +93,7 @@ def test_shared_memory_that_is_missing_or_small_is_measured(tmp_path: Path, monk
 def test_errors_arrive_as_they_were_raised(count: int, error: Exception, kind: type, words: str):
     with pytest.raises(kind) as raised:
         loaded(Batches({1: error}), count)
+    assert not multiprocessing.active_children()  # although the error is still held
     assert "Traceback" not in str(raised.value)
     assert words in str(raised.value)
 
