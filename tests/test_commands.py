@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -68,8 +69,9 @@ def home(squares, teacher_folder, finished_run, tmp_path_factory) -> Path:
     home = tmp_path_factory.mktemp("home")
     (home / "runs").mkdir()
     (home / "caches" / "squares").mkdir(parents=True)
-    for name, target in {"squares": squares, "tiny": teacher_folder, "runs/mine": finished_run}.items():
+    for name, target in {"squares": squares, "tiny": teacher_folder}.items():
         (home / name).symlink_to(target)
+    shutil.copytree(finished_run, home / "runs" / "mine")
     with contextlib.chdir(home):
         api.build("tiny", "squares", CACHE, device="cpu", workers=0)
     return home

@@ -115,7 +115,10 @@ def test_the_commands_of_the_workflow_exist():
 def test_the_extras_of_the_workflow_exist():
     texts = [step.get("run", "") for step in steps()] + [(ROOT / "scripts" / "env").read_text()]
     named = {
-        name for text in texts for found in re.findall(r"\.\[([\w,]+)\]", text) for name in found.split(",")
+        name
+        for text in texts
+        for found in re.findall(r"\.\[([\w,]+)\]|install\.py ([\w,]+)", text)
+        for name in "".join(found).split(",")
     }
     assert {"dev", "cpu"} <= named
     assert named <= read_setup().keys()

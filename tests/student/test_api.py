@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import signal
 import sys
 import warnings
@@ -145,22 +146,21 @@ def test_mistakes_are_user_errors(words, says, squares, cache, tmp_path):
 
 
 def test_evaluate_and_export(finished_run, squares, tmp_path, capsys):
-    (result,) = api.evaluate(finished_run, "retrieval", squares)
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    (result,) = api.evaluate(run, "retrieval", squares)
     assert result["metrics"]["image_retrieval_recall@10"] >= result["metrics"]["image_retrieval_recall@1"]
-    assert [
-        each["model"] for each in api.evaluate([finished_run, str(finished_run)], "zeroshot", squares)
-    ] == [finished_run.name] * 2
-    exported = api.export(finished_run, "open_clip", tmp_path / "export")
+    assert [each["model"] for each in api.evaluate([run, str(run)], "zeroshot", squares)] == [run.name] * 2
+    exported = api.export(run, "open_clip", tmp_path / "export")
     assert (exported.folder, exported.format) == (tmp_path / "export", "open_clip")
     assert str(tmp_path / "export") in exported.load
     assert (tmp_path / "export" / "open_clip_config.json").exists()
     assert capsys.readouterr().out == ""
     with pytest.raises(UserError, match="--format onnx: choose from open_clip, hf"):
-        api.export(finished_run, "onnx")
+        api.export(run, "onnx")
     with pytest.raises(UserError, match="did you mean 'retrieval'"):
-        api.evaluate(finished_run, "retrievel", squares)
+        api.evaluate(run, "retrievel", squares)
     with pytest.raises(UserError, match="samples=0"):
-        api.evaluate(finished_run, "winoground", squares, samples=0)
+        api.evaluate(run, "winoground", squares, samples=0)
 
 
 def test_a_training_in_a_thread(squares, cache, tmp_path):

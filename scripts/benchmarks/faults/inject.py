@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from scripts.benchmarks.faults.client import COUNT, Ended, Event, Fault, Warm
@@ -131,15 +131,22 @@ def disturb(warm: Warm, plan: Plan, fault: Fault) -> Outcome:
 
 
 def sweep(
-    warm: Warm, names: Sequence[str], kinds: Sequence[str], *, every: int, seed: int
+    warm: Warm,
+    names: Sequence[str],
+    kinds: Sequence[str],
+    *,
+    every: int,
+    seed: int,
+    known: Collection[tuple[str, Fault]] = (),
 ) -> Iterator[Outcome]:
-    """Disturb commands by every kind of fault at every event, or at one of `every`."""
+    """Disturb commands by every kind of fault at every event, or at one of `every`, but not as it is `known`."""
     for name in names:
         plan = plan_for(warm, name)
         for kind in kinds:
             draw = random.Random(f"{seed} {name} {kind}")
             for at in chosen(faults_of(plan.events, kind), every, draw):
-                yield disturb(warm, plan, Fault(kind, at))
+                if (name, Fault(kind, at)) not in known:
+                    yield disturb(warm, plan, Fault(kind, at))
 
 
 def table(outcomes: Sequence[Outcome]) -> list[str]:

@@ -2,6 +2,7 @@
 
 bash scripts/bench faults                             every event of every command, and flips: about an hour
 bash scripts/bench faults --command build --kind kill --every 10
+bash scripts/bench faults --journal F                 the same command goes on after F's events; several may share it
 """
 
 import argparse
@@ -10,7 +11,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from scripts.benchmarks.faults.client import Warm, warm_process
+from scripts.benchmarks.faults.client import Fault, Warm, warm_process
 from scripts.benchmarks.faults.flips import TARGETS, Flip, flip_table, flips
 from scripts.benchmarks.faults.inject import FAULTS, Outcome, sweep, table
 from scripts.benchmarks.faults.jobs import JOBS, make_inputs
@@ -33,7 +34,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--target", choices=list(TARGETS), nargs="+", default=list(TARGETS), help="`faults`: files"
     )
     parser.add_argument("--minutes", type=float, default=0, help="`faults`: only kill at random for so long")
-    parser.add_argument("--json", type=Path, help="`faults`: also write every event as JSON")
+    parser.add_argument("--journal", type=Path, help="`faults`: append every event, skip those there")
 
 
 def is_whole(options: argparse.Namespace) -> bool:
@@ -53,9 +54,6 @@ def bench_faults(options: argparse.Namespace) -> tuple[list[str], int]:
         outcomes = disturb_all(warm, options)
         flipped = flip_all(warm, options) if "flip" in options.kind else []
     wrong = [outcome for outcome in outcomes if outcome.wrong], [flip for flip in flipped if flip.wrong]
-    if options.json:
-        record = {"events": outcomes, "flips": flipped}
-        options.json.write_text(json.dumps(record, indent=1, default=dataclasses.asdict) + "\n")
     lines = [f"{len(outcomes)} writes disturbed, {len(wrong[0])} with something wrong.", "", *table(outcomes)]
     lines += [
         "",
@@ -68,17 +66,28 @@ def bench_faults(options: argparse.Namespace) -> tuple[list[str], int]:
 
 def disturb_all(warm: Warm, options: argparse.Namespace) -> list[Outcome]:
     """Disturb the commands and print what is wrong as it is found."""
-    outcomes: list[Outcome] = []
+    outcomes = read_journal(options.journal)
     kinds = [kind for kind in options.kind if kind in FAULTS]
-    for outcome in sweep(warm, options.command, kinds, every=options.every, seed=options.seed):
+    known = {(outcome.job, outcome.fault) for outcome in outcomes}
+    for outcome in sweep(warm, options.command, kinds, every=options.every, seed=options.seed, known=known):
         group = outcome.job, outcome.fault.kind
         if not outcomes or group != (outcomes[-1].job, outcomes[-1].fault.kind):
             say(" ".join(group))
         outcomes.append(outcome)
+        if options.journal:
+            with options.journal.open("a") as journal:
+                journal.write(json.dumps(dataclasses.asdict(outcome)) + "\n")
         if outcome.wrong:
             where = f"{outcome.job} {outcome.fault.kind} {outcome.fault.at} ({outcome.event})"
             say(f"{where}: exit {outcome.first}, then {outcome.again}: {outcome.wrong}")
     return outcomes
+
+
+def read_journal(path: Path | None) -> list[Outcome]:
+    """Return the outcomes of a journal, none where there is none."""
+    lines = path.read_text().splitlines() if path and path.exists() else []
+    entries = [json.loads(line) for line in lines]
+    return [Outcome(**entry | {"fault": Fault(**entry["fault"])}) for entry in entries]
 
 
 def flip_all(warm: Warm, options: argparse.Namespace) -> list[Flip]:

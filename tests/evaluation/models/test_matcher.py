@@ -1,6 +1,7 @@
 """A diffusion model as a matcher against Eq. 1 written out one pair and one draw at a time; what the command takes."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -117,10 +118,13 @@ def test_models_of_both_kinds_stand_side_by_side(diffusion_folder, tmp_path, mon
 
 
 def test_a_run_keeps_its_result(finished_run, tmp_path, capfd):
-    data = write_winoground(tmp_path / "wino", "folder", 4)
-    assert main(["eval", str(finished_run), "--task", "winoground", "--data", str(data), "--json"]) == 0
+    data, run = (
+        write_winoground(tmp_path / "wino", "folder", 4),
+        shutil.copytree(finished_run, tmp_path / "run"),
+    )
+    assert main(["eval", str(run), "--task", "winoground", "--data", str(data), "--json"]) == 0
     (result,) = json.loads(capfd.readouterr().out)["results"]
-    assert json.loads((finished_run / "eval/wino_winoground.json").read_text()) == result
+    assert json.loads((run / "eval/wino_winoground.json").read_text()) == result
 
 
 @pytest.mark.parametrize(
