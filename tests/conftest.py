@@ -1,5 +1,6 @@
 """Small data and a small teacher that every test can afford."""
 
+import gc
 import itertools
 import os
 import shutil
@@ -15,6 +16,12 @@ from small import build_cache, make_folder, save_diffusion, save_teacher, train_
 
 # Before torch is imported, here and in children: with tiny tensors two threads of a busy machine wait for each other
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_collection_finish() -> None:
+    """What is imported and collected lives to the end: no later collection of garbage looks at it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

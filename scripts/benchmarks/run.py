@@ -6,6 +6,7 @@
     python -m scripts.benchmarks.run sds      step of sds_clip against its bare UNet and student; memory of a large UNet
     python -m scripts.benchmarks.run startup  time until a command prints its help
     python -m scripts.benchmarks.run serve    answers of `tc serve` at a million vectors, over HTTP
+    python -m scripts.benchmarks.run demo     the stages of scripts/demo in new clones, and a second run
     python -m scripts.benchmarks.run faults   kills, torn writes, full disks and I/O errors at every write of every command
 
 Alternatives are measured in alternation within one run and reported as the median ratio with the range over several
@@ -27,7 +28,8 @@ PARTS = ("reading", "building", "peer", "memory")
 def main() -> int:
     """Run the chosen benchmark and return the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("theme", choices=["cache", "train", "losses", "sds", "startup", "serve", "faults"])
+    themes = ["cache", "train", "losses", "sds", "startup", "serve", "demo", "faults"]
+    parser.add_argument("theme", choices=themes)
     parser.add_argument("--rows", type=int, default=500_000, help="rows of the synthetic cache to read")
     parser.add_argument("--memory-rows", type=int, nargs=3, default=[10_000, 300_000, 1_000_000])
     parser.add_argument(
@@ -46,6 +48,7 @@ def main() -> int:
     )
     parser.add_argument("--serve-folder", help="keep the caches of `serve` in a folder, and use those in it")
     parser.add_argument("--served-cache", help="a cache that `serve` asks by texts, such as the demo's")
+    parser.add_argument("--demo-runs", type=int, default=3, help="clones of `demo`")
     add_options(parser)
     options = parser.parse_args()
     keep_memory()
@@ -61,6 +64,8 @@ def main() -> int:
             from scripts.benchmarks.startup import bench_startup as bench
         elif options.theme == "serve":
             from scripts.benchmarks.serve import bench_serve as bench
+        elif options.theme == "demo":
+            from scripts.benchmarks.demo import bench_demo as bench
         elif options.theme == "train":
             from scripts.benchmarks.train import bench_train as bench
         if options.theme == "faults":

@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 
 from scripts import demo, demo_others, demo_table
+from scripts.benchmarks import demo as bench_demo
+
+ROOT = Path(__file__).parents[2]
 
 METRICS = dict.fromkeys(demo_table.ROWS.values(), 0.5)
 SIZES = {"num_images": 500, "num_texts": 772, "num_classes": 25}
@@ -200,3 +203,18 @@ def test_each_recipe_is_measured_beside_its_baseline(tmp_path, monkeypatch, caps
     demo_others.main()
     assert capsys.readouterr().out == table
     assert len(trained) == 8  # nothing is trained twice
+
+
+def test_the_figures_of_the_readme_are_those_of_the_newest_report():
+    report = max((ROOT / "docs" / "benchmarks").glob("demo_*.md")).read_text()
+    (line,) = re.findall(r"^On two CPU cores .*$", report, re.MULTILINE)
+    assert line in " ".join((ROOT / "README.md").read_text().split())
+
+
+def test_the_report_of_times():
+    runs = [{"search": 40.0, "all": 250.0, "again": 15.4}, {"search": 46.0, "all": 260.0, "again": 16.0}]
+    assert bench_demo.sentence(runs) == (
+        "On two CPU cores the first search result took 43 s (40 to 46), all three stages took 255 s (250 to 260), "
+        "a second run took 16 s (15 to 16)."
+    )
+    assert bench_demo.table(runs)[-1] == "| bar | 120 s | 480 s | 40 s |"
