@@ -1,14 +1,26 @@
 """The short form of `scripts/bench faults`: every command is disturbed at some of its writes and run again."""
 
+import argparse
 import itertools
 
 import pytest
 
+from scripts.benchmarks.faults import inject
 from scripts.benchmarks.faults.client import COUNT, Ended, Event, Fault, read_events, warm_process
 from scripts.benchmarks.faults.compare import differences, leftovers
 from scripts.benchmarks.faults.flips import flip_bit
-from scripts.benchmarks.faults.inject import chosen, disturb, event_at, faults_of, plan_for, problems_of_first
+from scripts.benchmarks.faults.inject import (
+    Outcome,
+    Plan,
+    chosen,
+    disturb,
+    event_at,
+    faults_of,
+    plan_for,
+    problems_of_first,
+)
 from scripts.benchmarks.faults.jobs import make_inputs, must
+from scripts.benchmarks.faults.run import add_options, disturb_all, read_journal
 from teachercache.core.errors import UserError
 
 # Where in the course of a command (0 its first write, 1 its last) which fault comes
@@ -67,6 +79,24 @@ def test_one_of_n_events_with_first_and_last():
     assert {1, 100} <= set(numbers)
     assert all(b - a < 20 for a, b in itertools.pairwise(numbers))
     assert chosen([1, 2, 3], 1, random.Random(0)) == [1, 2, 3]
+
+
+def test_a_sweep_goes_on_after_its_journal(tmp_path, monkeypatch):
+    disturbed = []
+
+    def one(warm, plan, fault):
+        disturbed.append((fault.kind, fault.at))
+        return Outcome("build", fault, "write /c/a", -9, 0, {})
+
+    monkeypatch.setattr(inject, "plan_for", lambda warm, name: Plan(name, tmp_path, EVENTS, {}, {}))
+    monkeypatch.setattr(inject, "disturb", one)
+    parser = argparse.ArgumentParser()
+    add_options(parser)
+    words = ["--command", "build", "--journal", str(tmp_path / "journal"), "--kind"]
+    first = disturb_all(None, parser.parse_args([*words, "torn"]))
+    every = disturb_all(None, parser.parse_args([*words, "torn", "kill"]))
+    assert disturbed == [("torn", 3), *(("kill", at) for at in range(1, 6))]
+    assert read_journal(tmp_path / "journal") == [*first, *every[:5]]  # kills come first in a report
 
 
 def test_the_log_of_events(tmp_path):

@@ -80,6 +80,8 @@ def disturb_all(warm: Warm, options: argparse.Namespace) -> list[Outcome]:
         if outcome.wrong:
             where = f"{outcome.job} {outcome.fault.kind} {outcome.fault.at} ({outcome.event})"
             say(f"{where}: exit {outcome.first}, then {outcome.again}: {outcome.wrong}")
+    jobs = list(JOBS)
+    outcomes.sort(key=lambda outcome: (jobs.index(outcome.job), FAULTS.index(outcome.fault.kind)))
     return outcomes
 
 
