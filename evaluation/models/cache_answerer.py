@@ -52,8 +52,8 @@ def answerers(path: str | Path, task: str) -> list[Answerer]:
     widths = {name: cache.fields[name].shape for name in ("image_emb", "text_emb") if name in cache.fields}
     if len(widths) < 2 or len(set(widths.values())) > 1 or cache.meta.views:
         raise UserError(
-            f"{path} has no plain image and text embeddings in one space: zero-shot needs a cache of a "
-            "CLIP teacher with --outputs embeddings and without --views"
+            f"{path} has no plain image and text embeddings in one space: zero-shot needs the fields "
+            "image_emb and text_emb of a CLIP teacher (--outputs embeddings), of one width and without --views"
         )
     return WAYS[task](cache, str(path), task)
 

@@ -68,8 +68,10 @@ class Task:
         short: A second, shorter name.
         options: Options that a user may set behind the name; each is a keyword of `function`.
         headline: The metrics whose mean summarizes the task in one number.
-        columns: Metrics that a table of results shows, with their headings.
+        columns: Metrics that the tables of `--task all` and `student compare` show, with their headings.
         lower: Metrics whose smaller value is the better one.
+        answers: Of an ANSWERER task that measures in another way what is answered to "vcr", "snli_ve" or "vqa": that name.
+            Runs that were trained on it and caches are measured. Empty for the task's own name.
         selection: How the task chooses checkpoints; None if it cannot.
         class_names: Class names of labeled rows, for figures; None to use the names of the folders.
     """
@@ -83,6 +85,7 @@ class Task:
     headline: tuple[str, ...] = ()
     columns: tuple[tuple[str, str], ...] = ()
     lower: tuple[str, ...] = ()
+    answers: str = ""
     selection: Selection | None = None
     class_names: Callable[["Manifest", Sequence[int]], Mapping[str, str]] | None = None
 

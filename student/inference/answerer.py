@@ -130,7 +130,7 @@ def run_answerer(run: Path, task: str, data: str) -> Answerer:
     """
     if not is_task_run(run):
         raise UserError(
-            f"{run} was not trained to answer: pass a run of clip_td, or a CACHE.zarr for zero-shot"
+            f"{run} was not trained to answer: pass a run of a question recipe, such as clip_td, or a CACHE.zarr for zero-shot"
         )
     trained = read_run(run)["run"]
     cache = trained["cache"] if trained["data"] == data else ""  # other data: caches/<data>

@@ -22,6 +22,7 @@ from teachercache.core.errors import UserError, is_machine
 from teachercache.core.paths import closest_path
 from teachercache.data.pictures import decode_image, read_regular
 from teachercache.data.sample import BadSample
+from teachercache.teachers.of_cache import changes
 from teachercache.teachers.registry import find_stored, load_stored, outputs_for
 from teachercache.teachers.teacher import Teacher
 
@@ -82,16 +83,16 @@ def picture_teacher(folder: Path, fields: tuple[str, ...]) -> Teacher:
         fields: The fields that the teacher has to output.
 
     Raises:
-        UserError: The teacher's weights have changed since the training.
+        UserError: What the teacher's values depend on has changed since the training.
     """
     spec = read_run(folder)["teachers"][0]
     teacher = load_stored(
         spec["name"], weights=spec["weights"], outputs=outputs_for(find_stored(spec["name"]), fields)
     )
-    if teacher.spec.digest != spec["digest"]:
+    if changed := changes(spec, teacher.spec):
         raise UserError(
-            f"{folder} was distilled from other weights of {spec['name']} than are found now: restore those "
-            "weights, or train again"
+            f"{folder} was distilled from other {changed} of {spec['name']} than are found now: restore those, "
+            "or train again"
         )
     return teacher
 

@@ -68,7 +68,7 @@ def measure_models(
     encoders: list[Encoder] = []
     measured: Sequence[Model]
     if task.kind is Kind.ANSWERER:
-        answerers = [find_answerers(model, task.name, data) for model in models]
+        answerers = [find_answerers(model, task.answers or task.name, data) for model in models]
         measured = [ways for ways, _ in answerers]
         folders = {ways[0].pretrained: folder for ways, folder in answerers}
     elif task.kind is Kind.MATCHER:

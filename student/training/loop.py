@@ -209,6 +209,8 @@ def run_steps(
             shown = "  ".join(f"{name} {values[name]:.4g}" for name in ("loss", *terms))
             tick.step(1, f"{shown}  {speed.summary()}")
             saving, stopping = pauses.after(step)
+            if step == recipe.steps:
+                draw(out, terms)  # before the last checkpoint, after which nothing is left to resume
             if evaluate and is_evaluation(step, run, recipe):
                 refuse_nan_weights(engine.module, step - 1)
                 try:
@@ -216,8 +218,6 @@ def run_steps(
                 except Exception:
                     save_checkpoint(engine, run, step)
                     raise
-            if step == recipe.steps:
-                draw(out, terms)  # before the last checkpoint, after which nothing is left to resume
             if saving:
                 refuse_nan_weights(engine.module, step - 1)
                 save_checkpoint(engine, run, step)

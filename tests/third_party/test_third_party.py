@@ -20,10 +20,14 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import student as student_package
 from evaluation.data.splits import rows_or_only_split
+from evaluation.models.answerer import Answerer
+from evaluation.tasks.task import Kind, Metrics, Task
 from scripts.datasets import scene_vcr_snli_ve
 from student.cli import main as student
+from student.inference.measure import measure_models
 from teachercache.cache import store
 from teachercache.cli import main as tc
+from teachercache.data.manifest import Manifest
 from teachercache.data.read import read_manifest
 
 ROOT = Path(__file__).parents[2]
@@ -251,6 +255,17 @@ def test_what_a_student_cannot_do_is_one_line(home, run, words, reason, capsys):
 # Questions
 
 
+def sure(answerer: Answerer, manifest: Manifest) -> Metrics:
+    """The mean difference of the best answer's score and the second's."""
+    scores = np.sort(answerer.score(manifest, rows_or_only_split(manifest, "val"), "q2a"))
+    return {"sure": float((scores[:, -1] - scores[:, -2]).mean())}
+
+
+SURE = Task(
+    name="visitor_sure", kind=Kind.ANSWERER, answers="vcr", function=sure, doc="another view of VCR's answers"
+)
+
+
 def test_a_question_recipe_trains_goes_on_and_answers(home, tmp_path, capsys):
     data, cache = home / "scenes" / "vcr1", cache_of(home, "visitor-grid", "scenes-vcr1")
     fixed = ["train", "--recipe", "visitor_questions", "--data", str(data), "--cache", str(cache)]
@@ -264,6 +279,8 @@ def test_a_question_recipe_trains_goes_on_and_answers(home, tmp_path, capsys):
     (result,) = json.loads(capsys.readouterr().out)["results"]
     assert 0 <= result["metrics"]["q2a"] <= 1
     assert result["metrics"]["qa2r"].startswith("skipped")
+    (result,) = measure_models([str(tmp_path / "run")], SURE, str(data))
+    assert (result["task"], result["metrics"]["sure"] > 0) == ("visitor_sure", True)
 
 
 def test_the_commands_that_runs_recommend_work(home, run, tmp_path, capsys):

@@ -143,9 +143,9 @@ def read_vcr(path: Path, lines: list[dict[str, Any]], unused: Unused) -> Iterato
                 raise Foreign("img_fn names no picture")
             texts, task = _vcr_row(line, below(path.parent, folder) if folder else path.parent)
         except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
-            yield Sample(
-                key, where, split=split, size=size_of_image, problem=f"the line is not VCR's: {error!r}"
-            )
+            missing = ", ".join(name for name in VCR_FIELDS if name not in line)
+            problem = f"the line is not VCR's: {f'it has no {missing}' if missing else repr(error)}"
+            yield Sample(key, where, split=split, size=size_of_image, problem=problem)
             continue
         yield Sample(key, where, texts, split=split, size=size_of_image, task=task)
 

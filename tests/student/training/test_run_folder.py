@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
+import itertools
 import json
 import os
 import shutil
@@ -312,18 +313,28 @@ def test_a_signal_that_nohup_ignores_stays_ignored():
         signal.signal(signal.SIGHUP, before)
 
 
-def fail(*given):
+def fail(*given, **options):
     raise UserError("no pictures today")
 
 
-def test_an_evaluation_that_failed_is_done_at_the_resume(squares, cache, tmp_path, monkeypatch):
+@pytest.mark.parametrize("failing", [1, 2])
+def test_an_evaluation_that_failed_is_done_at_the_resume(failing, squares, cache, tmp_path, monkeypatch):
+    """The first one, or the last one, after whose checkpoint no step is left."""
     words, name = ("--steps", 4, "--eval-every", 2), "own_recipes:DROPOUT"
     assert train_here(squares, cache, tmp_path / "whole", *words, recipe=name) == 0
     import evaluation.tasks.encoding.retrieval as retrieval
 
+    calls, embed_images = itertools.count(1), retrieval.embed_images
     with monkeypatch.context() as patch:
-        patch.setattr(retrieval, "embed_images", fail)
+        patch.setattr(
+            retrieval,
+            "embed_images",
+            lambda *words, **more: (fail if next(calls) == failing else embed_images)(*words, **more),
+        )
         assert train_here(squares, cache, tmp_path / "run", *words, recipe=name) == 2
+    evals = tmp_path / "run" / "evals.jsonl"
+    assert len(evals.read_text().splitlines() if evals.exists() else []) == failing - 1
     assert train_here(squares, cache, tmp_path / "run", *words, "--resume", recipe=name) == 0
+    assert (tmp_path / "run" / "curve.png").exists()
     for file in ("evals.jsonl", "metrics.jsonl", "best/model.safetensors", "model.safetensors"):
         assert (tmp_path / "run" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file

@@ -1,5 +1,6 @@
 """Search by text, picture and key: the cosine of the normalised sum, in the words of the command."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -16,6 +17,7 @@ from teachercache.data.manifest import load_manifest
 from teachercache.data.pictures import decode_image
 from teachercache.search import index
 from teachercache.search.query import search_cache
+from teachercache.teachers import of_cache
 from tests.teachercache.search.test_index import brute_force, make_cache, vectors
 
 
@@ -160,6 +162,29 @@ def test_what_cannot_be_asked(built, tmp_path, capsys):
         UserError, match="texts and pictures in different spaces: search 'text_emb' by a text alone"
     ):
         search_cache(narrow.path, keys=("k1",), field="text_emb")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "word"),
+    [
+        ("digest", "0" * 16, "weights"),
+        ("view", {"size": 9}, "view"),
+        ("tokenizer", {"kind": "letters"}, "tokenizer"),
+        ("constants", {"logit_scale": 1.0}, "constants"),
+    ],
+)
+def test_a_teacher_of_other_values_is_refused(built, name, value, word, monkeypatch, capsys):
+    real = of_cache.load_entry
+
+    def another(*given, **options):
+        teacher = real(*given, **options)
+        return dataclasses.replace(teacher, spec=dataclasses.replace(teacher.spec, **{name: value}))
+
+    assert len(run(capsys, built, "square", "--top", 3)["results"]) == 3
+    monkeypatch.setattr(of_cache, "load_entry", another)
+    error = error_of(capsys, built, "square")
+    assert f"was built with other {word} of " in error
+    assert "remove it and run `tc build" in error
 
 
 def test_many_vectors_without_an_index_are_refused_before_the_teacher_is_loaded(built, tmp_path, monkeypatch):
