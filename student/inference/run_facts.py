@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from student.models.run_file import WEIGHTS, read_run, record_file, remedy_of
 from student.settings import OPTIONS
 from student.training.telemetry.curve import smooth
-from student.training.telemetry.metrics import read_metrics
+from student.training.telemetry.metrics import read_metrics, terms_of
 from teachercache.core.digests import damage_of
 from teachercache.core.errors import UserError
 from teachercache.core.progress import say
@@ -114,25 +114,6 @@ def read_facts(folder: Path) -> RunFacts:
         evals=[line for line in read_metrics(folder / "evals.jsonl") if "score" in line],
         measured=_measured(folder),
     )
-
-
-def terms_of(lines: list[dict[str, Any]]) -> tuple[str, ...]:
-    """Return the names of the loss terms: the values behind `loss` in each line of a log that add up to it.
-
-    Notes, such as the learning rate, follow the terms in a line.
-    """
-    names = list(dict.fromkeys(name for line in lines for name in line))
-    names = [name for name in names if name not in ("step", "loss")]
-    for count in range(1, len(names) + 1):
-        if all(_adds_up(line, names[:count]) for line in lines if "loss" in line):
-            return tuple(names[:count])
-    return ()
-
-
-def _adds_up(line: Line, names: list[str]) -> bool:
-    values = [float(line[name]) for name in names if name in line]
-    size = max(1.0, *map(abs, values)) if values else 1.0
-    return bool(values) and math.isclose(sum(values), line["loss"], rel_tol=0, abs_tol=1e-4 * size)
 
 
 def _settings(record: Mapping[str, Any]) -> dict[str, Any]:

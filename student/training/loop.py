@@ -33,7 +33,7 @@ from student.training.prepare import Prepared, prepare
 from student.training.run_folder import new_folder, open_run, refuse_folder, run_record
 from student.training.step import Engine, Loss, TrainStep
 from student.training.telemetry.curve import draw_curve
-from student.training.telemetry.metrics import plain, refuse_nan, refuse_nan_weights
+from student.training.telemetry.metrics import plain, read_metrics, refuse_nan, refuse_nan_weights, terms_of
 from student.training.telemetry.reporting import Report, reporting, requested_sinks
 from student.training.telemetry.speed import Speed, peak_memory
 from teachercache.core.digests import write_proved
@@ -202,6 +202,8 @@ def run_steps(
     step, stopping = done, False
     if evaluate and done and is_evaluation(done, run, recipe) and not any_rank(is_evaluated(out, done)):
         keep_best(engine.module.student, out, done, evaluate)  # it failed before the checkpoint was saved
+    if done == recipe.steps and any_rank(not (out / "curve.png").exists()):
+        draw(out, terms_of(read_metrics(out / "metrics.jsonl")))
     with pauses.catching(), ticker(recipe.steps - done, "steps", recipe.name) as tick:
         for step, values, terms in steps_from(engine, prepared, recipe, speed, done):
             refuse_nan(values["loss"], step - 1)
@@ -209,8 +211,6 @@ def run_steps(
             shown = "  ".join(f"{name} {values[name]:.4g}" for name in ("loss", *terms))
             tick.step(1, f"{shown}  {speed.summary()}")
             saving, stopping = pauses.after(step)
-            if step == recipe.steps:
-                draw(out, terms)  # before the last checkpoint, after which nothing is left to resume
             if evaluate and is_evaluation(step, run, recipe):
                 refuse_nan_weights(engine.module, step - 1)
                 try:
@@ -218,6 +218,8 @@ def run_steps(
                 except Exception:
                     save_checkpoint(engine, run, step)
                     raise
+            if step == recipe.steps:
+                draw(out, terms)  # before the last checkpoint, after which nothing is left to resume
             if saving:
                 refuse_nan_weights(engine.module, step - 1)
                 save_checkpoint(engine, run, step)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -79,3 +80,22 @@ def refuse_nan_weights(module: torch.nn.Module, step: int) -> None:
     """Raise a UserError if a weight is not finite, before a checkpoint replaces the last good one."""
     if any_rank(not all(bool(parameter.isfinite().all()) for parameter in module.parameters())):
         raise UserError(f"a weight is not finite after step {step}; the last checkpoint was kept: {ADVICE}")
+
+
+def terms_of(lines: list[dict[str, Any]]) -> tuple[str, ...]:
+    """Return the names of the loss terms: the values behind `loss` in each line of a log that add up to it.
+
+    Notes, such as the learning rate, follow the terms in a line.
+    """
+    names = list(dict.fromkeys(name for line in lines for name in line))
+    names = [name for name in names if name not in ("step", "loss")]
+    for count in range(1, len(names) + 1):
+        if all(_adds_up(line, names[:count]) for line in lines if "loss" in line):
+            return tuple(names[:count])
+    return ()
+
+
+def _adds_up(line: Mapping[str, Any], names: list[str]) -> bool:
+    values = [float(line[name]) for name in names if name in line]
+    size = max(1.0, *map(abs, values)) if values else 1.0
+    return bool(values) and math.isclose(sum(values), line["loss"], rel_tol=0, abs_tol=1e-4 * size)

@@ -12,7 +12,7 @@ from small import train_here
 
 from student.cli import main
 from student.inference.compare import best_of, compare
-from student.inference.run_facts import terms_of
+from student.training.telemetry.metrics import terms_of
 from teachercache.core.digests import write_proved
 
 
