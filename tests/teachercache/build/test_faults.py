@@ -581,7 +581,7 @@ def test_damage_is_never_taken_over_into_new_files(change: str, teacher, tmp_pat
 
 
 def test_torchrun_with_a_killed_rank_ends_in_the_bytes_of_one_process(teacher, teacher_folder, tmp_path):
-    data = make_folder(tmp_path / "data", 900)
+    data = make_folder(tmp_path / "data", 1200)
     launcher = Path(sys.executable).with_name("torchrun")
     options = {
         "--teacher": teacher_folder,
@@ -596,12 +596,12 @@ def test_torchrun_with_a_killed_rank_ends_in_the_bytes_of_one_process(teacher, t
     process = subprocess.Popen(
         words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
-    wait_for(lambda: len(list(tmp_path.glob("c.zarr/done/*.json"))) >= 2 or process.poll() is not None)
+    wait_for(lambda: list(tmp_path.glob("c.zarr/done/*.json")) or process.poll() is not None)
     os.kill(children_of(process.pid)[1], signal.SIGKILL)
     _, err = process.communicate(timeout=60)
     assert process.returncode != 0
     assert "SIGKILL" in err
-    assert len(list(tmp_path.glob("c.zarr/done/*.json"))) < 4
+    assert len(list(tmp_path.glob("c.zarr/done/*.json"))) < 5
     run_build(teacher, data, tmp_path / "c.zarr", block_rows=None)
     run_build(teacher, data, tmp_path / "undisturbed.zarr", block_rows=None)
     assert tree(tmp_path / "c.zarr") == tree(tmp_path / "undisturbed.zarr")
