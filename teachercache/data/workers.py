@@ -133,9 +133,8 @@ def received(batches: Iterable[Any]) -> Iterator[Any]:
                 batch = _mapped(batch.batch, Array, lambda array: torch.from_numpy(array.values))
             yield batch
     finally:
-        del (
-            waiting
-        )  # ends the workers now: one that an error keeps for the garbage collection waits five seconds
+        # Ends the workers now: torch waits five seconds for each if the garbage collection ends them
+        del waiting
 
 
 def _as_raised(error: Exception) -> Exception:

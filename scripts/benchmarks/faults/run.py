@@ -1,6 +1,6 @@
 """`bash scripts/bench faults`: disturb every command, flip bits, and write the figures.
 
-bash scripts/bench faults                             every event of every command, and flips: about an hour
+bash scripts/bench faults                             every event of every command, and flips: two hours on one core
 bash scripts/bench faults --command build --kind kill --every 10
 bash scripts/bench faults --journal F                 the same command goes on after F's events; several may share it
 """
